@@ -1,0 +1,105 @@
+"""Which GPU is this, and which tiles does it get: frozen tables, chosen by counting, never at import time.
+
+A row is looked up by architecture family, bytes per element and padded head width. Rows are bounds: the
+first row whose bytes and width are at least what is asked for applies. The figures beside the rows come from
+the compile report (`python -m benchmarks.compile_report`): spills and shared memory decide what is allowed,
+issue cycles over tensor-core cycles which of the allowed ones is taken.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+import triton
+from triton.runtime import driver
+from triton.runtime.interpreter import InterpretedFunction
+
+# The compiler's own default changes with its version (off from 3.10 on), and the softmax is built of
+# multiply-subtracts that round once.
+COMPILER_OPTIONS = {"enable_fp_fusion": True}
+
+
+class Tiling(NamedTuple):
+    """The size of a program's tile and the hardware it is given."""
+
+    block_m: int
+    block_n: int
+    warps: int
+    stages: int
+
+    def options(self) -> dict[str, object]:
+        """Launch keywords: the constexprs BLOCK_M and BLOCK_N and the compiler's options."""
+        return {
+            "BLOCK_M": self.block_m,
+            "BLOCK_N": self.block_n,
+            "num_warps": self.warps,
+            "num_stages": self.stages,
+            **COMPILER_OPTIONS,
+        }
+
+
+class Row(NamedTuple):
+    """One line of a table: for elements of up to `bytes` bytes and tiles up to `width` wide."""
+
+    bytes: int
+    width: int
+    tiling: Tiling
+
+
+INTERPRETER = "interpreter"
+
+# Compute capability -> the family whose table serves it: same tensor cores, same shared memory.
+_FAMILIES = (
+    (75, "sm_75"),
+    (80, "sm_80"),
+    (86, "sm_86"),
+    (87, "sm_80"),
+    (89, "sm_86"),
+    (90, "sm_90"),
+    (100, "sm_100"),
+    (120, "sm_120"),
+)
+
+
+def family_of(backend: str, arch: int | str) -> str:
+    """The table family of a compiler target: ("cuda", 89) -> "sm_86", ("hip", "gfx950") -> "gfx942"."""
+    if backend == "hip":
+        return "gfx942"
+    return [name for least, name in _FAMILIES if least <= max(int(arch), _FAMILIES[0][0])][-1]
+
+
+@functools.cache
+def _family_of_device(index: int | None) -> str:
+    target = driver.active.get_current_target()
+    return family_of(target.backend, target.arch)
+
+
+def interpreted(kernel: object) -> bool:
+    """Whether this kernel runs in Triton's interpreter (TRITON_INTERPRET=1 when it was defined)."""
+    return isinstance(kernel, InterpretedFunction)
+
+
+def family(kernel: object, device: torch.device) -> str:
+    """The table family that serves `kernel` on `device`; call with `device` current."""
+    return INTERPRETER if interpreted(kernel) else _family_of_device(device.index)
+
+
+def look_up(table: dict[str, tuple[Row, ...]], family: str, bytes: int, width: int) -> Tiling:
+    """The first row of the family's table that is wide enough; families not listed use sm_80's."""
+    rows = table.get(family) or table["sm_80"]
+    for row in rows:
+        if bytes <= row.bytes and width <= row.width:
+            return row.tiling
+    raise ValueError(f"no launch configuration for {bytes}-byte elements of width {width} on {family}")
+
+
+def on_device(tensor: torch.Tensor):
+    """A context in which launches go to the tensor's device, not to the current one."""
+    return torch.cuda.device(tensor.device if tensor.is_cuda else -1)
+
+
+def tile_width(width: int) -> int:
+    """The power of two a tile's inner side is padded to; tensor cores take no less than 16."""
+    return max(16, triton.next_power_of_2(width))

@@ -1,0 +1,157 @@
+"""The shared vocabulary of the kernels: tensors as kernels see them, tiles, the online softmax."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
+LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
+
+
+class Tensor4(NamedTuple):
+    """A (batch, head, row, column) tensor: its pointer and strides in elements."""
+
+    pointer: torch.Tensor
+    batch: int
+    head: int
+    row: int
+    column: int
+
+
+class Tensor3(NamedTuple):
+    """A (batch, head, row) tensor: its pointer and strides in elements."""
+
+    pointer: torch.Tensor
+    batch: int
+    head: int
+    row: int
+
+
+# No tile has more rows or columns than this; offsets within a tile are 32-bit.
+LARGEST_TILE = 256
+
+
+def tensor4(t: torch.Tensor) -> Tensor4:
+    """`t` as a kernel argument; copied first if offsets within one tile would pass 32 bits."""
+    if (abs(t.stride(2)) + abs(t.stride(3))) * LARGEST_TILE >= 2**31:
+        t = t.contiguous()
+    return Tensor4(t, *t.stride())
+
+
+def tensor3(t: torch.Tensor) -> Tensor3:
+    """`t` as a kernel argument; copied first if offsets within one tile would pass 32 bits."""
+    if abs(t.stride(2)) * LARGEST_TILE >= 2**31:
+        t = t.contiguous()
+    return Tensor3(t, *t.stride())
+
+
+@triton.jit
+def head_of(tensor, batch, head):
+    """Pointer to the rows of one head of one batch entry; 64-bit, tensors may pass 2**31 elements."""
+    return tensor.pointer + batch.to(tl.int64) * tensor.batch + head.to(tl.int64) * tensor.head
+
+
+@triton.jit
+def tile_pointers(pointer, tensor, start, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """Pointers to ROWS x WIDTH elements from row `start` on."""
+    rows = tl.arange(0, ROWS)[:, None] * tensor.row
+    columns = tl.arange(0, WIDTH)[None, :] * tensor.column
+    return pointer + tl.cast(start, tl.int64) * tensor.row + (rows + columns)
+
+
+@triton.jit
+def inside(start, row_count, column_count, ROWS: tl.constexpr, WIDTH: tl.constexpr, EDGE: tl.constexpr):
+    """Which elements of a tile exist; None where all do. EDGE says that the tile may pass the last row."""
+    columns = tl.arange(0, WIDTH)[None, :] < column_count
+    if EDGE:
+        rows = start + tl.arange(0, ROWS)[:, None] < row_count
+        return rows & columns
+    elif column_count != WIDTH:
+        return tl.broadcast_to(columns, (ROWS, WIDTH))
+    else:
+        return None
+
+
+@triton.jit
+def load_tile(
+    pointer,
+    tensor,
+    start,
+    row_count,
+    column_count: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    EDGE: tl.constexpr,
+):
+    """A ROWS x WIDTH tile from row `start` on; zeros beyond the tensor."""
+    pointers = tile_pointers(pointer, tensor, start, ROWS, WIDTH)
+    mask = inside(start, row_count, column_count, ROWS, WIDTH, EDGE)
+    if mask is None:
+        return tl.load(pointers)
+    else:
+        return tl.load(pointers, mask=mask, other=0.0)
+
+
+@triton.jit
+def store_tile(
+    pointer,
+    tensor,
+    start,
+    row_count,
+    column_count: tl.constexpr,
+    tile,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """Store the part of the tile that exists, in the tensor's dtype."""
+    pointers = tile_pointers(pointer, tensor, start, ROWS, WIDTH)
+    mask = inside(start, row_count, column_count, ROWS, WIDTH, True)
+    tl.store(pointers, tile.to(pointer.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def load_row_values(pointer, tensor, rows, row_count, other):
+    """One value a row; `other` beyond the last."""
+    return tl.load(pointer + rows.to(tl.int64) * tensor.row, mask=rows < row_count, other=other)
+
+
+@triton.jit
+def causal_mask(queries, keys, key_count, shift, CAUSAL: tl.constexpr):
+    """May query i see key j? `shift` = Lk - Lq aligns the diagonal bottom-right."""
+    visible = keys < key_count
+    if CAUSAL:
+        visible = visible & (keys <= queries + shift)
+    return visible
+
+
+@triton.jit
+def online_softmax_update(scores, scale, row_max, row_sum, MASKED: tl.constexpr):
+    """Fold one tile of raw scores into the running softmax, in powers of two.
+
+    Returns the tile's weights, the factor by which what was accumulated before shrinks, and the new running
+    maximum (scaled, in log2 units) and sum. Only a masked tile can leave a row without a maximum: it pivots
+    on 0, so that -inf minus -inf never happens.
+    """
+    new_max = tl.maximum(row_max, tl.max(scores, 1) * scale)
+    pivot = tl.where(new_max == float("-inf"), 0.0, new_max) if MASKED else new_max
+    weights = tl.exp2(scores * scale - pivot[:, None])
+    shrink = tl.exp2(row_max - pivot)
+    return weights, shrink, new_max, row_sum * shrink + tl.sum(weights, 1)
+
+
+@triton.jit
+def heavy_first(program, tiles, heads, heads_per_section, CAUSAL: tl.constexpr):
+    """Program number -> (tile, head): the last tiles first, since causal ones grow; section by section of
+    heads, so that the keys and values in flight stay in the L2 cache."""
+    section = program // (tiles * heads_per_section)
+    first_head = section * heads_per_section
+    width = tl.minimum(heads - first_head, heads_per_section)
+    within = program - first_head * tiles
+    tile = within // width
+    if CAUSAL:
+        tile = tiles - 1 - tile
+    return tile, first_head + within % width
