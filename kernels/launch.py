@@ -103,3 +103,82 @@ def on_device(tensor: torch.Tensor):
 def tile_width(width: int) -> int:
     """The power of two a tile's inner side is padded to; tensor cores take no less than 16."""
     return max(16, triton.next_power_of_2(width))
+
+
+# Keys and values (or queries and their gradients) of the heads in flight should stay in the L2 cache; the
+# smallest cache of the families served here is 6 MiB on sm_86, 40 MiB and more on sm_80 to sm_100.
+L2_BUDGET = 16 * 2**20
+
+
+def heads_per_section(left: torch.Tensor, right: torch.Tensor, heads: int) -> int:
+    """How many heads' tiles to interleave: as many as have both operands in the L2 cache together."""
+    row_bytes = (left.shape[3] + right.shape[3]) * left.element_size()
+    return min(max(1, heads), max(1, L2_BUDGET // max(1, left.shape[2] * row_bytes)))
+
+
+# Odd tiles of unequal sides, so that short sequences reach every loop.
+_INTERPRETED = {
+    "forward": (Row(8, 256, Tiling(32, 16, 4, 1)),),
+    "dkdv": (Row(8, 256, Tiling(16, 32, 4, 1)),),
+    "dq": (Row(8, 256, Tiling(32, 16, 4, 1)),),
+}
+
+ATTENTION_FORWARD = {
+    INTERPRETER: _INTERPRETED["forward"],
+    "sm_80": (
+        Row(2, 64, Tiling(128, 64, 4, 3)),
+        Row(2, 128, Tiling(128, 64, 8, 3)),
+        Row(2, 256, Tiling(64, 32, 4, 2)),
+        Row(4, 64, Tiling(64, 32, 4, 2)),
+        Row(4, 128, Tiling(32, 32, 4, 2)),
+        Row(4, 256, Tiling(32, 16, 8, 1)),
+    ),
+    "sm_90": (
+        Row(2, 64, Tiling(128, 128, 8, 3)),
+        Row(2, 128, Tiling(128, 128, 8, 2)),
+        Row(2, 256, Tiling(128, 64, 8, 2)),
+        Row(4, 64, Tiling(64, 32, 4, 2)),
+        Row(4, 128, Tiling(32, 32, 4, 2)),
+        Row(4, 256, Tiling(32, 16, 8, 1)),
+    ),
+}
+
+ATTENTION_DKDV = {
+    INTERPRETER: _INTERPRETED["dkdv"],
+    "sm_80": (
+        Row(2, 64, Tiling(64, 128, 8, 2)),
+        Row(2, 128, Tiling(64, 64, 8, 2)),
+        Row(2, 256, Tiling(32, 64, 8, 1)),
+        Row(4, 64, Tiling(32, 32, 4, 1)),
+        Row(4, 128, Tiling(16, 32, 4, 1)),
+        Row(4, 256, Tiling(16, 16, 8, 1)),
+    ),
+    "sm_90": (
+        Row(2, 64, Tiling(64, 128, 8, 2)),
+        Row(2, 128, Tiling(64, 128, 8, 2)),
+        Row(2, 256, Tiling(64, 64, 8, 1)),
+        Row(4, 64, Tiling(32, 32, 4, 1)),
+        Row(4, 128, Tiling(16, 32, 4, 1)),
+        Row(4, 256, Tiling(16, 16, 8, 1)),
+    ),
+}
+
+ATTENTION_DQ = {
+    INTERPRETER: _INTERPRETED["dq"],
+    "sm_80": (
+        Row(2, 64, Tiling(128, 64, 8, 2)),
+        Row(2, 128, Tiling(64, 64, 8, 2)),
+        Row(2, 256, Tiling(64, 32, 8, 1)),
+        Row(4, 64, Tiling(32, 32, 4, 1)),
+        Row(4, 128, Tiling(32, 16, 4, 1)),
+        Row(4, 256, Tiling(16, 16, 8, 1)),
+    ),
+    "sm_90": (
+        Row(2, 64, Tiling(128, 64, 8, 2)),
+        Row(2, 128, Tiling(128, 64, 8, 2)),
+        Row(2, 256, Tiling(64, 64, 8, 1)),
+        Row(4, 64, Tiling(32, 32, 4, 1)),
+        Row(4, 128, Tiling(32, 16, 4, 1)),
+        Row(4, 256, Tiling(16, 16, 8, 1)),
+    ),
+}

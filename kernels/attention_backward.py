@@ -1,0 +1,338 @@
+"""Attention, backward: deterministic, three passes, no atomics.
+
+Saved from the forward: q, k, v, out and lse. Recomputed: the weights P = exp(S - lse).
+  delta  one program a tile of rows: delta = rowsum(dout * out) - dlse, and lse in log2 units
+  dk/dv  one program a tile of keys walks the query tiles that see it, over all query heads of its group
+  dq     one program a tile of queries walks the keys it sees, as the forward does
+With dS = P * (dP - delta) and dP = dout v^T: dq = scale dS k, dk = scale dS^T q, dv = P^T dout
+(Dao 2023, algorithm 2; the dlse term is d lse_i / d S_ij = P_ij).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from . import launch
+from .attention_forward import empty_heads, key_ranges, shape_of, widths
+from .tiles import (
+    LARGEST_TILE,
+    LOG2_E,
+    causal_mask,
+    head_of,
+    heavy_first,
+    load_row_values,
+    load_tile,
+    store_tile,
+    tensor3,
+    tensor4,
+)
+
+
+@triton.jit
+def attention_delta_kernel(
+    out,
+    dout,
+    lse,
+    dlse,
+    row_values,
+    shape,
+    padded_rows,
+    VALUE_DIM: tl.constexpr,
+    VALUE_WIDTH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """Per row: its lse in log2 units and its delta. Rows that saw nothing, and the padding up to a whole
+    number of the largest tiles, get +inf and 0: their weights come out as exp2(-inf) = 0 with no mask."""
+    flat_head = tl.program_id(1)
+    batch, head = flat_head // shape.heads, flat_head % shape.heads
+    start = tl.program_id(0) * BLOCK_M
+    rows = start + tl.arange(0, BLOCK_M)
+    row_lse = load_row_values(head_of(lse, batch, head), lse, rows, shape.queries, float("-inf"))
+    out_tile = load_tile(
+        head_of(out, batch, head), out, start, shape.queries, VALUE_DIM, BLOCK_M, VALUE_WIDTH, True
+    )
+    dout_tile = load_tile(
+        head_of(dout, batch, head), dout, start, shape.queries, VALUE_DIM, BLOCK_M, VALUE_WIDTH, True
+    )
+    delta = tl.sum(out_tile.to(tl.float32) * dout_tile.to(tl.float32), 1)
+    if dlse is not None:
+        delta -= load_row_values(head_of(dlse, batch, head), dlse, rows, shape.queries, 0.0)
+    empty = row_lse == float("-inf")
+    values = row_values + flat_head.to(tl.int64) * 2 * padded_rows + rows
+    tl.store(values, tl.where(empty, float("inf"), row_lse * LOG2_E))
+    tl.store(values + padded_rows, tl.where(empty, 0.0, delta))
+
+
+@triton.jit
+def query_ranges(start, shape, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """For the key tile at `start`: the first query tile that sees any of it, the first of those that see all
+    of it, and where the whole query tiles end."""
+    first = 0
+    full = 0
+    if CAUSAL:
+        diagonal = start - (shape.keys - shape.queries)
+        first = tl.maximum(diagonal, 0) // BLOCK_M * BLOCK_M
+        full = tl.cdiv(tl.maximum(diagonal + BLOCK_N - 1, 0), BLOCK_M) * BLOCK_M
+    return first, full, tl.maximum(shape.queries // BLOCK_M * BLOCK_M, full)
+
+
+@triton.jit
+def dkdv_step(
+    state,
+    k_tile,
+    v_tile,
+    q_pointer,
+    dout_pointer,
+    q,
+    dout,
+    row_values,
+    padded_rows,
+    start,
+    keys,
+    shape,
+    scale,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    VALUE_WIDTH: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    MASKED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Add what the queries from `start` on give to (dk, dv); scores stand transposed, keys down, so that both
+    products take them as they are."""
+    dk, dv = state
+    queries = start + tl.arange(0, BLOCK_M)
+    q_tile = load_tile(q_pointer, q, start, shape.queries, HEAD_DIM, BLOCK_M, WIDTH, MASKED)
+    scores = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)
+    lse = tl.load(row_values + queries)
+    weights = tl.exp2(scores * scale - lse[None, :])
+    if MASKED and CAUSAL:
+        shift = shape.keys - shape.queries
+        visible = causal_mask(queries[None, :], keys[:, None], shape.keys, shift, CAUSAL)
+        weights = tl.where(visible, weights, 0.0)
+    dout_tile = load_tile(dout_pointer, dout, start, shape.queries, VALUE_DIM, BLOCK_M, VALUE_WIDTH, MASKED)
+    dv = tl.dot(weights.to(dout_tile.dtype), dout_tile, dv, input_precision=PRECISION)
+    dweights = tl.dot(v_tile, tl.trans(dout_tile), input_precision=PRECISION)
+    delta = tl.load(row_values + padded_rows + queries)
+    dscores = weights * (dweights - delta[None, :])
+    dk = tl.dot(dscores.to(q_tile.dtype), q_tile, dk, input_precision=PRECISION)
+    return dk, dv
+
+
+@triton.jit
+def attention_dkdv_kernel(
+    q,
+    k,
+    v,
+    dout,
+    dk,
+    dv,
+    row_values,
+    shape,
+    padded_rows,
+    scale,
+    heads_per_section,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    VALUE_WIDTH: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    tiles = tl.cdiv(shape.keys, BLOCK_N)
+    all_heads = tl.num_programs(0) // tiles
+    # The first key tiles are seen by the most rows: ascending order is heavy first.
+    tile, flat_head = heavy_first(tl.program_id(0), tiles, all_heads, heads_per_section, False)
+    key_heads = shape.heads // shape.group
+    batch, key_head = flat_head // key_heads, flat_head % key_heads
+    start = tile * BLOCK_N
+    keys = start + tl.arange(0, BLOCK_N)
+
+    scale_log2 = tl.cast(scale, tl.float32) * LOG2_E
+    k_tile = load_tile(head_of(k, batch, key_head), k, start, shape.keys, HEAD_DIM, BLOCK_N, WIDTH, True)
+    v_tile = load_tile(head_of(v, batch, key_head), v, start, shape.keys, VALUE_DIM, BLOCK_N, VALUE_WIDTH, True)
+    state = (tl.zeros([BLOCK_N, WIDTH], tl.float32), tl.zeros([BLOCK_N, VALUE_WIDTH], tl.float32))
+    first, full, full_end = query_ranges(start, shape, CAUSAL, BLOCK_M, BLOCK_N)
+    for member in range(shape.group):
+        head = key_head * shape.group + member
+        q_pointer = head_of(q, batch, head)
+        dout_pointer = head_of(dout, batch, head)
+        values = row_values + (batch * shape.heads + head).to(tl.int64) * 2 * padded_rows
+        for query_start in tl.range(first, tl.minimum(full, shape.queries), BLOCK_M):
+            state = dkdv_step(
+                state, k_tile, v_tile, q_pointer, dout_pointer, q, dout, values, padded_rows, query_start, keys,
+                shape, scale_log2, HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, CAUSAL, True, BLOCK_M, PRECISION,
+            )  # fmt: skip
+        for query_start in tl.range(full, full_end, BLOCK_M):
+            state = dkdv_step(
+                state, k_tile, v_tile, q_pointer, dout_pointer, q, dout, values, padded_rows, query_start, keys,
+                shape, scale_log2, HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, CAUSAL, False, BLOCK_M, PRECISION,
+            )  # fmt: skip
+        for query_start in tl.range(full_end, shape.queries, BLOCK_M):
+            state = dkdv_step(
+                state, k_tile, v_tile, q_pointer, dout_pointer, q, dout, values, padded_rows, query_start, keys,
+                shape, scale_log2, HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, CAUSAL, True, BLOCK_M, PRECISION,
+            )  # fmt: skip
+    dk_tile, dv_tile = state
+    dk_tile *= tl.cast(scale, tl.float32)
+    store_tile(head_of(dk, batch, key_head), dk, start, shape.keys, HEAD_DIM, dk_tile, BLOCK_N, WIDTH)
+    store_tile(head_of(dv, batch, key_head), dv, start, shape.keys, VALUE_DIM, dv_tile, BLOCK_N, VALUE_WIDTH)
+
+
+@triton.jit
+def dq_step(
+    dq,
+    q_tile,
+    dout_tile,
+    lse,
+    delta,
+    k_pointer,
+    v_pointer,
+    k,
+    v,
+    start,
+    queries,
+    shape,
+    scale,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    VALUE_WIDTH: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    MASKED: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Add what the keys from `start` on give to dq."""
+    k_tile = load_tile(k_pointer, k, start, shape.keys, HEAD_DIM, BLOCK_N, WIDTH, MASKED)
+    scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
+    weights = tl.exp2(scores * scale - lse[:, None])
+    if MASKED:
+        keys = start + tl.arange(0, BLOCK_N)
+        shift = shape.keys - shape.queries
+        visible = causal_mask(queries[:, None], keys[None, :], shape.keys, shift, CAUSAL)
+        weights = tl.where(visible, weights, 0.0)
+    v_tile = load_tile(v_pointer, v, start, shape.keys, VALUE_DIM, BLOCK_N, VALUE_WIDTH, MASKED)
+    dweights = tl.dot(dout_tile, tl.trans(v_tile), input_precision=PRECISION)
+    dscores = weights * (dweights - delta[:, None])
+    return tl.dot(dscores.to(k_tile.dtype), k_tile, dq, input_precision=PRECISION)
+
+
+@triton.jit
+def attention_dq_kernel(
+    q,
+    k,
+    v,
+    dout,
+    dq,
+    row_values,
+    shape,
+    padded_rows,
+    scale,
+    heads_per_section,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    VALUE_WIDTH: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    tiles = tl.cdiv(shape.queries, BLOCK_M)
+    all_heads = tl.num_programs(0) // tiles
+    tile, flat_head = heavy_first(tl.program_id(0), tiles, all_heads, heads_per_section, CAUSAL)
+    batch, head = flat_head // shape.heads, flat_head % shape.heads
+    start = tile * BLOCK_M
+    queries = start + tl.arange(0, BLOCK_M)
+
+    scale_log2 = tl.cast(scale, tl.float32) * LOG2_E
+    q_tile = load_tile(head_of(q, batch, head), q, start, shape.queries, HEAD_DIM, BLOCK_M, WIDTH, True)
+    dout_tile = load_tile(
+        head_of(dout, batch, head), dout, start, shape.queries, VALUE_DIM, BLOCK_M, VALUE_WIDTH, True
+    )
+    values = row_values + flat_head.to(tl.int64) * 2 * padded_rows + queries
+    lse, delta = tl.load(values), tl.load(values + padded_rows)
+    k_pointer = head_of(k, batch, head // shape.group)
+    v_pointer = head_of(v, batch, head // shape.group)
+
+    dq_tile = tl.zeros([BLOCK_M, WIDTH], tl.float32)
+    full_end, end = key_ranges(start, shape, CAUSAL, BLOCK_M, BLOCK_N)
+    for key_start in tl.range(0, full_end, BLOCK_N):
+        dq_tile = dq_step(
+            dq_tile, q_tile, dout_tile, lse, delta, k_pointer, v_pointer, k, v, key_start, queries, shape,
+            scale_log2, HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, CAUSAL, False, BLOCK_N, PRECISION,
+        )  # fmt: skip
+    for key_start in tl.range(full_end, end, BLOCK_N):
+        dq_tile = dq_step(
+            dq_tile, q_tile, dout_tile, lse, delta, k_pointer, v_pointer, k, v, key_start, queries, shape,
+            scale_log2, HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, CAUSAL, True, BLOCK_N, PRECISION,
+        )  # fmt: skip
+    dq_tile *= tl.cast(scale, tl.float32)
+    store_tile(head_of(dq, batch, head), dq, start, shape.queries, HEAD_DIM, dq_tile, BLOCK_M, WIDTH)
+
+
+def attention_backward(
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    dlse: torch.Tensor | None,
+    *,
+    causal: bool,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of attention_forward's (out, lse) with respect to q, k and v.
+
+    Shapes as there; dout like out, dlse like lse or None; any strides, zero included. Returns dq, dk, dv in
+    the inputs' shapes and dtype.
+    """
+    batch, heads, queries, head_dim = q.shape
+    key_heads, keys, value_dim = v.shape[1], v.shape[2], v.shape[3]
+    dq = empty_heads(batch, heads, queries, head_dim, q)
+    dk = empty_heads(batch, key_heads, keys, head_dim, k)
+    dv = empty_heads(batch, key_heads, keys, value_dim, v)
+    shape = shape_of(q, k)
+    padded_rows = triton.cdiv(queries, LARGEST_TILE) * LARGEST_TILE
+    row_values = torch.empty((batch, heads, 2, padded_rows), dtype=torch.float32, device=q.device)
+    width = widths(q, v)
+    q_, k_, v_, dout_ = tensor4(q), tensor4(k), tensor4(v), tensor4(dout)
+    with launch.on_device(q):
+        family = launch.family(attention_dq_kernel, q.device)
+        ask = (family, q.element_size(), max(width["WIDTH"], width["VALUE_WIDTH"]))
+        if row_values.numel():
+            attention_delta_kernel[(padded_rows // 64, batch * heads)](
+                tensor4(out),
+                dout_,
+                tensor3(lse),
+                None if dlse is None else tensor3(dlse),
+                row_values,
+                shape,
+                padded_rows,
+                VALUE_DIM=width["VALUE_DIM"],
+                VALUE_WIDTH=width["VALUE_WIDTH"],
+                BLOCK_M=64,
+                **launch.COMPILER_OPTIONS,
+            )
+        common = {**width, "CAUSAL": causal, "PRECISION": "ieee"}
+        if dv.numel():
+            tiling = launch.look_up(launch.ATTENTION_DKDV, *ask)
+            attention_dkdv_kernel[(triton.cdiv(keys, tiling.block_n) * batch * key_heads,)](
+                q_, k_, v_, dout_, tensor4(dk), tensor4(dv), row_values, shape, padded_rows, scale,
+                launch.heads_per_section(q, dout, batch * key_heads), **common, **tiling.options(),
+            )  # fmt: skip
+        if dq.numel():
+            tiling = launch.look_up(launch.ATTENTION_DQ, *ask)
+            attention_dq_kernel[(triton.cdiv(queries, tiling.block_m) * batch * heads,)](
+                q_, k_, v_, dout_, tensor4(dq), row_values, shape, padded_rows, scale,
+                launch.heads_per_section(k, v, batch * heads), **common, **tiling.options(),
+            )  # fmt: skip
+    return dq, dk, dv
