@@ -1,0 +1,26 @@
+"""How results lie in memory, the same for every backend.
+
+Anything shaped (batch, heads, length, width) is laid out (batch, length, heads, width), so that merging the
+heads for the next linear layer costs no copy.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def empty_heads(shape: tuple[int, int, int, int], like: Tensor) -> Tensor:
+    """An empty tensor of this shape, with the dtype and device of `like`."""
+    batch, heads, length, width = shape
+    return like.new_empty((batch, length, heads, width)).transpose(1, 2)
+
+
+def zero_heads(shape: tuple[int, int, int, int], like: Tensor, dtype: torch.dtype) -> Tensor:
+    batch, heads, length, width = shape
+    return like.new_zeros((batch, length, heads, width), dtype=dtype).transpose(1, 2)
+
+
+def heads_last(t: Tensor) -> Tensor:
+    """`t` in that layout; itself where it already is."""
+    return t.transpose(1, 2).contiguous().transpose(1, 2)

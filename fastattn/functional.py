@@ -1,0 +1,131 @@
+"""The front door: functions of tensors."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastattn.ops import Attention, AttentionBackward
+from fastattn.spec import attention_spec, check_floating, check_gradients, check_same, positive_scale
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """softmax(scale q k^T) v, fused: no N x N tensor is ever stored, forward or backward.
+
+    Args:
+        q: queries (B, Hq, Lq, D); any strides. D and Dv are 8 to 256.
+        k: keys (B, Hkv, Lk, D); query head h reads key head h // (Hq / Hkv).
+        v: values (B, Hkv, Lk, Dv).
+        causal: query i sees keys j <= i + Lk - Lq (aligned bottom-right, so a query of the last rows sees all).
+        scale: multiplier of the scores; 1/sqrt(D) by default.
+        return_lse: also return the log-sum-exp of each row of scores, differentiable.
+        backend: "triton", "portable" or "reference"; by default the capability table chooses, or the
+            environment variable FASTATTN_BACKEND.
+
+    Returns:
+        out (B, Hq, Lq, Dv) in the inputs' dtype, laid out (B, Lq, Hq, Dv) in memory; with `return_lse` also
+        lse (B, Hq, Lq) in nats, fp32 (fp64 for fp64 inputs). A row that sees no key gives 0 and -inf.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what was expected, before anything runs.
+
+    Example:
+        >>> q, k, v = (torch.randn(1, 4, 128, 64) for _ in range(3))
+        >>> attention(q, k, v, causal=True).shape
+        torch.Size([1, 4, 128, 64])
+
+    Source: Dao, FlashAttention-2 (2023), algorithms 1 and 2.
+    """
+    q, k, v = _autocast(q, k, v)
+    q, spec = positive_scale(q, attention_spec(q, k, v, causal=causal, scale=scale))
+    out, lse = Attention.apply(q, k, v, spec.causal, spec.scale, backend)
+    return (out, lse) if return_lse else out
+
+
+def attention_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *,
+    dlse: Tensor | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients (dq, dk, dv) of `attention`, for those who drive the backward themselves (rings, split keys).
+
+    Args:
+        dout: gradient of out (B, Hq, Lq, Dv); any strides, zero included.
+        q, k, v, causal, scale, backend: as given to `attention`.
+        out, lse: as returned by `attention`, or merged by `merge_states` from parts of the keys: the gradients
+            of a part are exact with the merged out and lse.
+        dlse: gradient of lse (B, Hq, Lq), or None.
+    """
+    spec = attention_spec(q, k, v, causal=causal, scale=scale)
+    check_gradients(q, v, dout=dout, out=out, lse=lse, dlse=dlse)
+    scaled_q, positive = positive_scale(q, spec)
+    dq, dk, dv = AttentionBackward.apply(
+        dout, scaled_q, k, v, out, lse, dlse, positive.causal, positive.scale, backend
+    )
+    if scaled_q is not q:
+        dq = dq * (-1.0 if spec.scale < 0 else 0.0)
+    return dq, dk, dv
+
+
+def merge_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention over two disjoint sets of keys, from the attention over each.
+
+    Args:
+        out_a, out_b: outputs (..., Lq, Dv).
+        lse_a, lse_b: their log-sum-exps (..., Lq) in nats.
+
+    Returns:
+        out and lse as one call over both sets would give; differentiable. Rows that saw nothing in both stay
+        0 and -inf.
+
+    Source: Milakov and Gimelshein, Online normalizer calculation for softmax (2018), section 3.1.
+    """
+    for name, out, lse in (("a", out_a, lse_a), ("b", out_b, lse_b)):
+        for argument, t in ((f"out_{name}", out), (f"lse_{name}", lse)):
+            if not isinstance(t, Tensor):
+                raise TypeError(f"{argument} must be a torch.Tensor, got {type(t).__name__}")
+            check_floating(argument, t)
+        if out.shape != out_a.shape or lse.shape != out.shape[:-1]:
+            raise ValueError(
+                f"out_{name} must have shape {tuple(out_a.shape)} and lse_{name} {tuple(out_a.shape[:-1])}, "
+                f"got {tuple(out.shape)} and {tuple(lse.shape)}"
+            )
+    check_same("out_b", out_b, "out_a", out_a)
+    check_same("lse_b", lse_b, "lse_a", lse_a)
+    # Pivot on 0 where both are -inf, so that no infinity is taken from itself, in the gradient neither.
+    top = torch.maximum(lse_a, lse_b).detach()
+    top = top.masked_fill(top == float("-inf"), 0.0)
+    weight_a, weight_b = torch.exp(lse_a - top), torch.exp(lse_b - top)
+    total = weight_a + weight_b
+    empty = total == 0
+    safe = total.masked_fill(empty, 1.0)
+    out = (weight_a / safe)[..., None] * out_a + (weight_b / safe)[..., None] * out_b
+    lse = (top + torch.log(safe)).masked_fill(empty, float("-inf"))
+    return out.to(out_a.dtype), lse
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Under autocast, floating tensors in its dtype, as torch does for its own attention; fp64 stays."""
+    device = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    eligible = (torch.float16, torch.bfloat16, torch.float32)
+    return tuple(t.to(dtype) if isinstance(t, Tensor) and t.dtype in eligible else t for t in tensors)

@@ -1,0 +1,181 @@
+"""The operators torch knows: opaque, with fake kernels, autograd, vmap and a flop count.
+
+`fastattn::attention_forward` and `fastattn::attention_backward` choose a backend and run it; tracers see one
+node each. `Attention` is the thin autograd.Function the front door calls, because torch.func.grad cannot
+see through an operator's registered autograd; both share the same formulas.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from fastattn import backends, capabilities, reference
+from fastattn.backends.layout import empty_heads
+from fastattn.capabilities import BACKWARD, FORWARD, Request
+from fastattn.spec import AttentionSpec, lse_dtype
+
+_library = torch.library.Library("fastattn", "DEF")
+_library.define(
+    "attention_forward(Tensor q, Tensor k, Tensor v, bool causal, float scale, str? backend) -> (Tensor, Tensor)"
+)
+_library.define(
+    "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? dlse, "
+    "bool causal, float scale, str? backend) -> (Tensor, Tensor, Tensor)"
+)
+_FORWARD, _BACKWARD = "fastattn::attention_forward", "fastattn::attention_backward"
+
+
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, backend: str | None
+) -> tuple[Tensor, Tensor]:
+    spec = AttentionSpec(causal, scale)
+    chosen = capabilities.choose(Request("attention", spec, (q, k, v)), FORWARD, backend)
+    return backends.load(chosen).attention_forward(q, k, v, spec)
+
+
+def _backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dlse: Tensor | None,
+    causal: bool,
+    scale: float,
+    backend: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    spec = AttentionSpec(causal, scale)
+    request = Request("attention", spec, (q, k, v), lse_gradient=dlse is not None)
+    chosen = capabilities.choose(request, BACKWARD, backend)
+    return backends.load(chosen).attention_backward(dout, q, k, v, out, lse, dlse, spec)
+
+
+_library.impl("attention_forward", _forward, "CompositeExplicitAutograd")
+_library.impl("attention_backward", _backward, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake(_FORWARD, lib=_library)
+def _forward_fake(q, k, v, causal, scale, backend):
+    batch, heads, queries, _ = q.shape
+    lse = q.new_empty((batch, heads, queries), dtype=lse_dtype(q.dtype))
+    return empty_heads((batch, heads, queries, v.shape[3]), q), lse
+
+
+@torch.library.register_fake(_BACKWARD, lib=_library)
+def _backward_fake(dout, q, k, v, out, lse, dlse, causal, scale, backend):
+    return empty_heads(q.shape, q), empty_heads(k.shape, k), empty_heads(v.shape, v)
+
+
+@register_flop_formula(torch.ops.fastattn.attention_forward)
+def _forward_flops(q, k, v, causal, *args, out_shape=None, **kwargs) -> int:
+    return _matmul_flops(q, k, causal) * (q[3] + v[3])
+
+
+@register_flop_formula(torch.ops.fastattn.attention_backward)
+def _backward_flops(dout, q, k, v, out, lse, dlse, causal, *args, out_shape=None, **kwargs) -> int:
+    # q k^T, dS k and dS^T q are as wide as q; dout v^T and P^T dout as v.
+    return _matmul_flops(q, k, causal) * (3 * q[3] + 2 * v[3])
+
+
+def _matmul_flops(q, k, causal: bool) -> int:
+    """Flops of one product over the visible scores, per unit of width; shapes, not tensors."""
+    queries, keys = q[2], k[2]
+    seen = queries * keys
+    if causal:
+        short = min(queries, keys)
+        seen = short * (short + 1) // 2 + short * (keys - short)
+    return 2 * q[0] * q[1] * seen
+
+
+class Attention(torch.autograd.Function):
+    """(q, k, v, causal, scale, backend) -> (out, lse), both differentiable."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(q, k, v, causal, scale, backend):
+        return torch.ops.fastattn.attention_forward(q, k, v, causal, scale, backend)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        q, k, v, *ctx.options = inputs
+        ctx.save_for_backward(q, k, v, *output)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, dout, dlse):
+        q, k, v, out, lse = ctx.saved_tensors
+        if dout is None:
+            dout = torch.zeros_like(out)
+        return *AttentionBackward.apply(dout, q, k, v, out, lse, dlse, *ctx.options), None, None, None
+
+
+class AttentionBackward(torch.autograd.Function):
+    """The gradients of Attention; differentiable once more, through the reference formula."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(dout, q, k, v, out, lse, dlse, causal, scale, backend):
+        return torch.ops.fastattn.attention_backward(dout, q, k, v, out, lse, dlse, causal, scale, backend)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        dout, q, k, v, _out, _lse, dlse, causal, scale, _backend = inputs
+        ctx.save_for_backward(dout, q, k, v, dlse)
+        ctx.spec = AttentionSpec(causal, scale)
+
+    @staticmethod
+    def backward(ctx, *second):
+        dout, q, k, v, dlse = ctx.saved_tensors
+        given = (dout, q, k, v) if dlse is None else (dout, q, k, v, dlse)
+
+        def gradients(dout, q, k, v, dlse=None):
+            return reference.attention_backward(dout, q, k, v, dlse, ctx.spec)
+
+        ddout, dq, dk, dv, *ddlse = torch.func.vjp(gradients, *given)[1](second)
+        # out and lse are functions of q, k and v: what flows through them is already counted there.
+        return ddout, dq, dk, dv, None, None, (ddlse[0] if ddlse else None), None, None, None
+
+
+for _name, _function in ((_FORWARD, Attention), (_BACKWARD, AttentionBackward)):
+    torch.library.register_autograd(
+        _name,
+        _function.backward,
+        setup_context=lambda ctx, inputs, output, _function=_function: _function.setup_context(
+            ctx, inputs, output
+        ),
+        lib=_library,
+    )
+
+
+@torch.library.register_vmap(_FORWARD, lib=_library)
+def _forward_vmap(info: Any, in_dims: tuple, q, k, v, *options):
+    tensors = _fold(info.batch_size, in_dims[:3], (q, k, v))
+    return _unfold(info.batch_size, torch.ops.fastattn.attention_forward(*tensors, *options)), (0, 0)
+
+
+@torch.library.register_vmap(_BACKWARD, lib=_library)
+def _backward_vmap(info: Any, in_dims: tuple, dout, q, k, v, out, lse, dlse, *options):
+    tensors = _fold(info.batch_size, in_dims[:7], (dout, q, k, v, out, lse, dlse))
+    return _unfold(info.batch_size, torch.ops.fastattn.attention_backward(*tensors, *options)), (0, 0, 0)
+
+
+def _fold(size: int, dims: tuple, tensors: tuple) -> list[Tensor | None]:
+    """Merge the mapped dimension of each tensor, or a broadcast one, into its batch dimension."""
+    folded = []
+    for dim, t in zip(dims, tensors, strict=True):
+        if t is not None:
+            t = t.expand(size, *t.shape) if dim is None else t.movedim(dim, 0)
+            t = t.flatten(0, 1)
+        folded.append(t)
+    return folded
+
+
+def _unfold(size: int, results: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(t.unflatten(0, (size, t.shape[0] // size)) for t in results)

@@ -1,0 +1,67 @@
+"""The definition: plain PyTorch, differentiable by autograd, any dtype up to float64, N x N memory.
+
+Every backend computes what stands here. In float64 it is the oracle of the tests; in the dtype of the inputs
+it is the eager computation whose rounding error the tests measure by.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastattn.spec import AttentionSpec, lse_dtype
+
+
+def visible(queries: int, keys: int, spec: AttentionSpec, device: torch.device | None = None) -> Tensor:
+    """(Lq, Lk) bool: may query i see key j?"""
+    everything = torch.ones(queries, keys, dtype=torch.bool, device=device)
+    return everything.tril(keys - queries) if spec.causal else everything
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
+    """softmax(scale q k^T) v over the visible keys, and the log-sum-exp of the scores in nats.
+
+    q (B, Hq, Lq, D), k (B, Hkv, Lk, D), v (B, Hkv, Lk, Dv); query head h reads key head h // (Hq / Hkv).
+    Returns out (B, Hq, Lq, Dv) and lse (B, Hq, Lq). A row that sees no key gives 0 and -inf.
+    """
+    scores, hidden = _scores(q, k, spec)
+    lse = torch.logsumexp(scores.to(lse_dtype(q.dtype)), -1)
+    weights = torch.softmax(scores, -1).masked_fill(hidden.all(-1, keepdim=True), 0.0)
+    return weights @ _every_head(v, q), lse
+
+
+def attention_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, dlse: Tensor | None, spec: AttentionSpec
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of `attention` written out, so that they can be differentiated again.
+
+    Through the log-sum-exp of a row that sees no key, which is -inf whatever the inputs, no gradient flows.
+    """
+    scores, hidden = _scores(q, k, spec)
+    weights = torch.softmax(scores, -1).masked_fill(hidden.all(-1, keepdim=True), 0.0)
+    dweights = dout @ _every_head(v, q).transpose(2, 3)
+    delta = (weights * dweights).sum(-1, keepdim=True)
+    if dlse is not None:
+        delta = delta - dlse[..., None].to(delta.dtype).masked_fill(hidden.all(-1, keepdim=True), 0.0)
+    dscores = weights * (dweights - delta) * spec.scale
+    dq = dscores @ _every_head(k, q)
+    dk = _sum_of_group(dscores.transpose(2, 3) @ q, k)
+    dv = _sum_of_group(weights.transpose(2, 3) @ dout, v)
+    return dq, dk, dv
+
+
+def _scores(q: Tensor, k: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
+    """The scores, -inf where hidden, and which are hidden."""
+    hidden = ~visible(q.shape[2], k.shape[2], spec, q.device)
+    scores = q @ _every_head(k, q).transpose(2, 3) * spec.scale
+    return scores.masked_fill(hidden, float("-inf")), hidden
+
+
+def _every_head(t: Tensor, q: Tensor) -> Tensor:
+    """One key or value head for every query head."""
+    return t.repeat_interleave(q.shape[1] // t.shape[1], 1)
+
+
+def _sum_of_group(gradient: Tensor, t: Tensor) -> Tensor:
+    """The gradients of the query heads that share a key or value head, added up."""
+    return gradient.unflatten(1, (t.shape[1], gradient.shape[1] // t.shape[1])).sum(2)

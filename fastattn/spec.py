@@ -1,0 +1,125 @@
+"""What is asked of a computation: validated once, then frozen.
+
+Everything below the front door takes a spec as given. Tensors travel beside it, never in it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+MIN_HEAD_DIM, MAX_HEAD_DIM = 8, 256
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """Which attention: out = softmax(scale * q k^T + mask) v.
+
+    causal: query i sees keys j <= i + Lk - Lq (bottom-right alignment).
+    scale: the multiplier of the scores; positive.
+    """
+
+    causal: bool = False
+    scale: float = 1.0
+
+
+def attention_spec(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float | None) -> AttentionSpec:
+    """Check q, k, v and the options against each other; the default scale is 1/sqrt(D).
+
+    A scale of zero or below is legal for the caller, but not in a spec: see `positive_scale`.
+    """
+    check_heads(q=q, k=k, v=v)
+    if not isinstance(causal, bool):
+        raise TypeError(f"causal must be a bool, got {type(causal).__name__}")
+    if scale is None:
+        scale = 1.0 / math.sqrt(q.shape[3])
+    if isinstance(scale, bool) or not isinstance(scale, int | float):
+        raise TypeError(f"scale must be a number or None, got {type(scale).__name__}")
+    if not math.isfinite(scale):
+        raise ValueError(f"scale must be finite, got {scale}")
+    return AttentionSpec(causal, float(scale))
+
+
+def positive_scale(q: Tensor, spec: AttentionSpec) -> tuple[Tensor, AttentionSpec]:
+    """The same scores with a positive scale: the sign (or the zero) moves into q.
+
+    The kernels take the maximum of the unscaled scores, which needs an order-preserving scale.
+    """
+    if spec.scale > 0:
+        return q, spec
+    return q * (-1.0 if spec.scale < 0 else 0.0), AttentionSpec(spec.causal, abs(spec.scale) or 1.0)
+
+
+def check_heads(*, q: Tensor, k: Tensor, v: Tensor) -> None:
+    """q (B, Hq, Lq, D), k (B, Hkv, Lk, D), v (B, Hkv, Lk, Dv): ranks, dtypes, devices and sizes agree."""
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
+        if t.dim() != 4:
+            raise ValueError(f"{name} must have 4 dimensions (batch, heads, length, width), got {_shape(t)}")
+        check_floating(name, t)
+        check_same(name, t, "q", q)
+    for name, t in (("k", k), ("v", v)):
+        if t.shape[0] != q.shape[0]:
+            raise ValueError(f"{name} must have q's batch size {q.shape[0]}, got {t.shape[0]}")
+    if v.shape[1:3] != k.shape[1:3]:
+        raise ValueError(f"v must have k's heads and length {tuple(k.shape[1:3])}, got {tuple(v.shape[1:3])}")
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1] != 0:
+        raise ValueError(f"q's heads must be a multiple of k's heads {k.shape[1]}, got {q.shape[1]}")
+    if k.shape[3] != q.shape[3]:
+        raise ValueError(f"k must have q's head width {q.shape[3]}, got {k.shape[3]}")
+    for name, t in (("q", q), ("v", v)):
+        if not MIN_HEAD_DIM <= t.shape[3] <= MAX_HEAD_DIM:
+            raise ValueError(
+                f"{name}'s head width must be between {MIN_HEAD_DIM} and {MAX_HEAD_DIM}, got {t.shape[3]}"
+            )
+
+
+def check_gradients(
+    q: Tensor, v: Tensor, *, dout: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None
+) -> None:
+    """What `attention_backward` is given must be shaped like what `attention` returned."""
+    rows = q.shape[:3]
+    for name, t in (("dout", dout), ("out", out)):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
+        if t.shape != (*rows, v.shape[3]):
+            raise ValueError(f"{name} must have shape {(*rows, v.shape[3])}, got {_shape(t)}")
+        check_same(name, t, "q", q)
+    for name, t in (("lse", lse), ("dlse", dlse)):
+        if t is None and name == "dlse":
+            continue
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
+        if t.shape != rows:
+            raise ValueError(f"{name} must have shape {tuple(rows)}, got {_shape(t)}")
+        if t.dtype != lse_dtype(q.dtype):
+            raise TypeError(f"{name} must be {lse_dtype(q.dtype)}, got {t.dtype}")
+        if t.device != q.device:
+            raise ValueError(f"{name} must be on q's device {q.device}, got {t.device}")
+
+
+def lse_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The log-sum-exp is kept in fp32, or in fp64 for fp64 inputs."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def check_floating(name: str, t: Tensor) -> None:
+    if t.dtype not in FLOATING:
+        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {t.dtype}")
+
+
+def check_same(name: str, t: Tensor, other_name: str, other: Tensor) -> None:
+    """One dtype, one device."""
+    if t.dtype != other.dtype:
+        raise TypeError(f"{name} must have {other_name}'s dtype {other.dtype}, got {t.dtype}")
+    if t.device != other.device:
+        raise ValueError(f"{name} must be on {other_name}'s device {other.device}, got {t.device}")
+
+
+def _shape(t: Tensor) -> tuple[int, ...]:
+    return tuple(t.shape)

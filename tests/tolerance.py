@@ -1,0 +1,34 @@
+"""The one rule for every numerical test: be as exact as eager PyTorch.
+
+Against float64, the error may be at most twice the error the eager computation makes in the same dtype, on the
+maximum and on the mean, plus one unit in the last place of the largest and of the mean value (eager can be
+exact by luck); gradients also keep their direction.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def assert_as_exact_as_eager(actual: Tensor, exact: Tensor, eager: Tensor, *, gradient: bool = False) -> None:
+    """`actual` and `eager` in the dtype under test, `exact` the same quantity in float64."""
+    assert exact.dtype == torch.float64, "the oracle is float64"
+    assert actual.shape == exact.shape, f"shape {tuple(actual.shape)}, expected {tuple(exact.shape)}"
+    assert actual.dtype == eager.dtype, f"dtype {actual.dtype}, eager gives {eager.dtype}"
+    if actual.numel() == 0:
+        return
+    infinite = torch.isinf(exact)
+    assert torch.equal(actual.double()[infinite], exact[infinite]), "infinities differ"
+    # Any NaN left in `actual` fails the comparisons below: NaN is not <= anything.
+    error = (actual.double() - exact).masked_fill(infinite, 0.0).abs()
+    eager_error = (eager.double() - exact).masked_fill(infinite, 0.0).abs()
+    size = exact.masked_fill(infinite, 0.0).abs()
+    for name, statistic in (("maximum", torch.max), ("mean", torch.mean)):
+        ours, theirs = statistic(error), statistic(eager_error)
+        unit = torch.finfo(actual.dtype).eps * statistic(size)
+        bound = 2 * theirs + unit
+        assert ours <= bound, f"{name} error {ours:.3e} > {bound:.3e} (eager {theirs:.3e}, unit {unit:.3e})"
+    if gradient and exact.abs().max() > 0:
+        cosine = torch.cosine_similarity(actual.double().flatten(), exact.flatten(), dim=0)
+        assert cosine > 1 - 1e-3, f"cosine similarity {cosine:.6f} of the gradient"
