@@ -1,0 +1,220 @@
+"""Self- and cross-attention: linear projections around the fused `fastattn.attention`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastattn.functional import attention
+from fastattn.nn.checks import check_count, check_stream
+from fastattn.nn.rotary import Rotary
+from fastattn.spec import MAX_HEAD_DIM, MIN_HEAD_DIM
+
+
+class _Attention(nn.Module):
+    """What self- and cross-attention share: the heads, the way in and out of them, the points to hook."""
+
+    out_proj: nn.Linear
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        num_kv_heads: int | None,
+        head_dim: int | None,
+        causal: bool,
+        backend: str | None,
+    ) -> None:
+        super().__init__()
+        self.embed_dim = embed_dim
+        self.num_heads = num_heads
+        self.num_kv_heads, self.head_dim = head_layout(embed_dim, num_heads, num_kv_heads, head_dim)
+        self.causal = causal
+        self.backend = backend
+        # Nothing happens here; a forward hook on one of them reads, or by returning a tensor replaces,
+        # queries, keys and values as attention takes them and what each head read: (B, heads, L, head_dim).
+        self.hook_q = nn.Identity()
+        self.hook_k = nn.Identity()
+        self.hook_v = nn.Identity()
+        self.hook_z = nn.Identity()
+
+    def heads(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, L, heads * head_dim) seen as (B, heads, L, head_dim), without a copy."""
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """What the heads read with q, k, v as `project` gives them, written out: (B, L, embed_dim)."""
+        z = attention(q, k, v, causal=self.causal, backend=self.backend)
+        return self.out_proj(self.hook_z(z).transpose(1, 2).flatten(2))
+
+    def extra_repr(self) -> str:
+        heads = f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, head_dim={self.head_dim}"
+        return f"{heads}, causal={self.causal}, backend={self.backend!r}"
+
+
+class SelfAttention(_Attention):
+    """Multi-head self-attention of a sequence, (B, L, embed_dim) -> (B, L, embed_dim).
+
+    `forward(x)` is `attend(*project(x))`: one projection to queries, keys and values, fused attention
+    without an L x L matrix, and the output projection. To compute something else from the heads, call
+    `project`; to read or replace tensors in place, hook `hook_q`, `hook_k`, `hook_v` or `hook_z`.
+
+    Args:
+        embed_dim: width of the sequence.
+        num_heads: query heads.
+        num_kv_heads: key and value heads, each serving num_heads / num_kv_heads query heads in order;
+            None for as many as query heads.
+        head_dim: width of a head; None for embed_dim / num_heads.
+        bias: whether the projections have biases.
+        causal: whether position i attends to positions <= i only.
+        rotary: the rotation of queries and keys by position, True for one of the whole head width.
+        backend: "triton", "portable", "reference", or None for the best that fits.
+
+    Parameters: qkv_proj, whose rows are the query heads, then the key heads, then the value heads, as
+    GPT-2's; out_proj.
+
+    Raises:
+        ValueError, TypeError: sizes that do not fit together, or x of another shape.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        *,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        bias: bool = True,
+        causal: bool = False,
+        rotary: Rotary | bool | None = None,
+        backend: str | None = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(embed_dim, num_heads, num_kv_heads, head_dim, causal, backend)
+        placed = {"bias": bias, "device": device, "dtype": dtype}
+        self.rotary = rotary_for(self.head_dim, rotary)
+        all_heads = self.num_heads + 2 * self.num_kv_heads
+        self.qkv_proj = nn.Linear(embed_dim, all_heads * self.head_dim, **placed)
+        self.out_proj = nn.Linear(num_heads * self.head_dim, embed_dim, **placed)
+
+    def project(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries, keys and values of x (B, L, embed_dim), after rotary, as attention takes them.
+
+        Returns:
+            q (B, num_heads, L, head_dim), k and v (B, num_kv_heads, L, head_dim): views of one tensor
+            where nothing turns them.
+        """
+        check_stream("x", x, self.embed_dim)
+        qkv = self.heads(self.qkv_proj(x))
+        if self.rotary is None:
+            q, k, v = qkv.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
+        else:
+            # Queries and keys turn by the same angles: one call for both.
+            qk, v = qkv.split([self.num_heads + self.num_kv_heads, self.num_kv_heads], dim=1)
+            q, k = self.rotary(qk).split([self.num_heads, self.num_kv_heads], dim=1)
+        return self.hook_q(q), self.hook_k(k), self.hook_v(v)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Attend from x (B, L, embed_dim) to itself; same shape."""
+        return self.attend(*self.project(x))
+
+
+class CrossAttention(_Attention):
+    """Attention from a sequence to a context: (B, Lq, embed_dim), (B, Lk, context_dim) -> (B, Lq, embed_dim).
+
+    Queries come from the sequence, keys and values from the context, of any other length and width: an
+    encoder's output in an encoder-decoder, or a long input read by a few latent queries.
+
+    Args:
+        embed_dim: width of the sequence.
+        num_heads: query heads.
+        context_dim: width of the context; None for embed_dim.
+        num_kv_heads, head_dim, bias, backend: as for `SelfAttention`.
+
+    Parameters: q_proj; kv_proj, whose rows are the key heads, then the value heads; out_proj.
+
+    Raises:
+        ValueError, TypeError: sizes that do not fit together, or x or context of another shape.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        *,
+        context_dim: int | None = None,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        bias: bool = True,
+        backend: str | None = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(embed_dim, num_heads, num_kv_heads, head_dim, False, backend)
+        placed = {"bias": bias, "device": device, "dtype": dtype}
+        self.context_dim = embed_dim if context_dim is None else context_dim
+        check_count("context_dim", self.context_dim)
+        self.q_proj = nn.Linear(embed_dim, num_heads * self.head_dim, **placed)
+        self.kv_proj = nn.Linear(self.context_dim, 2 * self.num_kv_heads * self.head_dim, **placed)
+        self.out_proj = nn.Linear(num_heads * self.head_dim, embed_dim, **placed)
+
+    def project(self, x: torch.Tensor, context: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries of x (B, Lq, embed_dim), keys and values of context (B, Lk, context_dim).
+
+        Returns:
+            q (B, num_heads, Lq, head_dim), k and v (B, num_kv_heads, Lk, head_dim).
+        """
+        check_stream("x", x, self.embed_dim)
+        check_stream("context", context, self.context_dim)
+        if x.shape[0] != context.shape[0]:
+            raise ValueError(f"context must have the batch size of x, {x.shape[0]}; got {tuple(context.shape)}")
+        k, v = self.heads(self.kv_proj(context)).chunk(2, dim=1)
+        return self.hook_q(self.heads(self.q_proj(x))), self.hook_k(k), self.hook_v(v)
+
+    def forward(self, x: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+        """Attend from x (B, Lq, embed_dim) to context (B, Lk, context_dim); shaped as x."""
+        return self.attend(*self.project(x, context))
+
+
+def head_layout(embed_dim: int, num_heads: int, num_kv_heads: int | None, head_dim: int | None) -> tuple[int, int]:
+    """The number of key and value heads and the width of a head, checked.
+
+    Raises:
+        ValueError, TypeError: sizes that are not positive integers, do not divide, or make no head we have.
+    """
+    check_count("embed_dim", embed_dim)
+    check_count("num_heads", num_heads)
+    if head_dim is None:
+        if embed_dim % num_heads:
+            raise ValueError(
+                f"embed_dim must be a multiple of num_heads unless head_dim is given; "
+                f"got embed_dim {embed_dim}, num_heads {num_heads}"
+            )
+        head_dim = embed_dim // num_heads
+    check_count("head_dim", head_dim)
+    if not MIN_HEAD_DIM <= head_dim <= MAX_HEAD_DIM:
+        raise ValueError(f"head_dim must be between {MIN_HEAD_DIM} and {MAX_HEAD_DIM}, got {head_dim}")
+    if num_kv_heads is None:
+        num_kv_heads = num_heads
+    check_count("num_kv_heads", num_kv_heads)
+    if num_heads % num_kv_heads:
+        raise ValueError(
+            f"num_heads must be a multiple of num_kv_heads; got num_heads {num_heads}, num_kv_heads {num_kv_heads}"
+        )
+    return num_kv_heads, head_dim
+
+
+def rotary_for(head_dim: int, rotary: Rotary | bool | None) -> Rotary | None:
+    """The rotation that `rotary` asks for, checked against the width of a head."""
+    if rotary is None or rotary is False:
+        return None
+    if rotary is True:
+        return Rotary(head_dim)
+    if not isinstance(rotary, Rotary):
+        raise TypeError(f"rotary must be a fastattn.nn.Rotary or a bool, got {type(rotary).__name__}")
+    if rotary.width > head_dim:
+        raise ValueError(f"rotary must turn at most head_dim = {head_dim} components, got {rotary.width}")
+    return rotary

@@ -1,0 +1,64 @@
+"""Rotary position embedding, in plain torch."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from fastattn.nn.checks import check_count, check_tensor
+
+
+class Rotary(nn.Module):
+    """Rotates queries and keys by angles proportional to position, so that scores see only distances.
+
+    Half layout: component i < width / 2 turns together with component i + width / 2, by
+    position * base ** (-2 i / width) radians. Components from `width` on pass unchanged.
+
+    It holds no tensors: angles are computed in float64 at every call, so that casting a model to half
+    precision cannot blunt them, nor a position past 2**17 lose its phase.
+
+    Args:
+        width: how many leading components of each head turn; even.
+        base: the slowest pair turns about one radian in `base` positions.
+
+    Raises:
+        ValueError: width is odd or not positive, base not positive.
+
+    Source: Su et al., RoFormer, 2021, section 3.4.
+    """
+
+    def __init__(self, width: int, *, base: float = 10_000.0) -> None:
+        super().__init__()
+        check_count("width", width, least=2)
+        if width % 2:
+            raise ValueError(f"width must be even, since components turn in pairs; got {width}")
+        if not base > 0:
+            raise ValueError(f"base must be positive, got {base}")
+        self.width = width
+        self.base = base
+
+    def forward(self, x: torch.Tensor, offset: int = 0) -> torch.Tensor:
+        """Turn x (B, H, L, D), D >= width, row i being position `offset` + i; same shape and dtype."""
+        check_tensor("x", x)
+        if x.dim() != 4 or x.shape[-1] < self.width:
+            raise ValueError(
+                f"x must have shape (batch, heads, length, at least {self.width}), got {tuple(x.shape)}"
+            )
+        half = self.width // 2
+        cos, sin = self.tables(x, offset)
+        first, second, rest = x.split([half, half, x.shape[-1] - self.width], dim=-1)
+        turned = [first * cos - second * sin, second * cos + first * sin]
+        return torch.cat([*turned, rest], dim=-1).to(x.dtype)
+
+    def tables(self, x: torch.Tensor, offset: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines (L, width / 2) for x (B, H, L, D), in float32, or float64 if x is."""
+        # Apple's devices have no float64.
+        precise = torch.float32 if x.device.type == "mps" else torch.float64
+        pairs = torch.arange(0, self.width, 2, device=x.device, dtype=precise)
+        positions = torch.arange(offset, offset + x.shape[2], device=x.device, dtype=precise)
+        angles = torch.outer(positions, self.base ** (-pairs / self.width))
+        table_dtype = torch.promote_types(x.dtype, torch.float32)
+        return angles.cos().to(table_dtype), angles.sin().to(table_dtype)
+
+    def extra_repr(self) -> str:
+        return f"width={self.width}, base={self.base:g}"

@@ -1,0 +1,283 @@
+"""The pre-norm residual block and the GPT-2 family of models built from it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fastattn.nn.attention import CrossAttention, SelfAttention
+from fastattn.nn.checks import check_choice, check_stream, check_tensor
+from fastattn.nn.config import GPT2_STD, NORMS, TransformerConfig
+from fastattn.nn.gpt2 import copy_gpt2, gpt2_config, gpt2_state
+from fastattn.nn.mlp import MLP, GatedMLP
+
+
+class TransformerBlock(nn.Module):
+    """Layers that each read the normalised residual stream and add to it, (B, L, embed_dim) -> same.
+
+    x += attention(norm(x)); then x += cross_attention(norm(x), context) if there is one; then
+    x += mlp(norm(x)) if there is one.
+
+    Args:
+        attention: the self-attention.
+        mlp: the MLP, or None for an attention-only block.
+        cross_attention: for the decoder of an encoder-decoder; makes `context` an argument of forward.
+        norm: "layer" or "rms", with `norm_eps` and, for "layer", `bias`.
+        dropout: probability with which what a layer adds is dropped.
+
+    Hooks: `hook_resid_pre`, `hook_resid_mid` (before the MLP, if there is one) and `hook_resid_post` see
+    the stream (B, L, embed_dim); a forward hook on one reads it, or replaces it by returning a tensor.
+
+    Raises:
+        ValueError, TypeError: parts of different width, an unknown norm, x of another shape, or a context
+            missing or in excess.
+    """
+
+    def __init__(
+        self,
+        attention: SelfAttention,
+        mlp: MLP | GatedMLP | None = None,
+        *,
+        cross_attention: CrossAttention | None = None,
+        norm: str = "layer",
+        norm_eps: float = 1e-5,
+        bias: bool = True,
+        dropout: float = 0.0,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.embed_dim = attention.embed_dim
+        for name, part in (("mlp", mlp), ("cross_attention", cross_attention)):
+            if part is not None and part.embed_dim != self.embed_dim:
+                raise ValueError(
+                    f"{name} must have the embed_dim of attention, {self.embed_dim}; got {part.embed_dim}"
+                )
+
+        def norm_before(part: nn.Module | None) -> Any:
+            if part is None:
+                return None
+            return make_norm(norm, self.embed_dim, norm_eps, bias=bias, device=device, dtype=dtype)
+
+        self.hook_resid_pre = nn.Identity()
+        self.attention_norm = norm_before(attention)
+        self.attention = attention
+        self.cross_attention_norm = norm_before(cross_attention)
+        self.cross_attention = cross_attention
+        self.hook_resid_mid: Any = None if mlp is None else nn.Identity()
+        self.mlp_norm = norm_before(mlp)
+        self.mlp = mlp
+        self.hook_resid_post = nn.Identity()
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
+        """x (B, L, embed_dim), context (B, Lk, context_dim) for the cross-attention; shaped as x."""
+        check_stream("x", x, self.embed_dim)
+        self._check_context(context)
+        x = self.hook_resid_pre(x)
+        x = x + self.dropout(self.attention(self.attention_norm(x)))
+        if self.cross_attention is not None:
+            x = x + self.dropout(self.cross_attention(self.cross_attention_norm(x), context))
+        if self.mlp is not None:
+            x = self.hook_resid_mid(x)
+            x = x + self.dropout(self.mlp(self.mlp_norm(x)))
+        return self.hook_resid_post(x)
+
+    def _check_context(self, context: torch.Tensor | None) -> None:
+        if self.cross_attention is None and context is not None:
+            raise ValueError("context must be None for a block without cross_attention, got a tensor")
+        if self.cross_attention is not None and context is None:
+            raise ValueError("context must be a tensor for a block with cross_attention, got None")
+
+
+class Transformer(nn.Module):
+    """A language model of the GPT-2 family: tokens (B, L) -> logits (B, L, vocab_size).
+
+    A token embedding, positions, blocks that add to the residual stream, a final norm, an unembedding.
+    `TransformerConfig` has the arguments: decoder or encoder, with MLPs or attention-only, and so on.
+
+        >>> model = Transformer(vocab_size=256, embed_dim=64, num_heads=4, num_layers=2, max_length=128)
+        >>> model(torch.randint(256, (2, 128))).shape
+        torch.Size([2, 128, 256])
+
+    To look inside, register forward hooks on submodules: `model.blocks[i].hook_resid_post`,
+    `model.blocks[i].attention.hook_q` and their siblings, or on any layer.
+
+    Args:
+        config: the configuration; or give its fields as keywords, alone or to change some of config's.
+
+    Parameters are initialised as GPT-2's: weights normal with standard deviation 0.02, those that write to
+    the residual stream divided by sqrt(2 num_layers), the token embedding's as configured, biases zero.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig | None = None,
+        *,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        **fields: Any,
+    ) -> None:
+        super().__init__()
+        if config is None:
+            config = TransformerConfig(**fields)
+        elif not isinstance(config, TransformerConfig):
+            raise TypeError(f"config must be a TransformerConfig, got {type(config).__name__}")
+        elif fields:
+            config = dataclasses.replace(config, **fields)
+        self.config = config
+        placed = {"device": device, "dtype": dtype}
+        self.token_embedding = nn.Embedding(config.vocab_size, config.embed_dim, **placed)
+        self.position_embedding = None
+        if config.positions in ("learned", "zero") and config.max_length is not None:
+            self.position_embedding = nn.Embedding(config.max_length, config.embed_dim, **placed)
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(make_block(config, **placed) for _ in range(config.num_layers))
+        self.final_norm = make_norm(config.norm, config.embed_dim, config.norm_eps, bias=config.bias, **placed)
+        self.unembedding = None
+        if not config.tied:
+            self.unembedding = nn.Linear(config.embed_dim, config.vocab_size, bias=False, **placed)
+        self.reset_parameters()
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Logits (B, L, vocab_size) for tokens (B, L), int64 or int32.
+
+        Raises:
+            ValueError, TypeError: tokens of another rank or dtype, or longer than max_length.
+        """
+        x = self.embed(tokens)
+        for block in self.blocks:
+            x = block(x)
+        return self.unembed(x)
+
+    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The residual stream (B, L, embed_dim) that the first block reads, from tokens (B, L)."""
+        self._check_tokens(tokens)
+        x = self.token_embedding(tokens)
+        if self.position_embedding is not None:
+            x = x + self.position_embedding(torch.arange(tokens.shape[1], device=tokens.device))
+        return self.dropout(x)
+
+    def unembed(self, x: torch.Tensor) -> torch.Tensor:
+        """Logits (..., vocab_size) of a residual stream (..., embed_dim): final norm, then unembedding."""
+        return F.linear(self.final_norm(x), self.unembedding_weight)
+
+    @property
+    def unembedding_weight(self) -> torch.Tensor:
+        """The table (vocab_size, embed_dim) whose rows read logits; the token embedding's if tied."""
+        return self.token_embedding.weight if self.unembedding is None else self.unembedding.weight
+
+    def reset_parameters(self) -> None:
+        """Initialise all parameters as said above, drawing from torch's generator."""
+        residual_std = GPT2_STD / (2 * self.config.num_layers) ** 0.5
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear):
+                writes_to_stream = name.endswith((".out_proj", ".down"))
+                nn.init.normal_(module.weight, std=residual_std if writes_to_stream else GPT2_STD)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
+                module.reset_parameters()
+        nn.init.normal_(self.token_embedding.weight, std=self.config.embedding_std)
+        if self.position_embedding is not None:
+            zero = self.config.positions == "zero"
+            nn.init.normal_(self.position_embedding.weight, std=0.0 if zero else GPT2_STD)
+
+    @classmethod
+    def from_gpt2(
+        cls,
+        source: nn.Module | Mapping[str, torch.Tensor],
+        *,
+        num_heads: int | None = None,
+        config: Any = None,
+        backend: str | None = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> Transformer:
+        """A model with the weights of a GPT-2 checkpoint laid out as Hugging Face's, copied.
+
+        Args:
+            source: a `transformers` GPT2LMHeadModel or GPT2Model, or a state dict of one.
+            num_heads: if neither `config` nor the source says it.
+            config: the checkpoint's configuration, an object or a mapping such as a parsed config.json;
+                None for the source's own. Without any, GPT-2's activation and epsilon are taken.
+            backend: as for `TransformerConfig`.
+            device, dtype: None for those of the checkpoint's token embedding.
+
+        The model is tied unless the checkpoint has an unembedding that differs from its embedding. It has
+        no dropout, whatever the checkpoint was trained with.
+
+        Raises:
+            ValueError: keys missing, unexpected or of another shape, each named; a configuration that
+                this model cannot follow.
+        """
+        state = gpt2_state(source)
+        theirs = getattr(source, "config", None) if config is None else config
+        embedding = state["wte.weight"]
+        # On the meta device nothing is drawn: the checkpoint fills every parameter.
+        model = cls(gpt2_config(state, theirs, num_heads, backend), device="meta", dtype=dtype or embedding.dtype)
+        model = model.to_empty(device=embedding.device if device is None else device)
+        copy_gpt2(model, model.config, state)
+        return model
+
+    def _check_tokens(self, tokens: torch.Tensor) -> None:
+        check_tensor("tokens", tokens)
+        if tokens.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"tokens must be int64 or int32, got {tokens.dtype}")
+        if tokens.dim() != 2:
+            raise ValueError(f"tokens must have shape (batch, length), got {tuple(tokens.shape)}")
+        longest = self.config.max_length
+        if longest is not None and tokens.shape[1] > longest:
+            raise ValueError(f"tokens must be at most max_length = {longest} long, got {tuple(tokens.shape)}")
+
+
+def make_block(config: TransformerConfig, **placed: Any) -> TransformerBlock:
+    """One block of the model that `config` describes; `placed` says device and dtype."""
+    attention = SelfAttention(
+        config.embed_dim,
+        config.num_heads,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        bias=config.bias,
+        causal=config.causal,
+        rotary=config.rotary(),
+        backend=config.backend,
+        **placed,
+    )
+    return TransformerBlock(
+        attention,
+        make_mlp(config, **placed),
+        norm=config.norm,
+        norm_eps=config.norm_eps,
+        bias=config.bias,
+        dropout=config.dropout,
+        **placed,
+    )
+
+
+def make_mlp(config: TransformerConfig, **placed: Any) -> MLP | GatedMLP | None:
+    """One MLP of the model that `config` describes, None if it has none."""
+    if config.attention_only:
+        return None
+    kind, activation = (GatedMLP, "silu") if config.mlp == "gated" else (MLP, "gelu_tanh")
+    return kind(
+        config.embed_dim,
+        config.hidden_dim,
+        activation=config.activation or activation,
+        bias=config.bias,
+        backend=config.backend,
+        **placed,
+    )
+
+
+def make_norm(kind: str, width: int, eps: float, *, bias: bool = True, **placed: Any) -> nn.Module:
+    """torch's LayerNorm ("layer") or RMSNorm ("rms", never a bias) over the last dimension."""
+    check_choice("norm", kind, NORMS)
+    if kind == "rms":
+        return nn.RMSNorm(width, eps=eps, **placed)
+    return nn.LayerNorm(width, eps=eps, bias=bias, **placed)

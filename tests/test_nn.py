@@ -1,0 +1,584 @@
+"""Modules: equal to eager twins and to GPT-2, well behaved in training, open to hooks, clear about errors."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tolerance import assert_as_exact_as_eager
+from torch.utils.checkpoint import checkpoint
+
+from fastattn.nn import (
+    MLP,
+    CrossAttention,
+    GatedMLP,
+    Rotary,
+    SelfAttention,
+    Transformer,
+    TransformerBlock,
+    TransformerConfig,
+)
+
+SMALL = {"vocab_size": 31, "embed_dim": 32, "num_heads": 4, "num_layers": 2, "max_length": 20}
+
+VARIANTS = {
+    "gpt2": {},
+    "attention only, rotary": {"mlp": None, "positions": "rotary"},
+    "attention only, no neurons": {"hidden_dim": 0, "positions": "zero"},
+    "encoder": {"causal": False, "activation": "gelu"},
+    "encoder without positions": {"causal": False, "positions": None, "max_length": None},
+    "llama": {
+        "positions": "rotary",
+        "num_kv_heads": 2,
+        "mlp": "gated",
+        "norm": "rms",
+        "bias": False,
+        "tied": False,
+        "hidden_dim": 40,
+    },
+    "partial rotary, wide heads": {"positions": "rotary", "head_dim": 12, "rotary_width": 6, "rotary_base": 50.0},
+}
+
+ACTIVATIONS = {
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+    "relu_squared": lambda x: F.relu(x) ** 2,
+    "silu": F.silu,
+}
+
+
+# The eager twins: the same weights, plain torch.
+
+
+def eager_rotation(x, width, base):
+    """Rotary as multiplication by unit complex numbers; x (B, H, L, D)."""
+    half = width // 2
+    frequencies = base ** (-torch.arange(half, dtype=torch.float64) * 2 / width)
+    angles = torch.outer(torch.arange(x.shape[2], dtype=torch.float64), frequencies)
+    turned = torch.complex(x[..., :half], x[..., half:width]) * torch.polar(torch.ones_like(angles), angles)
+    return torch.cat([turned.real, turned.imag, x[..., width:]], -1)
+
+
+def eager_weighted_values(q, k, v, causal):
+    """softmax(q k^T / sqrt(D)) v with an L x L matrix, the heads side by side again."""
+    group = q.shape[1] // k.shape[1]
+    scores = q @ k.repeat_interleave(group, 1).mT / q.shape[-1] ** 0.5
+    if causal:
+        scores = scores + torch.full_like(scores[0, 0], float("-inf")).triu(1)
+    z = scores.softmax(-1) @ v.repeat_interleave(group, 1)
+    return z.transpose(1, 2).reshape(q.shape[0], q.shape[2], -1)
+
+
+def eager_self_attention(module, x):
+    def heads(rows):
+        bias = None if module.qkv_proj.bias is None else module.qkv_proj.bias[rows]
+        projected = F.linear(x, module.qkv_proj.weight[rows], bias)
+        return projected.view(*x.shape[:2], -1, module.head_dim).transpose(1, 2)
+
+    queries, keys = module.num_heads * module.head_dim, module.num_kv_heads * module.head_dim
+    q, k = heads(slice(0, queries)), heads(slice(queries, queries + keys))
+    v = heads(slice(queries + keys, queries + 2 * keys))
+    if module.rotary is not None:
+        q, k = (eager_rotation(t, module.rotary.width, module.rotary.base) for t in (q, k))
+    return module.out_proj(eager_weighted_values(q, k, v, module.causal))
+
+
+def eager_mlp(module, x):
+    activation = ACTIVATIONS[module.activation]
+    if isinstance(module, GatedMLP):
+        return module.down(activation(module.gate(x)) * module.up(x))
+    return module.down(activation(module.up(x)))
+
+
+def eager_transformer(model, tokens):
+    x = model.token_embedding.weight[tokens]
+    if model.config.positions in ("learned", "zero"):
+        x = x + model.position_embedding.weight[: tokens.shape[1]]
+    for block in model.blocks:
+        x = x + eager_self_attention(block.attention, block.attention_norm(x))
+        if block.mlp is not None:
+            x = x + eager_mlp(block.mlp, block.mlp_norm(x))
+    table = model.token_embedding if model.config.tied else model.unembedding
+    return model.final_norm(x) @ table.weight.mT
+
+
+def shaken(module, std=0.3):
+    """The module with every parameter off its initial value, so that none can be ignored unseen."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter += std * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+    return module
+
+
+def small_model(dtype=torch.float64, **fields):
+    return shaken(Transformer(**{**SMALL, **fields}, dtype=dtype))
+
+
+def some_tokens(batch=2, length=13, vocab_size=SMALL["vocab_size"]):
+    return torch.randint(vocab_size, (batch, length), generator=torch.Generator().manual_seed(0))
+
+
+def normal(*shape, dtype=torch.float64):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
+
+
+def next_token_loss(logits, tokens):
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+
+
+def gradients(model, tokens, forward=None):
+    """Gradients of the next-token loss, by parameter name."""
+    logits = (model if forward is None else forward)(tokens)
+    parameters = dict(model.named_parameters())
+    found = torch.autograd.grad(next_token_loss(logits, tokens), list(parameters.values()))
+    return dict(zip(parameters, found, strict=True))
+
+
+def assert_equal_to(expected, actual, tolerance=1e-12):
+    torch.testing.assert_close(actual, expected, atol=tolerance * expected.abs().max().item(), rtol=0)
+
+
+# What modules compute.
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS.keys())
+def test_transformer_and_its_gradients_equal_the_eager_twin(variant, backend):
+    model, tokens = small_model(backend=backend, **variant), some_tokens()
+    assert_equal_to(eager_transformer(model, tokens), model(tokens))
+    expected = gradients(model, tokens, lambda tokens: eager_transformer(model, tokens))
+    for name, gradient in gradients(model, tokens).items():
+        assert expected[name].abs().max() > 0, name
+        assert_equal_to(expected[name], gradient)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("kind", [MLP, GatedMLP])
+def test_mlps_equal_their_eager_twins_for_any_leading_dimensions(kind, activation):
+    module = shaken(kind(24, 56, activation=activation, bias=True, dtype=torch.float64))
+    for shape in [(24,), (5, 24), (2, 3, 5, 24)]:
+        x = normal(*shape)
+        assert_equal_to(eager_mlp(module, x), module(x))
+
+
+@pytest.mark.parametrize("num_kv_heads", [4, 1])
+def test_cross_attention_reads_a_context_of_other_length_and_width(num_kv_heads):
+    module = CrossAttention(32, 4, context_dim=20, num_kv_heads=num_kv_heads, dtype=torch.float64)
+    shaken(module)
+    x, context = normal(2, 3, 32), normal(2, 17, 20)
+    q = module.q_proj(x).view(2, 3, 4, 8).transpose(1, 2)
+    k, v = module.kv_proj(context).view(2, 17, 2, num_kv_heads, 8).permute(2, 0, 3, 1, 4)
+    expected = module.out_proj(eager_weighted_values(q, k, v, causal=False))
+    assert_equal_to(expected, module(x, context))
+
+
+def test_decoder_block_reads_its_context_between_attention_and_mlp():
+    attention = SelfAttention(32, 4, causal=True, dtype=torch.float64)
+    cross_attention = CrossAttention(32, 4, context_dim=20, dtype=torch.float64)
+    mlp = GatedMLP(32, dtype=torch.float64)
+    block = TransformerBlock(attention, mlp, cross_attention=cross_attention, norm="rms", dtype=torch.float64)
+    shaken(block)
+    x, context = normal(2, 6, 32), normal(2, 9, 20)
+    expected = x + attention(block.attention_norm(x))
+    expected = expected + cross_attention(block.cross_attention_norm(expected), context)
+    expected = expected + mlp(block.mlp_norm(expected))
+    assert_equal_to(expected, block(x, context))
+
+
+@pytest.mark.parametrize("variant", ["gpt2", "llama"])
+@pytest.mark.parametrize("shape", [(0, 5), (2, 0)])
+def test_no_tokens_give_no_logits(variant, shape):
+    model = small_model(**VARIANTS[variant])
+    logits = model(torch.zeros(shape, dtype=torch.int64))
+    assert logits.shape == (*shape, SMALL["vocab_size"])
+    logits.sum().backward()
+    assert not model.blocks[0].attention.qkv_proj.weight.grad.any()
+
+
+# Hugging Face's GPT-2.
+
+
+def gpt2(heads=True, **sizes):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(**sizes, attn_implementation="eager")
+    kind = transformers.GPT2LMHeadModel if heads else transformers.GPT2Model
+    return shaken(kind(config).eval(), std=0.02)
+
+
+GPT2_SIZES = {
+    "small": {"vocab_size": 97, "n_positions": 40, "n_embd": 48, "n_layer": 3, "n_head": 4, "n_inner": 80},
+    "gpt2's widths": {"n_layer": 2, "vocab_size": 5003},
+}
+
+
+@pytest.mark.parametrize("sizes", GPT2_SIZES.values(), ids=GPT2_SIZES.keys())
+def test_gpt2_checkpoint_gives_gpt2s_logits_and_gradients_to_float32_accuracy(sizes):
+    theirs = gpt2(**sizes)
+    ours = Transformer.from_gpt2(theirs)
+    tokens = some_tokens(length=33, vocab_size=theirs.config.vocab_size)
+    with torch.no_grad():
+        logits, eager = ours(tokens), theirs(tokens).logits
+    grads = gradients(ours, tokens)
+    eager_grads = gradients(theirs, tokens, lambda tokens: theirs(tokens).logits)
+    theirs.double()
+    assert_as_exact_as_eager(logits, theirs(tokens).logits.detach(), eager)
+    exact_grads = gradients(theirs, tokens, lambda tokens: theirs(tokens).logits)
+    # Gradients take the road of the weights, through the same renaming and transposition.
+    heads = theirs.config.n_head
+    eager_grads, exact_grads = (
+        dict(Transformer.from_gpt2(found, num_heads=heads).named_parameters())
+        for found in (eager_grads, exact_grads)
+    )
+    assert grads.keys() == exact_grads.keys()
+    for name, gradient in grads.items():
+        assert_as_exact_as_eager(gradient, exact_grads[name].detach(), eager_grads[name].detach(), gradient=True)
+
+
+def test_gpt2_loads_from_any_form_of_its_state_dict():
+    model = gpt2(**GPT2_SIZES["small"])
+    tokens = some_tokens()
+    expected = Transformer.from_gpt2(model)(tokens)
+    prefixed = model.state_dict()
+    bare = model.transformer.state_dict()
+    old = {**bare, "h.0.attn.bias": torch.ones(1, 1, 40, 40), "h.0.attn.masked_bias": torch.tensor(-1e4)}
+    config = model.config.to_dict()
+    for state in (prefixed, bare, old):
+        torch.testing.assert_close(Transformer.from_gpt2(state, config=config)(tokens), expected, atol=0, rtol=0)
+    loaded = Transformer.from_gpt2(gpt2(heads=False, **GPT2_SIZES["small"]))
+    assert loaded.config.tied
+    torch.testing.assert_close(loaded(tokens), expected, atol=0, rtol=0)
+
+
+def test_loaded_gpt2_owns_its_weights_and_keeps_an_unembedding_of_its_own():
+    theirs = gpt2(**GPT2_SIZES["small"], tie_word_embeddings=False, activation_function="relu")
+    theirs.lm_head.weight.data.normal_()
+    ours = Transformer.from_gpt2(theirs, dtype=torch.float64)
+    expected = copy.deepcopy(theirs).double()(some_tokens()).logits
+    assert not ours.config.tied
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.zero_()
+    assert_equal_to(expected, ours(some_tokens()))
+
+
+def without(state, name):
+    return {key: tensor for key, tensor in state.items() if key != name}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: without(state, "h.1.mlp.c_fc.bias"), r"missing: \['h.1.mlp.c_fc.bias'\]"),
+        (lambda state: without(state, "wpe.weight"), "no wpe.weight"),
+        (lambda state: {**state, "h.0.ln_cross.weight": state["wte.weight"]}, "h.0.ln_cross.weight"),
+        (
+            lambda state: {**state, "h.1.attn.c_attn.weight": state["h.1.attn.c_proj.weight"]},
+            r"h.1.attn.c_attn.weight must have shape \(48, 144\), got \(48, 48\)",
+        ),
+    ],
+)
+def test_a_checkpoint_that_is_not_gpt2s_is_refused_by_the_names_of_its_keys(change, message):
+    state = gpt2(heads=False, **GPT2_SIZES["small"]).state_dict()
+    with pytest.raises(ValueError, match=message):
+        Transformer.from_gpt2(change(state), num_heads=4)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({}, "num_heads must be given"),
+        ({"n_head": 4, "activation_function": "mish"}, "activation_function must be one of .* got 'mish'"),
+        ({"n_head": 4, "scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
+        ({"n_head": 4, "n_layer": 4}, "missing: .*h.3.ln_1"),
+    ],
+)
+def test_a_gpt2_configuration_that_cannot_be_followed_is_refused(config, message):
+    state = gpt2(heads=False, **GPT2_SIZES["small"]).state_dict()
+    with pytest.raises(ValueError, match=message):
+        Transformer.from_gpt2(state, config=config)
+
+
+def test_the_library_does_not_import_transformers():
+    code = "import sys, fastattn.nn; sys.exit('transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# Positions and causality.
+
+
+def test_zero_positions_leave_a_set_encoder_permutation_equivariant():
+    model = small_model(causal=False, positions="zero")
+    torch.nn.init.zeros_(model.position_embedding.weight)
+    tokens, order = some_tokens(), torch.randperm(13, generator=torch.Generator().manual_seed(2))
+    assert_equal_to(model(tokens)[:, order], model(tokens[:, order]))
+    torch.nn.init.normal_(model.position_embedding.weight)
+    assert (model(tokens)[:, order] - model(tokens[:, order])).abs().max() > 0.1
+
+
+def test_zero_positions_start_at_zero_and_receive_gradients():
+    model = Transformer(**SMALL, positions="zero")
+    assert not model.position_embedding.weight.any()
+    gradient = gradients(model, some_tokens())["position_embedding.weight"]
+    assert (gradient[:12].abs().amax(1) > 0).all()
+    assert not gradient[13:].any()
+
+
+@pytest.mark.parametrize("positions", ["learned", "rotary", None])
+def test_a_causal_model_does_not_see_the_future(positions):
+    model, tokens = small_model(positions=positions), some_tokens()
+    changed = tokens.clone()
+    changed[:, 7:] = (changed[:, 7:] + 1) % SMALL["vocab_size"]
+    before, after = model(tokens), model(changed)
+    assert_equal_to(before[:, :7], after[:, :7])
+    assert (before[:, 7:] - after[:, 7:]).abs().amax(-1).min() > 1e-3
+
+
+def test_rotary_scores_depend_on_distance_only():
+    rotary, q, k = Rotary(16), normal(1, 2, 5, 20), normal(1, 2, 7, 20)
+    here = rotary(q, offset=3) @ rotary(k).mT
+    far = rotary(q, offset=1_000_003) @ rotary(k, offset=1_000_000).mT
+    assert_equal_to(here, far, 1e-9)
+    assert torch.equal(rotary(q)[..., 16:], q[..., 16:])
+    assert_equal_to(rotary(k)[:, :, 4:], rotary(k[:, :, 4:], offset=4))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rotary_is_exact_to_the_last_place_far_out_and_in_a_half_precision_model(dtype):
+    rotary = Rotary(16).to(dtype)
+    x = normal(1, 1, 3, 16, dtype=dtype)
+    exact = rotary(x.double(), offset=200_000)
+    assert (rotary(x, offset=200_000) - exact).abs().max() <= torch.finfo(dtype).eps * exact.abs().max()
+
+
+# Initialisation.
+
+
+def test_weights_start_as_gpt2s():
+    torch.manual_seed(0)
+    model = Transformer(vocab_size=200, embed_dim=96, num_heads=4, num_layers=8, max_length=100, embedding_std=1.0)
+    for name, parameter in model.named_parameters():
+        if name == "token_embedding.weight":
+            expected = 1.0
+        elif name.endswith(("out_proj.weight", "down.weight")):
+            expected = 0.02 / 4
+        elif name.endswith("bias"):
+            expected = 0.0
+        elif "norm" in name:
+            assert (parameter == 1).all()
+            continue
+        else:
+            expected = 0.02
+        assert parameter.std().item() == pytest.approx(expected, rel=0.05), name
+
+
+def test_a_model_made_on_the_meta_device_starts_as_one_made_here():
+    model = Transformer(**SMALL, device="meta")
+    assert all(parameter.is_meta for parameter in model.parameters())
+    model.to_empty(device="cpu")
+    twin = Transformer(**SMALL)
+    for either in (model, twin):
+        torch.manual_seed(5)
+        either.reset_parameters()
+    for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+# Training.
+
+
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS.keys())
+def test_one_step_of_training_lowers_the_loss(variant):
+    torch.manual_seed(0)
+    model, tokens = Transformer(**{**SMALL, **variant}), some_tokens()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    losses = []
+    for _ in range(2):
+        loss = next_token_loss(model(tokens), tokens)
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses[1] < losses[0]
+
+
+@pytest.mark.parametrize("variant", ["gpt2", "llama", "attention only, rotary"])
+def test_compiled_without_a_graph_break_it_computes_the_same(variant):
+    model, tokens = small_model(torch.float32, **VARIANTS[variant]), some_tokens()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert_equal_to(model(tokens), compiled(tokens), 1e-6)
+    expected = gradients(model, tokens)
+    for name, gradient in gradients(model, tokens, compiled).items():
+        assert_equal_to(expected[name], gradient, 1e-5)
+
+
+@pytest.mark.parametrize("variant", ["gpt2", "llama"])
+def test_under_autocast_it_computes_in_bfloat16_and_keeps_float32_gradients(variant):
+    model, tokens = small_model(torch.float32, **VARIANTS[variant]), some_tokens()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = model(tokens)
+        found = gradients(model, tokens)
+    assert logits.dtype == torch.bfloat16
+    assert_equal_to(model(tokens), logits.float(), 0.05)
+    for name, expected in gradients(model, tokens).items():
+        assert found[name].dtype == torch.float32
+        if "qkv_proj.bias" not in name:  # its keys' part is rounding error alone
+            assert torch.cosine_similarity(found[name].flatten(), expected.flatten(), 0) > 0.99, name
+
+
+def test_checkpointed_blocks_give_the_same_bits():
+    model, tokens = small_model(torch.float32, dropout=0.2), some_tokens()
+
+    def run(wrap):
+        torch.manual_seed(3)
+
+        def forward(tokens):
+            x = model.embed(tokens)
+            for block in model.blocks:
+                x = wrap(block, x)
+            return model.unembed(x)
+
+        return gradients(model, tokens, forward)
+
+    expected = run(lambda block, x: block(x))
+    found = run(lambda block, x: checkpoint(block, x, use_reentrant=False))
+    for name in expected:
+        assert torch.equal(found[name], expected[name]), name
+
+
+def test_dropout_acts_in_training_alone():
+    model, tokens = small_model(dropout=0.5), some_tokens()
+    assert not torch.equal(model(tokens), model(tokens))
+    assert_equal_to(eager_transformer(model, tokens), model.eval()(tokens))
+
+
+def copied_by_state_dict(model):
+    file = io.BytesIO()
+    torch.save(model.state_dict(), file)
+    file.seek(0)
+    twin = Transformer(model.config, dtype=torch.float64)
+    twin.load_state_dict(torch.load(file))
+    return twin
+
+
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS.keys())
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model)), copied_by_state_dict]
+)
+def test_copies_compute_the_same_and_are_independent(variant, copied):
+    model, tokens = small_model(**variant), some_tokens()
+    twin, expected = copied(model), model(tokens)
+    torch.nn.init.zeros_(model.token_embedding.weight)
+    assert torch.equal(twin(tokens), expected)
+    assert twin.config == model.config
+
+
+# Looking inside.
+
+
+def test_attention_is_projection_then_attending():
+    module = shaken(SelfAttention(32, 4, num_kv_heads=2, causal=True, rotary=True, dtype=torch.float64))
+    x = normal(2, 6, 32)
+    q, k, v = module.project(x)
+    assert q.shape == (2, 4, 6, 8)
+    assert k.shape == v.shape == (2, 2, 6, 8)
+    assert torch.equal(module.attend(q, k, v), module(x))
+
+
+def test_projected_heads_are_views_of_one_tensor():
+    q, k, v = SelfAttention(32, 4).project(normal(2, 6, 32, dtype=torch.float32))
+    assert len({t.untyped_storage().data_ptr() for t in (q, k, v)}) == 1
+
+
+def test_hooks_read_and_replace_what_flows_through_the_model():
+    model, tokens, seen = small_model(), some_tokens(), {}
+    for name, module in model.named_modules():
+        if "hook_" in name:
+            module.register_forward_hook(lambda _, inputs, output, name=name: seen.update({name: output}))
+    logits = model(tokens)
+    attention = model.blocks[1].attention
+    q, k, v = attention.project(model.blocks[1].attention_norm(seen["blocks.0.hook_resid_post"]))
+    for name, expected in (("q", q), ("k", k), ("v", v)):
+        assert torch.equal(seen[f"blocks.1.attention.hook_{name}"], expected)
+    mid = seen["blocks.1.hook_resid_mid"]
+    written = attention.out_proj(seen["blocks.1.attention.hook_z"].transpose(1, 2).flatten(2))
+    assert_equal_to(seen["blocks.1.hook_resid_pre"] + written, mid)
+    assert torch.equal(model.unembed(seen["blocks.1.hook_resid_post"]), logits)
+
+    attention.hook_z.register_forward_hook(lambda _, inputs, output: output * 0)
+    model(tokens)
+    assert_equal_to(seen["blocks.1.hook_resid_pre"] + attention.out_proj.bias, seen["blocks.1.hook_resid_mid"])
+
+
+# Bad input.
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: SelfAttention(30, 4), ValueError, "embed_dim must be a multiple .* embed_dim 30, num_heads 4"),
+        (lambda: SelfAttention(32, 0), ValueError, "num_heads must be at least 1, got 0"),
+        (lambda: SelfAttention(32.0, 4), TypeError, "embed_dim must be an int, got 32.0"),
+        (lambda: SelfAttention(16, 4), ValueError, "head_dim must be between 8 and 256, got 4"),
+        (lambda: SelfAttention(32, 4, num_kv_heads=3), ValueError, "num_heads 4, num_kv_heads 3"),
+        (lambda: SelfAttention(32, 4, rotary=Rotary(16)), ValueError, "at most head_dim = 8 .* got 16"),
+        (lambda: SelfAttention(32, 4, rotary="half"), TypeError, "rotary must be a .*Rotary or a bool, got str"),
+        (lambda: CrossAttention(32, 4, context_dim=0), ValueError, "context_dim must be at least 1, got 0"),
+        (lambda: Rotary(7), ValueError, "width must be even.* got 7"),
+        (lambda: MLP(8, activation="mish"), ValueError, "activation must be one of .*'gelu'.* got 'mish'"),
+        (lambda: GatedMLP(8, 0), ValueError, "hidden_dim must be at least 1, got 0"),
+        (lambda: TransformerBlock(SelfAttention(32, 4), MLP(24)), ValueError, "mlp must have .* 32; got 24"),
+        (lambda: TransformerBlock(SelfAttention(32, 4), norm="batch"), ValueError, "norm must be .* got 'batch'"),
+        (lambda: Transformer(**{**SMALL, "positions": "sine"}), ValueError, "positions must be .* got 'sine'"),
+        (lambda: Transformer(**{**SMALL, "max_length": None}), ValueError, "max_length must be given"),
+        (lambda: Transformer(**SMALL, rotary_width=4), ValueError, "rotary_width must be None .* got 4"),
+        (lambda: Transformer(**SMALL, dropout=1.0), ValueError, "dropout must be .* got 1.0"),
+        (lambda: Transformer(**SMALL, mlp="wide"), ValueError, "mlp must be one of .* got 'wide'"),
+        (lambda: Transformer(**SMALL, layers=3), TypeError, "layers"),
+        (lambda: Transformer({"vocab_size": 3}), TypeError, "config must be a TransformerConfig, got dict"),
+        (lambda: Transformer.from_gpt2("gpt2"), TypeError, "source must be a module or a state dict, got str"),
+    ],
+)
+def test_modules_that_cannot_be_are_refused(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
+
+
+ATTENTION = SelfAttention(32, 4)
+CROSS_ATTENTION = CrossAttention(32, 4, context_dim=20)
+MODEL = Transformer(TransformerConfig(**SMALL))
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: ATTENTION(normal(6, 32)), ValueError, r"x must .* \(batch, length, 32\), got \(6, 32\)"),
+        (lambda: ATTENTION.project(normal(2, 6, 30)), ValueError, r"x must .* got \(2, 6, 30\)"),
+        (lambda: CROSS_ATTENTION(normal(2, 6, 32), normal(2, 6, 32)), ValueError, "context must .* 20"),
+        (lambda: CROSS_ATTENTION(normal(2, 6, 32), normal(3, 6, 20)), ValueError, "context must .* batch size"),
+        (lambda: MLP(8)(normal(4, 7)), ValueError, r"x must have shape \(..., 8\), got \(4, 7\)"),
+        (lambda: Rotary(16)(normal(1, 2, 3, 8)), ValueError, "x must have shape .*at least 16"),
+        (lambda: MODEL.blocks[0](normal(6, 32)), ValueError, r"x must .* got \(6, 32\)"),
+        (lambda: MODEL.blocks[0](normal(2, 6, 32), normal(2, 6, 32)), ValueError, "context must be None"),
+        (
+            lambda: TransformerBlock(ATTENTION, cross_attention=CROSS_ATTENTION)(normal(2, 6, 32)),
+            ValueError,
+            "context must be a tensor",
+        ),
+        (lambda: MODEL(torch.zeros(5, dtype=torch.int64)), ValueError, r"tokens must have .* got \(5,\)"),
+        (lambda: MODEL(torch.zeros(1, 21, dtype=torch.int64)), ValueError, r"max_length = 20 .*\(1, 21\)"),
+        (lambda: MODEL(torch.zeros(1, 5)), TypeError, "tokens must be int64 or int32, got torch.float32"),
+        (lambda: MODEL([[1, 2]]), TypeError, "tokens must be a torch.Tensor, got list"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_refused(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
