@@ -10,7 +10,7 @@ import functools
 import importlib.util
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,10 +19,10 @@ from fastattn import backends
 from fastattn.spec import AttentionSpec
 
 FORWARD, BACKWARD, SECOND = "forward", "backward", "second derivative"
-EVERYWHERE = {FORWARD, BACKWARD, SECOND}
+EVERY_DIRECTION = frozenset({FORWARD, BACKWARD, SECOND})
 
-# Architectures on which the Triton kernels have been tested and measured. There they are the default; on every
-# other GPU they are opt-in (backend="triton") and PyTorch's own kernels serve.
+# Architectures on which the Triton kernels have been tested and measured. There they are the default; on
+# every other GPU they are opt-in (backend="triton") and PyTorch's own kernels serve.
 PROVEN: frozenset[str] = frozenset()
 
 
@@ -46,47 +46,41 @@ class Request:
 
 @dataclass(frozen=True)
 class Feature:
-    """One row: what it is called, when a call needs it, and who computes it in which direction.
-
-    test: the test that fails when the feature is broken.
-    """
+    """One row: what it is called, when a call needs it, and in which directions each backend computes it."""
 
     family: str
     name: str
     needed: Callable[[Request], bool]
-    test: str
-    triton: frozenset[str] = field(default_factory=frozenset)
-    portable: frozenset[str] = field(default_factory=frozenset)
-    reference: frozenset[str] = field(default_factory=frozenset)
+    triton: frozenset[str] = EVERY_DIRECTION
+    portable: frozenset[str] = EVERY_DIRECTION
+    reference: frozenset[str] = EVERY_DIRECTION
 
 
-def _row(
-    family: str, name: str, needed: Callable[[Request], bool], test: str, **directions: set[str]
-) -> Feature:
-    everywhere = {name: frozenset(EVERYWHERE) for name in backends.NAMES}
-    return Feature(
-        family, name, needed, test, **{**everywhere, **{k: frozenset(v) for k, v in directions.items()}}
-    )
+def _differ(dimension: int, left: int, right: int) -> Callable[[Request], bool]:
+    """Whether two of the call's tensors have different sizes in this dimension."""
+    return lambda r: r.tensors[left].shape[dimension] != r.tensors[right].shape[dimension]
 
 
-def _shapes(r: Request) -> tuple[torch.Size, torch.Size, torch.Size]:
-    q, k, v = r.tensors[:3]
-    return q.shape, k.shape, v.shape
+def _is(dtype: torch.dtype) -> Callable[[Request], bool]:
+    return lambda r: r.dtype == dtype
 
+
+_Q, _K, _V = 0, 1, 2
+_HEADS, _LENGTH, _WIDTH = 1, 2, 3
 
 FEATURES: tuple[Feature, ...] = (
-    _row("attention", "full (bidirectional)", lambda r: not r.spec.causal, "test_forward"),
-    _row("attention", "causal, bottom-right aligned", lambda r: r.spec.causal, "test_forward"),
-    _row("attention", "queries and keys of different length", lambda r: _shapes(r)[0][2] != _shapes(r)[1][2], "test_forward"),
-    _row("attention", "grouped-query heads", lambda r: _shapes(r)[0][1] != _shapes(r)[1][1], "test_backward"),
-    _row("attention", "head widths 8 to 256", lambda r: True, "test_head_widths"),
-    _row("attention", "value width of its own", lambda r: _shapes(r)[0][3] != _shapes(r)[2][3], "test_head_widths"),
-    _row("attention", "float16", lambda r: r.dtype == torch.float16, "test_forward"),
-    _row("attention", "bfloat16", lambda r: r.dtype == torch.bfloat16, "test_bfloat16"),
-    _row("attention", "float32, IEEE products", lambda r: r.dtype == torch.float32, "test_forward"),
-    _row("attention", "float64", lambda r: r.dtype == torch.float64, "test_gradcheck", triton=set()),
-    _row("attention", "gradient of the log-sum-exp", lambda r: r.lse_gradient, "test_backward"),
-)  # fmt: skip
+    Feature("attention", "full (bidirectional)", lambda r: not r.spec.causal),
+    Feature("attention", "causal, aligned bottom-right", lambda r: r.spec.causal),
+    Feature("attention", "lengths of their own for queries and keys", _differ(_LENGTH, _Q, _K)),
+    Feature("attention", "grouped-query heads", _differ(_HEADS, _Q, _K)),
+    Feature("attention", "head widths 8 to 256", lambda r: True),
+    Feature("attention", "a width of their own for values", _differ(_WIDTH, _Q, _V)),
+    Feature("attention", "float16", _is(torch.float16)),
+    Feature("attention", "bfloat16", _is(torch.bfloat16)),
+    Feature("attention", "float32, IEEE products", _is(torch.float32)),
+    Feature("attention", "float64", _is(torch.float64), triton=frozenset()),
+    Feature("attention", "gradient of the log-sum-exp", lambda r: r.lse_gradient),
+)
 
 
 def choose(request: Request, direction: str, backend: str | None = None) -> str:
@@ -144,7 +138,7 @@ def triton_obstacle(device: torch.device) -> str | None:
         return "Triton is not installed (pip install 'fastattn[triton]')"
     if device.type == "cuda" or (device.type == "cpu" and interpreting()):
         return None
-    return f"the Triton kernels need a GPU, the tensors are on {device.type} (TRITON_INTERPRET=1 runs them slowly)"
+    return f"the Triton kernels need a GPU, the tensors are on {device.type} (TRITON_INTERPRET=1: slowly there)"
 
 
 def interpreting() -> bool:
@@ -167,7 +161,7 @@ def markdown() -> str:
 
 
 def _cell(directions: frozenset[str]) -> str:
-    if directions == EVERYWHERE:
+    if directions == EVERY_DIRECTION:
         return "✓"
     return ", ".join(d for d in (FORWARD, BACKWARD, SECOND) if d in directions) or "—"
 

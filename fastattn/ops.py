@@ -126,21 +126,21 @@ class AttentionBackward(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        dout, q, k, v, _out, _lse, dlse, causal, scale, _backend = inputs
-        ctx.save_for_backward(dout, q, k, v, dlse)
+        *tensors, causal, scale, _backend = inputs
+        ctx.save_for_backward(*tensors)
         ctx.spec = AttentionSpec(causal, scale)
 
     @staticmethod
     def backward(ctx, *second):
-        dout, q, k, v, dlse = ctx.saved_tensors
-        given = (dout, q, k, v) if dlse is None else (dout, q, k, v, dlse)
+        # out and lse count as inputs of their own: what flows into them goes on through Attention.backward.
+        *tensors, dlse = ctx.saved_tensors
+        given = tensors if dlse is None else [*tensors, dlse]
 
-        def gradients(dout, q, k, v, dlse=None):
-            return reference.attention_backward(dout, q, k, v, dlse, ctx.spec)
+        def gradients(dout, q, k, v, out, lse, dlse=None):
+            return reference.attention_backward(dout, q, k, v, out, lse, dlse, ctx.spec)
 
-        ddout, dq, dk, dv, *ddlse = torch.func.vjp(gradients, *given)[1](second)
-        # out and lse are functions of q, k and v: what flows through them is already counted there.
-        return ddout, dq, dk, dv, None, None, (ddlse[0] if ddlse else None), None, None, None
+        derivatives = torch.func.vjp(gradients, *given)[1](second)
+        return *derivatives, *(None,) * (10 - len(derivatives))
 
 
 for _name, _function in ((_FORWARD, Attention), (_BACKWARD, AttentionBackward)):

@@ -31,19 +31,28 @@ def attention(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> tuple[Ten
 
 
 def attention_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, dlse: Tensor | None, spec: AttentionSpec
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dlse: Tensor | None,
+    spec: AttentionSpec,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of `attention` written out, so that they can be differentiated again.
+    """The gradients of `attention` from what it returned, written out, so that they can be differentiated again.
 
-    Through the log-sum-exp of a row that sees no key, which is -inf whatever the inputs, no gradient flows.
+    A row that sees no key has lse -inf whatever the inputs: its weights and its gradients are 0.
     """
-    scores, hidden = _scores(q, k, spec)
-    weights = torch.softmax(scores, -1).masked_fill(hidden.all(-1, keepdim=True), 0.0)
-    dweights = dout @ _every_head(v, q).transpose(2, 3)
-    delta = (weights * dweights).sum(-1, keepdim=True)
+    empty = (lse == float("-inf"))[..., None]
+    scores, _ = _scores(q, k, spec)
+    weights = torch.exp(scores - lse[..., None].masked_fill(empty, float("inf"))).to(q.dtype)
+    delta = (dout * out).sum(-1, keepdim=True)
     if dlse is not None:
-        delta = delta - dlse[..., None].to(delta.dtype).masked_fill(hidden.all(-1, keepdim=True), 0.0)
-    dscores = weights * (dweights - delta) * spec.scale
+        delta = delta - dlse[..., None]
+    dweights = dout @ _every_head(v, q).transpose(2, 3)
+    dscores = weights * (dweights - delta.masked_fill(empty, 0.0)) * spec.scale
+    dscores = dscores.to(q.dtype)
     dq = dscores @ _every_head(k, q)
     dk = _sum_of_group(dscores.transpose(2, 3) @ q, k)
     dv = _sum_of_group(weights.transpose(2, 3) @ dout, v)

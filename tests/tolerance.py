@@ -2,7 +2,8 @@
 
 Against float64, the error may be at most twice the error the eager computation makes in the same dtype, on the
 maximum and on the mean, plus one unit in the last place of the largest and of the mean value (eager can be
-exact by luck); gradients also keep their direction.
+exact by luck) and a few fp32 roundings of terms of order one (delta = rowsum(dout * out) and dout v^T are summed
+apart, and cancel); gradients also keep their direction.
 """
 
 from __future__ import annotations
@@ -10,8 +11,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+# Eight fp32 roundings; inputs are unit normal, so what cancels is of order one.
+TINY = 1e-6
 
-def assert_as_exact_as_eager(actual: Tensor, exact: Tensor, eager: Tensor, *, gradient: bool = False) -> None:
+
+def assert_as_exact_as_eager(
+    actual: Tensor, exact: Tensor, eager: Tensor, *, gradient: bool = False, tiny: float = TINY
+) -> None:
     """`actual` and `eager` in the dtype under test, `exact` the same quantity in float64."""
     assert exact.dtype == torch.float64, "the oracle is float64"
     assert actual.shape == exact.shape, f"shape {tuple(actual.shape)}, expected {tuple(exact.shape)}"
@@ -23,12 +29,18 @@ def assert_as_exact_as_eager(actual: Tensor, exact: Tensor, eager: Tensor, *, gr
     # Any NaN left in `actual` fails the comparisons below: NaN is not <= anything.
     error = (actual.double() - exact).masked_fill(infinite, 0.0).abs()
     eager_error = (eager.double() - exact).masked_fill(infinite, 0.0).abs()
+    if actual.dtype == torch.float64:
+        # Nothing more exact to measure against: a few dozen roundings of the oracle's own size.
+        assert error.max() <= 1e-14 * max(1.0, exact.masked_fill(infinite, 0.0).abs().max()), (
+            f"error {error.max():.3e}"
+        )
+        return
     size = exact.masked_fill(infinite, 0.0).abs()
     for name, statistic in (("maximum", torch.max), ("mean", torch.mean)):
         ours, theirs = statistic(error), statistic(eager_error)
         unit = torch.finfo(actual.dtype).eps * statistic(size)
-        bound = 2 * theirs + unit
-        assert ours <= bound, f"{name} error {ours:.3e} > {bound:.3e} (eager {theirs:.3e}, unit {unit:.3e})"
-    if gradient and exact.abs().max() > 0:
+        bound = 2 * theirs + unit + tiny
+        assert ours <= bound, f"{name} error {ours:.3e} > {bound:.3e} (eager {theirs:.3e}, unit {unit:.1e})"
+    if gradient and exact.abs().max() > 1e3 * tiny:
         cosine = torch.cosine_similarity(actual.double().flatten(), exact.flatten(), dim=0)
         assert cosine > 1 - 1e-3, f"cosine similarity {cosine:.6f} of the gradient"

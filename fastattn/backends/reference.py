@@ -24,5 +24,5 @@ def attention_backward(
     dlse: Tensor | None,
     spec: AttentionSpec,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dq, dk, dv = reference.attention_backward(dout, q, k, v, dlse, spec)
+    dq, dk, dv = reference.attention_backward(dout, q, k, v, out, lse, dlse, spec)
     return heads_last(dq), heads_last(dk), heads_last(dv)

@@ -1,0 +1,36 @@
+"""Settings of every test: reproducible, one thread a worker, GPU tests skipped where there is none."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from hardware import DEVICE, ON_GPU
+from hypothesis import settings
+
+# Reproducible, and without a deadline: the interpreter is slow and the first launch compiles.
+settings.register_profile("fastattn", deadline=None, derandomize=True, database=None)
+settings.load_profile("fastattn")
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if ON_GPU:
+        return
+    skip = pytest.mark.skip(reason="needs a GPU")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def _same_seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def device() -> str:
+    return DEVICE

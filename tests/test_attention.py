@@ -1,0 +1,326 @@
+"""Attention computes its definition, forward and backward, as exactly as eager PyTorch."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from attention_problems import IMPLEMENTATIONS, Problem, check, implementation, run
+from hardware import DEVICE, ON_GPU
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tolerance import assert_as_exact_as_eager
+
+import fastattn
+from fastattn import capabilities, reference
+
+# One call for each row of the capability table; a row without one fails the test below.
+SAMPLES = {
+    "full (bidirectional)": Problem(queries=50, keys=50),
+    "causal, aligned bottom-right": Problem(causal=True, queries=67, keys=67),
+    "lengths of their own for queries and keys": Problem(causal=True, queries=37, keys=90),
+    "grouped-query heads": Problem(heads=6, key_heads=2, causal=True, queries=40, keys=40),
+    "head widths 8 to 256": Problem(width=40, value_width=40, heads=1, key_heads=1),
+    "a width of their own for values": Problem(width=24, value_width=56, heads=1, key_heads=1),
+    "float16": Problem(dtype=torch.float16, causal=True, queries=70, keys=70),
+    "bfloat16": Problem(dtype=torch.bfloat16, causal=True, queries=70, keys=70),
+    "float32, IEEE products": Problem(dtype=torch.float32, queries=33, keys=65),
+    "float64": Problem(dtype=torch.float64, queries=33, keys=65),
+    "gradient of the log-sum-exp": Problem(lse_gradient=True, causal=True, queries=50, keys=50),
+}
+ROWS = [f.name for f in capabilities.FEATURES if f.family == "attention"]
+
+
+def skip_if_refused(problem: Problem, name: str) -> None:
+    backend = "portable" if name == "tiled" else name
+    request = capabilities.Request("attention", problem.spec, problem.inputs(), problem.lse_gradient)
+    if refused := capabilities.missing(request, capabilities.BACKWARD, backend):
+        pytest.skip("; ".join(refused))
+    if name == "triton" and problem.dtype == torch.bfloat16 and not ON_GPU:
+        pytest.skip("the interpreter computes bfloat16 wrongly")
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("feature", ROWS)
+def test_every_feature_of_the_table_is_exact(feature: str, name: str) -> None:
+    skip_if_refused(SAMPLES[feature], name)
+    check(SAMPLES[feature], name)
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("queries", "keys"), [(113, 203), (203, 113), (1, 77), (77, 1), (32, 16), (31, 33)])
+def test_lengths_that_fit_no_tile(queries: int, keys: int, causal: bool, name: str) -> None:
+    check(Problem(heads=1, key_heads=1, queries=queries, keys=keys, causal=causal, lse_gradient=True), name)
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS if ON_GPU else IMPLEMENTATIONS[1:])
+@pytest.mark.parametrize("causal", [False, True])
+def test_lengths_of_many_tiles(causal: bool, name: str) -> None:
+    check(Problem(heads=1, key_heads=1, queries=1023, keys=1024, causal=causal), name)
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize(
+    ("width", "value_width"), [(8, 8), (59, 59), (80, 96), (111, 111), (192, 128), (64, 256), (256, 8)]
+)
+def test_head_widths(width: int, value_width: int, name: str) -> None:
+    check(
+        Problem(heads=1, key_heads=1, queries=35, keys=35, width=width, value_width=value_width, causal=True), name
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("width", [64, 80, 128, 256])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_tiles_of_the_gpu(dtype: torch.dtype, causal: bool, width: int) -> None:
+    problem = Problem(
+        batch=2, heads=4, key_heads=2, queries=613, keys=777, width=width, value_width=width,
+        causal=causal, dtype=dtype, lse_gradient=True,
+    )  # fmt: skip
+    check(problem, "triton")
+
+
+problems = st.builds(
+    Problem,
+    batch=st.integers(1, 2),
+    key_heads=st.integers(1, 2),
+    queries=st.integers(1, 70),
+    keys=st.integers(1, 70),
+    width=st.integers(8, 40),
+    value_width=st.integers(8, 40),
+    causal=st.booleans(),
+    scale=st.sampled_from([None, 0.05, 1.0]),
+    dtype=st.sampled_from([torch.float16, torch.float32]),
+    layout=st.sampled_from(["bhld", "blhd", "strided"]),
+    lse_gradient=st.booleans(),
+)
+
+
+@pytest.mark.parametrize("name", ["triton", "portable", "tiled"])
+@settings(max_examples=12)
+@given(problem=problems, group=st.integers(1, 3))
+def test_any_shape_stride_dtype_and_head_count(problem: Problem, group: int, name: str) -> None:
+    check(replace(problem, heads=problem.key_heads * group), name)
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_scores_of_ten_thousand_neither_overflow_nor_lose_the_maximum(name: str) -> None:
+    problem = Problem(scale=1.0, causal=True, heads=1, key_heads=1)
+    q, k, v = problem.inputs()
+    q, k = q * 50, k * 50
+    scores = q.double() @ k.double().mT
+    assert scores.abs().max() > 1e4
+    dout = torch.randn_like(v)
+    exact = run(
+        [t.double() for t in (q, k, v)], (dout.double(), None), lambda *t: reference.attention(*t, problem.spec)
+    )
+    eager = run((q, k, v), (dout, None), lambda *t: reference.attention(*t, problem.spec))
+    with implementation(name) as backend:
+        options = {"causal": True, "scale": 1.0, "return_lse": True, "backend": backend}
+        actual = run((q, k, v), (dout, None), lambda *t: fastattn.attention(*t, **options))
+    for a, x, e in zip(actual[:2], exact, eager, strict=False):
+        assert_as_exact_as_eager(a, x, e)
+    # The weights are recomputed from an lse kept in fp32, which at 1e4 is exact to 5e-4.
+    rounding = torch.finfo(torch.float32).eps * scores.abs().max()
+    for a, x, size in zip(actual[2:], exact[2:], (k.abs().max(), q.abs().max(), 1.0), strict=True):
+        assert (a.double() - x).abs().max() < 4 * rounding * size
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("scale", [-0.3, 0.0])
+def test_scale_may_be_negative_or_zero(scale: float, name: str) -> None:
+    q, k, v = (t.requires_grad_() for t in Problem().inputs())
+    with implementation(name) as backend:
+        out = fastattn.attention(q, k, v, scale=scale, backend=backend)
+    weights = torch.softmax(q.double() @ k.double().mT * scale, -1)
+    exact = weights @ v.double()
+    torch.testing.assert_close(out.double(), exact, rtol=0, atol=1e-6)
+    ours = torch.autograd.grad(out.sum(), (q, k, v))
+    expected = torch.autograd.grad(exact.sum(), (q, k, v))
+    for a, e in zip(ours, expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=0, atol=1e-5)
+    with implementation(name) as backend:
+        o, lse = fastattn.attention(q, k, v, scale=scale, return_lse=True, backend=backend)
+        driven = fastattn.attention_backward(torch.ones_like(o), q, k, v, o, lse, scale=scale, backend=backend)
+    for a, e in zip(driven, expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_rows_that_see_nothing_give_zero_output_and_zero_gradients(name: str) -> None:
+    q, k, v = (t.requires_grad_() for t in Problem(queries=50, keys=20, causal=True).inputs())
+    with implementation(name) as backend:
+        out, lse = fastattn.attention(q, k, v, causal=True, return_lse=True, backend=backend)
+        # A gradient that is NaN where lse is -inf is what merging with another empty part may send.
+        dlse = torch.where(torch.isinf(lse), torch.nan, 1.0)
+        gradients = torch.autograd.grad((out, lse), (q, k, v), (torch.ones_like(out), dlse))
+    blind = slice(0, 30)
+    assert torch.equal(out[:, :, blind], torch.zeros_like(out[:, :, blind]))
+    assert (lse[:, :, blind] == float("-inf")).all()
+    assert torch.isfinite(lse[:, :, 30:]).all()
+    assert torch.equal(gradients[0][:, :, blind], torch.zeros_like(q[:, :, blind]))
+    assert all(torch.isfinite(g).all() for g in gradients)
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("empty", ["batch", "queries", "keys"])
+def test_empty_inputs(empty: str, causal: bool, name: str) -> None:
+    problem = replace(Problem(causal=causal), **{empty: 0})
+    q, k, v = (t.requires_grad_() for t in problem.inputs())
+    with implementation(name) as backend:
+        out, lse = fastattn.attention(q, k, v, causal=causal, return_lse=True, backend=backend)
+        gradients = torch.autograd.grad(out.sum(), (q, k, v))
+    assert out.shape == (problem.batch, 2, problem.queries, 16)
+    assert not out.any() and (lse == float("-inf")).all()
+    for t, g in zip((q, k, v), gradients, strict=True):
+        assert g.shape == t.shape and not g.any()
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("upstream", ["expanded", "transposed", "every other"])
+def test_upstream_gradients_of_any_stride(upstream: str, name: str) -> None:
+    q, k, v = (t.requires_grad_() for t in Problem(causal=True).inputs())
+    shape = (1, 2, 48, 16)
+    dout = {
+        "expanded": torch.full((), 0.5, device=DEVICE).expand(shape),
+        "transposed": torch.randn(16, 48, 2, 1, device=DEVICE).permute(3, 2, 1, 0),
+        "every other": torch.randn(1, 2, 96, 32, device=DEVICE)[:, :, ::2, ::2],
+    }[upstream]
+    with implementation(name) as backend:
+        out = fastattn.attention(q, k, v, causal=True, backend=backend)
+        ours = torch.autograd.grad(out, (q, k, v), dout, retain_graph=True)
+        contiguous = torch.autograd.grad(out, (q, k, v), dout.contiguous())
+    for a, b in zip(ours, contiguous, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["triton", "portable", "tiled"])
+def test_same_inputs_give_the_same_bits(name: str) -> None:
+    problem = Problem(batch=2, heads=4, key_heads=2, queries=90, keys=90, causal=True, dtype=torch.float16)
+    inputs = problem.inputs()
+    dout = torch.randn(2, 4, 90, 16, device=DEVICE).half()
+    with implementation(name) as backend:
+        first, second = (_out_and_gradients(inputs, dout, causal=True, backend=backend) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def _out_and_gradients(inputs, dout, **options):
+    leaves = [t.detach().requires_grad_() for t in inputs]
+    out = fastattn.attention(*leaves, **options)
+    return out, *torch.autograd.grad(out, leaves, dout)
+
+
+def test_the_tiled_backend_stores_nothing_that_grows_with_the_square_of_the_length() -> None:
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        elements = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            for t in result if isinstance(result, tuple | list) else (result,):
+                if isinstance(t, torch.Tensor):
+                    self.elements = max(self.elements, t.numel())
+            return result
+
+    from fastattn.backends import portable
+
+    problem = Problem(heads=1, key_heads=1, queries=4096, keys=4096, width=32, value_width=32, causal=True)
+    q, k, v = problem.inputs()
+    with Largest() as seen:
+        out, lse = portable._tiled_forward(q, k, v, problem.spec)
+        portable._tiled_backward(torch.ones_like(out), q, k, v, out, lse, None, problem.spec)
+    assert seen.elements <= max(portable.QUERY_TILE * portable.KEY_TILE, 4096 * 32)
+
+
+@pytest.mark.parametrize("name", ["triton", "portable"])
+def test_merged_parts_equal_the_whole(name: str) -> None:
+    problem = Problem(queries=40, keys=90)
+    q, k, v = (t.requires_grad_() for t in problem.inputs())
+    with implementation(name) as backend:
+        parts = [
+            fastattn.attention(q, k[:, :, s], v[:, :, s], return_lse=True, backend=backend)
+            for s in (slice(0, 33), slice(33, 90))
+        ]
+        out, lse = fastattn.merge_states(*parts[0], *parts[1])
+        merged = (out, lse, *torch.autograd.grad((out.sum() + lse.sin().sum()), (q, k, v)))
+    exact_inputs = [t.detach().double().requires_grad_() for t in (q, k, v)]
+    exact_out, exact_lse = reference.attention(*exact_inputs, problem.spec)
+    exact = (exact_out, exact_lse, *torch.autograd.grad(exact_out.sum() + exact_lse.sin().sum(), exact_inputs))
+    eager_out, eager_lse = reference.attention(q, k, v, problem.spec)
+    eager = (eager_out, eager_lse, *torch.autograd.grad(eager_out.sum() + eager_lse.sin().sum(), (q, k, v)))
+    for a, x, e in zip(merged, exact, eager, strict=True):
+        assert_as_exact_as_eager(a.detach(), x.detach(), e.detach())
+
+
+def test_merging_two_empty_parts_stays_empty_and_sends_no_nan() -> None:
+    out = torch.zeros(1, 1, 3, 8, requires_grad=True)
+    lse = torch.full((1, 1, 3), float("-inf"), requires_grad=True)
+    merged, merged_lse = fastattn.merge_states(out, lse, out, lse)
+    gradients = torch.autograd.grad(merged.sum(), (out, lse))
+    assert not merged.any() and (merged_lse == float("-inf")).all()
+    assert all(torch.isfinite(g).all() for g in gradients)
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_backward_of_a_part_is_exact_with_the_merged_state(name: str) -> None:
+    problem = Problem(queries=40, keys=90)
+    q, k, v = problem.inputs()
+    out, lse = reference.attention(q, k, v, problem.spec)
+    dout = torch.randn_like(out)
+    with implementation(name) as backend:
+        parts = [
+            fastattn.attention_backward(dout, q, k[:, :, s], v[:, :, s], out, lse, backend=backend)
+            for s in (slice(0, 33), slice(33, 90))
+        ]
+    exact = run(
+        [t.double() for t in (q, k, v)], (dout.double(), None), lambda *t: reference.attention(*t, problem.spec)
+    )
+    dq, dk, dv = exact[2:]
+    torch.testing.assert_close((parts[0][0] + parts[1][0]).double(), dq, rtol=0, atol=1e-5)
+    torch.testing.assert_close(torch.cat([parts[0][1], parts[1][1]], 2).double(), dk, rtol=0, atol=1e-5)
+    torch.testing.assert_close(torch.cat([parts[0][2], parts[1][2]], 2).double(), dv, rtol=0, atol=1e-5)
+
+
+def tensors(**changes) -> dict[str, object]:
+    given_ = {name: torch.zeros(2, 4, 10, 16) for name in ("q", "k", "v")}
+    return {**given_, **changes}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "sentence"),
+    [
+        (tensors(q=[1.0]), TypeError, "q must be a torch.Tensor, got list"),
+        (tensors(k=torch.zeros(4, 10, 16)), ValueError, r"k must have 4 dimensions .* got \(4, 10, 16\)"),
+        (tensors(q=torch.zeros(2, 4, 10, 16, dtype=torch.int64)), TypeError, "q must be float16.* got torch.int"),
+        (tensors(v=torch.zeros(2, 4, 10, 16).half()), TypeError, "v must have q's dtype .*32, got .*16"),
+        (tensors(k=torch.zeros(2, 4, 10, 16, device="meta")), ValueError, "k must be on q's device cpu, got meta"),
+        (tensors(k=torch.zeros(3, 4, 10, 16)), ValueError, "k must have q's batch size 2, got 3"),
+        (tensors(v=torch.zeros(2, 4, 11, 16)), ValueError, r"v must have k's heads and length .* got \(4, 11\)"),
+        (tensors(q=torch.zeros(2, 6, 10, 16)), ValueError, "q's heads must be a multiple of k's heads 4, got 6"),
+        (tensors(q=torch.zeros(2, 4, 10, 32)), ValueError, "k must have q's head width 32, got 16"),
+        (tensors(v=torch.zeros(2, 4, 10, 4)), ValueError, "v's head width must be between 8 and 256, got 4"),
+        (tensors(causal=1), TypeError, "causal must be a bool, got int"),
+        (tensors(scale="big"), TypeError, "scale must be a number or None, got str"),
+        (tensors(scale=float("nan")), ValueError, "scale must be finite, got nan"),
+        (tensors(backend="cuda"), ValueError, "backend must be one of triton, portable, reference, got 'cuda'"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_named(arguments: dict, error: type[Exception], sentence: str) -> None:
+    with pytest.raises(error, match=sentence):
+        fastattn.attention(**arguments)
+
+
+def test_attention_backward_checks_what_it_is_given() -> None:
+    q = torch.zeros(1, 2, 10, 16)
+    out, lse = fastattn.attention(q, q, q, return_lse=True)
+    with pytest.raises(ValueError, match=r"dout must have shape \(1, 2, 10, 16\), got \(1, 2, 10, 8\)"):
+        fastattn.attention_backward(out[..., :8], q, q, q, out, lse)
+    with pytest.raises(TypeError, match=r"lse must be torch\.float32, got torch\.float64"):
+        fastattn.attention_backward(out, q, q, q, out, lse.double())
+    with pytest.raises(ValueError, match="out_b must have shape"):
+        fastattn.merge_states(out, lse, out[:, :, :5], lse)
