@@ -380,6 +380,12 @@ def test_weights_start_as_gpt2s():
         assert parameter.std().item() == pytest.approx(expected, rel=0.05), name
 
 
+def test_without_bias_nothing_has_one():
+    for mlp in ("plain", "gated", None):
+        model = Transformer(**SMALL, mlp=mlp, bias=False)
+        assert not [name for name, _ in model.named_parameters() if "bias" in name]
+
+
 def test_a_model_made_on_the_meta_device_starts_as_one_made_here():
     model = Transformer(**SMALL, device="meta")
     assert all(parameter.is_meta for parameter in model.parameters())
@@ -454,9 +460,14 @@ def test_checkpointed_blocks_give_the_same_bits():
         assert torch.equal(found[name], expected[name]), name
 
 
-def test_dropout_acts_in_training_alone():
-    model, tokens = small_model(dropout=0.5), some_tokens()
-    assert not torch.equal(model(tokens), model(tokens))
+def test_dropout_drops_embeddings_and_what_layers_add_in_training_alone():
+    model, tokens, stream = small_model(dropout=0.5), some_tokens(), []
+    for point in ("hook_resid_pre", "hook_resid_mid", "hook_resid_post"):
+        model.blocks[0].get_submodule(point).register_forward_hook(lambda _, inputs, output: stream.append(output))
+    model(tokens)
+    before, between, after = stream
+    for added in (before, between - before, after - between):
+        assert (added == 0).double().mean().item() == pytest.approx(0.5, abs=0.1)
     assert_equal_to(eager_transformer(model, tokens), model.eval()(tokens))
 
 
@@ -498,7 +509,7 @@ def test_projected_heads_are_views_of_one_tensor():
     assert len({t.untyped_storage().data_ptr() for t in (q, k, v)}) == 1
 
 
-def test_hooks_read_and_replace_what_flows_through_the_model():
+def test_hooks_read_what_flows_through_the_model():
     model, tokens, seen = small_model(), some_tokens(), {}
     for name, module in model.named_modules():
         if "hook_" in name:
@@ -513,9 +524,18 @@ def test_hooks_read_and_replace_what_flows_through_the_model():
     assert_equal_to(seen["blocks.1.hook_resid_pre"] + written, mid)
     assert torch.equal(model.unembed(seen["blocks.1.hook_resid_post"]), logits)
 
-    attention.hook_z.register_forward_hook(lambda _, inputs, output: output * 0)
-    model(tokens)
-    assert_equal_to(seen["blocks.1.hook_resid_pre"] + attention.out_proj.bias, seen["blocks.1.hook_resid_mid"])
+
+HOOKS = [f"attention.hook_{name}" for name in "qkvz"] + [f"hook_resid_{name}" for name in ("pre", "mid", "post")]
+
+
+@pytest.mark.parametrize("point", HOOKS)
+def test_a_hook_replaces_what_flows_by_returning_a_tensor(point):
+    model, tokens = small_model(), some_tokens()
+    logits = model(tokens)
+    hook = model.blocks[1].get_submodule(point).register_forward_hook(lambda _, inputs, output: output * 0)
+    assert (model(tokens) - logits).abs().max() > 1e-3
+    hook.remove()
+    assert torch.equal(model(tokens), logits)
 
 
 # Bad input.

@@ -35,7 +35,8 @@ class TransformerConfig:
         bias: whether linear layers and layer norms have biases.
         dropout: probability with which embeddings and what layers add to the residual stream are dropped.
         tied: whether the unembedding is the token embedding, else a table of its own.
-        embedding_std: standard deviation of the token embedding at initialisation.
+        embedding_std: standard deviation of the token embedding at initialisation; near 1 it wants
+            tied=False, or the first logits are as large as embed_dim.
         backend: "triton", "portable", "reference", or None for the best that fits.
 
     Raises:
