@@ -1,0 +1,1 @@
+"""How fast, and compared with whom: speed suites, the GPU run, the compile report. Not installed."""

@@ -1,0 +1,166 @@
+"""The measurements: counted right, compared right, and never ended by what is measured."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import time
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from fastattn import bench, measure, peers, reference
+from fastattn.measure import Row, Timing
+from fastattn.peers import BACKWARD, FORWARD, TRAINING, AttentionProblem, MLPProblem
+from fastattn.spec import AttentionSpec
+
+CPU = torch.device("cpu")
+ATTENTION = AttentionProblem(1, 2, 32, 16, True, None, "float32")
+MLP = MLPProblem(16, 8, 24, False, "float32")
+GATED = MLPProblem(16, 8, 24, True, "float32")
+
+
+def counted(function) -> int:
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("causal", (False, True))
+def test_attention_flops_count_the_visible_scores_and_nothing_else(causal):
+    problem = AttentionProblem(2, 3, 7, 16, causal)
+    seen = int(reference.visible(7, 7, AttentionSpec(causal)).sum())
+    product = 2 * 2 * 3 * seen * 16  # a multiplication and an addition each
+    assert [problem.flops(d) / product for d in (FORWARD, BACKWARD, TRAINING)] == [2, 5, 7]
+
+
+@pytest.mark.parametrize("direction", (FORWARD, TRAINING))
+@pytest.mark.parametrize("causal", (False, True))
+def test_attention_flops_are_those_our_operators_report(direction, causal):
+    problem = AttentionProblem(2, 4, 24, 16, causal, 2, "float32")
+    inputs = problem.inputs(CPU)
+    call, _ = measure.prepare(problem, direction, "fastattn portable", inputs)
+    assert counted(call) == problem.flops(direction)
+
+
+@pytest.mark.parametrize("direction", (FORWARD, BACKWARD, TRAINING))
+@pytest.mark.parametrize("peer", ("eager", "plain GEMMs"))
+@pytest.mark.parametrize("problem", (MLP, GATED), ids=lambda p: p.label)
+def test_mlp_flops_are_those_of_the_plain_products(problem, peer, direction):
+    call, _ = measure.prepare(problem, direction, peer, problem.inputs(CPU))
+    assert counted(call) == problem.flops(direction)
+
+
+@pytest.mark.parametrize("problem", (ATTENTION, MLP, GATED), ids=lambda p: p.label)
+def test_a_problem_survives_json(problem):
+    assert peers.problem_from(json.loads(json.dumps(peers.describe(problem)))) == problem
+
+
+def test_median_and_spread_of_the_rounds():
+    timing = Timing((4.0, 1.0, 2.0, 3.0, 100.0))
+    assert timing.median == 3.0
+    assert timing.spread == pytest.approx((4.0 - 2.0) / 3.0)
+    assert Timing((2.0,)).spread == 0.0
+
+
+def test_the_best_peer_is_the_fastest_rival_not_ourselves_and_not_the_floor():
+    seconds = {"fastattn triton": 2.0, "plain GEMMs": 1.0, "eager": 8.0, "compiled eager": 4.0}
+    rows = [Row(MLP, FORWARD, peer, Timing((s,))) for peer, s in seconds.items()]
+    rows.append(Row(MLP, FORWARD, "quack", note="is not installed"))
+    measure.add_ratios(rows)
+    assert [row.ratio for row in rows] == [2.0, 4.0, 0.5, 1.0, None]
+    assert rows[0].tflops == MLP.flops(FORWARD) / 2.0 / 1e12
+
+
+def test_rounds_are_interleaved_and_their_order_alternates():
+    log = []
+    calls = {name: lambda name=name: (log.append(name), time.sleep(0.001)) for name in "ab"}
+    timings = measure.measure(calls, CPU, rounds=4, seconds=0.0)
+    assert "".join(log) == "ab" + "ab" + "ba" + "ab" + "ba"  # once to choose the repeats, then four rounds
+    assert all(len(timing.rounds) == 4 and 0.001 < timing.median < 1 for timing in timings.values())
+
+
+def test_a_short_call_is_repeated_until_the_round_is_long_enough():
+    calls = []
+    measure.measure({"a": lambda: (calls.append(0), time.sleep(0.002))}, CPU, rounds=1, seconds=0.01)
+    assert 1 + 2 <= len(calls) <= 1 + 5
+
+
+@pytest.mark.parametrize("problem", (ATTENTION, MLP, GATED), ids=lambda p: p.label)
+def test_every_peer_solves_the_same_problem(problem):
+    names = bench.usable_peers(problem, CPU, compiled=False)
+    for row in measure.compare_peers(problem, TRAINING, names, CPU, rounds=1, seconds=0.0):
+        assert row.timing and row.peak_bytes, row.note
+        assert row.error is None if row.peer in peers.FLOORS else row.error < 1e-5
+
+
+def test_a_peer_that_fails_is_a_row_that_says_so(monkeypatch):
+    def broken(problem, device):
+        raise RuntimeError("no such kernel\nand a long story")
+
+    monkeypatch.setitem(peers.ATTENTION_PEERS, "broken", broken)
+    monkeypatch.setitem(peers.ATTENTION_PEERS, "wrong", lambda *_: lambda q, k, v: v + q)
+    rows = measure.compare_peers(ATTENTION, FORWARD, ["broken", "wrong", "eager"], CPU, rounds=1, seconds=0.0)
+    assert rows[0].note == "RuntimeError: no such kernel" and rows[0].timing is None
+    assert rows[1].note.startswith("wrong: relative error") and rows[1].timing is None
+    assert rows[2].ratio == 1.0
+
+
+def test_peak_memory_counts_what_is_alive_at_once():
+    x = torch.zeros(256, 1024)
+    for buffers, call in (
+        (1, lambda: x + 1),
+        (2, lambda: (x + 1) + 1),
+        (2, lambda: ((x + 1) + 1) + 1),
+        (3, lambda: [x + 1, x + 2, x + 3]),
+    ):
+        assert measure.peak_memory(call, CPU) == pytest.approx(buffers * x.nbytes, rel=1e-3)
+
+
+def test_the_table_is_plain_when_it_is_not_a_terminal():
+    rows = [
+        Row(ATTENTION, FORWARD, "eager", Timing((2e-3,)), 3 * 2**20),
+        Row(ATTENTION, FORWARD, "fastattn portable", Timing((1e-3,)), 2048),
+        Row(ATTENTION, FORWARD, "SDPA cuDNN", note="no viable backend"),
+    ]
+    measure.add_ratios(rows)
+    stream = io.StringIO()
+    bench.print_rows(rows, stream)
+    lines = stream.getvalue().splitlines()
+    assert lines[1] == f"attention forward: {ATTENTION.label}"
+    assert lines[4].startswith("fastattn portable") and lines[4].endswith("2.00")
+    assert "3 MiB" in lines[5] and lines[5].endswith("1.00")
+    assert lines[6] == "  SDPA cuDNN: no viable backend"
+
+
+def command(*arguments: str) -> int:
+    parser = argparse.ArgumentParser()
+    bench.add_arguments(parser)
+    return bench.run(parser.parse_args(arguments))
+
+
+def test_the_command_prints_a_table_and_writes_its_rows(tmp_path, capsys):
+    target = tmp_path / "rows.json"
+    assert command("attention", "--length", "32", "--device", "cpu", "--rounds", "1", "--json", str(target)) == 0
+    printed = capsys.readouterr().out
+    assert "Small sizes" in printed and "x best peer" in printed and "fastattn portable" in printed
+    rows = json.loads(target.read_text())
+    assert {row["direction"] for row in rows} == {FORWARD, TRAINING}
+    assert all(row["seconds"] > 0 and row["tflops"] > 0 for row in rows)
+
+
+@pytest.mark.parametrize(
+    "arguments, complaint",
+    (
+        (("--device", "cuda"), "no GPU"),
+        (("--device", "meta"), "must be cpu or cuda"),
+        (("--rounds", "0"), "at least 1"),
+    ),
+)
+def test_the_command_ends_in_one_sentence_when_it_cannot_run(arguments, complaint, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert command(*arguments) == 1
+    complaints = capsys.readouterr().err.strip().splitlines()
+    assert len(complaints) == 1 and complaint in complaints[0]
