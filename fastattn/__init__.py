@@ -1,6 +1,11 @@
 """fastattn: fused attention and MLP for PyTorch, exact, drop-in, open to look into."""
 
+import sys
+
 from fastattn.functional import attention, attention_backward, merge_states
+
+if "torch.utils.flop_counter" in sys.modules:
+    import fastattn.flops  # noqa: F401
 
 __version__ = "0.1.0"
 

@@ -1,4 +1,4 @@
-"""The operators torch knows: opaque, with fake kernels, autograd, vmap and a flop count.
+"""The operators torch knows: opaque, with fake kernels, autograd and vmap (flop counts: fastattn.flops).
 
 `fastattn::attention_forward` and `fastattn::attention_backward` choose a backend and run it; tracers see one
 node each. `Attention` is the thin autograd.Function the front door calls, because torch.func.grad cannot
@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from fastattn import backends, capabilities, reference
 from fastattn.backends.layout import empty_heads
@@ -69,27 +68,6 @@ def _forward_fake(q, k, v, causal, scale, backend):
 @torch.library.register_fake(_BACKWARD, lib=_library)
 def _backward_fake(dout, q, k, v, out, lse, dlse, causal, scale, backend):
     return empty_heads(q.shape, q), empty_heads(k.shape, k), empty_heads(v.shape, v)
-
-
-@register_flop_formula(torch.ops.fastattn.attention_forward)
-def _forward_flops(q, k, v, causal, *args, out_shape=None, **kwargs) -> int:
-    return _matmul_flops(q, k, causal) * (q[3] + v[3])
-
-
-@register_flop_formula(torch.ops.fastattn.attention_backward)
-def _backward_flops(dout, q, k, v, out, lse, dlse, causal, *args, out_shape=None, **kwargs) -> int:
-    # q k^T, dS k and dS^T q are as wide as q; dout v^T and P^T dout as v.
-    return _matmul_flops(q, k, causal) * (3 * q[3] + 2 * v[3])
-
-
-def _matmul_flops(q, k, causal: bool) -> int:
-    """Flops of one product over the visible scores, per unit of width; shapes, not tensors."""
-    queries, keys = q[2], k[2]
-    seen = queries * keys
-    if causal:
-        short = min(queries, keys)
-        seen = short * (short + 1) // 2 + short * (keys - short)
-    return 2 * q[0] * q[1] * seen
 
 
 class Attention(torch.autograd.Function):

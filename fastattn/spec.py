@@ -39,7 +39,7 @@ def attention_spec(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: floa
         scale = 1.0 / math.sqrt(q.shape[3])
     if isinstance(scale, bool) or not isinstance(scale, int | float):
         raise TypeError(f"scale must be a number or None, got {type(scale).__name__}")
-    if not math.isfinite(scale):
+    if not -math.inf < scale < math.inf:
         raise ValueError(f"scale must be finite, got {scale}")
     return AttentionSpec(causal, float(scale))
 
@@ -79,9 +79,7 @@ def check_heads(*, q: Tensor, k: Tensor, v: Tensor) -> None:
             )
 
 
-def check_gradients(
-    q: Tensor, v: Tensor, *, dout: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None
-) -> None:
+def check_gradients(q: Tensor, v: Tensor, *, dout: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None) -> None:
     """What `attention_backward` is given must be shaped like what `attention` returned."""
     rows = q.shape[:3]
     for name, t in (("dout", dout), ("out", out)):
@@ -90,17 +88,15 @@ def check_gradients(
         if t.shape != (*rows, v.shape[3]):
             raise ValueError(f"{name} must have shape {(*rows, v.shape[3])}, got {_shape(t)}")
         check_same(name, t, "q", q)
-    for name, t in (("lse", lse), ("dlse", dlse)):
-        if t is None and name == "dlse":
-            continue
-        if not isinstance(t, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
-        if t.shape != rows:
-            raise ValueError(f"{name} must have shape {tuple(rows)}, got {_shape(t)}")
-        if t.dtype != lse_dtype(q.dtype):
-            raise TypeError(f"{name} must be {lse_dtype(q.dtype)}, got {t.dtype}")
-        if t.device != q.device:
-            raise ValueError(f"{name} must be on q's device {q.device}, got {t.device}")
+    for name, values in (("lse", lse),) if dlse is None else (("lse", lse), ("dlse", dlse)):
+        if not isinstance(values, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(values).__name__}")
+        if values.shape != rows:
+            raise ValueError(f"{name} must have shape {tuple(rows)}, got {_shape(values)}")
+        if values.dtype != lse_dtype(q.dtype):
+            raise TypeError(f"{name} must be {lse_dtype(q.dtype)}, got {values.dtype}")
+        if values.device != q.device:
+            raise ValueError(f"{name} must be on q's device {q.device}, got {values.device}")
 
 
 def lse_dtype(dtype: torch.dtype) -> torch.dtype:

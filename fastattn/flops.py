@@ -1,0 +1,37 @@
+"""How many flops the operators do, for torch.utils.flop_counter: `import fastattn.flops` registers the formulas.
+
+A module of its own, because torch's flop counter imports Triton, a quarter of a second. `import fastattn` does
+it by itself where the flop counter is already imported.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+import fastattn.ops  # noqa: F401  (defines the operators)
+
+
+def visible_scores(queries: int, keys: int, causal: bool) -> int:
+    """How many (query, key) pairs are visible; causal is aligned bottom-right."""
+    if not causal:
+        return queries * keys
+    short = min(queries, keys)
+    return short * (short + 1) // 2 + short * (keys - short)
+
+
+def attention_flops(q: tuple, k: tuple, v: tuple, causal: bool, *, backward: bool = False) -> int:
+    """Multiplications and additions of the products over the visible scores, from the shapes of q, k and v."""
+    # Forward: q k^T is as wide as q, P v as v. Backward: q k^T, dS k and dS^T q; dout v^T and P^T dout.
+    widths = 3 * q[3] + 2 * v[3] if backward else q[3] + v[3]
+    return 2 * q[0] * q[1] * visible_scores(q[2], k[2], causal) * widths
+
+
+@register_flop_formula(torch.ops.fastattn.attention_forward)
+def _forward(q, k, v, causal, *args, out_shape=None, **kwargs) -> int:
+    return attention_flops(q, k, v, causal)
+
+
+@register_flop_formula(torch.ops.fastattn.attention_backward)
+def _backward(dout, q, k, v, out, lse, dlse, causal, *args, out_shape=None, **kwargs) -> int:
+    return attention_flops(q, k, v, causal, backward=True)

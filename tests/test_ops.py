@@ -1,0 +1,190 @@
+"""The attention operators do what PyTorch expects of an operator: every transform, tracer and context."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from attention_problems import IMPLEMENTATIONS, Problem, implementation, run
+from hardware import DEVICE
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.flop_counter import FlopCounterMode
+
+import fastattn
+import fastattn.flops
+from fastattn import reference
+
+BACKENDS = ("triton", "portable")
+
+
+def small(**changes):
+    """Inputs in fp64 for derivatives by finite differences."""
+    problem = Problem(
+        **{"heads": 2, "key_heads": 1, "queries": 4, "keys": 6, "width": 8, "value_width": 9, **changes}
+    )
+    return [t.requires_grad_() for t in problem.inputs()]
+
+
+@pytest.mark.parametrize("name", ["portable", "tiled", "reference"])
+@pytest.mark.parametrize("causal", [False, True])
+def test_gradcheck_and_gradgradcheck(causal: bool, name: str) -> None:
+    inputs = small(dtype=torch.float64)
+    with implementation(name) as backend:
+        function = functools.partial(fastattn.attention, causal=causal, return_lse=True, backend=backend)
+        assert torch.autograd.gradcheck(function, inputs)
+        assert torch.autograd.gradgradcheck(function, inputs)
+
+
+def test_gradgradcheck_where_rows_see_nothing() -> None:
+    inputs = small(dtype=torch.float64, queries=6, keys=4)
+
+    def function(q, k, v):
+        return fastattn.attention(q, k, v, causal=True)
+
+    assert torch.autograd.gradcheck(function, inputs)
+    assert torch.autograd.gradgradcheck(function, inputs)
+
+
+def test_second_derivative_through_a_merged_state() -> None:
+    inputs = small(dtype=torch.float64)
+
+    def function(q, k, v):
+        first = fastattn.attention(q, k[:, :, :3], v[:, :, :3], return_lse=True)
+        second = fastattn.attention(q, k[:, :, 3:], v[:, :, 3:], return_lse=True)
+        out, lse = fastattn.merge_states(*first, *second)
+        return fastattn.attention_backward(torch.ones_like(out), q, k, v, out, lse)
+
+    assert torch.autograd.gradcheck(function, inputs)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("causal", [False, True])
+def test_opcheck(causal: bool, backend: str) -> None:
+    q, k, v = (t.requires_grad_() for t in Problem(heads=4, key_heads=2, queries=20, keys=24).inputs())
+    torch.library.opcheck(torch.ops.fastattn.attention_forward.default, (q, k, v, causal, 0.25, backend))
+    out, lse = (t.detach() for t in torch.ops.fastattn.attention_forward(q, k, v, causal, 0.25, backend))
+    for dlse in (None, torch.randn_like(lse)):
+        arguments = (torch.randn_like(out), q, k, v, out, lse, dlse, causal, 0.25, backend)
+        torch.library.opcheck(torch.ops.fastattn.attention_backward.default, arguments)
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_func_grad_vmap_and_their_compositions_equal_autograd(name: str) -> None:
+    inputs = [
+        torch.stack([t] * 3) * torch.randn(3, 1, 1, 1, 1, device=DEVICE) for t in Problem(queries=20).inputs()
+    ]
+    with implementation(name) as backend:
+
+        def loss(q, k, v):
+            out, lse = fastattn.attention(q, k, v, causal=True, return_lse=True, backend=backend)
+            return out.square().sum() + lse.sum()
+
+        per_sample = torch.func.vmap(torch.func.grad(loss, argnums=(0, 1, 2)))(*inputs)
+        # Keys and values shared by the batch of queries: dimensions that are not mapped.
+        q, k, v = inputs[0], inputs[1][0], inputs[2][0]
+        shared = torch.func.vmap(torch.func.grad(loss), in_dims=(0, None, None))(q, k, v)
+        for i in range(3):
+            leaves = [t[i].detach().requires_grad_() for t in inputs]
+            for ours, expected in zip(per_sample, torch.autograd.grad(loss(*leaves), leaves), strict=True):
+                torch.testing.assert_close(ours[i], expected, rtol=1e-4, atol=1e-5)
+            leaves = [q[i].detach().requires_grad_(), k, v]
+            torch.testing.assert_close(
+                shared[i], torch.autograd.grad(loss(*leaves), leaves[0])[0], rtol=1e-4, atol=1e-5
+            )
+
+
+def test_grad_of_grad_equals_double_backward_of_the_definition() -> None:
+    problem = Problem(queries=12, keys=12, causal=True, dtype=torch.float64)
+    q, k, v = problem.inputs()
+
+    def penalty(attention, q):
+        return torch.func.grad(lambda q: attention(q).sin().sum())(q).square().sum()
+
+    ours = torch.func.grad(lambda q: penalty(lambda q: fastattn.attention(q, k, v, causal=True), q))(q)
+    exact = torch.func.grad(lambda q: penalty(lambda q: reference.attention(q, k, v, problem.spec)[0], q))(q)
+    torch.testing.assert_close(ours, exact)
+
+
+def test_forward_mode_is_refused_not_silently_zero() -> None:
+    q, k, v = Problem().inputs()
+    with pytest.raises((RuntimeError, NotImplementedError), match=r"jvp|forward"):
+        torch.func.jvp(lambda q: fastattn.attention(q, k, v), (q,), (q,))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_without_a_graph_break_and_gives_the_same(dynamic: bool, backend: str) -> None:
+    torch._dynamo.reset()
+
+    def function(q, k, v):
+        out, lse = fastattn.attention(q * 2, k, v, causal=True, return_lse=True, backend=backend)
+        return out.transpose(1, 2).flatten(2) + 1, lse
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for queries in (20, 33):
+        problem = Problem(queries=queries, keys=queries, heads=4, key_heads=2)
+        inputs, upstream = problem.inputs(), (torch.randn(1, queries, 64, device=DEVICE), None)
+        for ours, expected in zip(run(inputs, upstream, compiled), run(inputs, upstream, function), strict=True):
+            torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_lowers_to_its_dtype_and_returns_gradients_in_the_inputs_own(dtype: torch.dtype) -> None:
+    q, k, v = (t.requires_grad_() for t in Problem(causal=True).inputs())
+    with torch.autocast(DEVICE, dtype):
+        out = fastattn.attention(q, k.to(dtype), v, causal=True)
+        double = fastattn.attention(q.double(), k.double(), v.double())
+    assert out.dtype == dtype and double.dtype == torch.float64
+    assert all(g.dtype == torch.float32 for g in torch.autograd.grad(out.sum(), (q, k, v)))
+    low = [t.detach().to(dtype) for t in (q, k, v)]
+    assert torch.equal(out, fastattn.attention(*low, causal=True))
+
+
+def test_selective_checkpointing_sees_one_operator_and_need_not_run_it_again() -> None:
+    ran = []
+    forward = torch.ops.fastattn.attention_forward.default
+
+    def policy(context, operator, *args, **kwargs):
+        if operator is forward:
+            ran.append(context.is_recompute)
+            return CheckpointPolicy.MUST_SAVE
+        return CheckpointPolicy.PREFER_RECOMPUTE
+
+    def function(q, k, v):
+        return fastattn.attention(q.sin(), k, v, causal=True).sum()
+
+    q, k, v = (t.requires_grad_() for t in Problem().inputs())
+    contexts = functools.partial(create_selective_checkpoint_contexts, policy)
+    ours = torch.autograd.grad(checkpoint(function, q, k, v, use_reentrant=False, context_fn=contexts), (q, k, v))
+    assert ran.count(False) == 1
+    for a, e in zip(ours, torch.autograd.grad(function(q, k, v), (q, k, v)), strict=True):
+        assert torch.equal(a, e)
+
+
+def test_double_use_of_the_graph_with_retain_graph() -> None:
+    q, k, v = (t.requires_grad_() for t in Problem().inputs())
+    out = fastattn.attention(q, k, v)
+    first = torch.autograd.grad(out.sum(), (q, k, v), retain_graph=True)
+    second = torch.autograd.grad(out.sum(), (q, k, v))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(32, 32), (16, 48), (48, 16)])
+@pytest.mark.parametrize("causal", [False, True])
+def test_flops_are_counted_over_the_visible_scores(causal: bool, queries: int, keys: int) -> None:
+    problem = Problem(queries=queries, keys=keys, width=16, value_width=24, causal=causal, heads=4, key_heads=2)
+    q, k, v = (t.requires_grad_() for t in problem.inputs())
+    seen = int(reference.visible(queries, keys, problem.spec).sum())
+    with FlopCounterMode(display=False) as forward:
+        out = fastattn.attention(q, k, v, causal=causal)
+    with FlopCounterMode(display=False) as backward:
+        out.sum().backward()
+    assert forward.get_total_flops() == 2 * 4 * seen * (16 + 24)
+    assert backward.get_total_flops() == 2 * 4 * seen * (3 * 16 + 2 * 24)
+
+
+def test_outputs_merge_their_heads_without_a_copy() -> None:
+    for backend in ("triton", "portable", "reference"):
+        out = fastattn.attention(*Problem(queries=20).inputs(), backend=backend)
+        assert out.transpose(1, 2).is_contiguous()
