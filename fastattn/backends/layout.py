@@ -6,17 +6,19 @@ heads for the next linear layer costs no copy.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 
-def empty_heads(shape: tuple[int, int, int, int], like: Tensor) -> Tensor:
+def empty_heads(shape: Sequence[int], like: Tensor) -> Tensor:
     """An empty tensor of this shape, with the dtype and device of `like`."""
     batch, heads, length, width = shape
     return like.new_empty((batch, length, heads, width)).transpose(1, 2)
 
 
-def zero_heads(shape: tuple[int, int, int, int], like: Tensor, dtype: torch.dtype) -> Tensor:
+def zero_heads(shape: Sequence[int], like: Tensor, dtype: torch.dtype) -> Tensor:
     batch, heads, length, width = shape
     return like.new_zeros((batch, length, heads, width), dtype=dtype).transpose(1, 2)
 

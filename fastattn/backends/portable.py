@@ -76,7 +76,7 @@ def _tiled_backward(
     spec: AttentionSpec,
 ) -> tuple[Tensor, Tensor, Tensor]:
     work, key_heads = lse_dtype(q.dtype), k.shape[1]
-    dq, dk, dv = (zero_heads(tuple(t.shape), t, work) for t in (q, k, v))
+    dq, dk, dv = (zero_heads(t.shape, t, work) for t in (q, k, v))
     delta = (dout.to(work) * out.to(work)).sum(-1)
     if dlse is not None:
         delta = delta - dlse
