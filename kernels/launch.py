@@ -182,3 +182,100 @@ ATTENTION_DQ = {
         Row(4, 256, Tiling(16, 16, 8, 1)),
     ),
 }
+
+
+# The MLP. A row's width counts the elements of the hidden layer (tokens x h): below what fills every
+# multiprocessor with the next row's tiles, smaller tiles share the work out better. Four-byte products have no
+# tensor cores to feed (IEEE float32), so their tiles are bounded by registers alone. On sm_90 a 128 x 128 tile
+# asks the L2 cache for 64 bytes a clock and multiprocessor at full tensor-core rate, a 128 x 256 tile for 43,
+# which is what a cache of some 30 can nearly feed; smaller products take the former, twice on a multiprocessor.
+EVERY = 2**63 - 1
+
+MLP_FORWARD = {
+    INTERPRETER: (Row(4, EVERY, Tiling(32, 32, 4, 1)),),
+    "sm_80": (
+        Row(2, 108 * 128 * 128, Tiling(64, 64, 4, 4)),
+        Row(2, EVERY, Tiling(128, 128, 8, 4)),
+        Row(4, EVERY, Tiling(64, 64, 8, 2)),
+    ),
+    "sm_86": (
+        Row(2, 84 * 128 * 128, Tiling(64, 64, 4, 3)),
+        Row(2, EVERY, Tiling(128, 128, 8, 3)),
+        Row(4, EVERY, Tiling(64, 64, 8, 2)),
+    ),
+    "sm_90": (
+        Row(2, 132 * 128 * 128, Tiling(64, 64, 4, 3)),
+        Row(2, 264 * 128 * 256, Tiling(128, 128, 8, 3)),
+        Row(2, EVERY, Tiling(128, 256, 8, 3)),
+        Row(4, EVERY, Tiling(64, 64, 8, 2)),
+    ),
+    "sm_100": (
+        Row(2, 148 * 128 * 128, Tiling(64, 64, 4, 3)),
+        Row(2, 296 * 128 * 256, Tiling(128, 128, 8, 3)),
+        Row(2, EVERY, Tiling(128, 256, 8, 3)),
+        Row(4, EVERY, Tiling(64, 64, 8, 2)),
+    ),
+    "sm_120": (
+        Row(2, 170 * 128 * 128, Tiling(64, 64, 4, 3)),
+        Row(2, EVERY, Tiling(128, 128, 8, 3)),
+        Row(4, EVERY, Tiling(64, 64, 8, 2)),
+    ),
+    "gfx942": (
+        Row(2, 304 * 128 * 128, Tiling(64, 64, 4, 2)),
+        Row(2, EVERY, Tiling(128, 128, 8, 2)),
+        Row(4, EVERY, Tiling(64, 64, 4, 2)),
+    ),
+}
+
+# Two accumulators: half the columns where they lie in registers.
+MLP_GATED_FORWARD = {
+    INTERPRETER: (Row(4, EVERY, Tiling(32, 32, 4, 1)),),
+    "sm_80": (
+        Row(2, 108 * 128 * 64, Tiling(64, 64, 4, 4)),
+        Row(2, EVERY, Tiling(128, 64, 8, 4)),
+        Row(4, EVERY, Tiling(64, 64, 8, 2)),
+    ),
+    "sm_86": (
+        Row(2, 84 * 128 * 64, Tiling(64, 64, 4, 3)),
+        Row(2, EVERY, Tiling(128, 64, 8, 3)),
+        Row(4, EVERY, Tiling(64, 64, 8, 2)),
+    ),
+    "sm_90": (
+        Row(2, 132 * 128 * 128, Tiling(64, 64, 4, 3)),
+        Row(2, EVERY, Tiling(128, 128, 8, 3)),
+        Row(4, EVERY, Tiling(64, 64, 8, 2)),
+    ),
+    "sm_100": (
+        Row(2, 148 * 128 * 128, Tiling(64, 64, 4, 3)),
+        Row(2, EVERY, Tiling(128, 128, 8, 3)),
+        Row(4, EVERY, Tiling(64, 64, 8, 2)),
+    ),
+    "sm_120": (
+        Row(2, 170 * 128 * 64, Tiling(64, 64, 4, 3)),
+        Row(2, EVERY, Tiling(128, 64, 8, 3)),
+        Row(4, EVERY, Tiling(64, 64, 8, 2)),
+    ),
+    "gfx942": (
+        Row(2, 304 * 128 * 64, Tiling(64, 64, 4, 2)),
+        Row(2, EVERY, Tiling(128, 128, 8, 2)),
+        Row(4, EVERY, Tiling(64, 64, 4, 2)),
+    ),
+}
+
+# The gradient of the hidden layer, gated or not: one accumulator and a longer epilogue.
+MLP_BACKWARD = {
+    **MLP_FORWARD,
+    "sm_90": (
+        Row(2, 132 * 128 * 128, Tiling(64, 64, 4, 3)),
+        Row(2, EVERY, Tiling(128, 128, 8, 3)),
+        Row(4, EVERY, Tiling(64, 64, 8, 2)),
+    ),
+}
+
+# The pass over the hidden layer after a library's product: bounded by memory, so small tiles of whole 128-byte
+# lines, and few registers, so that many are in flight.
+MLP_ELEMENTWISE = {
+    INTERPRETER: (Row(4, EVERY, Tiling(32, 32, 4, 1)),),
+    "sm_80": (Row(4, EVERY, Tiling(64, 64, 8, 1)),),
+}
+MLP_FUSED_UP_TO = {"sm_80": {2: 2048}, INTERPRETER: {2: EVERY, 4: EVERY}}

@@ -1,0 +1,723 @@
+"""The MLP, y = act(x W1^T + b1) W2^T + b2, and its gated form, y = (act(x Wg^T + bg) * (x Wu^T + bu)) Wd^T + bd.
+
+x is (T, d): T tokens of width d; the hidden layer has width h. Weights are (out, in), biases may be None.
+
+Saved for the backward, beside x: the pre-activation `pre` (T, h), gated gate and up side by side (T, 2h), in the
+input's dtype. ReLU saves only its output, whose sign is the mask, so it writes nothing more than in inference.
+Recomputed in the backward: the hidden layer, by the very function that made it, from the very value that was
+activated: `pre` is rounded to the dtype before the activation, as eager PyTorch rounds it, so the hidden
+layer has the same bits in both directions. In inference nothing is saved.
+
+    forward    hidden_kernel            pre = x W1^T + b1, activated in the epilogue   -> hidden [, pre]
+               library                  y = hidden W2^T + b2
+    backward   hidden_gradient_kernel   dh = dy W2; hidden = act(pre), dpre = dh act'(pre) in the epilogue
+                                        -> hidden, dpre, sums of dpre over each tile's rows
+               library                  dx = dpre W1, dW1 = dpre^T x, dW2 = dy^T hidden
+
+Where launch.MLP_FUSED_UP_TO says that the vendor's GEMM is worth a pass over the hidden layer, the first product
+of each direction goes to the library too and `activation_kernel` or `activation_gradient_kernel` follows. The
+pairs share their epilogues. Bias gradients are per-tile float32 sums, added up in a fixed order: no atomics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from . import launch
+from .tiles import LARGEST_TILE, tile_pointers
+
+INVERSE_SQRT_2_PI: tl.constexpr = tl.constexpr(0.3989422804014327)
+HALF_LOG2_E: tl.constexpr = tl.constexpr(-0.7213475204444817)
+# The tanh form of GELU (Hendrycks and Gimpel 2016, arXiv:1606.08415): u = sqrt(2 / pi) (x + 0.044715 x^3).
+TWO_SQRT_2_OVER_PI: tl.constexpr = tl.constexpr(1.5957691216057308)
+GELU_CUBIC: tl.constexpr = tl.constexpr(0.044715)
+
+ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "relu_squared", "silu")
+
+# Tiles of the hidden layer that are walked down before the next column of tiles begins, so that the programs in
+# flight read few rows and few weights, all from the L2 cache.
+GROUP: tl.constexpr = tl.constexpr(8)
+
+
+class Matrix(NamedTuple):
+    """A (row, column) tensor: its pointer and strides in elements."""
+
+    pointer: torch.Tensor
+    row: int
+    column: int
+
+
+class Linear(NamedTuple):
+    """A linear map as a product's right-hand side, (in, out), and the bias (out,) or None that follows it."""
+
+    weight: Matrix
+    bias: torch.Tensor | None
+
+
+class Size(NamedTuple):
+    """Of one product: T tokens, the width that is summed over, and the width of the hidden layer."""
+
+    tokens: int
+    inner: int
+    hidden: int
+
+
+def matrix(t: torch.Tensor) -> Matrix:
+    """`t` as a kernel argument; copied first if offsets within one tile would pass 32 bits."""
+    if (abs(t.stride(0)) + abs(t.stride(1))) * LARGEST_TILE >= 2**31:
+        t = t.contiguous()
+    return Matrix(t, *t.stride())
+
+
+def linear_argument(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
+    """A torch.nn.Linear's weight (out, in) and bias as a kernel argument."""
+    return Linear(matrix(weight.t()), None if bias is None else bias.contiguous())
+
+
+@triton.jit
+def normal_cdf(x):
+    """P(Z <= x) of a standard normal, to 9e-8, and to five digits of its left tail; half the steps of erf.
+
+    The tail's logarithm is smooth: log2 P(Z > a) is this polynomial in a, our own minimax fit on [0, 6], in which
+    the highest power takes the tail to zero from there on.
+    """
+    a = tl.abs(x)
+    log2_tail = 7.216240760e-07 - 2.324146919e-08 * a
+    log2_tail = log2_tail * a - 9.567306734e-06
+    log2_tail = log2_tail * a + 6.874158862e-05
+    log2_tail = log2_tail * a - 2.546761534e-04
+    log2_tail = log2_tail * a - 4.853718201e-05
+    log2_tail = log2_tail * a + 7.002310362e-03
+    log2_tail = log2_tail * a - 5.247625336e-02
+    log2_tail = log2_tail * a - 4.592100680e-01
+    log2_tail = log2_tail * a - 1.151105404
+    tail = tl.exp2(log2_tail * a - 1.0)
+    return tl.where(x < 0.0, tail, 1.0 - tail)
+
+
+@triton.jit
+def tanh_cdf(x):
+    """The tanh form's stand-in for the normal CDF, (1 + tanh u) / 2, which is sigmoid(2 u)."""
+    return tl.sigmoid(x * TWO_SQRT_2_OVER_PI * (1.0 + GELU_CUBIC * x * x))
+
+
+@triton.jit
+def activate(x, ACTIVATION: tl.constexpr):
+    """act(x) in float32. ReLUs let NaN through, as torch's do."""
+    if ACTIVATION == "gelu":
+        return x * normal_cdf(x)
+    elif ACTIVATION == "gelu_tanh":
+        return x * tanh_cdf(x)
+    elif ACTIVATION == "silu":
+        return x * tl.sigmoid(x)
+    elif ACTIVATION == "relu_squared":
+        return tl.where(x < 0.0, 0.0, x * x)
+    else:
+        tl.static_assert(ACTIVATION == "relu", "unknown activation")
+        return tl.where(x < 0.0, 0.0, x)
+
+
+@triton.jit
+def activate_derivative(x, ACTIVATION: tl.constexpr):
+    """act'(x) in float32; for the ReLUs also of their clamped argument, whose sign says the same."""
+    if ACTIVATION == "gelu":
+        return normal_cdf(x) + x * INVERSE_SQRT_2_PI * tl.exp2(x * x * HALF_LOG2_E)
+    elif ACTIVATION == "gelu_tanh":
+        # Beyond |x| = 16 the slope is 0 or 1 to the last bit, and x^2 may overflow: 0 times infinity.
+        x = tl.minimum(tl.maximum(x, -16.0), 16.0)
+        p = tanh_cdf(x)
+        return p + x * p * (1.0 - p) * TWO_SQRT_2_OVER_PI * (1.0 + 3.0 * GELU_CUBIC * x * x)
+    elif ACTIVATION == "silu":
+        p = tl.sigmoid(x)
+        return p * (1.0 + x * (1.0 - p))
+    elif ACTIVATION == "relu_squared":
+        return tl.where(x > 0.0, 2.0 * x, 0.0)
+    else:
+        return tl.where(x > 0.0, 1.0, 0.0)
+
+
+@triton.jit
+def grouped_tile(program, row_tiles, column_tiles):
+    """Program number -> (row, column) of its tile: down the columns of GROUP rows of tiles at a time."""
+    first_row = program // (GROUP * column_tiles) * GROUP
+    height = tl.minimum(row_tiles - first_row, GROUP)
+    within = program - first_row * column_tiles
+    return first_row + within % height, within // height
+
+
+@triton.jit
+def block(matrix, row, column, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """Pointers to ROWS x WIDTH elements of a matrix, from (row, column) on."""
+    return tile_pointers(matrix.pointer + tl.cast(column, tl.int64) * matrix.column, matrix, row, ROWS, WIDTH)
+
+
+@triton.jit
+def load_operand(pointers, outside, inside, WHOLE: tl.constexpr):
+    """A tile of an operand, zeros beyond the matrix; WHOLE says that the summed side needs no look."""
+    if WHOLE:
+        return tl.load(pointers, mask=outside, other=0.0)
+    else:
+        return tl.load(pointers, mask=outside & inside, other=0.0)
+
+
+@triton.jit
+def products(
+    a,
+    first,
+    second,
+    row,
+    column,
+    size,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    """One tile of a @ first and of a @ second, from (row, column) on, in float32.
+
+    `a` (tokens, inner) is read once for both. If `second` is None, so is the sense of the second result.
+    """
+    rows = (row + tl.arange(0, BLOCK_M) < size.tokens)[:, None]
+    columns = (column + tl.arange(0, BLOCK_N) < size.hidden)[None, :]
+    steps = tl.arange(0, BLOCK_K)
+    a_pointers = block(a, row, 0, BLOCK_M, BLOCK_K)
+    first_pointers = block(first, 0, column, BLOCK_K, BLOCK_N)
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    second_total = total
+    if second is not None:
+        second_pointers = block(second, 0, column, BLOCK_K, BLOCK_N)
+    for start in range(0, size.inner, BLOCK_K):
+        inside = steps < size.inner - start
+        left = load_operand(a_pointers, rows, inside[None, :], WHOLE)
+        right = load_operand(first_pointers, columns, inside[:, None], WHOLE)
+        total = tl.dot(left, right, total, input_precision="ieee")
+        a_pointers += BLOCK_K * a.column
+        first_pointers += BLOCK_K * first.row
+        if second is not None:
+            right = load_operand(second_pointers, columns, inside[:, None], WHOLE)
+            second_total = tl.dot(left, right, second_total, input_precision="ieee")
+            second_pointers += BLOCK_K * second.row
+    return total, second_total
+
+
+@triton.jit
+def halves(tile):
+    """The left and the right half of a tile's columns; registers only, nothing moves."""
+    pairs = tl.reshape(tile, (tile.shape[0], 2, tile.shape[1] // 2))
+    return tl.split(tl.permute(pairs, (0, 2, 1)))
+
+
+@triton.jit
+def quarters(tile):
+    """A tile's columns in four parts, left to right. An epilogue that finishes one part after the other keeps a
+    quarter of its intermediate values alive: done whole, the gradients' spill."""
+    left, right = halves(tile)
+    first, second = halves(left)
+    third, fourth = halves(right)
+    return first, second, third, fourth
+
+
+@triton.jit
+def plus_bias(total, bias, columns, inside):
+    """Add a bias, if there is one, to every row."""
+    if bias is not None:
+        total += tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
+    return total
+
+
+@triton.jit
+def store_hidden(pre, up, hidden, row, column, mask, ACTIVATION: tl.constexpr):
+    """hidden = act(pre), times `up` in gated form: every step rounded to the dtype, as eager rounds it."""
+    value = activate(pre.to(tl.float32), ACTIVATION).to(hidden.pointer.dtype.element_ty)
+    if up is not None:
+        value = (value.to(tl.float32) * up.to(tl.float32)).to(value.dtype)
+    tl.store(block(hidden, row, column, pre.shape[0], pre.shape[1]), value, mask=mask)
+
+
+@triton.jit
+def finish(
+    total,
+    up,
+    first_bias,
+    second_bias,
+    saved,
+    hidden,
+    row,
+    column,
+    size,
+    ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr,
+):
+    """From a tile of x @ first, and of x @ second in gated form: bias, rounding, activation, stores."""
+    rows: tl.constexpr = total.shape[0]
+    width: tl.constexpr = total.shape[1]
+    dtype: tl.constexpr = hidden.pointer.dtype.element_ty
+    columns = column + tl.arange(0, width)
+    inside = columns < size.hidden
+    mask = (row + tl.arange(0, rows) < size.tokens)[:, None] & inside[None, :]
+    pre = plus_bias(total, first_bias, columns, inside).to(dtype)
+    if saved is not None:
+        tl.store(block(saved, row, column, rows, width), pre, mask=mask)
+    if GATED:
+        up = plus_bias(up, second_bias, columns, inside).to(dtype)
+        if saved is not None:
+            tl.store(block(saved, row, size.hidden + column, rows, width), up, mask=mask)
+        store_hidden(pre, up, hidden, row, column, mask, ACTIVATION)
+    else:
+        store_hidden(pre, None, hidden, row, column, mask, ACTIVATION)
+
+
+@triton.jit
+def hidden_kernel(
+    x,
+    first,
+    second,
+    saved,
+    hidden,
+    size,
+    ACTIVATION: tl.constexpr,
+    WHOLE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """hidden = act(x @ first), gated act(x @ first) * (x @ second); what was activated goes to `saved` or nowhere."""
+    tile_row, tile_column = grouped_tile(
+        tl.program_id(0), tl.cdiv(size.tokens, BLOCK_M), tl.cdiv(size.hidden, BLOCK_N)
+    )
+    row = tile_row * BLOCK_M
+    column = tile_column * BLOCK_N
+    GATED: tl.constexpr = second is not None
+    second_weight = second.weight if GATED else None
+    second_bias = second.bias if GATED else None
+    total, up = products(x, first.weight, second_weight, row, column, size, BLOCK_M, BLOCK_N, BLOCK_K, WHOLE)
+    totals = quarters(total)
+    ups = quarters(up)
+    for part in tl.static_range(4):
+        start = column + part * (BLOCK_N // 4)
+        finish(
+            totals[part], ups[part], first.bias, second_bias, saved, hidden, row, start, size, ACTIVATION, GATED
+        )
+
+
+@triton.jit
+def store_partial(gradient, partials, tile_row, column, inside, width):
+    """The tile's share of a bias gradient: its sum over rows, one line of `partials` a row of tiles."""
+    if partials is not None:
+        columns = column + tl.arange(0, gradient.shape[1])
+        pointers = partials + tl.cast(tile_row, tl.int64) * width + columns
+        tl.store(pointers, tl.sum(gradient, 0), mask=inside)
+
+
+@triton.jit
+def differentiate(
+    dh, saved, hidden, dpre, partials, tile_row, column, size, ACTIVATION: tl.constexpr, GATED: tl.constexpr
+):
+    """From a tile of dh: the hidden layer again, the gradient of what was saved, and its sums over rows.
+
+    Rows beyond the last have dh = 0, so they add nothing to the sums. `hidden` and `partials` may be None.
+    """
+    rows: tl.constexpr = dh.shape[0]
+    width: tl.constexpr = dh.shape[1]
+    row = tile_row * rows
+    inside = column + tl.arange(0, width) < size.hidden
+    mask = (row + tl.arange(0, rows) < size.tokens)[:, None] & inside[None, :]
+    dtype: tl.constexpr = dpre.pointer.dtype.element_ty
+
+    pre = tl.load(block(saved, row, column, rows, width), mask=mask, other=0.0)
+    up = None
+    saved_width = size.hidden
+    if GATED:
+        saved_width = 2 * size.hidden
+        up_column = size.hidden + column
+        up = tl.load(block(saved, row, up_column, rows, width), mask=mask, other=0.0)
+        dup = dh * activate(pre.to(tl.float32), ACTIVATION).to(dtype).to(tl.float32)
+        tl.store(block(dpre, row, up_column, rows, width), dup.to(dtype), mask=mask)
+        store_partial(dup, partials, tile_row, up_column, inside, saved_width)
+        dh = dh * up.to(tl.float32)
+    if hidden is not None:
+        store_hidden(pre, up, hidden, row, column, mask, ACTIVATION)
+    dgate = dh * activate_derivative(pre.to(tl.float32), ACTIVATION)
+    tl.store(block(dpre, row, column, rows, width), dgate.to(dtype), mask=mask)
+    store_partial(dgate, partials, tile_row, column, inside, saved_width)
+
+
+@triton.jit
+def hidden_gradient_kernel(
+    dy,
+    weight,
+    saved,
+    hidden,
+    dpre,
+    partials,
+    size,
+    ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr,
+    WHOLE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """dh = dy @ weight, and in its epilogue everything that follows from dh element by element."""
+    tile_row, tile_column = grouped_tile(
+        tl.program_id(0), tl.cdiv(size.tokens, BLOCK_M), tl.cdiv(size.hidden, BLOCK_N)
+    )
+    column = tile_column * BLOCK_N
+    dh, _ = products(dy, weight, None, tile_row * BLOCK_M, column, size, BLOCK_M, BLOCK_N, BLOCK_K, WHOLE)
+    parts = quarters(dh)
+    for part in tl.static_range(4):
+        start = column + part * (BLOCK_N // 4)
+        differentiate(parts[part], saved, hidden, dpre, partials, tile_row, start, size, ACTIVATION, GATED)
+
+
+@triton.jit
+def activation_kernel(
+    saved,
+    hidden,
+    size,
+    ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """hidden = act(saved), gated act(gate) * up, after the library's product; may work in place."""
+    tile_row, tile_column = grouped_tile(
+        tl.program_id(0), tl.cdiv(size.tokens, BLOCK_M), tl.cdiv(size.hidden, BLOCK_N)
+    )
+    row = tile_row * BLOCK_M
+    column = tile_column * BLOCK_N
+    rows = (row + tl.arange(0, BLOCK_M) < size.tokens)[:, None]
+    mask = rows & (column + tl.arange(0, BLOCK_N) < size.hidden)[None, :]
+    pre = tl.load(block(saved, row, column, BLOCK_M, BLOCK_N), mask=mask, other=0.0)
+    up = None
+    if GATED:
+        up = tl.load(block(saved, row, size.hidden + column, BLOCK_M, BLOCK_N), mask=mask, other=0.0)
+    store_hidden(pre, up, hidden, row, column, mask, ACTIVATION)
+
+
+@triton.jit
+def activation_gradient_kernel(
+    dh,
+    saved,
+    hidden,
+    dpre,
+    partials,
+    size,
+    ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """What `hidden_gradient_kernel` does after its product, where the library has computed dh; also in place."""
+    tile_row, tile_column = grouped_tile(
+        tl.program_id(0), tl.cdiv(size.tokens, BLOCK_M), tl.cdiv(size.hidden, BLOCK_N)
+    )
+    row = tile_row * BLOCK_M
+    column = tile_column * BLOCK_N
+    rows = (row + tl.arange(0, BLOCK_M) < size.tokens)[:, None]
+    mask = rows & (column + tl.arange(0, BLOCK_N) < size.hidden)[None, :]
+    tile = tl.load(block(dh, row, column, BLOCK_M, BLOCK_N), mask=mask, other=0.0).to(tl.float32)
+    differentiate(tile, saved, hidden, dpre, partials, tile_row, column, size, ACTIVATION, GATED)
+
+
+def inner_tile(dtype: torch.dtype) -> int:
+    """BLOCK_K: 128 bytes of a row, the widest line that shared memory is swizzled in."""
+    return 128 // dtype.itemsize
+
+
+def is_fused(kernel: object, operand: torch.Tensor, fused: bool | None) -> bool:
+    """Whether a product over operand's width runs in our kernel; `fused` decides if it is not None."""
+    if fused is None:
+        limits = launch.MLP_FUSED_UP_TO[launch.family(kernel, operand.device)]
+        fused = operand.shape[1] <= limits.get(operand.element_size(), 0)
+    return fused
+
+
+def tiling(table: dict, kernel: object, operand: torch.Tensor, size: Size) -> launch.Tiling:
+    """The table's row for this family, dtype and number of hidden elements."""
+    family = launch.family(kernel, operand.device)
+    return launch.look_up(table, family, operand.element_size(), size.tokens * size.hidden)
+
+
+def tile_count(size: Size, tile: launch.Tiling) -> int:
+    """Programs that cover the hidden layer, one a tile."""
+    return triton.cdiv(size.tokens, tile.block_m) * triton.cdiv(size.hidden, tile.block_n)
+
+
+def saves_hidden(activation: str, gated: bool) -> bool:
+    """Whether the hidden layer itself is what is saved: ReLU's sign says all its backward asks."""
+    return activation == "relu" and not gated
+
+
+def linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The library's x W^T + b, the bias added before the one rounding."""
+    if bias is None:
+        return torch.mm(x, weight.t(), out=out)
+    return torch.addmm(bias, x, weight.t(), out=out)
+
+
+def column_sum(t: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The sum over rows, in float32 and in a fixed order, rounded once to `dtype`."""
+    return t.sum(0, dtype=torch.float32).to(dtype)
+
+
+def fused_hidden(x, linears, hidden, saved, size, activation) -> None:
+    """Launch hidden_kernel: fill `hidden`, and `saved` if it is not None."""
+    table = launch.MLP_FORWARD if len(linears) == 1 else launch.MLP_GATED_FORWARD
+    tile = tiling(table, hidden_kernel, x, size)
+    step = inner_tile(x.dtype)
+    first, *rest = [linear_argument(*pair) for pair in linears]
+    hidden_kernel[(tile_count(size, tile),)](
+        matrix(x),
+        first,
+        rest[0] if rest else None,
+        None if saved is None else matrix(saved),
+        matrix(hidden),
+        size,
+        ACTIVATION=activation,
+        WHOLE=size.inner % step == 0,
+        BLOCK_K=step,
+        **tile.options(),
+    )
+
+
+def library_hidden(x, linears, hidden, saved, size, activation) -> None:
+    """The library's products into `saved`, then activation_kernel from there to `hidden`."""
+    for (weight, bias), part in zip(linears, saved.chunk(len(linears), 1), strict=True):
+        linear(x, weight, bias, out=part)
+    tile = tiling(launch.MLP_ELEMENTWISE, activation_kernel, x, size)
+    activation_kernel[(tile_count(size, tile),)](
+        matrix(saved),
+        matrix(hidden),
+        size,
+        ACTIVATION=activation,
+        GATED=len(linears) == 2,
+        **tile.options(),
+    )
+
+
+def hidden_forward(
+    x: torch.Tensor,
+    linears: Sequence[tuple[torch.Tensor, torch.Tensor | None]],
+    activation: str,
+    save: bool,
+    fused: bool | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The hidden layer (T, h) and what the backward needs of it; an empty tensor if not `save`.
+
+    `linears` is one (weight, bias), or gate's and up's.
+    """
+    gated = len(linears) == 2
+    size = Size(*x.shape, linears[0][0].shape[0])
+    hidden = x.new_empty(size.tokens, size.hidden)
+    nothing = x.new_empty(0)
+    if hidden.numel() == 0:
+        return hidden, x.new_empty(size.tokens, 0) if save else nothing
+    with launch.on_device(x):
+        if is_fused(hidden_kernel, x, fused):
+            keeps = save and not saves_hidden(activation, gated)
+            saved = x.new_empty(size.tokens, len(linears) * size.hidden) if keeps else None
+            fused_hidden(x, linears, hidden, saved, size, activation)
+        else:
+            in_place = not gated and (not save or saves_hidden(activation, gated))
+            saved = hidden if in_place else x.new_empty(size.tokens, len(linears) * size.hidden)
+            library_hidden(x, linears, hidden, saved, size, activation)
+    if not save:
+        return hidden, nothing
+    return hidden, hidden if saved is None else saved
+
+
+def fused_gradient(dy, weight, saved, hidden, dpre, size, gated, bias, activation) -> torch.Tensor | None:
+    """Launch hidden_gradient_kernel: fill `hidden` and `dpre`; the partial bias gradients, or None."""
+    tile = tiling(launch.MLP_BACKWARD, hidden_gradient_kernel, dy, size)
+    step = inner_tile(dy.dtype)
+    partials = new_partials(dpre, size, tile) if bias else None
+    hidden_gradient_kernel[(tile_count(size, tile),)](
+        matrix(dy),
+        matrix(weight),
+        matrix(saved),
+        None if hidden is None else matrix(hidden),
+        matrix(dpre),
+        partials,
+        size,
+        ACTIVATION=activation,
+        GATED=gated,
+        WHOLE=size.inner % step == 0,
+        BLOCK_K=step,
+        **tile.options(),
+    )
+    return partials
+
+
+def library_gradient(dy, weight, saved, hidden, dpre, size, gated, bias, activation) -> torch.Tensor | None:
+    """The library's dh = dy W, then activation_gradient_kernel; the partial bias gradients, or None."""
+    dh = torch.mm(dy, weight, out=None if gated else dpre)
+    tile = tiling(launch.MLP_ELEMENTWISE, activation_gradient_kernel, dy, size)
+    partials = new_partials(dpre, size, tile) if bias else None
+    activation_gradient_kernel[(tile_count(size, tile),)](
+        matrix(dh),
+        matrix(saved),
+        None if hidden is None else matrix(hidden),
+        matrix(dpre),
+        partials,
+        size,
+        ACTIVATION=activation,
+        GATED=gated,
+        **tile.options(),
+    )
+    return partials
+
+
+def new_partials(dpre: torch.Tensor, size: Size, tile: launch.Tiling) -> torch.Tensor:
+    """Room for one float32 sum a column of dpre and a row of tiles."""
+    return dpre.new_empty(triton.cdiv(size.tokens, tile.block_m), dpre.shape[1], dtype=torch.float32)
+
+
+def hidden_backward(
+    dy: torch.Tensor,
+    weight: torch.Tensor,
+    saved: torch.Tensor,
+    gated: bool,
+    activation: str,
+    keep: bool,
+    bias: bool,
+    fused: bool | None,
+) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor | None]:
+    """From dy (T, out) and the second weight (out, h): the hidden layer if `keep`, the gradient of `saved`'s
+    pre-activations (T, h) or (T, 2h), and its sum over tokens if `bias`."""
+    size = Size(*dy.shape, weight.shape[1])
+    dpre = torch.empty_like(saved)
+    if dpre.numel() == 0:
+        hidden = dy.new_empty(size.tokens, size.hidden) if keep else None
+        return hidden, dpre, column_sum(dpre, dpre.dtype) if bias else None
+    again = keep and not saves_hidden(activation, gated)
+    hidden = dy.new_empty(size.tokens, size.hidden) if again else None
+    with launch.on_device(dy):
+        run = fused_gradient if is_fused(hidden_gradient_kernel, dy, fused) else library_gradient
+        partials = run(dy, weight, saved, hidden, dpre, size, gated, bias, activation)
+    if keep and not again:
+        hidden = saved
+    return hidden, dpre, None if partials is None else column_sum(partials, dpre.dtype)
+
+
+class Wanted(NamedTuple):
+    """Which gradients to compute: of x, of the first weight (gated: gate and up), of its bias, of the second
+    weight and of its bias."""
+
+    x: bool = True
+    first: bool = True
+    first_bias: bool = True
+    second: bool = True
+    second_bias: bool = True
+
+
+Gradients = tuple[torch.Tensor | None, ...]
+
+
+def mlp_forward(
+    x: torch.Tensor,
+    w1: torch.Tensor,
+    b1: torch.Tensor | None,
+    w2: torch.Tensor,
+    b2: torch.Tensor | None,
+    activation: str,
+    save: bool,
+    fused: bool | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """y (T, out) = act(x W1^T + b1) W2^T + b2, and what the backward needs, empty if not `save`.
+
+    x (T, d), w1 (h, d), w2 (out, h), of one dtype: float16, bfloat16 or float32. `fused` overrides the table
+    that chooses between our kernel and the library's product with an elementwise kernel.
+    """
+    hidden, saved = hidden_forward(x, [(w1, b1)], activation, save, fused)
+    return linear(hidden, w2, b2), saved
+
+
+def mlp_backward(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    w1: torch.Tensor,
+    w2: torch.Tensor,
+    saved: torch.Tensor,
+    activation: str,
+    wanted: Sequence[bool] = Wanted(),
+    fused: bool | None = None,
+) -> Gradients:
+    """dx, dw1, db1, dw2, db2 of `mlp_forward`; None where not wanted (see Wanted)."""
+    wanted = Wanted(*wanted)
+    hidden, dpre, db1 = hidden_backward(dy, w2, saved, False, activation, wanted.second, wanted.first_bias, fused)
+    dw2 = torch.mm(dy.t(), hidden) if wanted.second else None
+    del hidden
+    dw1 = torch.mm(dpre.t(), x) if wanted.first else None
+    dx = torch.mm(dpre, w1) if wanted.x else None
+    return dx, dw1, db1, dw2, column_sum(dy, dy.dtype) if wanted.second_bias else None
+
+
+def gated_mlp_forward(
+    x: torch.Tensor,
+    w_gate: torch.Tensor,
+    b_gate: torch.Tensor | None,
+    w_up: torch.Tensor,
+    b_up: torch.Tensor | None,
+    w_down: torch.Tensor,
+    b_down: torch.Tensor | None,
+    activation: str,
+    save: bool,
+    fused: bool | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """y (T, out) = (act(x Wg^T + bg) * (x Wu^T + bu)) Wd^T + bd, and what the backward needs: gate and up side
+    by side (T, 2h), empty if not `save`. Arguments as `mlp_forward`'s."""
+    hidden, saved = hidden_forward(x, [(w_gate, b_gate), (w_up, b_up)], activation, save, fused)
+    return linear(hidden, w_down, b_down), saved
+
+
+def gated_mlp_backward(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    w_gate: torch.Tensor,
+    w_up: torch.Tensor,
+    w_down: torch.Tensor,
+    saved: torch.Tensor,
+    activation: str,
+    wanted: Sequence[bool] = Wanted(),
+    fused: bool | None = None,
+) -> Gradients:
+    """dx, dw (2h, d), db (2h,), dw_down, db_down of `gated_mlp_forward`; None where not wanted (see Wanted).
+
+    dw and db hold gate's gradient and then up's: one product serves both weights.
+    """
+    wanted = Wanted(*wanted)
+    hidden, dpre, db = hidden_backward(
+        dy, w_down, saved, True, activation, wanted.second, wanted.first_bias, fused
+    )
+    dw_down = torch.mm(dy.t(), hidden) if wanted.second else None
+    del hidden
+    dw = torch.mm(dpre.t(), x) if wanted.first else None
+    dx = input_gradient(dpre, w_gate, w_up) if wanted.x else None
+    return dx, dw, db, dw_down, column_sum(dy, dy.dtype) if wanted.second_bias else None
+
+
+def input_gradient(dpre: torch.Tensor, w_gate: torch.Tensor, w_up: torch.Tensor) -> torch.Tensor:
+    """dgate Wg + dup Wu; one product if the weights are the halves of one packed (2h, d) matrix."""
+    packed = packed_weight(w_gate, w_up)
+    if packed is not None:
+        return torch.mm(dpre, packed)
+    dgate, dup = dpre.chunk(2, 1)
+    return torch.addmm(torch.mm(dgate, w_gate), dup, w_up)
+
+
+def packed_weight(w_gate: torch.Tensor, w_up: torch.Tensor) -> torch.Tensor | None:
+    """The (2h, d) matrix whose halves, in memory too, are these weights; None if there is none."""
+    height, width = w_gate.shape
+    follows = w_gate.storage_offset() + height * w_gate.stride(0) == w_up.storage_offset()
+    same = w_gate.untyped_storage()._cdata == w_up.untyped_storage()._cdata
+    if not (same and follows and w_gate.stride() == w_up.stride()):
+        return None
+    return w_gate.as_strided((2 * height, width), w_gate.stride())
