@@ -81,9 +81,9 @@ def test_func_grad_vmap_and_their_compositions_equal_autograd(name: str) -> None
             return out.square().sum() + lse.sum()
 
         per_sample = torch.func.vmap(torch.func.grad(loss, argnums=(0, 1, 2)))(*inputs)
-        # Keys and values shared by the batch of queries: dimensions that are not mapped.
+        # Keys and values shared by the batch of queries: dimensions that are not mapped, or not the first.
         q, k, v = inputs[0], inputs[1][0], inputs[2][0]
-        shared = torch.func.vmap(torch.func.grad(loss), in_dims=(0, None, None))(q, k, v)
+        shared = torch.func.vmap(torch.func.grad(loss), in_dims=(2, None, None))(q.movedim(0, 2), k, v)
         for i in range(3):
             leaves = [t[i].detach().requires_grad_() for t in inputs]
             for ours, expected in zip(per_sample, torch.autograd.grad(loss(*leaves), leaves), strict=True):
