@@ -212,12 +212,33 @@ def _quiet_profiler() -> Iterator[None]:
 # ---- one problem, everyone ----
 
 
+@dataclass(frozen=True)
+class Contender:
+    """A peer ready for one problem: built once, since building can mean compiling."""
+
+    peer: str
+    call: Callable[..., Tensor]
+    inputs: tuple[Tensor, ...]
+
+    @classmethod
+    def of(cls, problem: Problem, peer: str, inputs: tuple[Tensor, ...]) -> Contender:
+        """Raises Unavailable, or what the peer raises."""
+        call = peers_of(problem)[peer](problem, inputs[0].device)
+        return cls(peer, call, getattr(call, "prepare", lambda given: given)(inputs))
+
+    def direct(self, direction: str) -> tuple[Thunk, Tensor]:
+        """The call to measure in this direction, and the peer's output."""
+        if direction != FORWARD and self.peer in FORWARD_ONLY:
+            raise Unavailable("computes no gradient")
+        return _thunk(direction, self.call, self.inputs)
+
+
 def prepare(problem: Problem, direction: str, peer: str, inputs: tuple[Tensor, ...]) -> tuple[Thunk, Tensor]:
     """The call to measure, and the peer's output. Raises Unavailable, or what the peer raises."""
-    call = peers_of(problem)[peer](problem, inputs[0].device)
-    if direction != FORWARD and peer in FORWARD_ONLY:
-        raise Unavailable("computes no gradient")
-    inputs = getattr(call, "prepare", lambda given: given)(inputs)
+    return Contender.of(problem, peer, inputs).direct(direction)
+
+
+def _thunk(direction: str, call: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> tuple[Thunk, Tensor]:
     if direction == FORWARD:
 
         def forward() -> Tensor:
@@ -263,7 +284,8 @@ def compare_peers(
     for peer, row in rows.items():
         notify(peer)
         try:
-            call, output = prepare(problem, direction, peer, inputs)
+            contender = Contender.of(problem, peer, inputs)
+            call, output = contender.direct(direction)
             if peer not in FLOORS:
                 row.error = relative_error(problem, inputs, output)
                 if not row.error < WRONG:
@@ -271,7 +293,7 @@ def compare_peers(
             del output
             # The first call of a backward compiles; peak memory is that of a whole step.
             call()
-            whole = call if direction != BACKWARD else prepare(problem, TRAINING, peer, inputs)[0]
+            whole = call if direction != BACKWARD else contender.direct(TRAINING)[0]
             row.peak_bytes = peak_memory(whole, device)
             calls[peer] = call
         except Exception as error:

@@ -142,8 +142,6 @@ def _random(size: tuple[int, ...], dtype: str, device: torch.device) -> Tensor:
 
 def _ours(backend: str) -> Build:
     def build(problem: Problem, device: torch.device) -> Call:
-        if backend == "triton" and device.type == "cpu":
-            raise Unavailable("on a CPU the kernels run in Triton's interpreter, whose speed means nothing")
         if isinstance(problem, AttentionProblem):
             return functools.partial(functional.attention, causal=problem.causal, backend=backend)
         call = getattr(functional, "gated_mlp" if problem.gated else "mlp", None)
@@ -331,7 +329,13 @@ MLP_PEERS: dict[str, Build] = {
 # Not a competitor: the least time the products take alone. Its output means nothing and is not checked.
 FLOORS = frozenset({"plain GEMMs"})
 FORWARD_ONLY = frozenset({"SageAttention"})
-GPU_LIBRARIES = frozenset({"flash-attn 4", "SageAttention", "quack", "Liger"})
+# What must be importable for whom.
+GPU_LIBRARIES = {
+    "flash-attn 4": "flash_attn",
+    "SageAttention": "sageattention",
+    "quack": "quack",
+    "Liger": "liger_kernel",
+}
 
 
 def peers_of(problem: Problem) -> dict[str, Build]:

@@ -1,0 +1,25 @@
+"""Where the checkout is, and texts without any trace of that."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def python_path() -> str:
+    """The checkout first, so that nothing need be installed."""
+    return os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+
+
+_DIRECTORIES = re.compile(r"(?<![\w.:/])/(?:[^\s/:'\"()\[\]<>,]+/)+")
+
+
+def clean(text: str) -> str:
+    """Text without this machine's name and folders: of a path stays what comes after the checkout, or its end."""
+    text = text.replace(f"{ROOT}/", "").replace(str(ROOT), "")
+    text = _DIRECTORIES.sub("", text)
+    return re.sub(rf"\b{re.escape(socket.gethostname())}\b", "host", text)

@@ -1,0 +1,219 @@
+"""Which cases, the most important first: what the deadline cuts off is the end of a list.
+
+A `Plan` holds the real sizes or, for --dry-run, tiny ones that run every part on a CPU in seconds.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.gpu import sweep
+from fastattn.peers import (
+    BACKWARD,
+    FORWARD,
+    GPU_LIBRARIES,
+    TRAINING,
+    AttentionProblem,
+    MLPProblem,
+    Problem,
+    describe,
+)
+
+Case = dict[str, Any]
+
+# Of the libraries only those that are installed: the report says once who was not.
+ABSENT = [peer for peer, module in GPU_LIBRARIES.items() if importlib.util.find_spec(module) is None]
+ATTENTION_RIVALS = [
+    peer
+    for peer in ("SDPA cuDNN", "SDPA flash", "SDPA memory-efficient", "flash-attn 4", "SageAttention")
+    if peer not in ABSENT
+]
+MLP_RIVALS = [peer for peer in ("plain GEMMs", "compiled eager", "eager", "quack", "Liger") if peer not in ABSENT]
+# Compiling it costs seconds for each problem, so it is asked at a few.
+FLEX_LENGTHS, FLEX_WIDTHS = (4096, 16384), (64, 128)
+TOKENS = 16384
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that differs between the run and its rehearsal. Times in seconds."""
+
+    device: str
+    total: float
+    step_limit: float
+    suite: tuple[str, ...]
+    suite_processes: int
+    warmers: int
+    correctness: tuple[Case, ...]
+    attention: tuple[Case, ...]
+    mlp: tuple[Case, ...]
+    ceilings: Case
+    candidates: int
+    sweeps: int
+    rounds: int
+    environment: tuple[tuple[str, str], ...] = ()
+
+
+def real_plan() -> Plan:
+    """One GPU, nine minutes."""
+    timing = {"rounds": 7, "seconds": 0.01}
+    return Plan(
+        device="cuda",
+        total=525.0,
+        step_limit=45.0,
+        suite=("tests",),
+        suite_processes=max(1, min(8, (os.cpu_count() or 2) // 2)),
+        warmers=max(1, min(5, (os.cpu_count() or 2) // 3)),
+        correctness=tuple(correctness_cases()),
+        attention=tuple(attention_cases(timing)),
+        mlp=tuple(mlp_cases(timing)),
+        ceilings={"kind": "ceilings", "side": 8192, "bytes": 2**31, "rounds": 9, "seconds": 0.02},
+        candidates=sweep.CANDIDATES,
+        sweeps=6,
+        rounds=7,
+    )
+
+
+def dry_plan() -> Plan:
+    """Every part on a CPU, tiny. The portable backend stands in for the kernels, except in the sweep, which puts
+    rows into the interpreter's table; its times mean nothing."""
+    timing = {"rounds": 2, "seconds": 0.0}
+    attention = AttentionProblem(1, 2, 32, 16, True, None, "float32")
+    mlp = [MLPProblem(16, 16, 32, gated, "float32") for gated in (False, True)]
+    peers = ["fastattn portable", "SDPA flash", "eager"]
+    return Plan(
+        device="cpu",
+        total=150.0,
+        step_limit=30.0,
+        suite=("tests/test_bench.py", "-k", "json or median"),
+        suite_processes=1,
+        warmers=1,
+        correctness=(
+            attention_check(1, 2, 1, 48, 64, 16, True, "float16", "portable"),
+            mlp_check(mlp[0], "portable"),
+        ),
+        attention=tuple(peers_case(attention, d, peers, timing) for d in (FORWARD, BACKWARD)),
+        mlp=tuple(
+            peers_case(p, d, ["fastattn portable", "plain GEMMs", "eager"], timing)
+            for p in mlp
+            for d in (FORWARD, TRAINING)
+        ),
+        ceilings={"kind": "ceilings", "side": 64, "bytes": 2**16, **timing},
+        candidates=2,
+        sweeps=1,
+        rounds=1,
+        environment=(("TRITON_INTERPRET", "1"), ("OMP_NUM_THREADS", "1")),
+    )
+
+
+def peers_case(problem: Problem, direction: str, peers: list[str], timing: dict[str, Any]) -> Case:
+    return {
+        "kind": "peers",
+        "problem": describe(problem),
+        "label": problem.label,
+        "direction": direction,
+        "peers": peers,
+        **timing,
+    }
+
+
+def attention_cases(timing: dict[str, Any]) -> list[Case]:
+    """Constant tokens and constant heads x width; first the lengths and widths that are trained most."""
+    cases = []
+    for lengths in ((4096, 16384), (1024, 2048, 8192), (512, 32768)):
+        for width in (128, 64, 256):
+            for length in lengths:
+                for causal in (True, False):
+                    problem = AttentionProblem(max(1, TOKENS // length), 2048 // width, length, width, causal)
+                    rivals = list(ATTENTION_RIVALS)
+                    if length in FLEX_LENGTHS and width in FLEX_WIDTHS:
+                        rivals.append("flex_attention")
+                    for direction in (FORWARD, BACKWARD):
+                        cases.append(peers_case(problem, direction, ["fastattn triton", *rivals], timing))
+    return cases
+
+
+def mlp_cases(timing: dict[str, Any]) -> list[Case]:
+    """Widths 256 to 8192, hidden 4 d, or 8/3 d gated (rounded to 128); fewer tokens where a product is large."""
+    cases = []
+    for widths in ((1024, 4096, 256), (512, 2048, 8192)):
+        for width in widths:
+            for gated in (False, True):
+                hidden = (8 * width // 3 + 127) // 128 * 128 if gated else 4 * width
+                problem = MLPProblem(min(TOKENS, TOKENS * 4096 // width), width, hidden, gated)
+                for direction in (FORWARD, TRAINING):
+                    cases.append(peers_case(problem, direction, ["fastattn triton", *MLP_RIVALS], timing))
+    return cases
+
+
+def attention_check(
+    batch: int,
+    heads: int,
+    key_heads: int,
+    queries: int,
+    keys: int,
+    width: int,
+    causal: bool,
+    dtype: str,
+    backend: str,
+) -> Case:
+    sizes = {
+        "batch": batch,
+        "heads": heads,
+        "key_heads": key_heads,
+        "queries": queries,
+        "keys": keys,
+        "width": width,
+        "causal": causal,
+        "dtype": dtype,
+    }
+    mask = "causal" if causal else "full"
+    label = f"{mask} B{batch} H{heads}/{key_heads} {queries} x {keys} D{width} {dtype}"
+    return {"kind": "check attention", "label": label, "sizes": sizes, "backend": backend}
+
+
+def mlp_check(problem: MLPProblem, backend: str) -> Case:
+    return {"kind": "check mlp", "label": problem.label, "problem": describe(problem), "backend": backend}
+
+
+def correctness_cases() -> list[Case]:
+    """4k to 32k; every width, both masks, grouped heads, odd lengths and lengths of their own."""
+    attention = [
+        (1, 4, 4, 4096, 4096, 128, True, "bfloat16"),
+        (1, 4, 4, 4096, 4096, 64, True, "bfloat16"),
+        (1, 2, 2, 4096, 4096, 256, True, "bfloat16"),
+        (1, 2, 2, 32768, 32768, 128, True, "bfloat16"),
+        (1, 4, 2, 8192, 8192, 128, False, "bfloat16"),
+        (1, 4, 1, 4001, 5003, 80, True, "bfloat16"),
+        (1, 2, 2, 16384, 16384, 64, False, "float16"),
+        (1, 2, 2, 5003, 4001, 128, True, "float16"),
+        (2, 2, 2, 4096, 4096, 128, True, "float32"),
+        (1, 2, 2, 16384, 16384, 256, False, "bfloat16"),
+        (1, 2, 1, 32768, 32768, 64, True, "float16"),
+        (1, 2, 2, 8191, 8193, 40, False, "bfloat16"),
+    ]
+    mlps = [(8192, 256, 1024), (8192, 1024, 4096), (4096, 4096, 16384)]
+    cases = [attention_check(*sizes, backend="triton") for sizes in attention]
+    checks = [mlp_check(MLPProblem(*sizes, gated), "triton") for sizes in mlps for gated in (False, True)]
+    # Alternating, so that neither is lost if time runs out.
+    return cases[:4] + checks[:4] + cases[4:] + checks[4:]
+
+
+def warm_cases(plan: Plan) -> list[Case]:
+    """One case for each thing that compiles differently: kernels see lengths only through how many heads share
+    the cache, and torch.compile sees every size."""
+    chosen: dict[Any, Case] = {}
+    for case in (*plan.attention, *plan.mlp):
+        problem = case["problem"]
+        peers = [p for p in case["peers"] if p.startswith("fastattn") or p in ("flex_attention", "compiled eager")]
+        if problem["family"] == "attention":
+            alike = (problem["width"], problem["causal"], min(3, max(0, problem["length"] // 8192)))
+            key = tuple(problem.values()) if "flex_attention" in peers else alike
+        else:
+            key = tuple(problem.values())
+        if key not in chosen:
+            chosen[key] = {"kind": "warm", "label": case["label"], "problem": problem, "peers": peers}
+    return list(chosen.values())

@@ -1,0 +1,179 @@
+"""The parent's side of a worker: ask for a case, wait no longer than allowed, start again after a loss."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from benchmarks.gpu.paths import ROOT, clean, python_path
+
+START_LIMIT = 120.0  # importing torch and making a CUDA context, on a busy machine
+
+
+@dataclass
+class Answer:
+    """The rows of a case; or who was at work when it went wrong (`step`), and what is known of it (`note`)."""
+
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    step: str = ""
+    note: str = ""
+
+    @property
+    def went_wrong(self) -> bool:
+        return bool(self.note)
+
+
+class Worker:
+    """A process that is started when first asked and stays until it hangs, dies or is closed.
+
+    Args:
+        device: "cuda" or "cpu".
+        handlers: the module whose HANDLERS serve the cases.
+        environment: variables on top of this process's own.
+    """
+
+    def __init__(
+        self,
+        device: str,
+        handlers: str = "benchmarks.gpu.cases",
+        environment: dict[str, str] | None = None,
+    ) -> None:
+        self.device = device
+        self.handlers = handlers
+        self.environment = environment or {}
+        self.process: subprocess.Popen | None = None
+        self.messages: queue.Queue[dict[str, Any] | None] = queue.Queue()
+        self.log: Any = None
+
+    def ask(self, case: dict[str, Any], *, step_limit: float, deadline: float) -> Answer:
+        """Run a case. It is given up when a step takes longer than `step_limit` seconds, or at `deadline`
+        (of time.monotonic)."""
+        if time.monotonic() >= deadline:
+            return Answer(step="start", note="not reached")
+        if not self._start(deadline):
+            return Answer(step="start", note="the worker did not start")
+        assert self.process and self.process.stdin
+        step, rows = "start", None
+        try:
+            self.process.stdin.write(json.dumps(case) + "\n")
+            self.process.stdin.flush()
+        except OSError:
+            return self._lost(step)
+        while rows is None:
+            limit = min(step_limit, deadline - time.monotonic())
+            try:
+                message = self.messages.get(timeout=max(0.0, limit))
+            except queue.Empty:
+                self.close()
+                reason = "hung: no answer within" if limit == step_limit else "stopped at the section's end after"
+                return Answer(step=step, note=f"{reason} {max(0.0, limit):.0f} s")
+            if message is None:
+                return self._lost(step)
+            if "lost" in message:
+                self.close()
+                return Answer(step=message["lost"], note=f"the device was lost: {clean(message['note'])}")
+            if "failed" in message:
+                return Answer(step=message["failed"], note=clean(message["note"]))
+            step = message.get("step", step)
+            rows = message.get("rows")
+        return Answer(rows=rows)
+
+    def close(self) -> None:
+        """End the process, whatever it is doing."""
+        if self.process is None:
+            return
+        self.process.kill()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(20)  # a driver can hold on to a process whose kernel does not end
+        self.process = None
+        self.log.close()
+
+    def _start(self, deadline: float) -> bool:
+        if self.process is not None:
+            return True
+        reading, writing = os.pipe()
+        # What libraries print goes to a file that vanishes; its end is quoted if the process dies.
+        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed in close()
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.gpu.worker", str(writing), self.device, self.handlers],
+            stdin=subprocess.PIPE, stdout=self.log, stderr=self.log, text=True, pass_fds=(writing,), cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": python_path(), **self.environment},
+        )  # fmt: skip
+        os.close(writing)
+        self.messages = queue.Queue()
+        threading.Thread(target=_forward_lines, args=(reading, self.messages), daemon=True).start()
+        try:
+            limit = min(START_LIMIT, deadline - time.monotonic())
+            ready = self.messages.get(timeout=max(0.0, limit))
+        except queue.Empty:
+            ready = None
+        if ready is None:
+            self.close()
+        return ready is not None
+
+    def _lost(self, step: str) -> Answer:
+        assert self.process
+        code = self.process.wait()
+        self.log.seek(0)
+        last = (self.log.read().strip().splitlines() or [""])[-1]
+        self.close()
+        how = f"signal {-code}" if code < 0 else f"exit code {code}"
+        return Answer(step=step, note=clean(f"the process died ({how}) {last}".strip())[:200])
+
+
+def _forward_lines(pipe: int, messages: queue.Queue) -> None:
+    """Each line of the pipe as a message; None when it ends."""
+    with os.fdopen(pipe) as stream:
+        for line in stream:
+            messages.put(json.loads(line))
+    messages.put(None)
+
+
+# A peer that cost this many cases their time is not asked again.
+PATIENCE = 2
+
+
+def compare_survivors(
+    worker: Worker, case: dict[str, Any], offences: dict[str, int], *, step_limit: float, deadline: float
+) -> list[dict[str, Any]]:
+    """A case of several peers, asked again without each one that hangs or kills the worker: its row says so."""
+    rows: list[dict[str, Any]] = []
+    peers = [peer for peer in case["peers"] if offences.get(peer, 0) < PATIENCE]
+    rows += [
+        failed_row(case, peer, "given up after it hung or died before")
+        for peer in case["peers"]
+        if peer not in peers
+    ]
+    while peers:
+        answer = worker.ask({**case, "peers": peers}, step_limit=step_limit, deadline=deadline)
+        if not answer.went_wrong:
+            return rows + [{**row, "note": clean(row["note"])} for row in answer.rows]
+        if answer.step not in peers or time.monotonic() >= deadline:
+            return rows + [failed_row(case, peer, answer.note) for peer in peers]
+        offences[answer.step] = offences.get(answer.step, 0) + 1
+        rows.append(failed_row(case, answer.step, answer.note))
+        peers.remove(answer.step)
+    return rows
+
+
+def failed_row(case: dict[str, Any], peer: str, note: str) -> dict[str, Any]:
+    """A row like measure.as_json's, of someone who has no time to show."""
+    nothing = dict.fromkeys(("seconds", "spread", "tflops", "peak_bytes", "error", "ratio"))
+    return {
+        "problem": case["problem"],
+        "label": case["label"],
+        "direction": case["direction"],
+        "peer": peer,
+        **nothing,
+        "rounds": [],
+        "note": note,
+    }

@@ -1,0 +1,58 @@
+"""A pytest plugin that notes every outcome as it comes, so that a run cut short still tells what it saw.
+
+One JSON line an event, appended to the file named by FASTATTN_TEST_RECORD. Works with and without pytest-xdist.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+
+_path = os.environ.get("FASTATTN_TEST_RECORD")
+
+
+def _note(**event: str | float) -> None:
+    if _path:
+        with open(_path, "a") as file:
+            file.write(json.dumps(event) + "\n")
+
+
+def pytest_runtest_logstart(nodeid: str) -> None:
+    _note(test=nodeid, outcome="started")
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.when == "call" or report.outcome != "passed":
+        _note(test=report.nodeid, outcome=report.outcome, seconds=report.duration, text=_text(report))
+
+
+def _text(report: pytest.TestReport) -> str:
+    """The failure, with the inputs hypothesis found and what the test printed; the reason of a skip."""
+    if isinstance(report.longrepr, tuple):
+        return str(report.longrepr[2])
+    sections = [content for name, content in report.sections if "log" not in name]
+    return "\n".join([report.longreprtext, *sections])
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
+    """After an illegal address no test of this process can pass any more: end it, pytest-xdist starts another."""
+    outcome = yield
+    report = outcome.get_result()
+    if report.outcome == "failed" and "PYTEST_XDIST_WORKER" in os.environ and _device_is_lost():
+        _note(test=report.nodeid, outcome="failed", seconds=report.duration, text=_text(report))
+        os._exit(1)
+
+
+def _device_is_lost() -> bool:
+    import torch
+
+    if not torch.cuda.is_available():
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
