@@ -2,11 +2,11 @@
 
 import sys
 
-from fastattn.functional import attention, attention_backward, merge_states
+from fastattn.functional import attention, attention_backward, gated_mlp, merge_states, mlp
 
 if "torch.utils.flop_counter" in sys.modules:
     import fastattn.flops  # noqa: F401
 
 __version__ = "0.1.0"
 
-__all__ = ["attention", "attention_backward", "merge_states"]
+__all__ = ["attention", "attention_backward", "gated_mlp", "merge_states", "mlp"]

@@ -11,12 +11,13 @@ import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastattn import backends
-from fastattn.spec import AttentionSpec
+from fastattn.spec import ACTIVATIONS
 
 FORWARD, BACKWARD, SECOND = "forward", "backward", "second derivative"
 EVERY_DIRECTION = frozenset({FORWARD, BACKWARD, SECOND})
@@ -30,8 +31,8 @@ PROVEN: frozenset[str] = frozenset()
 class Request:
     """One call, as far as the choice of a backend depends on it."""
 
-    family: str  # "attention"
-    spec: AttentionSpec
+    family: str  # "attention" or "mlp"
+    spec: Any  # the family's: AttentionSpec or MLPSpec
     tensors: tuple[Tensor, ...]
     lse_gradient: bool = False
 
@@ -65,6 +66,10 @@ def _is(dtype: torch.dtype) -> Callable[[Request], bool]:
     return lambda r: r.dtype == dtype
 
 
+def _activates(activation: str) -> Callable[[Request], bool]:
+    return lambda r: r.spec.activation == activation
+
+
 _Q, _K, _V = 0, 1, 2
 _HEADS, _LENGTH, _WIDTH = 1, 2, 3
 
@@ -80,6 +85,14 @@ FEATURES: tuple[Feature, ...] = (
     Feature("attention", "float32, IEEE products", _is(torch.float32)),
     Feature("attention", "float64", _is(torch.float64), triton=frozenset()),
     Feature("attention", "gradient of the log-sum-exp", lambda r: r.lse_gradient),
+    *(Feature("mlp", f"activation {name}", _activates(name)) for name in ACTIVATIONS),
+    Feature("mlp", "gated", lambda r: r.spec.gated),
+    Feature("mlp", "biases, or none", lambda r: True),
+    Feature("mlp", "any widths", lambda r: True),
+    Feature("mlp", "float16", _is(torch.float16)),
+    Feature("mlp", "bfloat16", _is(torch.bfloat16)),
+    Feature("mlp", "float32, IEEE products", _is(torch.float32)),
+    Feature("mlp", "float64", _is(torch.float64), triton=frozenset()),
 )
 
 

@@ -35,3 +35,26 @@ def _forward(q, k, v, causal, *args, out_shape=None, **kwargs) -> int:
 @register_flop_formula(torch.ops.fastattn.attention_backward)
 def _backward(dout, q, k, v, out, lse, dlse, causal, *args, out_shape=None, **kwargs) -> int:
     return attention_flops(q, k, v, causal, backward=True)
+
+
+def mlp_flops(x: tuple, w_in: tuple, w_out: tuple, gated: bool, wanted: tuple[bool, ...] | None = None) -> int:
+    """Multiplications and additions of the products, from the shapes of x (T, d) and of the weights.
+
+    Of the forward, or of the backward that computes the gradients `wanted`.
+    """
+    first = 2 * x[0] * w_in[0] * w_in[1] * (2 if gated else 1)
+    second = 2 * x[0] * w_out[0] * w_out[1]
+    if wanted is None:
+        return first + second
+    want_x, want_weight, _, want_out, _ = wanted
+    return first * (want_x + want_weight) + second * (1 + want_out)
+
+
+@register_flop_formula(torch.ops.fastattn.mlp_forward)
+def _mlp_forward(x, w_in, b_in, w_up, b_up, w_out, *args, out_shape=None, **kwargs) -> int:
+    return mlp_flops(x, w_in, w_out, w_up is not None)
+
+
+@register_flop_formula(torch.ops.fastattn.mlp_backward)
+def _mlp_backward(dy, x, w_in, b_in, w_up, b_up, w_out, saved, wanted, *args, out_shape=None, **kwargs) -> int:
+    return mlp_flops(x, w_in, w_out, w_up is not None, wanted)

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MIN_HEAD_DIM, MAX_HEAD_DIM = 8, 256
+ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "relu_squared", "silu")
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,99 @@ def check_gradients(q: Tensor, v: Tensor, *, dout: Tensor, out: Tensor, lse: Ten
 def lse_dtype(dtype: torch.dtype) -> torch.dtype:
     """The log-sum-exp is kept in fp32, or in fp64 for fp64 inputs."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@dataclass(frozen=True)
+class MLPSpec:
+    """Which MLP: y = hidden W_out^T + b_out, where hidden = act(x W_in^T + b_in), or in gated form
+    act(x W_in^T + b_in) * (x W_up^T + b_up).
+
+    activation: one of ACTIVATIONS.
+    gated: whether the hidden layer has the second factor.
+    """
+
+    activation: str = "gelu"
+    gated: bool = False
+
+
+class MLPWeights(NamedTuple):
+    """An MLP's tensors, laid out as torch.nn.Linear's: weights (out, in), biases (out,) or None.
+
+    w_in (h, d), w_up (h, d) or None without a gate, w_out (out, h).
+    """
+
+    w_in: Tensor
+    b_in: Tensor | None
+    w_up: Tensor | None
+    b_up: Tensor | None
+    w_out: Tensor
+    b_out: Tensor | None = None
+
+
+def mlp_spec(
+    x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, *, activation: str
+) -> MLPSpec:
+    """Check x (..., d), w1 (h, d), b1 (h,), w2 (out, h), b2 (out,) and the activation against each other."""
+    check_input(x)
+    check_linear("w1", w1, "b1", b1, x, "x's width", x.shape[-1])
+    check_linear("w2", w2, "b2", b2, x, "w1's rows", w1.shape[0])
+    check_activation(activation)
+    return MLPSpec(activation)
+
+
+def gated_mlp_spec(
+    x: Tensor,
+    w_gate: Tensor,
+    b_gate: Tensor | None,
+    w_up: Tensor,
+    b_up: Tensor | None,
+    w_down: Tensor,
+    b_down: Tensor | None,
+    *,
+    activation: str,
+) -> MLPSpec:
+    """Check x (..., d), w_gate and w_up (h, d), w_down (out, h), their biases and the activation."""
+    check_input(x)
+    check_linear("w_gate", w_gate, "b_gate", b_gate, x, "x's width", x.shape[-1])
+    check_linear("w_up", w_up, "b_up", b_up, x, "x's width", x.shape[-1])
+    if w_up.shape[0] != w_gate.shape[0]:
+        raise ValueError(f"w_up must have w_gate's shape {_shape(w_gate)}, got {_shape(w_up)}")
+    check_linear("w_down", w_down, "b_down", b_down, x, "w_gate's rows", w_gate.shape[0])
+    check_activation(activation)
+    return MLPSpec(activation, gated=True)
+
+
+def check_input(x: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
+    if x.dim() == 0:
+        raise ValueError("x must have at least one dimension, (..., width), got ()")
+    check_floating("x", x)
+
+
+def check_linear(
+    name: str, weight: Tensor, bias_name: str, bias: Tensor | None, x: Tensor, source: str, width: int
+) -> None:
+    """A torch.nn.Linear's weight (out, `width`) and bias (out,) or None, of x's dtype and device."""
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(weight).__name__}")
+    if weight.dim() != 2 or weight.shape[1] != width:
+        raise ValueError(f"{name} must have shape (out, {width}) ({source}), got {_shape(weight)}")
+    check_same(name, weight, "x", x)
+    if bias is None:
+        return
+    if not isinstance(bias, Tensor):
+        raise TypeError(f"{bias_name} must be a torch.Tensor or None, got {type(bias).__name__}")
+    if bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"{bias_name} must have shape {tuple(weight.shape[:1])} ({name}'s rows), got {_shape(bias)}"
+        )
+    check_same(bias_name, bias, "x", x)
+
+
+def check_activation(activation: str) -> None:
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
 
 
 def check_floating(name: str, t: Tensor) -> None:

@@ -37,8 +37,6 @@ HALF_LOG2_E: tl.constexpr = tl.constexpr(-0.7213475204444817)
 TWO_SQRT_2_OVER_PI: tl.constexpr = tl.constexpr(1.5957691216057308)
 GELU_CUBIC: tl.constexpr = tl.constexpr(0.044715)
 
-ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "relu_squared", "silu")
-
 # Tiles of the hidden layer that are walked down before the next column of tiles begins, so that the programs in
 # flight read few rows and few weights, all from the L2 cache.
 GROUP: tl.constexpr = tl.constexpr(8)
@@ -286,7 +284,7 @@ def hidden_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """hidden = act(x @ first), gated act(x @ first) * (x @ second); what was activated goes to `saved` or nowhere."""
+    """hidden = act(x @ first), gated act(x @ first) * (x @ second); what is activated goes to `saved`, or None."""
     tile_row, tile_column = grouped_tile(
         tl.program_id(0), tl.cdiv(size.tokens, BLOCK_M), tl.cdiv(size.hidden, BLOCK_N)
     )

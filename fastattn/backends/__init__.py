@@ -2,6 +2,11 @@
 
 attention_forward(q, k, v, spec) -> out, lse
 attention_backward(dout, q, k, v, out, lse, dlse, spec) -> dq, dk, dv
+
+mlp_forward(x, weights, spec, save) -> y, saved
+mlp_backward(dy, x, weights, saved, wanted, spec) -> dx, dw, db, dw_out, db_out
+    x is (T, d). `saved` holds what was activated, (T, h), or gate and up side by side, (T, 2h); empty if not
+    `save`. `wanted` says which of the gradients to compute, the others are None; dw and db: w_in's, then w_up's.
 """
 
 from __future__ import annotations

@@ -6,14 +6,16 @@ scores, an online softmax forward, recomputed weights backward, in fp32 for half
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from fastattn import reference
 from fastattn.backends import torch_flash
 from fastattn.backends.layout import heads_last, zero_heads
-from fastattn.spec import AttentionSpec, lse_dtype
+from fastattn.spec import AttentionSpec, MLPSpec, MLPWeights, lse_dtype
 
 QUERY_TILE, KEY_TILE = 256, 512
 
@@ -130,3 +132,78 @@ def _grouped(t: Tensor, key_heads: int) -> Tensor:
 def _ungrouped(t: Tensor, heads: int) -> Tensor:
     batch, key_heads, rows, width = t.shape
     return t.reshape(batch, heads, rows * key_heads // heads, width)
+
+
+def mlp_forward(x: Tensor, weights: MLPWeights, spec: MLPSpec, save: bool) -> tuple[Tensor, Tensor]:
+    saved = _pre_activations(x, weights)
+    gate = saved[:, : weights.w_in.shape[0]]
+    hidden = reference.activate(gate, spec.activation)
+    if spec.gated:
+        hidden *= saved[:, weights.w_in.shape[0] :]
+    elif spec.activation == "relu":
+        saved = hidden  # its sign says all that the backward asks
+    return F.linear(hidden, weights.w_out, weights.b_out), saved if save else x.new_empty(0)
+
+
+def mlp_backward(
+    dy: Tensor, x: Tensor, weights: MLPWeights, saved: Tensor, wanted: Sequence[bool], spec: MLPSpec
+) -> tuple[Tensor | None, ...]:
+    want_x, want_weight, want_bias, want_out, want_out_bias = wanted
+    width = weights.w_in.shape[0]
+    gate = saved[:, :width]
+    hidden = reference.activate(gate, spec.activation)
+    dhidden = dy @ weights.w_out
+    if spec.gated:
+        up = saved[:, width:]
+        dpre = torch.cat((_activation_gradient(dhidden * up, gate, spec.activation), dhidden * hidden), 1)
+        hidden *= up
+    else:
+        dpre = _activation_gradient(dhidden, gate, spec.activation)
+    return (
+        _input_gradient(dpre, weights) if want_x else None,
+        dpre.t() @ x if want_weight else None,
+        _column_sum(dpre) if want_bias else None,
+        dy.t() @ hidden if want_out else None,
+        _column_sum(dy) if want_out_bias else None,
+    )
+
+
+def _pre_activations(x: Tensor, weights: MLPWeights) -> Tensor:
+    """x W_in^T + b_in, and x W_up^T + b_up beside it."""
+    if weights.w_up is None:
+        return F.linear(x, weights.w_in, weights.b_in)
+    width = weights.w_in.shape[0]
+    both = x.new_empty(x.shape[0], 2 * width)
+    pairs = ((weights.w_in, weights.b_in), (weights.w_up, weights.b_up))
+    for (weight, bias), half in zip(pairs, both.split(width, 1), strict=True):
+        if bias is None:
+            torch.mm(x, weight.t(), out=half)
+        else:
+            torch.addmm(bias, x, weight.t(), out=half)
+    return both
+
+
+def _activation_gradient(dhidden: Tensor, pre: Tensor, activation: str) -> Tensor:
+    """dhidden act'(pre), by the functions of torch's own backward."""
+    aten = torch.ops.aten
+    if activation == "gelu":
+        return aten.gelu_backward(dhidden, pre)
+    if activation == "gelu_tanh":
+        return aten.gelu_backward(dhidden, pre, approximate="tanh")
+    if activation == "silu":
+        return aten.silu_backward(dhidden, pre)
+    if activation == "relu_squared":
+        return dhidden * (2 * torch.relu(pre))
+    return aten.threshold_backward(dhidden, pre, 0)
+
+
+def _input_gradient(dpre: Tensor, weights: MLPWeights) -> Tensor:
+    if weights.w_up is None:
+        return dpre @ weights.w_in
+    dgate, dup = dpre.chunk(2, 1)
+    return torch.addmm(dgate @ weights.w_in, dup, weights.w_up)
+
+
+def _column_sum(t: Tensor) -> Tensor:
+    """The sum over rows, in fp32 at least."""
+    return t.sum(0, dtype=lse_dtype(t.dtype)).to(t.dtype)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastattn import reference
 from fastattn.backends.layout import heads_last
-from fastattn.spec import AttentionSpec
+from fastattn.spec import AttentionSpec, MLPSpec, MLPWeights
 
 
 def attention_forward(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
@@ -26,3 +30,20 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     dq, dk, dv = reference.attention_backward(dout, q, k, v, out, lse, dlse, spec)
     return heads_last(dq), heads_last(dk), heads_last(dv)
+
+
+def mlp_forward(x: Tensor, weights: MLPWeights, spec: MLPSpec, save: bool) -> tuple[Tensor, Tensor]:
+    y = reference.mlp(x, weights, spec)
+    if not save:
+        return y, x.new_empty(0)
+    saved = F.linear(x, weights.w_in, weights.b_in)
+    if weights.w_up is not None:
+        saved = torch.cat((saved, F.linear(x, weights.w_up, weights.b_up)), 1)
+    return y, saved
+
+
+def mlp_backward(
+    dy: Tensor, x: Tensor, weights: MLPWeights, saved: Tensor, wanted: Sequence[bool], spec: MLPSpec
+) -> tuple[Tensor | None, ...]:
+    gradients = reference.mlp_backward(dy, x, weights, spec)
+    return tuple(g if want else None for g, want in zip(gradients, wanted, strict=True))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from fastattn.kernels import attention_backward as _backward
 from fastattn.kernels import attention_forward as _forward
-from fastattn.spec import AttentionSpec
+from fastattn.kernels import mlp as _mlp
+from fastattn.spec import AttentionSpec, MLPSpec, MLPWeights
 
 
 def attention_forward(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
@@ -24,3 +27,19 @@ def attention_backward(
     spec: AttentionSpec,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _backward.attention_backward(dout, q, k, v, out, lse, dlse, causal=spec.causal, scale=spec.scale)
+
+
+def mlp_forward(x: Tensor, weights: MLPWeights, spec: MLPSpec, save: bool) -> tuple[Tensor, Tensor]:
+    w_in, b_in, w_up, b_up, w_out, b_out = weights
+    if w_up is None:
+        return _mlp.mlp_forward(x, w_in, b_in, w_out, b_out, spec.activation, save)
+    return _mlp.gated_mlp_forward(x, w_in, b_in, w_up, b_up, w_out, b_out, spec.activation, save)
+
+
+def mlp_backward(
+    dy: Tensor, x: Tensor, weights: MLPWeights, saved: Tensor, wanted: Sequence[bool], spec: MLPSpec
+) -> tuple[Tensor | None, ...]:
+    w_in, _, w_up, _, w_out, _ = weights
+    if w_up is None:
+        return _mlp.mlp_backward(dy, x, w_in, w_out, saved, spec.activation, wanted)
+    return _mlp.gated_mlp_backward(dy, x, w_in, w_up, w_out, saved, spec.activation, wanted)
