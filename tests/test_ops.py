@@ -14,6 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import fastattn
 import fastattn.flops
 from fastattn import reference
+from fastattn.backends import torch_flash
+from fastattn.spec import AttentionSpec
 
 BACKENDS = ("triton", "portable")
 
@@ -188,3 +190,15 @@ def test_outputs_merge_their_heads_without_a_copy() -> None:
     for backend in ("triton", "portable", "reference"):
         out = fastattn.attention(*Problem(queries=20).inputs(), backend=backend)
         assert out.transpose(1, 2).is_contiguous()
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_the_flash_attention_torch_has_for_cuda_takes_our_arguments(causal: bool) -> None:
+    # On the meta device shapes are computed as on CUDA; the numbers are checked wherever there is a GPU.
+    q = torch.empty(2, 4, 64, 32, dtype=torch.bfloat16, device="meta").transpose(2, 3).contiguous().transpose(2, 3)
+    k = torch.empty(2, 2, 64, 32, dtype=torch.bfloat16, device="meta")
+    spec = AttentionSpec(causal, 0.1)
+    out, lse = torch_flash.forward(q, k, k, spec)
+    assert out.shape == q.shape and lse.shape == q.shape[:3] and lse.dtype == torch.float32
+    gradients = torch_flash.backward(out[:, :, :1].expand(q.shape), q, k, k, out, lse, spec)
+    assert [g.shape for g in gradients] == [q.shape, k.shape, k.shape]
