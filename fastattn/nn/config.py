@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from fastattn.nn.attention import head_layout, rotary_for
 from fastattn.nn.checks import check_choice, check_count
-from fastattn.nn.mlp import ACTIVATIONS
 from fastattn.nn.rotary import Rotary
+from fastattn.spec import ACTIVATIONS
 
 POSITIONS = ("learned", "zero", "rotary", None)
 MLPS = ("plain", "gated", None)

@@ -9,8 +9,7 @@ from torch import nn
 
 from fastattn import functional
 from fastattn.nn.checks import check_choice, check_count, check_width
-
-ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "relu_squared", "silu")
+from fastattn.spec import ACTIVATIONS
 
 
 class MLP(nn.Module):
