@@ -119,6 +119,41 @@ def test_peak_memory_counts_what_is_alive_at_once():
         assert measure.peak_memory(call, CPU) == pytest.approx(buffers * x.nbytes, rel=1e-3)
 
 
+def test_on_a_gpu_the_events_tell_the_time_and_launches_are_held_back(monkeypatch):
+    """The device's clock, faked: it ticks a second a call; each pause and each call is noted in order."""
+    log, now = [], [0.0]
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = now[0]
+
+        def elapsed_time(self, other):
+            return (other.at - self.at) * 1e3
+
+    def call():
+        log.append("call")
+        now[0] += 1.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: log.append("wait"))
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: log.append(cycles))
+    device = torch.device("cuda")
+    assert measure.seconds_a_call(call, 3, device, pause=1e-3) == 1.0
+    assert log == ["wait", measure.CYCLES_A_SECOND * 1e-3, "call", "call", "call", "wait"]
+    assert measure.measure({"a": call}, device, rounds=3)["a"] == Timing((1.0, 1.0, 1.0))
+
+
+def test_on_a_gpu_peak_memory_is_the_allocators(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 100)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 350)
+    assert measure.peak_memory(lambda: None, torch.device("cuda")) == 250
+
+
 def test_the_table_is_plain_when_it_is_not_a_terminal():
     rows = [
         Row(ATTENTION, FORWARD, "eager", Timing((2e-3,)), 3 * 2**20),

@@ -86,7 +86,7 @@ def dry_plan() -> Plan:
     peers = ["fastattn portable", "SDPA flash", "eager"]
     return Plan(
         device="cpu",
-        total=150.0,
+        total=240.0,
         step_limit=30.0,
         suite=("tests/test_bench.py", "-k", "json or median"),
         suite_processes=1,

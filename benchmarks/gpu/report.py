@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import statistics
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ def write_report(folder: Path) -> None:
     plots = _plots(results, folder)
     parts = [
         _head(results),
+        _glance(results["speed"]),
         _sections(results),
         _suite(results["suite"]),
         _correctness(results["correctness"]),
@@ -53,6 +56,30 @@ def _head(results: dict[str, Any]) -> str:
         "\n\nHow a figure was made and in which order to read the tables: benchmarks/README.md. Times are medians"
         " of interleaved rounds; `x best` is the best peer's time over ours, above 1 we are faster."
     )
+
+
+def _glance(rows: Rows) -> str:
+    """One line for each family and direction."""
+    lines = []
+    kinds = sorted({(row["problem"]["family"], row["direction"]) for row in rows})
+    for family, direction in kinds:
+        ours = [
+            row
+            for row in rows
+            if (row["problem"]["family"], row["direction"]) == (family, direction)
+            and row["peer"].startswith("fastattn")
+            and row["ratio"]
+        ]
+        if not ours:
+            continue
+        mean = math.exp(statistics.fmean(math.log(row["ratio"]) for row in ours))
+        best, worst = (pick(ours, key=lambda row: row["ratio"]) for pick in (max, min))
+        ahead = f"{sum(row['ratio'] > 1 for row in ours)} of {len(ours)}"
+        ends = [f"{row['ratio']:.2f} ({row['label']})" for row in (best, worst)]
+        lines.append((f"{family}, {direction}", ahead, f"{mean:.2f}", *ends))
+    if not lines:
+        return ""
+    return "## At a glance\n\n" + table(("", "ahead", "x best, geometric mean", "best", "worst"), lines)
 
 
 def _sections(results: dict[str, Any]) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -25,15 +27,16 @@ def run_suite(arguments: list[str], *, processes: int, deadline: float) -> dict[
         return {"note": "pytest is not installed here", "counts": {}, "failures": [], "complete": False}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "benchmarks.gpu.recorder", "-p", "no:cacheprovider"]
     if processes > 1 and importlib.util.find_spec("xdist") is not None:
-        command += ["-n", str(processes)]
+        command += ["-n", str(processes), "--dist", "worksteal"]
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         record = Path(folder) / "record.jsonl"
         environment = {**os.environ, "PYTHONPATH": python_path(), "FASTATTN_TEST_RECORD": str(record)}
         with (Path(folder) / "output").open("w+") as output:
             process = subprocess.Popen(
-                [*command, *arguments], cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT
-            )
+                [*command, *arguments], cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )  # fmt: skip
             code = _wait(process, deadline)
             output.seek(0)
             said = output.read()
@@ -50,17 +53,18 @@ def run_suite(arguments: list[str], *, processes: int, deadline: float) -> dict[
 
 
 def _wait(process: subprocess.Popen, deadline: float) -> int | None:
-    """The exit code, or None if the process had to be ended."""
+    """The exit code, or None if the process had to be ended. Its children end too: one that hangs in a kernel
+    would share the device with everything that is timed later."""
+    code = None
     try:
-        return process.wait(max(0.0, deadline - time.monotonic()))
-    except subprocess.TimeoutExpired:
-        process.terminate()
-    try:
-        process.wait(5)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-    return None
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            code = process.wait(max(0.0, deadline - time.monotonic()))
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(20)
+    return code
 
 
 def summarize(events: list[dict[str, Any]]) -> dict[str, Any]:
