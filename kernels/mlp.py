@@ -126,10 +126,10 @@ def activate_derivative(x, ACTIVATION: tl.constexpr):
     if ACTIVATION == "gelu":
         return normal_cdf(x) + x * INVERSE_SQRT_2_PI * tl.exp2(x * x * HALF_LOG2_E)
     elif ACTIVATION == "gelu_tanh":
-        # Beyond |x| = 16 the slope is 0 or 1 to the last bit, and x^2 may overflow: 0 times infinity.
-        x = tl.minimum(tl.maximum(x, -16.0), 16.0)
         p = tanh_cdf(x)
-        return p + x * p * (1.0 - p) * TWO_SQRT_2_OVER_PI * (1.0 + 3.0 * GELU_CUBIC * x * x)
+        # Beyond |x| = 16, where p (1 - p) is 0, the square may overflow: 0 times infinity.
+        slope = TWO_SQRT_2_OVER_PI * (1.0 + 3.0 * GELU_CUBIC * tl.minimum(x * x, 256.0))
+        return p + x * p * (1.0 - p) * slope
     elif ACTIVATION == "silu":
         p = tl.sigmoid(x)
         return p * (1.0 + x * (1.0 - p))
@@ -431,8 +431,9 @@ def inner_tile(dtype: torch.dtype) -> int:
 def is_fused(kernel: object, operand: torch.Tensor, fused: bool | None) -> bool:
     """Whether a product over operand's width runs in our kernel; `fused` decides if it is not None."""
     if fused is None:
-        limits = launch.MLP_FUSED_UP_TO[launch.family(kernel, operand.device)]
-        fused = operand.shape[1] <= limits.get(operand.element_size(), 0)
+        table = launch.MLP_FUSED_UP_TO
+        limits = table.get(launch.family(kernel, operand.device), table["sm_80"])
+        fused = operand.shape[1] <= limits.get(operand.element_size(), -1)
     return fused
 
 
