@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import statistics
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -25,6 +26,9 @@ from fastattn.peers import (
     is_ours,
     peers_of,
 )
+
+# Rounds of a machine with nothing else to do differ by a few percent.
+BUSY = 0.2
 
 HEADINGS = ("", "time", "spread", "TFLOP/s", "peak memory", "x best peer")
 
@@ -132,6 +136,9 @@ def run(options: argparse.Namespace) -> int:
             print_rows([row for row in measured if row.timing or "not installed" not in row.note])
             rows += measured
     print(_epilogue(compiled))
+    spreads = [row.timing.spread for row in rows if row.timing]
+    if spreads and statistics.median(spreads) > BUSY:
+        print("The spreads are large: this machine is busy. No difference smaller than them says anything.")
     if options.json:
         try:
             with open(options.json, "w") as file:

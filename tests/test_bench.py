@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import sys
 import time
+import types
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastattn import bench, measure, peers, reference
@@ -94,6 +97,61 @@ def test_every_peer_solves_the_same_problem(problem):
     for row in measure.compare_peers(problem, TRAINING, names, CPU, rounds=1, seconds=0.0):
         assert row.timing and row.peak_bytes, row.note
         assert row.error is None if row.peer in peers.FLOORS else row.error < 1e-5
+
+
+def flash_attn_func(q, k, v, causal):
+    """As flash-attn 4: (batch, length, heads, width), and the log-sum-exp beside the output."""
+    out = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), is_causal=causal)
+    return out.transpose(1, 2), None
+
+
+def sageattn(q, k, v, tensor_layout, is_causal):
+    assert tensor_layout == "HND"
+    return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
+
+
+def mlp_func(x, w1, w2, activation):
+    """As quack: gated, gate's and up's rows alternate in one weight."""
+    pre = F.linear(x, w1)
+    if activation == "gelu_tanh_approx":
+        return F.linear(F.gelu(pre, approximate="tanh"), w2)
+    assert activation == "swiglu"
+    return F.linear(F.silu(pre[:, ::2]) * pre[:, 1::2], w2)
+
+
+class LigerSiLUMulFunction:
+    @staticmethod
+    def apply(gate, up):
+        return F.silu(gate) * up
+
+
+@pytest.mark.parametrize(
+    "peer, module, stand_in, problem",
+    (
+        ("flash-attn 4", "flash_attn.cute", flash_attn_func, ATTENTION),
+        ("SageAttention", "sageattention", sageattn, ATTENTION),
+        ("quack", "quack.mlp", mlp_func, MLP),
+        ("quack", "quack.mlp", mlp_func, GATED),
+        ("Liger", "liger_kernel.ops.swiglu", LigerSiLUMulFunction, GATED),
+    ),
+)
+def test_other_libraries_are_called_in_their_own_layout(peer, module, stand_in, problem, monkeypatch):
+    parts = module.split(".")
+    for end in range(1, len(parts) + 1):
+        monkeypatch.setitem(sys.modules, ".".join(parts[:end]), types.ModuleType(parts[end - 1]))
+    setattr(sys.modules[module], stand_in.__name__, stand_in)
+    for direction in (FORWARD, TRAINING):
+        (row,) = measure.compare_peers(problem, direction, [peer], CPU, rounds=1, seconds=0.0)
+        if direction == FORWARD or peer not in peers.FORWARD_ONLY:
+            assert row.timing and row.error < 1e-5, row.note
+        else:
+            assert row.note == "computes no gradient"
+
+
+def test_a_library_that_is_not_there_says_so(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sageattention", None)
+    (row,) = measure.compare_peers(ATTENTION, FORWARD, ["SageAttention"], CPU, rounds=1, seconds=0.0)
+    assert row.note == "sageattention is not installed"
 
 
 def test_a_peer_that_fails_is_a_row_that_says_so(monkeypatch):
