@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from fastattn.measure import Notify, Row, as_json, compare_peers, one_line
+from fastattn.measure import Notify, Row, as_json, compare_peers
 from fastattn.peers import (
     FORWARD,
     GPU_LIBRARIES,
@@ -119,12 +119,11 @@ def run(options: argparse.Namespace) -> int:
     """`fastattn bench`: print a table for each problem; 0, or 1 if nothing of ours could be measured."""
     try:
         device = pick_device(options.device)
+        check_options(options)
+    except OSError as error:
+        return complain(f"cannot write {options.json}: {error.strerror}")
     except (RuntimeError, ValueError) as error:
-        print(f"fastattn bench: {one_line(error)}", file=sys.stderr)
-        return 1
-    if options.rounds < 1 or (options.length or 1) < 1:
-        print("fastattn bench: --rounds and --length must be at least 1", file=sys.stderr)
-        return 1
+        return complain(str(error))
     print(headline(device))
     compiled = device.type == "cuda" if options.compile is None else options.compile
     rows: list[Row] = []
@@ -140,13 +139,24 @@ def run(options: argparse.Namespace) -> int:
     if spreads and statistics.median(spreads) > BUSY:
         print("The spreads are large: this machine is busy. No difference smaller than them says anything.")
     if options.json:
-        try:
-            with open(options.json, "w") as file:
-                json.dump([as_json(row) for row in rows], file, indent=1)
-        except OSError as error:
-            print(f"fastattn bench: cannot write {options.json}: {error.strerror}", file=sys.stderr)
-            return 1
+        with open(options.json, "w") as file:
+            json.dump([as_json(row) for row in rows], file, indent=1)
     return 0 if any(row.timing and is_ours(row.peer) for row in rows) else 1
+
+
+def complain(sentence: str) -> int:
+    print(f"fastattn bench: {sentence}", file=sys.stderr)
+    return 1
+
+
+def check_options(options: argparse.Namespace) -> None:
+    """Raise before anything is measured, not after a minute."""
+    for name in ("rounds", "length", "width"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} must be at least 1, got {value}")
+    if options.json:
+        open(options.json, "a").close()
 
 
 def pick_device(name: str | None) -> torch.device:

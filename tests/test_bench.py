@@ -249,7 +249,9 @@ def test_the_command_prints_a_table_and_writes_its_rows(tmp_path, capsys):
     (
         (("--device", "cuda"), "no GPU"),
         (("--device", "meta"), "must be cpu or cuda"),
-        (("--rounds", "0"), "at least 1"),
+        (("--device", "nonsense"), "nonsense"),
+        (("--rounds", "0"), "--rounds must be at least 1, got 0"),
+        (("--json", "/nowhere/rows.json"), "cannot write /nowhere/rows.json"),
     ),
 )
 def test_the_command_ends_in_one_sentence_when_it_cannot_run(arguments, complaint, capsys, monkeypatch):
