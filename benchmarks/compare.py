@@ -129,7 +129,9 @@ def _proofs(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
 
     def failing(results: dict[str, Any]) -> set[str]:
         tests = {failure["test"] for failure in results["suite"].get("failures", [])}
-        checks = {f"{r['label']} {r['quantity']}" for r in results["correctness"] if r["verdict"] != "passed"}
+        checks = {
+            f"{r['label']} {r['quantity']}" for r in results["correctness"] if r["verdict"].startswith("FAILED")
+        }
         return tests | checks
 
     old, new = failing(before), failing(after)

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from benchmarks import compare
+from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import correctness, plan, recorder, report, suite, sweep
 from benchmarks.gpu.paths import ROOT, clean
 from benchmarks.gpu.pool import Worker, compare_survivors
@@ -52,7 +53,7 @@ def test_the_section_ends_at_its_deadline_whatever_the_case_does(worker):
     begin = time.monotonic()
     answer = worker.ask({"kind": "hanging"}, step_limit=60.0, deadline=begin + 0.5)
     assert time.monotonic() - begin < 10
-    assert answer.note.startswith("stopped at the section's end")
+    assert answer.note == "stopped at the section's end" and answer.out_of_time
 
 
 def test_the_peers_beside_one_that_hangs_or_dies_are_measured_all_the_same(worker):
@@ -94,6 +95,23 @@ def test_the_whole_run_in_rehearsal(tmp_path):
         assert secret not in text and secret not in json.dumps(results)
     # Against itself nothing changed.
     assert compare.changes(results, results) and not any(c.matters for c in compare.changes(results, results))
+
+
+def test_a_machine_without_a_gpu_is_told_so_in_one_sentence(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert command.main([]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_proof_fails_by_what_is_wrong_and_not_for_lack_of_time():
+    def results(verdict="passed", suite=None):
+        return {"correctness": [{"label": "L", "quantity": "dq", "verdict": verdict}], "suite": suite or {}}
+
+    assert command.proven(results())
+    assert command.proven(results("stopped at the section's end"))
+    assert not command.proven(results("FAILED: hung: no answer within 90 s"))
+    assert not command.proven(results(suite={"failures": [{"test": "t"}]}))
+    assert not command.proven(results(suite={"broken": True, "note": "no such option"}))
 
 
 def test_the_sliced_definition_is_the_definition():

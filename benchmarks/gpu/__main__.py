@@ -113,7 +113,9 @@ class Run:
 
         def check(case: Case) -> None:
             answer = worker.ask(case, step_limit=2 * self.plan.step_limit, deadline=deadline)
-            rows = answer.rows or [{"quantity": answer.step, "verdict": f"FAILED: {answer.note}"}]
+            # Out of time is not wrong; hanging, dying and raising are.
+            verdict = answer.note if answer.out_of_time else f"FAILED: {answer.note}"
+            rows = answer.rows or [{"quantity": answer.step, "verdict": verdict}]
             self.keep("correctness", [{"label": case["label"], **row} for row in rows])
 
         self.section("correctness at real sizes", list(self.plan.correctness), deadline, check)
@@ -215,13 +217,15 @@ def interrupt(*_: Any) -> None:
 
 def proven(results: dict[str, Any]) -> bool:
     """Whether every test and every check at real sizes passed, as far as they were reached."""
-    wrong = [row for row in results["correctness"] if row["verdict"] != "passed"]
+    wrong = [row for row in results["correctness"] if row["verdict"].startswith("FAILED")]
     for row in wrong:
         say(f"{row['label']} {row['quantity']}: {row['verdict']}")
     failures = results["suite"].get("failures", [])
     for failure in failures:
         say(f"failed: {failure['test']}")
-    return not wrong and not failures
+    if results["suite"].get("broken"):
+        say(results["suite"]["note"])
+    return not wrong and not failures and not results["suite"].get("broken")
 
 
 def say(text: str) -> None:
@@ -243,11 +247,11 @@ def results_folder(plan: Plan, device: str) -> Path:
     return folder
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument("--dry-run", action="store_true", help="every part on the CPU with tiny sizes")
     parser.add_argument("--report", metavar="FOLDER", help="only write report.md again from its results.json")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if options.report:
         write_report(Path(options.report))
         return 0

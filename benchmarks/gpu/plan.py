@@ -72,7 +72,7 @@ def real_plan() -> Plan:
         mlp=tuple(mlp_cases(timing)),
         ceilings={"kind": "ceilings", "side": 8192, "bytes": 2**31, "rounds": 9, "seconds": 0.02},
         # Several workers compile at once: a pool of a few processes each is enough.
-        environment=(("TORCHINDUCTOR_COMPILE_THREADS", "4"),),
+        environment=(("TORCHINDUCTOR_COMPILE_THREADS", "4"), ("TRITON_INTERPRET", "0")),
         candidates=sweep.CANDIDATES,
         sweeps=6,
         rounds=7,

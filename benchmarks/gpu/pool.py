@@ -26,6 +26,7 @@ class Answer:
     rows: list[dict[str, Any]] = field(default_factory=list)
     step: str = ""
     note: str = ""
+    out_of_time: bool = False  # the section ended, through no fault of the case
 
     @property
     def went_wrong(self) -> bool:
@@ -58,7 +59,7 @@ class Worker:
         """Run a case. It is given up when a step takes longer than `step_limit` seconds, or at `deadline`
         (of time.monotonic)."""
         if time.monotonic() >= deadline:
-            return Answer(step="start", note="not reached")
+            return Answer(step="start", note="not reached", out_of_time=True)
         if not self._start(deadline):
             return Answer(step="start", note="the worker did not start")
         assert self.process and self.process.stdin
@@ -74,8 +75,9 @@ class Worker:
                 message = self.messages.get(timeout=max(0.0, limit))
             except queue.Empty:
                 self.close()
-                reason = "hung: no answer within" if limit == step_limit else "stopped at the section's end after"
-                return Answer(step=step, note=f"{reason} {max(0.0, limit):.0f} s")
+                if limit == step_limit:
+                    return Answer(step=step, note=f"hung: no answer within {limit:.0f} s")
+                return Answer(step=step, note="stopped at the section's end", out_of_time=True)
             if message is None:
                 return self._lost(step)
             if "lost" in message:

@@ -45,6 +45,7 @@ def run_suite(arguments: list[str], *, processes: int, deadline: float) -> dict[
     result["seconds"] = time.monotonic() - start
     # 0: all passed, 1: some failed; anything else means that not everything ran.
     result["complete"] = code in (0, 1)
+    result["broken"] = code not in (0, 1, None)
     if code is None:
         result["note"] = f"stopped after {result['seconds']:.0f} s, when its time was up"
     elif code not in (0, 1):
