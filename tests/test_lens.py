@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastattn import attention
-from fastattn.lens import HeadScores, head_scores, model_head_scores
+from fastattn.lens import HeadScores, even_scores, head_scores, model_head_scores
 from fastattn.lens import heads as heads_module
 from fastattn.nn import Transformer
 
@@ -106,6 +106,16 @@ def test_without_repeats_induction_and_duplicate_scores_are_not_numbers():
     assert scores.previous_token.isfinite().all()
 
 
+@pytest.mark.parametrize("causal", [True, False])
+def test_even_scores_are_those_of_a_head_whose_scores_are_all_equal(causal):
+    tokens = torch.randint(6, (3, 50))
+    nothing = torch.zeros(3, 1, 50, 8)
+    for even, expected in zip(
+        even_scores(tokens, causal=causal), dense_scores(nothing, nothing, tokens, causal, 1.0), strict=True
+    ):
+        torch.testing.assert_close(even.double(), expected[0], atol=1e-6, rtol=1e-6)
+
+
 class LargestTensor(TorchDispatchMode):
     """Watches every operator's results for the one with most elements, whatever it is a view of."""
 
@@ -135,7 +145,9 @@ def small_model(**fields) -> Transformer:
     ).double()
 
 
-@pytest.mark.parametrize("fields", [{"mlp": None}, {"num_kv_heads": 2, "mlp": None}, {"causal": False, "mlp": None}])
+@pytest.mark.parametrize(
+    "fields", [{"mlp": None}, {"num_kv_heads": 2, "mlp": None}, {"causal": False, "mlp": None}]
+)
 def test_a_models_scores_are_those_of_its_queries_and_keys(fields):
     model, tokens = small_model(**fields), torch.randint(9, (2, 30))
     scores = model_head_scores(model, tokens)
@@ -165,8 +177,16 @@ def test_looking_leaves_no_hook_and_no_gradient_behind():
         (lambda q, k, lse, t: (q, k, lse[..., :-1], t), ValueError, r"lse must have shape \(2, 4, 37\), got"),
         (lambda q, k, lse, t: (q, k, lse.float(), t), TypeError, "lse must be torch.float64"),
         (lambda q, k, lse, t: (q, k, lse, t.float()), TypeError, "tokens must be integers, got torch.float32"),
-        (lambda q, k, lse, t: (q, k, lse, t[:, 1:]), ValueError, r"tokens must have shape \(2, 37\), got \(2, 36\)"),
-        (lambda q, k, lse, t: (q, k[:, :, 1:], lse, t[:, 1:]), ValueError, "q must not be longer than k, 36; got 37"),
+        (
+            lambda q, k, lse, t: (q, k, lse, t[:, 1:]),
+            ValueError,
+            r"tokens must have shape \(2, 37\), got \(2, 36\)",
+        ),
+        (
+            lambda q, k, lse, t: (q, k[:, :, 1:], lse, t[:, 1:]),
+            ValueError,
+            "q must not be longer than k, 36; got 37",
+        ),
         (lambda q, k, lse, t: (q, k[..., 1:], lse, t), ValueError, "k must have q's head width 16, got 15"),
     ],
 )

@@ -1,0 +1,45 @@
+"""`fastattn demo`: a transformer trains on the library's modules, and is then looked into.
+
+Nothing but the standard library and torch is imported until the demo runs: rich and matplotlib are extras.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+DEFAULT_STEPS, QUICK_STEPS = 700, 10
+INDUCTION_STEPS, QUICK_INDUCTION_STEPS = 400, 20
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--text", type=Path, metavar="FILE", help="what to read (default: the documentation inside this Python)"
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("fastattn-demo"), metavar="DIR", help="where pictures go (%(default)s)"
+    )
+    parser.add_argument("--steps", type=int, help=f"training steps of the text model (default: {DEFAULT_STEPS})")
+    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: the GPU if there is one)")
+    parser.add_argument("--seed", type=int, default=0, help="of weights, batches and samples (%(default)s)")
+    parser.add_argument(
+        "--backend", help="triton, portable or reference (default: what the capability table chooses)"
+    )
+    parser.add_argument("--quick", action="store_true", help="a few steps of everything, to see that it runs")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Both acts; returns the exit status. Raises CommandError for what its user can mend."""
+    from fastattn.demo import checks
+
+    checks.require_libraries("rich", "matplotlib")
+    from fastattn.demo.acts import Demo
+
+    started = time.perf_counter()
+    demo = Demo.prepare(options)
+    runs, costs = demo.real_text()
+    training, scores = demo.looking_inside(runs[0].model)
+    demo.pictures(runs, costs, training.looks, scores)
+    demo.screen.say(f"\nDone in {time.perf_counter() - started:.0f} s.")
+    return 0

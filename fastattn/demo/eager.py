@@ -1,0 +1,50 @@
+"""The comparison: the same model with attention and MLP as eager PyTorch writes them."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastattn.nn import MLP, SelfAttention, Transformer
+
+
+class EagerAttention(nn.Module):
+    """A SelfAttention's parameters under attention by the textbook: every N x N pattern is a tensor."""
+
+    def __init__(self, layer: SelfAttention) -> None:
+        super().__init__()
+        self.layer = layer
+        self.embed_dim = layer.embed_dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.layer.project(x)
+        scores = q @ k.mT * q.shape[3] ** -0.5
+        later = torch.ones(scores.shape[2:], dtype=torch.bool, device=x.device).triu(1)
+        pattern = scores.masked_fill(later, float("-inf")).softmax(-1)
+        return self.layer.out_proj((pattern @ v).transpose(1, 2).flatten(2))
+
+
+class EagerMLP(nn.Module):
+    """An MLP's parameters under nn.Linear, F.gelu, nn.Linear."""
+
+    def __init__(self, layer: MLP) -> None:
+        super().__init__()
+        self.layer = layer
+        self.embed_dim = layer.embed_dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer.down(F.gelu(self.layer.up(x), approximate="tanh"))
+
+
+def eager_twin(model: Transformer) -> Transformer:
+    """A copy with the same weights in which nothing is fused."""
+    twin = copy.deepcopy(model)
+    blocks: Any = twin.blocks
+    for block in blocks:
+        block.attention = EagerAttention(block.attention)
+        block.mlp = EagerMLP(block.mlp)
+    return twin
