@@ -518,7 +518,7 @@ def hidden_forward(
     hidden = x.new_empty(size.tokens, size.hidden)
     nothing = x.new_empty(0)
     if hidden.numel() == 0:
-        return hidden, x.new_empty(size.tokens, 0) if save else nothing
+        return hidden, x.new_empty(size.tokens, len(linears) * size.hidden) if save else nothing
     with launch.on_device(x):
         if is_fused(hidden_kernel, x, fused):
             keeps = save and not saves_hidden(activation, gated)
@@ -708,7 +708,7 @@ def input_gradient(dpre: torch.Tensor, w_gate: torch.Tensor, w_up: torch.Tensor)
     packed = packed_weight(w_gate, w_up)
     if packed is not None:
         return torch.mm(dpre, packed)
-    dgate, dup = dpre.chunk(2, 1)
+    dgate, dup = dpre.tensor_split(2, 1)
     return torch.addmm(torch.mm(dgate, w_gate), dup, w_up)
 
 

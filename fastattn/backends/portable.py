@@ -172,10 +172,9 @@ def _pre_activations(x: Tensor, weights: MLPWeights) -> Tensor:
     """x W_in^T + b_in, and x W_up^T + b_up beside it."""
     if weights.w_up is None:
         return F.linear(x, weights.w_in, weights.b_in)
-    width = weights.w_in.shape[0]
-    both = x.new_empty(x.shape[0], 2 * width)
+    both = x.new_empty(x.shape[0], 2 * weights.w_in.shape[0])
     pairs = ((weights.w_in, weights.b_in), (weights.w_up, weights.b_up))
-    for (weight, bias), half in zip(pairs, both.split(width, 1), strict=True):
+    for (weight, bias), half in zip(pairs, both.tensor_split(2, 1), strict=True):
         if bias is None:
             torch.mm(x, weight.t(), out=half)
         else:
@@ -200,7 +199,7 @@ def _activation_gradient(dhidden: Tensor, pre: Tensor, activation: str) -> Tenso
 def _input_gradient(dpre: Tensor, weights: MLPWeights) -> Tensor:
     if weights.w_up is None:
         return dpre @ weights.w_in
-    dgate, dup = dpre.chunk(2, 1)
+    dgate, dup = dpre.tensor_split(2, 1)
     return torch.addmm(dgate @ weights.w_in, dup, weights.w_up)
 
 
