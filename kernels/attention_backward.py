@@ -19,7 +19,6 @@ from .attention_forward import empty_heads, key_ranges, shape_of, widths
 from .tiles import (
     LARGEST_TILE,
     LOG2_E,
-    causal_mask,
     head_of,
     heavy_first,
     load_row_values,
@@ -27,6 +26,7 @@ from .tiles import (
     store_tile,
     tensor3,
     tensor4,
+    visible_keys,
 )
 
 
@@ -66,16 +66,31 @@ def attention_delta_kernel(
 
 
 @triton.jit
-def query_ranges(start, shape, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """For the key tile at `start`: the first query tile that sees any of it, the first of those that see all
-    of it, and where the whole query tiles end."""
+def query_tiles(start, shape, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """For the key tile at `start`, query tiles by number: the first that sees any of it, the first of those that
+    see all of it, the first of those that do not exist whole, and how many there are."""
+    tiles = tl.cdiv(shape.queries, BLOCK_M)
     first = 0
     full = 0
     if CAUSAL:
         diagonal = start - (shape.keys - shape.queries)
-        first = tl.maximum(diagonal, 0) // BLOCK_M * BLOCK_M
-        full = tl.cdiv(tl.maximum(diagonal + BLOCK_N - 1, 0), BLOCK_M) * BLOCK_M
-    return first, full, tl.maximum(shape.queries // BLOCK_M * BLOCK_M, full)
+        first = tl.minimum(tl.maximum(diagonal, 0) // BLOCK_M, tiles)
+        full = tl.minimum(tl.cdiv(tl.maximum(diagonal + BLOCK_N - 1, 0), BLOCK_M), tiles)
+    return first, full, tl.maximum(shape.queries // BLOCK_M, full), tiles
+
+
+@triton.jit
+def next_tile(place, tiles, q, dout, padded_rows):
+    """Where to read next: the next of `tiles` query tiles, or the first one of the next head. A place is the
+    tile's number and where this head's q, dout and row values begin. Counting is cheaper than dividing."""
+    tile, q_pointer, dout_pointer, values = place
+    last = tile + 1 == tiles
+    return (
+        tl.where(last, 0, tile + 1),
+        q_pointer + tl.where(last, q.head, 0),
+        dout_pointer + tl.where(last, dout.head, 0),
+        values + tl.where(last, 2 * padded_rows, 0),
+    )
 
 
 @triton.jit
@@ -83,14 +98,12 @@ def dkdv_step(
     state,
     k_tile,
     v_tile,
-    q_pointer,
-    dout_pointer,
+    place,
     q,
     dout,
-    row_values,
     padded_rows,
     start,
-    keys,
+    first_query,
     shape,
     scale,
     HEAD_DIM: tl.constexpr,
@@ -102,23 +115,25 @@ def dkdv_step(
     BLOCK_M: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Add what the queries from `start` on give to (dk, dv); scores stand transposed, keys down, so that both
-    products take them as they are."""
+    """Add what one head's queries from `start` on give to (dk, dv); scores stand transposed, keys down, so that
+    both products take them as they are."""
     dk, dv = state
+    _, q_pointer, dout_pointer, values = place
     queries = start + tl.arange(0, BLOCK_M)
     q_tile = load_tile(q_pointer, q, start, shape.queries, HEAD_DIM, BLOCK_M, WIDTH, MASKED)
+    dout_tile = load_tile(dout_pointer, dout, start, shape.queries, VALUE_DIM, BLOCK_M, VALUE_WIDTH, MASKED)
+    # Both products first: the second one runs while the weights are made from the first.
     scores = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)
-    lse = tl.load(row_values + queries)
+    dweights = tl.dot(v_tile, tl.trans(dout_tile), input_precision=PRECISION)
+    lse = tl.load(values + queries)
     weights = tl.exp2(scores * scale - lse[None, :])
     if MASKED and CAUSAL:
-        shift = shape.keys - shape.queries
-        visible = causal_mask(queries[None, :], keys[:, None], shape.keys, shift, CAUSAL)
-        weights = tl.where(visible, weights, 0.0)
-    dout_tile = load_tile(dout_pointer, dout, start, shape.queries, VALUE_DIM, BLOCK_M, VALUE_WIDTH, MASKED)
-    dv = tl.dot(weights.to(dout_tile.dtype), dout_tile, dv, input_precision=PRECISION)
-    dweights = tl.dot(v_tile, tl.trans(dout_tile), input_precision=PRECISION)
-    delta = tl.load(row_values + padded_rows + queries)
+        # Keys beyond the last need no mask: each gives only to rows of dk and dv that are not stored.
+        inside = (first_query - start)[:, None] <= tl.arange(0, BLOCK_M)[None, :]
+        weights = tl.where(inside, weights, 0.0)
+    delta = tl.load(values + padded_rows + queries)
     dscores = weights * (dweights - delta[None, :])
+    dv = tl.dot(weights.to(dout_tile.dtype), dout_tile, dv, input_precision=PRECISION)
     dk = tl.dot(dscores.to(q_tile.dtype), q_tile, dk, input_precision=PRECISION)
     return dk, dv
 
@@ -145,40 +160,44 @@ def attention_dkdv_kernel(
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    tiles = tl.cdiv(shape.keys, BLOCK_N)
-    all_heads = tl.num_programs(0) // tiles
+    key_tiles = tl.cdiv(shape.keys, BLOCK_N)
+    all_heads = tl.num_programs(0) // key_tiles
     # The first key tiles are seen by the most rows: ascending order is heavy first.
-    tile, flat_head = heavy_first(tl.program_id(0), tiles, all_heads, heads_per_section, False)
+    key_tile, flat_head = heavy_first(tl.program_id(0), key_tiles, all_heads, heads_per_section, False)
     key_heads = shape.heads // shape.group
     batch, key_head = flat_head // key_heads, flat_head % key_heads
-    start = tile * BLOCK_N
-    keys = start + tl.arange(0, BLOCK_N)
+    start = key_tile * BLOCK_N
+    # The first query that sees each key, counted from the first query there is.
+    first_query = start + tl.arange(0, BLOCK_N) - (shape.keys - shape.queries)
 
     scale_log2 = tl.cast(scale, tl.float32) * LOG2_E
     k_tile = load_tile(head_of(k, batch, key_head), k, start, shape.keys, HEAD_DIM, BLOCK_N, WIDTH, True)
     v_tile = load_tile(head_of(v, batch, key_head), v, start, shape.keys, VALUE_DIM, BLOCK_N, VALUE_WIDTH, True)
     state = (tl.zeros([BLOCK_N, WIDTH], tl.float32), tl.zeros([BLOCK_N, VALUE_WIDTH], tl.float32))
-    first, full, full_end = query_ranges(start, shape, CAUSAL, BLOCK_M, BLOCK_N)
-    for member in range(shape.group):
-        head = key_head * shape.group + member
-        q_pointer = head_of(q, batch, head)
-        dout_pointer = head_of(dout, batch, head)
-        values = row_values + (batch * shape.heads + head).to(tl.int64) * 2 * padded_rows
-        for query_start in tl.range(first, tl.minimum(full, shape.queries), BLOCK_M):
-            state = dkdv_step(
-                state, k_tile, v_tile, q_pointer, dout_pointer, q, dout, values, padded_rows, query_start, keys,
-                shape, scale_log2, HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, CAUSAL, True, BLOCK_M, PRECISION,
-            )  # fmt: skip
-        for query_start in tl.range(full, full_end, BLOCK_M):
-            state = dkdv_step(
-                state, k_tile, v_tile, q_pointer, dout_pointer, q, dout, values, padded_rows, query_start, keys,
-                shape, scale_log2, HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, CAUSAL, False, BLOCK_M, PRECISION,
-            )  # fmt: skip
-        for query_start in tl.range(full_end, shape.queries, BLOCK_M):
-            state = dkdv_step(
-                state, k_tile, v_tile, q_pointer, dout_pointer, q, dout, values, padded_rows, query_start, keys,
-                shape, scale_log2, HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, CAUSAL, True, BLOCK_M, PRECISION,
-            )  # fmt: skip
+    first, full, whole, tiles = query_tiles(start, shape, CAUSAL, BLOCK_M, BLOCK_N)
+    # One loop runs over the tiles of all query heads of the group: short ones keep the pipeline of loads full.
+    head = key_head * shape.group
+    values = row_values + (batch * shape.heads + head).to(tl.int64) * 2 * padded_rows
+    beginning = (0, head_of(q, batch, head), head_of(dout, batch, head), values)
+    # Masked are the tiles on the diagonal, first to full, and the last one, if only part of it exists.
+    diagonal = full - first
+    masked = diagonal + tiles - whole
+    place = beginning
+    for _ in tl.range(0, shape.group * masked):
+        tile = place[0] + tl.where(place[0] < diagonal, first, whole - diagonal)
+        state = dkdv_step(
+            state, k_tile, v_tile, place, q, dout, padded_rows, tile * BLOCK_M, first_query, shape, scale_log2,
+            HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, CAUSAL, True, BLOCK_M, PRECISION,
+        )  # fmt: skip
+        place = next_tile(place, masked, q, dout, padded_rows)
+    place = beginning
+    for _ in tl.range(0, shape.group * (whole - full)):
+        tile = full + place[0]
+        state = dkdv_step(
+            state, k_tile, v_tile, place, q, dout, padded_rows, tile * BLOCK_M, first_query, shape, scale_log2,
+            HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, CAUSAL, False, BLOCK_M, PRECISION,
+        )  # fmt: skip
+        place = next_tile(place, whole - full, q, dout, padded_rows)
     dk_tile, dv_tile = state
     dk_tile *= tl.cast(scale, tl.float32)
     store_tile(head_of(dk, batch, key_head), dk, start, shape.keys, HEAD_DIM, dk_tile, BLOCK_N, WIDTH)
@@ -197,29 +216,27 @@ def dq_step(
     k,
     v,
     start,
-    queries,
+    visible,
     shape,
     scale,
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     WIDTH: tl.constexpr,
     VALUE_WIDTH: tl.constexpr,
-    CAUSAL: tl.constexpr,
     MASKED: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Add what the keys from `start` on give to dq."""
     k_tile = load_tile(k_pointer, k, start, shape.keys, HEAD_DIM, BLOCK_N, WIDTH, MASKED)
+    v_tile = load_tile(v_pointer, v, start, shape.keys, VALUE_DIM, BLOCK_N, VALUE_WIDTH, MASKED)
+    # Both products first: the second one runs while the weights are made from the first.
     scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
+    dweights = tl.dot(dout_tile, tl.trans(v_tile), input_precision=PRECISION)
     weights = tl.exp2(scores * scale - lse[:, None])
     if MASKED:
-        keys = start + tl.arange(0, BLOCK_N)
-        shift = shape.keys - shape.queries
-        visible = causal_mask(queries[:, None], keys[None, :], shape.keys, shift, CAUSAL)
-        weights = tl.where(visible, weights, 0.0)
-    v_tile = load_tile(v_pointer, v, start, shape.keys, VALUE_DIM, BLOCK_N, VALUE_WIDTH, MASKED)
-    dweights = tl.dot(dout_tile, tl.trans(v_tile), input_precision=PRECISION)
+        inside = tl.arange(0, BLOCK_N)[None, :] < (visible - start)[:, None]
+        weights = tl.where(inside, weights, 0.0)
     dscores = weights * (dweights - delta[:, None])
     return tl.dot(dscores.to(k_tile.dtype), k_tile, dq, input_precision=PRECISION)
 
@@ -263,16 +280,17 @@ def attention_dq_kernel(
     v_pointer = head_of(v, batch, head // shape.group)
 
     dq_tile = tl.zeros([BLOCK_M, WIDTH], tl.float32)
+    visible = visible_keys(queries, shape.queries, shape.keys, CAUSAL)
     full_end, end = key_ranges(start, shape, CAUSAL, BLOCK_M, BLOCK_N)
     for key_start in tl.range(0, full_end, BLOCK_N):
         dq_tile = dq_step(
-            dq_tile, q_tile, dout_tile, lse, delta, k_pointer, v_pointer, k, v, key_start, queries, shape,
-            scale_log2, HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, CAUSAL, False, BLOCK_N, PRECISION,
+            dq_tile, q_tile, dout_tile, lse, delta, k_pointer, v_pointer, k, v, key_start, visible, shape,
+            scale_log2, HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, False, BLOCK_N, PRECISION,
         )  # fmt: skip
     for key_start in tl.range(full_end, end, BLOCK_N):
         dq_tile = dq_step(
-            dq_tile, q_tile, dout_tile, lse, delta, k_pointer, v_pointer, k, v, key_start, queries, shape,
-            scale_log2, HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, CAUSAL, True, BLOCK_N, PRECISION,
+            dq_tile, q_tile, dout_tile, lse, delta, k_pointer, v_pointer, k, v, key_start, visible, shape,
+            scale_log2, HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, True, BLOCK_N, PRECISION,
         )  # fmt: skip
     dq_tile *= tl.cast(scale, tl.float32)
     store_tile(head_of(dq, batch, head), dq, start, shape.queries, HEAD_DIM, dq_tile, BLOCK_M, WIDTH)

@@ -17,7 +17,6 @@ from . import launch
 from .tiles import (
     LN_2,
     LOG2_E,
-    causal_mask,
     head_of,
     heavy_first,
     load_tile,
@@ -25,6 +24,7 @@ from .tiles import (
     store_tile,
     tensor3,
     tensor4,
+    visible_keys,
 )
 
 
@@ -58,14 +58,13 @@ def forward_step(
     k,
     v,
     start,
-    queries,
+    visible,
     shape,
     scale,
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     WIDTH: tl.constexpr,
     VALUE_WIDTH: tl.constexpr,
-    CAUSAL: tl.constexpr,
     MASKED: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -75,10 +74,8 @@ def forward_step(
     k_tile = load_tile(k_pointer, k, start, shape.keys, HEAD_DIM, BLOCK_N, WIDTH, MASKED)
     scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
     if MASKED:
-        keys = start + tl.arange(0, BLOCK_N)
-        shift = shape.keys - shape.queries
-        visible = causal_mask(queries[:, None], keys[None, :], shape.keys, shift, CAUSAL)
-        scores = tl.where(visible, scores, float("-inf"))
+        inside = start + tl.arange(0, BLOCK_N)[None, :] < visible[:, None]
+        scores = tl.where(inside, scores, float("-inf"))
     weights, shrink, row_max, row_sum = online_softmax_update(scores, scale, row_max, row_sum, MASKED)
     v_tile = load_tile(v_pointer, v, start, shape.keys, VALUE_DIM, BLOCK_N, VALUE_WIDTH, MASKED)
     accumulator *= shrink[:, None]
@@ -121,16 +118,17 @@ def attention_forward_kernel(
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     state = (accumulator, row_max, row_sum)
+    visible = visible_keys(queries, shape.queries, shape.keys, CAUSAL)
     full_end, end = key_ranges(start, shape, CAUSAL, BLOCK_M, BLOCK_N)
     for key_start in tl.range(0, full_end, BLOCK_N):
         state = forward_step(
-            state, q_tile, k_pointer, v_pointer, k, v, key_start, queries, shape, scale,
-            HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, CAUSAL, False, BLOCK_N, PRECISION,
+            state, q_tile, k_pointer, v_pointer, k, v, key_start, visible, shape, scale,
+            HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, False, BLOCK_N, PRECISION,
         )  # fmt: skip
     for key_start in tl.range(full_end, end, BLOCK_N):
         state = forward_step(
-            state, q_tile, k_pointer, v_pointer, k, v, key_start, queries, shape, scale,
-            HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, CAUSAL, True, BLOCK_N, PRECISION,
+            state, q_tile, k_pointer, v_pointer, k, v, key_start, visible, shape, scale,
+            HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, True, BLOCK_N, PRECISION,
         )  # fmt: skip
     accumulator, row_max, row_sum = state
 
@@ -140,9 +138,7 @@ def attention_forward_kernel(
     row_lse = tl.where(empty, float("-inf"), (row_max + tl.log2(row_sum)) * LN_2)
     accumulator = accumulator * (1.0 / row_sum)[:, None]
     store_tile(head_of(out, batch, head), out, start, shape.queries, VALUE_DIM, accumulator, BLOCK_M, VALUE_WIDTH)
-    tl.store(
-        head_of(lse, batch, head) + queries.to(tl.int64) * lse.row, row_lse, mask=queries < shape.queries
-    )
+    tl.store(head_of(lse, batch, head) + queries.to(tl.int64) * lse.row, row_lse, mask=queries < shape.queries)
 
 
 def empty_heads(batch: int, heads: int, rows: int, width: int, like: torch.Tensor) -> torch.Tensor:

@@ -120,12 +120,12 @@ def load_row_values(pointer, tensor, rows, row_count, other):
 
 
 @triton.jit
-def causal_mask(queries, keys, key_count, shift, CAUSAL: tl.constexpr):
-    """May query i see key j? `shift` = Lk - Lq aligns the diagonal bottom-right."""
-    visible = keys < key_count
+def visible_keys(queries, query_count, key_count, CAUSAL: tl.constexpr):
+    """How many keys, from the first on, each query may see; a causal diagonal is aligned bottom-right."""
     if CAUSAL:
-        visible = visible & (keys <= queries + shift)
-    return visible
+        return tl.minimum(queries + (key_count - query_count + 1), key_count)
+    else:
+        return tl.zeros_like(queries) + key_count
 
 
 @triton.jit
