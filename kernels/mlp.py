@@ -32,7 +32,7 @@ from . import launch
 from .tiles import LARGEST_TILE, tile_pointers
 
 INVERSE_SQRT_2_PI: tl.constexpr = tl.constexpr(0.3989422804014327)
-HALF_LOG2_E: tl.constexpr = tl.constexpr(-0.7213475204444817)
+MINUS_HALF_LOG2_E: tl.constexpr = tl.constexpr(-0.7213475204444817)
 # The tanh form of GELU (Hendrycks and Gimpel 2016, arXiv:1606.08415): u = sqrt(2 / pi) (x + 0.044715 x^3).
 TWO_SQRT_2_OVER_PI: tl.constexpr = tl.constexpr(1.5957691216057308)
 GELU_CUBIC: tl.constexpr = tl.constexpr(0.044715)
@@ -124,7 +124,7 @@ def activate(x, ACTIVATION: tl.constexpr):
 def activate_derivative(x, ACTIVATION: tl.constexpr):
     """act'(x) in float32; for the ReLUs also of their clamped argument, whose sign says the same."""
     if ACTIVATION == "gelu":
-        return normal_cdf(x) + x * INVERSE_SQRT_2_PI * tl.exp2(x * x * HALF_LOG2_E)
+        return normal_cdf(x) + x * INVERSE_SQRT_2_PI * tl.exp2(x * x * MINUS_HALF_LOG2_E)
     elif ACTIVATION == "gelu_tanh":
         p = tanh_cdf(x)
         # Beyond |x| = 16, where p (1 - p) is 0, the square may overflow: 0 times infinity.

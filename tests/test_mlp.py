@@ -222,13 +222,18 @@ def test_the_hidden_layer_recomputed_in_the_backward_has_the_forward_s_bits(fuse
         assert torch.equal(hidden, unsaved) and nothing.numel() == 0
 
 
+@GATED
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "library"])
-def test_the_pre_activation_is_rounded_as_eager_rounds_it(fused: bool) -> None:
-    """Sums of three products are exact, so that only the roundings are left to differ."""
-    problem = Problem(width=3, dtype=torch.float16, activation="relu_squared")
-    x, w_in, b_in, *_ = (None if t is None else (t * 8).round() / 8 for t in problem.inputs())
-    _, saved = kernels.hidden_forward(x, [(w_in, b_in)], problem.activation, True, fused)
-    assert torch.equal(saved, torch.nn.functional.linear(x, w_in, b_in))
+def test_every_step_is_rounded_as_eager_rounds_it(fused: bool, gated: bool) -> None:
+    """Sums of three products of eighths are exact, so only the roundings of the steps are left to differ."""
+    problem = Problem(width=3, dtype=torch.float16, activation="relu_squared", gated=gated)
+    x, w_in, b_in, w_up, b_up, *_ = (None if t is None else (t * 8).round() / 8 for t in problem.inputs())
+    linears = [(w_in, b_in), (w_up, b_up)][: 1 + gated]
+    hidden, saved = kernels.hidden_forward(x, linears, problem.activation, True, fused)
+    pre = [torch.nn.functional.linear(x, *linear) for linear in linears]
+    assert torch.equal(saved, torch.cat(pre, 1))
+    active = reference.activate(pre[0], problem.activation)
+    assert torch.equal(hidden, active * pre[1] if gated else active)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
