@@ -220,6 +220,8 @@ def test_the_hidden_layer_recomputed_in_the_backward_has_the_forward_s_bits(fuse
         assert torch.equal(hidden, again)
         unsaved, nothing = kernels.hidden_forward(x, linears, activation, False, fused)
         assert torch.equal(hidden, unsaved) and nothing.numel() == 0
+        # ReLU's backward needs the sign of its output alone: no second store.
+        assert (saved is hidden) == (activation == "relu" and not gated)
 
 
 @GATED
