@@ -57,7 +57,8 @@ def devices() -> list[torch.device]:
 def describe(device: torch.device) -> str:
     if device.type == "cpu":
         without = "" if torch.cuda.is_available() else f"; {_why_no_gpu()}"
-        return f"{platform.machine()}, {torch.get_num_threads()} threads{without}"
+        threads = torch.get_num_threads()
+        return f"{platform.machine()}, {threads} thread{'s' * (threads != 1)}{without}"
     found = torch.cuda.get_device_properties(device)
     return f"{found.name}, {capabilities.architecture(device.index)}, {found.total_memory / 2**30:.0f} GiB"
 

@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastattn.cli import main
-from fastattn.demo import induction, text
+from fastattn.demo import induction, text, threads
 from fastattn.demo.screen import name_of, readable
 from fastattn.errors import CommandError
 from fastattn.lens import HeadScores
@@ -141,6 +141,18 @@ def test_a_head_is_called_by_a_score_only_if_it_is_well_above_chance():
     assert name_of([0.9, 0.02, 0.1, 0.3], [0.1] * 4) == "induction head"
     assert name_of([float("nan"), 0.5, 0.1, 0.45], [0.1] * 4) == "previous token head"
     assert name_of([0.2, 0.1, 0.45, 0.1], [0.1, 0.1, 0.3, 0.1]) == ""
+
+
+@pytest.mark.parametrize(
+    ("seconds", "settled"),
+    [({1: 1.0, 2: 0.6, 4: 0.4, 8: 0.39}, 4), ({1: 1.0, 2: 9.0}, 1), ({1: 1.0, 2: 0.6, 4: 0.4, 8: 0.2}, 8)],
+)
+def test_threads_are_doubled_only_as_long_as_that_pays(seconds, settled, monkeypatch):
+    monkeypatch.setattr(threads, "_mean_seconds", lambda step, count, repeats: seconds[count])
+    with threads.restored_threads():
+        before = torch.get_num_threads()
+        assert threads.settle_threads(lambda: None, most=8) == torch.get_num_threads() == settled
+    assert torch.get_num_threads() == before
 
 
 def test_control_characters_do_not_reach_the_terminal():

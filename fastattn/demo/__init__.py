@@ -9,7 +9,7 @@ import argparse
 import time
 from pathlib import Path
 
-DEFAULT_STEPS, QUICK_STEPS = 700, 10
+DEFAULT_STEPS, QUICK_STEPS = 600, 10
 INDUCTION_STEPS, QUICK_INDUCTION_STEPS = 400, 20
 
 
@@ -35,11 +35,13 @@ def run(options: argparse.Namespace) -> int:
 
     checks.require_libraries("rich", "matplotlib")
     from fastattn.demo.acts import Demo
+    from fastattn.demo.threads import restored_threads
 
     started = time.perf_counter()
     demo = Demo.prepare(options)
-    runs, costs = demo.real_text()
-    training, scores = demo.looking_inside(runs[0].model)
+    with restored_threads():
+        runs, costs = demo.real_text()
+        training, scores = demo.looking_inside(runs[0].model)
     demo.pictures(runs, costs, training.looks, scores)
     demo.screen.say(f"\nDone in {time.perf_counter() - started:.0f} s.")
     return 0

@@ -20,6 +20,7 @@ from fastattn.demo import (
     text,
 )
 from fastattn.demo.screen import Screen, progress_note, readable, seconds
+from fastattn.demo.threads import settle_threads
 from fastattn.errors import CommandError
 from fastattn.lens import HeadScores, even_scores, model_head_scores
 from fastattn.nn import Transformer
@@ -67,6 +68,8 @@ class Demo:
     def real_text(self) -> tuple[text.Runs, list[text.Cost]]:
         self.screen.act("Real text: a byte-level GPT, fused beside eager")
         runs = text.make_runs(self.seed, self.device, self.backend)
+        if self.device.type == "cpu":
+            settle_threads(text.practice_step(runs[0], self.corpus), most=torch.get_num_threads())
         self._introduce(runs[0].model)
         self._train_text(runs)
         self._write_sample(runs[0].model)
@@ -76,13 +79,15 @@ class Demo:
         read, held_out = len(self.corpus.train), len(self.corpus.held_out)
         config, parameters = model.config, sum(p.numel() for p in model.parameters())
         backend = self.backend or os.environ.get("FASTATTN_BACKEND") or capabilities.default_backend(self.device)
+        threads = torch.get_num_threads()
+        where = f"cpu, {threads} thread{'s' * (threads > 1)}" if self.device.type == "cpu" else str(self.device)
         self.screen.say(
             f"text      {self.source}\n"
             f"          {read:,} bytes to learn from, {held_out:,} held out\n"
             f"fastattn  {config.num_layers} layers of fused attention and MLP, width {config.embed_dim}, "
             f"{parameters / 1e6:.2f} M parameters\n"
             f"eager     the same weights under PyTorch's matmul, softmax and linear layers\n"
-            f"device    {self.device}, backend {backend}; {text.BATCH} x {text.CONTEXT} bytes a step\n"
+            f"device    {where}, backend {backend}; {text.BATCH} x {text.CONTEXT} bytes a step\n"
         )
 
     def _train_text(self, runs: text.Runs) -> None:
@@ -108,7 +113,7 @@ class Demo:
             for byte in text.sample(model, start, length, self.seed):
                 written.append(byte)
                 advance(len(written), "")
-        self.screen.sample("held-out text, and how the model goes on", bytes(start.tolist()), bytes(written))
+        self.screen.sample(bytes(start.tolist()), bytes(written))
 
     def _compare_costs(self, runs: text.Runs) -> list[text.Cost]:
         self.screen.say("\nOne training step, forward and backward, on one longer sequence:\n")
@@ -119,8 +124,8 @@ class Demo:
                 advance(len(costs), f"{length:,} tokens")
                 costs.append(text.measure_cost(runs, self.corpus, length))
         self.screen.costs(costs)
-        counted = "by PyTorch's profiler" if self.device.type == "cpu" else "by PyTorch's allocator"
-        self.screen.say(f"[dim]Peak memory: bytes allocated in the step and not yet freed, counted {counted}.")
+        counter = "profiler" if self.device.type == "cpu" else "allocator"
+        self.screen.say(f"[dim]Peak memory: bytes allocated in the step, not yet freed (by PyTorch's {counter}).")
         return costs
 
     # ---- act two ----

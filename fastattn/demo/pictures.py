@@ -7,7 +7,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from fastattn.demo.induction import Look, phase_change
 from fastattn.demo.screen import SCORE_NAMES, rows_of, score_text
@@ -40,9 +40,10 @@ def _losses(axes: Axes, runs: Runs, difference: float) -> None:
         axes.plot(
             *zip(*run.held_out, strict=True), marker, color=line["color"], ms=size, label=f"{run.name}, held out"
         )
-    axes.set(xlabel="step", ylabel="bits per byte", ylim=(0, None))
+    axes.set(xlabel="step", ylabel="bits per byte")
+    _logarithmic(axes)
     axes.set_title(f"The two training curves differ by at most {difference:.0e} bits", loc="left", fontsize=10)
-    axes.legend(frameon=False, ncols=2, loc="lower left", fontsize=9)
+    axes.legend(frameon=False, ncols=2, loc="upper right", fontsize=9)
     _plain(axes)
 
 
@@ -53,18 +54,14 @@ def _cost(axes: Axes, lengths: list[int], values: list[tuple], title: str) -> No
         ]
         if not known:
             continue
-        axes.plot(*zip(*known, strict=True), "o-", color=color, ms=4)
-        axes.annotate(
-            name, known[-1], xytext=(6, 0), textcoords="offset points", color=color, va="center", fontsize=9
-        )
+        axes.plot(*zip(*known, strict=True), "o-", color=color, ms=4, label=name)
     axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    axes.set_xlim(lengths[0] / 1.15, lengths[-1] * 2)
+    _logarithmic(axes)
     axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.set_xlabel("tokens in the sequence")
     axes.set_title(title, loc="left", fontsize=10)
-    axes.minorticks_off()
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.legend(frameon=False, loc="upper left", fontsize=9)
     _plain(axes)
 
 
@@ -122,6 +119,14 @@ def _heat_map(axes: Axes, title: str, scores: HeadScores, even: HeadScores) -> N
     axes.set_title(title, loc="left", fontsize=10)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
+
+
+def _logarithmic(axes: Axes) -> None:
+    """A logarithmic y axis with round numbers written out."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_locator(NullLocator())
 
 
 def _plain(axes: Axes) -> None:

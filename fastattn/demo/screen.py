@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -31,6 +32,8 @@ class Screen:
     """A rich console with the demo's vocabulary."""
 
     def __init__(self) -> None:
+        if hasattr(sys.stdout, "reconfigure"):
+            sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 gets question marks
         self.console = Console(highlight=False)
 
     def act(self, title: str) -> None:
@@ -58,10 +61,10 @@ class Screen:
             number = bar.add_task(task, total=total, note=note)
             yield lambda done, note: bar.update(number, completed=done, note=note)
 
-    def sample(self, title: str, prompt: bytes, written: bytes) -> None:
-        text = Text(readable(prompt), style="dim")
-        text.append(readable(written), style="bold")
-        self.console.print(Panel(text, title=title, title_align="left", border_style="dim"))
+    def sample(self, prompt: bytes, written: bytes) -> None:
+        for title, text in (("held-out text", prompt), ("how the model goes on", written)):
+            panel = Panel(Text(readable(text)), title=title, title_align="left", border_style="dim", width=80)
+            self.console.print(panel)
 
     def costs(self, costs: list[Cost]) -> None:
         table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
@@ -86,10 +89,9 @@ class Screen:
         table = Table(
             title=title, title_justify="left", title_style="", box=None, pad_edge=False, header_style="dim"
         )
-        table.add_column("layer\n.head")
+        table.add_column("\nlayer.head")
         for name in SCORE_NAMES:
-            first, *rest = name.split()
-            table.add_column(f"{first}\n{' '.join(rest)}", justify="right")
+            table.add_column(name.replace(" ", "\n") if " " in name else f"\n{name}", justify="right")
         table.add_column("")
         chance = [float(score) for score in even]
         for head, values in rows_of(scores):

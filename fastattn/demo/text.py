@@ -85,7 +85,6 @@ def make_runs(seed: int, device: torch.device, backend: str | None) -> Runs:
         num_heads=4,
         num_layers=2,
         positions="rotary",
-        embedding_std=0.1,
         backend=backend,
     ).to(device)
     return _run("fastattn", fused), _run("eager", eager_twin(fused))
@@ -193,6 +192,12 @@ def measure_cost(runs: Runs, corpus: Corpus, length: int, repeats: int = 2) -> C
         run.model.zero_grad()
     results = [_cost_of_one(functools.partial(_gradient, run.model, batch), device, repeats) for run in runs]
     return Cost(length, tuple(r[0] for r in results), tuple(r[1] for r in results))  # type: ignore[arg-type]
+
+
+def practice_step(run: Run, corpus: Corpus) -> Callable[[], None]:
+    """A training step's work without its effect, to be timed."""
+    batch = corpus.batch(torch.Generator().manual_seed(0)).to(next(run.model.parameters()).device)
+    return functools.partial(_gradient, run.model, batch)
 
 
 def _gradient(model: Transformer, batch: Tensor) -> None:
