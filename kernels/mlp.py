@@ -428,13 +428,25 @@ def inner_tile(dtype: torch.dtype) -> int:
     return 128 // dtype.itemsize
 
 
-def is_fused(kernel: object, operand: torch.Tensor, fused: bool | None) -> bool:
-    """Whether a product over operand's width runs in our kernel; `fused` decides if it is not None."""
-    if fused is None:
-        table = launch.MLP_FUSED_UP_TO
-        limits = table.get(launch.family(kernel, operand.device), table["sm_80"])
-        fused = operand.shape[1] <= limits.get(operand.element_size(), -1)
-    return fused
+def is_fused(kernel: object, size: Size, operands: Sequence[torch.Tensor], fused: bool | None) -> bool:
+    """Whether a product runs in our kernel and not in the library's; `fused` decides if it is not None.
+
+    Else launch.MLP_FUSED_UP_TO does, for operands whose lines start at multiples of 16 elements. Others are loaded
+    value by value, not ahead and asynchronously, and registers spill: those products are the library's.
+    """
+    if fused is not None:
+        return fused
+    family = launch.family(kernel, operands[0].device)
+    limits = launch.MLP_FUSED_UP_TO.get(family, launch.MLP_FUSED_UP_TO["sm_80"])
+    if size.inner > limits.get(operands[0].element_size(), -1):
+        return False
+    return family == launch.INTERPRETER or (size.hidden % 16 == 0 and all(aligned(t) for t in operands))
+
+
+def aligned(t: torch.Tensor) -> bool:
+    """Whether the lines of a matrix start at multiples of 16 elements, which is what Triton specialises for."""
+    unit = 1 in t.stride() and all(stride == 1 or stride % 16 == 0 for stride in t.stride())
+    return unit and t.shape[1] % 16 == 0 and t.storage_offset() % 16 == 0
 
 
 def tiling(table: dict, kernel: object, operand: torch.Tensor, size: Size) -> launch.Tiling:
@@ -520,7 +532,7 @@ def hidden_forward(
     if hidden.numel() == 0:
         return hidden, x.new_empty(size.tokens, len(linears) * size.hidden) if save else nothing
     with launch.on_device(x):
-        if is_fused(hidden_kernel, x, fused):
+        if is_fused(hidden_kernel, size, (x, *(weight for weight, _ in linears)), fused):
             keeps = save and not saves_hidden(activation, gated)
             saved = x.new_empty(size.tokens, len(linears) * size.hidden) if keeps else None
             fused_hidden(x, linears, hidden, saved, size, activation)
@@ -599,7 +611,7 @@ def hidden_backward(
     again = keep and not saves_hidden(activation, gated)
     hidden = dy.new_empty(size.tokens, size.hidden) if again else None
     with launch.on_device(dy):
-        run = fused_gradient if is_fused(hidden_gradient_kernel, dy, fused) else library_gradient
+        run = fused_gradient if is_fused(hidden_gradient_kernel, size, (dy, weight), fused) else library_gradient
         partials = run(dy, weight, saved, hidden, dpre, size, gated, bias, activation)
     if keep and not again:
         hidden = saved
