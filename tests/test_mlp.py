@@ -211,17 +211,16 @@ def test_nan_comes_through(activation: str) -> None:
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "library"])
 def test_the_hidden_layer_recomputed_in_the_backward_has_the_forward_s_bits(fused, activation, gated) -> None:
-    for dtype in (torch.float32, torch.float16):
-        x, w_in, b_in, w_up, b_up, w_out, _ = Problem(gated=gated, dtype=dtype).inputs()
-        linears = [(w_in, b_in), (w_up, b_up)][: 1 + gated]
-        hidden, saved = kernels.hidden_forward(x, linears, activation, True, fused)
-        dy = torch.randn(x.shape[0], w_out.shape[0], device=DEVICE).to(dtype)
-        again, _, _ = kernels.hidden_backward(dy, w_out, saved, gated, activation, True, True, fused)
-        assert torch.equal(hidden, again)
-        unsaved, nothing = kernels.hidden_forward(x, linears, activation, False, fused)
-        assert torch.equal(hidden, unsaved) and nothing.numel() == 0
-        # ReLU's backward needs the sign of its output alone: no second store.
-        assert (saved is hidden) == (activation == "relu" and not gated)
+    x, w_in, b_in, w_up, b_up, w_out, _ = Problem(gated=gated, dtype=torch.float16).inputs()
+    linears = [(w_in, b_in), (w_up, b_up)][: 1 + gated]
+    hidden, saved = kernels.hidden_forward(x, linears, activation, True, fused)
+    dy = torch.randn(x.shape[0], w_out.shape[0], device=DEVICE).half()
+    again, _, _ = kernels.hidden_backward(dy, w_out, saved, gated, activation, True, True, fused)
+    assert torch.equal(hidden, again)
+    unsaved, nothing = kernels.hidden_forward(x, linears, activation, False, fused)
+    assert torch.equal(hidden, unsaved) and nothing.numel() == 0
+    # ReLU's backward needs the sign of its output alone: no second store.
+    assert (saved is hidden) == (activation == "relu" and not gated)
 
 
 @GATED
@@ -352,8 +351,9 @@ def test_offsets_that_pass_32_bits_within_a_tile_are_avoided_by_a_copy() -> None
 
 
 @GATED
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("backend", ["portable", "reference"])
+@pytest.mark.parametrize(
+    ("backend", "activation"), [*(("portable", activation) for activation in ACTIVATIONS), ("reference", "silu")]
+)
 def test_gradcheck_and_gradgradcheck(backend: str, activation: str, gated: bool) -> None:
     problem, inputs = small(gated, torch.float64, activation=activation)
     present = [t for t in inputs if t is not None]
