@@ -9,7 +9,7 @@ import argparse
 import time
 from pathlib import Path
 
-DEFAULT_STEPS, QUICK_STEPS = 600, 10
+DEFAULT_STEPS, QUICK_STEPS = 500, 10
 INDUCTION_STEPS, QUICK_INDUCTION_STEPS = 400, 20
 
 
