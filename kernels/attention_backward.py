@@ -338,6 +338,7 @@ def attention_backward(
                 VALUE_DIM=width["VALUE_DIM"],
                 VALUE_WIDTH=width["VALUE_WIDTH"],
                 BLOCK_M=64,
+                num_warps=8,
                 **launch.COMPILER_OPTIONS,
             )
         common = {**width, "CAUSAL": causal, "PRECISION": "ieee"}

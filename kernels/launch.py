@@ -123,23 +123,62 @@ _INTERPRETED = {
     "dq": (Row(8, 256, Tiling(32, 16, 4, 1)),),
 }
 
+# float32 products are exact: fused multiply-adds, no tensor cores. Registers and shared memory bound their tiles.
+_EXACT = {
+    "forward": (
+        Row(4, 64, Tiling(64, 32, 8, 2)),
+        Row(4, 128, Tiling(32, 16, 8, 2)),
+        Row(4, 256, Tiling(32, 16, 8, 1)),
+    ),
+    "dkdv": (
+        Row(4, 64, Tiling(32, 32, 4, 1)),
+        Row(4, 128, Tiling(16, 32, 8, 1)),
+        Row(4, 256, Tiling(16, 16, 8, 1)),
+    ),
+    "dq": (
+        Row(4, 64, Tiling(32, 32, 4, 1)),
+        Row(4, 128, Tiling(32, 16, 8, 1)),
+        Row(4, 256, Tiling(16, 16, 8, 1)),
+    ),
+}
+
 ATTENTION_FORWARD = {
     INTERPRETER: _INTERPRETED["forward"],
     "sm_80": (
-        Row(2, 64, Tiling(128, 64, 4, 3)),
+        Row(2, 64, Tiling(128, 128, 8, 3)),
         Row(2, 128, Tiling(128, 64, 8, 3)),
-        Row(2, 256, Tiling(64, 32, 4, 2)),
-        Row(4, 64, Tiling(64, 32, 4, 2)),
-        Row(4, 128, Tiling(32, 32, 4, 2)),
-        Row(4, 256, Tiling(32, 16, 8, 1)),
+        Row(2, 256, Tiling(64, 64, 8, 2)),
+        *_EXACT["forward"],
+    ),
+    "sm_86": (
+        Row(2, 64, Tiling(128, 64, 8, 3)),
+        Row(2, 128, Tiling(128, 64, 8, 3)),
+        Row(2, 256, Tiling(64, 32, 8, 2)),
+        *_EXACT["forward"],
     ),
     "sm_90": (
         Row(2, 64, Tiling(128, 128, 8, 3)),
         Row(2, 128, Tiling(128, 128, 8, 2)),
         Row(2, 256, Tiling(128, 64, 8, 2)),
-        Row(4, 64, Tiling(64, 32, 4, 2)),
-        Row(4, 128, Tiling(32, 32, 4, 2)),
-        Row(4, 256, Tiling(32, 16, 8, 1)),
+        *_EXACT["forward"],
+    ),
+    "sm_100": (
+        Row(2, 64, Tiling(128, 128, 8, 3)),
+        Row(2, 128, Tiling(128, 128, 8, 2)),
+        Row(2, 256, Tiling(128, 64, 8, 2)),
+        *_EXACT["forward"],
+    ),
+    "sm_120": (
+        Row(2, 64, Tiling(128, 64, 8, 3)),
+        Row(2, 128, Tiling(128, 64, 8, 3)),
+        Row(2, 256, Tiling(64, 32, 8, 2)),
+        *_EXACT["forward"],
+    ),
+    "gfx942": (
+        Row(2, 64, Tiling(128, 64, 4, 1)),
+        Row(2, 128, Tiling(128, 32, 4, 1)),
+        Row(2, 256, Tiling(64, 32, 4, 1)),
+        *_EXACT["forward"],
     ),
 }
 
@@ -149,17 +188,38 @@ ATTENTION_DKDV = {
         Row(2, 64, Tiling(64, 128, 8, 2)),
         Row(2, 128, Tiling(64, 64, 8, 2)),
         Row(2, 256, Tiling(32, 64, 8, 1)),
-        Row(4, 64, Tiling(32, 32, 4, 1)),
-        Row(4, 128, Tiling(16, 32, 4, 1)),
-        Row(4, 256, Tiling(16, 16, 8, 1)),
+        *_EXACT["dkdv"],
+    ),
+    "sm_86": (
+        Row(2, 64, Tiling(64, 128, 8, 2)),
+        Row(2, 128, Tiling(64, 64, 8, 2)),
+        Row(2, 256, Tiling(16, 64, 8, 1)),
+        *_EXACT["dkdv"],
     ),
     "sm_90": (
         Row(2, 64, Tiling(64, 128, 8, 2)),
         Row(2, 128, Tiling(64, 128, 8, 2)),
+        Row(2, 256, Tiling(64, 32, 8, 1)),
+        *_EXACT["dkdv"],
+    ),
+    "sm_100": (
+        Row(2, 64, Tiling(64, 128, 8, 2)),
+        Row(2, 128, Tiling(64, 128, 8, 2)),
         Row(2, 256, Tiling(64, 64, 8, 1)),
-        Row(4, 64, Tiling(32, 32, 4, 1)),
-        Row(4, 128, Tiling(16, 32, 4, 1)),
-        Row(4, 256, Tiling(16, 16, 8, 1)),
+        *_EXACT["dkdv"],
+    ),
+    "sm_120": (
+        Row(2, 64, Tiling(64, 128, 8, 2)),
+        Row(2, 128, Tiling(64, 64, 8, 2)),
+        Row(2, 256, Tiling(16, 64, 8, 1)),
+        *_EXACT["dkdv"],
+    ),
+    "gfx942": (
+        Row(2, 64, Tiling(64, 64, 4, 1)),
+        Row(2, 128, Tiling(32, 32, 4, 1)),
+        Row(2, 256, Tiling(32, 32, 4, 1)),
+        *_EXACT["dkdv"][:2],
+        Row(4, 256, Tiling(16, 16, 4, 1)),
     ),
 }
 
@@ -167,19 +227,40 @@ ATTENTION_DQ = {
     INTERPRETER: _INTERPRETED["dq"],
     "sm_80": (
         Row(2, 64, Tiling(128, 64, 8, 2)),
-        Row(2, 128, Tiling(64, 64, 8, 2)),
+        Row(2, 128, Tiling(128, 32, 8, 2)),
+        Row(2, 256, Tiling(64, 64, 8, 1)),
+        *_EXACT["dq"],
+    ),
+    "sm_86": (
+        Row(2, 64, Tiling(128, 64, 8, 2)),
+        Row(2, 128, Tiling(128, 32, 8, 2)),
         Row(2, 256, Tiling(64, 32, 8, 1)),
-        Row(4, 64, Tiling(32, 32, 4, 1)),
-        Row(4, 128, Tiling(32, 16, 4, 1)),
-        Row(4, 256, Tiling(16, 16, 8, 1)),
+        *_EXACT["dq"],
     ),
     "sm_90": (
-        Row(2, 64, Tiling(128, 64, 8, 2)),
+        Row(2, 64, Tiling(128, 128, 8, 2)),
         Row(2, 128, Tiling(128, 64, 8, 2)),
-        Row(2, 256, Tiling(64, 64, 8, 1)),
-        Row(4, 64, Tiling(32, 32, 4, 1)),
-        Row(4, 128, Tiling(32, 16, 4, 1)),
-        Row(4, 256, Tiling(16, 16, 8, 1)),
+        Row(2, 256, Tiling(128, 32, 8, 2)),
+        *_EXACT["dq"],
+    ),
+    "sm_100": (
+        Row(2, 64, Tiling(128, 128, 8, 2)),
+        Row(2, 128, Tiling(128, 64, 8, 2)),
+        Row(2, 256, Tiling(128, 64, 8, 1)),
+        *_EXACT["dq"],
+    ),
+    "sm_120": (
+        Row(2, 64, Tiling(128, 64, 8, 2)),
+        Row(2, 128, Tiling(128, 32, 8, 2)),
+        Row(2, 256, Tiling(64, 32, 8, 1)),
+        *_EXACT["dq"],
+    ),
+    "gfx942": (
+        Row(2, 64, Tiling(128, 32, 4, 1)),
+        Row(2, 128, Tiling(64, 32, 4, 1)),
+        Row(2, 256, Tiling(32, 32, 4, 1)),
+        *_EXACT["dq"][:2],
+        Row(4, 256, Tiling(16, 16, 4, 1)),
     ),
 }
 

@@ -1,0 +1,65 @@
+"""What fails a build: a spill, too much shared memory, a main loop that issues more than was committed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import triton
+
+from benchmarks.compile_report.rows import Row
+from benchmarks.compile_report.targets import MOST_TENSOR_MEMORY_COLUMNS, TARGETS
+
+COMMITTED = Path(__file__).parent.with_name("compile_baseline.json")
+ALLOWED_RISE = 1.03
+
+
+def ratios(rows: list[Row]) -> dict[str, float]:
+    """Name of a loop -> its issue cycles over tensor-core cycles; the worst, of several masked loops."""
+    found: dict[str, float] = {}
+    for row in rows:
+        for loop in row.loops:
+            name = f"{row.name} {loop.kind}"
+            found[name] = max(found.get(name, 0.0), round(loop.ratio, 3))
+    return found
+
+
+def write(rows: list[Row]) -> None:
+    content = {"triton": triton.__version__, "issue_over_tensor": dict(sorted(ratios(rows).items()))}
+    COMMITTED.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def complaints(rows: list[Row], everything: bool) -> list[str]:
+    """What is wrong with the rows, one line each. `everything` says that none was left out, so that a row of the
+    committed file that is not there has vanished."""
+    found = [complaint for row in rows for complaint in resource_complaints(row)]
+    committed = json.loads(COMMITTED.read_text())
+    if committed["triton"] != triton.__version__:
+        # Another compiler makes other loops; its spills and memory are still ours to answer for.
+        return found
+    return found + ratio_complaints(ratios(rows), committed["issue_over_tensor"], everything)
+
+
+def resource_complaints(row: Row) -> list[str]:
+    if row.error:
+        return [f"{row.name}: {row.error}"]
+    found = []
+    if row.spills and TARGETS[row.target].must_not_spill:
+        found.append(f"{row.name}: {row.spills} spill instructions ({row.tile})")
+    if row.shared > row.shared_limit:
+        found.append(f"{row.name}: {row.shared} bytes of shared memory of {row.shared_limit} ({row.tile})")
+    if row.tensor_memory > MOST_TENSOR_MEMORY_COLUMNS:
+        found.append(f"{row.name}: {row.tensor_memory} columns of tensor memory ({row.tile})")
+    return found
+
+
+def ratio_complaints(now: dict[str, float], committed: dict[str, float], everything: bool) -> list[str]:
+    found = [
+        f"{name}: issue / tensor rose from {committed[name]:.3f} to {ratio:.3f}"
+        for name, ratio in now.items()
+        if name in committed and ratio > committed[name] * ALLOWED_RISE
+    ]
+    found += [f"{name}: not in {COMMITTED.name}; run --update" for name in now if name not in committed]
+    if everything:
+        found += [f"{name}: in {COMMITTED.name} but gone; run --update" for name in committed if name not in now]
+    return found

@@ -1,0 +1,91 @@
+"""Which public calls the report looks at: together they launch every kernel with every row of its table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from fastattn.kernels.attention_backward import attention_backward
+from fastattn.kernels.attention_forward import attention_forward
+from fastattn.kernels.mlp import gated_mlp_backward, gated_mlp_forward, mlp_backward, mlp_forward
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """Forward and backward at a common training shape: 16 query heads on 4 key heads, 4096 tokens."""
+
+    dtype: str
+    head_dim: int
+    causal: bool
+    value_dim: int | None = None
+
+    @property
+    def name(self) -> str:
+        width = str(self.head_dim) if self.value_dim is None else f"{self.head_dim}/{self.value_dim}"
+        return f"attention {self.dtype} D={width} {'causal' if self.causal else 'full'}"
+
+    def run(self) -> None:
+        q = self.heads(16, self.head_dim)
+        k = self.heads(4, self.head_dim)
+        v = self.heads(4, self.value_dim or self.head_dim)
+        ask = {"causal": self.causal, "scale": self.head_dim**-0.5}
+        out, lse = attention_forward(q, k, v, **ask)
+        attention_backward(out, q, k, v, out, lse, None, **ask)
+
+    def heads(self, heads: int, width: int) -> torch.Tensor:
+        """As a linear layer leaves them: (batch, tokens, heads, width), seen as (batch, heads, tokens, width)."""
+        shape = (4, 4096, heads, width)
+        return torch.empty(shape, dtype=DTYPES[self.dtype], device="meta").transpose(1, 2)
+
+
+@dataclass(frozen=True)
+class MLPCall:
+    """Forward, in training, and backward of an MLP with biases, d to 4 d to d."""
+
+    dtype: str
+    width: int
+    activation: str
+    gated: bool = False
+    fused: bool | None = None
+    tokens: int = 8192
+
+    @property
+    def name(self) -> str:
+        route = {None: "", True: " fused", False: " library"}[self.fused]
+        family = "gated_mlp" if self.gated else "mlp"
+        return f"{family} {self.dtype} T={self.tokens} d={self.width} {self.activation}{route}"
+
+    def run(self) -> None:
+        hidden = 4 * self.width
+        x, dy = self.matrix(self.tokens, self.width), self.matrix(self.tokens, self.width)
+        w1, b1 = self.matrix(hidden, self.width), self.matrix(hidden)
+        w2, b2 = self.matrix(self.width, hidden), self.matrix(self.width)
+        if self.gated:
+            _, saved = gated_mlp_forward(x, w1, b1, w1, b1, w2, b2, self.activation, True, self.fused)
+            gated_mlp_backward(dy, x, w1, w1, w2, saved, self.activation, fused=self.fused)
+        else:
+            _, saved = mlp_forward(x, w1, b1, w2, b2, self.activation, True, self.fused)
+            mlp_backward(dy, x, w1, w2, saved, self.activation, fused=self.fused)
+
+    def matrix(self, *shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=DTYPES[self.dtype], device="meta")
+
+
+Call = AttentionCall | MLPCall
+
+CALLS: tuple[Call, ...] = (
+    *(AttentionCall("bf16", width, causal) for width in (64, 128, 256) for causal in (True, False)),
+    AttentionCall("bf16", 80, True),
+    AttentionCall("bf16", 192, True, value_dim=128),
+    AttentionCall("fp16", 128, True),
+    *(AttentionCall("fp32", width, True) for width in (64, 128, 256)),
+    *(MLPCall("bf16", 1024, "gelu", fused=True, tokens=tokens) for tokens in (128, 1024, 8192)),
+    *(MLPCall("bf16", 1024, "silu", gated=True, fused=True, tokens=tokens) for tokens in (128, 8192)),
+    MLPCall("bf16", 1024, "gelu", fused=False),
+    MLPCall("bf16", 1024, "silu", gated=True, fused=False),
+    MLPCall("fp32", 1024, "gelu", fused=True),
+    MLPCall("fp32", 1024, "silu", gated=True, fused=True),
+)

@@ -1,0 +1,175 @@
+"""One row of the report: a kernel's resources, and a first-order model of its main loops."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from benchmarks.compile_report import disassembly
+from benchmarks.compile_report.compiling import Compiled, catching
+from benchmarks.compile_report.disassembly import Instruction, TensorOperation
+from benchmarks.compile_report.launches import Call
+from benchmarks.compile_report.targets import (
+    MOST_TENSOR_MEMORY_COLUMNS,
+    REGISTERS,
+    RESERVED_SHARED,
+    SCHEDULERS,
+    SPECIAL_CYCLES,
+    Target,
+)
+
+
+@dataclass(frozen=True)
+class Loop:
+    """A main loop: instructions of one warp, and cycles that the whole program keeps each unit of an SM busy."""
+
+    kind: str  # "full tile" or "masked"
+    instructions: int
+    tensor_cycles: float
+    issue_cycles: float
+    special_cycles: float
+
+    @property
+    def ratio(self) -> float:
+        """Issue cycles over tensor-core cycles."""
+        return self.issue_cycles / self.tensor_cycles
+
+    @property
+    def model(self) -> tuple[float, float]:
+        """Share of the tensor-core limit if the units overlap fully, and if they take turns. Not a measurement."""
+        cycles = (self.tensor_cycles, self.issue_cycles, self.special_cycles)
+        return self.tensor_cycles / max(cycles), self.tensor_cycles / sum(cycles)
+
+    def to_json(self) -> dict[str, Any]:
+        overlapped, in_turn = self.model
+        return {**asdict(self), "ratio": self.ratio, "model_overlapped": overlapped, "model_in_turn": in_turn}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One kernel as launched by one call on one target; `error` says why there are no figures."""
+
+    target: str
+    call: str
+    kernel: str
+    tile: str = ""
+    registers: int = 0
+    spills: int = 0
+    shared: int = 0  # bytes
+    shared_limit: int = 0
+    tensor_memory: int = 0  # columns
+    programs: int = 0
+    tensor_operations: tuple[str, ...] = ()
+    loops: tuple[Loop, ...] = field(default=())
+    error: str = ""
+
+    @property
+    def name(self) -> str:
+        return f"{self.target} {self.call} {self.kernel}"
+
+    @property
+    def fits(self) -> bool:
+        """Whether a program finds the shared (and tensor) memory it asks for."""
+        return self.shared <= self.shared_limit and self.tensor_memory <= MOST_TENSOR_MEMORY_COLUMNS
+
+    @property
+    def best(self) -> Loop | None:
+        """The full-tile loop, if tensor cores work in it."""
+        return next((loop for loop in self.loops if loop.kind == FULL), None)
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "loops": [loop.to_json() for loop in self.loops]}
+
+    @staticmethod
+    def from_json(values: dict[str, Any]) -> Row:
+        names = ("kind", "instructions", "tensor_cycles", "issue_cycles", "special_cycles")
+        loops = tuple(Loop(*(loop[name] for name in names)) for loop in values["loops"])
+        return Row(**{**values, "loops": loops, "tensor_operations": tuple(values["tensor_operations"])})
+
+
+FULL, MASKED = "full tile", "masked"
+
+
+def rows_of(call: Call, target: Target, only: str | None = None) -> list[Row]:
+    """Every kernel that the call launches on the target, each once; only the kernel `only`, if given."""
+    try:
+        with catching(target, only) as caught:
+            call.run()
+    except Exception as error:
+        last = caught[-1].kernel if caught else "nothing"
+        message = f"after {last}: {type(error).__name__}: {error}"
+        return [Row(target.name, call.name, only or "a kernel", error=message.splitlines()[0])]
+    rows = [row_of(compiled, call.name, target) for compiled in caught]
+    return list({row.name: row for row in rows}.values())
+
+
+def row_of(compiled: Compiled, call: str, target: Target) -> Row:
+    if target.backend == "hip":
+        found = disassembly.amd_resources(compiled.artefacts["amdgcn"])
+        registers, spills, loops = found.registers, found.spills, ()
+        operations = found.matrix_operations
+    else:
+        registers, instructions = disassembly.disassemble(compiled.artefacts["cubin"])
+        spills = sum(i.name in ("STL", "LDL") for i in instructions)
+        tensor = disassembly.tensor_operations(instructions, compiled.artefacts["ptx"])
+        loops = main_loops(instructions, tensor, compiled.warps, target)
+        operations = sorted({str(operation) for operation in tensor.values()})
+    shared = compiled.metadata.shared
+    return Row(
+        target.name,
+        call,
+        compiled.kernel,
+        compiled.tile,
+        registers,
+        spills,
+        shared,
+        target.shared_limit,
+        getattr(compiled.metadata, "tmem_size", None) or 0,
+        resident_programs(registers, shared, compiled.warps, target),
+        tuple(operations),
+        loops,
+    )
+
+
+def main_loops(
+    instructions: list[Instruction], tensor: dict[int, TensorOperation], warps: int, target: Target
+) -> tuple[Loop, ...]:
+    """The innermost loops with tensor-core work; the one that issues least for it walks the full tiles."""
+    measured = [
+        (code, sum(tensor_cycles(tensor[i.address], warps, target) for i in code if i.address in tensor))
+        for code in disassembly.innermost_loops(instructions, set(tensor))
+    ]
+    if not measured:
+        return ()
+    least = min(len(code) / cycles for code, cycles in measured)
+    return tuple(
+        Loop(
+            FULL if len(code) / cycles == least else MASKED,
+            len(code),
+            cycles,
+            len(code) * warps / SCHEDULERS,
+            sum(i.name == "MUFU" for i in code) * SPECIAL_CYCLES * warps / SCHEDULERS,
+        )
+        for code, cycles in measured
+    )
+
+
+def tensor_cycles(operation: TensorOperation, warps: int, target: Target) -> float:
+    """Cycles of an SM's tensor cores at their full rate; TF32 products take twice as long as 16-bit ones."""
+    return operation.flops(warps) / (target.tensor_flops / (2 if operation.kind == "TF32" else 1))
+
+
+def resident_programs(registers: int, shared: int, warps: int, target: Target) -> int:
+    """How many programs an SM holds at once, by registers, shared memory and warps."""
+    if target.backend == "hip":
+        # Four SIMDs of 512 registers a lane, in units of eight, and at most eight waves each.
+        waves = 4 * min(8, 512 // max(8, -(-registers // 8) * 8))
+        return min(waves // warps, target.shared_memory // max(1, shared))
+    # Registers are given to a warp 256 at a time, and shared out among four schedulers.
+    warps_by_registers = REGISTERS // max(256, -(-registers * 32 // 256) * 256) // SCHEDULERS * SCHEDULERS
+    return min(
+        warps_by_registers // warps,
+        target.shared_memory // (shared + RESERVED_SHARED),
+        target.warps // warps,
+        target.programs,
+    )

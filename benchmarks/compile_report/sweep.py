@@ -1,0 +1,63 @@
+"""Other tiles for one kernel: what the launch tables' rows were chosen from."""
+
+from __future__ import annotations
+
+import itertools
+from typing import NamedTuple
+from unittest import mock
+
+from benchmarks.compile_report.launches import AttentionCall, Call, MLPCall
+from benchmarks.compile_report.rows import Row, rows_of
+from benchmarks.compile_report.targets import TARGETS
+from fastattn.kernels import launch
+
+
+class Subject(NamedTuple):
+    """A kernel, the name of its table in kernels/launch.py, and the call that launches it."""
+
+    kernel: str
+    table: str
+    call: Call
+
+
+def subjects(width: int, dtype: str) -> dict[str, Subject]:
+    """What can be swept, for a head dimension or, of an MLP, a model dimension."""
+    attention = AttentionCall(dtype, width, True)
+    mlp, gated = MLPCall(dtype, width, "gelu", False, True), MLPCall(dtype, width, "silu", True, True)
+    return {
+        "forward": Subject("attention_forward_kernel", "ATTENTION_FORWARD", attention),
+        "dkdv": Subject("attention_dkdv_kernel", "ATTENTION_DKDV", attention),
+        "dq": Subject("attention_dq_kernel", "ATTENTION_DQ", attention),
+        "mlp": Subject("hidden_kernel", "MLP_FORWARD", mlp),
+        "gated_mlp": Subject("hidden_kernel", "MLP_GATED_FORWARD", gated),
+        "mlp_backward": Subject("hidden_gradient_kernel", "MLP_BACKWARD", mlp),
+    }
+
+
+def candidates(sides: tuple[int, ...], warps: tuple[int, ...], stages: tuple[int, ...]) -> list[launch.Tiling]:
+    """Tiles whose scores alone leave room in the registers: at most 128 a thread, at least 16."""
+    every = itertools.starmap(launch.Tiling, itertools.product(sides, sides, warps, stages))
+    return [tile for tile in every if 16 <= tile.block_m * tile.block_n / (32 * tile.warps) <= 128]
+
+
+class Trial(NamedTuple):
+    """One tile, tried on one target."""
+
+    subject: Subject
+    target: str
+    tile: launch.Tiling
+
+    def rows(self) -> list[Row]:
+        look_up = launch.look_up
+        swept = getattr(launch, self.subject.table)
+
+        def replaced(table, *ask):
+            return self.tile if table is swept else look_up(table, *ask)
+
+        with mock.patch.object(launch, "look_up", replaced):
+            return rows_of(self.subject.call, TARGETS[self.target], self.subject.kernel)
+
+
+def merit(row: Row) -> tuple[bool, bool, float]:
+    """Sorts the best first: it fits, spills nothing, and issues least for its tensor-core work."""
+    return not row.fits or bool(row.error), row.spills > 0, row.best.ratio if row.best else 0.0
