@@ -64,16 +64,10 @@ def tile_pointers(pointer, tensor, start, ROWS: tl.constexpr, WIDTH: tl.constexp
 
 
 @triton.jit
-def inside(start, row_count, column_count, ROWS: tl.constexpr, WIDTH: tl.constexpr, EDGE: tl.constexpr):
-    """Which elements of a tile exist; None where all do. EDGE says that the tile may pass the last row."""
-    columns = tl.arange(0, WIDTH)[None, :] < column_count
-    if EDGE:
-        rows = start + tl.arange(0, ROWS)[:, None] < row_count
-        return rows & columns
-    elif column_count != WIDTH:
-        return tl.broadcast_to(columns, (ROWS, WIDTH))
-    else:
-        return None
+def inside(start, row_count, column_count, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """Which elements of the tile from row `start` on exist."""
+    rows = start + tl.arange(0, ROWS)[:, None] < row_count
+    return rows & (tl.arange(0, WIDTH)[None, :] < column_count)
 
 
 @triton.jit
@@ -87,13 +81,15 @@ def load_tile(
     WIDTH: tl.constexpr,
     EDGE: tl.constexpr,
 ):
-    """A ROWS x WIDTH tile from row `start` on; zeros beyond the tensor."""
+    """A ROWS x WIDTH tile from row `start` on; zeros beyond the tensor. EDGE: it may pass the last row."""
     pointers = tile_pointers(pointer, tensor, start, ROWS, WIDTH)
-    mask = inside(start, row_count, column_count, ROWS, WIDTH, EDGE)
-    if mask is None:
-        return tl.load(pointers)
+    if EDGE:
+        return tl.load(pointers, mask=inside(start, row_count, column_count, ROWS, WIDTH), other=0.0)
+    elif column_count != WIDTH:
+        columns = tl.broadcast_to(tl.arange(0, WIDTH)[None, :] < column_count, (ROWS, WIDTH))
+        return tl.load(pointers, mask=columns, other=0.0)
     else:
-        return tl.load(pointers, mask=mask, other=0.0)
+        return tl.load(pointers)
 
 
 @triton.jit
@@ -109,7 +105,7 @@ def store_tile(
 ):
     """Store the part of the tile that exists, in the tensor's dtype."""
     pointers = tile_pointers(pointer, tensor, start, ROWS, WIDTH)
-    mask = inside(start, row_count, column_count, ROWS, WIDTH, True)
+    mask = inside(start, row_count, column_count, ROWS, WIDTH)
     tl.store(pointers, tile.to(pointer.dtype.element_ty), mask=mask)
 
 
