@@ -53,10 +53,45 @@ def test_loops_are_found_whole_and_only_the_innermost() -> None:
 def test_the_loop_that_issues_least_is_the_full_tile_loop() -> None:
     instructions = disassembly.parse(SASS)
     tensor = disassembly.tensor_operations(instructions, "")
-    masked, full = main_loops(instructions, tensor, 8, TARGETS["sm_80"])
-    flops = 2 * 16 * 8 * 16 * 8
-    assert full == Loop("full tile", 2, flops / 2048, 2 * 8 / 4, 0)
-    assert masked == Loop("masked", 9, flops / 2048, 9 * 8 / 4, 8 * 8 / 4)
+    issued = 2 * 16 * 8 * 16 * 8
+    # The second loop issues every product twice.
+    masked, full = main_loops(instructions, tensor, [issued, issued // 2], 8, TARGETS["sm_80"])
+    assert masked == Loop("masked", 9, issued / 2048, issued / 2048, 9 * 8 / 4, 8 * 8 / 4)
+    assert full == Loop("full tile", 2, issued / 4096, issued / 2048, 2 * 8 / 4, 0)
+
+
+def test_loops_that_do_not_match_the_source_are_an_error() -> None:
+    instructions = disassembly.parse(SASS)
+    tensor = disassembly.tensor_operations(instructions, "")
+    with pytest.raises(ValueError, match="2 loops in the machine code for 1 in the source"):
+        main_loops(instructions, tensor, [4096], 8, TARGETS["sm_80"])
+
+
+TTIR = """
+module {
+  tt.func public @kernel(%q: !tt.ptr<bf16> loc("q")) attributes {noinline = false} {
+    %s = tt.dot %a, %b, %c, inputPrecision = ieee : tensor<16x64xbf16> * tensor<64x16xbf16> -> tensor<16x16xf32> loc(#1)
+    %x = scf.for %i = %0 to %n step %1 iter_args(%y = %z) -> (tensor<16x16xf32>)  : i32 {
+      %p = scf.if %t -> (i32) {
+        scf.yield %0 : i32 loc(#2)
+      } else {
+        scf.yield %1 : i32 loc(#2)
+      } loc(#2)
+      %u = tt.dot %a, %b, %c, inputPrecision = ieee : tensor<16x64xbf16> * tensor<64x32xbf16> -> tensor<16x32xf32> loc(#3)
+      %w = tt.dot %u, %d, %e, inputPrecision = ieee : tensor<16x32xbf16> * tensor<32x8xbf16> -> tensor<16x8xf32> loc(#3)
+      scf.yield %w : tensor<16x8xf32> loc(#4)
+    } {tt.num_stages = 2 : i32} loc(#5)
+    scf.for %i = %0 to %n step %1  : i32 {
+      tt.store %q, %x : tensor<16x16x!tt.ptr<f32>> loc(#6)
+    } loc(#6)
+    tt.return loc(#7)
+  } loc(#8)
+} loc(#9)
+"""  # noqa: E501
+
+
+def test_the_work_of_a_loop_is_what_the_source_asks_for() -> None:
+    assert disassembly.loop_flops(TTIR) == [2 * 16 * 64 * 32 + 2 * 16 * 32 * 8]
 
 
 @pytest.mark.parametrize(
@@ -76,7 +111,7 @@ def test_the_loop_that_issues_least_is_the_full_tile_loop() -> None:
 )
 def test_tensor_core_shapes_of_every_generation(line: str, ptx: str, shape: tuple, flops: int) -> None:
     instructions = disassembly.parse(f"        /*0000*/                   {line} ;   /* 0x0 */")
-    operation = disassembly.tensor_operations(instructions, ptx)[0]
+    operation = disassembly.tensor_operations(instructions, ptx)[0x0]
     assert operation.shape == shape
     assert operation.flops(warps=8) == flops
 
@@ -106,14 +141,15 @@ def test_programs_that_fit_a_multiprocessor(
 
 
 def row(**changes: object) -> Row:
-    loops = (Loop("full tile", 500, 2048.0, 1000.0, 512.0), Loop("masked", 700, 2048.0, 1400.0, 512.0))
+    full = Loop("full tile", 500, 2048.0, 2048.0, 1000.0, 512.0)
+    loops = (full, Loop("masked", 700, 2048.0, 2048.0, 1400.0, 512.0))
     given = {"registers": 200, "shared": 1024, "shared_limit": 2048, "programs": 1, "loops": loops} | changes
     return Row("sm_90", "attention bf16 D=128 causal", "attention_forward_kernel", "128x128", **given)
 
 
 def test_the_model_is_bounded_by_the_busiest_unit_and_by_their_sum() -> None:
-    overlapped, in_turn = Loop("full tile", 1, 100.0, 200.0, 50.0).model
-    assert (overlapped, in_turn) == (0.5, 100 / 350)
+    overlapped, in_turn = Loop("full tile", 1, 100.0, 125.0, 200.0, 50.0).model
+    assert (overlapped, in_turn) == (0.5, 100 / 375)
 
 
 def test_a_sound_row_has_nothing_to_complain_about() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import functools
 import hashlib
 import json
@@ -59,10 +60,10 @@ def cache_folder() -> Path:
 
 @functools.cache
 def source_hash() -> str:
-    """Of the kernels, their launchers and this report, and the versions of what compiles them."""
+    """Of the kernels, their launchers and this report, comments aside, and the versions of what compiles them."""
     digest = hashlib.sha256(f"{triton.__version__} {torch.__version__}".encode())
     for file in sorted([*KERNELS.rglob("*.py"), *HERE.glob("*.py")]):
-        digest.update(file.read_bytes())
+        digest.update(ast.dump(ast.parse(file.read_text())).encode())
     return digest.hexdigest()
 
 

@@ -54,6 +54,16 @@ class TensorOperation(NamedTuple):
         m, n, k = self.shape
         return 2 * m * n * k * (warps // self.warps if self.warps else 1)
 
+    def efficiency(self, target: str) -> float:
+        """The share of the tensor cores' full rate that this instruction can reach.
+
+        TF32: half. Hopper's old instruction: 0.63 (Luo et al. 2024, arXiv:2402.13499, table of mma). Blackwell's
+        on 64 rows: half, as its datapath is 128 rows wide (our assumption).
+        """
+        if self.kind == "TF32" or (self.kind == "UTCHMMA" and self.shape[0] == 64):
+            return 0.5
+        return 0.63 if self.kind == "HMMA" and target == "sm_90" else 1.0
+
     def __str__(self) -> str:
         return f"{self.kind} {'x'.join(map(str, self.shape))}"
 
@@ -183,6 +193,25 @@ def reaching(tail: int, head: int, before: list[list[int]]) -> set[int]:
             seen.add(node)
             todo += before[node]
     return seen
+
+
+def loop_flops(ttir: str) -> list[int]:
+    """For each innermost loop with matrix products of a kernel, in order, their floating-point operations: what
+    the source asks for, from Triton's own representation, however the compiler goes about it."""
+    found: list[int] = []
+    opened: list[list[int] | None] = []  # the regions around a line; for loops, the operations within
+    for line in map(str.strip, ttir.splitlines()):
+        if line.startswith("}") and opened:
+            inner = opened.pop()
+            found += [sum(inner)] if inner else []
+        shapes = re.search(r"= tt\.dot .*: tensor<(\d+)x(\d+)x\w+> \* tensor<\d+x(\d+)x", line)
+        if shapes:
+            m, k, n = map(int, shapes.groups())
+            loop = next((region for region in reversed(opened) if region is not None), [])
+            loop.append(2 * m * n * k)
+        if line.split(" loc(")[0].endswith("{"):
+            opened.append([] if "scf.for" in line else None)
+    return found
 
 
 class AMDResources(NamedTuple):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from benchmarks.compile_report import disassembly
@@ -21,11 +21,12 @@ from benchmarks.compile_report.targets import (
 
 @dataclass(frozen=True)
 class Loop:
-    """A main loop: instructions of one warp, and cycles that the whole program keeps each unit of an SM busy."""
+    """A main loop: instructions of one warp, and cycles of an SM that one iteration of the whole program takes."""
 
     kind: str  # "full tile" or "masked"
     instructions: int
-    tensor_cycles: float
+    tensor_cycles: float  # the limit: the products of the source at the tensor cores' full rate
+    busy_cycles: float  # what the tensor cores are kept busy by the instructions chosen for them
     issue_cycles: float
     special_cycles: float
 
@@ -37,7 +38,7 @@ class Loop:
     @property
     def model(self) -> tuple[float, float]:
         """Share of the tensor-core limit if the units overlap fully, and if they take turns. Not a measurement."""
-        cycles = (self.tensor_cycles, self.issue_cycles, self.special_cycles)
+        cycles = (self.busy_cycles, self.issue_cycles, self.special_cycles)
         return self.tensor_cycles / max(cycles), self.tensor_cycles / sum(cycles)
 
     def to_json(self) -> dict[str, Any]:
@@ -82,7 +83,7 @@ class Row:
 
     @staticmethod
     def from_json(values: dict[str, Any]) -> Row:
-        names = ("kind", "instructions", "tensor_cycles", "issue_cycles", "special_cycles")
+        names = [field.name for field in fields(Loop)]
         loops = tuple(Loop(*(loop[name] for name in names)) for loop in values["loops"])
         return Row(**{**values, "loops": loops, "tensor_operations": tuple(values["tensor_operations"])})
 
@@ -112,7 +113,8 @@ def row_of(compiled: Compiled, call: str, target: Target) -> Row:
         registers, instructions = disassembly.disassemble(compiled.artefacts["cubin"])
         spills = sum(i.name in ("STL", "LDL") for i in instructions)
         tensor = disassembly.tensor_operations(instructions, compiled.artefacts["ptx"])
-        loops = main_loops(instructions, tensor, compiled.warps, target)
+        flops = disassembly.loop_flops(compiled.artefacts["ttir"])
+        loops = main_loops(instructions, tensor, flops, compiled.warps, target)
         operations = sorted({str(operation) for operation in tensor.values()})
     shared = compiled.metadata.shared
     return Row(
@@ -132,31 +134,35 @@ def row_of(compiled: Compiled, call: str, target: Target) -> Row:
 
 
 def main_loops(
-    instructions: list[Instruction], tensor: dict[int, TensorOperation], warps: int, target: Target
+    instructions: list[Instruction],
+    tensor: dict[int, TensorOperation],
+    flops: list[int],
+    warps: int,
+    target: Target,
 ) -> tuple[Loop, ...]:
-    """The innermost loops with tensor-core work; the one that issues least for it walks the full tiles."""
-    measured = [
-        (code, sum(tensor_cycles(tensor[i.address], warps, target) for i in code if i.address in tensor))
-        for code in disassembly.innermost_loops(instructions, set(tensor))
-    ]
-    if not measured:
-        return ()
-    least = min(len(code) / cycles for code, cycles in measured)
-    return tuple(
+    """The innermost loops with tensor-core work, of `flops` operations each; the one that issues least for its
+    work walks the full tiles."""
+    codes = disassembly.innermost_loops(instructions, set(tensor))
+    if tensor and len(codes) != len(flops):
+        raise ValueError(f"{len(codes)} loops in the machine code for {len(flops)} in the source")
+    loops = [
         Loop(
-            FULL if len(code) / cycles == least else MASKED,
+            MASKED,
             len(code),
-            cycles,
+            work / target.tensor_flops,
+            sum(busy_cycles(tensor[i.address], warps, target) for i in code if i.address in tensor),
             len(code) * warps / SCHEDULERS,
             sum(i.name == "MUFU" for i in code) * SPECIAL_CYCLES * warps / SCHEDULERS,
         )
-        for code, cycles in measured
-    )
+        for code, work in zip(codes, flops, strict=False)
+    ]
+    least = min((loop.ratio for loop in loops), default=0.0)
+    return tuple(replace(loop, kind=FULL) if loop.ratio == least else loop for loop in loops)
 
 
-def tensor_cycles(operation: TensorOperation, warps: int, target: Target) -> float:
-    """Cycles of an SM's tensor cores at their full rate; TF32 products take twice as long as 16-bit ones."""
-    return operation.flops(warps) / (target.tensor_flops / (2 if operation.kind == "TF32" else 1))
+def busy_cycles(operation: TensorOperation, warps: int, target: Target) -> float:
+    """Cycles of an SM's tensor cores, of all warps' shares of one instruction."""
+    return operation.flops(warps) / target.tensor_flops / operation.efficiency(target.name)
 
 
 def resident_programs(registers: int, shared: int, warps: int, target: Target) -> int:

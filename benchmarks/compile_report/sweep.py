@@ -59,5 +59,6 @@ class Trial(NamedTuple):
 
 
 def merit(row: Row) -> tuple[bool, bool, float]:
-    """Sorts the best first: it fits, spills nothing, and issues least for its tensor-core work."""
-    return not row.fits or bool(row.error), row.spills > 0, row.best.ratio if row.best else 0.0
+    """Sorts the best first: it fits, spills nothing, and comes nearest to the tensor-core limit if its units take
+    turns."""
+    return not row.fits or bool(row.error), row.spills > 0, -row.best.model[1] if row.best else 0.0
