@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastattn import backends
-from fastattn.spec import ACTIVATIONS
+from fastattn.spec import ACTIVATIONS, NO_TENSORS, ScoreTensors
 
 FORWARD, BACKWARD, SECOND = "forward", "backward", "second derivative"
 EVERY_DIRECTION = frozenset({FORWARD, BACKWARD, SECOND})
@@ -35,6 +35,7 @@ class Request:
     spec: Any  # the family's: AttentionSpec or MLPSpec
     tensors: tuple[Tensor, ...]
     lse_gradient: bool = False
+    score_tensors: ScoreTensors = NO_TENSORS
 
     @property
     def dtype(self) -> torch.dtype:
@@ -76,6 +77,11 @@ _HEADS, _LENGTH, _WIDTH = 1, 2, 3
 FEATURES: tuple[Feature, ...] = (
     Feature("attention", "full (bidirectional)", lambda r: not r.spec.causal),
     Feature("attention", "causal, aligned bottom-right", lambda r: r.spec.causal),
+    Feature("attention", "sliding window, left and right", lambda r: r.spec.window != (None, None)),
+    Feature("attention", "key lengths", lambda r: r.score_tensors.key_lengths is not None),
+    Feature("attention", "soft-capped scores", lambda r: r.spec.softcap > 0),
+    Feature("attention", "ALiBi slopes", lambda r: r.score_tensors.alibi_slopes is not None),
+    Feature("attention", "attention sinks, with gradient", lambda r: r.score_tensors.sinks is not None),
     Feature("attention", "lengths of their own for queries and keys", _differ(_LENGTH, _Q, _K)),
     Feature("attention", "grouped-query heads", _differ(_HEADS, _Q, _K)),
     Feature("attention", "head widths 8 to 256", lambda r: True),

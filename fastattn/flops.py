@@ -12,29 +12,47 @@ from torch.utils.flop_counter import register_flop_formula
 import fastattn.ops  # noqa: F401  (defines the operators)
 
 
-def visible_scores(queries: int, keys: int, causal: bool) -> int:
-    """How many (query, key) pairs are visible; causal is aligned bottom-right."""
-    if not causal:
-        return queries * keys
-    short = min(queries, keys)
-    return short * (short + 1) // 2 + short * (keys - short)
+def visible_scores(queries: int, keys: int, left: int | None, right: int | None) -> int:
+    """How many (query, key) pairs a window around the bottom-right-aligned diagonal shows; None is unbounded."""
+    diagonal = keys - queries
+    stops = queries * keys if right is None else _sum_of_clamped(diagonal + right + 1, queries, keys)
+    starts = 0 if left is None else _sum_of_clamped(diagonal - left, queries, keys)
+    return stops - starts
 
 
-def attention_flops(q: tuple, k: tuple, v: tuple, causal: bool, *, backward: bool = False) -> int:
-    """Multiplications and additions of the products over the visible scores, from the shapes of q, k and v."""
+def _sum_of_clamped(first: int, count: int, top: int) -> int:
+    """The sum of `count` successive integers from `first` on, each clamped to [0, top]."""
+
+    def below(stop: int) -> int:
+        stop = max(stop, 0)
+        rising = min(stop, top + 1)
+        return rising * (rising - 1) // 2 + (stop - rising) * top
+
+    return below(first + count) - below(first)
+
+
+def attention_flops(
+    q: tuple, k: tuple, v: tuple, causal: bool, window: tuple = (None, None), *, backward: bool = False
+) -> int:
+    """Multiplications and additions of the products over the visible scores, from the shapes of q, k and v.
+
+    Key lengths are values, not shapes: keys beyond them count.
+    """
     # Forward: q k^T is as wide as q, P v as v. Backward: q k^T, dS k and dS^T q; dout v^T and P^T dout.
     widths = 3 * q[3] + 2 * v[3] if backward else q[3] + v[3]
-    return 2 * q[0] * q[1] * visible_scores(q[2], k[2], causal) * widths
+    left, right = window
+    return 2 * q[0] * q[1] * visible_scores(q[2], k[2], left, 0 if causal else right) * widths
 
 
 @register_flop_formula(torch.ops.fastattn.attention_forward)
-def _forward(q, k, v, causal, *args, out_shape=None, **kwargs) -> int:
-    return attention_flops(q, k, v, causal)
+def _forward(q, k, v, lengths, slopes, sinks, causal, scale, left, right, *args, out_shape=None, **kwargs) -> int:
+    return attention_flops(q, k, v, causal, (left, right))
 
 
 @register_flop_formula(torch.ops.fastattn.attention_backward)
-def _backward(dout, q, k, v, out, lse, dlse, causal, *args, out_shape=None, **kwargs) -> int:
-    return attention_flops(q, k, v, causal, backward=True)
+def _backward(dout, q, k, v, out, lse, dlse, *args, out_shape=None, **kwargs) -> int:
+    _, _, _, causal, _, left, right, *_ = args
+    return attention_flops(q, k, v, causal, (left, right), backward=True)
 
 
 def mlp_flops(x: tuple, w_in: tuple, w_out: tuple, gated: bool, wanted: tuple[bool, ...] | None = None) -> int:

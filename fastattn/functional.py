@@ -18,6 +18,7 @@ from fastattn.spec import (
     gated_mlp_spec,
     mlp_spec,
     positive_scale,
+    score_tensors,
 )
 
 
@@ -29,6 +30,11 @@ def attention(
     *,
     causal: bool = ...,
     scale: float | None = ...,
+    window: tuple[int | None, int | None] = ...,
+    key_lengths: Tensor | None = ...,
+    alibi_slopes: Tensor | None = ...,
+    softcap: float | None = ...,
+    sinks: Tensor | None = ...,
     return_lse: Literal[False] = ...,
     backend: str | None = ...,
 ) -> Tensor: ...
@@ -40,6 +46,11 @@ def attention(
     *,
     causal: bool = ...,
     scale: float | None = ...,
+    window: tuple[int | None, int | None] = ...,
+    key_lengths: Tensor | None = ...,
+    alibi_slopes: Tensor | None = ...,
+    softcap: float | None = ...,
+    sinks: Tensor | None = ...,
     return_lse: Literal[True],
     backend: str | None = ...,
 ) -> tuple[Tensor, Tensor]: ...
@@ -50,38 +61,58 @@ def attention(
     *,
     causal: bool = False,
     scale: float | None = None,
+    window: tuple[int | None, int | None] = (None, None),
+    key_lengths: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """softmax(scale q k^T) v, fused: no N x N tensor is ever stored, forward or backward.
 
+    Query i stands on the diagonal at key i + Lk - Lq (aligned bottom-right, as the last of a longer sequence).
+
     Args:
         q: queries (B, Hq, Lq, D); any strides. D and Dv are 8 to 256.
         k: keys (B, Hkv, Lk, D); query head h reads key head h // (Hq / Hkv).
         v: values (B, Hkv, Lk, Dv).
-        causal: query i sees keys j <= i + Lk - Lq (aligned bottom-right, so a query of the last rows sees all).
+        causal: queries see keys up to the diagonal.
         scale: multiplier of the scores; 1/sqrt(D) by default.
-        return_lse: also return the log-sum-exp of each row of scores, differentiable.
+        window: (left, right), how many keys before and after the diagonal are seen; None is unbounded. What
+            no query of a tile sees is not computed.
+        key_lengths: (B,) integers; keys from there on are not seen (right padding). The diagonal stays.
+        alibi_slopes: (Hq,) or (B, Hq); scores fall by the slope for each key of distance from the diagonal. No
+            gradient.
+        softcap: scaled scores s become softcap * tanh(s / softcap), before ALiBi; None or 0 for no cap.
+        sinks: (Hq,) or (B, Hq), in nats; one more score per head that takes weight and gives no value. With
+            gradient.
+        return_lse: also return the log-sum-exp of each row of scores, the sink among them; differentiable.
         backend: "triton", "portable" or "reference"; by default the capability table chooses, or the
             environment variable FASTATTN_BACKEND.
 
     Returns:
         out (B, Hq, Lq, Dv) in the inputs' dtype, laid out (B, Lq, Hq, Dv) in memory; with `return_lse` also
-        lse (B, Hq, Lq) in nats, fp32 (fp64 for fp64 inputs). A row that sees no key gives 0 and -inf.
+        lse (B, Hq, Lq) in nats, fp32 (fp64 for fp64 inputs). A row that sees no key gives 0 and -inf, or the
+        sink's score.
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what was expected, before anything runs.
 
     Example:
         >>> q, k, v = (torch.randn(1, 4, 128, 64) for _ in range(3))
-        >>> attention(q, k, v, causal=True).shape
+        >>> attention(q, k, v, causal=True, window=(31, None)).shape
         torch.Size([1, 4, 128, 64])
 
-    Source: Dao, FlashAttention-2 (2023), algorithms 1 and 2.
+    Source: Dao, FlashAttention-2 (2023), algorithms 1 and 2; windows: Beltagy et al., Longformer (2020); ALiBi:
+    Press et al., Train Short, Test Long (2022); soft cap: Gemma 2 (2024), section 2; sinks: Xiao et al., Efficient
+    Streaming Language Models with Attention Sinks (2024), section 3.3, learned as in gpt-oss (2025).
     """
     q, k, v = _autocast(q, k, v)
-    q, spec = positive_scale(q, attention_spec(q, k, v, causal=causal, scale=scale))
-    out, lse = Attention.apply(q, k, v, spec.causal, spec.scale, backend)
+    spec = attention_spec(q, k, v, causal=causal, scale=scale, window=window, softcap=softcap)
+    tensors = score_tensors(q, k, key_lengths=key_lengths, alibi_slopes=alibi_slopes, sinks=sinks)
+    q, spec = positive_scale(q, spec)
+    out, lse = Attention.apply(q, k, v, *tensors, *spec.options, backend)
     return (out, lse) if return_lse else out
 
 
@@ -96,26 +127,33 @@ def attention_backward(
     dlse: Tensor | None = None,
     causal: bool = False,
     scale: float | None = None,
+    window: tuple[int | None, int | None] = (None, None),
+    key_lengths: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     backend: str | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients (dq, dk, dv) of `attention`, for those who drive the backward themselves (rings, split keys).
+) -> tuple[Tensor, ...]:
+    """The gradients (dq, dk, dv) of `attention`, and dsinks (B, Hq) if there are sinks, for those who drive the
+    backward themselves (rings, split keys).
 
     Args:
         dout: gradient of out (B, Hq, Lq, Dv); any strides, zero included.
-        q, k, v, causal, scale, backend: as given to `attention`.
         out, lse: as returned by `attention`, or merged by `merge_states` from parts of the keys: the gradients
             of a part are exact with the merged out and lse.
         dlse: gradient of lse (B, Hq, Lq), or None.
+        q, k, v and the rest: as given to `attention`.
     """
-    spec = attention_spec(q, k, v, causal=causal, scale=scale)
+    spec = attention_spec(q, k, v, causal=causal, scale=scale, window=window, softcap=softcap)
+    tensors = score_tensors(q, k, key_lengths=key_lengths, alibi_slopes=alibi_slopes, sinks=sinks)
     check_gradients(q, v, dout=dout, out=out, lse=lse, dlse=dlse)
     scaled_q, positive = positive_scale(q, spec)
-    dq, dk, dv = AttentionBackward.apply(
-        dout, scaled_q, k, v, out, lse, dlse, positive.causal, positive.scale, backend
+    dq, dk, dv, dsinks = AttentionBackward.apply(
+        dout, scaled_q, k, v, out, lse, dlse, *tensors, *positive.options, backend
     )
     if scaled_q is not q:
         dq = dq * (-1.0 if spec.scale < 0 else 0.0)
-    return dq, dk, dv
+    return (dq, dk, dv) if sinks is None else (dq, dk, dv, dsinks)
 
 
 def merge_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
@@ -123,7 +161,7 @@ def merge_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> 
 
     Args:
         out_a, out_b: outputs (..., Lq, Dv).
-        lse_a, lse_b: their log-sum-exps (..., Lq) in nats.
+        lse_a, lse_b: their log-sum-exps (..., Lq) in nats. A sink belongs to one of the parts.
 
     Returns:
         out and lse as one call over both sets would give; differentiable. Rows that saw nothing in both stay

@@ -15,15 +15,18 @@ from torch import Tensor
 from fastattn import backends, capabilities, reference
 from fastattn.backends.layout import empty_heads
 from fastattn.capabilities import BACKWARD, FORWARD, Request
-from fastattn.spec import AttentionSpec, MLPSpec, MLPWeights, lse_dtype
+from fastattn.spec import AttentionSpec, MLPSpec, MLPWeights, ScoreTensors, lse_dtype
 
 _library = torch.library.Library("fastattn", "DEF")
-_library.define(
-    "attention_forward(Tensor q, Tensor k, Tensor v, bool causal, float scale, str? backend) -> (Tensor, Tensor)"
+# What an attention operator takes beside its tensors, in the order of ScoreTensors and AttentionSpec.
+_SCORES = (
+    "Tensor? key_lengths, Tensor? alibi_slopes, Tensor? sinks, "
+    "bool causal, float scale, SymInt? left, SymInt? right, float softcap, str? backend"
 )
+_library.define(f"attention_forward(Tensor q, Tensor k, Tensor v, {_SCORES}) -> (Tensor, Tensor)")
 _library.define(
     "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? dlse, "
-    "bool causal, float scale, str? backend) -> (Tensor, Tensor, Tensor)"
+    f"{_SCORES}) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 _library.define(
     "mlp_forward(Tensor x, Tensor w_in, Tensor? b_in, Tensor? w_up, Tensor? b_up, Tensor w_out, Tensor? b_out, "
@@ -37,30 +40,30 @@ _FORWARD, _BACKWARD = "fastattn::attention_forward", "fastattn::attention_backwa
 _MLP_FORWARD, _MLP_BACKWARD = "fastattn::mlp_forward", "fastattn::mlp_backward"
 
 
-def _forward(
-    q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, backend: str | None
-) -> tuple[Tensor, Tensor]:
-    spec = AttentionSpec(causal, scale)
-    chosen = capabilities.choose(Request("attention", spec, (q, k, v)), FORWARD, backend)
-    return backends.load(chosen).attention_forward(q, k, v, spec)
+def _forward(q, k, v, key_lengths, alibi_slopes, sinks, *options) -> tuple[Tensor, Tensor]:
+    spec, backend = _spec(*options)
+    tensors = ScoreTensors(key_lengths, alibi_slopes, sinks)
+    request = Request("attention", spec, (q, k, v), score_tensors=tensors)
+    chosen = capabilities.choose(request, FORWARD, backend)
+    return backends.load(chosen).attention_forward(q, k, v, spec, tensors)
 
 
 def _backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    dlse: Tensor | None,
-    causal: bool,
-    scale: float,
-    backend: str | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    spec = AttentionSpec(causal, scale)
-    request = Request("attention", spec, (q, k, v), lse_gradient=dlse is not None)
+    dout, q, k, v, out, lse, dlse, key_lengths, alibi_slopes, sinks, *options
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    spec, backend = _spec(*options)
+    tensors = ScoreTensors(key_lengths, alibi_slopes, sinks)
+    request = Request("attention", spec, (q, k, v), lse_gradient=dlse is not None, score_tensors=tensors)
     chosen = capabilities.choose(request, BACKWARD, backend)
-    return backends.load(chosen).attention_backward(dout, q, k, v, out, lse, dlse, spec)
+    dq, dk, dv, dsinks = backends.load(chosen).attention_backward(dout, q, k, v, out, lse, dlse, spec, tensors)
+    return dq, dk, dv, q.new_empty(0) if dsinks is None else dsinks
+
+
+def _spec(
+    causal: bool, scale: float, left: int | None, right: int | None, softcap: float, backend: str | None
+) -> tuple[AttentionSpec, str | None]:
+    """An operator's options, put together again."""
+    return AttentionSpec(causal, scale, (left, right), softcap), backend
 
 
 _library.impl("attention_forward", _forward, "CompositeExplicitAutograd")
@@ -68,38 +71,45 @@ _library.impl("attention_backward", _backward, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake(_FORWARD, lib=_library)
-def _forward_fake(q, k, v, causal, scale, backend):
+def _forward_fake(q, k, v, *_):
     batch, heads, queries, _ = q.shape
     lse = q.new_empty((batch, heads, queries), dtype=lse_dtype(q.dtype))
     return empty_heads((batch, heads, queries, v.shape[3]), q), lse
 
 
 @torch.library.register_fake(_BACKWARD, lib=_library)
-def _backward_fake(dout, q, k, v, out, lse, dlse, causal, scale, backend):
-    return empty_heads(q.shape, q), empty_heads(k.shape, k), empty_heads(v.shape, v)
+def _backward_fake(dout, q, k, v, out, lse, dlse, key_lengths, alibi_slopes, sinks, *_):
+    dsinks = q.new_empty(0) if sinks is None else q.new_empty(sinks.shape, dtype=sinks.dtype)
+    return empty_heads(q.shape, q), empty_heads(k.shape, k), empty_heads(v.shape, v), dsinks
 
 
 class Attention(torch.autograd.Function):
-    """(q, k, v, causal, scale, backend) -> (out, lse), both differentiable."""
+    """(q, k, v, *ScoreTensors, *options) -> (out, lse), both differentiable; by q, k, v and the sinks."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(q, k, v, causal, scale, backend):
-        return torch.ops.fastattn.attention_forward(q, k, v, causal, scale, backend)
+    def forward(
+        q, k, v, key_lengths, alibi_slopes, sinks, causal, scale, left, right, softcap, backend
+    ):  # spelled out, because dynamo cannot trace a forward of *arguments
+        return torch.ops.fastattn.attention_forward(
+            q, k, v, key_lengths, alibi_slopes, sinks, causal, scale, left, right, softcap, backend
+        )
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        q, k, v, *ctx.options = inputs
-        ctx.save_for_backward(q, k, v, *output)
+        q, k, v, key_lengths, alibi_slopes, sinks, *ctx.options = inputs
+        ctx.save_for_backward(q, k, v, *output, key_lengths, alibi_slopes, sinks)
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx, dout, dlse):
-        q, k, v, out, lse = ctx.saved_tensors
+        q, k, v, out, lse, *tensors = ctx.saved_tensors
         if dout is None:
             dout = torch.zeros_like(out)
-        return *AttentionBackward.apply(dout, q, k, v, out, lse, dlse, *ctx.options), None, None, None
+        dq, dk, dv, dsinks = AttentionBackward.apply(dout, q, k, v, out, lse, dlse, *tensors, *ctx.options)
+        has_sinks = tensors[-1] is not None
+        return dq, dk, dv, None, None, dsinks if has_sinks else None, *(None,) * len(ctx.options)
 
 
 class AttentionBackward(torch.autograd.Function):
@@ -108,38 +118,70 @@ class AttentionBackward(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(dout, q, k, v, out, lse, dlse, causal, scale, backend):
-        return torch.ops.fastattn.attention_backward(dout, q, k, v, out, lse, dlse, causal, scale, backend)
+    def forward(
+        dout,
+        q,
+        k,
+        v,
+        out,
+        lse,
+        dlse,
+        key_lengths,
+        alibi_slopes,
+        sinks,
+        causal,
+        scale,
+        left,
+        right,
+        softcap,
+        backend,
+    ):
+        return torch.ops.fastattn.attention_backward(
+            dout, q, k, v, out, lse, dlse, key_lengths, alibi_slopes, sinks, causal, scale, left, right, softcap,
+            backend,
+        )  # fmt: skip
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        *tensors, causal, scale, _backend = inputs
-        ctx.save_for_backward(*tensors)
-        ctx.spec = AttentionSpec(causal, scale)
+        ctx.save_for_backward(*inputs[:10])
+        ctx.spec, _ = _spec(*inputs[10:])
+        ctx.count = len(inputs)
 
     @staticmethod
     def backward(ctx, *second):
         # out and lse count as inputs of their own: what flows into them goes on through Attention.backward.
-        *tensors, dlse = ctx.saved_tensors
-        given = tensors if dlse is None else [*tensors, dlse]
+        dout, q, k, v, out, lse, dlse, key_lengths, alibi_slopes, sinks = ctx.saved_tensors
+        optional = [t for t in (dlse, sinks) if t is not None]
 
-        def gradients(dout, q, k, v, out, lse, dlse=None):
-            return reference.attention_backward(dout, q, k, v, out, lse, dlse, ctx.spec)
+        def gradients(dout, q, k, v, out, lse, *optional):
+            given = list(optional)
+            dlse_given = given.pop(0) if dlse is not None else None
+            tensors = ScoreTensors(key_lengths, alibi_slopes, given.pop(0) if sinks is not None else None)
+            return reference.attention_backward(dout, q, k, v, out, lse, dlse_given, ctx.spec, tensors)[
+                : 3 + has_sinks
+            ]
 
-        derivatives = torch.func.vjp(gradients, *given)[1](second)
-        return *derivatives, *(None,) * (10 - len(derivatives))
+        has_sinks = sinks is not None
+        pulled = list(torch.func.vjp(gradients, dout, q, k, v, out, lse, *optional)[1](second[: 3 + has_sinks]))
+        of_sinks = pulled.pop() if has_sinks else None
+        of_dlse = pulled.pop() if dlse is not None else None
+        return *pulled, of_dlse, None, None, of_sinks, *(None,) * (ctx.count - 10)
 
 
 @torch.library.register_vmap(_FORWARD, lib=_library)
-def _forward_vmap(info: Any, in_dims: tuple, q, k, v, *options):
-    tensors = _fold(info.batch_size, in_dims[:3], (q, k, v))
-    return _unfold(info.batch_size, torch.ops.fastattn.attention_forward(*tensors, *options)), (0, 0)
+def _forward_vmap(info: Any, in_dims: tuple, *arguments):
+    tensors = _fold(info.batch_size, in_dims[:6], arguments[:6])
+    return _unfold(info.batch_size, torch.ops.fastattn.attention_forward(*tensors, *arguments[6:])), (0, 0)
 
 
 @torch.library.register_vmap(_BACKWARD, lib=_library)
-def _backward_vmap(info: Any, in_dims: tuple, dout, q, k, v, out, lse, dlse, *options):
-    tensors = _fold(info.batch_size, in_dims[:7], (dout, q, k, v, out, lse, dlse))
-    return _unfold(info.batch_size, torch.ops.fastattn.attention_backward(*tensors, *options)), (0, 0, 0)
+def _backward_vmap(info: Any, in_dims: tuple, *arguments):
+    tensors = _fold(info.batch_size, in_dims[:10], arguments[:10])
+    *gradients, dsinks = torch.ops.fastattn.attention_backward(*tensors, *arguments[10:])
+    dsinks = (
+        _unfold(info.batch_size, (dsinks,))[0] if tensors[-1] is not None else dsinks.expand(info.batch_size, 0)
+    )
+    return (*_unfold(info.batch_size, tuple(gradients)), dsinks), (0, 0, 0, 0)
 
 
 def _fold(size: int, dims: tuple, tensors: tuple) -> list[Tensor | None]:

@@ -10,25 +10,44 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastattn.spec import AttentionSpec, MLPSpec, MLPWeights, lse_dtype
+from fastattn.spec import NO_TENSORS, AttentionSpec, MLPSpec, MLPWeights, ScoreTensors, lse_dtype
 
 
-def visible(queries: int, keys: int, spec: AttentionSpec, device: torch.device | None = None) -> Tensor:
-    """(Lq, Lk) bool: may query i see key j?"""
-    everything = torch.ones(queries, keys, dtype=torch.bool, device=device)
-    return everything.tril(keys - queries) if spec.causal else everything
+def visible(
+    queries: int,
+    keys: int,
+    spec: AttentionSpec,
+    device: torch.device | None = None,
+    key_lengths: Tensor | None = None,
+) -> Tensor:
+    """May query i see key j? bool (Lq, Lk), or (B, 1, Lq, Lk) with key_lengths (B,)."""
+    distance = _distance(queries, keys, device)
+    seen = torch.ones(queries, keys, dtype=torch.bool, device=device)
+    if spec.left is not None:
+        seen &= distance >= -spec.left
+    if spec.right is not None:
+        seen &= distance <= spec.right
+    if key_lengths is not None:
+        seen = seen & (torch.arange(keys, device=device) < key_lengths[:, None, None, None])
+    return seen
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
-    """softmax(scale q k^T) v over the visible keys, and the log-sum-exp of the scores in nats.
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, tensors: ScoreTensors = NO_TENSORS
+) -> tuple[Tensor, Tensor]:
+    """softmax of the scores over the visible keys, times v, and the log-sum-exp of the scores in nats.
 
     q (B, Hq, Lq, D), k (B, Hkv, Lk, D), v (B, Hkv, Lk, Dv); query head h reads key head h // (Hq / Hkv).
-    Returns out (B, Hq, Lq, Dv) and lse (B, Hq, Lq). A row that sees no key gives 0 and -inf.
+    Returns out (B, Hq, Lq, Dv) and lse (B, Hq, Lq). A row that sees no key and has no sink gives 0 and -inf.
     """
-    scores, hidden = _scores(q, k, spec)
+    scores = _scores(q, k, spec, tensors)
+    if tensors.sinks is not None:
+        # One more key, whose value is zero.
+        sink = tensors.sinks.to(scores.dtype)[:, :, None, None].expand(*scores.shape[:3], 1)
+        scores = torch.cat((scores, sink), -1)
     lse = torch.logsumexp(scores.to(lse_dtype(q.dtype)), -1)
-    weights = torch.softmax(scores, -1).masked_fill(hidden.all(-1, keepdim=True), 0.0)
-    return weights @ _every_head(v, q), lse
+    weights = torch.softmax(scores, -1).masked_fill((lse == float("-inf"))[..., None], 0.0)
+    return weights[..., : k.shape[2]] @ _every_head(v, q), lse
 
 
 def attention_backward(
@@ -40,31 +59,53 @@ def attention_backward(
     lse: Tensor,
     dlse: Tensor | None,
     spec: AttentionSpec,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of `attention` from what it returned, written out, so that they can be differentiated again.
+    tensors: ScoreTensors = NO_TENSORS,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """The gradients of `attention` from what it returned, written out, so that they can be differentiated again:
+    dq, dk, dv and dsinks (B, Hq), None without sinks.
 
     A row that sees no key has lse -inf whatever the inputs: its weights and its gradients are 0.
     """
     empty = (lse == float("-inf"))[..., None]
-    scores, _ = _scores(q, k, spec)
-    weights = torch.exp(scores - lse[..., None].masked_fill(empty, float("inf"))).to(q.dtype)
+    scores = _scores(q, k, spec, tensors)
+    safe_lse = lse[..., None].masked_fill(empty, float("inf"))
+    weights = torch.exp(scores - safe_lse).to(q.dtype)
     delta = (dout * out).sum(-1, keepdim=True)
     if dlse is not None:
         delta = delta - dlse[..., None]
+    delta = delta.masked_fill(empty, 0.0)
     dweights = dout @ _every_head(v, q).transpose(2, 3)
-    dscores = weights * (dweights - delta.masked_fill(empty, 0.0)) * spec.scale
+    dscores = weights * (dweights - delta) * spec.scale
+    if spec.softcap:
+        products = q @ _every_head(k, q).transpose(2, 3) * spec.scale
+        dscores = dscores * (1.0 - torch.tanh(products / spec.softcap).square())
     dscores = dscores.to(q.dtype)
     dq = dscores @ _every_head(k, q)
     dk = _sum_of_group(dscores.transpose(2, 3) @ q, k)
     dv = _sum_of_group(weights.transpose(2, 3) @ dout, v)
-    return dq, dk, dv
+    if tensors.sinks is None:
+        return dq, dk, dv, None
+    sink_weights = torch.exp(tensors.sinks[:, :, None, None] - safe_lse)
+    return dq, dk, dv, -(sink_weights * delta).sum((2, 3)).to(tensors.sinks.dtype)
 
 
-def _scores(q: Tensor, k: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
-    """The scores, -inf where hidden, and which are hidden."""
-    hidden = ~visible(q.shape[2], k.shape[2], spec, q.device)
+def _scores(q: Tensor, k: Tensor, spec: AttentionSpec, tensors: ScoreTensors) -> Tensor:
+    """The scores, -inf where hidden."""
+    queries, keys = q.shape[2], k.shape[2]
     scores = q @ _every_head(k, q).transpose(2, 3) * spec.scale
-    return scores.masked_fill(hidden, float("-inf")), hidden
+    if spec.softcap:
+        scores = spec.softcap * torch.tanh(scores / spec.softcap)
+    if tensors.alibi_slopes is not None:
+        distance = _distance(queries, keys, q.device).abs()
+        scores = scores - (tensors.alibi_slopes[:, :, None, None] * distance).to(scores.dtype)
+    seen = visible(queries, keys, spec, q.device, tensors.key_lengths)
+    return scores.masked_fill(~seen, float("-inf"))
+
+
+def _distance(queries: int, keys: int, device: torch.device | None) -> Tensor:
+    """(Lq, Lk): how far key j stands after the diagonal of query i, which is at key i + Lk - Lq."""
+    diagonal = torch.arange(queries, device=device)[:, None] + (keys - queries)
+    return torch.arange(keys, device=device)[None, :] - diagonal
 
 
 def _every_head(t: Tensor, q: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ Everything below the front door takes a spec as given. Tensors travel beside it,
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -19,17 +19,63 @@ ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "relu_squared", "silu")
 
 @dataclass(frozen=True)
 class AttentionSpec:
-    """Which attention: out = softmax(scale * q k^T + mask) v.
+    """Which attention: out = softmax(cap(scale * q k^T) + mask) v; the tensors of `ScoreTensors` join in.
 
-    causal: query i sees keys j <= i + Lk - Lq (bottom-right alignment).
+    Query i stands on the diagonal at key i + Lk - Lq (bottom-right alignment).
+
+    causal: queries see keys up to the diagonal.
     scale: the multiplier of the scores; positive.
+    window: how many keys before and after the diagonal are seen; None for all.
+    softcap: scores s become softcap * tanh(s / softcap); 0 for no cap.
     """
 
     causal: bool = False
     scale: float = 1.0
+    window: tuple[int | None, int | None] = (None, None)
+    softcap: float = 0.0
+
+    @property
+    def left(self) -> int | None:
+        """How many keys before the diagonal are seen; None for all."""
+        return self.window[0]
+
+    @property
+    def right(self) -> int | None:
+        """How many keys after the diagonal are seen, none if causal; None for all."""
+        return 0 if self.causal else self.window[1]
+
+    @property
+    def options(self) -> tuple[bool, float, int | None, int | None, float]:
+        """As an operator takes them: causal, scale, window to the left and right, softcap."""
+        return self.causal, self.scale, *self.window, self.softcap
 
 
-def attention_spec(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float | None) -> AttentionSpec:
+class ScoreTensors(NamedTuple):
+    """Tensors that shape the scores, each with the batch in front; None where they are not asked for.
+
+    key_lengths: (B,) int32; keys from there on are not seen.
+    alibi_slopes: (B, Hq) fp32; the score falls by the slope for each key of distance from the diagonal.
+    sinks: (B, Hq) in the log-sum-exp's dtype; a score that takes weight and gives no value.
+    """
+
+    key_lengths: Tensor | None = None
+    alibi_slopes: Tensor | None = None
+    sinks: Tensor | None = None
+
+
+NO_TENSORS = ScoreTensors()
+
+
+def attention_spec(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool,
+    scale: float | None,
+    window: tuple[int | None, int | None] = (None, None),
+    softcap: float | None = None,
+) -> AttentionSpec:
     """Check q, k, v and the options against each other; the default scale is 1/sqrt(D).
 
     A scale of zero or below is legal for the caller, but not in a spec: see `positive_scale`.
@@ -43,7 +89,67 @@ def attention_spec(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: floa
         raise TypeError(f"scale must be a number or None, got {type(scale).__name__}")
     if not -math.inf < scale < math.inf:
         raise ValueError(f"scale must be finite, got {scale}")
-    return AttentionSpec(causal, float(scale))
+    check_window(window)
+    if softcap is None:
+        softcap = 0.0
+    if isinstance(softcap, bool) or not isinstance(softcap, int | float):
+        raise TypeError(f"softcap must be a number or None, got {type(softcap).__name__}")
+    if not 0 <= softcap < math.inf:
+        raise ValueError(f"softcap must be positive and finite, or None or 0 for no cap; got {softcap}")
+    return AttentionSpec(causal, float(scale), (window[0], window[1]), float(softcap))
+
+
+def check_window(window: tuple[int | None, int | None]) -> None:
+    """A pair of None or numbers of keys."""
+    if not isinstance(window, tuple | list) or len(window) != 2:
+        raise TypeError(f"window must be a pair (left, right), got {window!r}")
+    for side in window:
+        if side is not None and (isinstance(side, bool) or not isinstance(side, int)):
+            raise TypeError(f"window must hold integers or None, got {window!r}")
+        if side is not None and side < 0:
+            raise ValueError(f"window must not be negative, None is unbounded; got {window!r}")
+
+
+def score_tensors(
+    q: Tensor,
+    k: Tensor,
+    *,
+    key_lengths: Tensor | None,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+) -> ScoreTensors:
+    """Check the tensors that shape the scores, and give each of them a batch dimension.
+
+    The values of key_lengths are not read here: on a GPU that would wait for it. Lengths beyond Lk count as Lk,
+    negative ones as 0.
+    """
+    batch, heads = q.shape[:2]
+    if key_lengths is not None:
+        check_beside("key_lengths", key_lengths, q, ((batch,),))
+        if key_lengths.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"key_lengths must be int32 or int64, got {key_lengths.dtype}")
+        key_lengths = key_lengths.clamp(0, k.shape[2]).to(torch.int32)
+    if alibi_slopes is not None:
+        check_beside("alibi_slopes", alibi_slopes, q, ((heads,), (batch, heads)))
+        check_floating("alibi_slopes", alibi_slopes)
+        if alibi_slopes.requires_grad:
+            raise ValueError("alibi_slopes must not require a gradient, they have none here; detach them")
+        alibi_slopes = alibi_slopes.to(lse_dtype(q.dtype)).expand(batch, heads)
+    if sinks is not None:
+        check_beside("sinks", sinks, q, ((heads,), (batch, heads)))
+        check_floating("sinks", sinks)
+        sinks = sinks.to(lse_dtype(q.dtype)).expand(batch, heads)
+    return ScoreTensors(key_lengths, alibi_slopes, sinks)
+
+
+def check_beside(name: str, t: Tensor, q: Tensor, shapes: tuple[tuple[int, ...], ...]) -> None:
+    """A tensor of one of these shapes, on q's device."""
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
+    if tuple(t.shape) not in shapes:
+        raise ValueError(f"{name} must have shape {' or '.join(map(str, shapes))}, got {_shape(t)}")
+    if t.device != q.device:
+        raise ValueError(f"{name} must be on q's device {q.device}, got {t.device}")
 
 
 def positive_scale(q: Tensor, spec: AttentionSpec) -> tuple[Tensor, AttentionSpec]:
@@ -53,7 +159,7 @@ def positive_scale(q: Tensor, spec: AttentionSpec) -> tuple[Tensor, AttentionSpe
     """
     if spec.scale > 0:
         return q, spec
-    return q * (-1.0 if spec.scale < 0 else 0.0), AttentionSpec(spec.causal, abs(spec.scale) or 1.0)
+    return q * (-1.0 if spec.scale < 0 else 0.0), replace(spec, scale=abs(spec.scale) or 1.0)
 
 
 def check_heads(*, q: Tensor, k: Tensor, v: Tensor) -> None:

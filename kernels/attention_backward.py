@@ -15,18 +15,26 @@ import triton
 import triton.language as tl
 
 from . import launch
-from .attention_forward import empty_heads, key_ranges, shape_of, widths
+from .attention_forward import empty_heads, key_ranges, widths
 from .tiles import (
     LARGEST_TILE,
     LOG2_E,
+    Scores,
     head_of,
     heavy_first,
+    key_bounds,
+    key_count_of,
     load_row_values,
     load_tile,
+    shape_of,
+    shape_scores,
+    slope_of,
     store_tile,
+    tensor2,
     tensor3,
     tensor4,
-    visible_keys,
+    window_of,
+    within,
 )
 
 
@@ -66,27 +74,42 @@ def attention_delta_kernel(
 
 
 @triton.jit
-def query_tiles(start, shape, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def query_tiles(start, key_count, shape, window, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """For the key tile at `start`, query tiles by number: the first that sees any of it, the first of those that
-    see all of it, the first of those that do not exist whole, and how many there are."""
+    see all of it, the first of those after them that do not or do not exist whole, and where all end."""
     tiles = tl.cdiv(shape.queries, BLOCK_M)
+    diagonal = start - (shape.keys - shape.queries)
     first = 0
     full = 0
-    if CAUSAL:
-        diagonal = start - (shape.keys - shape.queries)
-        first = tl.minimum(tl.maximum(diagonal, 0) // BLOCK_M, tiles)
-        full = tl.minimum(tl.cdiv(tl.maximum(diagonal + BLOCK_N - 1, 0), BLOCK_M), tiles)
-    return first, full, tl.maximum(shape.queries // BLOCK_M, full), tiles
+    whole = shape.queries // BLOCK_M
+    stop = tiles
+    if window.right is not None:
+        earliest = diagonal - window.right
+        first = tl.minimum(tl.maximum(earliest, 0) // BLOCK_M, tiles)
+        full = tl.minimum(tl.cdiv(tl.maximum(earliest + BLOCK_N - 1, 0), BLOCK_M), tiles)
+    if window.left is not None:
+        latest = diagonal + window.left + 1
+        whole = tl.minimum(whole, tl.maximum(latest, 0) // BLOCK_M)
+        stop = tl.minimum(stop, tl.cdiv(tl.maximum(latest + BLOCK_N - 1, 0), BLOCK_M))
+    if window.key_lengths is not None:
+        # Nobody sees a tile of keys beyond the length.
+        stop = tl.where(start < key_count, stop, 0)
+        first = tl.minimum(first, stop)
+        full = tl.minimum(full, stop)
+        whole = tl.minimum(whole, stop)
+    return first, full, tl.maximum(whole, full), tl.maximum(stop, full)
 
 
 @triton.jit
 def next_tile(place, tiles, q, dout, padded_rows):
     """Where to read next: the next of `tiles` query tiles, or the first one of the next head. A place is the
-    tile's number and where this head's q, dout and row values begin. Counting is cheaper than dividing."""
-    tile, q_pointer, dout_pointer, values = place
+    tile's number, the head's within its group, and where its q, dout and row values begin. Counting is cheaper
+    than dividing."""
+    tile, member, q_pointer, dout_pointer, values = place
     last = tile + 1 == tiles
     return (
         tl.where(last, 0, tile + 1),
+        member + tl.where(last, 1, 0),
         q_pointer + tl.where(last, q.head, 0),
         dout_pointer + tl.where(last, dout.head, 0),
         values + tl.where(last, 2 * padded_rows, 0),
@@ -103,14 +126,15 @@ def dkdv_step(
     dout,
     padded_rows,
     start,
-    first_query,
+    keys,
     shape,
-    scale,
+    window,
+    scores,
+    slope,
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     WIDTH: tl.constexpr,
     VALUE_WIDTH: tl.constexpr,
-    CAUSAL: tl.constexpr,
     MASKED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -118,21 +142,29 @@ def dkdv_step(
     """Add what one head's queries from `start` on give to (dk, dv); scores stand transposed, keys down, so that
     both products take them as they are."""
     dk, dv = state
-    _, q_pointer, dout_pointer, values = place
+    _, _, q_pointer, dout_pointer, row_values = place
     queries = start + tl.arange(0, BLOCK_M)
     q_tile = load_tile(q_pointer, q, start, shape.queries, HEAD_DIM, BLOCK_M, WIDTH, MASKED)
     dout_tile = load_tile(dout_pointer, dout, start, shape.queries, VALUE_DIM, BLOCK_M, VALUE_WIDTH, MASKED)
     # Both products first: the second one runs while the weights are made from the first.
-    scores = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)
+    products = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)
     dweights = tl.dot(v_tile, tl.trans(dout_tile), input_precision=PRECISION)
-    lse = tl.load(values + queries)
-    weights = tl.exp2(scores * scale - lse[None, :])
-    if MASKED and CAUSAL:
-        # Keys beyond the last need no mask: each gives only to rows of dk and dv that are not stored.
-        inside = (first_query - start)[:, None] <= tl.arange(0, BLOCK_M)[None, :]
-        weights = tl.where(inside, weights, 0.0)
-    delta = tl.load(values + padded_rows + queries)
+    diagonal = queries + (shape.keys - shape.queries)
+    values, factor, bent = shape_scores(products, scores, slope, keys[:, None], diagonal[None, :])
+    lse = tl.load(row_values + queries)
+    weights = tl.exp2(values * factor - lse[None, :])
+    if MASKED:
+        # Key lengths need no mask here: what a key beyond them gets is not stored.
+        offset = (keys - (shape.keys - shape.queries) - start)[:, None]
+        columns = tl.arange(0, BLOCK_M)[None, :]
+        if window.right is not None:
+            weights = tl.where(columns >= offset - window.right, weights, 0.0)
+        if window.left is not None:
+            weights = tl.where(columns <= offset + window.left, weights, 0.0)
+    delta = tl.load(row_values + padded_rows + queries)
     dscores = weights * (dweights - delta[None, :])
+    if bent is not None:
+        dscores *= 1.0 - bent * bent
     dv = tl.dot(weights.to(dout_tile.dtype), dout_tile, dv, input_precision=PRECISION)
     dk = tl.dot(dscores.to(q_tile.dtype), q_tile, dk, input_precision=PRECISION)
     return dk, dv
@@ -149,13 +181,13 @@ def attention_dkdv_kernel(
     row_values,
     shape,
     padded_rows,
-    scale,
+    window,
+    scores,
     heads_per_section,
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     WIDTH: tl.constexpr,
     VALUE_WIDTH: tl.constexpr,
-    CAUSAL: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -167,39 +199,45 @@ def attention_dkdv_kernel(
     key_heads = shape.heads // shape.group
     batch, key_head = flat_head // key_heads, flat_head % key_heads
     start = key_tile * BLOCK_N
-    # The first query that sees each key, counted from the first query there is.
-    first_query = start + tl.arange(0, BLOCK_N) - (shape.keys - shape.queries)
+    keys = start + tl.arange(0, BLOCK_N)
 
-    scale_log2 = tl.cast(scale, tl.float32) * LOG2_E
     k_tile = load_tile(head_of(k, batch, key_head), k, start, shape.keys, HEAD_DIM, BLOCK_N, WIDTH, True)
     v_tile = load_tile(head_of(v, batch, key_head), v, start, shape.keys, VALUE_DIM, BLOCK_N, VALUE_WIDTH, True)
     state = (tl.zeros([BLOCK_N, WIDTH], tl.float32), tl.zeros([BLOCK_N, VALUE_WIDTH], tl.float32))
-    first, full, whole, tiles = query_tiles(start, shape, CAUSAL, BLOCK_M, BLOCK_N)
+    key_count = key_count_of(batch, shape, window)
+    first, full, whole, stop = query_tiles(start, key_count, shape, window, BLOCK_M, BLOCK_N)
     # One loop runs over the tiles of all query heads of the group: short ones keep the pipeline of loads full.
     head = key_head * shape.group
     values = row_values + (batch * shape.heads + head).to(tl.int64) * 2 * padded_rows
-    beginning = (0, head_of(q, batch, head), head_of(dout, batch, head), values)
-    # Masked are the tiles on the diagonal, first to full, and the last one, if only part of it exists.
+    beginning = (0, 0, head_of(q, batch, head), head_of(dout, batch, head), values)
+    # Masked are the tiles on the diagonal, first to full, and those on the window's other side or the last one,
+    # if only part of it exists.
     diagonal = full - first
-    masked = diagonal + tiles - whole
+    masked = diagonal + stop - whole
     place = beginning
     for _ in tl.range(0, shape.group * masked):
         tile = place[0] + tl.where(place[0] < diagonal, first, whole - diagonal)
         state = dkdv_step(
-            state, k_tile, v_tile, place, q, dout, padded_rows, tile * BLOCK_M, first_query, shape, scale_log2,
-            HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, CAUSAL, True, BLOCK_M, PRECISION,
+            state, k_tile, v_tile, place, q, dout, padded_rows, tile * BLOCK_M, keys, shape, window, scores,
+            slope_of(scores, batch, head + place[1]),
+            HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, True, BLOCK_M, PRECISION,
         )  # fmt: skip
         place = next_tile(place, masked, q, dout, padded_rows)
     place = beginning
     for _ in tl.range(0, shape.group * (whole - full)):
         tile = full + place[0]
         state = dkdv_step(
-            state, k_tile, v_tile, place, q, dout, padded_rows, tile * BLOCK_M, first_query, shape, scale_log2,
-            HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, CAUSAL, False, BLOCK_M, PRECISION,
+            state, k_tile, v_tile, place, q, dout, padded_rows, tile * BLOCK_M, keys, shape, window, scores,
+            slope_of(scores, batch, head + place[1]),
+            HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, False, BLOCK_M, PRECISION,
         )  # fmt: skip
         place = next_tile(place, whole - full, q, dout, padded_rows)
     dk_tile, dv_tile = state
-    dk_tile *= tl.cast(scale, tl.float32)
+    dk_tile *= tl.cast(scores.scale, tl.float32)
+    if window.key_lengths is not None:
+        exists = (keys < key_count)[:, None]
+        dk_tile = tl.where(exists, dk_tile, 0.0)
+        dv_tile = tl.where(exists, dv_tile, 0.0)
     store_tile(head_of(dk, batch, key_head), dk, start, shape.keys, HEAD_DIM, dk_tile, BLOCK_N, WIDTH)
     store_tile(head_of(dv, batch, key_head), dv, start, shape.keys, VALUE_DIM, dv_tile, BLOCK_N, VALUE_WIDTH)
 
@@ -216,9 +254,12 @@ def dq_step(
     k,
     v,
     start,
-    visible,
+    diagonal,
+    bounds,
     shape,
-    scale,
+    window,
+    scores,
+    slope,
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -231,13 +272,16 @@ def dq_step(
     k_tile = load_tile(k_pointer, k, start, shape.keys, HEAD_DIM, BLOCK_N, WIDTH, MASKED)
     v_tile = load_tile(v_pointer, v, start, shape.keys, VALUE_DIM, BLOCK_N, VALUE_WIDTH, MASKED)
     # Both products first: the second one runs while the weights are made from the first.
-    scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
+    products = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
     dweights = tl.dot(dout_tile, tl.trans(v_tile), input_precision=PRECISION)
-    weights = tl.exp2(scores * scale - lse[:, None])
+    keys = start + tl.arange(0, BLOCK_N)[None, :]
+    values, factor, bent = shape_scores(products, scores, slope, keys, diagonal[:, None])
+    weights = tl.exp2(values * factor - lse[:, None])
     if MASKED:
-        inside = tl.arange(0, BLOCK_N)[None, :] < (visible - start)[:, None]
-        weights = tl.where(inside, weights, 0.0)
+        weights = tl.where(within(keys, bounds, window), weights, 0.0)
     dscores = weights * (dweights - delta[:, None])
+    if bent is not None:
+        dscores *= 1.0 - bent * bent
     return tl.dot(dscores.to(k_tile.dtype), k_tile, dq, input_precision=PRECISION)
 
 
@@ -251,25 +295,24 @@ def attention_dq_kernel(
     row_values,
     shape,
     padded_rows,
-    scale,
+    window,
+    scores,
     heads_per_section,
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     WIDTH: tl.constexpr,
     VALUE_WIDTH: tl.constexpr,
-    CAUSAL: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     tiles = tl.cdiv(shape.queries, BLOCK_M)
     all_heads = tl.num_programs(0) // tiles
-    tile, flat_head = heavy_first(tl.program_id(0), tiles, all_heads, heads_per_section, CAUSAL)
+    tile, flat_head = heavy_first(tl.program_id(0), tiles, all_heads, heads_per_section, window.right is not None)
     batch, head = flat_head // shape.heads, flat_head % shape.heads
     start = tile * BLOCK_M
     queries = start + tl.arange(0, BLOCK_M)
 
-    scale_log2 = tl.cast(scale, tl.float32) * LOG2_E
     q_tile = load_tile(head_of(q, batch, head), q, start, shape.queries, HEAD_DIM, BLOCK_M, WIDTH, True)
     dout_tile = load_tile(
         head_of(dout, batch, head), dout, start, shape.queries, VALUE_DIM, BLOCK_M, VALUE_WIDTH, True
@@ -279,20 +322,30 @@ def attention_dq_kernel(
     k_pointer = head_of(k, batch, head // shape.group)
     v_pointer = head_of(v, batch, head // shape.group)
 
+    slope = slope_of(scores, batch, head)
+    key_count = key_count_of(batch, shape, window)
+    diagonal = queries + (shape.keys - shape.queries)
+    bounds = key_bounds(queries, key_count, shape, window)
+
     dq_tile = tl.zeros([BLOCK_M, WIDTH], tl.float32)
-    visible = visible_keys(queries, shape.queries, shape.keys, CAUSAL)
-    full_end, end = key_ranges(start, shape, CAUSAL, BLOCK_M, BLOCK_N)
-    for key_start in tl.range(0, full_end, BLOCK_N):
+    begin, full_begin, full_end, end = key_ranges(start, key_count, shape, window, BLOCK_M, BLOCK_N)
+    if window.left is not None:
+        for key_start in tl.range(begin, tl.minimum(full_begin, end), BLOCK_N):
+            dq_tile = dq_step(
+                dq_tile, q_tile, dout_tile, lse, delta, k_pointer, v_pointer, k, v, key_start, diagonal, bounds,
+                shape, window, scores, slope, HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, True, BLOCK_N, PRECISION,
+            )  # fmt: skip
+    for key_start in tl.range(full_begin, full_end, BLOCK_N):
         dq_tile = dq_step(
-            dq_tile, q_tile, dout_tile, lse, delta, k_pointer, v_pointer, k, v, key_start, visible, shape,
-            scale_log2, HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, False, BLOCK_N, PRECISION,
+            dq_tile, q_tile, dout_tile, lse, delta, k_pointer, v_pointer, k, v, key_start, diagonal, bounds,
+            shape, window, scores, slope, HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, False, BLOCK_N, PRECISION,
         )  # fmt: skip
-    for key_start in tl.range(full_end, end, BLOCK_N):
+    for key_start in tl.range(tl.maximum(full_begin, full_end), end, BLOCK_N):
         dq_tile = dq_step(
-            dq_tile, q_tile, dout_tile, lse, delta, k_pointer, v_pointer, k, v, key_start, visible, shape,
-            scale_log2, HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, True, BLOCK_N, PRECISION,
+            dq_tile, q_tile, dout_tile, lse, delta, k_pointer, v_pointer, k, v, key_start, diagonal, bounds,
+            shape, window, scores, slope, HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, True, BLOCK_N, PRECISION,
         )  # fmt: skip
-    dq_tile *= tl.cast(scale, tl.float32)
+    dq_tile *= tl.cast(scores.scale, tl.float32)
     store_tile(head_of(dq, batch, head), dq, start, shape.queries, HEAD_DIM, dq_tile, BLOCK_M, WIDTH)
 
 
@@ -305,13 +358,19 @@ def attention_backward(
     lse: torch.Tensor,
     dlse: torch.Tensor | None,
     *,
-    causal: bool,
     scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of attention_forward's (out, lse) with respect to q, k and v.
+    causal: bool = False,
+    left: int | None = None,
+    right: int | None = None,
+    softcap: float | None = None,
+    key_lengths: torch.Tensor | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Gradients of attention_forward's (out, lse) with respect to q, k, v and the sinks.
 
-    Shapes as there; dout like out, dlse like lse or None; any strides, zero included. Returns dq, dk, dv in
-    the inputs' shapes and dtype.
+    Arguments as there; dout like out, dlse like lse or None; any strides, zero included. Returns dq, dk, dv in
+    the inputs' shapes and dtype, and dsinks (B, Hq) fp32, None without sinks.
     """
     batch, heads, queries, head_dim = q.shape
     key_heads, keys, value_dim = v.shape[1], v.shape[2], v.shape[3]
@@ -319,6 +378,8 @@ def attention_backward(
     dk = empty_heads(batch, key_heads, keys, head_dim, k)
     dv = empty_heads(batch, key_heads, keys, value_dim, v)
     shape = shape_of(q, k)
+    window = window_of(left, right, causal, key_lengths)
+    scores = Scores(scale, softcap, tensor2(alibi_slopes), None)
     padded_rows = triton.cdiv(queries, LARGEST_TILE) * LARGEST_TILE
     row_values = torch.empty((batch, heads, 2, padded_rows), dtype=torch.float32, device=q.device)
     width = widths(q, v)
@@ -341,17 +402,23 @@ def attention_backward(
                 num_warps=8,
                 **launch.COMPILER_OPTIONS,
             )
-        common = {**width, "CAUSAL": causal, "PRECISION": "ieee"}
+        common = {**width, "PRECISION": "ieee"}
         if dv.numel():
             tiling = launch.look_up(launch.ATTENTION_DKDV, *ask)
             attention_dkdv_kernel[(triton.cdiv(keys, tiling.block_n) * batch * key_heads,)](
-                q_, k_, v_, dout_, tensor4(dk), tensor4(dv), row_values, shape, padded_rows, scale,
+                q_, k_, v_, dout_, tensor4(dk), tensor4(dv), row_values, shape, padded_rows, window, scores,
                 launch.heads_per_section(q, dout, batch * key_heads), **common, **tiling.options(),
             )  # fmt: skip
         if dq.numel():
             tiling = launch.look_up(launch.ATTENTION_DQ, *ask)
             attention_dq_kernel[(triton.cdiv(queries, tiling.block_m) * batch * heads,)](
-                q_, k_, v_, dout_, tensor4(dq), row_values, shape, padded_rows, scale,
+                q_, k_, v_, dout_, tensor4(dq), row_values, shape, padded_rows, window, scores,
                 launch.heads_per_section(k, v, batch * heads), **common, **tiling.options(),
             )  # fmt: skip
-    return dq, dk, dv
+    return dq, dk, dv, None if sinks is None else sink_gradient(sinks, row_values)
+
+
+def sink_gradient(sinks: torch.Tensor, row_values: torch.Tensor) -> torch.Tensor:
+    """dsinks (B, Hq): a sink's weight times what its value, zero, lacks to the row's mean: -delta."""
+    lse, delta = row_values.unbind(2)
+    return -(torch.exp2(sinks[..., None] * LOG2_E.value - lse) * delta).sum(-1)

@@ -7,8 +7,6 @@ step.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -17,36 +15,41 @@ from . import launch
 from .tiles import (
     LN_2,
     LOG2_E,
+    Scores,
     head_of,
     heavy_first,
+    key_bounds,
+    key_count_of,
     load_tile,
     online_softmax_update,
+    shape_of,
+    shape_scores,
+    slope_of,
     store_tile,
+    tensor2,
     tensor3,
     tensor4,
-    visible_keys,
+    window_of,
+    within,
 )
 
 
-class Shape(NamedTuple):
-    """The numbers a kernel needs: query heads, query heads per key head, rows and columns of the scores."""
-
-    heads: int
-    group: int
-    queries: int
-    keys: int
-
-
 @triton.jit
-def key_ranges(start, shape, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """For the query tile at `start`: where its keys stop being visible to every row, and to any row."""
-    end = shape.keys
-    full = shape.keys
-    if CAUSAL:
-        diagonal = start + shape.keys - shape.queries + 1
-        full = tl.minimum(full, tl.maximum(diagonal, 0))
-        end = tl.minimum(end, tl.maximum(diagonal + BLOCK_M - 1, 0))
-    return full // BLOCK_N * BLOCK_N, end
+def key_ranges(start, key_count, shape, window, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """For the query tile at `start`: where keys begin to be seen by any of its rows, by all of them, where they
+    cease to be seen by all and by any; the first three on tile boundaries."""
+    diagonal = start + shape.keys - shape.queries
+    begin = 0
+    full_begin = 0
+    full_end = key_count
+    end = key_count
+    if window.left is not None:
+        begin = tl.maximum(diagonal - window.left, 0) // BLOCK_N * BLOCK_N
+        full_begin = tl.cdiv(tl.maximum(diagonal + BLOCK_M - 1 - window.left, 0), BLOCK_N) * BLOCK_N
+    if window.right is not None:
+        full_end = tl.minimum(full_end, tl.maximum(diagonal + window.right + 1, 0))
+        end = tl.minimum(end, tl.maximum(diagonal + window.right + BLOCK_M, 0))
+    return begin, full_begin, full_end // BLOCK_N * BLOCK_N, end
 
 
 @triton.jit
@@ -58,9 +61,12 @@ def forward_step(
     k,
     v,
     start,
-    visible,
+    diagonal,
+    bounds,
     shape,
-    scale,
+    window,
+    scores,
+    slope,
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -72,11 +78,12 @@ def forward_step(
     """Fold the keys from `start` on into (accumulator, running maximum, running sum)."""
     accumulator, row_max, row_sum = state
     k_tile = load_tile(k_pointer, k, start, shape.keys, HEAD_DIM, BLOCK_N, WIDTH, MASKED)
-    scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
+    products = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
+    keys = start + tl.arange(0, BLOCK_N)[None, :]
+    values, factor, _ = shape_scores(products, scores, slope, keys, diagonal[:, None])
     if MASKED:
-        inside = start + tl.arange(0, BLOCK_N)[None, :] < visible[:, None]
-        scores = tl.where(inside, scores, float("-inf"))
-    weights, shrink, row_max, row_sum = online_softmax_update(scores, scale, row_max, row_sum, MASKED)
+        values = tl.where(within(keys, bounds, window), values, float("-inf"))
+    weights, shrink, row_max, row_sum = online_softmax_update(values, factor, row_max, row_sum, MASKED)
     v_tile = load_tile(v_pointer, v, start, shape.keys, VALUE_DIM, BLOCK_N, VALUE_WIDTH, MASKED)
     accumulator *= shrink[:, None]
     accumulator = tl.dot(weights.to(v_tile.dtype), v_tile, accumulator, input_precision=PRECISION)
@@ -91,43 +98,55 @@ def attention_forward_kernel(
     out,
     lse,
     shape,
-    scale,
+    window,
+    scores,
     heads_per_section,
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     WIDTH: tl.constexpr,
     VALUE_WIDTH: tl.constexpr,
-    CAUSAL: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     tiles = tl.cdiv(shape.queries, BLOCK_M)
     all_heads = tl.num_programs(0) // tiles
-    tile, flat_head = heavy_first(tl.program_id(0), tiles, all_heads, heads_per_section, CAUSAL)
+    tile, flat_head = heavy_first(tl.program_id(0), tiles, all_heads, heads_per_section, window.right is not None)
     batch, head = flat_head // shape.heads, flat_head % shape.heads
     start = tile * BLOCK_M
     queries = start + tl.arange(0, BLOCK_M)
 
-    scale = tl.cast(scale, tl.float32) * LOG2_E
     k_pointer = head_of(k, batch, head // shape.group)
     v_pointer = head_of(v, batch, head // shape.group)
     q_tile = load_tile(head_of(q, batch, head), q, start, shape.queries, HEAD_DIM, BLOCK_M, WIDTH, True)
+    slope = slope_of(scores, batch, head)
+    key_count = key_count_of(batch, shape, window)
+    diagonal = queries + (shape.keys - shape.queries)
+    bounds = key_bounds(queries, key_count, shape, window)
 
     accumulator = tl.zeros([BLOCK_M, VALUE_WIDTH], tl.float32)
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
+    if scores.sinks is not None:
+        # One more key, seen by all, whose value is zero.
+        row_max = tl.zeros([BLOCK_M], tl.float32) + tl.load(head_of(scores.sinks, batch, head)) * LOG2_E
+        row_sum += 1.0
     state = (accumulator, row_max, row_sum)
-    visible = visible_keys(queries, shape.queries, shape.keys, CAUSAL)
-    full_end, end = key_ranges(start, shape, CAUSAL, BLOCK_M, BLOCK_N)
-    for key_start in tl.range(0, full_end, BLOCK_N):
+    begin, full_begin, full_end, end = key_ranges(start, key_count, shape, window, BLOCK_M, BLOCK_N)
+    if window.left is not None:
+        for key_start in tl.range(begin, tl.minimum(full_begin, end), BLOCK_N):
+            state = forward_step(
+                state, q_tile, k_pointer, v_pointer, k, v, key_start, diagonal, bounds, shape, window, scores,
+                slope, HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, True, BLOCK_N, PRECISION,
+            )  # fmt: skip
+    for key_start in tl.range(full_begin, full_end, BLOCK_N):
         state = forward_step(
-            state, q_tile, k_pointer, v_pointer, k, v, key_start, visible, shape, scale,
+            state, q_tile, k_pointer, v_pointer, k, v, key_start, diagonal, bounds, shape, window, scores, slope,
             HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, False, BLOCK_N, PRECISION,
         )  # fmt: skip
-    for key_start in tl.range(full_end, end, BLOCK_N):
+    for key_start in tl.range(tl.maximum(full_begin, full_end), end, BLOCK_N):
         state = forward_step(
-            state, q_tile, k_pointer, v_pointer, k, v, key_start, visible, shape, scale,
+            state, q_tile, k_pointer, v_pointer, k, v, key_start, diagonal, bounds, shape, window, scores, slope,
             HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, True, BLOCK_N, PRECISION,
         )  # fmt: skip
     accumulator, row_max, row_sum = state
@@ -147,10 +166,6 @@ def empty_heads(batch: int, heads: int, rows: int, width: int, like: torch.Tenso
     return torch.empty((batch, rows, heads, width), dtype=like.dtype, device=like.device).transpose(1, 2)
 
 
-def shape_of(q: torch.Tensor, k: torch.Tensor) -> Shape:
-    return Shape(q.shape[1], q.shape[1] // max(k.shape[1], 1), q.shape[2], k.shape[2])
-
-
 def widths(q: torch.Tensor, v: torch.Tensor) -> dict[str, int]:
     """The constexprs that say how wide q, k (HEAD_DIM) and v (VALUE_DIM) are, and their padded widths."""
     head_dim, value_dim = q.shape[3], v.shape[3]
@@ -163,12 +178,25 @@ def widths(q: torch.Tensor, v: torch.Tensor) -> dict[str, int]:
 
 
 def attention_forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool, scale: float
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    scale: float,
+    causal: bool = False,
+    left: int | None = None,
+    right: int | None = None,
+    softcap: float | None = None,
+    key_lengths: torch.Tensor | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """softmax(scale q k^T) v and its row-wise log-sum-exp.
 
     q (B, Hq, Lq, D), k (B, Hkv, Lk, D), v (B, Hkv, Lk, Dv), any strides, one dtype of fp16, bf16, fp32;
-    scale > 0. Returns out (B, Hq, Lq, Dv) in that dtype and lse (B, Hq, Lq) in nats, fp32.
+    scale > 0. `left` and `right` bound the keys before and after the diagonal, causal is right = 0; softcap > 0;
+    key_lengths (B,) int32 in [0, Lk]; alibi_slopes and sinks (B, Hq) fp32. Returns out (B, Hq, Lq, Dv) in the
+    inputs' dtype and lse (B, Hq, Lq) in nats, fp32.
     """
     batch, heads, queries, _ = q.shape
     out = empty_heads(batch, heads, queries, v.shape[3], q)
@@ -188,10 +216,10 @@ def attention_forward(
             tensor4(out),
             tensor3(lse),
             shape_of(q, k),
-            scale,
+            window_of(left, right, causal, key_lengths),
+            Scores(scale, softcap, tensor2(alibi_slopes), tensor2(sinks)),
             launch.heads_per_section(k, v, batch * heads),
             **width,
-            CAUSAL=causal,
             PRECISION="ieee",
             **tiling.options(),
         )

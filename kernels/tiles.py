@@ -31,6 +31,41 @@ class Tensor3(NamedTuple):
     row: int
 
 
+class Tensor2(NamedTuple):
+    """A (batch, head) tensor: its pointer and strides in elements."""
+
+    pointer: torch.Tensor
+    batch: int
+    head: int
+
+
+class Shape(NamedTuple):
+    """The numbers a kernel needs: query heads, query heads per key head, rows and columns of the scores."""
+
+    heads: int
+    group: int
+    queries: int
+    keys: int
+
+
+class Window(NamedTuple):
+    """Which keys are seen: so many before and after the diagonal, and in each batch entry those before its length.
+    A bound that is None is absent at compile time."""
+
+    left: int | None
+    right: int | None
+    key_lengths: torch.Tensor | None
+
+
+class Scores(NamedTuple):
+    """What is done to q k^T: the scale, and what is not None of a soft cap, ALiBi slopes and sinks."""
+
+    scale: float
+    softcap: float | None
+    slopes: Tensor2 | None
+    sinks: Tensor2 | None
+
+
 # No tile has more rows or columns than this; offsets within a tile are 32-bit.
 LARGEST_TILE = 256
 
@@ -49,9 +84,23 @@ def tensor3(t: torch.Tensor) -> Tensor3:
     return Tensor3(t, *t.stride())
 
 
+def tensor2(t: torch.Tensor | None) -> Tensor2 | None:
+    """`t` as a kernel argument, if it is there."""
+    return None if t is None else Tensor2(t, *t.stride())
+
+
+def window_of(left: int | None, right: int | None, causal: bool, key_lengths: torch.Tensor | None) -> Window:
+    """A window as a kernel argument; causal is nothing to the right. An expanded length is copied to every entry."""
+    return Window(left, 0 if causal else right, None if key_lengths is None else key_lengths.contiguous())
+
+
+def shape_of(q: torch.Tensor, k: torch.Tensor) -> Shape:
+    return Shape(q.shape[1], q.shape[1] // max(k.shape[1], 1), q.shape[2], k.shape[2])
+
+
 @triton.jit
 def head_of(tensor, batch, head):
-    """Pointer to the rows of one head of one batch entry; 64-bit, tensors may pass 2**31 elements."""
+    """Pointer to what belongs to one head of one batch entry; 64-bit, tensors may pass 2**31 elements."""
     return tensor.pointer + batch.to(tl.int64) * tensor.batch + head.to(tl.int64) * tensor.head
 
 
@@ -116,12 +165,79 @@ def load_row_values(pointer, tensor, rows, row_count, other):
 
 
 @triton.jit
-def visible_keys(queries, query_count, key_count, CAUSAL: tl.constexpr):
-    """How many keys, from the first on, each query may see; a causal diagonal is aligned bottom-right."""
-    if CAUSAL:
-        return tl.minimum(queries + (key_count - query_count + 1), key_count)
+def key_count_of(batch, shape, window):
+    """How many keys this batch entry has."""
+    if window.key_lengths is not None:
+        return tl.minimum(tl.load(window.key_lengths + batch), shape.keys)
     else:
-        return tl.zeros_like(queries) + key_count
+        return shape.keys
+
+
+@triton.jit
+def key_bounds(queries, key_count, shape, window):
+    """The keys each query may see: from the first to before the second. Without a window to the left the first
+    is 0 for all."""
+    diagonal = queries + (shape.keys - shape.queries)
+    first = tl.zeros_like(queries)
+    if window.left is not None:
+        first = diagonal - window.left
+    if window.right is not None:
+        return first, tl.minimum(diagonal + (window.right + 1), key_count)
+    else:
+        return first, tl.zeros_like(queries) + key_count
+
+
+@triton.jit
+def within(keys, bounds, window):
+    """Which of these keys (1, N) lie inside each query's bounds (M,)."""
+    first, stop = bounds
+    inside = keys < stop[:, None]
+    if window.left is not None:
+        inside = inside & (keys >= first[:, None])
+    return inside
+
+
+@triton.jit
+def tanh(x):
+    """tanh to fp32's rounding, small arguments too: a series below 0.3, powers of two above."""
+    square = x * x
+    series = square * (62.0 / 2835.0) - 17.0 / 315.0
+    series = (series * square + 2.0 / 15.0) * square - 1.0 / 3.0
+    series = x + x * (series * square)
+    power = tl.exp2(tl.abs(x) * (-2.0 * LOG2_E))
+    large = (1.0 - power) / (1.0 + power)
+    return tl.where(tl.abs(x) < 0.3, series, tl.where(x < 0.0, -large, large))
+
+
+@triton.jit
+def shape_scores(products, scores, slope, keys, diagonal):
+    """From q k^T to scores: values, the factor that makes them log2 units, and the tanh of a soft cap or None.
+
+    Without cap and slopes the products stay as they are and the factor is the scale, so that maximum and
+    exponential take it in their own multiply-adds. `keys` and `diagonal` broadcast to the tile.
+    """
+    factor = tl.cast(scores.scale, tl.float32) * LOG2_E
+    bent = None
+    if scores.softcap is None and scores.slopes is None:
+        return products, factor, bent
+    else:
+        values = products * factor
+        if scores.softcap is not None:
+            cap = tl.cast(scores.softcap, tl.float32)
+            bent = tanh(products * (tl.cast(scores.scale, tl.float32) / cap))
+            values = bent * (cap * LOG2_E)
+        if scores.slopes is not None:
+            values -= (slope * LOG2_E) * tl.abs(keys - diagonal).to(tl.float32)
+        return values, 1.0, bent
+
+
+@triton.jit
+def slope_of(scores, batch, head):
+    """The head's ALiBi slope; 0 where there are none."""
+    if scores.slopes is not None:
+        return tl.load(head_of(scores.slopes, batch, head))
+    else:
+        return 0.0
 
 
 @triton.jit

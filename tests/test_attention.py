@@ -19,6 +19,11 @@ from fastattn import capabilities, reference
 SAMPLES = {
     "full (bidirectional)": Problem(queries=50, keys=50),
     "causal, aligned bottom-right": Problem(causal=True, queries=67, keys=67),
+    "sliding window, left and right": Problem(window=(20, 7), queries=60, keys=75),
+    "key lengths": Problem(batch=3, lengths=True, queries=50, keys=50),
+    "soft-capped scores": Problem(softcap=1.5, queries=40, keys=40),
+    "ALiBi slopes": Problem(alibi=True, queries=40, keys=56, heads=3, key_heads=1),
+    "attention sinks, with gradient": Problem(sinks=True, queries=40, keys=24, causal=True),
     "lengths of their own for queries and keys": Problem(causal=True, queries=37, keys=90),
     "grouped-query heads": Problem(heads=6, key_heads=2, causal=True, queries=40, keys=40),
     "head widths 8 to 256": Problem(width=40, value_width=40, heads=1, key_heads=1),
@@ -34,7 +39,9 @@ ROWS = [f.name for f in capabilities.FEATURES if f.family == "attention"]
 
 def skip_if_refused(problem: Problem, name: str) -> None:
     backend = "portable" if name == "tiled" else name
-    request = capabilities.Request("attention", problem.spec, problem.inputs(), problem.lse_gradient)
+    request = capabilities.Request(
+        "attention", problem.spec, problem.inputs(), problem.lse_gradient, problem.score_tensors()
+    )
     if refused := capabilities.missing(request, capabilities.BACKWARD, backend):
         pytest.skip("; ".join(refused))
     if name == "triton" and problem.dtype == torch.bfloat16 and not ON_GPU:
@@ -92,10 +99,15 @@ problems = st.builds(
     width=st.integers(8, 40),
     value_width=st.integers(8, 40),
     causal=st.booleans(),
-    scale=st.sampled_from([None, 0.05, 1.0]),
+    scale=st.sampled_from([None, 0.05, 0.5]),
     dtype=st.sampled_from([torch.float16, torch.float32]),
     layout=st.sampled_from(["bhld", "blhd", "strided"]),
     lse_gradient=st.booleans(),
+    window=st.tuples(st.none() | st.integers(0, 40), st.none() | st.integers(0, 40)),
+    softcap=st.sampled_from([0.0, 2.0]),
+    lengths=st.booleans(),
+    alibi=st.booleans(),
+    sinks=st.booleans(),
 )
 
 
@@ -232,8 +244,10 @@ def test_the_tiled_backend_stores_nothing_that_grows_with_the_square_of_the_leng
     problem = Problem(heads=1, key_heads=1, queries=4096, keys=4096, width=32, value_width=32, causal=True)
     q, k, v = problem.inputs()
     with Largest() as seen:
-        out, lse = portable._tiled_forward(q, k, v, problem.spec)
-        portable._tiled_backward(torch.ones_like(out), q, k, v, out, lse, None, problem.spec)
+        out, lse = portable._tiled_forward(q, k, v, problem.spec, problem.score_tensors())
+        portable._tiled_backward(
+            torch.ones_like(out), q, k, v, out, lse, None, problem.spec, problem.score_tensors()
+        )
     assert seen.elements <= max(portable.QUERY_TILE * portable.KEY_TILE, 4096 * 32)
 
 
@@ -286,6 +300,26 @@ def test_backward_of_a_part_is_exact_with_the_merged_state(name: str) -> None:
     torch.testing.assert_close(torch.cat([parts[0][2], parts[1][2]], 2).double(), dv, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["triton", "portable"])
+def test_keys_that_no_query_of_a_tile_sees_are_not_read(name: str) -> None:
+    q, k, v = Problem(heads=1, key_heads=1, queries=32, keys=1024).inputs()
+    lengths = torch.tensor([768], device=DEVICE)
+    options = {"causal": True, "window": (300, None), "key_lengths": lengths}
+    spoiled = torch.ones(1024, dtype=torch.bool, device=DEVICE)
+    spoiled[512:768] = False  # seen, or in one tile of at most 256 with seen ones
+
+    def spoil(t):
+        return t.masked_fill(spoiled[:, None], torch.nan)
+
+    with implementation(name) as backend:
+        leaves = [t.requires_grad_() for t in (q, spoil(k), spoil(v))]
+        out = fastattn.attention(*leaves, **options, backend=backend)
+        dq, dk, dv = torch.autograd.grad(out.sum(), leaves)
+        clean = fastattn.attention(q, k, v, **options, backend=backend)
+    assert torch.equal(out, clean) and torch.isfinite(out).all() and torch.isfinite(dq).all()
+    assert not dk[:, :, 768:].any() and not dv[:, :, 768:].any() and not dk[:, :, :512].any()
+
+
 def tensors(**changes) -> dict[str, object]:
     given_ = {name: torch.zeros(2, 4, 10, 16) for name in ("q", "k", "v")}
     return {**given_, **changes}
@@ -307,6 +341,16 @@ def tensors(**changes) -> dict[str, object]:
         (tensors(causal=1), TypeError, "causal must be a bool, got int"),
         (tensors(scale="big"), TypeError, "scale must be a number or None, got str"),
         (tensors(scale=float("nan")), ValueError, "scale must be finite, got nan"),
+        (tensors(window=3), TypeError, r"window must be a pair \(left, right\), got 3"),
+        (tensors(window=(1.5, None)), TypeError, r"window must hold integers or None, got \(1.5, None\)"),
+        (tensors(window=(-1, 0)), ValueError, r"window must not be negative, .* got \(-1, 0\)"),
+        (tensors(softcap=-2.0), ValueError, "softcap must be positive and finite, .* got -2.0"),
+        (tensors(softcap="30"), TypeError, "softcap must be a number or None, got str"),
+        (tensors(key_lengths=[3, 4]), TypeError, "key_lengths must be a torch.Tensor, got list"),
+        (tensors(key_lengths=torch.zeros(3).int()), ValueError, r"key_lengths must have shape \(2,\), got \(3,\)"),
+        (tensors(key_lengths=torch.zeros(2)), TypeError, "key_lengths must be int32 or int64, got torch.float32"),
+        (tensors(sinks=torch.zeros(3)), ValueError, r"sinks must have shape \(4,\) or \(2, 4\), got \(3,\)"),
+        (tensors(alibi_slopes=torch.ones(4, requires_grad=True)), ValueError, "alibi_slopes must not require"),
         (tensors(backend="cuda"), ValueError, "backend must be one of triton, portable, reference, got 'cuda'"),
     ],
 )  # fmt: skip

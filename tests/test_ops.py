@@ -38,6 +38,25 @@ def test_gradcheck_and_gradgradcheck(causal: bool, name: str) -> None:
         assert torch.autograd.gradgradcheck(function, inputs)
 
 
+@pytest.mark.parametrize("name", ["tiled", "reference"])
+def test_gradcheck_and_gradgradcheck_of_everything_done_to_the_scores(name: str) -> None:
+    inputs = [
+        *small(dtype=torch.float64, batch=2),
+        torch.randn(2, dtype=torch.float64, device=DEVICE, requires_grad=True),
+    ]
+    lengths, slopes = torch.tensor([3, 6], device=DEVICE), torch.tensor([0.5, 0.1], device=DEVICE)
+    with implementation(name) as backend:
+
+        def function(q, k, v, sinks):
+            return fastattn.attention(
+                q, k, v, window=(2, 1), softcap=1.5, key_lengths=lengths, alibi_slopes=slopes, sinks=sinks,
+                return_lse=True, backend=backend,
+            )  # fmt: skip
+
+        assert torch.autograd.gradcheck(function, inputs)
+        assert torch.autograd.gradgradcheck(function, inputs)
+
+
 def test_gradgradcheck_where_rows_see_nothing() -> None:
     inputs = small(dtype=torch.float64, queries=6, keys=4)
 
@@ -64,10 +83,23 @@ def test_second_derivative_through_a_merged_state() -> None:
 @pytest.mark.parametrize("causal", [False, True])
 def test_opcheck(causal: bool, backend: str) -> None:
     q, k, v = (t.requires_grad_() for t in Problem(heads=4, key_heads=2, queries=20, keys=24).inputs())
-    torch.library.opcheck(torch.ops.fastattn.attention_forward.default, (q, k, v, causal, 0.25, backend))
-    out, lse = (t.detach() for t in torch.ops.fastattn.attention_forward(q, k, v, causal, 0.25, backend))
+    sinks = torch.randn(1, 4, device=DEVICE, requires_grad=True)
+    options = (
+        torch.tensor([17], device=DEVICE),
+        torch.rand(1, 4, device=DEVICE),
+        sinks,
+        causal,
+        0.25,
+        9,
+        None,
+        3.0,
+    )
+    for beside in ((None, None, None, causal, 0.25, None, None, 0.0), options):
+        arguments = (q, k, v, *beside, backend)
+        torch.library.opcheck(torch.ops.fastattn.attention_forward.default, arguments)
+    out, lse = (t.detach() for t in torch.ops.fastattn.attention_forward(*arguments))
     for dlse in (None, torch.randn_like(lse)):
-        arguments = (torch.randn_like(out), q, k, v, out, lse, dlse, causal, 0.25, backend)
+        arguments = (torch.randn_like(out), q, k, v, out, lse, dlse, *options, backend)
         torch.library.opcheck(torch.ops.fastattn.attention_backward.default, arguments)
 
 
@@ -79,7 +111,8 @@ def test_func_grad_vmap_and_their_compositions_equal_autograd(name: str) -> None
     with implementation(name) as backend:
 
         def loss(q, k, v):
-            out, lse = fastattn.attention(q, k, v, causal=True, return_lse=True, backend=backend)
+            options = {"key_lengths": torch.tensor([18], device=DEVICE), "sinks": torch.zeros(2, device=DEVICE)}
+            out, lse = fastattn.attention(q, k, v, causal=True, return_lse=True, backend=backend, **options)
             return out.square().sum() + lse.sum()
 
         per_sample = torch.func.vmap(torch.func.grad(loss, argnums=(0, 1, 2)))(*inputs)
@@ -173,13 +206,16 @@ def test_double_use_of_the_graph_with_retain_graph() -> None:
 
 
 @pytest.mark.parametrize(("queries", "keys"), [(32, 32), (16, 48), (48, 16)])
+@pytest.mark.parametrize("window", [(None, None), (7, None), (7, 3), (None, 20)])
 @pytest.mark.parametrize("causal", [False, True])
-def test_flops_are_counted_over_the_visible_scores(causal: bool, queries: int, keys: int) -> None:
-    problem = Problem(queries=queries, keys=keys, width=16, value_width=24, causal=causal, heads=4, key_heads=2)
+def test_flops_are_counted_over_the_visible_scores(causal: bool, window: tuple, queries: int, keys: int) -> None:
+    problem = Problem(
+        queries=queries, keys=keys, width=16, value_width=24, causal=causal, window=window, heads=4, key_heads=2
+    )
     q, k, v = (t.requires_grad_() for t in problem.inputs())
     seen = int(reference.visible(queries, keys, problem.spec).sum())
     with FlopCounterMode(display=False) as forward:
-        out = fastattn.attention(q, k, v, causal=causal)
+        out = fastattn.attention(q, k, v, causal=causal, window=window)
     with FlopCounterMode(display=False) as backward:
         out.sum().backward()
     assert forward.get_total_flops() == 2 * 4 * seen * (16 + 24)

@@ -15,16 +15,18 @@ from torch import Tensor
 from fastattn import reference
 from fastattn.backends import torch_flash
 from fastattn.backends.layout import heads_last, zero_heads
-from fastattn.spec import AttentionSpec, MLPSpec, MLPWeights, lse_dtype
+from fastattn.spec import AttentionSpec, MLPSpec, MLPWeights, ScoreTensors, lse_dtype
 
 QUERY_TILE, KEY_TILE = 256, 512
 
 
-def attention_forward(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
-    if torch_flash.serves(q, k, v, spec):
+def attention_forward(
+    q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, tensors: ScoreTensors
+) -> tuple[Tensor, Tensor]:
+    if torch_flash.serves(q, k, v, spec, tensors):
         out, lse = torch_flash.forward(q, k, v, spec)
         return heads_last(out), lse
-    return _tiled_forward(q, k, v, spec)
+    return _tiled_forward(q, k, v, spec, tensors)
 
 
 def attention_backward(
@@ -36,28 +38,31 @@ def attention_backward(
     lse: Tensor,
     dlse: Tensor | None,
     spec: AttentionSpec,
-) -> tuple[Tensor, Tensor, Tensor]:
-    if dlse is None and torch_flash.serves(q, k, v, spec):
+    tensors: ScoreTensors,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    if dlse is None and torch_flash.serves(q, k, v, spec, tensors):
         dq, dk, dv = torch_flash.backward(dout, q, k, v, out, lse, spec)
-        return heads_last(dq), heads_last(dk), heads_last(dv)
-    return _tiled_backward(dout, q, k, v, out, lse, dlse, spec)
+        return heads_last(dq), heads_last(dk), heads_last(dv), None
+    return _tiled_backward(dout, q, k, v, out, lse, dlse, spec, tensors)
 
 
-def _tiled_forward(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
+def _tiled_forward(
+    q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, tensors: ScoreTensors
+) -> tuple[Tensor, Tensor]:
     batch, heads, queries, _ = q.shape
     work = lse_dtype(q.dtype)
+    scores = _Scores(q, k, spec, tensors)
     out = zero_heads((batch, heads, queries, v.shape[3]), q, q.dtype)
-    lse = q.new_full((batch, heads, queries), float("-inf"), dtype=work)
+    lse = q.new_empty((batch, heads, queries), dtype=work)
     for rows in _spans(0, queries, QUERY_TILE):
-        q_tile = _grouped(q[:, :, rows], k.shape[1]).to(work)
-        row_max = q_tile.new_full((*q_tile.shape[:3], 1), float("-inf"))
-        row_sum = torch.zeros_like(row_max)
+        q_tile = _grouped(q[:, :, rows].to(work), k.shape[1])
+        row_max, row_sum = scores.beginning(q_tile)
         total = q_tile.new_zeros((*q_tile.shape[:3], v.shape[3]))
-        for columns in _spans(0, _key_end(rows, q, k, spec), KEY_TILE):
-            scores = _scores(q_tile, k[:, :, columns].to(work), rows, columns, q, k, spec)
-            new_max = torch.maximum(row_max, scores.amax(-1, keepdim=True))
+        for columns in _spans(*scores.keys_seen_by(rows), KEY_TILE):
+            tile, _ = scores.tile(q_tile, k[:, :, columns].to(work), rows, columns)
+            new_max = torch.maximum(row_max, tile.amax(-1, keepdim=True))
             pivot = new_max.masked_fill(new_max == float("-inf"), 0.0)
-            weights = torch.exp(scores - pivot)
+            weights = torch.exp(tile - pivot)
             shrink = torch.exp(row_max - pivot)
             row_sum = row_sum * shrink + weights.sum(-1, keepdim=True)
             total = total * shrink + weights @ v[:, :, columns].to(work)
@@ -76,8 +81,10 @@ def _tiled_backward(
     lse: Tensor,
     dlse: Tensor | None,
     spec: AttentionSpec,
-) -> tuple[Tensor, Tensor, Tensor]:
+    tensors: ScoreTensors,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     work, key_heads = lse_dtype(q.dtype), k.shape[1]
+    scores = _Scores(q, k, spec, tensors)
     dq, dk, dv = (zero_heads(t.shape, t, work) for t in (q, k, v))
     delta = (dout.to(work) * out.to(work)).sum(-1)
     if dlse is not None:
@@ -89,33 +96,77 @@ def _tiled_backward(
         q_tile, dout_tile, lse_tile, delta_tile = (
             _grouped(t[:, :, rows].to(work), key_heads) for t in (q, dout, lse, delta)
         )
-        for columns in _spans(0, _key_end(rows, q, k, spec), KEY_TILE):
+        for columns in _spans(*scores.keys_seen_by(rows), KEY_TILE):
             k_tile, v_tile = k[:, :, columns].to(work), v[:, :, columns].to(work)
-            weights = torch.exp(_scores(q_tile, k_tile, rows, columns, q, k, spec) - lse_tile)
+            tile, slope = scores.tile(q_tile, k_tile, rows, columns)
+            weights = torch.exp(tile - lse_tile)
             dv[:, :, columns] += weights.mT @ dout_tile
-            dscores = weights * (dout_tile @ v_tile.mT - delta_tile) * spec.scale
+            dscores = weights * (dout_tile @ v_tile.mT - delta_tile) * slope
             dq[:, :, rows] += _ungrouped(dscores @ k_tile, q.shape[1])
             dk[:, :, columns] += dscores.mT @ q_tile
-    return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype)
+    dsinks = None
+    if tensors.sinks is not None:
+        dsinks = -(torch.exp(tensors.sinks[:, :, None, None] - lse) * delta).sum((2, 3))
+    return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype), dsinks
 
 
-def _scores(
-    q_tile: Tensor, k_tile: Tensor, rows: slice, columns: slice, q: Tensor, k: Tensor, spec: AttentionSpec
-) -> Tensor:
-    """Scaled scores of one tile, -inf where the query may not see the key."""
-    scores = q_tile @ k_tile.mT * spec.scale
-    shift = k.shape[2] - q.shape[2]
-    if spec.causal and columns.stop - 1 > rows.start + shift:
-        queries = torch.arange(rows.start, rows.stop, device=q.device).repeat(q.shape[1] // k.shape[1])
-        keys = torch.arange(columns.start, columns.stop, device=q.device)
-        scores = scores.masked_fill(keys[None, :] > queries[:, None] + shift, float("-inf"))
-    return scores
+class _Scores:
+    """The scores of a call, tile by tile; rows are queries grouped by key head (see `_grouped`)."""
 
+    def __init__(self, q: Tensor, k: Tensor, spec: AttentionSpec, tensors: ScoreTensors) -> None:
+        self.spec, self.tensors = spec, tensors
+        self.keys, self.shift = k.shape[2], k.shape[2] - q.shape[2]
+        self.key_heads, self.group = k.shape[1], q.shape[1] // k.shape[1]
+        lengths = tensors.key_lengths
+        # Reading the longest waits for the device; this backend launches hundreds of products anyway.
+        self.longest = self.keys if lengths is None or not lengths.numel() else int(lengths.max())
 
-def _key_end(rows: slice, q: Tensor, k: Tensor, spec: AttentionSpec) -> int:
-    """How many keys the last of these rows may see."""
-    keys = k.shape[2]
-    return max(0, min(keys, rows.stop + keys - q.shape[2])) if spec.causal else keys
+    def beginning(self, q_tile: Tensor) -> tuple[Tensor, Tensor]:
+        """The running maximum and sum before the first key: nothing, or the sink."""
+        row_max = q_tile.new_full((*q_tile.shape[:3], 1), float("-inf"))
+        if self.tensors.sinks is None:
+            return row_max, torch.zeros_like(row_max)
+        return row_max.copy_(self._per_row(self.tensors.sinks, q_tile.shape[2])), torch.ones_like(row_max)
+
+    def keys_seen_by(self, rows: slice) -> tuple[int, int]:
+        """From the first key that any of these rows may see to the one after the last."""
+        left, right = self.spec.left, self.spec.right
+        start = 0 if left is None else max(0, rows.start + self.shift - left)
+        stop = self.longest if right is None else min(self.longest, rows.stop + self.shift + right)
+        return start, max(start, stop)
+
+    def tile(self, q_tile: Tensor, k_tile: Tensor, rows: slice, columns: slice) -> tuple[Tensor, Tensor | float]:
+        """The scores of one tile, -inf where hidden, and their derivative by q k^T."""
+        scores: Tensor = q_tile @ k_tile.mT * self.spec.scale
+        slope: Tensor | float = self.spec.scale
+        if self.spec.softcap:
+            bent = torch.tanh(scores / self.spec.softcap)
+            scores, slope = self.spec.softcap * bent, self.spec.scale * (1.0 - bent.square())
+        diagonal = (
+            torch.arange(rows.start, rows.stop, device=q_tile.device).repeat(self.group)[:, None] + self.shift
+        )
+        keys = torch.arange(columns.start, columns.stop, device=q_tile.device)
+        if self.tensors.alibi_slopes is not None:
+            distance = (keys - diagonal).abs()
+            scores = scores - self._per_row(self.tensors.alibi_slopes, q_tile.shape[2]) * distance
+        return self._hide(scores, diagonal, keys, rows, columns), slope
+
+    def _hide(self, scores: Tensor, diagonal: Tensor, keys: Tensor, rows: slice, columns: slice) -> Tensor:
+        """-inf where the window or the key length hides; tiles that are seen whole are left alone."""
+        left, right, hidden = self.spec.left, self.spec.right, float("-inf")
+        if left is not None and columns.start < rows.stop - 1 + self.shift - left:
+            scores = scores.masked_fill(keys < diagonal - left, hidden)
+        if right is not None and columns.stop - 1 > rows.start + self.shift + right:
+            scores = scores.masked_fill(keys > diagonal + right, hidden)
+        if self.tensors.key_lengths is not None:
+            scores = scores.masked_fill(keys >= self.tensors.key_lengths[:, None, None, None], hidden)
+        return scores
+
+    def _per_row(self, values: Tensor, rows: int) -> Tensor:
+        """A value for each query head (B, Hq), for each of the grouped rows: (B, Hkv, rows, 1)."""
+        return values.unflatten(1, (self.key_heads, self.group)).repeat_interleave(rows // self.group, 2)[
+            ..., None
+        ]
 
 
 def _spans(start: int, stop: int, step: int) -> Iterator[slice]:

@@ -10,11 +10,13 @@ from torch import Tensor
 
 from fastattn import reference
 from fastattn.backends.layout import heads_last
-from fastattn.spec import AttentionSpec, MLPSpec, MLPWeights
+from fastattn.spec import AttentionSpec, MLPSpec, MLPWeights, ScoreTensors
 
 
-def attention_forward(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
-    out, lse = reference.attention(q, k, v, spec)
+def attention_forward(
+    q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, tensors: ScoreTensors
+) -> tuple[Tensor, Tensor]:
+    out, lse = reference.attention(q, k, v, spec, tensors)
     return heads_last(out), lse
 
 
@@ -27,9 +29,10 @@ def attention_backward(
     lse: Tensor,
     dlse: Tensor | None,
     spec: AttentionSpec,
-) -> tuple[Tensor, Tensor, Tensor]:
-    dq, dk, dv = reference.attention_backward(dout, q, k, v, out, lse, dlse, spec)
-    return heads_last(dq), heads_last(dk), heads_last(dv)
+    tensors: ScoreTensors,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    dq, dk, dv, dsinks = reference.attention_backward(dout, q, k, v, out, lse, dlse, spec, tensors)
+    return heads_last(dq), heads_last(dk), heads_last(dv), dsinks
 
 
 def mlp_forward(x: Tensor, weights: MLPWeights, spec: MLPSpec, save: bool) -> tuple[Tensor, Tensor]:

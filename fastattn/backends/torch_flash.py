@@ -9,14 +9,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastattn.spec import AttentionSpec
+from fastattn.spec import AttentionSpec, ScoreTensors
 
 _aten = torch.ops.aten
 
 
-def serves(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> bool:
-    """Whether PyTorch's flash attention computes this: one head width, its causal mask aligned top-left."""
-    if q.shape[3] != v.shape[3] or (spec.causal and q.shape[2] != k.shape[2]) or q.numel() * k.numel() == 0:
+def serves(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, tensors: ScoreTensors) -> bool:
+    """Whether PyTorch's flash attention computes this: one head width, its causal mask aligned top-left, nothing
+    else done to the scores."""
+    if spec.left is not None or spec.right not in (None, 0) or spec.softcap or tensors != ScoreTensors():
+        return False
+    if q.shape[3] != v.shape[3] or (spec.right == 0 and q.shape[2] != k.shape[2]) or q.numel() * k.numel() == 0:
         return False
     if q.device.type == "cpu":
         return True
@@ -30,10 +33,10 @@ def forward(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> tuple[Tenso
     q, k, v = _unit_stride(q), _unit_stride(k), _unit_stride(v)
     if q.device.type == "cpu":
         out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k, v, 0.0, spec.causal, scale=spec.scale
+            q, k, v, 0.0, spec.right == 0, scale=spec.scale
         )
     else:
-        out, lse, *_ = _aten._scaled_dot_product_flash_attention(q, k, v, 0.0, spec.causal, scale=spec.scale)
+        out, lse, *_ = _aten._scaled_dot_product_flash_attention(q, k, v, 0.0, spec.right == 0, scale=spec.scale)
     return out, lse.contiguous()
 
 
@@ -43,12 +46,12 @@ def backward(
     dout, q, k, v, out = (_unit_stride(t) for t in (dout, q, k, v, out))
     if q.device.type == "cpu":
         return _aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            dout, q, k, v, out, lse, 0.0, spec.causal, scale=spec.scale
+            dout, q, k, v, out, lse, 0.0, spec.right == 0, scale=spec.scale
         )
     # Dense and without dropout: no cumulative lengths, and a random state that is not read.
     unused = torch.empty(0, dtype=torch.uint64, device=q.device)
     return _aten._scaled_dot_product_flash_attention_backward(
-        dout, q, k, v, out, lse, None, None, q.shape[2], k.shape[2], 0.0, spec.causal, unused, unused,
+        dout, q, k, v, out, lse, None, None, q.shape[2], k.shape[2], 0.0, spec.right == 0, unused, unused,
         scale=spec.scale,
     )  # fmt: skip
 

@@ -9,11 +9,22 @@ from torch import Tensor
 from fastattn.kernels import attention_backward as _backward
 from fastattn.kernels import attention_forward as _forward
 from fastattn.kernels import mlp as _mlp
-from fastattn.spec import AttentionSpec, MLPSpec, MLPWeights
+from fastattn.spec import AttentionSpec, MLPSpec, MLPWeights, ScoreTensors
 
 
-def attention_forward(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
-    return _forward.attention_forward(q, k, v, causal=spec.causal, scale=spec.scale)
+def attention_forward(
+    q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, tensors: ScoreTensors
+) -> tuple[Tensor, Tensor]:
+    return _forward.attention_forward(
+        q,
+        k,
+        v,
+        left=spec.left,
+        right=spec.right,
+        scale=spec.scale,
+        softcap=spec.softcap or None,
+        **tensors._asdict(),
+    )
 
 
 def attention_backward(
@@ -25,8 +36,12 @@ def attention_backward(
     lse: Tensor,
     dlse: Tensor | None,
     spec: AttentionSpec,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _backward.attention_backward(dout, q, k, v, out, lse, dlse, causal=spec.causal, scale=spec.scale)
+    tensors: ScoreTensors,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    return _backward.attention_backward(
+        dout, q, k, v, out, lse, dlse, left=spec.left, right=spec.right, scale=spec.scale,
+        softcap=spec.softcap or None, **tensors._asdict(),
+    )  # fmt: skip
 
 
 def mlp_forward(x: Tensor, weights: MLPWeights, spec: MLPSpec, save: bool) -> tuple[Tensor, Tensor]:
