@@ -90,7 +90,7 @@ def tensor2(t: torch.Tensor | None) -> Tensor2 | None:
 
 
 def window_of(left: int | None, right: int | None, causal: bool, key_lengths: torch.Tensor | None) -> Window:
-    """A window as a kernel argument; causal is nothing to the right. An expanded length is copied to every entry."""
+    """A window as a kernel argument; causal is nothing to the right. Lengths are copied if expanded."""
     return Window(left, 0 if causal else right, None if key_lengths is None else key_lengths.contiguous())
 
 
