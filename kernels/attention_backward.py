@@ -20,12 +20,14 @@ from .tiles import (
     LARGEST_TILE,
     LOG2_E,
     Scores,
+    bend,
     head_of,
     heavy_first,
     key_bounds,
     key_count_of,
     load_row_values,
     load_tile,
+    score_factor,
     shape_of,
     shape_scores,
     slope_of,
@@ -150,9 +152,10 @@ def dkdv_step(
     products = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)
     dweights = tl.dot(v_tile, tl.trans(dout_tile), input_precision=PRECISION)
     diagonal = queries + (shape.keys - shape.queries)
-    values, factor, bent = shape_scores(products, scores, slope, keys[:, None], diagonal[None, :])
+    bent = bend(products, scores)
+    values = shape_scores(bent, scores, slope, keys[:, None], diagonal[None, :])
     lse = tl.load(row_values + queries)
-    weights = tl.exp2(values * factor - lse[None, :])
+    weights = tl.exp2(values * score_factor(scores) - lse[None, :])
     if MASKED:
         # Key lengths need no mask here: what a key beyond them gets is not stored.
         offset = (keys - (shape.keys - shape.queries) - start)[:, None]
@@ -163,7 +166,7 @@ def dkdv_step(
             weights = tl.where(columns <= offset + window.left, weights, 0.0)
     delta = tl.load(row_values + padded_rows + queries)
     dscores = weights * (dweights - delta[None, :])
-    if bent is not None:
+    if scores.softcap is not None:
         dscores *= 1.0 - bent * bent
     dv = tl.dot(weights.to(dout_tile.dtype), dout_tile, dv, input_precision=PRECISION)
     dk = tl.dot(dscores.to(q_tile.dtype), q_tile, dk, input_precision=PRECISION)
@@ -275,12 +278,13 @@ def dq_step(
     products = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
     dweights = tl.dot(dout_tile, tl.trans(v_tile), input_precision=PRECISION)
     keys = start + tl.arange(0, BLOCK_N)[None, :]
-    values, factor, bent = shape_scores(products, scores, slope, keys, diagonal[:, None])
-    weights = tl.exp2(values * factor - lse[:, None])
+    bent = bend(products, scores)
+    values = shape_scores(bent, scores, slope, keys, diagonal[:, None])
+    weights = tl.exp2(values * score_factor(scores) - lse[:, None])
     if MASKED:
         weights = tl.where(within(keys, bounds, window), weights, 0.0)
     dscores = weights * (dweights - delta[:, None])
-    if bent is not None:
+    if scores.softcap is not None:
         dscores *= 1.0 - bent * bent
     return tl.dot(dscores.to(k_tile.dtype), k_tile, dq, input_precision=PRECISION)
 

@@ -16,12 +16,14 @@ from .tiles import (
     LN_2,
     LOG2_E,
     Scores,
+    bend,
     head_of,
     heavy_first,
     key_bounds,
     key_count_of,
     load_tile,
     online_softmax_update,
+    score_factor,
     shape_of,
     shape_scores,
     slope_of,
@@ -80,10 +82,12 @@ def forward_step(
     k_tile = load_tile(k_pointer, k, start, shape.keys, HEAD_DIM, BLOCK_N, WIDTH, MASKED)
     products = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
     keys = start + tl.arange(0, BLOCK_N)[None, :]
-    values, factor, _ = shape_scores(products, scores, slope, keys, diagonal[:, None])
+    values = shape_scores(bend(products, scores), scores, slope, keys, diagonal[:, None])
     if MASKED:
         values = tl.where(within(keys, bounds, window), values, float("-inf"))
-    weights, shrink, row_max, row_sum = online_softmax_update(values, factor, row_max, row_sum, MASKED)
+    weights, shrink, row_max, row_sum = online_softmax_update(
+        values, score_factor(scores), row_max, row_sum, MASKED
+    )
     v_tile = load_tile(v_pointer, v, start, shape.keys, VALUE_DIM, BLOCK_N, VALUE_WIDTH, MASKED)
     accumulator *= shrink[:, None]
     accumulator = tl.dot(weights.to(v_tile.dtype), v_tile, accumulator, input_precision=PRECISION)

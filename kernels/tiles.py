@@ -210,25 +210,37 @@ def tanh(x):
 
 
 @triton.jit
-def shape_scores(products, scores, slope, keys, diagonal):
-    """From q k^T to scores: values, the factor that makes them log2 units, and the tanh of a soft cap or None.
-
-    Without cap and slopes the products stay as they are and the factor is the scale, so that maximum and
-    exponential take it in their own multiply-adds. `keys` and `diagonal` broadcast to the tile.
-    """
-    factor = tl.cast(scores.scale, tl.float32) * LOG2_E
-    bent = None
+def score_factor(scores):
+    """What makes `shape_scores` log2 units."""
     if scores.softcap is None and scores.slopes is None:
-        return products, factor, bent
+        return tl.cast(scores.scale, tl.float32) * LOG2_E
     else:
-        values = products * factor
-        if scores.softcap is not None:
-            cap = tl.cast(scores.softcap, tl.float32)
-            bent = tanh(products * (tl.cast(scores.scale, tl.float32) / cap))
-            values = bent * (cap * LOG2_E)
-        if scores.slopes is not None:
-            values -= (slope * LOG2_E) * tl.abs(keys - diagonal).to(tl.float32)
-        return values, 1.0, bent
+        return 1.0
+
+
+@triton.jit
+def bend(products, scores):
+    """From q k^T to the tanh of a soft cap; without one the products as they are."""
+    if scores.softcap is not None:
+        return tanh(products * (tl.cast(scores.scale, tl.float32) / tl.cast(scores.softcap, tl.float32)))
+    else:
+        return products
+
+
+@triton.jit
+def shape_scores(bent, scores, slope, keys, diagonal):
+    """From what `bend` returns to scores, up to `score_factor`.
+
+    Without cap and slopes they are the products as they are, so that maximum and exponential take the scale in
+    their own multiply-adds. `keys` and `diagonal` broadcast to the tile.
+    """
+    if scores.softcap is not None:
+        bent = bent * (tl.cast(scores.softcap, tl.float32) * LOG2_E)
+    elif scores.slopes is not None:
+        bent = bent * (tl.cast(scores.scale, tl.float32) * LOG2_E)
+    if scores.slopes is not None:
+        bent -= (slope * LOG2_E) * tl.abs(keys - diagonal).to(tl.float32)
+    return bent
 
 
 @triton.jit
