@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from . import launch
-from .attention_forward import empty_heads, key_ranges, widths
+from .attention_forward import empty_heads, is_shaped, key_ranges, widths
 from .tiles import (
     LARGEST_TILE,
     LOG2_E,
@@ -344,7 +344,7 @@ def attention_dq_kernel(
             dq_tile, q_tile, dout_tile, lse, delta, k_pointer, v_pointer, k, v, key_start, diagonal, bounds,
             shape, window, scores, slope, HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, False, BLOCK_N, PRECISION,
         )  # fmt: skip
-    for key_start in tl.range(tl.maximum(full_begin, full_end), end, BLOCK_N):
+    for key_start in tl.range(full_end, end, BLOCK_N):
         dq_tile = dq_step(
             dq_tile, q_tile, dout_tile, lse, delta, k_pointer, v_pointer, k, v, key_start, diagonal, bounds,
             shape, window, scores, slope, HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, True, BLOCK_N, PRECISION,
@@ -390,7 +390,12 @@ def attention_backward(
     q_, k_, v_, dout_ = tensor4(q), tensor4(k), tensor4(v), tensor4(dout)
     with launch.on_device(q):
         family = launch.family(attention_dq_kernel, q.device)
-        ask = (family, q.element_size(), max(width["WIDTH"], width["VALUE_WIDTH"]))
+        ask = (
+            family,
+            q.element_size(),
+            max(width["WIDTH"], width["VALUE_WIDTH"]),
+            is_shaped(left, softcap, alibi_slopes),
+        )
         if row_values.numel():
             attention_delta_kernel[(padded_rows // 64, batch * heads)](
                 tensor4(out),

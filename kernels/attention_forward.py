@@ -43,15 +43,17 @@ def key_ranges(start, key_count, shape, window, BLOCK_M: tl.constexpr, BLOCK_N: 
     diagonal = start + shape.keys - shape.queries
     begin = 0
     full_begin = 0
-    full_end = key_count
+    full_end = key_count // BLOCK_N * BLOCK_N
     end = key_count
     if window.left is not None:
         begin = tl.maximum(diagonal - window.left, 0) // BLOCK_N * BLOCK_N
         full_begin = tl.cdiv(tl.maximum(diagonal + BLOCK_M - 1 - window.left, 0), BLOCK_N) * BLOCK_N
     if window.right is not None:
-        full_end = tl.minimum(full_end, tl.maximum(diagonal + window.right + 1, 0))
+        full_end = tl.minimum(full_end, tl.maximum(diagonal + window.right + 1, 0) // BLOCK_N * BLOCK_N)
         end = tl.minimum(end, tl.maximum(diagonal + window.right + BLOCK_M, 0))
-    return begin, full_begin, full_end // BLOCK_N * BLOCK_N, end
+    if window.left is not None:
+        full_end = tl.maximum(full_begin, full_end)
+    return begin, full_begin, full_end, end
 
 
 @triton.jit
@@ -148,7 +150,7 @@ def attention_forward_kernel(
             state, q_tile, k_pointer, v_pointer, k, v, key_start, diagonal, bounds, shape, window, scores, slope,
             HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, False, BLOCK_N, PRECISION,
         )  # fmt: skip
-    for key_start in tl.range(tl.maximum(full_begin, full_end), end, BLOCK_N):
+    for key_start in tl.range(full_end, end, BLOCK_N):
         state = forward_step(
             state, q_tile, k_pointer, v_pointer, k, v, key_start, diagonal, bounds, shape, window, scores, slope,
             HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, True, BLOCK_N, PRECISION,
@@ -168,6 +170,11 @@ def empty_heads(batch: int, heads: int, rows: int, width: int, like: torch.Tenso
     """An empty (batch, heads, rows, width) tensor laid out (batch, rows, heads, width), so that merging the
     heads for the next linear layer costs no copy."""
     return torch.empty((batch, rows, heads, width), dtype=like.dtype, device=like.device).transpose(1, 2)
+
+
+def is_shaped(left: int | None, softcap: float | None, alibi_slopes: torch.Tensor | None) -> bool:
+    """Whether a launch needs the registers that the tables' "shaped" rows leave."""
+    return not (left is None and softcap is None and alibi_slopes is None)
 
 
 def widths(q: torch.Tensor, v: torch.Tensor) -> dict[str, int]:
@@ -211,7 +218,11 @@ def attention_forward(
     with launch.on_device(q):
         family = launch.family(attention_forward_kernel, q.device)
         tiling = launch.look_up(
-            launch.ATTENTION_FORWARD, family, q.element_size(), max(width["WIDTH"], width["VALUE_WIDTH"])
+            launch.ATTENTION_FORWARD,
+            family,
+            q.element_size(),
+            max(width["WIDTH"], width["VALUE_WIDTH"]),
+            is_shaped(left, softcap, alibi_slopes),
         )
         attention_forward_kernel[(triton.cdiv(queries, tiling.block_m) * batch * heads,)](
             tensor4(q),

@@ -86,10 +86,15 @@ def family(kernel: object, device: torch.device) -> str:
     return INTERPRETER if interpreted(kernel) else _family_of_device(device.index)
 
 
-def look_up(table: dict[str, tuple[Row, ...]], family: str, bytes: int, width: int) -> Tiling:
-    """The first row of the family's table that is wide enough; families not listed use sm_80's."""
+def look_up(
+    table: dict[str, tuple[Row, ...]], family: str, bytes: int, width: int, shaped: bool = False
+) -> Tiling:
+    """The first row of the family's table that is wide enough; families not listed use sm_80's.
+
+    `shaped` scores and windows hold more registers: a family's "shaped" rows, where there are any, come first.
+    """
     rows = table.get(family) or table["sm_80"]
-    for row in rows:
+    for row in (*table.get(f"{family} shaped", ()), *rows) if shaped else rows:
         if bytes <= row.bytes and width <= row.width:
             return row.tiling
     raise ValueError(f"no launch configuration for {bytes}-byte elements of width {width} on {family}")
@@ -267,6 +272,38 @@ ATTENTION_DQ = {
     ),
 }
 
+
+# ---- attention with shaped scores ----
+# A window's left side, a soft cap or slopes hold more registers: these rows come before those above, where with
+# any of them, or all, those would spill (compile report, Triton 3.7.1). Repeated are the rows that would not.
+ATTENTION_FORWARD |= {
+    "sm_80 shaped": (
+        Row(2, 64, Tiling(128, 64, 8, 3)),  # 128 x 128: 4 spills
+        Row(2, 128, Tiling(64, 64, 4, 3)),  # 128 x 64: 4 to 31
+    ),
+    "sm_90 shaped": (
+        Row(2, 64, Tiling(128, 128, 8, 3)),
+        Row(2, 128, Tiling(128, 64, 8, 3)),  # 128 x 128: 2 to 10
+    ),
+    "sm_100 shaped": (
+        Row(2, 128, Tiling(128, 128, 8, 2)),
+        Row(2, 256, Tiling(128, 32, 8, 2)),  # 128 x 64: 70
+    ),
+}
+ATTENTION_DKDV |= {
+    "sm_90 shaped": (
+        Row(2, 64, Tiling(64, 128, 8, 2)),
+        Row(2, 128, Tiling(32, 64, 8, 2)),  # 64 x 128: 2 to 7, 64 x 64: 4
+    ),
+    "sm_100 shaped": (
+        Row(2, 128, Tiling(64, 128, 8, 2)),
+        Row(2, 256, Tiling(64, 32, 8, 1)),  # 64 x 64: 4 to 70
+    ),
+}
+ATTENTION_DQ |= {
+    "sm_90 shaped": (Row(2, 64, Tiling(128, 64, 8, 2)),),  # 128 x 128: 2
+    "sm_100 shaped": (Row(2, 64, Tiling(128, 64, 8, 2)),),  # 128 x 128: 15 to 154
+}
 
 # The MLP. A row's width counts the elements of the hidden layer (tokens x h): below what fills every
 # multiprocessor with the next row's tiles, smaller tiles share the work out better. Beside each row: the most

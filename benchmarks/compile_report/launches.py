@@ -13,6 +13,20 @@ from fastattn.kernels.mlp import gated_mlp_backward, gated_mlp_forward, mlp_back
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
+def _heads() -> torch.Tensor:
+    return torch.empty((4, 16), device="meta")
+
+
+# What attention may do to its scores, one by one and all at once.
+SHAPES: dict[str, dict] = {
+    "window": {"left": 512},
+    "softcap": {"softcap": 30.0},
+    "alibi": {"alibi_slopes": _heads()},
+    "sinks and lengths": {"sinks": _heads(), "key_lengths": torch.empty(4, dtype=torch.int32, device="meta")},
+}
+SHAPES["everything"] = {name: value for shape in list(SHAPES.values()) for name, value in shape.items()}
+
+
 @dataclass(frozen=True)
 class AttentionCall:
     """Forward and backward at a common training shape: 16 query heads on 4 key heads, 4096 tokens."""
@@ -21,17 +35,19 @@ class AttentionCall:
     head_dim: int
     causal: bool
     value_dim: int | None = None
+    shaped: str = ""  # a key of SHAPES
 
     @property
     def name(self) -> str:
         width = str(self.head_dim) if self.value_dim is None else f"{self.head_dim}/{self.value_dim}"
-        return f"attention {self.dtype} D={width} {'causal' if self.causal else 'full'}"
+        shaped = f" {self.shaped}" if self.shaped else ""
+        return f"attention {self.dtype} D={width} {'causal' if self.causal else 'full'}{shaped}"
 
     def run(self) -> None:
         q = self.heads(16, self.head_dim)
         k = self.heads(4, self.head_dim)
         v = self.heads(4, self.value_dim or self.head_dim)
-        ask = {"causal": self.causal, "scale": self.head_dim**-0.5}
+        ask = {"causal": self.causal, "scale": self.head_dim**-0.5, **SHAPES.get(self.shaped, {})}
         out, lse = attention_forward(q, k, v, **ask)
         attention_backward(out, q, k, v, out, lse, None, **ask)
 
@@ -81,6 +97,7 @@ CALLS: tuple[Call, ...] = (
     AttentionCall("bf16", 80, True),
     AttentionCall("bf16", 192, True, value_dim=128),
     AttentionCall("fp16", 128, True),
+    *(AttentionCall("bf16", width, True, shaped=shape) for width in (64, 128, 256) for shape in SHAPES),
     *(AttentionCall("fp32", width, True) for width in (64, 128, 256)),
     *(MLPCall("bf16", 1024, "gelu", fused=True, tokens=tokens) for tokens in (128, 1024, 8192)),
     *(MLPCall("bf16", 1024, "silu", gated=True, fused=True, tokens=tokens) for tokens in (128, 8192)),
