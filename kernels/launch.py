@@ -142,7 +142,7 @@ _EXACT = {
     ),
     "dq": (
         Row(4, 64, Tiling(32, 32, 4, 1)),
-        Row(4, 128, Tiling(32, 16, 8, 1)),
+        Row(4, 128, Tiling(16, 16, 8, 1)),
         Row(4, 256, Tiling(16, 16, 8, 1)),
     ),
 }
@@ -302,7 +302,7 @@ ATTENTION_DKDV |= {
 }
 ATTENTION_DQ |= {
     "sm_90 shaped": (Row(2, 64, Tiling(128, 64, 8, 2)),),  # 128 x 128: 2
-    "sm_100 shaped": (Row(2, 64, Tiling(128, 64, 8, 2)),),  # 128 x 128: 15 to 154
+    "sm_100 shaped": (Row(2, 64, Tiling(64, 128, 8, 2)),),  # 128 x 128: 15 to 154, 128 x 64: 4
 }
 
 # The MLP. A row's width counts the elements of the hidden layer (tokens x h): below what fills every
