@@ -258,6 +258,7 @@ def attention_dq_kernel(
     WIDTH: tl.constexpr,
     VALUE_WIDTH: tl.constexpr,
     CAUSAL: tl.constexpr,
+    MASKED_FIRST: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -282,16 +283,17 @@ def attention_dq_kernel(
     dq_tile = tl.zeros([BLOCK_M, WIDTH], tl.float32)
     visible = visible_keys(queries, shape.queries, shape.keys, CAUSAL)
     full_end, end = key_ranges(start, shape, CAUSAL, BLOCK_M, BLOCK_N)
-    for key_start in tl.range(0, full_end, BLOCK_N):
-        dq_tile = dq_step(
-            dq_tile, q_tile, dout_tile, lse, delta, k_pointer, v_pointer, k, v, key_start, visible, shape,
-            scale_log2, HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, False, BLOCK_N, PRECISION,
-        )  # fmt: skip
-    for key_start in tl.range(full_end, end, BLOCK_N):
-        dq_tile = dq_step(
-            dq_tile, q_tile, dout_tile, lse, delta, k_pointer, v_pointer, k, v, key_start, visible, shape,
-            scale_log2, HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, True, BLOCK_N, PRECISION,
-        )  # fmt: skip
+    for part in tl.static_range(2):
+        for key_start in tl.range(
+            full_end if (part == 0) == MASKED_FIRST else 0,
+            end if (part == 0) == MASKED_FIRST else full_end,
+            BLOCK_N,
+        ):
+            dq_tile = dq_step(
+                dq_tile, q_tile, dout_tile, lse, delta, k_pointer, v_pointer, k, v, key_start, visible, shape,
+                scale_log2, HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, (part == 0) == MASKED_FIRST, BLOCK_N,
+                PRECISION,
+            )  # fmt: skip
     dq_tile *= tl.cast(scale, tl.float32)
     store_tile(head_of(dq, batch, head), dq, start, shape.queries, HEAD_DIM, dq_tile, BLOCK_M, WIDTH)
 
@@ -353,5 +355,6 @@ def attention_backward(
             attention_dq_kernel[(triton.cdiv(queries, tiling.block_m) * batch * heads,)](
                 q_, k_, v_, dout_, tensor4(dq), row_values, shape, padded_rows, scale,
                 launch.heads_per_section(k, v, batch * heads), **common, **tiling.options(),
+                MASKED_FIRST=family in launch.MASKED_FIRST,
             )  # fmt: skip
     return dq, dk, dv
