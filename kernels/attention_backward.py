@@ -268,6 +268,7 @@ def dq_step(
     WIDTH: tl.constexpr,
     VALUE_WIDTH: tl.constexpr,
     MASKED: tl.constexpr,
+    MASKED_FIRST: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -282,7 +283,7 @@ def dq_step(
     values = shape_scores(bent, scores, slope, keys, diagonal[:, None])
     weights = tl.exp2(values * score_factor(scores) - lse[:, None])
     if MASKED:
-        weights = tl.where(within(keys, bounds, window), weights, 0.0)
+        weights = tl.where(within(start, bounds, window, BLOCK_N, MASKED_FIRST), weights, 0.0)
     dscores = weights * (dweights - delta[:, None])
     if scores.softcap is not None:
         dscores *= 1.0 - bent * bent
@@ -306,6 +307,7 @@ def attention_dq_kernel(
     VALUE_DIM: tl.constexpr,
     WIDTH: tl.constexpr,
     VALUE_WIDTH: tl.constexpr,
+    MASKED_FIRST: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -337,18 +339,20 @@ def attention_dq_kernel(
         for key_start in tl.range(begin, tl.minimum(full_begin, end), BLOCK_N):
             dq_tile = dq_step(
                 dq_tile, q_tile, dout_tile, lse, delta, k_pointer, v_pointer, k, v, key_start, diagonal, bounds,
-                shape, window, scores, slope, HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, True, BLOCK_N, PRECISION,
+                shape, window, scores, slope, HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, True, MASKED_FIRST,
+                BLOCK_N, PRECISION,
             )  # fmt: skip
-    for key_start in tl.range(full_begin, full_end, BLOCK_N):
-        dq_tile = dq_step(
-            dq_tile, q_tile, dout_tile, lse, delta, k_pointer, v_pointer, k, v, key_start, diagonal, bounds,
-            shape, window, scores, slope, HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, False, BLOCK_N, PRECISION,
-        )  # fmt: skip
-    for key_start in tl.range(full_end, end, BLOCK_N):
-        dq_tile = dq_step(
-            dq_tile, q_tile, dout_tile, lse, delta, k_pointer, v_pointer, k, v, key_start, diagonal, bounds,
-            shape, window, scores, slope, HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, True, BLOCK_N, PRECISION,
-        )  # fmt: skip
+    for part in tl.static_range(2):
+        for key_start in tl.range(
+            full_end if (part == 0) == MASKED_FIRST else full_begin,
+            end if (part == 0) == MASKED_FIRST else full_end,
+            BLOCK_N,
+        ):
+            dq_tile = dq_step(
+                dq_tile, q_tile, dout_tile, lse, delta, k_pointer, v_pointer, k, v, key_start, diagonal, bounds,
+                shape, window, scores, slope, HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, (part == 0) == MASKED_FIRST,
+                MASKED_FIRST, BLOCK_N, PRECISION,
+            )  # fmt: skip
     dq_tile *= tl.cast(scores.scale, tl.float32)
     store_tile(head_of(dq, batch, head), dq, start, shape.queries, HEAD_DIM, dq_tile, BLOCK_M, WIDTH)
 
@@ -423,6 +427,7 @@ def attention_backward(
             attention_dq_kernel[(triton.cdiv(queries, tiling.block_m) * batch * heads,)](
                 q_, k_, v_, dout_, tensor4(dq), row_values, shape, padded_rows, window, scores,
                 launch.heads_per_section(k, v, batch * heads), **common, **tiling.options(),
+                MASKED_FIRST=family in launch.MASKED_FIRST,
             )  # fmt: skip
     return dq, dk, dv, None if sinks is None else sink_gradient(sinks, row_values)
 

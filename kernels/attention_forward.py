@@ -43,14 +43,15 @@ def key_ranges(start, key_count, shape, window, BLOCK_M: tl.constexpr, BLOCK_N: 
     diagonal = start + shape.keys - shape.queries
     begin = 0
     full_begin = 0
-    full_end = key_count // BLOCK_N * BLOCK_N
+    full_end = key_count
     end = key_count
     if window.left is not None:
         begin = tl.maximum(diagonal - window.left, 0) // BLOCK_N * BLOCK_N
         full_begin = tl.cdiv(tl.maximum(diagonal + BLOCK_M - 1 - window.left, 0), BLOCK_N) * BLOCK_N
     if window.right is not None:
-        full_end = tl.minimum(full_end, tl.maximum(diagonal + window.right + 1, 0) // BLOCK_N * BLOCK_N)
+        full_end = tl.minimum(full_end, tl.maximum(diagonal + window.right + 1, 0))
         end = tl.minimum(end, tl.maximum(diagonal + window.right + BLOCK_M, 0))
+    full_end = full_end // BLOCK_N * BLOCK_N
     if window.left is not None:
         full_end = tl.maximum(full_begin, full_end)
     return begin, full_begin, full_end, end
@@ -76,6 +77,7 @@ def forward_step(
     WIDTH: tl.constexpr,
     VALUE_WIDTH: tl.constexpr,
     MASKED: tl.constexpr,
+    MASKED_FIRST: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -86,7 +88,7 @@ def forward_step(
     keys = start + tl.arange(0, BLOCK_N)[None, :]
     values = shape_scores(bend(products, scores), scores, slope, keys, diagonal[:, None])
     if MASKED:
-        values = tl.where(within(keys, bounds, window), values, float("-inf"))
+        values = tl.where(within(start, bounds, window, BLOCK_N, MASKED_FIRST), values, float("-inf"))
     weights, shrink, row_max, row_sum = online_softmax_update(
         values, score_factor(scores), row_max, row_sum, MASKED
     )
@@ -111,6 +113,7 @@ def attention_forward_kernel(
     VALUE_DIM: tl.constexpr,
     WIDTH: tl.constexpr,
     VALUE_WIDTH: tl.constexpr,
+    MASKED_FIRST: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -143,18 +146,19 @@ def attention_forward_kernel(
         for key_start in tl.range(begin, tl.minimum(full_begin, end), BLOCK_N):
             state = forward_step(
                 state, q_tile, k_pointer, v_pointer, k, v, key_start, diagonal, bounds, shape, window, scores,
-                slope, HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, True, BLOCK_N, PRECISION,
+                slope, HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, True, MASKED_FIRST, BLOCK_N, PRECISION,
             )  # fmt: skip
-    for key_start in tl.range(full_begin, full_end, BLOCK_N):
-        state = forward_step(
-            state, q_tile, k_pointer, v_pointer, k, v, key_start, diagonal, bounds, shape, window, scores, slope,
-            HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, False, BLOCK_N, PRECISION,
-        )  # fmt: skip
-    for key_start in tl.range(full_end, end, BLOCK_N):
-        state = forward_step(
-            state, q_tile, k_pointer, v_pointer, k, v, key_start, diagonal, bounds, shape, window, scores, slope,
-            HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, True, BLOCK_N, PRECISION,
-        )  # fmt: skip
+    for part in tl.static_range(2):
+        for key_start in tl.range(
+            full_end if (part == 0) == MASKED_FIRST else full_begin,
+            end if (part == 0) == MASKED_FIRST else full_end,
+            BLOCK_N,
+        ):
+            state = forward_step(
+                state, q_tile, k_pointer, v_pointer, k, v, key_start, diagonal, bounds, shape, window, scores,
+                slope, HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, (part == 0) == MASKED_FIRST, MASKED_FIRST, BLOCK_N,
+                PRECISION,
+            )  # fmt: skip
     accumulator, row_max, row_sum = state
 
     # A row that saw nothing has sum 0: output 0, lse -inf.
@@ -235,6 +239,7 @@ def attention_forward(
             Scores(scale, softcap, tensor2(alibi_slopes), tensor2(sinks)),
             launch.heads_per_section(k, v, batch * heads),
             **width,
+            MASKED_FIRST=family in launch.MASKED_FIRST,
             PRECISION="ieee",
             **tiling.options(),
         )

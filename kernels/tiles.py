@@ -182,18 +182,25 @@ def key_bounds(queries, key_count, shape, window):
     if window.left is not None:
         first = diagonal - window.left
     if window.right is not None:
-        return first, tl.minimum(diagonal + (window.right + 1), key_count)
+        return first, tl.minimum(queries + (shape.keys - shape.queries + window.right + 1), key_count)
     else:
         return first, tl.zeros_like(queries) + key_count
 
 
 @triton.jit
-def within(keys, bounds, window):
-    """Which of these keys (1, N) lie inside each query's bounds (M,)."""
+def within(start, bounds, window, BLOCK_N: tl.constexpr, MASKED_FIRST: tl.constexpr):
+    """Which of the keys from `start` on lie inside each query's bounds (M,): (M, BLOCK_N)."""
     first, stop = bounds
-    inside = keys < stop[:, None]
-    if window.left is not None:
-        inside = inside & (keys >= first[:, None])
+    columns = tl.arange(0, BLOCK_N)[None, :]
+    # The same, said so that it takes fewer registers where the masked keys come first, or second.
+    if MASKED_FIRST:
+        inside = columns < (stop - start)[:, None]
+        if window.left is not None:
+            inside = inside & (columns >= (first - start)[:, None])
+    else:
+        inside = start + columns < stop[:, None]
+        if window.left is not None:
+            inside = inside & (start + columns >= first[:, None])
     return inside
 
 

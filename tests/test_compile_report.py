@@ -67,6 +67,15 @@ def test_loops_that_do_not_match_the_source_are_an_error() -> None:
         main_loops(instructions, tensor, [4096], 8, TARGETS["sm_80"])
 
 
+@pytest.mark.parametrize(("waits", "serialised"), [(1, False), (2, True)])
+def test_asynchronous_products_that_wait_for_one_another_are_noticed(waits: int, serialised: bool) -> None:
+    lines = ["HGMMA.64x128x16.F32.BF16 R24, gdesc[UR12], R24, gsb0"] * 2 + [
+        "WARPGROUP.DEPBAR.LE gsb0, 0x0"
+    ] * waits
+    sass = "".join(f"        /*{16 * n:04x}*/     {line} ;  /* 0x0 */\n" for n, line in enumerate(lines))
+    assert disassembly.are_serialised(disassembly.parse(sass)) == serialised
+
+
 TTIR = """
 module {
   tt.func public @kernel(%q: !tt.ptr<bf16> loc("q")) attributes {noinline = false} {
@@ -164,6 +173,7 @@ def test_a_sound_row_has_nothing_to_complain_about() -> None:
         ({"spills": 4}, "4 spill instructions"),
         ({"shared": 4096}, "4096 bytes of shared memory of 2048"),
         ({"tensor_memory": 640}, "640 columns of tensor memory"),
+        ({"serialised": True}, "asynchronous products wait for one another"),
         ({"error": "CompilationError"}, "CompilationError"),
     ],
 )

@@ -46,6 +46,8 @@ def resource_complaints(row: Row) -> list[str]:
     found = []
     if row.spills and TARGETS[row.target].must_not_spill:
         found.append(f"{row.name}: {row.spills} spill instructions ({row.tile})")
+    if row.serialised:
+        found.append(f"{row.name}: asynchronous products wait for one another, ptxas C7515 ({row.tile})")
     if row.shared > row.shared_limit:
         found.append(f"{row.name}: {row.shared} bytes of shared memory of {row.shared_limit} ({row.tile})")
     if row.tensor_memory > MOST_TENSOR_MEMORY_COLUMNS:

@@ -195,6 +195,14 @@ def reaching(tail: int, head: int, before: list[list[int]]) -> set[int]:
     return seen
 
 
+def are_serialised(instructions: list[Instruction]) -> bool:
+    """Whether the assembler makes every asynchronous product of sm_90 wait for the one before: it does so to a
+    whole kernel, without a word, where it cannot prove that nobody touches an accumulator meanwhile (C7515)."""
+    products = sum(i.name == "HGMMA" for i in instructions)
+    waits = sum(i.opcode.startswith("WARPGROUP.DEPBAR") for i in instructions)
+    return 0 < products <= waits
+
+
 def loop_flops(ttir: str) -> list[int]:
     """For each innermost loop with matrix products of a kernel, in order, their floating-point operations: what
     the source asks for, from Triton's own representation, however the compiler goes about it."""

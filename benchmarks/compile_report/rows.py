@@ -62,6 +62,7 @@ class Row:
     programs: int = 0
     tensor_operations: tuple[str, ...] = ()
     loops: tuple[Loop, ...] = field(default=())
+    serialised: bool = False
     error: str = ""
 
     @property
@@ -107,7 +108,7 @@ def rows_of(call: Call, target: Target, only: str | None = None) -> list[Row]:
 def row_of(compiled: Compiled, call: str, target: Target) -> Row:
     if target.backend == "hip":
         found = disassembly.amd_resources(compiled.artefacts["amdgcn"])
-        registers, spills, loops = found.registers, found.spills, ()
+        registers, spills, loops, serialised = found.registers, found.spills, (), False
         operations = found.matrix_operations
     else:
         registers, instructions = disassembly.disassemble(compiled.artefacts["cubin"])
@@ -115,6 +116,7 @@ def row_of(compiled: Compiled, call: str, target: Target) -> Row:
         tensor = disassembly.tensor_operations(instructions, compiled.artefacts["ptx"])
         flops = disassembly.loop_flops(compiled.artefacts["ttir"])
         loops = main_loops(instructions, tensor, flops, compiled.warps, target)
+        serialised = disassembly.are_serialised(instructions)
         operations = sorted({str(operation) for operation in tensor.values()})
     shared = compiled.metadata.shared
     return Row(
@@ -130,6 +132,7 @@ def row_of(compiled: Compiled, call: str, target: Target) -> Row:
         resident_programs(registers, shared, compiled.warps, target),
         tuple(operations),
         loops,
+        serialised,
     )
 
 

@@ -51,7 +51,7 @@ def kernel_cells(row: Row) -> tuple[str, ...]:
         str(row.spills),
         f"{row.shared / 1024:.0f} of {row.shared_limit / 1024:.0f}",
         str(row.programs),
-        "\n".join(row.tensor_operations),
+        "\n".join([*row.tensor_operations, *["one at a time"] * row.serialised]),
     )
 
 
