@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from attention_problems import Problem, check
-from hardware import DEVICE
+from hardware import DEVICE, ON_GPU
 
 triton = pytest.importorskip("triton")
 
@@ -27,6 +27,17 @@ def record_order(visits, order, tiles, heads, per_section):
     tile, head = heavy_first(program, tiles, heads, per_section, True)
     triton.language.store(order + program, tile)
     triton.language.store(visits + head * tiles + tile, program)
+
+
+@pytest.mark.parametrize("window", [(None, None), (20, None), (9, 30)])
+@pytest.mark.parametrize("first", [frozenset(), frozenset({launch.INTERPRETER})])
+def test_masked_keys_may_come_first_or_last(
+    first: frozenset, window: tuple, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if ON_GPU:
+        first = frozenset() if not first else frozenset({launch.family(None, torch.device("cuda", 0))})
+    monkeypatch.setattr(launch, "MASKED_FIRST", first)
+    check(Problem(heads=2, key_heads=1, queries=70, keys=97, window=window, causal=True, sinks=True), "triton")
 
 
 @pytest.mark.parametrize("heads_per_section", [1, 2, 3, 7])
