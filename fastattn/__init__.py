@@ -2,6 +2,7 @@
 
 import sys
 
+from fastattn import lens, nn
 from fastattn.functional import attention, attention_backward, gated_mlp, merge_states, mlp
 
 if "torch.utils.flop_counter" in sys.modules:
@@ -9,4 +10,12 @@ if "torch.utils.flop_counter" in sys.modules:
 
 __version__ = "0.1.0"
 
-__all__ = ["attention", "attention_backward", "gated_mlp", "merge_states", "mlp"]
+__all__ = [
+    "attention",
+    "attention_backward",
+    "gated_mlp",
+    "lens",
+    "merge_states",
+    "mlp",
+    "nn",
+]

@@ -155,9 +155,18 @@ def triton_obstacle(device: torch.device) -> str | None:
     """Why the Triton kernels cannot run on tensors of this device, in words; None if they can."""
     if not _triton_installed():
         return "Triton is not installed (pip install 'fastattn[triton]')"
-    if device.type == "cuda" or (device.type == "cpu" and interpreting()):
+    if device.type == "cuda":
+        return _too_old(device)
+    if device.type == "cpu" and interpreting():
         return None
     return f"the Triton kernels need a GPU, the tensors are on {device.type} (TRITON_INTERPRET=1: slowly there)"
+
+
+def _too_old(device: torch.device) -> str | None:
+    """Why this NVIDIA GPU has no launch configurations that fit; None if it has."""
+    if torch.version.hip or torch.cuda.get_device_capability(device) >= (8, 0):
+        return None
+    return f"the Triton kernels need sm_80 or newer, the tensors are on {architecture(device.index)}"
 
 
 def interpreting() -> bool:

@@ -10,29 +10,29 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from fastattn import backends, capabilities, reference
 from fastattn.backends.layout import empty_heads
 from fastattn.capabilities import BACKWARD, FORWARD, Request
 from fastattn.spec import AttentionSpec, MLPSpec, MLPWeights, ScoreTensors, lse_dtype
 
-_library = torch.library.Library("fastattn", "DEF")
+_operators = library.Library("fastattn", "DEF")
 # What an attention operator takes beside its tensors, in the order of ScoreTensors and AttentionSpec.
 _SCORES = (
     "Tensor? key_lengths, Tensor? alibi_slopes, Tensor? sinks, "
     "bool causal, float scale, SymInt? left, SymInt? right, float softcap, str? backend"
 )
-_library.define(f"attention_forward(Tensor q, Tensor k, Tensor v, {_SCORES}) -> (Tensor, Tensor)")
-_library.define(
+_operators.define(f"attention_forward(Tensor q, Tensor k, Tensor v, {_SCORES}) -> (Tensor, Tensor)")
+_operators.define(
     "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? dlse, "
     f"{_SCORES}) -> (Tensor, Tensor, Tensor, Tensor)"
 )
-_library.define(
+_operators.define(
     "mlp_forward(Tensor x, Tensor w_in, Tensor? b_in, Tensor? w_up, Tensor? b_up, Tensor w_out, Tensor? b_out, "
     "str activation, bool save, str? backend) -> (Tensor, Tensor)"
 )
-_library.define(
+_operators.define(
     "mlp_backward(Tensor dy, Tensor x, Tensor w_in, Tensor? b_in, Tensor? w_up, Tensor? b_up, Tensor w_out, "
     "Tensor saved, bool[] wanted, str activation, str? backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
@@ -66,18 +66,18 @@ def _spec(
     return AttentionSpec(causal, scale, (left, right), softcap), backend
 
 
-_library.impl("attention_forward", _forward, "CompositeExplicitAutograd")
-_library.impl("attention_backward", _backward, "CompositeExplicitAutograd")
+_operators.impl("attention_forward", _forward, "CompositeExplicitAutograd")
+_operators.impl("attention_backward", _backward, "CompositeExplicitAutograd")
 
 
-@torch.library.register_fake(_FORWARD, lib=_library)
+@library.register_fake(_FORWARD, lib=_operators)
 def _forward_fake(q, k, v, *_):
     batch, heads, queries, _ = q.shape
     lse = q.new_empty((batch, heads, queries), dtype=lse_dtype(q.dtype))
     return empty_heads((batch, heads, queries, v.shape[3]), q), lse
 
 
-@torch.library.register_fake(_BACKWARD, lib=_library)
+@library.register_fake(_BACKWARD, lib=_operators)
 def _backward_fake(dout, q, k, v, out, lse, dlse, key_lengths, alibi_slopes, sinks, *_):
     dsinks = q.new_empty(0) if sinks is None else q.new_empty(sinks.shape, dtype=sinks.dtype)
     return empty_heads(q.shape, q), empty_heads(k.shape, k), empty_heads(v.shape, v), dsinks
@@ -168,13 +168,13 @@ class AttentionBackward(torch.autograd.Function):
         return *pulled, of_dlse, None, None, of_sinks, *(None,) * (ctx.count - 10)
 
 
-@torch.library.register_vmap(_FORWARD, lib=_library)
+@library.register_vmap(_FORWARD, lib=_operators)
 def _forward_vmap(info: Any, in_dims: tuple, *arguments):
     tensors = _fold(info.batch_size, in_dims[:6], arguments[:6])
     return _unfold(info.batch_size, torch.ops.fastattn.attention_forward(*tensors, *arguments[6:])), (0, 0)
 
 
-@torch.library.register_vmap(_BACKWARD, lib=_library)
+@library.register_vmap(_BACKWARD, lib=_operators)
 def _backward_vmap(info: Any, in_dims: tuple, *arguments):
     tensors = _fold(info.batch_size, in_dims[:10], arguments[:10])
     *gradients, dsinks = torch.ops.fastattn.attention_backward(*tensors, *arguments[10:])
@@ -214,18 +214,18 @@ def _mlp_backward(dy, x, w_in, b_in, w_up, b_up, w_out, saved, wanted, activatio
     return tuple(x.new_empty(0) if g is None else g for g in gradients)
 
 
-_library.impl("mlp_forward", _mlp_forward, "CompositeExplicitAutograd")
-_library.impl("mlp_backward", _mlp_backward, "CompositeExplicitAutograd")
+_operators.impl("mlp_forward", _mlp_forward, "CompositeExplicitAutograd")
+_operators.impl("mlp_backward", _mlp_backward, "CompositeExplicitAutograd")
 
 
-@torch.library.register_fake(_MLP_FORWARD, lib=_library)
+@library.register_fake(_MLP_FORWARD, lib=_operators)
 def _mlp_forward_fake(x, w_in, b_in, w_up, b_up, w_out, b_out, activation, save, backend):
     width = w_in.shape[0] * (1 if w_up is None else 2)
     saved = x.new_empty((x.shape[0], width)) if save else x.new_empty(0)
     return x.new_empty((x.shape[0], w_out.shape[0])), saved
 
 
-@torch.library.register_fake(_MLP_BACKWARD, lib=_library)
+@library.register_fake(_MLP_BACKWARD, lib=_operators)
 def _mlp_backward_fake(dy, x, w_in, b_in, w_up, b_up, w_out, saved, wanted, activation, backend):
     rows = w_in.shape[0] * (1 if w_up is None else 2)
     shapes = (x.shape, (rows, w_in.shape[1]), (rows,), w_out.shape, (w_out.shape[0],))
@@ -305,7 +305,7 @@ class MLPBackward(torch.autograd.Function):
         return *(filled.get(i) for i in range(len(tensors))), None, None, None, None
 
 
-@torch.library.register_vmap(_MLP_FORWARD, lib=_library)
+@library.register_vmap(_MLP_FORWARD, lib=_operators)
 def _mlp_forward_vmap(info: Any, in_dims: tuple, x, *rest):
     if any(isinstance(dim, int) for dim in in_dims[1:]):
         return _one_by_one(torch.ops.fastattn.mlp_forward, info.batch_size, in_dims, (x, *rest))
@@ -316,7 +316,7 @@ def _mlp_forward_vmap(info: Any, in_dims: tuple, x, *rest):
     return (*_unfold(info.batch_size, (y,)), saved), (0, 0)
 
 
-@torch.library.register_vmap(_MLP_BACKWARD, lib=_library)
+@library.register_vmap(_MLP_BACKWARD, lib=_operators)
 def _mlp_backward_vmap(info: Any, in_dims: tuple, *arguments):
     return _one_by_one(torch.ops.fastattn.mlp_backward, info.batch_size, in_dims, arguments)
 
@@ -338,11 +338,11 @@ for _name, _function in (
     (_MLP_FORWARD, MLP),
     (_MLP_BACKWARD, MLPBackward),
 ):
-    torch.library.register_autograd(
+    library.register_autograd(
         _name,
         _function.backward,
         setup_context=lambda ctx, inputs, output, _function=_function: _function.setup_context(
             ctx, inputs, output
         ),
-        lib=_library,
+        lib=_operators,
     )

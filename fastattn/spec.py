@@ -96,7 +96,7 @@ def attention_spec(
         raise TypeError(f"softcap must be a number or None, got {type(softcap).__name__}")
     if not 0 <= softcap < math.inf:
         raise ValueError(f"softcap must be positive and finite, or None or 0 for no cap; got {softcap}")
-    return AttentionSpec(causal, float(scale), (window[0], window[1]), float(softcap))
+    return AttentionSpec(causal, float(scale), window_that_hides(window, q.shape[2], k.shape[2]), float(softcap))
 
 
 def check_window(window: tuple[int | None, int | None]) -> None:
@@ -108,6 +108,18 @@ def check_window(window: tuple[int | None, int | None]) -> None:
             raise TypeError(f"window must hold integers or None, got {window!r}")
         if side is not None and side < 0:
             raise ValueError(f"window must not be negative, None is unbounded; got {window!r}")
+
+
+def window_that_hides(
+    window: tuple[int | None, int | None], queries: int, keys: int
+) -> tuple[int | None, int | None]:
+    """The window without bounds that no query reaches: they hide nothing, and however large they are, sums of
+    positions and bounds stay within the kernels' 32 bits."""
+    left, right = window
+    return (
+        None if left is None or left >= keys else left,
+        None if right is None or right >= queries else right,
+    )
 
 
 def score_tensors(

@@ -1,8 +1,8 @@
 """Attention, forward: one program computes BLOCK_M rows of softmax(scale q k^T) v and their log-sum-exp.
 
 The online softmax of FlashAttention-2 (Dao 2023, algorithm 1). The keys that every row of the tile may see are
-walked by a loop without mask code; the diagonal and the last, partial tile by a second one. Both run the same
-step.
+walked by a loop without mask code; those on the edges (a window's left, the diagonal, the last, partial tile) by
+loops with masks. All run the same step.
 """
 
 from __future__ import annotations

@@ -300,6 +300,15 @@ def test_backward_of_a_part_is_exact_with_the_merged_state(name: str) -> None:
     torch.testing.assert_close(torch.cat([parts[0][2], parts[1][2]], 2).double(), dv, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("bound", [39, 40, 2**31 - 1, 2**63 - 1])
+def test_a_window_wider_than_everything_hides_nothing(bound: int, name: str) -> None:
+    q, k, v = Problem(queries=20, keys=40).inputs()
+    with implementation(name) as backend:
+        wide = fastattn.attention(q, k, v, window=(bound, bound), backend=backend)
+        torch.testing.assert_close(wide, fastattn.attention(q, k, v, backend=backend))
+
+
 @pytest.mark.parametrize("name", ["triton", "portable"])
 def test_keys_that_no_query_of_a_tile_sees_are_not_read(name: str) -> None:
     q, k, v = Problem(heads=1, key_heads=1, queries=32, keys=1024).inputs()

@@ -39,6 +39,7 @@ def test_the_environment_variable_chooses_and_the_argument_wins(monkeypatch: pyt
 def test_triton_is_the_default_only_where_it_is_proven(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = torch.device("cuda", 0)
     monkeypatch.setattr(capabilities, "architecture", lambda index: "sm_90")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(capabilities, "PROVEN", frozenset())
     assert capabilities.default_backend(gpu) == "portable"
     monkeypatch.setattr(capabilities, "PROVEN", frozenset({"sm_90"}))
@@ -65,6 +66,20 @@ def test_without_triton_or_its_interpreter_the_obstacle_is_said(monkeypatch: pyt
 def test_the_readme_shows_the_table() -> None:
     readme = (Path(__file__).parents[1] / "README.md").read_text()
     assert capabilities.markdown() in readme, "paste the output of `python -m fastattn.capabilities`"
+
+
+def test_the_readme_s_example_runs() -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    exec(readme.split("```python\n")[1].split("```")[0], {})
+
+
+def test_gpus_too_old_for_the_kernels_are_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert capabilities.triton_obstacle(gpu) == "the Triton kernels need sm_80 or newer, the tensors are on sm_75"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    assert capabilities.triton_obstacle(gpu) is None
 
 
 def test_importing_fastattn_imports_neither_triton_nor_the_demo_s_libraries() -> None:

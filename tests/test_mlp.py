@@ -13,7 +13,7 @@ from hardware import DEVICE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerance import assert_as_exact_as_eager
-from torch import Tensor
+from torch import Tensor, library
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastattn
@@ -371,14 +371,12 @@ def test_gradcheck_and_gradgradcheck(backend: str, activation: str, gated: bool)
 def test_opcheck(backend: str, gated: bool) -> None:
     _, inputs = small(gated)
     forward = torch.ops.fastattn.mlp_forward
-    torch.library.opcheck(forward.default, (*inputs, "silu", True, backend))
-    torch.library.opcheck(
-        forward.default, (*(t if t is None else t.detach() for t in inputs), "silu", False, backend)
-    )
+    library.opcheck(forward.default, (*inputs, "silu", True, backend))
+    library.opcheck(forward.default, (*(t if t is None else t.detach() for t in inputs), "silu", False, backend))
     y, saved = (t.detach() for t in forward(*inputs, "silu", True, backend))
     for wanted in ([True] * 5, [False, True, False, True, False]):
         arguments = (torch.randn_like(y), *inputs[:6], saved, wanted, "silu", backend)
-        torch.library.opcheck(torch.ops.fastattn.mlp_backward.default, arguments)
+        library.opcheck(torch.ops.fastattn.mlp_backward.default, arguments)
 
 
 def test_an_operator_call_that_saved_nothing_can_be_differentiated_all_the_same() -> None:

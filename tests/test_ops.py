@@ -8,6 +8,7 @@ import pytest
 import torch
 from attention_problems import IMPLEMENTATIONS, Problem, implementation, run
 from hardware import DEVICE
+from torch import library
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -96,11 +97,11 @@ def test_opcheck(causal: bool, backend: str) -> None:
     )
     for beside in ((None, None, None, causal, 0.25, None, None, 0.0), options):
         arguments = (q, k, v, *beside, backend)
-        torch.library.opcheck(torch.ops.fastattn.attention_forward.default, arguments)
+        library.opcheck(torch.ops.fastattn.attention_forward.default, arguments)
     out, lse = (t.detach() for t in torch.ops.fastattn.attention_forward(*arguments))
     for dlse in (None, torch.randn_like(lse)):
         arguments = (torch.randn_like(out), q, k, v, out, lse, dlse, *options, backend)
-        torch.library.opcheck(torch.ops.fastattn.attention_backward.default, arguments)
+        library.opcheck(torch.ops.fastattn.attention_backward.default, arguments)
 
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
