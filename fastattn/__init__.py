@@ -3,7 +3,15 @@
 import sys
 
 from fastattn import lens, nn
-from fastattn.functional import attention, attention_backward, gated_mlp, merge_states, mlp
+from fastattn.dropout import dropout_mask, dropout_state
+from fastattn.functional import (
+    attention,
+    attention_backward,
+    gated_mlp,
+    merge_states,
+    mlp,
+    t5_relative_bias,
+)
 
 if "torch.utils.flop_counter" in sys.modules:
     import fastattn.flops  # noqa: F401
@@ -13,9 +21,12 @@ __version__ = "0.1.0"
 __all__ = [
     "attention",
     "attention_backward",
+    "dropout_mask",
+    "dropout_state",
     "gated_mlp",
     "lens",
     "merge_states",
     "mlp",
     "nn",
+    "t5_relative_bias",
 ]

@@ -71,6 +71,10 @@ def _activates(activation: str) -> Callable[[Request], bool]:
     return lambda r: r.spec.activation == activation
 
 
+def _bias_dtype(request: Request) -> torch.dtype | None:
+    return None if request.score_tensors.bias is None else request.score_tensors.bias.dtype
+
+
 _Q, _K, _V = 0, 1, 2
 _HEADS, _LENGTH, _WIDTH = 1, 2, 3
 
@@ -81,6 +85,14 @@ FEATURES: tuple[Feature, ...] = (
     Feature("attention", "key lengths", lambda r: r.score_tensors.key_lengths is not None),
     Feature("attention", "soft-capped scores", lambda r: r.spec.softcap > 0),
     Feature("attention", "ALiBi slopes", lambda r: r.score_tensors.alibi_slopes is not None),
+    Feature("attention", "additive bias, with gradient", lambda r: _bias_dtype(r) not in (None, torch.bool)),
+    Feature("attention", "boolean mask", lambda r: _bias_dtype(r) == torch.bool),
+    Feature(
+        "attention",
+        "relative position bias (T5), with gradient",
+        lambda r: r.score_tensors.relative_bias is not None,
+    ),
+    Feature("attention", "dropout", lambda r: r.spec.dropout > 0),
     Feature("attention", "attention sinks, with gradient", lambda r: r.score_tensors.sinks is not None),
     Feature("attention", "lengths of their own for queries and keys", _differ(_LENGTH, _Q, _K)),
     Feature("attention", "grouped-query heads", _differ(_HEADS, _Q, _K)),
@@ -89,6 +101,7 @@ FEATURES: tuple[Feature, ...] = (
     Feature("attention", "float16", _is(torch.float16)),
     Feature("attention", "bfloat16", _is(torch.bfloat16)),
     Feature("attention", "float32, IEEE products", _is(torch.float32)),
+    Feature("attention", "float32, tf32 and tf32x3 products", lambda r: r.spec.precision != "ieee"),
     Feature("attention", "float64", _is(torch.float64), triton=frozenset()),
     Feature("attention", "gradient of the log-sum-exp", lambda r: r.lse_gradient),
     *(Feature("mlp", f"activation {name}", _activates(name)) for name in ACTIVATIONS),

@@ -10,6 +10,7 @@ import torch
 from torch.utils.flop_counter import register_flop_formula
 
 import fastattn.ops  # noqa: F401  (defines the operators)
+from fastattn.spec import ScoreTensors
 
 
 def visible_scores(queries: int, keys: int, left: int | None, right: int | None) -> int:
@@ -44,14 +45,18 @@ def attention_flops(
     return 2 * q[0] * q[1] * visible_scores(q[2], k[2], left, 0 if causal else right) * widths
 
 
+_TENSORS = len(ScoreTensors._fields)
+
+
 @register_flop_formula(torch.ops.fastattn.attention_forward)
-def _forward(q, k, v, lengths, slopes, sinks, causal, scale, left, right, *args, out_shape=None, **kwargs) -> int:
+def _forward(q, k, v, *args, out_shape=None, **kwargs) -> int:
+    causal, _, left, right, *_ = args[_TENSORS:]
     return attention_flops(q, k, v, causal, (left, right))
 
 
 @register_flop_formula(torch.ops.fastattn.attention_backward)
 def _backward(dout, q, k, v, out, lse, dlse, *args, out_shape=None, **kwargs) -> int:
-    _, _, _, causal, _, left, right, *_ = args
+    causal, _, left, right, *_ = args[2 + _TENSORS :]
     return attention_flops(q, k, v, causal, (left, right), backward=True)
 
 

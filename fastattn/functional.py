@@ -8,8 +8,10 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
+from fastattn.dropout import dropout_state as fresh_dropout_state
 from fastattn.ops import MLP, Attention, AttentionBackward
 from fastattn.spec import (
+    Gradients,
     MLPWeights,
     attention_spec,
     check_floating,
@@ -32,9 +34,14 @@ def attention(
     scale: float | None = ...,
     window: tuple[int | None, int | None] = ...,
     key_lengths: Tensor | None = ...,
+    bias: Tensor | None = ...,
     alibi_slopes: Tensor | None = ...,
+    relative_bias: Tensor | None = ...,
     softcap: float | None = ...,
     sinks: Tensor | None = ...,
+    dropout_p: float = ...,
+    dropout_state: Tensor | None = ...,
+    precision: str | None = ...,
     return_lse: Literal[False] = ...,
     backend: str | None = ...,
 ) -> Tensor: ...
@@ -48,9 +55,14 @@ def attention(
     scale: float | None = ...,
     window: tuple[int | None, int | None] = ...,
     key_lengths: Tensor | None = ...,
+    bias: Tensor | None = ...,
     alibi_slopes: Tensor | None = ...,
+    relative_bias: Tensor | None = ...,
     softcap: float | None = ...,
     sinks: Tensor | None = ...,
+    dropout_p: float = ...,
+    dropout_state: Tensor | None = ...,
+    precision: str | None = ...,
     return_lse: Literal[True],
     backend: str | None = ...,
 ) -> tuple[Tensor, Tensor]: ...
@@ -63,9 +75,14 @@ def attention(
     scale: float | None = None,
     window: tuple[int | None, int | None] = (None, None),
     key_lengths: Tensor | None = None,
+    bias: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
+    relative_bias: Tensor | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_state: Tensor | None = None,
+    precision: str | None = None,
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -82,11 +99,24 @@ def attention(
         window: (left, right), how many keys before and after the diagonal are seen; None is unbounded. What
             no query of a tile sees is not computed.
         key_lengths: (B,) integers; keys from there on are not seen (right padding). The diagonal stays.
+        bias: added to the scores; broadcasts to (B, Hq, Lq, Lk), any float dtype, with gradient, which is summed
+            over what is broadcast. -inf hides. Or a bool tensor: True is seen, as scaled_dot_product_attention
+            has it.
         alibi_slopes: (Hq,) or (B, Hq); scores fall by the slope for each key of distance from the diagonal. No
             gradient.
-        softcap: scaled scores s become softcap * tanh(s / softcap), before ALiBi; None or 0 for no cap.
+        relative_bias: (Hq, 2 R + 1) or (B, Hq, 2 R + 1), added to the scores by distance: key j of query i takes
+            value j - (i + Lk - Lq) + R, clamped to the first and the last. With gradient. `t5_relative_bias`
+            makes it of T5's table.
+        softcap: scaled scores s become softcap * tanh(s / softcap), before any bias; None or 0 for no cap.
         sinks: (Hq,) or (B, Hq), in nats; one more score per head that takes weight and gives no value. With
             gradient.
+        dropout_p: the probability with which a weight is dropped, the others grow by 1 / (1 - dropout_p), to
+            16 bits. The backward draws the same numbers again; nothing is stored.
+        dropout_state: (B, 2) int64, seed and offset of each batch entry's random numbers; by default
+            `dropout_state` draws one from torch's generator. `dropout_mask` tells what it drops.
+        precision: how float32 products are made on a GPU: "ieee", "tf32x3" (three tf32 products, nearly as
+            exact) or "tf32"; by default as torch.backends.cuda.matmul says. It is a floor: a backend may be
+            more exact.
         return_lse: also return the log-sum-exp of each row of scores, the sink among them; differentiable.
         backend: "triton", "portable" or "reference"; by default the capability table chooses, or the
             environment variable FASTATTN_BACKEND.
@@ -106,11 +136,20 @@ def attention(
 
     Source: Dao, FlashAttention-2 (2023), algorithms 1 and 2; windows: Beltagy et al., Longformer (2020); ALiBi:
     Press et al., Train Short, Test Long (2022); soft cap: Gemma 2 (2024), section 2; sinks: Xiao et al., Efficient
-    Streaming Language Models with Attention Sinks (2024), section 3.3, learned as in gpt-oss (2025).
+    Streaming Language Models with Attention Sinks (2024), section 3.3, learned as in gpt-oss (2025); relative
+    bias: Raffel et al., Exploring the Limits of Transfer Learning (2020), section 2.1.
     """
     q, k, v = _autocast(q, k, v)
-    spec = attention_spec(q, k, v, causal=causal, scale=scale, window=window, softcap=softcap)
-    tensors = score_tensors(q, k, key_lengths=key_lengths, alibi_slopes=alibi_slopes, sinks=sinks)
+    spec = attention_spec(
+        q, k, v, causal=causal, scale=scale, window=window, softcap=softcap, dropout_p=dropout_p,
+        precision=precision,
+    )  # fmt: skip
+    if spec.dropout and dropout_state is None:
+        dropout_state = fresh_dropout_state(q.shape[0], q.device)
+    tensors = score_tensors(
+        q, k, key_lengths=key_lengths, alibi_slopes=alibi_slopes, bias=bias, relative_bias=relative_bias,
+        sinks=sinks, dropout_state=dropout_state if spec.dropout else None,
+    )  # fmt: skip
     q, spec = positive_scale(q, spec)
     out, lse = Attention.apply(q, k, v, *tensors, *spec.options, backend)
     return (out, lse) if return_lse else out
@@ -129,13 +168,18 @@ def attention_backward(
     scale: float | None = None,
     window: tuple[int | None, int | None] = (None, None),
     key_lengths: Tensor | None = None,
+    bias: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
+    relative_bias: Tensor | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_state: Tensor | None = None,
+    precision: str | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, ...]:
-    """The gradients (dq, dk, dv) of `attention`, and dsinks (B, Hq) if there are sinks, for those who drive the
-    backward themselves (rings, split keys).
+    """The gradients (dq, dk, dv) of `attention`, and of what is given of bias, relative_bias and sinks in this
+    order, with a batch dimension, for those who drive the backward themselves (rings, split keys).
 
     Args:
         dout: gradient of out (B, Hq, Lq, Dv); any strides, zero included.
@@ -144,16 +188,61 @@ def attention_backward(
         dlse: gradient of lse (B, Hq, Lq), or None.
         q, k, v and the rest: as given to `attention`.
     """
-    spec = attention_spec(q, k, v, causal=causal, scale=scale, window=window, softcap=softcap)
-    tensors = score_tensors(q, k, key_lengths=key_lengths, alibi_slopes=alibi_slopes, sinks=sinks)
+    spec = attention_spec(
+        q, k, v, causal=causal, scale=scale, window=window, softcap=softcap, dropout_p=dropout_p,
+        precision=precision,
+    )  # fmt: skip
+    if spec.dropout and dropout_state is None:
+        raise ValueError(
+            "dropout_state must be given with a dropout_p, the one that attention was given; got None"
+        )
+    tensors = score_tensors(
+        q, k, key_lengths=key_lengths, alibi_slopes=alibi_slopes, bias=bias, relative_bias=relative_bias,
+        sinks=sinks, dropout_state=dropout_state if spec.dropout else None,
+    )  # fmt: skip
     check_gradients(q, v, dout=dout, out=out, lse=lse, dlse=dlse)
     scaled_q, positive = positive_scale(q, spec)
-    dq, dk, dv, dsinks = AttentionBackward.apply(
-        dout, scaled_q, k, v, out, lse, dlse, *tensors, *positive.options, backend
+    wanted = (tensors.bias is not None and tensors.bias.is_floating_point(), tensors.relative_bias is not None)
+    gradients = Gradients(
+        *AttentionBackward.apply(
+            dout, scaled_q, k, v, out, lse, dlse, *wanted, *tensors, *positive.options, backend
+        )
     )
     if scaled_q is not q:
-        dq = dq * (-1.0 if spec.scale < 0 else 0.0)
-    return (dq, dk, dv) if sinks is None else (dq, dk, dv, dsinks)
+        gradients = gradients._replace(q=gradients.q * (-1.0 if spec.scale < 0 else 0.0))
+    given = (True, True, True, *wanted, sinks is not None)
+    return tuple(g for g, is_given in zip(gradients, given, strict=True) if g is not None and is_given)
+
+
+def t5_relative_bias(table: Tensor, *, max_distance: int = 128, bidirectional: bool = True) -> Tensor:
+    """T5's relative position bias, as `attention(relative_bias=)` takes it: (Hq, 2 max_distance + 1).
+
+    Args:
+        table: (buckets, Hq), `relative_attention_bias.weight`; differentiable.
+        max_distance: farther keys share the last bucket.
+        bidirectional: half of the buckets are for keys after the diagonal (encoders); else those take bucket 0.
+
+    Source: Raffel et al., Exploring the Limits of Transfer Learning (2020), section 2.1: half of the buckets hold
+    one distance each, the others grow logarithmically.
+    """
+    if not isinstance(table, Tensor):
+        raise TypeError(f"table must be a torch.Tensor, got {type(table).__name__}")
+    if table.dim() != 2 or table.shape[0] < (4 if bidirectional else 2):
+        raise ValueError(f"table must have shape (buckets, heads), got {tuple(table.shape)}")
+    buckets = table.shape[0] // 2 if bidirectional else table.shape[0]
+    exact = buckets // 2
+    if max_distance <= exact:
+        raise ValueError(
+            f"max_distance must be more than {exact}, the distances with a bucket each; got {max_distance}"
+        )
+    distance = torch.arange(-max_distance, max_distance + 1, device=table.device)
+    behind = -distance.clamp(max=0) if not bidirectional else distance.abs()
+    # In float32, as the models were trained: a boundary may fall on either side of an integer.
+    far = torch.log(behind.clamp(min=1).float() / exact) / math.log(max_distance / exact) * (buckets - exact)
+    bucket = torch.where(behind < exact, behind, (exact + far.long()).clamp(max=buckets - 1))
+    if bidirectional:
+        bucket = bucket + buckets * (distance > 0)
+    return table[bucket].t()
 
 
 def merge_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ cannot see through an operator's registered autograd; both share the same formul
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,18 +16,20 @@ from torch import Tensor, library
 from fastattn import backends, capabilities, reference
 from fastattn.backends.layout import empty_heads
 from fastattn.capabilities import BACKWARD, FORWARD, Request
-from fastattn.spec import AttentionSpec, MLPSpec, MLPWeights, ScoreTensors, lse_dtype
+from fastattn.spec import AttentionSpec, Gradients, MLPSpec, MLPWeights, ScoreTensors, Wanted, lse_dtype
 
 _operators = library.Library("fastattn", "DEF")
 # What an attention operator takes beside its tensors, in the order of ScoreTensors and AttentionSpec.
 _SCORES = (
-    "Tensor? key_lengths, Tensor? alibi_slopes, Tensor? sinks, "
-    "bool causal, float scale, SymInt? left, SymInt? right, float softcap, str? backend"
+    "Tensor? key_lengths, Tensor? alibi_slopes, Tensor? bias, Tensor? relative_bias, Tensor? sinks, "
+    "Tensor? dropout_state, bool causal, float scale, SymInt? left, SymInt? right, float softcap, float dropout, "
+    "str precision, str? backend"
 )
+_GRADIENTS = ", ".join(["Tensor"] * len(Gradients._fields))
 _operators.define(f"attention_forward(Tensor q, Tensor k, Tensor v, {_SCORES}) -> (Tensor, Tensor)")
 _operators.define(
     "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? dlse, "
-    f"{_SCORES}) -> (Tensor, Tensor, Tensor, Tensor)"
+    f"bool want_bias, bool want_relative_bias, {_SCORES}) -> ({_GRADIENTS})"
 )
 _operators.define(
     "mlp_forward(Tensor x, Tensor w_in, Tensor? b_in, Tensor? w_up, Tensor? b_up, Tensor w_out, Tensor? b_out, "
@@ -40,32 +43,33 @@ _FORWARD, _BACKWARD = "fastattn::attention_forward", "fastattn::attention_backwa
 _MLP_FORWARD, _MLP_BACKWARD = "fastattn::mlp_forward", "fastattn::mlp_backward"
 
 
-def _forward(q, k, v, key_lengths, alibi_slopes, sinks, *options) -> tuple[Tensor, Tensor]:
-    spec, backend = _spec(*options)
-    tensors = ScoreTensors(key_lengths, alibi_slopes, sinks)
+def _forward(q, k, v, *rest) -> tuple[Tensor, Tensor]:
+    tensors, spec, backend = _put_together(rest)
     request = Request("attention", spec, (q, k, v), score_tensors=tensors)
     chosen = capabilities.choose(request, FORWARD, backend)
     return backends.load(chosen).attention_forward(q, k, v, spec, tensors)
 
 
-def _backward(
-    dout, q, k, v, out, lse, dlse, key_lengths, alibi_slopes, sinks, *options
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    spec, backend = _spec(*options)
-    tensors = ScoreTensors(key_lengths, alibi_slopes, sinks)
+def _backward(dout, q, k, v, out, lse, dlse, want_bias, want_relative_bias, *rest) -> tuple[Tensor, ...]:
+    tensors, spec, backend = _put_together(rest)
+    wanted = Wanted(want_bias, want_relative_bias)
     request = Request("attention", spec, (q, k, v), lse_gradient=dlse is not None, score_tensors=tensors)
     chosen = capabilities.choose(request, BACKWARD, backend)
-    dq, dk, dv, dsinks = backends.load(chosen).attention_backward(dout, q, k, v, out, lse, dlse, spec, tensors)
-    return dq, dk, dv, q.new_empty(0) if dsinks is None else dsinks
+    gradients = backends.load(chosen).attention_backward(dout, q, k, v, out, lse, dlse, spec, tensors, wanted)
+    return tuple(q.new_empty(0) if g is None else g for g in gradients)
 
 
-def _spec(
-    causal: bool, scale: float, left: int | None, right: int | None, softcap: float, backend: str | None
-) -> tuple[AttentionSpec, str | None]:
-    """An operator's options, put together again."""
-    return AttentionSpec(causal, scale, (left, right), softcap), backend
+def _put_together(rest: Sequence) -> tuple[ScoreTensors, AttentionSpec, str | None]:
+    """What an operator takes from key_lengths on, as the backends take it."""
+    tensors, options = rest[:_COUNT], rest[_COUNT:]
+    causal, scale, left, right, softcap, dropout, precision, backend = options
+    spec = AttentionSpec(causal, scale, (left, right), softcap, dropout, precision)
+    return ScoreTensors(*tensors), spec, backend
 
 
+_COUNT = len(ScoreTensors._fields)
+_BIAS = ScoreTensors._fields.index("bias")
+_OPTIONS = 8
 _operators.impl("attention_forward", _forward, "CompositeExplicitAutograd")
 _operators.impl("attention_backward", _backward, "CompositeExplicitAutograd")
 
@@ -78,28 +82,52 @@ def _forward_fake(q, k, v, *_):
 
 
 @library.register_fake(_BACKWARD, lib=_operators)
-def _backward_fake(dout, q, k, v, out, lse, dlse, key_lengths, alibi_slopes, sinks, *_):
-    dsinks = q.new_empty(0) if sinks is None else q.new_empty(sinks.shape, dtype=sinks.dtype)
-    return empty_heads(q.shape, q), empty_heads(k.shape, k), empty_heads(v.shape, v), dsinks
+def _backward_fake(dout, q, k, v, out, lse, dlse, want_bias, want_relative_bias, *rest):
+    tensors = ScoreTensors(*rest[:_COUNT])
+    heads = (empty_heads(t.shape, t) for t in (q, k, v))
+    beside = (
+        (tensors.bias, want_bias),
+        (tensors.relative_bias, want_relative_bias),
+        (tensors.sinks, tensors.sinks is not None),
+    )
+    return *heads, *(q.new_empty(t.shape, dtype=t.dtype) if want else q.new_empty(0) for t, want in beside)
 
 
 class Attention(torch.autograd.Function):
-    """(q, k, v, *ScoreTensors, *options) -> (out, lse), both differentiable; by q, k, v and the sinks."""
+    """(q, k, v, *ScoreTensors, *options) -> (out, lse), both differentiable; by q, k, v, biases and sinks."""
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(
-        q, k, v, key_lengths, alibi_slopes, sinks, causal, scale, left, right, softcap, backend
+        q,
+        k,
+        v,
+        key_lengths,
+        alibi_slopes,
+        bias,
+        relative_bias,
+        sinks,
+        dropout_state,
+        causal,
+        scale,
+        left,
+        right,
+        softcap,
+        dropout,
+        precision,
+        backend,
     ):  # spelled out, because dynamo cannot trace a forward of *arguments
         return torch.ops.fastattn.attention_forward(
-            q, k, v, key_lengths, alibi_slopes, sinks, causal, scale, left, right, softcap, backend
-        )
+            q, k, v, key_lengths, alibi_slopes, bias, relative_bias, sinks, dropout_state, causal, scale, left,
+            right, softcap, dropout, precision, backend,
+        )  # fmt: skip
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        q, k, v, key_lengths, alibi_slopes, sinks, *ctx.options = inputs
-        ctx.save_for_backward(q, k, v, *output, key_lengths, alibi_slopes, sinks)
+        q, k, v, *rest = inputs
+        ctx.options = rest[_COUNT:]
+        ctx.save_for_backward(q, k, v, *output, *rest[:_COUNT])
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -107,9 +135,18 @@ class Attention(torch.autograd.Function):
         q, k, v, out, lse, *tensors = ctx.saved_tensors
         if dout is None:
             dout = torch.zeros_like(out)
-        dq, dk, dv, dsinks = AttentionBackward.apply(dout, q, k, v, out, lse, dlse, *tensors, *ctx.options)
-        has_sinks = tensors[-1] is not None
-        return dq, dk, dv, None, None, dsinks if has_sinks else None, *(None,) * len(ctx.options)
+        needed = ScoreTensors(*ctx.needs_input_grad[3 : 3 + _COUNT])
+        gradients = Gradients(
+            *AttentionBackward.apply(
+                dout, q, k, v, out, lse, dlse, needed.bias, needed.relative_bias, *tensors, *ctx.options
+            )
+        )
+        beside = ScoreTensors(
+            bias=gradients.bias if needed.bias else None,
+            relative_bias=gradients.relative_bias if needed.relative_bias else None,
+            sinks=gradients.sinks if needed.sinks else None,
+        )
+        return *gradients[:3], *beside, *(None,) * _OPTIONS
 
 
 class AttentionBackward(torch.autograd.Function):
@@ -126,62 +163,90 @@ class AttentionBackward(torch.autograd.Function):
         out,
         lse,
         dlse,
+        want_bias,
+        want_relative_bias,
         key_lengths,
         alibi_slopes,
+        bias,
+        relative_bias,
         sinks,
+        dropout_state,
         causal,
         scale,
         left,
         right,
         softcap,
+        dropout,
+        precision,
         backend,
     ):
         return torch.ops.fastattn.attention_backward(
-            dout, q, k, v, out, lse, dlse, key_lengths, alibi_slopes, sinks, causal, scale, left, right, softcap,
-            backend,
+            dout, q, k, v, out, lse, dlse, want_bias, want_relative_bias, key_lengths, alibi_slopes, bias,
+            relative_bias, sinks, dropout_state, causal, scale, left, right, softcap, dropout, precision, backend,
         )  # fmt: skip
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs[:10])
-        ctx.spec, _ = _spec(*inputs[10:])
-        ctx.count = len(inputs)
+        ctx.save_for_backward(*inputs[:7], *inputs[9 : 9 + _COUNT])
+        ctx.wanted = Wanted(*inputs[7:9])
+        _, ctx.spec, _ = _put_together(inputs[9:])
+        ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx, *second):
         # out and lse count as inputs of their own: what flows into them goes on through Attention.backward.
-        dout, q, k, v, out, lse, dlse, key_lengths, alibi_slopes, sinks = ctx.saved_tensors
-        optional = [t for t in (dlse, sinks) if t is not None]
+        *main, key_lengths, alibi_slopes, bias, relative_bias, sinks, dropout_state = ctx.saved_tensors
+        given = {"dlse": main.pop(), "bias": bias, "relative_bias": relative_bias, "sinks": sinks}
+        names = [name for name, t in given.items() if t is not None and t.is_floating_point()]
+        there = (True, True, True, *ctx.wanted, sinks is not None)
+        which = [i for i, is_there in enumerate(there) if is_there and second[i] is not None]
+        if not which:
+            return (None,) * (9 + _COUNT + _OPTIONS)
 
-        def gradients(dout, q, k, v, out, lse, *optional):
-            given = list(optional)
-            dlse_given = given.pop(0) if dlse is not None else None
-            tensors = ScoreTensors(key_lengths, alibi_slopes, given.pop(0) if sinks is not None else None)
-            return reference.attention_backward(dout, q, k, v, out, lse, dlse_given, ctx.spec, tensors)[
-                : 3 + has_sinks
-            ]
+        def gradients(*tensors):
+            known = {**given, **dict(zip(names, tensors[6:], strict=True))}
+            beside = ScoreTensors(
+                key_lengths, alibi_slopes, known["bias"], known["relative_bias"], known["sinks"], dropout_state
+            )
+            every = reference.attention_backward(*tensors[:6], known["dlse"], ctx.spec, beside, ctx.wanted)
+            return [every[i] for i in which]
 
-        has_sinks = sinks is not None
-        pulled = list(torch.func.vjp(gradients, dout, q, k, v, out, lse, *optional)[1](second[: 3 + has_sinks]))
-        of_sinks = pulled.pop() if has_sinks else None
-        of_dlse = pulled.pop() if dlse is not None else None
-        return *pulled, of_dlse, None, None, of_sinks, *(None,) * (ctx.count - 10)
+        pulled = torch.func.vjp(gradients, *main, *(given[name] for name in names))[1]([second[i] for i in which])
+        of = dict(zip(names, pulled[6:], strict=True))
+        beside = ScoreTensors(bias=of.get("bias"), relative_bias=of.get("relative_bias"), sinks=of.get("sinks"))
+        return *pulled[:6], of.get("dlse"), None, None, *beside, *(None,) * _OPTIONS
 
 
 @library.register_vmap(_FORWARD, lib=_operators)
 def _forward_vmap(info: Any, in_dims: tuple, *arguments):
-    tensors = _fold(info.batch_size, in_dims[:6], arguments[:6])
-    return _unfold(info.batch_size, torch.ops.fastattn.attention_forward(*tensors, *arguments[6:])), (0, 0)
+    count = 3 + _COUNT
+    if _shared(in_dims, arguments, 0, 3 + _BIAS):
+        return _one_by_one(torch.ops.fastattn.attention_forward, info.batch_size, in_dims, arguments)
+    tensors = _fold(info.batch_size, in_dims[:count], arguments[:count])
+    return _unfold(info.batch_size, torch.ops.fastattn.attention_forward(*tensors, *arguments[count:])), (0, 0)
 
 
 @library.register_vmap(_BACKWARD, lib=_operators)
 def _backward_vmap(info: Any, in_dims: tuple, *arguments):
-    tensors = _fold(info.batch_size, in_dims[:10], arguments[:10])
-    *gradients, dsinks = torch.ops.fastattn.attention_backward(*tensors, *arguments[10:])
-    dsinks = (
-        _unfold(info.batch_size, (dsinks,))[0] if tensors[-1] is not None else dsinks.expand(info.batch_size, 0)
+    count = 9 + _COUNT
+    if _shared(in_dims, arguments, 1, 9 + _BIAS):
+        return _one_by_one(torch.ops.fastattn.attention_backward, info.batch_size, in_dims, arguments)
+    folded = _fold(info.batch_size, (*in_dims[:7], *in_dims[9:count]), (*arguments[:7], *arguments[9:count]))
+    gradients = torch.ops.fastattn.attention_backward(
+        *folded[:7], *arguments[7:9], *folded[7:], *arguments[count:]
     )
-    return (*_unfold(info.batch_size, tuple(gradients)), dsinks), (0, 0, 0, 0)
+    unfolded = (
+        _unfold(info.batch_size, (g,))[0] if g.dim() > 1 else g.expand(info.batch_size, 0) for g in gradients
+    )
+    return tuple(unfolded), (0,) * len(gradients)
+
+
+def _shared(in_dims: tuple, arguments: tuple, q: int, bias: int) -> bool:
+    """Whether one bias serves a batch of several: then samples cannot become a larger batch."""
+    if arguments[bias] is None:
+        return False
+    of_q, of_bias = (arguments[i].shape[0 if in_dims[i] is None or in_dims[i] > 0 else 1] for i in (q, bias))
+    return of_q != of_bias
 
 
 def _fold(size: int, dims: tuple, tensors: tuple) -> list[Tensor | None]:

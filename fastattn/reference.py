@@ -10,7 +10,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastattn.spec import NO_TENSORS, AttentionSpec, MLPSpec, MLPWeights, ScoreTensors, lse_dtype
+from fastattn.dropout import dropout_mask
+from fastattn.spec import (
+    NO_TENSORS,
+    AttentionSpec,
+    Gradients,
+    MLPSpec,
+    MLPWeights,
+    ScoreTensors,
+    Wanted,
+    lse_dtype,
+)
 
 
 def visible(
@@ -46,8 +56,8 @@ def attention(
         sink = tensors.sinks.to(scores.dtype)[:, :, None, None].expand(*scores.shape[:3], 1)
         scores = torch.cat((scores, sink), -1)
     lse = torch.logsumexp(scores.to(lse_dtype(q.dtype)), -1)
-    weights = torch.softmax(scores, -1).masked_fill((lse == float("-inf"))[..., None], 0.0)
-    return weights[..., : k.shape[2]] @ _every_head(v, q), lse
+    weights = torch.softmax(scores, -1).masked_fill((lse == float("-inf"))[..., None], 0.0)[..., : k.shape[2]]
+    return _dropped(weights, spec, tensors) @ _every_head(v, q), lse
 
 
 def attention_backward(
@@ -60,9 +70,9 @@ def attention_backward(
     dlse: Tensor | None,
     spec: AttentionSpec,
     tensors: ScoreTensors = NO_TENSORS,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """The gradients of `attention` from what it returned, written out, so that they can be differentiated again:
-    dq, dk, dv and dsinks (B, Hq), None without sinks.
+    wanted: Wanted = Wanted(),  # noqa: B008 (immutable)
+) -> Gradients:
+    """The gradients of `attention` from what it returned, written out, so that they can be differentiated again.
 
     A row that sees no key has lse -inf whatever the inputs: its weights and its gradients are 0.
     """
@@ -74,19 +84,33 @@ def attention_backward(
     if dlse is not None:
         delta = delta - dlse[..., None]
     delta = delta.masked_fill(empty, 0.0)
-    dweights = dout @ _every_head(v, q).transpose(2, 3)
-    dscores = weights * (dweights - delta) * spec.scale
+    dweights = _dropped(dout @ _every_head(v, q).transpose(2, 3), spec, tensors)
+    dscores = weights * (dweights - delta)
+    dbias = drelative = dsinks = None
+    if wanted.bias and tensors.bias is not None:
+        dbias = dscores.sum_to_size(tensors.bias.shape).to(tensors.bias.dtype)
+    if wanted.relative_bias and tensors.relative_bias is not None:
+        drelative = sum_by_distance(dscores, tensors.relative_bias, q.shape[2] - k.shape[2])
+    if tensors.sinks is not None:
+        sink_weights = torch.exp(tensors.sinks[:, :, None, None] - safe_lse)
+        dsinks = -(sink_weights * delta).sum((2, 3)).to(tensors.sinks.dtype)
+    dscores = dscores * spec.scale
     if spec.softcap:
         products = q @ _every_head(k, q).transpose(2, 3) * spec.scale
         dscores = dscores * (1.0 - torch.tanh(products / spec.softcap).square())
     dscores = dscores.to(q.dtype)
     dq = dscores @ _every_head(k, q)
     dk = _sum_of_group(dscores.transpose(2, 3) @ q, k)
-    dv = _sum_of_group(weights.transpose(2, 3) @ dout, v)
-    if tensors.sinks is None:
-        return dq, dk, dv, None
-    sink_weights = torch.exp(tensors.sinks[:, :, None, None] - safe_lse)
-    return dq, dk, dv, -(sink_weights * delta).sum((2, 3)).to(tensors.sinks.dtype)
+    dv = _sum_of_group(_dropped(weights, spec, tensors).transpose(2, 3) @ dout, v)
+    return Gradients(dq, dk, dv, dbias, drelative, dsinks)
+
+
+def _dropped(weights: Tensor, spec: AttentionSpec, tensors: ScoreTensors) -> Tensor:
+    """What is kept of the weights (B, Hq, Lq, Lk), and their gradients, under dropout."""
+    if tensors.dropout_state is None:
+        return weights
+    keep = dropout_mask(tensors.dropout_state, spec.dropout, *weights.shape[1:])
+    return (weights * keep) / (1.0 - spec.dropout)
 
 
 def _scores(q: Tensor, k: Tensor, spec: AttentionSpec, tensors: ScoreTensors) -> Tensor:
@@ -98,8 +122,42 @@ def _scores(q: Tensor, k: Tensor, spec: AttentionSpec, tensors: ScoreTensors) ->
     if tensors.alibi_slopes is not None:
         distance = _distance(queries, keys, q.device).abs()
         scores = scores - (tensors.alibi_slopes[:, :, None, None] * distance).to(scores.dtype)
+    if tensors.relative_bias is not None:
+        radius = tensors.relative_bias.shape[2] // 2
+        index = relative_index(_distance(queries, keys, q.device), radius)
+        scores = scores + tensors.relative_bias[:, :, index].to(scores.dtype)
     seen = visible(queries, keys, spec, q.device, tensors.key_lengths)
+    if tensors.bias is not None:
+        if tensors.bias.dtype == torch.bool:
+            seen = seen & tensors.bias
+        else:
+            scores = scores + tensors.bias.to(scores.dtype)
     return scores.masked_fill(~seen, float("-inf"))
+
+
+def relative_index(distance: Tensor, radius: int) -> Tensor:
+    """Where in a relative bias of 2 radius + 1 values the one for a key so far behind the diagonal stands; farther
+    ones take the first and the last."""
+    return distance.clamp(-radius, radius) + radius
+
+
+def sum_by_distance(dscores: Tensor, relative_bias: Tensor, shift: int) -> Tensor:
+    """The gradient of a relative bias (B, H, 2 R + 1) from that of the scores (B, H, rows, columns): the sum along
+    each diagonal. The key of column j stands `shift` + j - i behind the diagonal of row i. No atomics: every row
+    is shifted by one against the one below, and the columns summed."""
+    rows, columns = dscores.shape[2:]
+    radius = relative_bias.shape[2] // 2
+    if rows * columns == 0:
+        return torch.zeros_like(relative_bias)
+    skewed = F.pad(dscores.flip(2), (0, rows)).flatten(2)[..., :-rows]
+    sums = skewed.unflatten(2, (rows, columns + rows - 1)).sum(2, dtype=relative_bias.dtype)
+    nearest, farthest = shift - rows + 1, shift + columns - 1
+    sums = F.pad(sums, (max(0, nearest + radius), max(0, radius - farthest)))
+    if radius == 0:
+        return sums.sum(2, keepdim=True)
+    before = 1 - radius - min(nearest, -radius)
+    ends = sums[..., :before].sum(2, keepdim=True), sums[..., before + 2 * radius - 1 :].sum(2, keepdim=True)
+    return torch.cat((ends[0], sums[..., before : before + 2 * radius - 1], ends[1]), 2)
 
 
 def _distance(queries: int, keys: int, device: torch.device | None) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MIN_HEAD_DIM, MAX_HEAD_DIM = 8, 256
+PRECISIONS = ("ieee", "tf32x3", "tf32")
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "relu_squared", "silu")
 
 
@@ -27,12 +28,16 @@ class AttentionSpec:
     scale: the multiplier of the scores; positive.
     window: how many keys before and after the diagonal are seen; None for all.
     softcap: scores s become softcap * tanh(s / softcap); 0 for no cap.
+    dropout: the probability with which a weight is dropped; a multiple of 2**-16, see fastattn.dropout.
+    precision: how float32 products are made, one of PRECISIONS.
     """
 
     causal: bool = False
     scale: float = 1.0
     window: tuple[int | None, int | None] = (None, None)
     softcap: float = 0.0
+    dropout: float = 0.0
+    precision: str = "ieee"
 
     @property
     def left(self) -> int | None:
@@ -45,9 +50,9 @@ class AttentionSpec:
         return 0 if self.causal else self.window[1]
 
     @property
-    def options(self) -> tuple[bool, float, int | None, int | None, float]:
-        """As an operator takes them: causal, scale, window to the left and right, softcap."""
-        return self.causal, self.scale, *self.window, self.softcap
+    def options(self) -> tuple[bool, float, int | None, int | None, float, float, str]:
+        """As an operator takes them: causal, scale, window to the left and right, softcap, dropout, precision."""
+        return self.causal, self.scale, *self.window, self.softcap, self.dropout, self.precision
 
 
 class ScoreTensors(NamedTuple):
@@ -55,15 +60,40 @@ class ScoreTensors(NamedTuple):
 
     key_lengths: (B,) int32; keys from there on are not seen.
     alibi_slopes: (B, Hq) fp32; the score falls by the slope for each key of distance from the diagonal.
+    bias: (B or 1, Hq or 1, Lq or 1, Lk or 1); added to the scores, or, if bool, says which keys are seen.
+    relative_bias: (B, Hq, 2 R + 1) in the log-sum-exp's dtype; added by distance from the diagonal, see
+        `relative_index`.
     sinks: (B, Hq) in the log-sum-exp's dtype; a score that takes weight and gives no value.
+    dropout_state: (B, 2) int64, seed and offset of each batch entry's random numbers, see fastattn.dropout.
     """
 
     key_lengths: Tensor | None = None
     alibi_slopes: Tensor | None = None
+    bias: Tensor | None = None
+    relative_bias: Tensor | None = None
     sinks: Tensor | None = None
+    dropout_state: Tensor | None = None
 
 
 NO_TENSORS = ScoreTensors()
+
+
+class Gradients(NamedTuple):
+    """Of a loss by what went into attention; None for what was not given or not wanted."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    bias: Tensor | None = None
+    relative_bias: Tensor | None = None
+    sinks: Tensor | None = None
+
+
+class Wanted(NamedTuple):
+    """Which of the gradients that cost a pass of their own are asked for."""
+
+    bias: bool = False
+    relative_bias: bool = False
 
 
 def attention_spec(
@@ -75,8 +105,11 @@ def attention_spec(
     scale: float | None,
     window: tuple[int | None, int | None] = (None, None),
     softcap: float | None = None,
+    dropout_p: float = 0.0,
+    precision: str | None = None,
 ) -> AttentionSpec:
-    """Check q, k, v and the options against each other; the default scale is 1/sqrt(D).
+    """Check q, k, v and the options against each other; the default scale is 1/sqrt(D), the default precision
+    PyTorch's own for float32 products.
 
     A scale of zero or below is legal for the caller, but not in a spec: see `positive_scale`.
     """
@@ -96,7 +129,34 @@ def attention_spec(
         raise TypeError(f"softcap must be a number or None, got {type(softcap).__name__}")
     if not 0 <= softcap < math.inf:
         raise ValueError(f"softcap must be positive and finite, or None or 0 for no cap; got {softcap}")
-    return AttentionSpec(causal, float(scale), window_that_hides(window, q.shape[2], k.shape[2]), float(softcap))
+    return AttentionSpec(
+        causal,
+        float(scale),
+        window_that_hides(window, q.shape[2], k.shape[2]),
+        float(softcap),
+        check_dropout(dropout_p),
+        check_precision(precision, q),
+    )
+
+
+def check_dropout(dropout_p: float) -> float:
+    """The probability as the random numbers can tell it, in 2**16 steps."""
+    if isinstance(dropout_p, bool) or not isinstance(dropout_p, int | float):
+        raise TypeError(f"dropout_p must be a number, got {type(dropout_p).__name__}")
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p must be at least 0 and below 1, got {dropout_p}")
+    # What is asked for and is not nothing or everything does not become so by rounding.
+    steps = min(max(round(dropout_p * 2**16), int(dropout_p > 0)), 2**16 - 1)
+    return steps / 2**16
+
+
+def check_precision(precision: str | None, q: Tensor) -> str:
+    """How float32 products are made; PyTorch's global setting by default. Other dtypes have one way only."""
+    if precision is not None and precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)} or None, got {precision!r}")
+    if q.dtype != torch.float32 or q.device.type != "cuda":
+        return "ieee"
+    return precision or ("tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee")
 
 
 def check_window(window: tuple[int | None, int | None]) -> None:
@@ -126,9 +186,12 @@ def score_tensors(
     q: Tensor,
     k: Tensor,
     *,
-    key_lengths: Tensor | None,
-    alibi_slopes: Tensor | None,
-    sinks: Tensor | None,
+    key_lengths: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    bias: Tensor | None = None,
+    relative_bias: Tensor | None = None,
+    sinks: Tensor | None = None,
+    dropout_state: Tensor | None = None,
 ) -> ScoreTensors:
     """Check the tensors that shape the scores, and give each of them a batch dimension.
 
@@ -147,18 +210,50 @@ def score_tensors(
         if alibi_slopes.requires_grad:
             raise ValueError("alibi_slopes must not require a gradient, they have none here; detach them")
         alibi_slopes = alibi_slopes.to(lse_dtype(q.dtype)).expand(batch, heads)
+    if bias is not None:
+        bias = check_bias(bias, q, k)
+    if relative_bias is not None:
+        check_beside("relative_bias", relative_bias, q, None)
+        check_floating("relative_bias", relative_bias)
+        width = relative_bias.shape[-1] if relative_bias.dim() else 0
+        if tuple(relative_bias.shape) not in ((heads, width), (batch, heads, width)) or width % 2 == 0:
+            raise ValueError(
+                f"relative_bias must have shape ({heads}, 2 R + 1) or ({batch}, {heads}, 2 R + 1), "
+                f"got {_shape(relative_bias)}"
+            )
+        relative_bias = relative_bias.to(lse_dtype(q.dtype)).expand(batch, heads, width)
     if sinks is not None:
         check_beside("sinks", sinks, q, ((heads,), (batch, heads)))
         check_floating("sinks", sinks)
         sinks = sinks.to(lse_dtype(q.dtype)).expand(batch, heads)
-    return ScoreTensors(key_lengths, alibi_slopes, sinks)
+    if dropout_state is not None:
+        check_beside("dropout_state", dropout_state, q, ((batch, 2),))
+        if dropout_state.dtype != torch.int64:
+            raise TypeError(f"dropout_state must be int64, got {dropout_state.dtype}")
+    return ScoreTensors(key_lengths, alibi_slopes, bias, relative_bias, sinks, dropout_state)
 
 
-def check_beside(name: str, t: Tensor, q: Tensor, shapes: tuple[tuple[int, ...], ...]) -> None:
-    """A tensor of one of these shapes, on q's device."""
+def check_bias(bias: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    """A bias that broadcasts to (B, Hq, Lq, Lk), with all four dimensions; expanded ones are taken back."""
+    check_beside("bias", bias, q, None)
+    if bias.dtype != torch.bool:
+        check_floating("bias", bias)
+    full = (*q.shape[:3], k.shape[2])
+    if bias.dim() > 4 or any(b not in (1, f) for b, f in zip(bias.shape[::-1], full[::-1], strict=False)):
+        raise ValueError(f"bias must broadcast to (batch, heads, Lq, Lk) = {full}, got {_shape(bias)}")
+    bias = bias[(None,) * (4 - bias.dim())]
+    for dimension, stride in enumerate(bias.stride()):
+        # The gradient is summed over what is expanded; said here, its pass need not store the whole of it.
+        if stride == 0 and bias.shape[dimension] > 1:
+            bias = bias.narrow(dimension, 0, 1)
+    return bias
+
+
+def check_beside(name: str, t: Tensor, q: Tensor, shapes: tuple[tuple[int, ...], ...] | None) -> None:
+    """A tensor of one of these shapes, or of any, on q's device."""
     if not isinstance(t, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
-    if tuple(t.shape) not in shapes:
+    if shapes is not None and tuple(t.shape) not in shapes:
         raise ValueError(f"{name} must have shape {' or '.join(map(str, shapes))}, got {_shape(t)}")
     if t.device != q.device:
         raise ValueError(f"{name} must be on q's device {q.device}, got {t.device}")

@@ -14,7 +14,7 @@ from torch import Tensor
 import fastattn
 from fastattn import reference
 from fastattn.backends import torch_flash
-from fastattn.spec import AttentionSpec, ScoreTensors, lse_dtype
+from fastattn.spec import AttentionSpec, ScoreTensors, check_dropout, lse_dtype
 
 # "tiled" is the portable backend kept from handing over to PyTorch's flash attention.
 IMPLEMENTATIONS = ("triton", "portable", "tiled", "reference")
@@ -41,6 +41,10 @@ class Problem:
     lengths: bool = False
     alibi: bool = False
     sinks: bool = False
+    bias: tuple[int, int, int, int] | None = None  # 1 where the bias has size 1, else 0
+    masked: bool = False  # the bias says which keys are seen
+    radius: int | None = None  # of a relative bias
+    dropout: float = 0.0
 
     def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
         sizes = (
@@ -63,25 +67,35 @@ class Problem:
 
     @property
     def spec(self) -> AttentionSpec:
-        return AttentionSpec(self.causal, self.scale or self.width**-0.5, self.window, self.softcap)
+        dropout = check_dropout(self.dropout)
+        return AttentionSpec(self.causal, self.scale or self.width**-0.5, self.window, self.softcap, dropout)
 
     @property
     def options(self) -> dict[str, object]:
         """What `fastattn.attention` is called with, beside tensors."""
-        return {"causal": self.causal, "scale": self.scale, "window": self.window, "softcap": self.softcap}
+        names = ("causal", "scale", "window", "softcap")
+        return {**{name: getattr(self, name) for name in names}, "dropout_p": self.dropout}
 
     def score_tensors(self) -> ScoreTensors:
-        """Key lengths from none to all, slopes as ALiBi's, sinks of the size of scores."""
-        lengths = slopes = sinks = None
+        """Key lengths from none to all, slopes as ALiBi's, biases and sinks of the size of scores, some -inf."""
+        batch, heads = self.batch, self.heads
+        lengths = slopes = bias = relative = sinks = state = None
         if self.lengths:
-            lengths = torch.tensor(
-                [self.keys * (b + 1) // (self.batch + 1) for b in range(self.batch)], device=DEVICE
-            )
+            lengths = torch.tensor([self.keys * (b + 1) // (batch + 1) for b in range(batch)], device=DEVICE)
         if self.alibi:
-            slopes = torch.tensor([0.5 / (h + 1) for h in range(self.heads)], device=DEVICE)
+            slopes = torch.tensor([0.5 / (h + 1) for h in range(heads)], device=DEVICE).expand(batch, heads)
+        if self.bias is not None:
+            full = (batch, heads, self.queries, self.keys)
+            bias = self._random(*(1 if one else size for one, size in zip(self.bias, full, strict=True)))
+            hidden = torch.rand_like(bias, dtype=torch.float32) < 0.2
+            bias = ~hidden if self.masked else bias.masked_fill(hidden, float("-inf"))
+        if self.radius is not None:
+            relative = torch.randn(batch, heads, 2 * self.radius + 1, device=DEVICE)
         if self.sinks:
-            sinks = torch.randn(self.heads, device=DEVICE)
-        return ScoreTensors(lengths, slopes, sinks)
+            sinks = torch.randn(heads, device=DEVICE).expand(batch, heads)
+        if self.dropout:
+            state = fastattn.dropout_state(batch, DEVICE)
+        return ScoreTensors(lengths, slopes, bias, relative, sinks, state)
 
 
 @contextmanager
@@ -112,38 +126,43 @@ def check(problem: Problem, name: str) -> None:
     dlse = torch.randn(problem.batch, problem.heads, problem.queries, device=DEVICE)
     dout, dlse = dout.to(problem.dtype), dlse if problem.lse_gradient else None
     tensors = problem.score_tensors()
-    sinks = () if tensors.sinks is None else (tensors.sinks.to(lse_dtype(problem.dtype)),)
+    learned = {name: t for name in LEARNED if (t := getattr(tensors, name)) is not None and t.is_floating_point()}
+    rows_that_see = sees(problem, tensors)
 
-    def definition(q, k, v, *sinks):
-        beside = (
-            None if t is None else t.expand(problem.batch, problem.heads) for t in (tensors.alibi_slopes, *sinks)
+    def definition(q, k, v, *learned_):
+        return reference.attention(
+            q, k, v, problem.spec, tensors._replace(**dict(zip(learned, learned_, strict=True)))
         )
-        slopes, sink = (*beside, None)[:2]
-        return reference.attention(q, k, v, problem.spec, ScoreTensors(tensors.key_lengths, slopes, sink))
 
-    exact_upstream = (dout.double(), None if dlse is None else _finite_rows(dlse.double(), problem))
-    eager_upstream = (dout, None if dlse is None else _finite_rows(dlse, problem))
-    exact = run([t.double() for t in (*inputs, *sinks)], exact_upstream, definition)
-    eager = run((*inputs, *sinks), eager_upstream, definition)
+    def upstream(dtype):
+        # No gradient flows through the lse of rows that see nothing; autograd of the definition would give NaN.
+        return dout.to(dtype), None if dlse is None else (dlse * rows_that_see).to(lse_dtype(dtype))
+
+    exact = run([t.double() for t in (*inputs, *learned.values())], upstream(torch.float64), definition)
+    eager = run(
+        (*inputs, *(t.to(lse_dtype(problem.dtype)) for t in learned.values())), upstream(problem.dtype), definition
+    )
     with implementation(name) as backend:
 
-        def ours(q, k, v, sinks=None):
-            return fastattn.attention(
-                q, k, v, **problem.options, key_lengths=tensors.key_lengths, alibi_slopes=tensors.alibi_slopes,
-                sinks=sinks, return_lse=True, backend=backend,
-            )  # fmt: skip
+        def ours(q, k, v, *learned_):
+            given = {**tensors._asdict(), **dict(zip(learned, learned_, strict=True))}
+            return fastattn.attention(q, k, v, **problem.options, **given, return_lse=True, backend=backend)
 
-        actual = run((*inputs, *sinks), (dout, dlse), ours)
+        actual = run((*inputs, *learned.values()), (dout, dlse), ours)
     for position, (a, x, e) in enumerate(zip(actual, exact, eager, strict=True)):
-        # delta is made of the rounded output, and it is all that a sink's gradient is made of.
-        rounded = problem.dtype if position == 5 else None
-        assert_as_exact_as_eager(a, x, e, gradient=position >= 2, dtype=rounded)
+        # delta is made of the rounded output, and goes into every gradient of what is added to the scores.
+        rounded = problem.dtype if position >= 5 else None
+        assert_as_exact_as_eager(a, x, e.to(a.dtype), gradient=position >= 2, dtype=rounded)
 
 
-def _finite_rows(dlse: Tensor, problem: Problem) -> Tensor:
-    """No gradient flows through the lse of rows that see nothing; autograd of the definition would give NaN."""
-    if problem.sinks:
-        return dlse
-    lengths = problem.score_tensors().key_lengths
-    sees = reference.visible(problem.queries, problem.keys, problem.spec, dlse.device, lengths).any(-1)
-    return dlse * sees
+LEARNED = ("bias", "relative_bias", "sinks")
+
+
+def sees(problem: Problem, tensors: ScoreTensors) -> Tensor:
+    """Which rows see a key, or a sink; broadcasts to (B, Hq, Lq)."""
+    if tensors.sinks is not None:
+        return torch.ones((), dtype=torch.bool, device=DEVICE)
+    seen = reference.visible(problem.queries, problem.keys, problem.spec, DEVICE, tensors.key_lengths)
+    if tensors.bias is not None:
+        seen = seen & (tensors.bias if problem.masked else tensors.bias > float("-inf"))
+    return seen.any(-1)

@@ -14,6 +14,7 @@ from tolerance import assert_as_exact_as_eager
 
 import fastattn
 from fastattn import capabilities, reference
+from fastattn.spec import Wanted
 
 # One call for each row of the capability table; a row without one fails the test below.
 SAMPLES = {
@@ -23,6 +24,10 @@ SAMPLES = {
     "key lengths": Problem(batch=3, lengths=True, queries=50, keys=50),
     "soft-capped scores": Problem(softcap=1.5, queries=40, keys=40),
     "ALiBi slopes": Problem(alibi=True, queries=40, keys=56, heads=3, key_heads=1),
+    "additive bias, with gradient": Problem(bias=(0, 0, 0, 0), queries=40, keys=52, batch=2),
+    "boolean mask": Problem(bias=(0, 1, 0, 0), masked=True, queries=40, keys=52, batch=2),
+    "relative position bias (T5), with gradient": Problem(radius=12, queries=70, keys=85, heads=3, key_heads=1),
+    "dropout": Problem(dropout=0.2, queries=50, keys=70, batch=2),
     "attention sinks, with gradient": Problem(sinks=True, queries=40, keys=24, causal=True),
     "lengths of their own for queries and keys": Problem(causal=True, queries=37, keys=90),
     "grouped-query heads": Problem(heads=6, key_heads=2, causal=True, queries=40, keys=40),
@@ -31,6 +36,7 @@ SAMPLES = {
     "float16": Problem(dtype=torch.float16, causal=True, queries=70, keys=70),
     "bfloat16": Problem(dtype=torch.bfloat16, causal=True, queries=70, keys=70),
     "float32, IEEE products": Problem(dtype=torch.float32, queries=33, keys=65),
+    "float32, tf32 and tf32x3 products": Problem(queries=33, keys=65),
     "float64": Problem(dtype=torch.float64, queries=33, keys=65),
     "gradient of the log-sum-exp": Problem(lse_gradient=True, causal=True, queries=50, keys=50),
 }
@@ -108,6 +114,10 @@ problems = st.builds(
     lengths=st.booleans(),
     alibi=st.booleans(),
     sinks=st.booleans(),
+    bias=st.none() | st.tuples(*[st.integers(0, 1)] * 4),
+    masked=st.booleans(),
+    radius=st.none() | st.integers(0, 40),
+    dropout=st.sampled_from([0.0, 0.3]),
 )
 
 
@@ -246,7 +256,7 @@ def test_the_tiled_backend_stores_nothing_that_grows_with_the_square_of_the_leng
     with Largest() as seen:
         out, lse = portable._tiled_forward(q, k, v, problem.spec, problem.score_tensors())
         portable._tiled_backward(
-            torch.ones_like(out), q, k, v, out, lse, None, problem.spec, problem.score_tensors()
+            torch.ones_like(out), q, k, v, out, lse, None, problem.spec, problem.score_tensors(), Wanted()
         )
     assert seen.elements <= max(portable.QUERY_TILE * portable.KEY_TILE, 4096 * 32)
 

@@ -41,17 +41,17 @@ def test_gradcheck_and_gradgradcheck(causal: bool, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["tiled", "reference"])
 def test_gradcheck_and_gradgradcheck_of_everything_done_to_the_scores(name: str) -> None:
-    inputs = [
-        *small(dtype=torch.float64, batch=2),
-        torch.randn(2, dtype=torch.float64, device=DEVICE, requires_grad=True),
-    ]
+    learned = [torch.randn(shape, dtype=torch.float64, device=DEVICE) for shape in ((2,), (2, 1, 4, 6), (2, 5))]
+    inputs = [*small(dtype=torch.float64, batch=2), *(t.requires_grad_() for t in learned)]
     lengths, slopes = torch.tensor([3, 6], device=DEVICE), torch.tensor([0.5, 0.1], device=DEVICE)
+    state = fastattn.dropout_state(2, DEVICE)
     with implementation(name) as backend:
 
-        def function(q, k, v, sinks):
+        def function(q, k, v, sinks, bias, relative_bias):
             return fastattn.attention(
                 q, k, v, window=(2, 1), softcap=1.5, key_lengths=lengths, alibi_slopes=slopes, sinks=sinks,
-                return_lse=True, backend=backend,
+                bias=bias, relative_bias=relative_bias, dropout_p=0.2, dropout_state=state, return_lse=True,
+                backend=backend,
             )  # fmt: skip
 
         assert torch.autograd.gradcheck(function, inputs)
@@ -88,19 +88,24 @@ def test_opcheck(causal: bool, backend: str) -> None:
     options = (
         torch.tensor([17], device=DEVICE),
         torch.rand(1, 4, device=DEVICE),
+        torch.randn(1, 1, 20, 24, device=DEVICE, requires_grad=True),
+        torch.randn(1, 4, 9, device=DEVICE, requires_grad=True),
         sinks,
+        fastattn.dropout_state(1, DEVICE),
         causal,
         0.25,
         9,
         None,
         3.0,
+        0.25,
+        "ieee",
     )
-    for beside in ((None, None, None, causal, 0.25, None, None, 0.0), options):
+    for beside in ((None,) * 6 + (causal, 0.25, None, None, 0.0, 0.0, "ieee"), options):
         arguments = (q, k, v, *beside, backend)
         library.opcheck(torch.ops.fastattn.attention_forward.default, arguments)
     out, lse = (t.detach() for t in torch.ops.fastattn.attention_forward(*arguments))
     for dlse in (None, torch.randn_like(lse)):
-        arguments = (torch.randn_like(out), q, k, v, out, lse, dlse, *options, backend)
+        arguments = (torch.randn_like(out), q, k, v, out, lse, dlse, True, True, *options, backend)
         library.opcheck(torch.ops.fastattn.attention_backward.default, arguments)
 
 

@@ -1,7 +1,7 @@
 """The backends: modules with the same functions, chosen by fastattn.capabilities.
 
 attention_forward(q, k, v, spec, tensors) -> out, lse
-attention_backward(dout, q, k, v, out, lse, dlse, spec, tensors) -> dq, dk, dv, dsinks or None
+attention_backward(dout, q, k, v, out, lse, dlse, spec, tensors, wanted) -> Gradients
 
 mlp_forward(x, weights, spec, save) -> y, saved
 mlp_backward(dy, x, weights, saved, wanted, spec) -> dx, dw, db, dw_out, db_out

@@ -7,6 +7,7 @@ scores, an online softmax forward, recomputed weights backward, in fp32 for half
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,8 @@ from torch import Tensor
 from fastattn import reference
 from fastattn.backends import torch_flash
 from fastattn.backends.layout import heads_last, zero_heads
-from fastattn.spec import AttentionSpec, MLPSpec, MLPWeights, ScoreTensors, lse_dtype
+from fastattn.dropout import kept
+from fastattn.spec import AttentionSpec, Gradients, MLPSpec, MLPWeights, ScoreTensors, Wanted, lse_dtype
 
 QUERY_TILE, KEY_TILE = 256, 512
 
@@ -23,10 +25,11 @@ QUERY_TILE, KEY_TILE = 256, 512
 def attention_forward(
     q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, tensors: ScoreTensors
 ) -> tuple[Tensor, Tensor]:
-    if torch_flash.serves(q, k, v, spec, tensors):
-        out, lse = torch_flash.forward(q, k, v, spec)
-        return heads_last(out), lse
-    return _tiled_forward(q, k, v, spec, tensors)
+    with _product_precision(q, spec):
+        if torch_flash.serves(q, k, v, spec, tensors):
+            out, lse = torch_flash.forward(q, k, v, spec)
+            return heads_last(out), lse
+        return _tiled_forward(q, k, v, spec, tensors)
 
 
 def attention_backward(
@@ -39,11 +42,27 @@ def attention_backward(
     dlse: Tensor | None,
     spec: AttentionSpec,
     tensors: ScoreTensors,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    if dlse is None and torch_flash.serves(q, k, v, spec, tensors):
-        dq, dk, dv = torch_flash.backward(dout, q, k, v, out, lse, spec)
-        return heads_last(dq), heads_last(dk), heads_last(dv), None
-    return _tiled_backward(dout, q, k, v, out, lse, dlse, spec, tensors)
+    wanted: Wanted,
+) -> Gradients:
+    with _product_precision(q, spec):
+        if dlse is None and torch_flash.serves(q, k, v, spec, tensors):
+            dq, dk, dv = torch_flash.backward(dout, q, k, v, out, lse, spec)
+            return Gradients(heads_last(dq), heads_last(dk), heads_last(dv))
+        return _tiled_backward(dout, q, k, v, out, lse, dlse, spec, tensors, wanted)
+
+
+@contextmanager
+def _product_precision(q: Tensor, spec: AttentionSpec) -> Iterator[None]:
+    """PyTorch's own float32 products on CUDA, as the spec asks for them; tf32x3 is given more than it asks for."""
+    if q.device.type != "cuda" or q.dtype != torch.float32:
+        yield
+        return
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = spec.precision == "tf32"
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def _tiled_forward(
@@ -60,12 +79,13 @@ def _tiled_forward(
         total = q_tile.new_zeros((*q_tile.shape[:3], v.shape[3]))
         for columns in _spans(*scores.keys_seen_by(rows), KEY_TILE):
             tile, _ = scores.tile(q_tile, k[:, :, columns].to(work), rows, columns)
+            keep = scores.kept(rows, columns)
             new_max = torch.maximum(row_max, tile.amax(-1, keepdim=True))
             pivot = new_max.masked_fill(new_max == float("-inf"), 0.0)
             weights = torch.exp(tile - pivot)
             shrink = torch.exp(row_max - pivot)
             row_sum = row_sum * shrink + weights.sum(-1, keepdim=True)
-            total = total * shrink + weights @ v[:, :, columns].to(work)
+            total = total * shrink + _times(weights, keep) @ v[:, :, columns].to(work)
             row_max = new_max
         out[:, :, rows] = _ungrouped(total / row_sum.masked_fill(row_sum == 0, 1.0), heads).to(q.dtype)
         lse[:, :, rows] = _ungrouped(row_max + torch.log(row_sum), heads)[..., 0]
@@ -82,10 +102,14 @@ def _tiled_backward(
     dlse: Tensor | None,
     spec: AttentionSpec,
     tensors: ScoreTensors,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    work, key_heads = lse_dtype(q.dtype), k.shape[1]
+    wanted: Wanted,
+) -> Gradients:
+    work, key_heads, heads = lse_dtype(q.dtype), k.shape[1], q.shape[1]
     scores = _Scores(q, k, spec, tensors)
     dq, dk, dv = (zero_heads(t.shape, t, work) for t in (q, k, v))
+    bias, relative = tensors.bias, tensors.relative_bias
+    dbias = None if bias is None or not wanted.bias else bias.new_zeros(bias.shape, dtype=work)
+    drelative = None if relative is None or not wanted.relative_bias else torch.zeros_like(relative)
     delta = (dout.to(work) * out.to(work)).sum(-1)
     if dlse is not None:
         delta = delta - dlse
@@ -99,15 +123,25 @@ def _tiled_backward(
         for columns in _spans(*scores.keys_seen_by(rows), KEY_TILE):
             k_tile, v_tile = k[:, :, columns].to(work), v[:, :, columns].to(work)
             tile, slope = scores.tile(q_tile, k_tile, rows, columns)
+            keep = scores.kept(rows, columns)
             weights = torch.exp(tile - lse_tile)
-            dv[:, :, columns] += weights.mT @ dout_tile
-            dscores = weights * (dout_tile @ v_tile.mT - delta_tile) * slope
-            dq[:, :, rows] += _ungrouped(dscores @ k_tile, q.shape[1])
+            dv[:, :, columns] += _times(weights, keep).mT @ dout_tile
+            dscores = weights * (_times(dout_tile @ v_tile.mT, keep) - delta_tile)
+            if dbias is not None:
+                part = _part(dbias, rows, columns)
+                part += _ungrouped(dscores, heads).sum_to_size(part.shape)
+            if drelative is not None:
+                shift = columns.start - rows.start - scores.shift
+                drelative += reference.sum_by_distance(_ungrouped(dscores, heads), drelative, shift)
+            dscores *= slope
+            dq[:, :, rows] += _ungrouped(dscores @ k_tile, heads)
             dk[:, :, columns] += dscores.mT @ q_tile
     dsinks = None
     if tensors.sinks is not None:
         dsinks = -(torch.exp(tensors.sinks[:, :, None, None] - lse) * delta).sum((2, 3))
-    return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype), dsinks
+    if dbias is not None and bias is not None:
+        dbias = dbias.to(bias.dtype)
+    return Gradients(dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype), dbias, drelative, dsinks)
 
 
 class _Scores:
@@ -149,7 +183,34 @@ class _Scores:
         if self.tensors.alibi_slopes is not None:
             distance = (keys - diagonal).abs()
             scores = scores - self._per_row(self.tensors.alibi_slopes, q_tile.shape[2]) * distance
+        if self.tensors.relative_bias is not None:
+            scores = scores + self._relative(self.tensors.relative_bias, rows, columns)
+        if self.tensors.bias is not None and self.tensors.bias.dtype != torch.bool:
+            scores = scores + self._bias(self.tensors.bias, rows, columns)
         return self._hide(scores, diagonal, keys, rows, columns), slope
+
+    def kept(self, rows: slice, columns: slice) -> Tensor | None:
+        """By what dropout multiplies the weights of one tile: 0 or 1 / (1 - p); None without dropout."""
+        state = self.tensors.dropout_state
+        if state is None:
+            return None
+        head = torch.arange(self.key_heads * self.group, device=state.device)[:, None, None]
+        query = torch.arange(rows.start, rows.stop, device=state.device)[:, None]
+        dropout = self.spec.dropout
+        keep = kept(state[:, None, None, None], head, query, columns.start, columns.stop, dropout)
+        return _grouped(keep, self.key_heads) * (1.0 / (1.0 - dropout))
+
+    def _relative(self, values: Tensor, rows: slice, columns: slice) -> Tensor:
+        """The relative bias of one tile."""
+        diagonal = torch.arange(rows.start, rows.stop, device=values.device)[:, None] + self.shift
+        distance = torch.arange(columns.start, columns.stop, device=values.device) - diagonal
+        return _grouped(values[:, :, reference.relative_index(distance, values.shape[2] // 2)], self.key_heads)
+
+    def _bias(self, bias: Tensor, rows: slice, columns: slice) -> Tensor:
+        """The bias of one tile, for every query head; its batch may be 1."""
+        part = _part(bias, rows, columns)
+        part = part.expand(-1, self.key_heads * self.group, rows.stop - rows.start, -1)
+        return _grouped(part, self.key_heads)
 
     def _hide(self, scores: Tensor, diagonal: Tensor, keys: Tensor, rows: slice, columns: slice) -> Tensor:
         """-inf where the window or the key length hides; tiles that are seen whole are left alone."""
@@ -158,6 +219,8 @@ class _Scores:
             scores = scores.masked_fill(keys < diagonal - left, hidden)
         if right is not None and columns.stop - 1 > rows.start + self.shift + right:
             scores = scores.masked_fill(keys > diagonal + right, hidden)
+        if self.tensors.bias is not None and self.tensors.bias.dtype == torch.bool:
+            scores = scores.masked_fill(~self._bias(self.tensors.bias, rows, columns), hidden)
         if self.tensors.key_lengths is not None:
             scores = scores.masked_fill(keys >= self.tensors.key_lengths[:, None, None, None], hidden)
         return scores
@@ -172,6 +235,17 @@ class _Scores:
 def _spans(start: int, stop: int, step: int) -> Iterator[slice]:
     for first in range(start, stop, step):
         yield slice(first, min(first + step, stop))
+
+
+def _times(weights: Tensor, keep: Tensor | None) -> Tensor:
+    return weights if keep is None else weights * keep
+
+
+def _part(bias: Tensor, rows: slice, columns: slice) -> Tensor:
+    """A view of what of the bias falls on a tile; dimensions of size 1 stay."""
+    if bias.shape[2] > 1:
+        bias = bias[:, :, rows]
+    return bias[..., columns] if bias.shape[3] > 1 else bias
 
 
 def _grouped(t: Tensor, key_heads: int) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastattn import reference
 from fastattn.backends.layout import heads_last
-from fastattn.spec import AttentionSpec, MLPSpec, MLPWeights, ScoreTensors
+from fastattn.spec import AttentionSpec, Gradients, MLPSpec, MLPWeights, ScoreTensors, Wanted
 
 
 def attention_forward(
@@ -30,9 +30,10 @@ def attention_backward(
     dlse: Tensor | None,
     spec: AttentionSpec,
     tensors: ScoreTensors,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    dq, dk, dv, dsinks = reference.attention_backward(dout, q, k, v, out, lse, dlse, spec, tensors)
-    return heads_last(dq), heads_last(dk), heads_last(dv), dsinks
+    wanted: Wanted,
+) -> Gradients:
+    of = reference.attention_backward(dout, q, k, v, out, lse, dlse, spec, tensors, wanted)
+    return of._replace(q=heads_last(of.q), k=heads_last(of.k), v=heads_last(of.v))
 
 
 def mlp_forward(x: Tensor, weights: MLPWeights, spec: MLPSpec, save: bool) -> tuple[Tensor, Tensor]:

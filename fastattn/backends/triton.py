@@ -3,28 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
 from fastattn.kernels import attention_backward as _backward
 from fastattn.kernels import attention_forward as _forward
 from fastattn.kernels import mlp as _mlp
-from fastattn.spec import AttentionSpec, MLPSpec, MLPWeights, ScoreTensors
+from fastattn.spec import AttentionSpec, Gradients, MLPSpec, MLPWeights, ScoreTensors, Wanted
 
 
 def attention_forward(
     q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, tensors: ScoreTensors
 ) -> tuple[Tensor, Tensor]:
-    return _forward.attention_forward(
-        q,
-        k,
-        v,
-        left=spec.left,
-        right=spec.right,
-        scale=spec.scale,
-        softcap=spec.softcap or None,
-        **tensors._asdict(),
-    )
+    return _forward.attention_forward(q, k, v, **_options(spec), **tensors._asdict())
 
 
 def attention_backward(
@@ -37,11 +29,25 @@ def attention_backward(
     dlse: Tensor | None,
     spec: AttentionSpec,
     tensors: ScoreTensors,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    return _backward.attention_backward(
-        dout, q, k, v, out, lse, dlse, left=spec.left, right=spec.right, scale=spec.scale,
-        softcap=spec.softcap or None, **tensors._asdict(),
+    wanted: Wanted,
+) -> Gradients:
+    gradients = _backward.attention_backward(
+        dout, q, k, v, out, lse, dlse, **_options(spec), **tensors._asdict(), want_bias=wanted.bias,
+        want_relative_bias=wanted.relative_bias,
     )  # fmt: skip
+    return Gradients(*gradients)
+
+
+def _options(spec: AttentionSpec) -> dict[str, Any]:
+    """A spec as the launchers take it; None for what is not asked."""
+    return {
+        "left": spec.left,
+        "right": spec.right,
+        "scale": spec.scale,
+        "softcap": spec.softcap or None,
+        "dropout": spec.dropout,
+        "precision": spec.precision,
+    }
 
 
 def mlp_forward(x: Tensor, weights: MLPWeights, spec: MLPSpec, save: bool) -> tuple[Tensor, Tensor]:

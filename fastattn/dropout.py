@@ -1,0 +1,69 @@
+"""Random numbers for dropout: keyed by seed, offset and position, so that every tiling and backend draws the same.
+
+The weight of query i on key j of head h is dropped if a 16-bit number falls below dropout_p * 2**16. That number
+is one half of one of the four words that Philox-4x32 gives, after seven rounds, for the key `seed` and the counter
+(j // 8, i, h, offset): eight neighbouring keys share a call. Nothing is stored for the backward, it draws again.
+
+Source: Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3 (2011), section 3.3 and table 2 (seven rounds
+pass every test of BigCrush).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastattn.spec import check_dropout
+
+ROUNDS = 7
+_MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
+_WEYL = 0x9E3779B9, 0xBB67AE85
+_WORD = 0xFFFFFFFF
+
+
+def dropout_state(batch: int, device: torch.device | str | None = None) -> Tensor:
+    """A fresh state (batch, 2), seed and offset of each batch entry, from torch's generator of the device.
+
+    What `fastattn.attention` draws where it is given a dropout_p and no dropout_state; `torch.manual_seed` and
+    activation checkpointing govern it as any random number.
+    """
+    seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device)
+    return torch.stack((seed.expand(batch), torch.arange(batch, device=device)), 1)
+
+
+def dropout_mask(state: Tensor, dropout_p: float, heads: int, queries: int, keys: int) -> Tensor:
+    """Which weights are kept: bool (B, heads, queries, keys), as every backend draws it; to debug and test.
+
+    Args:
+        state: (B, 2) int64, as `dropout_state` gives it.
+        dropout_p: the probability of being dropped; rounded to a multiple of 2**-16. Kept weights are multiplied
+            by 1 / (1 - the rounded dropout_p).
+    """
+    head = torch.arange(heads, device=state.device)[:, None, None]
+    query = torch.arange(queries, device=state.device)[:, None]
+    return kept(state[:, None, None, None], head, query, 0, keys, check_dropout(dropout_p))
+
+
+def kept(state: Tensor, head: Tensor, query: Tensor, start: int, stop: int, dropout_p: float) -> Tensor:
+    """Whether the weights on the keys from `start` to before `stop` are kept: (..., stop - start), leading
+    dimensions as state (..., 1, 2), head (..., 1) and query (..., 1) broadcast to."""
+    groups = torch.arange(start // 8, -(-stop // 8), device=state.device)
+    words = philox((groups, query, head, state[..., 1]), state[..., 0])
+    numbers = torch.stack([half for word in words for half in (word & 0xFFFF, word >> 16)], -1).flatten(-2)
+    return numbers[..., start % 8 : start % 8 + stop - start] >= round(dropout_p * 2**16)
+
+
+def philox(
+    counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: Tensor, rounds: int = ROUNDS
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox-4x32: four random 32-bit words for each counter, held in int64; arguments broadcast."""
+    c0, c1, c2, c3 = torch.broadcast_tensors(*(c & _WORD for c in counter))
+    k0, k1 = seed & _WORD, (seed >> 32) & _WORD
+    for _ in range(rounds):
+        # Products wrap around at 64 bits; both halves of them are right all the same.
+        first, second = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        c0 = ((second >> 32) & _WORD) ^ c1 ^ k0
+        c2 = ((first >> 32) & _WORD) ^ c3 ^ k1
+        c1, c3 = second & _WORD, first & _WORD
+        k0, k1 = (k0 + _WEYL[0]) & _WORD, (k1 + _WEYL[1]) & _WORD
+    return c0, c1, c2, c3
