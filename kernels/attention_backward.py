@@ -18,7 +18,7 @@ import triton.language as tl
 
 from . import launch
 from .attention_bias import bias_gradient, relative_bias_gradient
-from .attention_forward import empty_heads, key_ranges, kind_of, widths
+from .attention_forward import empty_heads, key_ranges, kind_of, products, widths
 from .tiles import (
     LARGEST_TILE,
     LOG2_E,
@@ -415,6 +415,8 @@ def attention_backward(
     padded_rows = triton.cdiv(queries, LARGEST_TILE) * LARGEST_TILE
     row_values = torch.empty((batch, heads, 2, padded_rows), dtype=torch.float32, device=q.device)
     width = widths(q, v)
+    widest = max(width["WIDTH"], width["VALUE_WIDTH"])
+    precision = products(precision, q.element_size(), widest)
     q_, k_, v_, dout_ = tensor4(q), tensor4(k), tensor4(v), tensor4(dout)
     beside = (
         row_values,
@@ -430,8 +432,10 @@ def attention_backward(
         ask = (
             family,
             q.element_size(),
-            max(width["WIDTH"], width["VALUE_WIDTH"]),
-            kind_of(precision, left, softcap, alibi_slopes, bias, relative_bias, dropout_state),
+            widest,
+            kind_of(
+                q.element_size(), precision, (bias, dropout_state), (left, softcap, alibi_slopes, relative_bias)
+            ),
         )
         if row_values.numel():
             attention_delta_kernel[(padded_rows // 64, batch * heads)](

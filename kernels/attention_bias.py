@@ -43,7 +43,7 @@ def add_tile(
 ):
     """Add to `total` the gradient of one head's scores: queries from `start` on, keys from `key_start` on."""
     key_count = key_count_of(batch, shape, window)
-    begin, _, _, end = key_ranges(start, key_count, shape, window, BLOCK_M, BLOCK_N)
+    begin, _full_begin, _full_end, end = key_ranges(start, key_count, shape, window, BLOCK_M, BLOCK_N)
     if (key_start < end) & (key_start + BLOCK_N > begin):
         queries = start + tl.arange(0, BLOCK_M)
         q_tile = load_tile(head_of(q, batch, head), q, start, shape.queries, HEAD_DIM, BLOCK_M, WIDTH, True)
@@ -60,7 +60,7 @@ def add_tile(
         lse, delta = tl.load(values), tl.load(values + padded_rows)
         bounds = key_bounds(queries, key_count, shape, window)
         terms = terms_of(scores, dropout, batch, head)
-        dscores, _ = score_gradient(
+        dscores, _bent = score_gradient(
             q_tile, dout_tile, lse, delta, k_tile, v_tile, key_start, queries, bounds, shape, window, scores,
             dropout, terms, True, True, BLOCK_N, PRECISION,
         )  # fmt: skip

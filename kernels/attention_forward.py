@@ -183,12 +183,18 @@ def empty_heads(batch: int, heads: int, rows: int, width: int, like: torch.Tenso
     return torch.empty((batch, rows, heads, width), dtype=like.dtype, device=like.device).transpose(1, 2)
 
 
-def kind_of(precision: str, *shapes: object) -> str:
-    """Which of a table's rows a launch needs: "tf32" for products on tensor cores, "shaped" for scores that hold
-    more registers, if any of `shapes` is not None, "plain" for the others."""
+def kind_of(precision: str, heavy: tuple[object, ...], shaped: tuple[object, ...]) -> str:
+    """Which of a table's rows a launch needs, see `launch.look_up`; what is None is not asked for."""
     if precision != "ieee":
         return "tf32"
-    return "plain" if all(shape is None for shape in shapes) else "shaped"
+    if any(feature is not None for feature in heavy):
+        return "heavy"
+    return "plain" if all(feature is None for feature in shaped) else "shaped"
+
+
+def products(precision: str, element_size: int, width: int) -> str:
+    """tl.dot's input precision. IEEE where tf32x3, three products' fragments, holds more registers than there are."""
+    return "ieee" if element_size < 4 or (precision == "tf32x3" and width > 128) else precision
 
 
 def widths(q: torch.Tensor, v: torch.Tensor) -> dict[str, int]:
@@ -236,14 +242,18 @@ def attention_forward(
     if lse.numel() == 0:
         return out, lse
     width = widths(q, v)
+    widest = max(width["WIDTH"], width["VALUE_WIDTH"])
+    precision = products(precision, q.element_size(), widest)
     with launch.on_device(q):
         family = launch.family(attention_forward_kernel, q.device)
         tiling = launch.look_up(
             launch.ATTENTION_FORWARD,
             family,
             q.element_size(),
-            max(width["WIDTH"], width["VALUE_WIDTH"]),
-            kind_of(precision, left, softcap, alibi_slopes, bias, relative_bias, dropout_state),
+            widest,
+            kind_of(
+                q.element_size(), precision, (bias, dropout_state), (left, softcap, alibi_slopes, relative_bias)
+            ),
         )
         attention_forward_kernel[(triton.cdiv(queries, tiling.block_m) * batch * heads,)](
             tensor4(q),

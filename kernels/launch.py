@@ -89,16 +89,19 @@ def family(kernel: object, device: torch.device) -> str:
 def look_up(table: dict[str, tuple[Row, ...]], family: str, bytes: int, width: int, kind: str = "plain") -> Tiling:
     """The first row of the family's table that is wide enough; families not listed use sm_80's.
 
-    Other kinds than "plain" have rows of their own, a family's or every family's, that come first: "shaped" scores
-    hold more registers, "tf32" products of float32 run on tensor cores.
+    Other kinds than "plain" have rows of their own that come first: "shaped" scores hold more registers, "heavy"
+    even more, "tf32" products of float32 run on tensor cores on every family.
     """
     rows = table.get(family) or table["sm_80"]
-    if kind != "plain" and family != INTERPRETER:
-        rows = (*table.get(f"{family} {kind}", table.get(kind, ())), *rows)
+    if family != INTERPRETER:
+        rows = (*(row for key in _KINDS[kind] for row in table.get(key.format(family), ())), *rows)
     for row in rows:
         if bytes <= row.bytes and width <= row.width:
             return row.tiling
     raise ValueError(f"no launch configuration for {bytes}-byte elements of width {width} on {family}")
+
+
+_KINDS = {"plain": (), "shaped": ("{} shaped",), "heavy": ("{} heavy", "{} shaped"), "tf32": ("tf32",)}
 
 
 def on_device(tensor: torch.Tensor):
@@ -316,17 +319,57 @@ ATTENTION_DQ |= {
     "sm_100 shaped": (Row(2, 64, Tiling(64, 128, 8, 2)),),  # 128 x 128: 15 to 154, 128 x 64: 4
 }
 
-# Gradients of biases: square tiles, two products and a sum that stays in registers.
+# A bias brings a pointer for each score, dropout makes its random numbers in registers: smaller tiles still.
+ATTENTION_FORWARD |= {
+    "sm_80 heavy": (
+        Row(2, 64, Tiling(128, 64, 8, 2)),
+        Row(2, 128, Tiling(64, 32, 4, 2)),  # 64 x 64: 256 bytes of stack
+        Row(2, 256, Tiling(64, 32, 8, 1)),  # 64 x 64: 8
+    ),
+    "sm_90 heavy": (
+        Row(2, 64, Tiling(128, 64, 8, 2)),
+        Row(2, 128, Tiling(128, 32, 8, 2)),  # 64 x 64: 360
+    ),
+    "sm_100 heavy": (
+        Row(2, 64, Tiling(128, 64, 8, 2)),
+        Row(2, 128, Tiling(128, 32, 8, 2)),  # 128 x 64: 856
+        Row(2, 256, Tiling(128, 16, 8, 2)),  # 128 x 32: 376
+    ),
+}
+ATTENTION_DKDV |= {"sm_90 heavy": (Row(2, 64, Tiling(64, 64, 8, 2)),)}  # 64 x 128: 6 spills
+ATTENTION_DQ |= {
+    "sm_90 heavy": (
+        Row(2, 64, Tiling(128, 64, 8, 2)),
+        Row(2, 128, Tiling(128, 32, 8, 2)),
+        Row(2, 256, Tiling(32, 32, 4, 1)),  # 128 x 32: 8 bytes, 128 x 16: 208
+    ),
+}
+
+# Gradients of biases: square tiles, two products, and a sum that stays in registers.
+_BIAS_EXACT = (Row(4, 64, Tiling(32, 32, 4, 1)), Row(4, 256, Tiling(16, 16, 4, 1)))
 ATTENTION_BIAS = {
     INTERPRETER: _INTERPRETED["bias"],
     "sm_80": (
+        Row(2, 128, Tiling(32, 32, 4, 1)),  # 64 x 64: 8 to 384 bytes of stack
+        Row(2, 256, Tiling(16, 16, 4, 1)),  # 32 x 32: 8 to 360
+        *_BIAS_EXACT,
+    ),
+    "sm_90": (
         Row(2, 64, Tiling(64, 64, 4, 2)),
         Row(2, 128, Tiling(64, 64, 8, 1)),
-        Row(2, 256, Tiling(32, 32, 4, 1)),
-        Row(4, 64, Tiling(32, 32, 4, 1)),
-        Row(4, 256, Tiling(16, 16, 4, 1)),
+        Row(2, 256, Tiling(16, 16, 4, 1)),  # 32 x 32: 296
+        *_BIAS_EXACT,
     ),
 }
+ATTENTION_BIAS["sm_100"] = ATTENTION_BIAS["sm_90"]
+
+# float32 on tensor cores: fragments of 32 bits, three products each for tf32x3.
+for _table, _rows in (
+    (ATTENTION_FORWARD, (Row(4, 64, Tiling(64, 32, 4, 2)), Row(4, 256, Tiling(32, 16, 4, 1)))),
+    (ATTENTION_DKDV, (Row(4, 64, Tiling(32, 32, 4, 1)), Row(4, 256, Tiling(16, 16, 4, 1)))),
+    (ATTENTION_DQ, (Row(4, 64, Tiling(32, 32, 4, 1)), Row(4, 256, Tiling(16, 16, 4, 1)))),
+):
+    _table["tf32"] = _rows
 
 # The MLP. A row's width counts the elements of the hidden layer (tokens x h): below what fills every
 # multiprocessor with the next row's tiles, smaller tiles share the work out better. Beside each row: the most

@@ -301,8 +301,11 @@ def shape_scores(bent, scores, terms, queries, keys, shape):
         place = tl.minimum(tl.maximum(distance, -scores.radius), scores.radius) + scores.radius
         bent += tl.load(relative + place * scores.relative.row) * LOG2_E
     if scores.bias is not None:
-        rows = tl.minimum(queries, shape.queries - 1).to(tl.int64) * scores.bias.row
-        columns = tl.minimum(keys, shape.keys - 1).to(tl.int64) * scores.bias.column
+        # 32-bit offsets from the tile's first row and column: half the registers.
+        first_row, first_column = tl.min(queries), tl.min(keys)
+        rows = (tl.minimum(queries, shape.queries - 1) - first_row) * scores.bias.row
+        columns = (tl.minimum(keys, shape.keys - 1) - first_column) * scores.bias.column
+        bias += first_row.to(tl.int64) * scores.bias.row + first_column.to(tl.int64) * scores.bias.column
         values = tl.load(bias + (rows + columns))
         if scores.bias.pointer.dtype.element_ty == tl.uint8:
             bent = tl.where(values != 0, bent, float("-inf"))

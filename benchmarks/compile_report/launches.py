@@ -25,6 +25,13 @@ SHAPES: dict[str, dict] = {
     "sinks and lengths": {"sinks": _heads(), "key_lengths": torch.empty(4, dtype=torch.int32, device="meta")},
 }
 SHAPES["everything"] = {name: value for shape in list(SHAPES.values()) for name, value in shape.items()}
+SHAPES |= {
+    "bias": {"bias": torch.empty((4, 16, 4096, 4096), dtype=torch.bfloat16, device="meta")},
+    "relative bias": {"relative_bias": torch.empty((4, 16, 257), device="meta")},
+    "dropout": {"dropout": 0.125, "dropout_state": torch.empty((4, 2), dtype=torch.int64, device="meta")},
+    "tf32": {"precision": "tf32"},
+    "tf32x3": {"precision": "tf32x3"},
+}
 
 
 @dataclass(frozen=True)
@@ -49,7 +56,7 @@ class AttentionCall:
         v = self.heads(4, self.value_dim or self.head_dim)
         ask = {"causal": self.causal, "scale": self.head_dim**-0.5, **SHAPES.get(self.shaped, {})}
         out, lse = attention_forward(q, k, v, **ask)
-        attention_backward(out, q, k, v, out, lse, None, **ask)
+        attention_backward(out, q, k, v, out, lse, None, **ask, want_bias=True, want_relative_bias=True)
 
     def heads(self, heads: int, width: int) -> torch.Tensor:
         """As a linear layer leaves them: (batch, tokens, heads, width), seen as (batch, heads, tokens, width)."""
@@ -100,8 +107,9 @@ CALLS: tuple[Call, ...] = (
     *(
         AttentionCall("bf16", width, True, shaped=shape)
         for width in (64, 128, 256)
-        for shape in ("window", "everything")
+        for shape in ("window", "everything", "bias", "relative bias", "dropout")
     ),
+    *(AttentionCall("fp32", width, True, shaped=kind) for width in (64, 128, 256) for kind in ("tf32", "tf32x3")),
     *(AttentionCall("fp32", width, True) for width in (64, 128, 256)),
     *(MLPCall("bf16", 1024, "gelu", fused=True, tokens=tokens) for tokens in (128, 1024, 8192)),
     *(MLPCall("bf16", 1024, "silu", gated=True, fused=True, tokens=tokens) for tokens in (128, 8192)),
