@@ -4,6 +4,7 @@ import sys
 
 from fastattn import lens, nn
 from fastattn.functional import attention, attention_backward, gated_mlp, merge_states, mlp
+from fastattn.heads import prepare_heads
 
 if "torch.utils.flop_counter" in sys.modules:
     import fastattn.flops  # noqa: F401
@@ -18,4 +19,5 @@ __all__ = [
     "merge_states",
     "mlp",
     "nn",
+    "prepare_heads",
 ]

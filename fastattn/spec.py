@@ -154,14 +154,14 @@ def score_tensors(
     return ScoreTensors(key_lengths, alibi_slopes, sinks)
 
 
-def check_beside(name: str, t: Tensor, q: Tensor, shapes: tuple[tuple[int, ...], ...]) -> None:
-    """A tensor of one of these shapes, on q's device."""
+def check_beside(name: str, t: Tensor, q: Tensor, shapes: tuple[tuple[int, ...], ...], of: str = "q") -> None:
+    """A tensor of one of these shapes, on the device of q, which the caller knows as `of`."""
     if not isinstance(t, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
     if tuple(t.shape) not in shapes:
         raise ValueError(f"{name} must have shape {' or '.join(map(str, shapes))}, got {_shape(t)}")
     if t.device != q.device:
-        raise ValueError(f"{name} must be on q's device {q.device}, got {t.device}")
+        raise ValueError(f"{name} must be on {of}'s device {q.device}, got {t.device}")
 
 
 def positive_scale(q: Tensor, spec: AttentionSpec) -> tuple[Tensor, AttentionSpec]:

@@ -452,3 +452,14 @@ MLP_FUSED_UP_TO = {
     "sm_100": {2: 1024},
     "gfx942": {2: 1024},
 }
+
+# Heads on their way to attention: bounded by memory. Rows of a tile by heads that take their turn with its angles;
+# a tile of 4,096 elements, so that a program holds few registers and many are in flight.
+HEADS_ELEMENTWISE = {
+    INTERPRETER: (Row(4, 256, Tiling(16, 2, 4, 1)),),
+    "sm_80": (
+        Row(4, 64, Tiling(64, 4, 4, 1)),
+        Row(4, 128, Tiling(32, 4, 4, 1)),
+        Row(4, 256, Tiling(16, 4, 4, 1)),
+    ),
+}
