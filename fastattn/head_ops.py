@@ -69,7 +69,7 @@ def _backward_fake(dy, x, norm_weight, cos, sin, offsets, head_scale, *_):
 
 
 class PrepareHeads(torch.autograd.Function):
-    """(x, *HeadTensors, *options) -> y, differentiable by x, norm_weight and head_scale; forward mode too."""
+    """(x, *HeadTensors, *options) -> y, differentiable by x, norm_weight and head_scale."""
 
     generate_vmap_rule = True
 
@@ -82,7 +82,6 @@ class PrepareHeads(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.save_for_backward(*inputs[:6])
-        ctx.save_for_forward(*inputs[:6])
         ctx.options = inputs[6:]
 
     @staticmethod
@@ -100,9 +99,18 @@ class PrepareHeads(torch.autograd.Function):
             *(None,) * len(ctx.options),
         )
 
+
+class PrepareHeadsEagerly(PrepareHeads):
+    """The same with forward mode, which torch.compile cannot trace. The map is cheap, and so is plain torch for its
+    tangent."""
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        PrepareHeads.setup_context(ctx, inputs, output)
+        ctx.save_for_forward(*inputs[:6])
+
     @staticmethod
     def jvp(ctx, dx, dweight, _cos, _sin, _offsets, dscale, *_options):
-        # The map is cheap, and so is plain torch for its tangent.
         x, *rest = ctx.saved_tensors
         tensors = HeadTensors(*rest)
         spec = _spec(tensors, *ctx.options[:3])

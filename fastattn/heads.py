@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from fastattn.head_ops import PrepareHeads
+from fastattn.head_ops import PrepareHeads, PrepareHeadsEagerly
 from fastattn.head_spec import heads_spec
 
 
@@ -60,4 +61,5 @@ def prepare_heads(
         x, norm_weight=norm_weight, norm=norm, eps=eps, cos=cos, sin=sin, interleaved=interleaved,
         offsets=offsets, head_scale=head_scale,
     )  # fmt: skip
-    return PrepareHeads.apply(x, *tensors, *spec.options, backend)
+    function = PrepareHeads if torch.compiler.is_compiling() else PrepareHeadsEagerly
+    return function.apply(x, *tensors, *spec.options, backend)

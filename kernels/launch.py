@@ -458,8 +458,8 @@ MLP_FUSED_UP_TO = {
 HEADS_ELEMENTWISE = {
     INTERPRETER: (Row(4, 256, Tiling(16, 2, 4, 1)),),
     "sm_80": (
-        Row(4, 64, Tiling(64, 4, 4, 1)),
-        Row(4, 128, Tiling(32, 4, 4, 1)),
-        Row(4, 256, Tiling(16, 4, 4, 1)),
+        Row(4, 64, Tiling(64, 4, 8, 1)),
+        Row(4, 128, Tiling(32, 4, 8, 1)),
+        Row(4, 256, Tiling(16, 4, 8, 1)),
     ),
 }
