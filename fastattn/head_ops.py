@@ -1,7 +1,7 @@
 """The operators that prepare heads for attention, made as those of fastattn.ops are.
 
-`fastattn::prepare_heads` and its backward choose a backend and run it; tracers see one node each. `PrepareHeads` is
-the thin autograd.Function the front door calls.
+`fastattn::prepare_heads` and its backward choose a backend and run it; tracers see one node each. `PrepareHeads`
+is the thin autograd.Function the front door calls.
 """
 
 from __future__ import annotations
@@ -101,8 +101,7 @@ class PrepareHeads(torch.autograd.Function):
 
 
 class PrepareHeadsEagerly(PrepareHeads):
-    """The same with forward mode, which torch.compile cannot trace. The map is cheap, and so is plain torch for its
-    tangent."""
+    """The same with forward mode, which torch.compile cannot trace; the tangent, a cheap map, is plain torch."""
 
     @staticmethod
     def setup_context(ctx, inputs, output):

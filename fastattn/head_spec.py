@@ -102,7 +102,9 @@ def _check_eps(eps: float) -> None:
 
 def _scale(x: Tensor, head_scale: Tensor | float) -> Tensor:
     """A number for every head, or one for each, as a tensor."""
-    if isinstance(head_scale, int | float) and not isinstance(head_scale, bool):
+    if isinstance(head_scale, bool) or not isinstance(head_scale, int | float | Tensor):
+        raise TypeError(f"head_scale must be a number or a torch.Tensor, got {type(head_scale).__name__}")
+    if not isinstance(head_scale, Tensor):
         return x.new_full((1,), head_scale, dtype=lse_dtype(x.dtype))
     check_beside("head_scale", head_scale, x, ((x.shape[1],), tuple(x.shape[:2])), "x")
     check_floating("head_scale", head_scale)

@@ -225,11 +225,11 @@ def prepare_heads_tangent(
     return _turned(move, spec, tensors).to(x.dtype)
 
 
-def _normalised(x: Tensor, spec: HeadsSpec) -> tuple[Tensor, Tensor | None]:
-    """x in fp32 at least, if asked for over its root mean square, and the inverse of that (B, H, L, 1)."""
+def _normalised(x: Tensor, spec: HeadsSpec) -> tuple[Tensor, Tensor]:
+    """x in fp32 at least, if asked for over its root mean square, and the inverse of that (B, H, L, 1), or 1."""
     x = x.to(lse_dtype(x.dtype))
     if not spec.norm:
-        return x, None
+        return x, x.new_ones(())
     inverse_size = torch.rsqrt(x.square().mean(-1, keepdim=True) + spec.eps)
     return x * inverse_size, inverse_size
 
@@ -244,11 +244,10 @@ def _turned(t: Tensor, spec: HeadsSpec, tensors: HeadTensors, back: bool = False
         _rows_of_table(table, tensors.offsets, t.shape[1]).to(t.dtype)[:, :, None]
         for table in (tensors.cos, tensors.sin)
     )
-    if back:
-        sin = -sin
+    sign = -1 if back else 1
     pairs, rest = t[..., : spec.turned], t[..., spec.turned :]
     a, b = pairs.unflatten(-1, (-1, 2)).unbind(-1) if spec.interleaved else pairs.chunk(2, -1)
-    turned = [a * cos - b * sin, b * cos + a * sin]
+    turned = [torch.addcmul(a * cos, b, sin, value=-sign), torch.addcmul(b * cos, a, sin, value=sign)]
     if spec.interleaved:
         turned = [torch.stack(turned, -1).flatten(-2)]
     return torch.cat([*turned, rest], -1).transpose(1, 2)

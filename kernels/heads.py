@@ -2,9 +2,9 @@
 
 x is (B, H, L, D), as are y and the gradients. Nothing is saved but x: the backward computes a row's norm again.
 
-A program takes BLOCK_M positions of one batch entry, and BLOCK_N heads of them one after the other, so that cosines
-and sines are loaded once for all. Whatever turns how, every component belongs to one pair: a tile is two tiles, the
-firsts of all pairs and the seconds.
+A program takes BLOCK_M positions of one batch entry, and BLOCK_N heads of them one after the other, so that
+cosines and sines are loaded once for all. Whatever turns how, every component belongs to one pair: a tile is two
+tiles, the firsts of all pairs and the seconds.
 
 The gradients of weight and scale both follow from the sums over rows of dy, turned back, times norm(x): a float32
 line (D,) for each head of a program, added up in a fixed order. No atomics.

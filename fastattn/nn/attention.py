@@ -13,7 +13,6 @@ from fastattn.nn.checks import check_count, check_stream
 from fastattn.nn.rotary import Rotary
 from fastattn.spec import MAX_HEAD_DIM, MIN_HEAD_DIM
 
-
 QK_NORM_EPS = 1e-6
 
 
@@ -104,8 +103,8 @@ class SelfAttention(_Attention):
         placed = {"bias": bias, "device": device, "dtype": dtype}
         self.rotary = rotary_for(self.head_dim, rotary)
         # They hold weights; the norm itself happens in the pass that also turns.
-        norms = [nn.RMSNorm(self.head_dim, eps=QK_NORM_EPS, device=device, dtype=dtype) for _ in "qk" if qk_norm]
-        self.q_norm, self.k_norm = norms or (None, None)
+        self.q_norm = self._norm_of_heads(device, dtype) if qk_norm else None
+        self.k_norm = self._norm_of_heads(device, dtype) if qk_norm else None
         all_heads = self.num_heads + 2 * self.num_kv_heads
         self.qkv_proj = nn.Linear(embed_dim, all_heads * self.head_dim, **placed)
         self.out_proj = nn.Linear(num_heads * self.head_dim, embed_dim, **placed)
@@ -126,6 +125,9 @@ class SelfAttention(_Attention):
             qk, v = qkv.split([self.num_heads + self.num_kv_heads, self.num_kv_heads], dim=1)
             q, k = self._prepared(qk).split([self.num_heads, self.num_kv_heads], dim=1)
         return self.hook_q(q), self.hook_k(k), self.hook_v(v)
+
+    def _norm_of_heads(self, device: Any, dtype: torch.dtype | None) -> Any:
+        return nn.RMSNorm(self.head_dim, eps=QK_NORM_EPS, device=device, dtype=dtype)
 
     def _prepared(self, qk: torch.Tensor) -> torch.Tensor:
         """Queries and, below them, keys (B, heads, L, head_dim), normalised and turned in one pass."""
