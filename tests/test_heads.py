@@ -131,7 +131,7 @@ EVERYTHING = {"weight": "heads", "scale": "batch", "offsets": "batch"}
 
 # Exactness: a sample for every row of the capability table.
 SAMPLES = {
-    "RMS norm of heads, with gradient": Problem(weight="width", turned=0),
+    "RMS norm of heads, with gradient": Problem(weight="width", turned=0, width=11),
     "rotary, half and interleaved, partial, offsets": Problem(turned=10, offsets="batch"),
     "per-head scale, with gradient": Problem(scale="heads", turned=0),
     "head widths 1 to 256": Problem(width=256, turned=256, length=5, **EVERYTHING),
@@ -158,7 +158,7 @@ def test_every_feature_of_the_table_is_exact(feature: str, interleaved: bool, ba
     check(problem, backend)
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(
     st.integers(1, 40).flatmap(
         lambda width: st.builds(
@@ -341,7 +341,7 @@ def test_derivatives_of_first_and_second_order_and_forward_mode(changes: dict, i
     assert torch.autograd.gradgradcheck(function, inputs)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ["triton", "portable"])
 def test_opcheck(backend: str) -> None:
     options = (True, 1e-6, True, backend)
     x = torch.randn(2, 3, 5, 8, device=DEVICE, requires_grad=True)
@@ -395,9 +395,8 @@ def test_forward_mode_equals_the_definition_s() -> None:
     torch.testing.assert_close(alone, theirs)
 
 
-@pytest.mark.parametrize("backend", ["triton", "portable"])
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_compiles_without_a_graph_break_and_gives_the_same(dynamic: bool, backend: str) -> None:
+@pytest.mark.parametrize(("backend", "dynamic"), [("triton", False), ("portable", True)])
+def test_compiles_without_a_graph_break_and_gives_the_same(backend: str, dynamic: bool) -> None:
     torch._dynamo.reset()
     problem = Problem(**EVERYTHING)
     asked = problem.rotation
