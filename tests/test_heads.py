@@ -76,7 +76,7 @@ class Problem:
         angles = 9 * torch.randn(*rows, self.turned // 2, generator=generator).to(DEVICE)
         offsets: object = 0 if self.offsets == "rows" else self.offsets
         if self.offsets == "batch":
-            offsets = torch.tensor([9, -5, 4][: self.batch], device=DEVICE)
+            offsets = torch.tensor([9, -5, 4], device=DEVICE)[: self.batch]
         tables = {"cos": 1.2 * angles.cos(), "sin": 1.3 * angles.sin()}
         return {**tables, "interleaved": self.interleaved, "offsets": offsets}
 
