@@ -12,6 +12,7 @@ from fastattn.functional import (
     mlp,
     t5_relative_bias,
 )
+from fastattn.heads import prepare_heads
 
 if "torch.utils.flop_counter" in sys.modules:
     import fastattn.flops  # noqa: F401
@@ -28,5 +29,6 @@ __all__ = [
     "merge_states",
     "mlp",
     "nn",
+    "prepare_heads",
     "t5_relative_bias",
 ]

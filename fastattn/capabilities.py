@@ -31,8 +31,8 @@ PROVEN: frozenset[str] = frozenset()
 class Request:
     """One call, as far as the choice of a backend depends on it."""
 
-    family: str  # "attention" or "mlp"
-    spec: Any  # the family's: AttentionSpec or MLPSpec
+    family: str  # "attention", "mlp" or "heads"
+    spec: Any  # the family's: AttentionSpec, MLPSpec or HeadsSpec
     tensors: tuple[Tensor, ...]
     lse_gradient: bool = False
     score_tensors: ScoreTensors = NO_TENSORS
@@ -112,6 +112,15 @@ FEATURES: tuple[Feature, ...] = (
     Feature("mlp", "bfloat16", _is(torch.bfloat16)),
     Feature("mlp", "float32, IEEE products", _is(torch.float32)),
     Feature("mlp", "float64", _is(torch.float64), triton=frozenset()),
+    Feature("heads", "RMS norm of heads, with gradient", lambda r: r.spec.norm),
+    Feature("heads", "rotary, half and interleaved, partial, offsets", lambda r: r.spec.turned > 0),
+    Feature("heads", "per-head scale, with gradient", lambda r: r.spec.scaled),
+    Feature("heads", "head widths 1 to 256", lambda r: True),
+    Feature("heads", "head widths above 256", lambda r: r.tensors[0].shape[3] > 256, triton=frozenset()),
+    Feature("heads", "float16", _is(torch.float16)),
+    Feature("heads", "bfloat16", _is(torch.bfloat16)),
+    Feature("heads", "float32", _is(torch.float32)),
+    Feature("heads", "float64", _is(torch.float64), triton=frozenset()),
 )
 
 

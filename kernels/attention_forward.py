@@ -193,7 +193,7 @@ def kind_of(precision: str, heavy: tuple[object, ...], shaped: tuple[object, ...
 
 
 def products(precision: str, element_size: int, width: int) -> str:
-    """tl.dot's input precision. IEEE where tf32x3, three products' fragments, holds more registers than there are."""
+    """tl.dot's input precision. IEEE where the fragments of tf32x3's three products do not fit in registers."""
     return "ieee" if element_size < 4 or (precision == "tf32x3" and width > 128) else precision
 
 

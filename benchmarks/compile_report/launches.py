@@ -8,6 +8,7 @@ import torch
 
 from fastattn.kernels.attention_backward import attention_backward
 from fastattn.kernels.attention_forward import attention_forward
+from fastattn.kernels.heads import prepare_heads, prepare_heads_backward
 from fastattn.kernels.mlp import gated_mlp_backward, gated_mlp_forward, mlp_backward, mlp_forward
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -97,7 +98,34 @@ class MLPCall:
         return torch.empty(shape, dtype=DTYPES[self.dtype], device="meta")
 
 
-Call = AttentionCall | MLPCall
+@dataclass(frozen=True)
+class HeadsCall:
+    """Forward and backward of 16 heads of 4096 tokens on their way to attention: norm, rotary and scale."""
+
+    dtype: str
+    head_dim: int
+    turned: int
+    layout: str = "half"  # or "interleaved"
+    everything: bool = True  # or the rotation alone
+
+    @property
+    def name(self) -> str:
+        width = f"D={self.head_dim} turned={self.turned} {self.layout}"
+        return f"heads {self.dtype} {width} {'everything' if self.everything else 'alone'}"
+
+    def run(self) -> None:
+        x = torch.empty((4, 4096, 16, self.head_dim), dtype=DTYPES[self.dtype], device="meta").transpose(1, 2)
+        cos = sin = torch.empty((1, 8192, self.turned // 2), device="meta").expand(4, -1, -1)
+        ask: dict = {"cos": cos, "sin": sin, "interleaved": self.layout == "interleaved"}
+        if self.everything:
+            ask["norm_weight"] = torch.empty(self.head_dim, device="meta").expand(4, 16, -1)
+            ask["offsets"] = torch.empty(4, dtype=torch.int32, device="meta")
+            ask |= {"head_scale": _heads(), "eps": 1e-6}
+        y = prepare_heads(x, **ask)
+        prepare_heads_backward(y, x, **ask)
+
+
+Call = AttentionCall | MLPCall | HeadsCall
 
 CALLS: tuple[Call, ...] = (
     *(AttentionCall("bf16", width, causal) for width in (64, 128, 256) for causal in (True, False)),
@@ -117,4 +145,9 @@ CALLS: tuple[Call, ...] = (
     MLPCall("bf16", 1024, "silu", gated=True, fused=False),
     MLPCall("fp32", 1024, "gelu", fused=True),
     MLPCall("fp32", 1024, "silu", gated=True, fused=True),
+    *(HeadsCall("bf16", width, width) for width in (64, 128, 256)),
+    HeadsCall("bf16", 128, 128, everything=False),
+    HeadsCall("bf16", 128, 128, "interleaved"),
+    HeadsCall("bf16", 80, 32),
+    HeadsCall("fp32", 128, 128),
 )

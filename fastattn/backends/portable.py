@@ -16,6 +16,9 @@ from torch import Tensor
 from fastattn import reference
 from fastattn.backends import torch_flash
 from fastattn.backends.layout import heads_last, zero_heads
+
+# Of heads the definition itself is what is wanted: row by row, O(N) memory.
+from fastattn.backends.reference import prepare_heads, prepare_heads_backward  # noqa: F401
 from fastattn.dropout import kept
 from fastattn.spec import AttentionSpec, Gradients, MLPSpec, MLPWeights, ScoreTensors, Wanted, lse_dtype
 

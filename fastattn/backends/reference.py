@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastattn import reference
 from fastattn.backends.layout import heads_last
+from fastattn.head_spec import HeadsSpec, HeadTensors
 from fastattn.spec import AttentionSpec, Gradients, MLPSpec, MLPWeights, ScoreTensors, Wanted
 
 
@@ -51,3 +52,14 @@ def mlp_backward(
 ) -> tuple[Tensor | None, ...]:
     gradients = reference.mlp_backward(dy, x, weights, spec)
     return tuple(g if want else None for g, want in zip(gradients, wanted, strict=True))
+
+
+def prepare_heads(x: Tensor, spec: HeadsSpec, tensors: HeadTensors) -> Tensor:
+    return heads_last(reference.prepare_heads(x, spec, tensors))
+
+
+def prepare_heads_backward(
+    dy: Tensor, x: Tensor, spec: HeadsSpec, tensors: HeadTensors
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    dx, dweight, dscale = reference.prepare_heads_backward(dy, x, spec, tensors)
+    return heads_last(dx), dweight, dscale

@@ -7,8 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
+from fastattn.head_spec import HeadsSpec, HeadTensors
 from fastattn.kernels import attention_backward as _backward
 from fastattn.kernels import attention_forward as _forward
+from fastattn.kernels import heads as _heads
 from fastattn.kernels import mlp as _mlp
 from fastattn.spec import AttentionSpec, Gradients, MLPSpec, MLPWeights, ScoreTensors, Wanted
 
@@ -64,3 +66,15 @@ def mlp_backward(
     if w_up is None:
         return _mlp.mlp_backward(dy, x, w_in, w_out, saved, spec.activation, wanted)
     return _mlp.gated_mlp_backward(dy, x, w_in, w_up, w_out, saved, spec.activation, wanted)
+
+
+def prepare_heads(x: Tensor, spec: HeadsSpec, tensors: HeadTensors) -> Tensor:
+    eps = spec.eps if spec.norm else None
+    return _heads.prepare_heads(x, eps=eps, interleaved=spec.interleaved, **tensors._asdict())
+
+
+def prepare_heads_backward(
+    dy: Tensor, x: Tensor, spec: HeadsSpec, tensors: HeadTensors
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    eps = spec.eps if spec.norm else None
+    return _heads.prepare_heads_backward(dy, x, eps=eps, interleaved=spec.interleaved, **tensors._asdict())
