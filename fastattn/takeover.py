@@ -1,8 +1,8 @@
 """Every model that calls F.scaled_dot_product_attention on ours, by one call: `fastattn.sdpa.activate()`.
 
-It goes through PyTorch's own registry of flash attention implementations, where ours has the name "fastattn". Until
-it is activated, nothing is touched; then the operators are ours to which PyTorch's selector routes its flash calls:
-on a GPU those in half precision without a mask, on a CPU those without dropout, masked or not.
+It goes through PyTorch's own registry of flash attention implementations, where ours has the name "fastattn".
+While it is active, those operators are ours to which PyTorch's selector routes its flash calls: on a GPU the ones
+in half precision without a mask, on a CPU the ones without dropout, masked or not.
 """
 
 from __future__ import annotations
@@ -43,6 +43,9 @@ class Takeover:
         ...     out = model(x)  # every F.scaled_dot_product_attention that PyTorch gives to flash attention
     """
 
+    def __init__(self) -> None:
+        self._backend: str | None = None
+
     @property
     def active(self) -> bool:
         """Whether PyTorch's flash attention is ours at present."""
@@ -50,6 +53,7 @@ class Takeover:
 
     def activate(self, backend: str | None = None) -> None:
         """Put ours in the place of whatever flash attention PyTorch uses; `backend` as `fastattn.attention`'s."""
+        self._backend = backend
         register_flash_attention_impl(NAME, register_fn=partial(_Operators, backend))
         activate_flash_attention_impl(NAME)
 
@@ -61,13 +65,15 @@ class Takeover:
     @contextmanager
     def __call__(self, backend: str | None = None) -> Iterator[None]:
         """Activate within a block; after it, what was active before is active again."""
-        before = current_flash_attention_impl()
+        before, backend_before = current_flash_attention_impl(), self._backend
         self.activate(backend)
         try:
             yield
         finally:
             self.deactivate()
-            if before is not None:
+            if before == NAME:
+                self.activate(backend_before)
+            elif before is not None:
                 activate_flash_attention_impl(before)
 
     def __repr__(self) -> str:
