@@ -212,6 +212,8 @@ class _Operators:
         state: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         """dq, dk and dv; masks that come this way want no gradient."""
+        if dropout_p == 1:
+            return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
         scale = q.shape[3] ** -0.5 if scale is None else scale
         seen_k, seen_v, bias, aligned = align(q, k, v, bias, causal)
         wide_q, wide_k, wide_v = (widened(t) for t in (q, seen_k, seen_v))

@@ -68,6 +68,7 @@ def scaled_dot_product_attention(
         )
         warn_once(f"scaled_dot_product_attention: {obstacle}; PyTorch's own function computes it")
         return out
+    scale = None if scale is None else float(scale)
     leading, q, k, v, bias = _four_dimensions(query, key, value, mask, enable_gqa)
     out, _ = attend(q, k, v, bias=bias, causal=causal, dropout_p=dropout_p, scale=scale, backend=backend)
     return out.reshape(*leading, *out.shape[2:])

@@ -308,6 +308,20 @@ def test_heads_wider_than_ours_stay_torchs_within_the_takeover():
         assert all(torch.equal(a, b) for a, b in zip(step(inputs, {}), expected, strict=True))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
+def test_within_the_takeover_a_gpus_flash_calls_are_ours(dropout_p):
+    inputs = [t.detach().cuda().requires_grad_() for t in qkv(queries=65, keys=65, width=64, dtype=torch.float16)]
+    torch.manual_seed(5)
+    expected = fastattn.attention(*inputs, causal=True, dropout_p=dropout_p)
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION), fastattn.sdpa():
+        torch.manual_seed(5)
+        out = theirs(*inputs, is_causal=True, dropout_p=dropout_p)
+        assert_same(out, expected, inputs, inputs)
+        ran = operators_run(lambda: theirs(*inputs, is_causal=True, dropout_p=dropout_p).sum().backward())
+    assert ran["fastattn::attention_forward"] == ran["fastattn::attention_backward"] == 1
+
+
 @pytest.fixture
 def gpu_operators_on_cpu():
     """The operators that we give to GPUs, registered on the CPU, where PyTorch has none of this name."""
@@ -320,7 +334,7 @@ def gpu_operators_on_cpu():
     operators.remove()
 
 
-@pytest.mark.parametrize("causal, dropout_p", [(False, 0.0), (True, 0.0), (True, 0.4)])
+@pytest.mark.parametrize("causal, dropout_p", [(False, 0.0), (True, 0.4)])
 def test_the_operators_of_the_gpu_hand_their_random_numbers_to_the_backward(
     causal, dropout_p, gpu_operators_on_cpu
 ):

@@ -187,10 +187,13 @@ def test_a_causal_mask_that_is_said_to_be_one_is_not_read(need_weights, padding)
 def test_the_hint_aligns_top_left_as_torch_does(queries, keys):
     ours, theirs = pair(MHA, 32, 4)
     x, y = torch.randn(queries, 2, 32, dtype=torch.float64), torch.randn(keys, 2, 32, dtype=torch.float64)
-    mask = torch.ones(queries, keys, dtype=torch.bool).triu(1)
-    expected = theirs(x, y, y, attn_mask=mask)
-    torch.testing.assert_close(ours(x, y, y, attn_mask=mask, is_causal=True), expected)
-    torch.testing.assert_close(ours(x, y, y, attn_mask=mask, is_causal=True, need_weights=False)[0], expected[0])
+    masks = {
+        "attn_mask": torch.ones(queries, keys, dtype=torch.bool).triu(1),
+        "key_padding_mask": torch.arange(keys).expand(2, keys) == torch.tensor([[1], [2]]),
+    }
+    expected = theirs(x, y, y, **masks)
+    torch.testing.assert_close(ours(x, y, y, **masks, is_causal=True), expected)
+    torch.testing.assert_close(ours(x, y, y, **masks, is_causal=True, need_weights=False)[0], expected[0])
 
 
 def test_appended_keys_are_seen_beside_a_causal_mask():

@@ -6,7 +6,9 @@ import importlib.util
 import sys
 import types
 import unittest
+import warnings
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +17,10 @@ if importlib.util.find_spec("expecttest") is None:
     # PyTorch's tables import a test case derived from expecttest's, which none of them is.
     sys.modules["expecttest"] = types.SimpleNamespace(TestCase=unittest.TestCase)  # type: ignore[assignment]
 
-from torch.testing._internal.common_methods_invocations import op_db
-from torch.testing._internal.common_modules import module_db
+# Importing them also freezes global settings and adds filters of warnings, which other tests should not feel.
+with mock.patch("torch.backends.disable_global_flags"), warnings.catch_warnings():
+    from torch.testing._internal.common_methods_invocations import op_db
+    from torch.testing._internal.common_modules import module_db
 
 
 def module_samples(cls: type[nn.Module], training: bool) -> list[Any]:

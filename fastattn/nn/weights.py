@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastattn.dropout import kept
+from fastattn.dropout import dropout_mask, kept
 from fastattn.spec import check_dropout, lse_dtype
 
 
@@ -34,8 +34,11 @@ def head_weights(q: Tensor, k: Tensor, lse: Tensor, bias: Tensor | None, how: We
     q (B, H, L, D), k (B, H, S, D), lse (B, H, L) as `fastattn.attention` returned it; bias as it was given one. A
     row that sees nothing has weights 0.
     """
-    heads = [_weights(*_head(h, q, k, lse, bias), how) * _keep(h, q, k, how) for h in range(q.shape[1])]
-    return torch.stack(heads, 1)
+    weights = _weights(q, k, lse, bias, how)
+    if how.dropout_state is None:
+        return weights
+    dropout_p = check_dropout(how.dropout_p)
+    return weights * dropout_mask(how.dropout_state, dropout_p, *weights.shape[1:]) / (1.0 - dropout_p)
 
 
 def mean_weights(q: Tensor, k: Tensor, lse: Tensor, bias: Tensor | None, how: Weighting) -> Tensor:
@@ -92,7 +95,7 @@ def _head(
 
 
 def _weights(q: Tensor, k: Tensor, lse: Tensor, bias: Tensor | None, how: Weighting) -> Tensor:
-    """One head's weights before dropout, (B, L, S)."""
+    """The weights before dropout, (B, H, L, S) of all heads or (B, L, S) of one."""
     work = lse_dtype(q.dtype)
     scores = q.to(work) @ k.to(work).mT * how.scale
     if how.causal:
