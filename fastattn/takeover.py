@@ -17,19 +17,17 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.library import Library, get_kernel
-from torch.nn.attention import (
-    activate_flash_attention_impl,
-    current_flash_attention_impl,
-    register_flash_attention_impl,
-    restore_flash_attention_impl,
-)
+from torch.library import Library
+from torch.nn import attention as registry
 
+from fastattn import backends
 from fastattn.dropout import dropout_state
 from fastattn.spec import FLOATING, MAX_HEAD_DIM, attention_spec, positive_scale, score_tensors
 from fastattn.torch_sdpa import BOTTOM_RIGHT, TOP_LEFT, align, attend, widened
 
 NAME = "fastattn"
+# The registry came into PyTorch in pieces.
+_RESTORES = hasattr(registry, "restore_flash_attention_impl")
 
 
 class Takeover:
@@ -49,32 +47,37 @@ class Takeover:
     @property
     def active(self) -> bool:
         """Whether PyTorch's flash attention is ours at present."""
-        return current_flash_attention_impl() == NAME
+        return _RESTORES and registry.current_flash_attention_impl() == NAME
 
     def activate(self, backend: str | None = None) -> None:
         """Put ours in the place of whatever flash attention PyTorch uses; `backend` as `fastattn.attention`'s."""
+        if not _RESTORES:
+            raise RuntimeError(f"fastattn.sdpa needs a PyTorch that can restore its own, got {torch.__version__}")
+        if backend is not None and backend not in backends.NAMES:
+            raise ValueError(f"backend must be one of {', '.join(backends.NAMES)} or None, got {backend!r}")
         self._backend = backend
-        register_flash_attention_impl(NAME, register_fn=partial(_Operators, backend))
-        activate_flash_attention_impl(NAME)
+        registry.register_flash_attention_impl(NAME, register_fn=partial(_Operators, backend))
+        registry.activate_flash_attention_impl(NAME)
 
     def deactivate(self) -> None:
         """Restore PyTorch's own flash attention, if ours is active."""
         if self.active:
-            restore_flash_attention_impl()
+            registry.restore_flash_attention_impl()
 
     @contextmanager
     def __call__(self, backend: str | None = None) -> Iterator[None]:
         """Activate within a block; after it, what was active before is active again."""
-        before, backend_before = current_flash_attention_impl(), self._backend
+        was_ours, backend_before = self.active, self._backend
+        before = registry.current_flash_attention_impl() if _RESTORES else None
         self.activate(backend)
         try:
             yield
         finally:
             self.deactivate()
-            if before == NAME:
+            if was_ours:
                 self.activate(backend_before)
             elif before is not None:
-                activate_flash_attention_impl(before)
+                registry.activate_flash_attention_impl(before)
 
     def __repr__(self) -> str:
         return f"<fastattn.sdpa, {'active' if self.active else 'not active'}>"
@@ -86,7 +89,6 @@ class _Operators:
     def __init__(self, backend: str | None = None) -> None:
         self.backend = backend
         self.here = threading.local()
-        self.originals: dict[str, Any] = {}
         self.library = Library("aten", "IMPL")
         name = "_scaled_dot_product_flash_attention"
         self._replace(f"{name}_for_cpu", "CPU", self.forward_on_cpu)
@@ -99,7 +101,7 @@ class _Operators:
         self.library._destroy()
 
     def _replace(self, name: str, key: str, ours: Any) -> None:
-        original = get_kernel(f"aten::{name}", key)
+        original = torch.library.get_kernel(f"aten::{name}", key)
 
         def choose(keyset: Any, *arguments: Any, **options: Any) -> Any:
             # The portable backend calls these operators itself, for what PyTorch's flash attention computes well.
