@@ -261,7 +261,7 @@ def test_importing_takes_nothing_over_and_the_switch_says_where_it_stands():
         fastattn.sdpa.deactivate()
     assert not fastattn.sdpa.active
     fastattn.sdpa.deactivate()  # nothing to do
-    with pytest.raises(ValueError, match="backend must be one of triton, .*, got 'cuda'"):
+    with pytest.raises(ValueError, match="backend must be one of triton"):
         fastattn.sdpa.activate("cuda")
 
 
