@@ -13,6 +13,8 @@ from fastattn.functional import (
     t5_relative_bias,
 )
 from fastattn.heads import prepare_heads
+from fastattn.takeover import sdpa
+from fastattn.torch_sdpa import scaled_dot_product_attention
 
 if "torch.utils.flop_counter" in sys.modules:
     import fastattn.flops  # noqa: F401
@@ -30,5 +32,7 @@ __all__ = [
     "mlp",
     "nn",
     "prepare_heads",
+    "scaled_dot_product_attention",
+    "sdpa",
     "t5_relative_bias",
 ]
