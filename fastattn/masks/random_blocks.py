@@ -80,6 +80,9 @@ def _fill_by_old_plan(table: Tensor, generator, planned: int, block: int) -> Non
         for row in range(1, planned - 1):
             choice = _old_choice(row, planned, last, middle)
             drawn = generator.permutation(choice)[:random]
+            if len(drawn) < random:  # `transformers` fails there too
+                tokens = count * block
+                raise ValueError(f"random must be at most {len(drawn)} at {tokens} tokens, got {random}")
             if row < count - 1:
                 table[head, row] = torch.from_numpy(drawn)
 

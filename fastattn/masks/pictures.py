@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastattn.mask_lowering import EMPTY, FULL, GRANULE, PARTIAL, BlockLists, Lowered
+from fastattn.masks.lists import GRANULE, BlockLists, Lowered
+from fastattn.masks.lowering import EMPTY, FULL, PARTIAL
 
 CHARACTERS = {EMPTY: "·", PARTIAL: "▒", FULL: "█"}
 COLOURS = ("#f4f4f0", "#e3a857", "#2a5a8c")
