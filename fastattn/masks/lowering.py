@@ -94,7 +94,7 @@ def build_lists(mask: Lowerable, shape: Shape) -> BlockLists:
     (column_full, full_rows, _, column_full_counts), (column_partial, rows, column_tiles, column_counts) = (
         by_column
     )
-    keep = mask.repeats
+    keep = mask.repeats and bool((full.counts != 0).any() or (partial.counts != 0).any())
     return BlockLists(
         full_offsets,
         full_columns,
@@ -119,21 +119,19 @@ def _granules(mask: Lowerable, shape: Shape, batch: int, head: int, tiles: _Tile
     """The full and the partial entries of one batch element and head, by rows."""
     full, partial = [], []
     height = max(1, SLAB // max(1, shape.columns))
-    diagonals = _diagonals(mask, shape) if mask.of_distance() and shape.rows and shape.columns else None
     for first in range(0, shape.rows if shape.columns else 0, height):
         slab = Slab(shape, batch, head, first, min(first + height, shape.rows))
         states = _whole(mask.states(slab), slab).flatten()
-        start = first * shape.columns
-        cells = (states == FULL).nonzero()[:, 0] + start
+        cells = (states == FULL).nonzero()[:, 0] + first * shape.columns
         full.append(_Entries(cells, cells, _counts_of_full(mask, slab, cells)))
-        undecided = (states == PARTIAL).nonzero()[:, 0] + start
-        for cells in undecided.split(LOOK if diagonals is None else 16 * LOOK):
-            for words, counts in _layers(mask, slab, cells, diagonals):
-                words = _existing(words, cells, shape)
-                is_full = (words == -1).all(1)
-                is_partial = (words != 0).any(1) & ~is_full
-                full.append(_Entries(cells[is_full], cells[is_full], counts[is_full]))
-                partial.append(_Entries(cells[is_partial], tiles.add(words[is_partial]), counts[is_partial]))
+        undecided = (states == PARTIAL).nonzero()[:, 0] + first * shape.columns
+        for cells, words, which, counts in _looked_at(mask, slab, undecided):
+            is_full = (words == -1).all(1)
+            is_partial = (words != 0).any(1) & ~is_full
+            number = torch.zeros_like(words[:, 0]).masked_scatter_(is_partial, tiles.add(words[is_partial]))
+            of_full, of_partial = is_full[which], is_partial[which]
+            full.append(_Entries(cells[of_full], cells[of_full], counts[of_full]))
+            partial.append(_Entries(cells[of_partial], number[which][of_partial], counts[of_partial]))
     return _sorted(full, shape.device), _sorted(partial, shape.device)
 
 
@@ -167,40 +165,35 @@ def _counts_of_full(mask: Lowerable, slab: Slab, cells: Tensor) -> Tensor:
     return mask.counts(first).expand(len(cells), 1, 1).flatten().float().log()
 
 
-def _diagonals(mask: Lowerable, shape: Shape) -> Tensor:
-    """Granules along the first row, from right to left, and down the first column: words (C + R - 1, 64).
+def _looked_at(mask: Lowerable, slab: Slab, cells: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Undecided granules, part by part: cells (G,), words (W, 64), which words each cell has (G,), log-counts (G,)."""
+    shape, columns = slab.shape, slab.shape.columns
+    if mask.of_distance():
+        # Whole granules of one diagonal look alike: the first of each diagonal is looked at for all.
+        whole = (cells // columns < shape.queries // GRANULE) & (cells % columns < shape.keys // GRANULE)
+        alike, cells = cells[whole], cells[~whole]
+        diagonal, which = (alike // columns - alike % columns).unique(return_inverse=True)
+        firsts = diagonal.clamp(min=0) * columns + (-diagonal).clamp(min=0)
+        parts = [words for part in firsts.split(LOOK) for words, _ in _layers(mask, slab, part)]
+        if parts:
+            yield alike, torch.cat(parts), which, torch.zeros_like(alike, dtype=torch.float32)
+    for part in cells.split(LOOK):
+        for words, counts in _layers(mask, slab, part):
+            yield part, _existing(words, part, shape), torch.arange(len(part), device=part.device), counts
 
-    Where only the distance matters, a granule looks like the one of these on the same diagonal.
-    """
-    left = torch.arange(shape.columns - 1, -1, -1, device=shape.device)
-    up = torch.arange(1, shape.rows, device=shape.device) * shape.columns
-    slab = Slab(shape, 0, 0, 0, shape.rows)
-    cells = torch.cat([left, up])
-    return torch.cat([_look(mask.sees(_positions(slab, part, GRANULE)), part) for part in cells.split(LOOK)])
 
-
-def _layers(
-    mask: Lowerable, slab: Slab, cells: Tensor, diagonals: Tensor | None
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Granules pair by pair: words (G, 64) and log-counts (G,), once for each count that occurs."""
-    once = cells.new_zeros(len(cells), dtype=torch.float32)
-    columns = slab.shape.columns
-    if diagonals is not None:
-        yield diagonals[cells // columns - cells % columns + columns - 1], once
-        return
+def _layers(mask: Lowerable, slab: Slab, cells: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Words (G, 64) and log-counts (G,) of granules, once for each count that occurs."""
     at = _positions(slab, cells, GRANULE)
     at = at._replace(query=at.query.clamp(max=slab.shape.queries - 1), key=at.key.clamp(max=slab.shape.keys - 1))
-    seen = mask.sees(at)
+    seen = mask.sees(at).expand(len(cells), GRANULE, GRANULE)
+    once = torch.zeros_like(cells, dtype=torch.float32)
     if not mask.repeats:
-        yield _look(seen, cells), once
+        yield pack(seen), once
         return
     counts = mask.counts(at)
     for count in counts.unique().tolist():
-        yield _look(seen & (counts == count), cells), torch.full_like(once, count).log()
-
-
-def _look(seen: Tensor, cells: Tensor) -> Tensor:
-    return pack(seen.expand(len(cells), GRANULE, GRANULE))
+        yield pack(seen & (counts == count)), torch.full_like(once, count).log()
 
 
 def _positions(slab: Slab, cells: Tensor, size: int) -> Positions:
