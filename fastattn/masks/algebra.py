@@ -205,7 +205,7 @@ class Mask:
         shape = Shape(batch, heads, queries, keys, the_device(device))
         for values in self.held:
             if values.tensor.device.type != "cpu" and values.tensor.device != shape.device:
-                raise ValueError(f"{self!r} must be on {shape.device} or on the CPU, got {values.tensor.device}")
+                raise ValueError(f"{self!r} must be on the CPU or on {shape.device}, got {values.tensor.device}")
         self.check(shape)
         return shape
 

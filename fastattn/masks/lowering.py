@@ -17,7 +17,7 @@ from fastattn.masks.lists import GRANULE, BlockLists, Shape, list_offsets, pack
 EMPTY, PARTIAL, FULL = 0, 1, 2  # & is the minimum, | the maximum, ~ the reflection; PARTIAL means undecided
 
 SLAB = 2**18  # granules classified at once: 256 KiB a byte
-LOOK = 512  # granules looked at pair by pair at once: 2 MiB a byte
+LOOK = 128  # granules looked at pair by pair at once: 512 KiB a byte
 
 
 class Positions(NamedTuple):
@@ -88,30 +88,26 @@ def build_lists(mask: Lowerable, shape: Shape) -> BlockLists:
     distinct, pattern = _distinct_patterns(found)
     full = _joined([full for full, _ in distinct], shape)
     partial = _joined([partial for _, partial in distinct], shape)
-    by_row = _by_row(full, len(distinct), shape), _by_row(partial, len(distinct), shape)
-    by_column = _by_column(full, len(distinct), shape), _by_column(partial, len(distinct), shape)
-    (full_offsets, full_columns, _, full_counts), (offsets, columns, tile_numbers, counts) = by_row
-    (column_full, full_rows, _, column_full_counts), (column_partial, rows, column_tiles, column_counts) = (
-        by_column
-    )
     keep = mask.repeats and bool((full.counts != 0).any() or (partial.counts != 0).any())
+    full_rows, partial_rows = (_by_row(e, len(distinct), shape, keep) for e in (full, partial))
+    full_columns, partial_columns = (_by_column(e, len(distinct), shape, keep) for e in (full, partial))
     return BlockLists(
-        full_offsets,
-        full_columns,
-        offsets,
-        columns,
-        tile_numbers,
-        full_counts if keep else None,
-        counts if keep else None,
-        column_full,
-        full_rows,
-        column_partial,
-        rows,
-        column_tiles,
-        column_full_counts if keep else None,
-        column_counts if keep else None,
-        bit_tiles,
-        torch.tensor(pattern, dtype=torch.int32, device=shape.device).view(batch, heads),
+        full_offsets=full_rows.offsets,
+        full_columns=full_rows.others,
+        partial_offsets=partial_rows.offsets,
+        partial_columns=partial_rows.others,
+        partial_tiles=partial_rows.tiles,
+        full_counts=full_rows.counts,
+        partial_counts=partial_rows.counts,
+        column_full_offsets=full_columns.offsets,
+        column_full_rows=full_columns.others,
+        column_partial_offsets=partial_columns.offsets,
+        column_partial_rows=partial_columns.others,
+        column_partial_tiles=partial_columns.tiles,
+        column_full_counts=full_columns.counts,
+        column_partial_counts=partial_columns.counts,
+        bit_tiles=bit_tiles,
+        pattern=torch.tensor(pattern, dtype=torch.int32, device=shape.device).view(batch, heads),
     )
 
 
@@ -166,7 +162,7 @@ def _counts_of_full(mask: Lowerable, slab: Slab, cells: Tensor) -> Tensor:
 
 
 def _looked_at(mask: Lowerable, slab: Slab, cells: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """Undecided granules, part by part: cells (G,), words (W, 64), which words each cell has (G,), log-counts (G,)."""
+    """Undecided granules, part by part: cells (G,), words (W, 64), whose words each has (G,), log-counts (G,)."""
     shape, columns = slab.shape, slab.shape.columns
     if mask.of_distance():
         # Whole granules of one diagonal look alike: the first of each diagonal is looked at for all.
@@ -287,17 +283,27 @@ def _joined(patterns: list[_Entries], shape: Shape) -> _Entries:
     return _sorted([e._replace(cells=e.cells + p * size) for p, e in enumerate(patterns)], shape.device)
 
 
-def _by_row(entries: _Entries, patterns: int, shape: Shape) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Offsets (patterns, R + 1), columns, tiles and counts."""
-    offsets = list_offsets(entries.cells // max(1, shape.columns), patterns, shape.rows)
-    return offsets, (entries.cells % max(1, shape.columns)).int(), entries.tiles.int(), entries.counts
+class _Lists(NamedTuple):
+    """The lists of one kind of entries, by row or by column: `others` are columns or rows."""
+
+    offsets: Tensor
+    others: Tensor
+    tiles: Tensor
+    counts: Tensor | None
 
 
-def _by_column(entries: _Entries, patterns: int, shape: Shape) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Offsets (patterns, C + 1), rows, tiles and counts."""
+def _by_row(entries: _Entries, patterns: int, shape: Shape, keep: bool) -> _Lists:
+    columns = max(1, shape.columns)
+    offsets = list_offsets(entries.cells // columns, patterns, shape.rows)
+    counts = entries.counts if keep else None
+    return _Lists(offsets, (entries.cells % columns).int(), entries.tiles.int(), counts)
+
+
+def _by_column(entries: _Entries, patterns: int, shape: Shape, keep: bool) -> _Lists:
     rows, columns = max(1, shape.rows), max(1, shape.columns)
     pattern, row = entries.cells // columns // rows, entries.cells // columns % rows
     lists = pattern * columns + entries.cells % columns
     order = lists.argsort(stable=True)
     offsets = list_offsets(lists, patterns, shape.columns)
-    return offsets, row[order].int(), entries.tiles[order].int(), entries.counts[order]
+    counts = entries.counts[order] if keep else None
+    return _Lists(offsets, row[order].int(), entries.tiles[order].int(), counts)
