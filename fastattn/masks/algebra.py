@@ -250,6 +250,7 @@ class _Pair(Mask):
         return self.first.of_distance() and self.second.of_distance()
 
 
+@dataclass(frozen=True, repr=False)
 class And(_Pair):
     """Both see it. A key's multiplicities multiply."""
 
@@ -279,6 +280,7 @@ class And(_Pair):
         )
 
 
+@dataclass(frozen=True, repr=False)
 class Or(_Pair):
     """Either sees it."""
 
