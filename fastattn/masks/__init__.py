@@ -89,13 +89,14 @@ def documents(
 
     Args:
         ids: which document each key is from, integers (Lk,) or (B, Lk), in any order (sorted is fastest).
-        cu_seqlens: instead of ids, where documents begin, and the end: (documents + 1,), from 0 up to Lk.
+        cu_seqlens: instead of ids, where documents begin, and the end: (documents + 1,), from 0 up to Lk. It is
+            read here, which on a GPU waits for it.
     """
     if (ids is None) == (cu_seqlens is None):
         raise TypeError("documents takes either ids or cu_seqlens")
     if ids is not None:
         return Documents(Values(_integers("ids", ids, "(Lk,) or (B, Lk)", dims=(1, 2))), boundaries=False)
-    starts = _integers("cu_seqlens", cu_seqlens, "(documents + 1,)", dims=(1,))
+    starts = _integers("cu_seqlens", cu_seqlens, "(documents + 1,)", dims=(1,)).cpu()
     if not len(starts) or int(starts[0]) != 0 or bool((starts.diff() < 0).any()):
         raise ValueError(f"cu_seqlens must begin with 0 and be sorted, got {_shortened(starts)}")
     return Documents(Values(starts), boundaries=True)
@@ -112,7 +113,7 @@ def global_tokens(positions: Tensor | Iterable[int]) -> Mask:
         if positions.dim() not in (1, 2):
             raise ValueError(f"positions must have shape (n,), (Lk,) or (B, Lk), got {tuple(positions.shape)}")
         return GlobalTokens(Values(positions))
-    values = _integers("positions", positions, "(n,)", dims=(1,))
+    values = _integers("positions", positions, "(n,)", dims=(1,)).cpu()
     if values.numel() and int(values.min()) < 0:
         raise ValueError(f"positions must not be negative, got {int(values.min())}")
     return GlobalTokens(Values(values))

@@ -28,17 +28,19 @@ class Values:
         own = small or tensor.is_inference()  # an inference tensor does not count its changes
         self.tensor = tensor.detach().clone() if own else tensor
         self._value = (tuple(tensor.shape), tuple(tensor.flatten().tolist())) if small else None
+        self._hash = hash(self._value)
 
     @property
     def _key(self) -> tuple:
-        version = 0 if self.tensor.is_inference() else self.tensor._version
-        return self._value or (id(self.tensor), version)
+        if self._value is not None:
+            return self._value
+        return id(self.tensor), 0 if self.tensor.is_inference() else self.tensor._version
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Values) and self._key == other._key
 
     def __hash__(self) -> int:
-        return hash(self._key)
+        return hash(self._key) if self._value is None else self._hash
 
     def __repr__(self) -> str:
         if self.tensor.numel() <= 8 and self.tensor.device.type == "cpu":
@@ -173,6 +175,7 @@ class Mask:
         batch: int = 1,
         heads: int = 1,
         at: tuple[int, int] = (0, 0),
+        device: torch.device | str = "cpu",
         width: int = 64,
     ) -> str:
         """A block picture in text, of batch element and head `at`: full, partial and empty granules, density.
@@ -181,7 +184,7 @@ class Mask:
         all of them are.
         """
         keys = queries if keys is None else keys
-        lowered = self.lower(batch, heads, queries, keys, closed_forms=False)
+        lowered = self.lower(batch, heads, queries, keys, device, closed_forms=False)
         return pictures.text(repr(self), lowered, at, width)
 
     def save_png(
@@ -193,10 +196,11 @@ class Mask:
         batch: int = 1,
         heads: int = 1,
         at: tuple[int, int] = (0, 0),
+        device: torch.device | str = "cpu",
     ) -> None:
         """The same picture as a PNG. Needs matplotlib (`pip install fastattn[lens]`)."""
         keys = queries if keys is None else keys
-        lowered = self.lower(batch, heads, queries, keys, closed_forms=False)
+        lowered = self.lower(batch, heads, queries, keys, device, closed_forms=False)
         pictures.png(path, repr(self), lowered, at)
 
     def _shape(self, batch: int, heads: int, queries: int, keys: int, device: torch.device | str) -> Shape:

@@ -230,9 +230,8 @@ class Dense(Mask):
         seen = four_dimensional(self.seen.tensor)
         rows = slice(slab.first * GRANULE, slab.stop * GRANULE)
         seen = seen[pick(seen.shape[0], slab.batch), pick(seen.shape[1], slab.head), rows]
-        # Pixels, first pooled along the contiguous keys.
-        low, high = (t.transpose(0, 1) for t in _ranges(seen.to(torch.uint8)))
-        low, high = _ranges(low)[0].transpose(0, 1), _ranges(high)[1].transpose(0, 1)
+        low, high = (pooled.mT for pooled in _ranges(seen.view(torch.uint8)))  # along the keys, then the queries
+        low, high = _ranges(low)[0].mT, _ranges(high)[1].mT
         return state(some=high > 0, all=low > 0).to(slab.shape.device)
 
     def varies(self, shape: Shape) -> tuple[bool, bool]:
