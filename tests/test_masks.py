@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -391,10 +394,23 @@ def test_structured_masks_of_131072_tokens_take_megabytes_at_most(mask: Mask, me
     assert lowered.visited_granules < 2.5 * lowered.ideal_granules or "dilated" in repr(mask)
 
 
-def test_a_function_is_evaluated_a_few_megabytes_at_a_time() -> None:
-    with _LargestTensor() as largest:
-        masks.from_function(lambda b, h, q, k: (q ^ k) % 1000 < 3).lower(1, 1, 3000, 3000)
-    assert largest.nbytes < 8 * 3000 * 3000 / 10
+PEAK = """
+import resource, torch
+from fastattn import masks
+def build(length):
+    masks.from_function(lambda b, h, q, k: (q ^ k) % 7 < 3).lower(1, 1, length, length)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(-build(512) + build(8192))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's peak of resident memory, in KiB")
+def test_a_function_is_lowered_in_less_memory_than_its_dense_mask_takes() -> None:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [sys.executable, "-c", PEAK], capture_output=True, text=True, check=True, env=environment
+    )
+    assert int(result.stdout) * 1024 < 8192 * 8192
 
 
 def test_closed_forms_take_no_lists() -> None:
@@ -464,7 +480,10 @@ def test_masks_print_as_they_are_written() -> None:
     assert repr(masks.documents(cu_seqlens=[0, 5])) == "documents(cu_seqlens=[0, 5])"
     assert repr(masks.longformer(8, [0])) == "window(4, 4) | global_tokens([0])"
     assert repr(masks.from_function(some_predicate)) == "from_function(some_predicate)"
-    assert "huggingface" in repr(masks.bigbird(style="huggingface"))
+    assert repr(masks.bigbird(seed=3)) == "bigbird(64, 3, seed=3)"
+    assert repr(masks.bigbird(style="huggingface", training=True, seed=1)) == (
+        "bigbird(64, 3, style='huggingface', seed=1, training=True)"
+    )
 
 
 def test_equal_masks_are_lowered_once_and_changed_tensors_again() -> None:
@@ -478,6 +497,7 @@ def test_equal_masks_are_lowered_once_and_changed_tensors_again() -> None:
     assert lower(mask()) is lower(mask())
     assert lower(mask()) is not lower(masks.causal() & masks.key_lengths([50, 71]) | masks.global_tokens([3]))
     assert masks.causal() & masks.window(3) != masks.causal() | masks.window(3)
+    assert masks.global_tokens([0, 1]) != masks.global_tokens(torch.tensor([False, True]))
     seen = torch.zeros(100, 100, dtype=torch.bool)
     kept = masks.from_dense(seen)
     assert lower(kept) is lower(masks.from_dense(seen)) and lower(kept).visible == 0

@@ -27,7 +27,8 @@ class Values:
         small = tensor.device.type == "cpu" and tensor.numel() <= COMPARED_BY_VALUE
         own = small or tensor.is_inference()  # an inference tensor does not count its changes
         self.tensor = tensor.detach().clone() if own else tensor
-        self._value = (tuple(tensor.shape), tuple(tensor.flatten().tolist())) if small else None
+        are_flags = tensor.dtype == torch.bool  # True equals 1, but says something else
+        self._value = (are_flags, tuple(tensor.shape), tuple(tensor.flatten().tolist())) if small else None
         self._hash = hash(self._value)
 
     @property

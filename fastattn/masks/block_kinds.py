@@ -120,9 +120,9 @@ class BigBird(_Cells):
             raise ValueError(f"bigbird is self-attention, got {shape.queries} queries and {shape.keys} keys")
 
     def __repr__(self) -> str:
-        return (
-            f"bigbird({self.block}, {self.random}, {self.global_blocks}, {self.window_blocks}, seed={self.seed})"
-        )
+        usual = {"global_blocks": 1, "window_blocks": 3, "seed": 0, "per_head": False}
+        options = (f", {name}={getattr(self, name)}" for name in usual if getattr(self, name) != usual[name])
+        return f"bigbird({self.block}, {self.random}{''.join(options)})"
 
 
 @dataclass(frozen=True, repr=False)
@@ -162,5 +162,5 @@ class HuggingFaceBigBird(_Cells):
             )
 
     def __repr__(self) -> str:
-        mode = "training" if self.training else "eval"
-        return f"bigbird({self.block}, {self.random}, seed={self.seed}, style='huggingface', {mode})"
+        training = f", seed={self.seed}, training=True" if self.training else ""
+        return f"bigbird({self.block}, {self.random}, style='huggingface'{training})"

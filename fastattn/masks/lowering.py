@@ -113,22 +113,22 @@ def build_lists(mask: Lowerable, shape: Shape) -> BlockLists:
 
 def _granules(mask: Lowerable, shape: Shape, batch: int, head: int, tiles: _Tiles) -> tuple[_Entries, _Entries]:
     """The full and the partial entries of one batch element and head, by rows."""
-    full, partial = [], []
+    full, partial = _Found(shape.device), _Found(shape.device)
     height = max(1, SLAB // max(1, shape.columns))
     for first in range(0, shape.rows if shape.columns else 0, height):
         slab = Slab(shape, batch, head, first, min(first + height, shape.rows))
         states = _whole(mask.states(slab), slab).flatten()
         cells = (states == FULL).nonzero()[:, 0] + first * shape.columns
-        full.append(_Entries(cells, cells, _counts_of_full(mask, slab, cells)))
+        full.add(cells, cells, _counts_of_full(mask, slab, cells))
         undecided = (states == PARTIAL).nonzero()[:, 0] + first * shape.columns
         for cells, words, which, counts in _looked_at(mask, slab, undecided):
             is_full = (words == -1).all(1)
             is_partial = (words != 0).any(1) & ~is_full
             number = torch.zeros_like(words[:, 0]).masked_scatter_(is_partial, tiles.add(words[is_partial]))
             of_full, of_partial = is_full[which], is_partial[which]
-            full.append(_Entries(cells[of_full], cells[of_full], counts[of_full]))
-            partial.append(_Entries(cells[of_partial], number[which][of_partial], counts[of_partial]))
-    return _sorted(full, shape.device), _sorted(partial, shape.device)
+            full.add(cells[of_full], cells[of_full], counts[of_full])
+            partial.add(cells[of_partial], number[which][of_partial], counts[of_partial])
+    return full.sorted(), partial.sorted()
 
 
 def _whole(states: Tensor, slab: Slab) -> Tensor:
@@ -205,23 +205,59 @@ def _positions(slab: Slab, cells: Tensor, size: int) -> Positions:
     )
 
 
+class _Growing:
+    """A tensor that grows at its end. Small tensors kept from every look would lie scattered between the large
+    ones that come and go, and keep the heap from using their room again: gigabytes, for megabytes of lists."""
+
+    def __init__(self, empty: Tensor) -> None:
+        self.buffer, self.size = empty, 0
+
+    def add(self, rows: Tensor) -> None:
+        size, self.size = self.size, self.size + len(rows)
+        if self.size > len(self.buffer):
+            larger = self.buffer.new_empty(max(1024, 2 * self.size), *self.buffer.shape[1:])
+            larger[:size] = self.buffer[:size]
+            self.buffer = larger
+        self.buffer[size : self.size] = rows
+
+    @property
+    def filled(self) -> Tensor:
+        return self.buffer[: self.size]
+
+
+class _Found:
+    """Entries of one kind as they are found."""
+
+    def __init__(self, device: torch.device) -> None:
+        none = torch.zeros(0, dtype=torch.int64, device=device)
+        self.cells, self.tiles, self.counts = _Growing(none), _Growing(none), _Growing(none.float())
+
+    def add(self, cells: Tensor, tiles: Tensor, counts: Tensor) -> None:
+        self.cells.add(cells)
+        self.tiles.add(tiles)
+        self.counts.add(counts)
+
+    def sorted(self) -> _Entries:
+        """Cells ascending; entries of one cell stay in their order."""
+        cells, order = self.cells.filled.sort(stable=True)
+        return _Entries(cells, self.tiles.filled[order], self.counts.filled[order])
+
+
 class _Tiles:
     """Bit tiles as they are found. Equal ones of one `add` are merged at once, all of them in `distinct`."""
 
     def __init__(self, device: torch.device) -> None:
-        self.parts = [torch.zeros(0, GRANULE, dtype=torch.int64, device=device)]
-        self.size = 0
+        self.found = _Growing(torch.zeros(0, GRANULE, dtype=torch.int64, device=device))
 
     def add(self, words: Tensor) -> Tensor:
         """The number of each tile."""
         tiles, numbers = distinct_rows(words)
-        self.parts.append(tiles)
-        self.size += len(tiles)
-        return numbers + (self.size - len(tiles))
+        self.found.add(tiles)
+        return numbers + (self.found.size - len(tiles))
 
     def distinct(self) -> tuple[Tensor, Tensor]:
         """All different tiles, and the new number of each old one."""
-        return distinct_rows(torch.cat(self.parts))
+        return distinct_rows(self.found.filled)
 
 
 def distinct_rows(words: Tensor) -> tuple[Tensor, Tensor]:
@@ -240,16 +276,6 @@ def distinct_rows(words: Tensor) -> tuple[Tensor, Tensor]:
         return words.unique(dim=0, return_inverse=True)
     order = first.argsort()
     return words[first[order]], order.argsort()[numbers]
-
-
-def _sorted(parts: list[_Entries], device: torch.device) -> _Entries:
-    """One list, cells ascending; entries of one cell stay in their order."""
-    none = torch.zeros(0, dtype=torch.int64, device=device)
-    cells = torch.cat([none, *(part.cells for part in parts)])
-    tiles = torch.cat([none, *(part.tiles for part in parts)])
-    counts = torch.cat([none.float(), *(part.counts for part in parts)])
-    cells, order = cells.sort(stable=True)
-    return _Entries(cells, tiles[order], counts[order])
 
 
 def _distinct_patterns(
@@ -280,7 +306,10 @@ def _equal(left: _Entries, right: _Entries) -> bool:
 def _joined(patterns: list[_Entries], shape: Shape) -> _Entries:
     """The entries of all patterns, in order."""
     size = shape.rows * shape.columns
-    return _sorted([e._replace(cells=e.cells + p * size) for p, e in enumerate(patterns)], shape.device)
+    joined = _Found(shape.device)
+    for p, entries in enumerate(patterns):
+        joined.add(entries.cells + p * size, entries.tiles, entries.counts)
+    return joined.sorted()
 
 
 class _Lists(NamedTuple):
