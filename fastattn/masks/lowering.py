@@ -17,7 +17,7 @@ from fastattn.masks.lists import GRANULE, BlockLists, Shape, list_offsets, pack
 EMPTY, PARTIAL, FULL = 0, 1, 2  # & is the minimum, | the maximum, ~ the reflection; PARTIAL means undecided
 
 SLAB = 2**18  # granules classified at once: 256 KiB a byte
-LOOK = 128  # granules looked at pair by pair at once: 512 KiB a byte
+LOOK = 256  # granules looked at pair by pair at once: 1 MiB a byte
 
 
 class Positions(NamedTuple):
