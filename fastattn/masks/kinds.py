@@ -103,10 +103,7 @@ class Documents(Mask):
         low, high = _ranges(ids)
         rows = slice(slab.first * GRANULE + slab.shape.offset, slab.stop * GRANULE + slab.shape.offset)
         own_low, own_high = (t[:, None] for t in _ranges(ids[rows]))
-        return state(
-            some=(own_low <= high) & (low <= own_high),
-            all=(own_low == high) & (low == own_high) & (low == high),
-        )
+        return state(some=(own_low <= high) & (low <= own_high), all=(own_low == high) & (low == own_high))
 
     def varies(self, shape: Shape) -> tuple[bool, bool]:
         return self._rows != 1, False
