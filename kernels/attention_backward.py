@@ -433,9 +433,7 @@ def attention_backward(
             family,
             q.element_size(),
             widest,
-            kind_of(
-                q.element_size(), precision, (bias, dropout_state), (left, softcap, alibi_slopes, relative_bias)
-            ),
+            kind_of(precision, (bias, dropout_state), (left, softcap, alibi_slopes, relative_bias)),
         )
         if row_values.numel():
             attention_delta_kernel[(padded_rows // 64, batch * heads)](

@@ -251,9 +251,7 @@ def attention_forward(
             family,
             q.element_size(),
             widest,
-            kind_of(
-                q.element_size(), precision, (bias, dropout_state), (left, softcap, alibi_slopes, relative_bias)
-            ),
+            kind_of(precision, (bias, dropout_state), (left, softcap, alibi_slopes, relative_bias)),
         )
         attention_forward_kernel[(triton.cdiv(queries, tiling.block_m) * batch * heads,)](
             tensor4(q),
