@@ -258,7 +258,7 @@ def test_the_tiled_backend_stores_nothing_that_grows_with_the_square_of_the_leng
         portable._tiled_backward(
             torch.ones_like(out), q, k, v, out, lse, None, problem.spec, problem.score_tensors(), Wanted()
         )
-    assert seen.elements <= max(portable.QUERY_TILE * portable.KEY_TILE, 4096 * 32)
+    assert seen.elements <= max(tiles.QUERY_TILE * tiles.KEY_TILE, 4096 * 32)
 
 
 @pytest.mark.parametrize("name", ["triton", "portable"])
