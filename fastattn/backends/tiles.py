@@ -40,13 +40,18 @@ class Scores:
     """
 
     def __init__(self, q: Tensor, k: Tensor, spec: AttentionSpec, tensors: ScoreTensors) -> None:
-        self.spec, self.tensors = spec, tensors
+        self.spec, self.tensors, self.work = spec, tensors, lse_dtype(q.dtype)
         self.queries, self.keys = q.shape[2], k.shape[2]
         self.shift = self.keys - self.queries
         self.heads, self.key_heads, self.group = q.shape[1], k.shape[1], q.shape[1] // k.shape[1]
-        lengths = tensors.key_lengths
-        # Reading the longest waits for the device; this backend launches hundreds of products anyway.
-        self.longest = self.keys if lengths is None or not lengths.numel() else int(lengths.max())
+        self.longest = self._longest(tensors.key_lengths)
+
+    def _longest(self, lengths: Tensor | None) -> int:
+        """Keys from there on are seen by nobody. Reading it waits for the device; this backend launches hundreds of
+        products anyway. A tracer has nothing to read."""
+        if lengths is None or not lengths.numel() or type(lengths) is not Tensor:
+            return self.keys
+        return int(lengths.max())
 
     def rows(self) -> Iterator[slice]:
         return _spans(0, self.queries, QUERY_TILE)
@@ -102,7 +107,7 @@ class Scores:
         query = torch.arange(tile.rows.start, tile.rows.stop, device=state.device)[:, None]
         dropout = self.spec.dropout
         keep = kept(state[:, None, None, None], head, query, tile.columns.start, tile.columns.stop, dropout)
-        return grouped(keep, self.key_heads) * (1.0 / (1.0 - dropout))
+        return grouped(keep.to(self.work), self.key_heads) * (1.0 / (1.0 - dropout))
 
     def per_row(self, values: Tensor, rows: int) -> Tensor:
         """A value for each query head (B, Hq), for each of the grouped rows: (B, Hkv, rows, 1)."""
