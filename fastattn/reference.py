@@ -131,6 +131,8 @@ def _scores(q: Tensor, k: Tensor, spec: AttentionSpec, tensors: ScoreTensors) ->
         if tensors.bias.dtype == torch.bool:
             seen = seen & tensors.bias
         else:
+            # Filled in below, so that no gradient comes of an infinity.
+            seen = seen & (tensors.bias > float("-inf"))
             scores = scores + tensors.bias.to(scores.dtype)
     return scores.masked_fill(~seen, float("-inf"))
 

@@ -86,15 +86,16 @@ def family(kernel: object, device: torch.device) -> str:
     return INTERPRETER if interpreted(kernel) else _family_of_device(device.index)
 
 
-def look_up(
-    table: dict[str, tuple[Row, ...]], family: str, bytes: int, width: int, shaped: bool = False
-) -> Tiling:
+def look_up(table: dict[str, tuple[Row, ...]], family: str, bytes: int, width: int, kind: str = "plain") -> Tiling:
     """The first row of the family's table that is wide enough; families not listed use sm_80's.
 
-    `shaped` scores and windows hold more registers: a family's "shaped" rows, where there are any, come first.
+    Other kinds than "plain" have rows of their own, a family's or every family's, that come first: "shaped" scores
+    hold more registers, "tf32" products of float32 run on tensor cores.
     """
     rows = table.get(family) or table["sm_80"]
-    for row in (*table.get(f"{family} shaped", ()), *rows) if shaped else rows:
+    if kind != "plain" and family != INTERPRETER:
+        rows = (*table.get(f"{family} {kind}", table.get(kind, ())), *rows)
+    for row in rows:
         if bytes <= row.bytes and width <= row.width:
             return row.tiling
     raise ValueError(f"no launch configuration for {bytes}-byte elements of width {width} on {family}")
@@ -126,6 +127,7 @@ _INTERPRETED = {
     "forward": (Row(8, 256, Tiling(32, 16, 4, 1)),),
     "dkdv": (Row(8, 256, Tiling(16, 32, 4, 1)),),
     "dq": (Row(8, 256, Tiling(32, 16, 4, 1)),),
+    "bias": (Row(8, 256, Tiling(16, 16, 4, 1)),),
 }
 
 # Where the forward and dq walk the masked keys before the others. On sm_90, if the masked loop came second, ptxas
@@ -312,6 +314,18 @@ ATTENTION_DQ |= {
         Row(2, 128, Tiling(128, 32, 8, 2)),  # 128 x 64: 10
     ),
     "sm_100 shaped": (Row(2, 64, Tiling(64, 128, 8, 2)),),  # 128 x 128: 15 to 154, 128 x 64: 4
+}
+
+# Gradients of biases: square tiles, two products and a sum that stays in registers.
+ATTENTION_BIAS = {
+    INTERPRETER: _INTERPRETED["bias"],
+    "sm_80": (
+        Row(2, 64, Tiling(64, 64, 4, 2)),
+        Row(2, 128, Tiling(64, 64, 8, 1)),
+        Row(2, 256, Tiling(32, 32, 4, 1)),
+        Row(4, 64, Tiling(32, 32, 4, 1)),
+        Row(4, 256, Tiling(16, 16, 4, 1)),
+    ),
 }
 
 # The MLP. A row's width counts the elements of the hidden layer (tokens x h): below what fills every
