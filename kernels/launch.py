@@ -128,6 +128,7 @@ _INTERPRETED = {
     "dkdv": (Row(8, 256, Tiling(16, 32, 4, 1)),),
     "dq": (Row(8, 256, Tiling(32, 16, 4, 1)),),
     "bias": (Row(8, 256, Tiling(16, 16, 4, 1)),),
+    "tangent": (Row(8, 256, Tiling(32, 16, 4, 1)),),
 }
 
 # Where the forward and dq walk the masked keys before the others. On sm_90, if the masked loop came second, ptxas
@@ -325,6 +326,18 @@ ATTENTION_BIAS = {
         Row(2, 256, Tiling(32, 32, 4, 1)),
         Row(4, 64, Tiling(32, 32, 4, 1)),
         Row(4, 256, Tiling(16, 16, 4, 1)),
+    ),
+}
+
+# Forward mode: the forward's walk with five products to its two, and twice the tiles.
+ATTENTION_TANGENT = {
+    INTERPRETER: _INTERPRETED["tangent"],
+    "sm_80": (
+        Row(2, 64, Tiling(64, 64, 4, 2)),
+        Row(2, 128, Tiling(64, 32, 4, 2)),
+        Row(2, 256, Tiling(64, 32, 8, 1)),
+        Row(4, 64, Tiling(32, 32, 4, 1)),
+        Row(4, 256, Tiling(16, 16, 8, 1)),
     ),
 }
 
