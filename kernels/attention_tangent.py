@@ -203,9 +203,7 @@ def attention_tangent_kernel(
     )
     accumulator -= dlse[:, None] * out_tile.to(tl.float32)
     moved_out_pointer = head_of(moved_out, batch, head)
-    store_tile(
-        moved_out_pointer, moved_out, start, shape.queries, VALUE_DIM, accumulator, BLOCK_M, VALUE_WIDTH
-    )
+    store_tile(moved_out_pointer, moved_out, start, shape.queries, VALUE_DIM, accumulator, BLOCK_M, VALUE_WIDTH)
     rows = head_of(moved_lse, batch, head) + queries.to(tl.int64) * moved_lse.row
     tl.store(rows, dlse, mask=queries < shape.queries)
 

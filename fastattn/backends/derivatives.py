@@ -80,9 +80,7 @@ def _pulled(function: TileSum, outputs: Sequence[int], which: Sequence[int]) -> 
     return TileSum(pulled, falls, tuple(which), function.spec)
 
 
-def apply(
-    function: TileSum, tensors: ScoreTensors, inputs: Sequence[Tensor | None]
-) -> tuple[Tensor, ...]:
+def apply(function: TileSum, tensors: ScoreTensors, inputs: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
     """The sum, differentiable by its inputs."""
     return _Differentiable.apply(function, *(getattr(tensors, name) for name in _FIXED), *inputs)
 
@@ -120,9 +118,7 @@ class _Differentiable(torch.autograd.Function):
         inputs = arguments[len(_FIXED) :]
         biases = [len(_FIXED) + i for i, t in enumerate(inputs) if function.falls[i] == "scores"]
         if shares_batch(dims, arguments, len(_FIXED), (_FIXED.index("bias"), *biases)):
-            return one_by_one(
-                lambda *chosen: _Differentiable.apply(function, *chosen), size, dims, arguments
-            )
+            return one_by_one(lambda *chosen: _Differentiable.apply(function, *chosen), size, dims, arguments)
         return unfold(size, _Differentiable.apply(function, *fold(size, dims, arguments))), (0,) * len(
             function.outputs
         )

@@ -38,8 +38,6 @@ def one_by_one(
     """One call for each index of the mapped dimension."""
     results = []
     for i in range(size):
-        chosen = (
-            a.select(dim, i) if isinstance(dim, int) else a for dim, a in zip(dims, arguments, strict=True)
-        )
+        chosen = (a.select(dim, i) if isinstance(dim, int) else a for dim, a in zip(dims, arguments, strict=True))
         results.append(operator(*chosen))
     return tuple(torch.stack(column) for column in zip(*results, strict=True)), (0,) * len(results[0])
