@@ -8,8 +8,8 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from fastattn.dropout import dropout_state as fresh_dropout_state
 from fastattn import ops
+from fastattn.dropout import dropout_state as fresh_dropout_state
 from fastattn.spec import (
     Gradients,
     MLPWeights,
@@ -364,7 +364,7 @@ def _mlp(x: Tensor, weights: MLPWeights, activation: str, backend: str | None) -
     wanted = any(t is not None and t.requires_grad for t in (x, *weights))
     # Under torch.func a wrapper need not say that a gradient is wanted outside of it.
     save = torch.is_grad_enabled() and (wanted or torch._C._are_functorch_transforms_active())
-    y, _ = ops.MLP.apply(tokens, *weights, activation, save, backend)
+    y, _ = ops.mlp(tokens, *weights, activation, save, backend)
     return y.reshape(*leading, y.shape[-1])
 
 

@@ -418,7 +418,7 @@ class MLP(torch.autograd.Function):
             _, saved = torch.ops.fastattn.mlp_forward(*tensors, None, activation, True, backend)
         x, w_in, b_in, w_up, b_up, w_out, b_out = ctx.needs_input_grad[:7]
         wanted = (x, w_in or w_up, b_in or b_up, w_out, b_out)
-        dx, dw, db, dw_out, db_out = MLPBackward.apply(dy, *tensors, saved, wanted, *ctx.options)
+        dx, dw, db, dw_out, db_out = mlp_backward(dy, *tensors, saved, wanted, *ctx.options)
         rows = tensors[1].shape[0]
         gradients = (dx, dw[:rows], db[:rows], dw[rows:], db[rows:], dw_out, db_out)
         needed = ctx.needs_input_grad[:7]
@@ -452,15 +452,61 @@ class MLPBackward(torch.autograd.Function):
 
         def gradients(*given):
             filled = dict(zip(present, given, strict=True))
-            dy, x, *weights = (filled.get(i) for i in range(len(tensors)))
-            spec = MLPSpec(ctx.activation, gated=weights[2] is not None)
-            every = reference.mlp_backward(dy, x, MLPWeights(*weights), spec)
-            return [g for g, want in zip(every, ctx.wanted, strict=True) if want]
+            return _mlp_gradients(ctx, [filled.get(i) for i in range(len(tensors))])
 
         pulled = [g for g, want in zip(second, ctx.wanted, strict=True) if want]
         derivatives = torch.func.vjp(gradients, *(tensors[i] for i in present))[1](pulled)
         filled = dict(zip(present, derivatives, strict=True))
         return *(filled.get(i) for i in range(len(tensors))), None, None, None, None
+
+
+def _mlp_gradients(ctx, tensors: Sequence[Tensor | None]) -> list[Tensor]:
+    """The gradients wanted, by the reference formula."""
+    dy, x, *weights = tensors
+    spec = MLPSpec(ctx.activation, gated=weights[2] is not None)
+    every = reference.mlp_backward(dy, x, MLPWeights(*weights), spec)
+    return [g for g, want in zip(every, ctx.wanted, strict=True) if want]
+
+
+class DualMLP(MLP):
+    """MLP, with forward mode, through the reference formula."""
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        MLP.setup_context(ctx, inputs, output)
+        ctx.save_for_forward(*inputs[:7])
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        def y(x, *weights):
+            return [reference.mlp(x, MLPWeights(*weights), MLPSpec(ctx.options[0], weights[2] is not None))]
+
+        (moved,) = derivatives.push_through(y, ctx.saved_tensors, tangents[:7])
+        return moved, None
+
+
+class DualMLPBackward(MLPBackward):
+    """MLPBackward, with forward mode."""
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        MLPBackward.setup_context(ctx, inputs, output)
+        ctx.save_for_forward(*inputs[:7])
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        moved = iter(derivatives.push_through(lambda *given: _mlp_gradients(ctx, given), ctx.saved_tensors, tangents[:7]))
+        return tuple(next(moved) if want else ctx.saved_tensors[0].new_empty(0) for want in ctx.wanted)
+
+
+def mlp(*arguments) -> tuple[Tensor, Tensor]:
+    """MLP's arguments to y and what was saved, differentiable."""
+    return (MLP if torch.compiler.is_compiling() else DualMLP).apply(*arguments)
+
+
+def mlp_backward(*arguments) -> tuple[Tensor, ...]:
+    """MLPBackward's arguments to the gradients, differentiable."""
+    return (MLPBackward if torch.compiler.is_compiling() else DualMLPBackward).apply(*arguments)
 
 
 @library.register_vmap(_MLP_FORWARD, lib=_operators)

@@ -116,7 +116,7 @@ def attention_tangent(
     spec: AttentionSpec,
     tensors: ScoreTensors = NO_TENSORS,
 ) -> tuple[Tensor, Tensor]:
-    """The tangents of what `attention` returned, from those of what it was given, written out as the backward is."""
+    """The tangents of what `attention` returned, from those of what it was given; written out, as the backward."""
     safe_lse = lse[..., None].masked_fill((lse == float("-inf"))[..., None], float("inf"))
     weights = torch.exp(_scores(q, k, spec, tensors) - safe_lse).to(q.dtype)
     dscores = torch.zeros_like(weights)

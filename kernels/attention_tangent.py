@@ -1,7 +1,8 @@
 """Attention, forward mode: the tangents of out and lse, given those of what goes in, in one pass.
 
 Saved from the forward: q, k, v, out and lse. One program a tile of queries walks the keys it sees, as the forward
-does, and recomputes the weights P = exp(S - lse). With S' = scale (q' k^T + q k'^T), bent by the soft cap, + bias':
+does, and recomputes the weights P = exp(S - lse). With S' = scale (q' k^T + q k'^T), times the soft cap's slope,
+plus bias':
   lse' = rowsum(P * S'), a sink's weight times its tangent included
   out' = (P * S') v + P v' - lse' out
 (the product rule on out = P v, with P' = P * (S' - lse')). Tangents that are None are absent at compile time.

@@ -19,7 +19,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastattn
 from fastattn import reference
 from fastattn.backends import tiles
-from fastattn.spec import lse_dtype
 
 
 def small(**changes):
@@ -94,24 +93,26 @@ def test_grad_of_grad_equals_double_backward_of_the_definition() -> None:
 
 
 EVERYTHING = Problem(
-    batch=2, heads=4, queries=7, keys=9, width=8, value_width=10, window=(4, 3), softcap=1.5, lengths=True, alibi=True,
-    sinks=True, bias=(1, 0, 0, 0), radius=3, dropout=0.25, dtype=torch.float64,
+    batch=2, heads=4, queries=7, keys=9, width=8, value_width=10, window=(4, 3), softcap=1.5, lengths=True,
+    alibi=True, sinks=True, bias=(1, 0, 0, 0), radius=3, dropout=0.25, dtype=torch.float64,
 )  # fmt: skip
 SEES_NOTHING = Problem(queries=9, keys=5, causal=True, dtype=torch.float64)
 
 
 class Call:
-    """A problem's inputs and directions, and two functions of them: ours and the definition, each -> (out, lse), the
-    lse of rows that see nothing taken as 0."""
+    """A problem's inputs and directions, and two functions of them, ours and the definition, to (out, lse); the lse
+    of rows that see nothing counts as 0."""
 
     def __init__(self, problem: Problem, backend: str | None = None):
         torch.manual_seed(0)
         self.problem, self.backend, self.tensors = problem, backend, problem.score_tensors()
+        if problem.dtype == torch.float64 and problem.alibi:
+            self.tensors = self.tensors._replace(alibi_slopes=self.tensors.alibi_slopes.double())
         self.learned = [
             n for n in LEARNED if (t := getattr(self.tensors, n)) is not None and t.is_floating_point()
         ]
         self.sees = sees(problem, self.tensors)
-        self.inputs = (*problem.inputs(), *(getattr(self.tensors, name) for name in self.learned))
+        self.inputs = (*problem.inputs(), *(getattr(self.tensors, name).contiguous() for name in self.learned))
         if problem.dtype == torch.float64:
             self.inputs = tuple(t.double() for t in self.inputs)
         self.directions = tuple(torch.randn_like(t) for t in self.inputs)
@@ -193,7 +194,7 @@ def test_a_tangent_may_be_of_one_input_alone(which: str) -> None:
 
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
-@settings(max_examples=10)
+@settings(max_examples=5)
 @given(problem=problems, group=st.integers(1, 3))
 def test_tangents_are_as_exact_as_eager(problem: Problem, group: int, name: str) -> None:
     with implementation(name) as backend:
@@ -231,7 +232,7 @@ def test_dual_tensors_carry_tangents_and_second_derivatives() -> None:
 @pytest.mark.parametrize("shared_bias", [False, True])
 def test_vmap_over_derivatives_equals_one_at_a_time(shared_bias: bool) -> None:
     call = Call(EVERYTHING)
-    factors = torch.tensor([0.5, 1.0, -2.0], dtype=torch.float64, device=DEVICE)
+    factors = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64, device=DEVICE)
     at = call.learned.index("bias") + 3
 
     def derivatives(factor):
@@ -324,7 +325,7 @@ def test_tiles_that_a_window_hides_are_not_visited() -> None:
         return (torch.zeros_like(parts[1]),)
 
     problem = Problem(heads=1, key_heads=1, queries=2048, keys=2048, width=8, causal=True, window=(100, None))
-    q, k, v = problem.inputs()
+    q, k, _ = problem.inputs()
     tiles.TileSum(function, ("rows", "rows", "columns"), (1,), problem.spec)(
         tiles.learned(problem.score_tensors())[0], (q, q, k)
     )

@@ -47,8 +47,8 @@ class Scores:
         self.longest = self._longest(tensors.key_lengths)
 
     def _longest(self, lengths: Tensor | None) -> int:
-        """Keys from there on are seen by nobody. Reading it waits for the device; this backend launches hundreds of
-        products anyway. A tracer has nothing to read."""
+        """Keys from there on are seen by nobody. Reading it waits for the device; this backend launches hundreds
+        of products anyway. A tracer has nothing to read."""
         if lengths is None or not lengths.numel() or type(lengths) is not Tensor:
             return self.keys
         return int(lengths.max())
