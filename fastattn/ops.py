@@ -495,7 +495,9 @@ class DualMLPBackward(MLPBackward):
 
     @staticmethod
     def jvp(ctx, *tangents):
-        moved = iter(derivatives.push_through(lambda *given: _mlp_gradients(ctx, given), ctx.saved_tensors, tangents[:7]))
+        moved = iter(
+            derivatives.push_through(lambda *given: _mlp_gradients(ctx, given), ctx.saved_tensors, tangents[:7])
+        )
         return tuple(next(moved) if want else ctx.saved_tensors[0].new_empty(0) for want in ctx.wanted)
 
 

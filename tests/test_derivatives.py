@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastattn
 from fastattn import reference
 from fastattn.backends import tiles
+from fastattn.spec import MLPSpec, MLPWeights
 
 
 def small(**changes):
@@ -277,6 +278,27 @@ def test_a_step_on_a_gradient_penalty_is_as_exact_as_eager(dtype: torch.dtype, n
     eager, ours = step(call.definition, call.inputs), step(call.ours, call.inputs)
     for a, x, e in zip(ours, exact, eager, strict=True):
         assert_as_exact_as_eager(a, x, e, gradient=True)
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("gated", [False, True])
+def test_every_composition_of_modes_equals_the_definition_of_the_mlp(gated: bool, transform: str) -> None:
+    inputs = [torch.randn(s, dtype=torch.float64, device=DEVICE) for s in ((2, 3, 8), (12, 8), (12, 8), (8, 12))]
+    directions = [torch.randn_like(t) for t in inputs]
+
+    def ours(x, w1, w2, w3):
+        if gated:
+            return (fastattn.gated_mlp(x, w1, w2, w3, backend="portable"),)
+        return (fastattn.mlp(x, w1, None, w3, None, backend="portable"),)
+
+    def definition(x, w1, w2, w3):
+        weights = MLPWeights(w1, None, w2 if gated else None, None, w3, None)
+        spec = MLPSpec("silu" if gated else "gelu", gated)
+        return (reference.mlp(x.flatten(0, 1), weights, spec).unflatten(0, x.shape[:2]),)
+
+    results = (TRANSFORMS[transform](f, tuple(inputs), tuple(directions)) for f in (ours, definition))
+    for a, x in zip(*map(torch.utils._pytree.tree_leaves, results), strict=True):
+        torch.testing.assert_close(a, x)
 
 
 class Largest(TorchDispatchMode):
