@@ -19,8 +19,9 @@ from torch import Tensor
 from fastattn import backends
 from fastattn.spec import ACTIVATIONS, NO_TENSORS, ScoreTensors
 
-FORWARD, BACKWARD, SECOND = "forward", "backward", "second derivative"
-EVERY_DIRECTION = frozenset({FORWARD, BACKWARD, SECOND})
+FORWARD, BACKWARD, SECOND, TANGENT = "forward", "backward", "second derivative", "forward mode"
+DIRECTIONS = (FORWARD, BACKWARD, SECOND, TANGENT)
+EVERY_DIRECTION = frozenset(DIRECTIONS)
 
 # Architectures on which the Triton kernels have been tested and measured. There they are the default; on
 # every other GPU they are opt-in (backend="triton") and PyTorch's own kernels serve.
@@ -213,7 +214,7 @@ def markdown() -> str:
 def _cell(directions: frozenset[str]) -> str:
     if directions == EVERY_DIRECTION:
         return "✓"
-    return ", ".join(d for d in (FORWARD, BACKWARD, SECOND) if d in directions) or "—"
+    return ", ".join(d for d in DIRECTIONS if d in directions) or "—"
 
 
 if __name__ == "__main__":

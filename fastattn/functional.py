@@ -8,8 +8,8 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
+from fastattn import ops
 from fastattn.dropout import dropout_state as fresh_dropout_state
-from fastattn.ops import MLP, Attention, AttentionBackward
 from fastattn.spec import (
     Gradients,
     MLPWeights,
@@ -151,7 +151,7 @@ def attention(
         sinks=sinks, dropout_state=dropout_state if spec.dropout else None,
     )  # fmt: skip
     q, spec = positive_scale(q, spec)
-    out, lse = Attention.apply(q, k, v, *tensors, *spec.options, backend)
+    out, lse = ops.attention(q, k, v, *tensors, *spec.options, backend)
     return (out, lse) if return_lse else out
 
 
@@ -204,7 +204,7 @@ def attention_backward(
     scaled_q, positive = positive_scale(q, spec)
     wanted = (tensors.bias is not None and tensors.bias.is_floating_point(), tensors.relative_bias is not None)
     gradients = Gradients(
-        *AttentionBackward.apply(
+        *ops.attention_backward(
             dout, scaled_q, k, v, out, lse, dlse, *wanted, *tensors, *positive.options, backend
         )
     )
@@ -364,7 +364,7 @@ def _mlp(x: Tensor, weights: MLPWeights, activation: str, backend: str | None) -
     wanted = any(t is not None and t.requires_grad for t in (x, *weights))
     # Under torch.func a wrapper need not say that a gradient is wanted outside of it.
     save = torch.is_grad_enabled() and (wanted or torch._C._are_functorch_transforms_active())
-    y, _ = MLP.apply(tokens, *weights, activation, save, backend)
+    y, _ = ops.mlp(tokens, *weights, activation, save, backend)
     return y.reshape(*leading, y.shape[-1])
 
 

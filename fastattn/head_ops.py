@@ -13,9 +13,9 @@ from torch import Tensor, library
 
 from fastattn import backends, capabilities, reference
 from fastattn.backends.layout import empty_heads
+from fastattn.backends.mapped import fold, unfold
 from fastattn.capabilities import BACKWARD, FORWARD, Request
 from fastattn.head_spec import HeadsSpec, HeadTensors
-from fastattn.ops import _fold, _unfold
 
 _operators = library.Library("fastattn", "FRAGMENT")
 _BESIDE = (
@@ -156,18 +156,18 @@ class PrepareHeadsBackward(torch.autograd.Function):
 
 @library.register_vmap(_FORWARD, lib=_operators)
 def _forward_vmap(info: Any, in_dims: tuple, *arguments):
-    tensors = _fold(info.batch_size, in_dims[:6], arguments[:6])
+    tensors = fold(info.batch_size, in_dims[:6], arguments[:6])
     y = torch.ops.fastattn.prepare_heads(*tensors, *arguments[6:])
-    return _unfold(info.batch_size, (y,))[0], 0
+    return unfold(info.batch_size, (y,))[0], 0
 
 
 @library.register_vmap(_BACKWARD, lib=_operators)
 def _backward_vmap(info: Any, in_dims: tuple, *arguments):
-    tensors = _fold(info.batch_size, in_dims[:7], arguments[:7])
+    tensors = fold(info.batch_size, in_dims[:7], arguments[:7])
     gradients = torch.ops.fastattn.prepare_heads_backward(*tensors, *arguments[7:])
     # What is not there is an empty tensor, without a batch.
     return tuple(
-        _unfold(info.batch_size, (g,))[0] if g.dim() > 1 else g.expand(info.batch_size, 0) for g in gradients
+        unfold(info.batch_size, (g,))[0] if g.dim() > 1 else g.expand(info.batch_size, 0) for g in gradients
     ), (0, 0, 0)
 
 

@@ -19,6 +19,7 @@ from fastattn.spec import (
     MLPSpec,
     MLPWeights,
     ScoreTensors,
+    Tangents,
     Wanted,
     lse_dtype,
 )
@@ -106,6 +107,42 @@ def attention_backward(
     return Gradients(dq, dk, dv, dbias, drelative, dsinks)
 
 
+def attention_tangent(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    tangents: Tangents,
+    spec: AttentionSpec,
+    tensors: ScoreTensors = NO_TENSORS,
+) -> tuple[Tensor, Tensor]:
+    """The tangents of what `attention` returned, from those of what it was given; written out, as the backward."""
+    safe_lse = lse[..., None].masked_fill((lse == float("-inf"))[..., None], float("inf"))
+    weights = torch.exp(_scores(q, k, spec, tensors) - safe_lse).to(q.dtype)
+    dscores = torch.zeros_like(weights)
+    if tangents.q is not None:
+        dscores = dscores + tangents.q @ _every_head(k, q).transpose(2, 3) * spec.scale
+    if tangents.k is not None:
+        dscores = dscores + q @ _every_head(tangents.k, q).transpose(2, 3) * spec.scale
+    if spec.softcap:
+        products = q @ _every_head(k, q).transpose(2, 3) * spec.scale
+        dscores = dscores * (1.0 - torch.tanh(products / spec.softcap).square())
+    if tangents.bias is not None:
+        dscores = dscores + tangents.bias.to(dscores.dtype)
+    if tangents.relative_bias is not None:
+        dscores = dscores + _by_distance(tangents.relative_bias, q.shape[2], k.shape[2]).to(dscores.dtype)
+    dweights = weights * dscores
+    dlse = dweights.sum(-1, dtype=lse.dtype)
+    if tangents.sinks is not None and tensors.sinks is not None:
+        sink_weights = torch.exp(tensors.sinks[:, :, None] - safe_lse[..., 0])
+        dlse = dlse + (sink_weights * tangents.sinks[:, :, None]).to(lse.dtype)
+    dout = _dropped(dweights, spec, tensors) @ _every_head(v, q) - dlse[..., None].to(out.dtype) * out
+    if tangents.v is not None:
+        dout = dout + _dropped(weights, spec, tensors) @ _every_head(tangents.v, q)
+    return dout, dlse
+
+
 def _dropped(weights: Tensor, spec: AttentionSpec, tensors: ScoreTensors) -> Tensor:
     """What is kept of the weights (B, Hq, Lq, Lk), and their gradients, under dropout."""
     if tensors.dropout_state is None:
@@ -124,9 +161,7 @@ def _scores(q: Tensor, k: Tensor, spec: AttentionSpec, tensors: ScoreTensors) ->
         distance = _distance(queries, keys, q.device).abs()
         scores = scores - (tensors.alibi_slopes[:, :, None, None] * distance).to(scores.dtype)
     if tensors.relative_bias is not None:
-        radius = tensors.relative_bias.shape[2] // 2
-        index = relative_index(_distance(queries, keys, q.device), radius)
-        scores = scores + tensors.relative_bias[:, :, index].to(scores.dtype)
+        scores = scores + _by_distance(tensors.relative_bias, queries, keys).to(scores.dtype)
     seen = visible(queries, keys, spec, q.device, tensors.key_lengths)
     if tensors.bias is not None:
         if tensors.bias.dtype == torch.bool:
@@ -136,6 +171,12 @@ def _scores(q: Tensor, k: Tensor, spec: AttentionSpec, tensors: ScoreTensors) ->
             seen = seen & (tensors.bias > float("-inf"))
             scores = scores + tensors.bias.to(scores.dtype)
     return scores.masked_fill(~seen, float("-inf"))
+
+
+def _by_distance(relative_bias: Tensor, queries: int, keys: int) -> Tensor:
+    """(B, Hq, Lq, Lk): the value for each distance."""
+    distance = _distance(queries, keys, relative_bias.device)
+    return relative_bias[:, :, relative_index(distance, relative_bias.shape[2] // 2)]
 
 
 def relative_index(distance: Tensor, radius: int) -> Tensor:

@@ -89,6 +89,17 @@ class Gradients(NamedTuple):
     sinks: Tensor | None = None
 
 
+class Tangents(NamedTuple):
+    """Of what goes into attention, shaped like it; None for zero."""
+
+    q: Tensor | None = None
+    k: Tensor | None = None
+    v: Tensor | None = None
+    bias: Tensor | None = None
+    relative_bias: Tensor | None = None
+    sinks: Tensor | None = None
+
+
 class Wanted(NamedTuple):
     """Which of the gradients that cost a pass of their own are asked for."""
 

@@ -101,7 +101,12 @@ def look_up(table: dict[str, tuple[Row, ...]], family: str, bytes: int, width: i
     raise ValueError(f"no launch configuration for {bytes}-byte elements of width {width} on {family}")
 
 
-_KINDS = {"plain": (), "shaped": ("{} shaped",), "heavy": ("{} heavy", "{} shaped"), "tf32": ("tf32",)}
+_KINDS = {
+    "plain": (),
+    "shaped": ("{} shaped", "shaped"),
+    "heavy": ("{} heavy", "{} shaped", "shaped"),
+    "tf32": ("tf32",),
+}
 
 
 def on_device(tensor: torch.Tensor):
@@ -131,6 +136,7 @@ _INTERPRETED = {
     "dkdv": (Row(8, 256, Tiling(16, 32, 4, 1)),),
     "dq": (Row(8, 256, Tiling(32, 16, 4, 1)),),
     "bias": (Row(8, 256, Tiling(16, 16, 4, 1)),),
+    "tangent": (Row(8, 256, Tiling(32, 16, 4, 1)),),
 }
 
 # Where the forward and dq walk the masked keys before the others. On sm_90, if the masked loop came second, ptxas
@@ -154,6 +160,11 @@ _EXACT = {
         Row(4, 64, Tiling(32, 32, 4, 1)),
         Row(4, 128, Tiling(16, 16, 8, 1)),
         Row(4, 256, Tiling(16, 16, 8, 1)),
+    ),
+    "tangent": (
+        Row(4, 64, Tiling(32, 16, 8, 1)),  # 255 registers, 24 KiB, 1
+        Row(4, 128, Tiling(16, 16, 8, 1)),  # 252 registers, 26 KiB, 1
+        Row(4, 256, Tiling(16, 16, 8, 1)),  # 255 registers, 50 KiB, 1; 278 spills, 16 warps: 1034
     ),
 }
 
@@ -370,6 +381,35 @@ for _table, _rows in (
     (ATTENTION_DQ, (Row(4, 64, Tiling(32, 32, 4, 1)), Row(4, 256, Tiling(16, 16, 4, 1)))),
 ):
     _table["tf32"] = _rows
+
+# Forward mode: the forward's walk with five products to its two, and twice the tiles.
+ATTENTION_TANGENT = {
+    INTERPRETER: _INTERPRETED["tangent"],
+    "sm_80": (
+        Row(2, 64, Tiling(128, 64, 8, 2)),  # 233 registers, 64 KiB, 1; 0.38, 0.46
+        Row(2, 128, Tiling(64, 32, 4, 2)),  # 243 registers, 68 KiB, 2; 0.40, 0.45
+        Row(2, 256, Tiling(64, 16, 8, 2)),  # 255 registers, 98 KiB, 1; 0.98, 1.06
+        *_EXACT["tangent"],
+    ),
+    "sm_90": (
+        Row(2, 64, Tiling(128, 64, 8, 2)),  # 237 registers, 96 KiB, 1; 0.71, 0.58
+        Row(2, 128, Tiling(128, 32, 8, 2)),  # 247 registers, 128 KiB, 1; 0.55, 0.48
+        Row(2, 256, Tiling(32, 16, 8, 2)),  # 164 registers, 65 KiB, 1; 2.40, 2.15; 64 x 16: 184 spills
+        *_EXACT["tangent"],
+    ),
+    "sm_100": (
+        Row(2, 64, Tiling(128, 64, 8, 2)),  # 234 registers, 97 KiB, 1; 1.49, 1.84
+        Row(2, 128, Tiling(128, 32, 8, 2)),  # 214 registers, 129 KiB, 1; 1.39, 1.55
+        Row(2, 256, Tiling(64, 32, 8, 1)),  # 225 registers, 80 KiB, 1; 1.48, 1.78
+        *_EXACT["tangent"],
+    ),
+    # With everything at once: window, soft cap, slopes, biases and their tangents, sinks, lengths and dropout.
+    "shaped": (
+        Row(2, 64, Tiling(64, 16, 8, 2)),  # 64 x 32: 4 to 146 spills
+        Row(2, 128, Tiling(32, 16, 8, 2)),  # 64 x 16: 4 to 81
+        Row(2, 256, Tiling(16, 16, 8, 2)),  # 32 x 16: 55 to 140
+    ),
+}
 
 # The MLP. A row's width counts the elements of the hidden layer (tokens x h): below what fills every
 # multiprocessor with the next row's tiles, smaller tiles share the work out better. Beside each row: the most

@@ -2,6 +2,7 @@
 
 attention_forward(q, k, v, spec, tensors) -> out, lse
 attention_backward(dout, q, k, v, out, lse, dlse, spec, tensors, wanted) -> Gradients
+attention_tangent(q, k, v, out, lse, tangents, spec, tensors) -> the tangents of out and lse
 
 mlp_forward(x, weights, spec, save) -> y, saved
 mlp_backward(dy, x, weights, saved, wanted, spec) -> dx, dw, db, dw_out, db_out

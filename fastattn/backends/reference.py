@@ -11,7 +11,7 @@ from torch import Tensor
 from fastattn import reference
 from fastattn.backends.layout import heads_last
 from fastattn.head_spec import HeadsSpec, HeadTensors
-from fastattn.spec import AttentionSpec, Gradients, MLPSpec, MLPWeights, ScoreTensors, Wanted
+from fastattn.spec import AttentionSpec, Gradients, MLPSpec, MLPWeights, ScoreTensors, Tangents, Wanted
 
 
 def attention_forward(
@@ -35,6 +35,20 @@ def attention_backward(
 ) -> Gradients:
     of = reference.attention_backward(dout, q, k, v, out, lse, dlse, spec, tensors, wanted)
     return of._replace(q=heads_last(of.q), k=heads_last(of.k), v=heads_last(of.v))
+
+
+def attention_tangent(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    tangents: Tangents,
+    spec: AttentionSpec,
+    tensors: ScoreTensors,
+) -> tuple[Tensor, Tensor]:
+    dout, dlse = reference.attention_tangent(q, k, v, out, lse, tangents, spec, tensors)
+    return heads_last(dout), dlse
 
 
 def mlp_forward(x: Tensor, weights: MLPWeights, spec: MLPSpec, save: bool) -> tuple[Tensor, Tensor]:

@@ -10,9 +10,10 @@ from torch import Tensor
 from fastattn.head_spec import HeadsSpec, HeadTensors
 from fastattn.kernels import attention_backward as _backward
 from fastattn.kernels import attention_forward as _forward
+from fastattn.kernels import attention_tangent as _tangent
 from fastattn.kernels import heads as _heads
 from fastattn.kernels import mlp as _mlp
-from fastattn.spec import AttentionSpec, Gradients, MLPSpec, MLPWeights, ScoreTensors, Wanted
+from fastattn.spec import AttentionSpec, Gradients, MLPSpec, MLPWeights, ScoreTensors, Tangents, Wanted
 
 
 def attention_forward(
@@ -38,6 +39,20 @@ def attention_backward(
         want_relative_bias=wanted.relative_bias,
     )  # fmt: skip
     return Gradients(*gradients)
+
+
+def attention_tangent(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    tangents: Tangents,
+    spec: AttentionSpec,
+    tensors: ScoreTensors,
+) -> tuple[Tensor, Tensor]:
+    moved = {f"{name}_tangent": t for name, t in tangents._asdict().items()}
+    return _tangent.attention_tangent(q, k, v, out, lse, **moved, **_options(spec), **tensors._asdict())
 
 
 def _options(spec: AttentionSpec) -> dict[str, Any]:
