@@ -7,6 +7,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from hardware import ON_GPU
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerance import assert_as_exact_as_eager
@@ -250,6 +251,14 @@ def test_within_the_takeover_torchs_function_is_ours_and_after_it_what_it_was(ca
     after = step(inputs, call)
     assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
     assert not any("fastattn" in name for name in operators_run(lambda: step(inputs, call)))
+
+
+@pytest.mark.skipif(ON_GPU, reason="computes on the CPU, where Triton's interpreter is off")
+def test_the_triton_kernels_serve_the_takeover():
+    inputs = qkv(leading=(1, 2), dtype=torch.float32)
+    expected = step(inputs, {"is_causal": True})
+    with fastattn.sdpa("triton"):
+        torch.testing.assert_close(step(inputs, {"is_causal": True}), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_importing_takes_nothing_over_and_the_switch_says_where_it_stands():

@@ -9,12 +9,13 @@ import warnings
 
 import pytest
 import torch
+from hardware import ON_GPU
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerance import assert_as_exact_as_eager
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch_samples import assert_same, leaves, module_samples, tensors
+from torch_samples import assert_same, gradients, leaves, module_samples, tensors
 
 import fastattn
 from fastattn.nn.torch_layers import COUNTERPARTS, adopt
@@ -158,6 +159,23 @@ def test_half_precision_is_as_exact_as_torchs(dtype, need_weights, masked):
     actual, eager, exact = run(ours, dtype), run(theirs, dtype), run(copy.deepcopy(theirs), torch.float64)
     for position, (a, x_, e) in enumerate(zip(actual, exact, eager, strict=True)):
         assert_as_exact_as_eager(a, x_, e, gradient=position == 1, tiny=torch.finfo(dtype).eps)
+
+
+@pytest.mark.skipif(ON_GPU, reason="computes on the CPU, where Triton's interpreter is off")
+def test_the_triton_kernels_serve_masks_appended_keys_and_weights():
+    ours, theirs = pair(MHA, 32, 2, add_bias_kv=True, dtype=torch.float32)
+    ours.backend = "triton"
+    x, mask = torch.randn(5, 2, 32, requires_grad=True), torch.randn(4, 5, 5, requires_grad=True)
+    padding = torch.zeros(2, 5).masked_fill(
+        torch.arange(5).expand(2, 5) >= torch.tensor([[5], [3]]), float("-inf")
+    )
+    masks = {"attn_mask": mask, "key_padding_mask": padding}
+    results, found = [], []
+    for module in (ours, theirs):
+        results.append(module(x, x, x, **masks))
+        found.append(gradients(list(results[-1]), [x, mask, *module.parameters()]))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=2e-5)
 
 
 # What is_causal says.
