@@ -196,7 +196,7 @@ def test_what_torch_refuses_is_refused_in_its_words(arguments):
 def test_what_only_torch_has_it_computes_and_a_warning_says_so_once(monkeypatch):
     monkeypatch.setattr(torch_sdpa, "_said", set())
     inputs = qkv(width=300)
-    with pytest.warns(UserWarning, match="head width is 300, above 256; PyTorch's own function computes it"):
+    with pytest.warns(UserWarning, match="head width is 300, not 1 to 256; PyTorch's own function computes it"):
         out = ours(*inputs)
     assert torch.equal(out, theirs(*inputs))
     with warnings.catch_warnings():
