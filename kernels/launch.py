@@ -347,8 +347,19 @@ ATTENTION_FORWARD |= {
         Row(2, 256, Tiling(128, 16, 8, 2)),  # 128 x 32: 376
     ),
 }
-ATTENTION_DKDV |= {"sm_90 heavy": (Row(2, 64, Tiling(64, 64, 8, 2)),)}  # 64 x 128: 6 spills
+ATTENTION_DKDV |= {
+    "sm_80 heavy": (
+        Row(2, 64, Tiling(64, 64, 8, 2)),  # 64 x 128: 245 spills
+        Row(2, 128, Tiling(64, 32, 8, 2)),  # 64 x 64: 9
+    ),
+    "sm_90 heavy": (Row(2, 64, Tiling(64, 64, 8, 2)),),  # 64 x 128: 6
+}
 ATTENTION_DQ |= {
+    "sm_80 heavy": (
+        Row(2, 64, Tiling(128, 64, 8, 2)),
+        Row(2, 128, Tiling(128, 32, 8, 2)),
+        Row(2, 256, Tiling(64, 32, 8, 1)),  # 64 x 64: 6
+    ),
     "sm_90 heavy": (
         Row(2, 64, Tiling(128, 64, 8, 2)),
         Row(2, 128, Tiling(128, 32, 8, 2)),
