@@ -101,8 +101,8 @@ SEES_NOTHING = Problem(queries=9, keys=5, causal=True, dtype=torch.float64)
 
 
 class Call:
-    """A problem's inputs and directions, and two functions of them, ours and the definition, to (out, lse); the lse
-    of rows that see nothing counts as 0."""
+    """A problem's inputs and directions, and two functions of them, ours and the definition, to (out, lse); the
+    lse of rows that see nothing counts as 0."""
 
     def __init__(self, problem: Problem, backend: str | None = None):
         torch.manual_seed(0)
