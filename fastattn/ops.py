@@ -460,7 +460,7 @@ class MLPBackward(torch.autograd.Function):
         return *(filled.get(i) for i in range(len(tensors))), None, None, None, None
 
 
-def _mlp_gradients(ctx, tensors: Sequence[Any]) -> list[Tensor]:
+def _mlp_gradients(ctx, tensors: Sequence) -> list[Tensor]:
     """The gradients wanted, by the reference formula."""
     dy, x, *weights = tensors
     spec = MLPSpec(ctx.activation, gated=weights[2] is not None)
@@ -495,10 +495,12 @@ class DualMLPBackward(MLPBackward):
 
     @staticmethod
     def jvp(ctx, *tangents):
-        moved = iter(
-            derivatives.push_through(lambda *given: _mlp_gradients(ctx, given), ctx.saved_tensors, tangents[:7])
-        )
-        return tuple(next(moved) if want else ctx.saved_tensors[0].new_empty(0) for want in ctx.wanted)
+        def gradients(*given):
+            return _mlp_gradients(ctx, given)
+
+        inputs = ctx.saved_tensors
+        moved = iter(derivatives.push_through(gradients, inputs, tangents[:7]))
+        return tuple(next(moved) if want else inputs[0].new_empty(0) for want in ctx.wanted)
 
 
 def mlp(*arguments) -> tuple[Tensor, Tensor]:

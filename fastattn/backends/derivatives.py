@@ -53,7 +53,7 @@ def push(
     """
     which = [i for i, t in enumerate(tangents) if t is not None]
     outputs = range(len(function.outputs))
-    cotangents = [torch.zeros_like(t) for t in (inputs[i] for i in function.outputs) if t is not None]
+    cotangents = [torch.zeros_like(t) for i in function.outputs if (t := inputs[i]) is not None]
     at = [len(inputs) + i for i in outputs]
     pushed = _pulled(_pulled(function, outputs, which), range(len(which)), at)
     return apply(pushed, tensors, (*inputs, *cotangents, *(tangents[i] for i in which)))
