@@ -102,6 +102,12 @@ FEATURES: tuple[Feature, ...] = (
     Feature("attention", "float16", _is(torch.float16)),
     Feature("attention", "bfloat16", _is(torch.bfloat16)),
     Feature("attention", "float32, IEEE products", _is(torch.float32)),
+    Feature(
+        "attention",
+        "float32 heads wider than 128",
+        lambda r: r.dtype == torch.float32 and max(r.tensors[_Q].shape[3], r.tensors[_V].shape[3]) > 128,
+        triton=EVERY_DIRECTION - {TANGENT},
+    ),
     Feature("attention", "float32, tf32 and tf32x3 products", lambda r: r.spec.precision != "ieee"),
     Feature("attention", "float64", _is(torch.float64), triton=frozenset()),
     Feature("attention", "gradient of the log-sum-exp", lambda r: r.lse_gradient),

@@ -433,7 +433,7 @@ def attention_backward(
             family,
             q.element_size(),
             widest,
-            kind_of(precision, (bias, dropout_state), (left, softcap, alibi_slopes, relative_bias)),
+            kind_of(precision, (bias, relative_bias, dropout_state), (left, softcap, alibi_slopes)),
         )
         if row_values.numel():
             attention_delta_kernel[(padded_rows // 64, batch * heads)](

@@ -186,7 +186,7 @@ def empty_heads(batch: int, heads: int, rows: int, width: int, like: torch.Tenso
 def kind_of(precision: str, heavy: tuple[object, ...], shaped: tuple[object, ...]) -> str:
     """Which of a table's rows a launch needs, see `launch.look_up`; what is None is not asked for."""
     if precision != "ieee":
-        return "tf32"
+        return precision
     if any(feature is not None for feature in heavy):
         return "heavy"
     return "plain" if all(feature is None for feature in shaped) else "shaped"
@@ -251,7 +251,7 @@ def attention_forward(
             family,
             q.element_size(),
             widest,
-            kind_of(precision, (bias, dropout_state), (left, softcap, alibi_slopes, relative_bias)),
+            kind_of(precision, (bias, relative_bias, dropout_state), (left, softcap, alibi_slopes)),
         )
         attention_forward_kernel[(triton.cdiv(queries, tiling.block_m) * batch * heads,)](
             tensor4(q),

@@ -257,7 +257,7 @@ def attention_tangent(
             family,
             q.element_size(),
             widest,
-            kind_of(precision, (bias, dropout_state), (left, softcap, alibi_slopes, relative_bias)),
+            kind_of(precision, (bias, relative_bias, dropout_state), (left, softcap, alibi_slopes)),
         )
         attention_tangent_kernel[(triton.cdiv(queries, tiling.block_m) * batch * heads,)](
             tensor4(q),

@@ -90,7 +90,7 @@ def look_up(table: dict[str, tuple[Row, ...]], family: str, bytes: int, width: i
     """The first row of the family's table that is wide enough; families not listed use sm_80's.
 
     Other kinds than "plain" have rows of their own that come first: "shaped" scores hold more registers, "heavy"
-    even more, "tf32" products of float32 run on tensor cores on every family.
+    even more, "tf32" and "tf32x3" products of float32 run on tensor cores, on every family.
     """
     rows = table.get(family) or table["sm_80"]
     if family != INTERPRETER:
@@ -106,6 +106,7 @@ _KINDS = {
     "shaped": ("{} shaped", "shaped"),
     "heavy": ("{} heavy", "{} shaped", "shaped"),
     "tf32": ("tf32",),
+    "tf32x3": ("tf32x3", "tf32"),
 }
 
 
@@ -330,7 +331,7 @@ ATTENTION_DQ |= {
     "sm_100 shaped": (Row(2, 64, Tiling(64, 128, 8, 2)),),  # 128 x 128: 15 to 154, 128 x 64: 4
 }
 
-# A bias brings a pointer for each score, dropout makes its random numbers in registers: smaller tiles still.
+# Biases bring a pointer for each score, dropout makes its random numbers in registers: smaller tiles still.
 ATTENTION_FORWARD |= {
     "sm_80 heavy": (
         Row(2, 64, Tiling(128, 64, 8, 2)),
@@ -343,27 +344,37 @@ ATTENTION_FORWARD |= {
     ),
     "sm_100 heavy": (
         Row(2, 64, Tiling(128, 64, 8, 2)),
-        Row(2, 128, Tiling(128, 32, 8, 2)),  # 128 x 64: 856
+        Row(2, 128, Tiling(64, 32, 8, 2)),  # 128 x 64: 856, 128 x 32: 38 spills
         Row(2, 256, Tiling(128, 16, 8, 2)),  # 128 x 32: 376
     ),
 }
 ATTENTION_DKDV |= {
     "sm_80 heavy": (
-        Row(2, 64, Tiling(64, 64, 8, 2)),  # 64 x 128: 245 spills
+        Row(2, 64, Tiling(64, 64, 8, 2)),  # 64 x 128: 245 to 477
         Row(2, 128, Tiling(64, 32, 8, 2)),  # 64 x 64: 9
     ),
     "sm_90 heavy": (Row(2, 64, Tiling(64, 64, 8, 2)),),  # 64 x 128: 6
+    "sm_100 heavy": (
+        Row(2, 64, Tiling(64, 128, 8, 2)),
+        Row(2, 128, Tiling(64, 64, 8, 2)),  # 64 x 128: 30
+        Row(2, 256, Tiling(32, 32, 8, 1)),  # 64 x 32: 2
+    ),
 }
 ATTENTION_DQ |= {
     "sm_80 heavy": (
-        Row(2, 64, Tiling(128, 64, 8, 2)),
+        Row(2, 64, Tiling(64, 64, 8, 2)),  # 128 x 64: 6
         Row(2, 128, Tiling(128, 32, 8, 2)),
         Row(2, 256, Tiling(64, 32, 8, 1)),  # 64 x 64: 6
     ),
     "sm_90 heavy": (
         Row(2, 64, Tiling(128, 64, 8, 2)),
         Row(2, 128, Tiling(128, 32, 8, 2)),
-        Row(2, 256, Tiling(32, 32, 4, 1)),  # 128 x 32: 8 bytes, 128 x 16: 208
+        Row(2, 256, Tiling(32, 32, 4, 1)),  # 128 x 32: 8 bytes of stack, 128 x 16: 208
+    ),
+    "sm_100 heavy": (
+        Row(2, 64, Tiling(64, 128, 8, 2)),
+        Row(2, 128, Tiling(128, 64, 8, 2)),
+        Row(2, 256, Tiling(64, 32, 8, 1)),  # 128 x 64: 230 to 271
     ),
 }
 
@@ -385,13 +396,16 @@ ATTENTION_BIAS = {
 }
 ATTENTION_BIAS["sm_100"] = ATTENTION_BIAS["sm_90"]
 
-# float32 on tensor cores: fragments of 32 bits, three products each for tf32x3.
-for _table, _rows in (
-    (ATTENTION_FORWARD, (Row(4, 64, Tiling(64, 32, 4, 2)), Row(4, 256, Tiling(32, 16, 4, 1)))),
-    (ATTENTION_DKDV, (Row(4, 64, Tiling(32, 32, 4, 1)), Row(4, 256, Tiling(16, 16, 4, 1)))),
-    (ATTENTION_DQ, (Row(4, 64, Tiling(32, 32, 4, 1)), Row(4, 256, Tiling(16, 16, 4, 1)))),
-):
-    _table["tf32"] = _rows
+# float32 on tensor cores: fragments of 32 bits, and of three products for tf32x3.
+ATTENTION_FORWARD |= {
+    "tf32": (Row(4, 64, Tiling(64, 32, 4, 2)), Row(4, 256, Tiling(32, 16, 4, 1))),
+    "tf32x3": (Row(4, 64, Tiling(32, 32, 4, 1)), Row(4, 128, Tiling(16, 16, 4, 1))),  # 64 x 32, 32 x 16: 6 to 14
+}
+ATTENTION_DKDV["tf32"] = (Row(4, 64, Tiling(32, 32, 4, 1)), Row(4, 256, Tiling(16, 16, 4, 1)))
+ATTENTION_DQ |= {
+    "tf32": (Row(4, 64, Tiling(32, 32, 4, 1)), Row(4, 256, Tiling(16, 16, 4, 1))),
+    "tf32x3": (Row(4, 64, Tiling(32, 16, 4, 1)),),  # 32 x 32: 16
+}
 
 # Forward mode: the forward's walk with five products to its two, and twice the tiles.
 ATTENTION_TANGENT = {

@@ -36,6 +36,7 @@ SAMPLES = {
     "float16": Problem(dtype=torch.float16, causal=True, queries=70, keys=70),
     "bfloat16": Problem(dtype=torch.bfloat16, causal=True, queries=70, keys=70),
     "float32, IEEE products": Problem(dtype=torch.float32, queries=33, keys=65),
+    "float32 heads wider than 128": Problem(heads=1, key_heads=1, queries=20, keys=20, width=144, value_width=8),
     "float32, tf32 and tf32x3 products": Problem(queries=33, keys=65),
     "float64": Problem(dtype=torch.float64, queries=33, keys=65),
     "gradient of the log-sum-exp": Problem(lse_gradient=True, causal=True, queries=50, keys=50),

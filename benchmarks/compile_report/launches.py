@@ -8,6 +8,7 @@ import torch
 
 from fastattn.kernels.attention_backward import attention_backward
 from fastattn.kernels.attention_forward import attention_forward
+from fastattn.kernels.attention_tangent import attention_tangent
 from fastattn.kernels.heads import prepare_heads, prepare_heads_backward
 from fastattn.kernels.mlp import gated_mlp_backward, gated_mlp_forward, mlp_backward, mlp_forward
 
@@ -63,6 +64,21 @@ class AttentionCall:
         """As a linear layer leaves them: (batch, tokens, heads, width), seen as (batch, heads, tokens, width)."""
         shape = (4, 4096, heads, width)
         return torch.empty(shape, dtype=DTYPES[self.dtype], device="meta").transpose(1, 2)
+
+
+@dataclass(frozen=True)
+class TangentCall(AttentionCall):
+    """Forward mode, with the tangents of q, k and v."""
+
+    @property
+    def name(self) -> str:
+        return f"{super().name} tangent"
+
+    def run(self) -> None:
+        q, k = self.heads(16, self.head_dim), self.heads(4, self.head_dim)
+        lse = torch.empty((4, 16, 4096), device="meta")
+        ask = {"causal": self.causal, "scale": self.head_dim**-0.5, **SHAPES.get(self.shaped, {})}
+        attention_tangent(q, k, k, q, lse, q_tangent=q, k_tangent=k, v_tangent=k, **ask)
 
 
 @dataclass(frozen=True)
@@ -137,6 +153,8 @@ CALLS: tuple[Call, ...] = (
         for width in (64, 128, 256)
         for shape in ("window", "everything", "bias", "relative bias", "dropout")
     ),
+    *(TangentCall("bf16", width, True, shaped=shape) for width in (64, 128, 256) for shape in ("", "everything")),
+    *(TangentCall("fp32", width, True) for width in (64, 128)),
     *(AttentionCall("fp32", width, True, shaped=kind) for width in (64, 128, 256) for kind in ("tf32", "tf32x3")),
     *(AttentionCall("fp32", width, True) for width in (64, 128, 256)),
     *(MLPCall("bf16", 1024, "gelu", fused=True, tokens=tokens) for tokens in (128, 1024, 8192)),
