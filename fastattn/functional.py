@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any, Literal, overload
 
 import torch
@@ -11,7 +12,10 @@ from torch import Tensor
 from fastattn import ops
 from fastattn.dropout import dropout_state as fresh_dropout_state
 from fastattn.heads import prepare_heads
+from fastattn.masks import Lowered, Mask
+from fastattn.masks import window as window_mask
 from fastattn.spec import (
+    AttentionSpec,
     Gradients,
     MLPWeights,
     attention_spec,
@@ -23,6 +27,7 @@ from fastattn.spec import (
     mlp_spec,
     positive_scale,
     score_tensors,
+    window_that_hides,
 )
 
 
@@ -36,6 +41,7 @@ def attention(
     scale: float | Tensor | None = ...,
     window: tuple[int | None, int | None] = ...,
     key_lengths: Tensor | None = ...,
+    mask: Mask | Lowered | None = ...,
     bias: Tensor | None = ...,
     alibi_slopes: Tensor | None = ...,
     relative_bias: Tensor | None = ...,
@@ -57,6 +63,7 @@ def attention(
     scale: float | Tensor | None = ...,
     window: tuple[int | None, int | None] = ...,
     key_lengths: Tensor | None = ...,
+    mask: Mask | Lowered | None = ...,
     bias: Tensor | None = ...,
     alibi_slopes: Tensor | None = ...,
     relative_bias: Tensor | None = ...,
@@ -77,6 +84,7 @@ def attention(
     scale: float | Tensor | None = None,
     window: tuple[int | None, int | None] = (None, None),
     key_lengths: Tensor | None = None,
+    mask: Mask | Lowered | None = None,
     bias: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
     relative_bias: Tensor | None = None,
@@ -102,6 +110,8 @@ def attention(
         window: (left, right), how many keys before and after the diagonal are seen; None is unbounded. What
             no query of a tile sees is not computed.
         key_lengths: (B,) integers; keys from there on are not seen (right padding). The diagonal stays.
+        mask: which keys each query sees, a value of fastattn.masks or what its `lower` returned; seen is what
+            causal, window and key_lengths show, too. Granules of 64 x 64 that nobody sees are not computed.
         bias: added to the scores; broadcasts to (B, Hq, Lq, Lk), any float dtype, with gradient, which is summed
             over what is broadcast. -inf hides. Or a bool tensor: True is seen, as scaled_dot_product_attention
             has it.
@@ -153,10 +163,11 @@ def attention(
     )  # fmt: skip
     if spec.dropout and dropout_state is None:
         dropout_state = fresh_dropout_state(q.shape[0], q.device)
+    spec, key_lengths, lists = with_mask(q, k, spec, key_lengths, mask)
     tensors = score_tensors(
         q, k, key_lengths=key_lengths, alibi_slopes=alibi_slopes, bias=bias, relative_bias=relative_bias,
         sinks=sinks, dropout_state=dropout_state if spec.dropout else None,
-    )  # fmt: skip
+    )._replace(mask=lists)  # fmt: skip
     q, spec = positive_scale(q, spec)
     out, lse = ops.attention(q, k, v, *tensors, *spec.options, backend)
     return (out, lse) if return_lse else out
@@ -175,6 +186,7 @@ def attention_backward(
     scale: float | None = None,
     window: tuple[int | None, int | None] = (None, None),
     key_lengths: Tensor | None = None,
+    mask: Mask | Lowered | None = None,
     bias: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
     relative_bias: Tensor | None = None,
@@ -203,10 +215,11 @@ def attention_backward(
         raise ValueError(
             "dropout_state must be given with a dropout_p, the one that attention was given; got None"
         )
+    spec, key_lengths, lists = with_mask(q, k, spec, key_lengths, mask)
     tensors = score_tensors(
         q, k, key_lengths=key_lengths, alibi_slopes=alibi_slopes, bias=bias, relative_bias=relative_bias,
         sinks=sinks, dropout_state=dropout_state if spec.dropout else None,
-    )  # fmt: skip
+    )._replace(mask=lists)  # fmt: skip
     check_gradients(q, v, dout=dout, out=out, lse=lse, dlse=dlse)
     scaled_q, positive = positive_scale(q, spec)
     wanted = (tensors.bias is not None and tensors.bias.is_floating_point(), tensors.relative_bias is not None)
@@ -219,6 +232,41 @@ def attention_backward(
         gradients = gradients._replace(q=gradients.q * (-1.0 if spec.scale < 0 else 0.0))
     given = (True, True, True, *wanted, sinks is not None)
     return tuple(g for g, is_given in zip(gradients, given, strict=True) if g is not None and is_given)
+
+
+def with_mask(
+    q: Tensor, k: Tensor, spec: AttentionSpec, key_lengths: Tensor | None, mask: Mask | Lowered | None
+) -> tuple[AttentionSpec, Tensor | None, Tensor | None]:
+    """The spec and key lengths that a mask beside them amounts to, and its lists if it has no closed form."""
+    if mask is None:
+        return spec, key_lengths, None
+    if not isinstance(mask, Mask | Lowered):
+        raise TypeError(f"mask must be a value of fastattn.masks, lowered or not, got {type(mask).__name__}")
+    shape = (q.shape[0], q.shape[1], q.shape[2], k.shape[2], q.device)
+    lowered = mask.lower(*shape) if isinstance(mask, Mask) else mask
+    lowered.check(*shape)
+    bounds = spec.left, spec.right
+    if lowered.lists is not None and bounds != (None, None):
+        if isinstance(mask, Lowered):
+            raise ValueError("mask is lowered to lists: join causal and window to it with & before it is lowered")
+        lowered = (mask & window_mask(*bounds)).lower(*shape)
+        bounds = None, None
+    if lowered.lists is not None:
+        words, layout = lowered.packed
+        return replace(spec, causal=False, window=bounds, mask=layout), key_lengths, words
+    left, right = (_least(a, b) for a, b in zip(bounds, (lowered.left, lowered.right), strict=True))
+    if lowered.key_lengths is not None:
+        key_lengths = _least_lengths(key_lengths, lowered.key_lengths)
+    window = window_that_hides((left, None if right == 0 else right), q.shape[2], k.shape[2])
+    return replace(spec, causal=right == 0, window=window), key_lengths, None
+
+
+def _least(a: int | None, b: int | None) -> int | None:
+    return b if a is None else a if b is None else min(a, b)
+
+
+def _least_lengths(a: Tensor | None, b: Tensor) -> Tensor:
+    return b if a is None else torch.minimum(a, b)
 
 
 def t5_relative_bias(table: Tensor, *, max_distance: int = 128, bidirectional: bool = True) -> Tensor:

@@ -24,8 +24,8 @@ _operators = library.Library("fastattn", "DEF")
 # What an attention operator takes beside its tensors, in the order of ScoreTensors and AttentionSpec.
 _SCORES = (
     "Tensor? key_lengths, Tensor? alibi_slopes, Tensor? bias, Tensor? relative_bias, Tensor? sinks, "
-    "Tensor? dropout_state, bool causal, float scale, SymInt? left, SymInt? right, float softcap, float dropout, "
-    "str precision, str? backend"
+    "Tensor? dropout_state, Tensor? mask, bool causal, float scale, SymInt? left, SymInt? right, float softcap, "
+    "float dropout, str precision, int[]? mask_layout, str? backend"
 )
 _GRADIENTS = ", ".join(["Tensor"] * len(Gradients._fields))
 _operators.define(f"attention_forward(Tensor q, Tensor k, Tensor v, {_SCORES}) -> (Tensor, Tensor)")
@@ -78,14 +78,15 @@ def _tangent(q, k, v, out, lse, *rest) -> tuple[Tensor, Tensor]:
 def _put_together(rest: Sequence) -> tuple[ScoreTensors, AttentionSpec, str | None]:
     """What an operator takes from key_lengths on, as the backends take it."""
     tensors, options = rest[:_COUNT], rest[_COUNT:]
-    causal, scale, left, right, softcap, dropout, precision, backend = options
-    spec = AttentionSpec(causal, scale, (left, right), softcap, dropout, precision)
+    causal, scale, left, right, softcap, dropout, precision, layout, backend = options
+    layout = None if layout is None else tuple(layout)
+    spec = AttentionSpec(causal, scale, (left, right), softcap, dropout, precision, layout)
     return ScoreTensors(*tensors), spec, backend
 
 
 _COUNT = len(ScoreTensors._fields)
 _BIAS = ScoreTensors._fields.index("bias")
-_OPTIONS = 8
+_OPTIONS = 9
 _operators.impl("attention_forward", _forward, "CompositeExplicitAutograd")
 _operators.impl("attention_backward", _backward, "CompositeExplicitAutograd")
 _operators.impl("attention_tangent", _tangent, "CompositeExplicitAutograd")
@@ -131,6 +132,7 @@ class Attention(torch.autograd.Function):
         relative_bias,
         sinks,
         dropout_state,
+        mask,
         causal,
         scale,
         left,
@@ -138,11 +140,12 @@ class Attention(torch.autograd.Function):
         softcap,
         dropout,
         precision,
+        mask_layout,
         backend,
     ):  # spelled out, because dynamo cannot trace a forward of *arguments
         return torch.ops.fastattn.attention_forward(
-            q, k, v, key_lengths, alibi_slopes, bias, relative_bias, sinks, dropout_state, causal, scale, left,
-            right, softcap, dropout, precision, backend,
+            q, k, v, key_lengths, alibi_slopes, bias, relative_bias, sinks, dropout_state, mask, causal, scale,
+            left, right, softcap, dropout, precision, mask_layout, backend,
         )  # fmt: skip
 
     @staticmethod
@@ -193,6 +196,7 @@ class AttentionBackward(torch.autograd.Function):
         relative_bias,
         sinks,
         dropout_state,
+        mask,
         causal,
         scale,
         left,
@@ -200,11 +204,13 @@ class AttentionBackward(torch.autograd.Function):
         softcap,
         dropout,
         precision,
+        mask_layout,
         backend,
     ):
         return torch.ops.fastattn.attention_backward(
             dout, q, k, v, out, lse, dlse, want_bias, want_relative_bias, key_lengths, alibi_slopes, bias,
-            relative_bias, sinks, dropout_state, causal, scale, left, right, softcap, dropout, precision, backend,
+            relative_bias, sinks, dropout_state, mask, causal, scale, left, right, softcap, dropout, precision,
+            mask_layout, backend,
         )  # fmt: skip
 
     @staticmethod

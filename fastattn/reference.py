@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastattn.dropout import dropout_mask
 from fastattn.head_spec import HeadsSpec, HeadTensors
+from fastattn.masks.lists import decode, unpacked
 from fastattn.spec import (
     NO_TENSORS,
     AttentionSpec,
@@ -170,6 +171,10 @@ def _scores(q: Tensor, k: Tensor, spec: AttentionSpec, tensors: ScoreTensors) ->
             # Filled in below, so that no gradient comes of an infinity.
             seen = seen & (tensors.bias > float("-inf"))
             scores = scores + tensors.bias.to(scores.dtype)
+    if tensors.mask is not None and spec.mask is not None:
+        seen_here, counts = decode(unpacked(tensors.mask, spec.mask), q.shape[0], q.shape[1], queries, keys)
+        seen = seen & seen_here
+        scores = scores + counts.masked_fill(~seen_here, 0.0).to(scores.dtype)
     return scores.masked_fill(~seen, float("-inf"))
 
 

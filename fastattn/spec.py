@@ -30,6 +30,7 @@ class AttentionSpec:
     softcap: scores s become softcap * tanh(s / softcap); 0 for no cap.
     dropout: the probability with which a weight is dropped; a multiple of 2**-16, see fastattn.dropout.
     precision: how float32 products are made, one of PRECISIONS.
+    mask: how to take ScoreTensors.mask apart, see fastattn.masks.lists.packed; None without.
     """
 
     causal: bool = False
@@ -38,6 +39,7 @@ class AttentionSpec:
     softcap: float = 0.0
     dropout: float = 0.0
     precision: str = "ieee"
+    mask: tuple[int, ...] | None = None
 
     @property
     def left(self) -> int | None:
@@ -50,9 +52,10 @@ class AttentionSpec:
         return 0 if self.causal else self.window[1]
 
     @property
-    def options(self) -> tuple[bool, float, int | None, int | None, float, float, str]:
-        """As an operator takes them: causal, scale, window to the left and right, softcap, dropout, precision."""
-        return self.causal, self.scale, *self.window, self.softcap, self.dropout, self.precision
+    def options(self) -> tuple[bool, float, int | None, int | None, float, float, str, tuple[int, ...] | None]:
+        """As an operator takes them: causal, scale, window to the left and right, softcap, dropout, precision and
+        the mask's layout."""
+        return self.causal, self.scale, *self.window, self.softcap, self.dropout, self.precision, self.mask
 
 
 class ScoreTensors(NamedTuple):
@@ -65,6 +68,7 @@ class ScoreTensors(NamedTuple):
         `relative_index`.
     sinks: (B, Hq) in the log-sum-exp's dtype; a score that takes weight and gives no value.
     dropout_state: (B, 2) int64, seed and offset of each batch entry's random numbers, see fastattn.dropout.
+    mask: 1-D int64, block lists as fastattn.masks.lists.packed makes them; one for the whole batch.
     """
 
     key_lengths: Tensor | None = None
@@ -73,6 +77,7 @@ class ScoreTensors(NamedTuple):
     relative_bias: Tensor | None = None
     sinks: Tensor | None = None
     dropout_state: Tensor | None = None
+    mask: Tensor | None = None
 
 
 NO_TENSORS = ScoreTensors()

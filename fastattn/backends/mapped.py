@@ -9,10 +9,11 @@ from torch import Tensor
 
 
 def fold(size: int, dims: Sequence, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Merge the mapped dimension of each tensor, or a broadcast one, into its batch dimension."""
+    """Merge the mapped dimension of each tensor, or a broadcast one, into its batch dimension. A mask's lists, 1-D
+    int64, have none: they repeat themselves."""
     folded = []
     for dim, t in zip(dims, tensors, strict=True):
-        if t is not None:
+        if t is not None and not (t.dim() == 1 and t.dtype == torch.int64):
             t = t.expand(size, *t.shape) if dim is None else t.movedim(dim, 0)
             t = t.flatten(0, 1)
         folded.append(t)

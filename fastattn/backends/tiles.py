@@ -17,6 +17,7 @@ from torch import Tensor
 from fastattn import reference
 from fastattn.backends.layout import zero_heads
 from fastattn.dropout import kept
+from fastattn.masks.lists import GRANULE, BlockLists, columns_seen, log_counts, of_heads, unpacked
 from fastattn.spec import AttentionSpec, ScoreTensors, Wanted, lse_dtype
 
 QUERY_TILE, KEY_TILE = 256, 512
@@ -41,10 +42,11 @@ class Scores:
 
     def __init__(self, q: Tensor, k: Tensor, spec: AttentionSpec, tensors: ScoreTensors) -> None:
         self.spec, self.tensors, self.work = spec, tensors, lse_dtype(q.dtype)
-        self.queries, self.keys = q.shape[2], k.shape[2]
+        self.batch, self.queries, self.keys = q.shape[0], q.shape[2], k.shape[2]
         self.shift = self.keys - self.queries
         self.heads, self.key_heads, self.group = q.shape[1], k.shape[1], q.shape[1] // k.shape[1]
         self.longest = self._longest(tensors.key_lengths)
+        self.lists = None if tensors.mask is None or spec.mask is None else unpacked(tensors.mask, spec.mask)
 
     def _longest(self, lengths: Tensor | None) -> int:
         """Keys from there on are seen by nobody. Reading it waits for the device; this backend launches hundreds
@@ -59,7 +61,11 @@ class Scores:
     def tiles_of(self, rows: slice) -> Iterator[Tile]:
         """The tiles that any of these rows sees; one without columns if there is none."""
         start, stop = self._keys_seen_by(rows)
-        spans = list(_spans(start, stop, KEY_TILE)) or [slice(start, start)]
+        spans = list(_spans(start, stop, KEY_TILE))
+        if self.lists is not None:
+            seen = {column * GRANULE // KEY_TILE for column in columns_seen(self.lists, granules(rows))}
+            spans = [span for span in spans if span.start // KEY_TILE in seen]
+        spans = spans or [slice(start, start)]
         return (Tile(self, rows, columns, columns is spans[0]) for columns in spans)
 
     def _keys_seen_by(self, rows: slice) -> tuple[int, int]:
@@ -86,6 +92,8 @@ class Scores:
             scores = scores - self.per_row(self.tensors.alibi_slopes, q.shape[2]) * distance
         for added in self.added(tile, bias, relative_bias):
             scores = scores + added
+        if self.lists is not None:
+            scores = scores + self._counts(self.lists, tile)
         return self._hide(scores, tile, diagonal, keys), slope
 
     def added(self, tile: Tile, bias: Tensor | None, relative_bias: Tensor | None) -> Iterator[Tensor]:
@@ -121,6 +129,14 @@ class Scores:
     def _every_head(self, bias: Tensor, tile: Tile) -> Tensor:
         """A tile's part of a bias, for every query head; its batch and columns may be 1."""
         return grouped(bias.expand(-1, self.heads, tile.rows.stop - tile.rows.start, -1), self.key_heads)
+
+    def _counts(self, lists: BlockLists, tile: Tile) -> Tensor:
+        """The logarithm of how often each pair of a tile counts, -inf where it is not seen; tiles begin on
+        granules, since no window stands beside a mask of lists."""
+        counts = log_counts(lists, granules(tile.rows), granules(tile.columns))
+        counts = counts[:, : tile.rows.stop - tile.rows.start, : tile.columns.stop - tile.columns.start]
+        every = of_heads(lists, counts, self.batch, self.heads).expand(-1, self.heads, -1, -1)
+        return grouped(every, self.key_heads).to(self.work)
 
     def _hide(self, scores: Tensor, tile: Tile, diagonal: Tensor, keys: Tensor) -> Tensor:
         """-inf where the window or the key length hides; tiles that are seen whole are left alone."""
@@ -299,6 +315,11 @@ def product_precision(q: Tensor, spec: AttentionSpec) -> Iterator[None]:
         yield
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def granules(span: slice) -> range:
+    """The rows or columns of granules that this span of queries or keys, from the beginning of one on, lies in."""
+    return range(span.start // GRANULE, -(-span.stop // GRANULE))
 
 
 def times(weights: Tensor, keep: Tensor | None) -> Tensor:

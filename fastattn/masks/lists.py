@@ -7,6 +7,8 @@ tiles, and equal lists of different heads or batch elements, are stored once.
 
 from __future__ import annotations
 
+import functools
+import math
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -85,6 +87,96 @@ class BlockLists(NamedTuple):
         return sum(t.nbytes for t in self if t is not None)
 
 
+def packed(lists: BlockLists) -> tuple[Tensor, tuple[int, ...]]:
+    """The lists as one 1-D int64 tensor, and the numbers that tell how to take it apart: what operators are given.
+
+    Every list begins on 16 bytes, so that no two masks differ in how their kernels may load them.
+    """
+    layout = (
+        lists.full_offsets.shape[0], lists.full_offsets.shape[1] - 1, lists.column_full_offsets.shape[1] - 1,
+        lists.full_columns.shape[0], lists.partial_columns.shape[0], lists.bit_tiles.shape[0],
+        *lists.pattern.shape, int(lists.full_counts is not None),
+    )  # fmt: skip
+    words = [lists.bit_tiles.flatten()]
+    for t in lists:
+        if t is not None and t.dtype != torch.int64:
+            t = t.flatten().view(torch.int32)
+            words.append(torch.nn.functional.pad(t, (0, -len(t) % 4)).view(torch.int64))
+    return torch.cat(words), layout
+
+
+def unpacked(words: Tensor, layout: tuple[int, ...]) -> BlockLists:
+    """The lists again, as views of what `packed` gave."""
+    patterns, rows, columns, full, partial, tiles, batches, heads, counted = layout
+    rest = words[tiles * GRANULE :].view(torch.int32)
+    place = 0
+
+    def take(*shape: int, there: bool = True, dtype: torch.dtype = torch.int32) -> Tensor | None:
+        nonlocal place
+        if not there:
+            return None
+        size = math.prod(shape)
+        t = rest[place : place + size].view(dtype).view(shape)
+        place += size + -size % 4
+        return t
+
+    def half(length: int) -> tuple[Tensor | None, ...]:
+        return (
+            take(patterns, length + 1), take(full), take(patterns, length + 1), take(partial), take(partial),
+            take(full, there=bool(counted), dtype=torch.float32),
+            take(partial, there=bool(counted), dtype=torch.float32),
+        )  # fmt: skip
+
+    fields = (*half(rows), *half(columns), words[: tiles * GRANULE].view(tiles, GRANULE), take(batches, heads))
+    return BlockLists(*fields)  # type: ignore[arg-type]
+
+
+def log_counts(lists: BlockLists, rows: range, columns: range) -> Tensor:
+    """How often each pair of some rows and columns of granules counts, as a logarithm: fp32 (P, 64 rows,
+    64 columns), -inf for pairs that are not seen."""
+    patterns, device = lists.full_offsets.shape[0], lists.pattern.device
+    counts = torch.zeros(patterns, len(rows), len(columns), GRANULE, GRANULE, device=device)
+    for offsets, others, tiles, logs in (
+        (lists.full_offsets, lists.full_columns, None, lists.full_counts),
+        (lists.partial_offsets, lists.partial_columns, lists.partial_tiles, lists.partial_counts),
+    ):
+        sizes = offsets[:, rows.start : rows.stop + 1].long().diff()
+        own = torch.repeat_interleave(torch.arange(sizes.numel(), device=device), sizes.flatten())
+        firsts = offsets[:, rows.start : rows.stop].flatten().long()
+        within = torch.arange(len(own), device=device) - (sizes.flatten().cumsum(0) - sizes.flatten())[own]
+        entries = firsts[own] + within
+        here = (others[entries] >= columns.start) & (others[entries] < columns.stop)
+        entries, own = entries[here], own[here]
+        place = (own // len(rows), own % len(rows), others[entries].long() - columns.start)
+        times = torch.ones((), device=device) if logs is None else logs[entries].exp().round()[:, None, None]
+        seen = torch.ones((), device=device) if tiles is None else unpack(lists.bit_tiles[tiles[entries].long()])
+        counts.index_put_(place, (seen * times).expand(len(own), GRANULE, GRANULE), accumulate=True)
+    return counts.log().transpose(2, 3).reshape(patterns, len(rows) * GRANULE, len(columns) * GRANULE)
+
+
+def columns_seen(lists: BlockLists, rows: range) -> list[int]:
+    """The columns of granules that any of these rows has an entry in, ascending."""
+    found = []
+    for offsets, others in (
+        (lists.full_offsets, lists.full_columns),
+        (lists.partial_offsets, lists.partial_columns),
+    ):
+        for begin, end in offsets[:, [rows.start, rows.stop]].tolist():
+            found.append(others[begin:end])
+    return torch.cat(found).unique().tolist()
+
+
+def of_heads(lists: BlockLists, values: Tensor, batch: int, heads: int) -> Tensor:
+    """What belongs to each pattern (P, ...), for each batch entry and head: (batch or 1, heads or 1, ...).
+
+    A batch that is a multiple of the mask's repeats it: torch.func.vmap puts samples beside one another.
+    """
+    pattern = lists.pattern.long()
+    if pattern.shape[0] not in (1, batch):
+        pattern = pattern.repeat(batch // pattern.shape[0], 1)
+    return values[pattern]
+
+
 @dataclass(frozen=True, eq=False)
 class Lowered:
     """A mask for one shape and device: closed forms as numbers, or block lists.
@@ -117,6 +209,12 @@ class Lowered:
         wanted = Shape(batch, heads, queries, keys, the_device(device))
         if wanted != self.shape:
             raise ValueError(f"mask was lowered for {self.shape}, expected one for {wanted}")
+
+    @functools.cached_property
+    def packed(self) -> tuple[Tensor, tuple[int, ...]]:
+        """The lists as operators take them, made once."""
+        assert self.lists is not None
+        return packed(self.lists)
 
     @property
     def visible(self) -> int:
@@ -220,7 +318,7 @@ def decode(
             times = 1.0 if logs is None else logs[entries].exp().round()[:, None, None]
             counts[p].index_put_(place, seen * times, accumulate=True)
     counts = counts.transpose(2, 3).reshape(patterns, rows * GRANULE, columns * GRANULE)[:, :queries, :keys]
-    counts = counts[lists.pattern.long()].expand(batch, heads, queries, keys)
+    counts = of_heads(lists, counts, batch, heads).expand(batch, heads, queries, keys)
     return counts > 0, counts.log()
 
 
