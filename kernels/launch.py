@@ -350,8 +350,7 @@ ATTENTION_FORWARD |= {
 }
 ATTENTION_DKDV |= {
     "sm_80 heavy": (
-        Row(2, 64, Tiling(64, 64, 8, 2)),  # 64 x 128: 245 to 477
-        Row(2, 128, Tiling(64, 32, 8, 2)),  # 64 x 64: 9
+        Row(2, 128, Tiling(64, 32, 8, 2)),  # D = 64: 64 x 128 245 to 477, 64 x 64 190 to 368; D = 128: 64 x 64 9
     ),
     "sm_90 heavy": (Row(2, 64, Tiling(64, 64, 8, 2)),),  # 64 x 128: 6
     "sm_100 heavy": (
@@ -362,8 +361,7 @@ ATTENTION_DKDV |= {
 }
 ATTENTION_DQ |= {
     "sm_80 heavy": (
-        Row(2, 64, Tiling(64, 64, 8, 2)),  # 128 x 64: 6
-        Row(2, 128, Tiling(128, 32, 8, 2)),
+        Row(2, 128, Tiling(128, 32, 8, 2)),  # D = 64: 128 x 64 6, 64 x 64 8
         Row(2, 256, Tiling(64, 32, 8, 1)),  # 64 x 64: 6
     ),
     "sm_90 heavy": (
