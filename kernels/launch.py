@@ -101,6 +101,12 @@ def look_up(table: dict[str, tuple[Row, ...]], family: str, bytes: int, width: i
     raise ValueError(f"no launch configuration for {bytes}-byte elements of width {width} on {family}")
 
 
+def within_granules(tiling: Tiling) -> Tiling:
+    """The tiling for masks of 64 x 64 granules: a tile lies within one. Half the rows want half the warps."""
+    smaller = tiling.block_m > 64 and tiling.warps == 8
+    return Tiling(min(tiling.block_m, 64), min(tiling.block_n, 64), 4 if smaller else tiling.warps, tiling.stages)
+
+
 _KINDS = {
     "plain": (),
     "shaped": ("{} shaped", "shaped"),
