@@ -299,9 +299,7 @@ def attention_dkdv_kernel(
             tile = place[0] + tl.where(place[0] < diagonal, first, whole - diagonal)
             state = dkdv_step(
                 state, k_tile, v_tile, place, q, dout, padded_rows, tile * BLOCK_M, start, 0, shape, window,
-                scores,
-                dropout,
-            terms_of(scores, dropout, batch, head + place[1]),
+                scores, dropout, terms_of(scores, dropout, batch, head + place[1]),
                 HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, True, BLOCK_M, BLOCK_N, PRECISION,
             )  # fmt: skip
             place = next_tile(place, masked, q, dout, padded_rows)
@@ -310,18 +308,16 @@ def attention_dkdv_kernel(
             tile = full + place[0]
             state = dkdv_step(
                 state, k_tile, v_tile, place, q, dout, padded_rows, tile * BLOCK_M, start, 0, shape, window,
-                scores,
-                dropout,
-            terms_of(scores, dropout, batch, head + place[1]),
+                scores, dropout, terms_of(scores, dropout, batch, head + place[1]),
                 HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, False, BLOCK_M, BLOCK_N, PRECISION,
             )  # fmt: skip
             place = next_tile(place, whole - full, q, dout, padded_rows)
     else:
         for member in tl.range(0, shape.group):
             state = dkdv_listed(
-                state, k_tile, v_tile, q, dout, row_values, batch, head + member, start, shape, padded_rows, window,
-                lists,
-                scores, dropout, HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, BLOCK_M, BLOCK_N, PRECISION,
+                state, k_tile, v_tile, q, dout, row_values, batch, head + member, start, shape, padded_rows,
+                window, lists, scores, dropout,
+                HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, BLOCK_M, BLOCK_N, PRECISION,
             )  # fmt: skip
     dk_tile, dv_tile = state
     dk_tile *= tl.cast(scores.scale, tl.float32)
@@ -534,7 +530,7 @@ def attention_backward(
             family,
             q.element_size(),
             widest,
-            kind_of(precision, (bias, relative_bias, dropout_state), (left, softcap, alibi_slopes, lists)),
+            kind_of(precision, (bias, relative_bias, dropout_state), (left, softcap, alibi_slopes), lists),
         )
         fit = (lambda tiling: tiling) if lists is None else launch.within_granules
         if row_values.numel():

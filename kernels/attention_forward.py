@@ -225,12 +225,16 @@ def empty_heads(batch: int, heads: int, rows: int, width: int, like: torch.Tenso
     return torch.empty((batch, rows, heads, width), dtype=like.dtype, device=like.device).transpose(1, 2)
 
 
-def kind_of(precision: str, heavy: tuple[object, ...], shaped: tuple[object, ...]) -> str:
+def kind_of(
+    precision: str, heavy: tuple[object, ...], shaped: tuple[object, ...], lists: tuple | None = None
+) -> str:
     """Which of a table's rows a launch needs, see `launch.look_up`; what is None is not asked for."""
     if precision != "ieee":
         return precision
     if any(feature is not None for feature in heavy):
         return "heavy"
+    if lists is not None:
+        return "listed"
     return "plain" if all(feature is None for feature in shaped) else "shaped"
 
 
@@ -300,7 +304,7 @@ def attention_forward(
             family,
             q.element_size(),
             widest,
-            kind_of(precision, (bias, relative_bias, dropout_state), (left, softcap, alibi_slopes, lists)),
+            kind_of(precision, (bias, relative_bias, dropout_state), (left, softcap, alibi_slopes), lists),
         )
         if lists is not None:
             tiling = launch.within_granules(tiling)

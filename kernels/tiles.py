@@ -72,9 +72,9 @@ class Scores(NamedTuple):
 
 
 class Lists(NamedTuple):
-    """Which granules, 64 x 64 scores, each row (or column) of granules has, as fastattn.masks' BlockLists says: the
-    full ones, the partial ones and their bit tiles, how often their keys count, and the pattern of each batch entry
-    and head."""
+    """Which granules, 64 x 64 scores, each row (or column) of granules has, as fastattn.masks' BlockLists has it:
+    the full ones, the partial ones and their bit tiles, how often their keys count, and the pattern of each batch
+    entry and head."""
 
     full_offsets: torch.Tensor
     full: torch.Tensor
@@ -277,11 +277,11 @@ def within(start, bounds, window, BLOCK_N: tl.constexpr, MASKED_FIRST: tl.conste
     """Which of the keys from `start` on lie inside each query's bounds: (M, BLOCK_N). Without a window the bounds
     are a word for each query, whose bits say which keys of a granule it sees."""
     columns = tl.arange(0, BLOCK_N)[None, :]
-    if window is None:
-        return ((bounds[0][:, None] >> (start % GRANULE + columns)) & 1) != 0
     first, stop = bounds
     # The same, said so that it takes fewer registers where the masked keys come first, or second.
-    if MASKED_FIRST:
+    if window is None:
+        inside = ((first[:, None] >> (start % GRANULE + columns)) & 1) != 0
+    elif MASKED_FIRST:
         inside = columns < (stop - start)[:, None]
         if window.left is not None:
             inside = inside & (columns >= (first - start)[:, None])
