@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from fastattn import attention
 from fastattn.lens import HeadScores, even_scores, head_scores, model_head_scores
 from fastattn.lens import heads as heads_module
-from fastattn.nn import Transformer
+from fastattn.nn import TransformerModel
 
 
 def problem(batch=2, heads=4, key_heads=2, queries=37, keys=37, width=16, vocabulary=6, dtype=torch.float64):
@@ -139,8 +139,8 @@ def test_no_tensor_is_larger_than_a_tile_at_eight_thousand_tokens():
     assert watched.elements <= heads_module.TILE_SCORES < heads * length**2 / 50
 
 
-def small_model(**fields) -> Transformer:
-    return Transformer(
+def small_model(**fields) -> TransformerModel:
+    return TransformerModel(
         **{"vocab_size": 9, "embed_dim": 32, "num_heads": 4, "num_layers": 3, "positions": "rotary", **fields}
     ).double()
 

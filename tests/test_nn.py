@@ -20,9 +20,9 @@ from fastattn.nn import (
     GatedMLP,
     Rotary,
     SelfAttention,
-    Transformer,
     TransformerBlock,
     TransformerConfig,
+    TransformerModel,
 )
 
 SMALL = {"vocab_size": 31, "embed_dim": 32, "num_heads": 4, "num_layers": 2, "max_length": 20}
@@ -119,7 +119,7 @@ def shaken(module, std=0.3):
 
 
 def small_model(dtype=torch.float64, **fields):
-    return shaken(Transformer(**{**SMALL, **fields}, dtype=dtype))
+    return shaken(TransformerModel(**{**SMALL, **fields}, dtype=dtype))
 
 
 def some_tokens(batch=2, length=13, vocab_size=SMALL["vocab_size"]):
@@ -223,7 +223,7 @@ GPT2_SIZES = {
 @pytest.mark.parametrize("sizes", GPT2_SIZES.values(), ids=GPT2_SIZES.keys())
 def test_gpt2_checkpoint_gives_gpt2s_logits_and_gradients_to_float32_accuracy(sizes):
     theirs = gpt2(**sizes)
-    ours = Transformer.from_gpt2(theirs)
+    ours = TransformerModel.from_gpt2(theirs)
     tokens = some_tokens(length=33, vocab_size=theirs.config.vocab_size)
     with torch.no_grad():
         logits, eager = ours(tokens), theirs(tokens).logits
@@ -235,7 +235,7 @@ def test_gpt2_checkpoint_gives_gpt2s_logits_and_gradients_to_float32_accuracy(si
     # Gradients take the road of the weights, through the same renaming and transposition.
     heads = theirs.config.n_head
     eager_grads, exact_grads = (
-        dict(Transformer.from_gpt2(found, num_heads=heads).named_parameters())
+        dict(TransformerModel.from_gpt2(found, num_heads=heads).named_parameters())
         for found in (eager_grads, exact_grads)
     )
     assert grads.keys() == exact_grads.keys()
@@ -246,14 +246,16 @@ def test_gpt2_checkpoint_gives_gpt2s_logits_and_gradients_to_float32_accuracy(si
 def test_gpt2_loads_from_any_form_of_its_state_dict():
     model = gpt2(**GPT2_SIZES["small"])
     tokens = some_tokens()
-    expected = Transformer.from_gpt2(model)(tokens)
+    expected = TransformerModel.from_gpt2(model)(tokens)
     prefixed = model.state_dict()
     bare = model.transformer.state_dict()
     old = {**bare, "h.0.attn.bias": torch.ones(1, 1, 40, 40), "h.0.attn.masked_bias": torch.tensor(-1e4)}
     config = model.config.to_dict()
     for state in (prefixed, bare, old):
-        torch.testing.assert_close(Transformer.from_gpt2(state, config=config)(tokens), expected, atol=0, rtol=0)
-    loaded = Transformer.from_gpt2(gpt2(heads=False, **GPT2_SIZES["small"]))
+        torch.testing.assert_close(
+            TransformerModel.from_gpt2(state, config=config)(tokens), expected, atol=0, rtol=0
+        )
+    loaded = TransformerModel.from_gpt2(gpt2(heads=False, **GPT2_SIZES["small"]))
     assert loaded.config.tied
     torch.testing.assert_close(loaded(tokens), expected, atol=0, rtol=0)
 
@@ -261,7 +263,7 @@ def test_gpt2_loads_from_any_form_of_its_state_dict():
 def test_loaded_gpt2_owns_its_weights_and_keeps_an_unembedding_of_its_own():
     theirs = gpt2(**GPT2_SIZES["small"], tie_word_embeddings=False, activation_function="relu")
     theirs.lm_head.weight.data.normal_()
-    ours = Transformer.from_gpt2(theirs, dtype=torch.float64)
+    ours = TransformerModel.from_gpt2(theirs, dtype=torch.float64)
     expected = copy.deepcopy(theirs).double()(some_tokens()).logits
     assert not ours.config.tied
     with torch.no_grad():
@@ -289,7 +291,7 @@ def without(state, name):
 def test_a_checkpoint_that_is_not_gpt2s_is_refused_by_the_names_of_its_keys(change, message):
     state = gpt2(heads=False, **GPT2_SIZES["small"]).state_dict()
     with pytest.raises(ValueError, match=message):
-        Transformer.from_gpt2(change(state), num_heads=4)
+        TransformerModel.from_gpt2(change(state), num_heads=4)
 
 
 @pytest.mark.parametrize(
@@ -304,7 +306,7 @@ def test_a_checkpoint_that_is_not_gpt2s_is_refused_by_the_names_of_its_keys(chan
 def test_a_gpt2_configuration_that_cannot_be_followed_is_refused(config, message):
     state = gpt2(heads=False, **GPT2_SIZES["small"]).state_dict()
     with pytest.raises(ValueError, match=message):
-        Transformer.from_gpt2(state, config=config)
+        TransformerModel.from_gpt2(state, config=config)
 
 
 def test_the_library_does_not_import_transformers():
@@ -325,7 +327,7 @@ def test_zero_positions_leave_a_set_encoder_permutation_equivariant():
 
 
 def test_zero_positions_start_at_zero_and_receive_gradients():
-    model = Transformer(**SMALL, positions="zero")
+    model = TransformerModel(**SMALL, positions="zero")
     assert not model.position_embedding.weight.any()
     gradient = gradients(model, some_tokens())["position_embedding.weight"]
     assert (gradient[:12].abs().amax(1) > 0).all()
@@ -364,7 +366,9 @@ def test_rotary_is_exact_to_the_last_place_far_out_and_in_a_half_precision_model
 
 def test_weights_start_as_gpt2s():
     torch.manual_seed(0)
-    model = Transformer(vocab_size=200, embed_dim=96, num_heads=4, num_layers=8, max_length=100, embedding_std=1.0)
+    model = TransformerModel(
+        vocab_size=200, embed_dim=96, num_heads=4, num_layers=8, max_length=100, embedding_std=1.0
+    )
     for name, parameter in model.named_parameters():
         if name == "token_embedding.weight":
             expected = 1.0
@@ -382,15 +386,15 @@ def test_weights_start_as_gpt2s():
 
 def test_without_bias_nothing_has_one():
     for mlp in ("plain", "gated", None):
-        model = Transformer(**SMALL, mlp=mlp, bias=False)
+        model = TransformerModel(**SMALL, mlp=mlp, bias=False)
         assert not [name for name, _ in model.named_parameters() if "bias" in name]
 
 
 def test_a_model_made_on_the_meta_device_starts_as_one_made_here():
-    model = Transformer(**SMALL, device="meta")
+    model = TransformerModel(**SMALL, device="meta")
     assert all(parameter.is_meta for parameter in model.parameters())
     model.to_empty(device="cpu")
-    twin = Transformer(**SMALL)
+    twin = TransformerModel(**SMALL)
     for either in (model, twin):
         torch.manual_seed(5)
         either.reset_parameters()
@@ -404,7 +408,7 @@ def test_a_model_made_on_the_meta_device_starts_as_one_made_here():
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS.keys())
 def test_one_step_of_training_lowers_the_loss(variant):
     torch.manual_seed(0)
-    model, tokens = Transformer(**{**SMALL, **variant}), some_tokens()
+    model, tokens = TransformerModel(**{**SMALL, **variant}), some_tokens()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     losses = []
     for _ in range(2):
@@ -475,7 +479,7 @@ def copied_by_state_dict(model):
     file = io.BytesIO()
     torch.save(model.state_dict(), file)
     file.seek(0)
-    twin = Transformer(model.config, dtype=torch.float64)
+    twin = TransformerModel(model.config, dtype=torch.float64)
     twin.load_state_dict(torch.load(file))
     return twin
 
@@ -557,14 +561,22 @@ def test_a_hook_replaces_what_flows_by_returning_a_tensor(point):
         (lambda: GatedMLP(8, 0), ValueError, "hidden_dim must be at least 1, got 0"),
         (lambda: TransformerBlock(SelfAttention(32, 4), MLP(24)), ValueError, "mlp must have .* 32; got 24"),
         (lambda: TransformerBlock(SelfAttention(32, 4), norm="batch"), ValueError, "norm must be .* got 'batch'"),
-        (lambda: Transformer(**{**SMALL, "positions": "sine"}), ValueError, "positions must be .* got 'sine'"),
-        (lambda: Transformer(**{**SMALL, "max_length": None}), ValueError, "max_length must be given"),
-        (lambda: Transformer(**SMALL, rotary_width=4), ValueError, "rotary_width must be None .* got 4"),
-        (lambda: Transformer(**SMALL, dropout=1.0), ValueError, "dropout must be .* got 1.0"),
-        (lambda: Transformer(**SMALL, mlp="wide"), ValueError, "mlp must be one of .* got 'wide'"),
-        (lambda: Transformer(**SMALL, layers=3), TypeError, "layers"),
-        (lambda: Transformer({"vocab_size": 3}), TypeError, "config must be a TransformerConfig, got dict"),
-        (lambda: Transformer.from_gpt2("gpt2"), TypeError, "source must be a module or a state dict, got str"),
+        (
+            lambda: TransformerModel(**{**SMALL, "positions": "sine"}),
+            ValueError,
+            "positions must be .* got 'sine'",
+        ),
+        (lambda: TransformerModel(**{**SMALL, "max_length": None}), ValueError, "max_length must be given"),
+        (lambda: TransformerModel(**SMALL, rotary_width=4), ValueError, "rotary_width must be None .* got 4"),
+        (lambda: TransformerModel(**SMALL, dropout=1.0), ValueError, "dropout must be .* got 1.0"),
+        (lambda: TransformerModel(**SMALL, mlp="wide"), ValueError, "mlp must be one of .* got 'wide'"),
+        (lambda: TransformerModel(**SMALL, layers=3), TypeError, "layers"),
+        (lambda: TransformerModel({"vocab_size": 3}), TypeError, "config must be a TransformerConfig, got dict"),
+        (
+            lambda: TransformerModel.from_gpt2("gpt2"),
+            TypeError,
+            "source must be a module or a state dict, got str",
+        ),
     ],
 )
 def test_modules_that_cannot_be_are_refused(make, error, message):
@@ -574,7 +586,7 @@ def test_modules_that_cannot_be_are_refused(make, error, message):
 
 ATTENTION = SelfAttention(32, 4)
 CROSS_ATTENTION = CrossAttention(32, 4, context_dim=20)
-MODEL = Transformer(TransformerConfig(**SMALL))
+MODEL = TransformerModel(TransformerConfig(**SMALL))
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from fastattn.demo.screen import Screen, progress_note, readable, seconds
 from fastattn.demo.threads import settle_threads
 from fastattn.errors import CommandError
 from fastattn.lens import HeadScores, even_scores, model_head_scores
-from fastattn.nn import Transformer
+from fastattn.nn import TransformerModel
 
 Scores = tuple[HeadScores, HeadScores]  # of a model's heads, and of even attention
 
@@ -75,7 +75,7 @@ class Demo:
         self._write_sample(runs[0].model)
         return runs, self._compare_costs(runs)
 
-    def _introduce(self, model: Transformer) -> None:
+    def _introduce(self, model: TransformerModel) -> None:
         read, held_out = len(self.corpus.train), len(self.corpus.held_out)
         config, parameters = model.config, sum(p.numel() for p in model.parameters())
         backend = self.backend or os.environ.get("FASTATTN_BACKEND") or capabilities.default_backend(self.device)
@@ -105,7 +105,7 @@ class Demo:
             f"A step took {seconds(runs[0].step_seconds)} fused, {seconds(runs[1].step_seconds)} eager.\n"
         )
 
-    def _write_sample(self, model: Transformer) -> None:
+    def _write_sample(self, model: TransformerModel) -> None:
         start = self.corpus.passage()
         length = 40 if self.quick else 320
         written = bytearray()
@@ -130,7 +130,7 @@ class Demo:
 
     # ---- act two ----
 
-    def looking_inside(self, text_model: Transformer) -> tuple[induction.Training, dict[str, Scores]]:
+    def looking_inside(self, text_model: TransformerModel) -> tuple[induction.Training, dict[str, Scores]]:
         self.screen.act("Looking inside: induction heads form")
         self.screen.say(
             "Two layers of attention read random tokens that repeat with an unknown period.\n"
@@ -162,7 +162,7 @@ class Demo:
                 "heads below found the token before,\nand heads above learned to use it."
             )
 
-    def _show_scores(self, training: induction.Training, text_model: Transformer) -> dict[str, Scores]:
+    def _show_scores(self, training: induction.Training, text_model: TransformerModel) -> dict[str, Scores]:
         """Per head: this model on repeated tokens, the text model on a passage it has not read."""
         exam = induction.repeated_sequences(torch.Generator().manual_seed(self.seed + 1))[0]
         passage = self.corpus.passage()[None]

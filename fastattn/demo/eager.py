@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastattn.nn import MLP, SelfAttention, Transformer
+from fastattn.nn import MLP, SelfAttention, TransformerModel
 
 
 class EagerAttention(nn.Module):
@@ -40,7 +40,7 @@ class EagerMLP(nn.Module):
         return self.layer.down(F.gelu(self.layer.up(x), approximate="tanh"))
 
 
-def eager_twin(model: Transformer) -> Transformer:
+def eager_twin(model: TransformerModel) -> TransformerModel:
     """A copy with the same weights in which nothing is fused."""
     twin = copy.deepcopy(model)
     blocks: Any = twin.blocks

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastattn.lens import HeadScores, model_head_scores
-from fastattn.nn import Transformer
+from fastattn.nn import TransformerModel
 
 VOCABULARY, LENGTH, BATCH = 64, 48, 64
 START = VOCABULARY  # the token before each sequence
@@ -22,9 +22,9 @@ PERIODS = (8, 24)
 LEARNING_RATE, WARMUP, CLIP = 3e-3, 50, 1.0
 
 
-def make_model(seed: int, device: torch.device, backend: str | None = None, layers: int = 2) -> Transformer:
+def make_model(seed: int, device: torch.device, backend: str | None = None, layers: int = 2) -> TransformerModel:
     torch.manual_seed(seed)
-    return Transformer(
+    return TransformerModel(
         vocab_size=VOCABULARY + 1,
         embed_dim=64,
         num_heads=4,
@@ -63,7 +63,7 @@ class Look:
 class Training:
     """What happened; `looks` in order."""
 
-    model: Transformer
+    model: TransformerModel
     losses: list[float] = field(default_factory=list)
     looks: list[Look] = field(default_factory=list)
 
@@ -92,7 +92,7 @@ def train(training: Training, steps: int, every: int, seed: int) -> Iterator[int
 
 
 @torch.no_grad()
-def look(model: Transformer, step: int, tokens: Tensor, period: Tensor) -> Look:
+def look(model: TransformerModel, step: int, tokens: Tensor, period: Tensor) -> Look:
     device = next(model.parameters()).device
     logits = model(tokens[:, :-1].to(device)).float().cpu()
     targets = tokens[:, 1:]

@@ -16,7 +16,7 @@ from torch import Tensor
 from fastattn.demo.eager import eager_twin
 from fastattn.errors import CommandError
 from fastattn.measure import peak_memory, synchronize
-from fastattn.nn import Transformer
+from fastattn.nn import TransformerModel
 
 CONTEXT, BATCH = 128, 8
 LEARNING_RATE, WARMUP, CLIP = 3e-3, 100, 1.0
@@ -61,7 +61,7 @@ class Run:
     """One of the two models in training, and its record."""
 
     name: str
-    model: Transformer
+    model: TransformerModel
     optimizer: torch.optim.Optimizer
     losses: list[float] = field(default_factory=list)  # bits per byte of each training step
     held_out: list[tuple[int, float]] = field(default_factory=list)  # (steps done, bits per byte)
@@ -79,7 +79,7 @@ Runs = tuple[Run, Run]  # fused, eager
 def make_runs(seed: int, device: torch.device, backend: str | None) -> Runs:
     """The fused model and its eager twin, from the same seed."""
     torch.manual_seed(seed)
-    fused = Transformer(
+    fused = TransformerModel(
         vocab_size=256,
         embed_dim=128,
         num_heads=4,
@@ -90,7 +90,7 @@ def make_runs(seed: int, device: torch.device, backend: str | None) -> Runs:
     return _run("fastattn", fused), _run("eager", eager_twin(fused))
 
 
-def _run(name: str, model: Transformer) -> Run:
+def _run(name: str, model: TransformerModel) -> Run:
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.1, fused=True
     )
@@ -138,13 +138,13 @@ def _train_step(run: Run, batch: Tensor, learning_rate: float) -> None:
     run.seconds.append(time.perf_counter() - start)
 
 
-def loss_of(model: Transformer, batch: Tensor) -> Tensor:
+def loss_of(model: TransformerModel, batch: Tensor) -> Tensor:
     """Mean loss in nats of predicting each next byte."""
     return F.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
 
 
 @torch.no_grad()
-def bits_per_byte(model: Transformer, windows: Tensor) -> float:
+def bits_per_byte(model: TransformerModel, windows: Tensor) -> float:
     """Mean over all bytes of the windows (n, CONTEXT + 1)."""
     device = next(model.parameters()).device
     losses = [loss_of(model, part.to(device)).item() * len(part) for part in windows.split(64)]
@@ -157,7 +157,9 @@ def largest_difference(runs: Runs) -> float:
 
 
 @torch.no_grad()
-def sample(model: Transformer, prompt: Tensor, length: int, seed: int, temperature: float = 0.7) -> Iterator[int]:
+def sample(
+    model: TransformerModel, prompt: Tensor, length: int, seed: int, temperature: float = 0.7
+) -> Iterator[int]:
     """Bytes that the model writes after the prompt, one by one."""
     generator = torch.Generator().manual_seed(seed)
     device = next(model.parameters()).device
@@ -200,7 +202,7 @@ def practice_step(run: Run, corpus: Corpus) -> Callable[[], None]:
     return functools.partial(_gradient, run.model, batch)
 
 
-def _gradient(model: Transformer, batch: Tensor) -> None:
+def _gradient(model: TransformerModel, batch: Tensor) -> None:
     """Forward and backward; what was allocated is freed, so that each call starts from the same."""
     loss_of(model, batch).backward()
     model.zero_grad()

@@ -101,16 +101,17 @@ def model_head_scores(model: nn.Module, tokens: Tensor) -> HeadScores:
     """The scores of every head of a model, from one forward over the tokens.
 
     Args:
-        model: a `fastattn.nn.Transformer`, or any module that takes tokens and whose `SelfAttention` layers, all
-            with the same number of heads, read the stream of those tokens. It runs as it is: put it in eval mode
-            if it has dropout.
+        model: a `fastattn.nn.TransformerModel`, or any module that takes tokens and whose `SelfAttention` layers,
+            all with the same number of heads, read the stream of those tokens. It runs as it is: put it in eval
+            mode if it has dropout.
         tokens: token ids (B, L).
 
     Returns:
         Four tensors (layers, heads), layers in the order in which they ran.
 
     Example:
-        >>> model = fastattn.nn.Transformer(vocab_size=64, embed_dim=64, num_heads=4, num_layers=2, positions=None)
+        >>> sizes = {"vocab_size": 64, "embed_dim": 64, "num_heads": 4, "num_layers": 2}
+        >>> model = fastattn.nn.TransformerModel(**sizes, positions=None)
         >>> model_head_scores(model, torch.randint(64, (1, 32))).previous_token.shape
         torch.Size([2, 4])
     """

@@ -4,7 +4,7 @@ from fastattn.nn.attention import CrossAttention, SelfAttention
 from fastattn.nn.config import TransformerConfig
 from fastattn.nn.mlp import MLP, GatedMLP
 from fastattn.nn.rotary import Rotary
-from fastattn.nn.transformer import Transformer, TransformerBlock
+from fastattn.nn.transformer_model import TransformerBlock, TransformerModel
 
 __all__ = [
     "MLP",
@@ -12,7 +12,7 @@ __all__ = [
     "GatedMLP",
     "Rotary",
     "SelfAttention",
-    "Transformer",
     "TransformerBlock",
     "TransformerConfig",
+    "TransformerModel",
 ]

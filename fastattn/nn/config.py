@@ -1,4 +1,4 @@
-"""What a `Transformer` is made of, said in one frozen value."""
+"""What a `TransformerModel` is made of, said in one frozen value."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ GPT2_STD = 0.02
 
 @dataclass(frozen=True, kw_only=True)
 class TransformerConfig:
-    """Sizes and parts of a `Transformer`; the defaults are GPT-2's.
+    """Sizes and parts of a `TransformerModel`; the defaults are GPT-2's.
 
     Args:
         vocab_size, embed_dim, num_heads, num_layers: positive.

@@ -119,7 +119,7 @@ def gpt2_entries(config: TransformerConfig) -> dict[str, Entry]:
 
 @torch.no_grad()
 def copy_gpt2(model: nn.Module, config: TransformerConfig, state: Mapping[str, torch.Tensor]) -> None:
-    """Fill a `Transformer` of this configuration from a checkpoint as `gpt2_state` gives it.
+    """Fill a `TransformerModel` of this configuration from a checkpoint as `gpt2_state` gives it.
 
     Raises:
         ValueError: keys missing, unexpected or of another shape, each named.

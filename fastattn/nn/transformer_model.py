@@ -95,13 +95,13 @@ class TransformerBlock(nn.Module):
             raise ValueError("context must be a tensor for a block with cross_attention, got None")
 
 
-class Transformer(nn.Module):
+class TransformerModel(nn.Module):
     """A language model of the GPT-2 family: tokens (B, L) -> logits (B, L, vocab_size).
 
     A token embedding, positions, blocks that add to the residual stream, a final norm, an unembedding.
     `TransformerConfig` has the arguments: decoder or encoder, with MLPs or attention-only, and so on.
 
-        >>> model = Transformer(vocab_size=256, embed_dim=64, num_heads=4, num_layers=2, max_length=128)
+        >>> model = TransformerModel(vocab_size=256, embed_dim=64, num_heads=4, num_layers=2, max_length=128)
         >>> model(torch.randint(256, (2, 128))).shape
         torch.Size([2, 128, 256])
 
@@ -198,7 +198,7 @@ class Transformer(nn.Module):
         backend: str | None = None,
         device: Any = None,
         dtype: torch.dtype | None = None,
-    ) -> Transformer:
+    ) -> TransformerModel:
         """A model with the weights of a GPT-2 checkpoint laid out as Hugging Face's, copied.
 
         Args:
