@@ -4,15 +4,29 @@ from fastattn.nn.attention import CrossAttention, SelfAttention
 from fastattn.nn.config import TransformerConfig
 from fastattn.nn.mlp import MLP, GatedMLP
 from fastattn.nn.rotary import Rotary
+from fastattn.nn.torch_attention import MultiheadAttention
+from fastattn.nn.torch_layers import (
+    Transformer,
+    TransformerDecoder,
+    TransformerDecoderLayer,
+    TransformerEncoder,
+    TransformerEncoderLayer,
+)
 from fastattn.nn.transformer_model import TransformerBlock, TransformerModel
 
 __all__ = [
     "MLP",
     "CrossAttention",
     "GatedMLP",
+    "MultiheadAttention",
     "Rotary",
     "SelfAttention",
+    "Transformer",
     "TransformerBlock",
     "TransformerConfig",
+    "TransformerDecoder",
+    "TransformerDecoderLayer",
+    "TransformerEncoder",
+    "TransformerEncoderLayer",
     "TransformerModel",
 ]

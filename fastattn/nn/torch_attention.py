@@ -1,0 +1,286 @@
+"""torch.nn.MultiheadAttention, with its arguments, parameters and results, around the fused attention."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastattn.dropout import dropout_state
+from fastattn.nn.weights import Weighting, head_weights, mean_weights
+from fastattn.spec import MAX_HEAD_DIM
+from fastattn.torch_sdpa import TOP_LEFT, attend, dtype_obstacle, warn_once
+
+
+class MultiheadAttention(nn.MultiheadAttention):
+    """torch.nn.MultiheadAttention: the same arguments, parameters, state dict and results, in O(L) memory.
+
+    Attention is fused in training and in eval mode. Averaged weights are computed one head at a time: beside the
+    result (N, L, S) no L x S tensor is kept. What torch refuses is refused in its words; what only torch has (head
+    widths above 256) torch computes, and a warning says so once.
+
+    What differs:
+        Rows that may see nothing give 0 (and weights 0) where torch gives NaN.
+        Dropout draws other numbers, seeded by torch's generator; the weights returned are those that were used.
+        is_causal=True is believed: attn_mask is then not read, whatever else is asked for (torch believes it only
+        without key_padding_mask and need_weights). Without attn_mask it raises in eval mode too.
+        Nested tensors work in training too, and their rows of padding have weights 0.
+
+    Args:
+        embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype: as
+            torch's.
+        backend: "triton", "portable", "reference", or None for the best that fits.
+
+    Example:
+        >>> attention = MultiheadAttention(32, 4, batch_first=True)
+        >>> x = torch.randn(2, 10, 32)
+        >>> out, weights = attention(x, x, x)
+        >>> out.shape, weights.shape
+        (torch.Size([2, 10, 32]), torch.Size([2, 10, 10]))
+    """
+
+    backend: str | None = None
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        dropout: float = 0.0,
+        bias: bool = True,
+        add_bias_kv: bool = False,
+        add_zero_attn: bool = False,
+        kdim: int | None = None,
+        vdim: int | None = None,
+        batch_first: bool = False,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__(
+            embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype
+        )
+        self.backend = backend
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend from query to key and value.
+
+        Args:
+            query (N, L, E), key (N, S, kdim), value (N, S, vdim) with batch_first, else (L, N, E) and so on; or
+                unbatched (L, E), (S, kdim), (S, vdim); or one nested tensor (N, lengths, E) for all three.
+            key_padding_mask: (N, S) or (S,); bool, True is hidden, or float, added to the scores.
+            attn_mask: (L, S) or (N * num_heads, L, S); likewise, with gradient if float.
+            need_weights: also return the weights, after dropout; differentiable.
+            average_attn_weights: their mean over heads, (N, L, S), rather than (N, num_heads, L, S).
+            is_causal: attn_mask is the causal one.
+
+        Returns:
+            The output, shaped as query, and the weights or None.
+        """
+        check_mask("key_padding_mask", key_padding_mask, "attn_mask", attn_mask)
+        check_mask("attn_mask", attn_mask)
+        if is_causal and attn_mask is None:
+            raise RuntimeError(
+                "Need attn_mask if specifying the is_causal hint. You may use the Transformer module method "
+                "`generate_square_subsequent_mask` to create this mask."
+            )
+        obstacle = self._obstacle(query, key, value, key_padding_mask, attn_mask)
+        if obstacle:
+            results = super().forward(
+                query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+            )
+            warn_once(f"MultiheadAttention: {obstacle}; PyTorch's own module computes it")
+            return results
+        if query.is_nested:
+            return self._nested(query, need_weights, average_attn_weights)
+        unbatched = query.dim() == 2
+        q, k, v = (self._heads(t) for t in self._project(query, key, value))
+        bias, causal = self._bias(q, key_padding_mask, attn_mask, is_causal)
+        k, v = self._appended(k, v)
+        average = average_attn_weights if need_weights else None
+        z, weights = self._attend(q, k, v, bias=bias, causal=causal, average=average)
+        if unbatched:
+            return self._out(z[0].transpose(0, 1)), None if weights is None else weights[0]
+        return self._out(z.transpose(1, 2) if self.batch_first else z.permute(2, 0, 1, 3)), weights
+
+    def _attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        bias: Tensor | None = None,
+        causal: bool = False,
+        key_lengths: Tensor | None = None,
+        average: bool | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """What the heads read (N, H, L, D), and the weights: averaged, per head, or, if None, not at all."""
+        dropout_p = self.dropout if self.training else 0.0
+        state = dropout_state(q.shape[0], q.device) if 0 < dropout_p < 1 else None
+        scale = self.head_dim**-0.5
+        z, lse = attend(
+            q, k, v, bias=bias, key_lengths=key_lengths, causal=TOP_LEFT if causal else None, scale=scale,
+            dropout_p=dropout_p, dropout_state=state, backend=self.backend,
+        )  # fmt: skip
+        if average is None:
+            return z, None
+        if key_lengths is not None:
+            keys = torch.arange(k.shape[2], device=k.device)
+            bias = (keys < key_lengths[:, None])[:, None, None]
+        how = Weighting(scale, causal, dropout_p, state)
+        weights = (mean_weights if average else head_weights)(q, k, lse, bias, how)
+        if dropout_p == 1:
+            weights = weights * 0.0
+        # torch's softmax gives float32 under autocast on CUDA, and the dtype of the scores everywhere else.
+        keep_float32 = q.device.type == "cuda" and torch.is_autocast_enabled("cuda")
+        return z, weights if keep_float32 else weights.to(q.dtype)
+
+    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+        """Queries, keys and values, (..., E) each: views of one product where the inputs are one tensor."""
+        bias = self.in_proj_bias
+        if not self._qkv_same_embed_dim:
+            q_bias, k_bias, v_bias = (None, None, None) if bias is None else bias.chunk(3)
+            return (
+                F.linear(query, self.q_proj_weight, q_bias),
+                F.linear(key, self.k_proj_weight, k_bias),
+                F.linear(value, self.v_proj_weight, v_bias),
+            )
+        weight = self.in_proj_weight
+        if query is key and key is value:
+            return F.linear(query, weight, bias).chunk(3, -1)
+        sizes = [self.embed_dim, 2 * self.embed_dim] if key is value else [self.embed_dim] * 3
+        inputs = (query, key) if key is value else (query, key, value)
+        biases = [None] * len(sizes) if bias is None else bias.split(sizes)
+        first, *others = (F.linear(t, w, b) for t, w, b in zip(inputs, weight.split(sizes), biases, strict=True))
+        return first, *(others[0].chunk(2, -1) if key is value else others)
+
+    def _heads(self, t: Tensor) -> Tensor:
+        """A projection (N, L, E), (L, N, E) or (L, E) seen as (N, H, L, D), without a copy."""
+        heads = t.unflatten(-1, (self.num_heads, self.head_dim))
+        if t.dim() == 2:
+            return heads.transpose(0, 1)[None]
+        return heads.transpose(1, 2) if self.batch_first else heads.permute(1, 2, 0, 3)
+
+    def _out(self, z: Tensor) -> Tensor:
+        """The output projection of (..., H, D)."""
+        return F.linear(z.flatten(-2), self.out_proj.weight, self.out_proj.bias)
+
+    def _appended(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values with the learned one and the zero one at their end, where the module has them."""
+        if self.bias_k is not None and self.bias_v is not None:
+            k, v = (
+                torch.cat((t, b.to(t.dtype).view(1, self.num_heads, 1, -1).expand(t.shape[0], -1, -1, -1)), 2)
+                for t, b in ((k, self.bias_k), (v, self.bias_v))
+            )
+        if self.add_zero_attn:
+            k, v = (F.pad(t, (0, 0, 0, 1)) for t in (k, v))
+        return k, v
+
+    def _bias(
+        self, q: Tensor, key_padding_mask: Tensor | None, attn_mask: Tensor | None, is_causal: bool
+    ) -> tuple[Tensor | None, bool]:
+        """torch's masks as `fastattn.attention`'s bias, and whether a causal mask stands for attn_mask.
+
+        The two become one tensor of L x S only if both must be read.
+        """
+        appended = (self.bias_k is not None) + self.add_zero_attn
+        # Keys at the end that every query sees are no causal mask.
+        causal = is_causal and not appended
+        masks = []
+        if attn_mask is not None and not causal:
+            each = attn_mask.dim() == 3
+            masks.append(attn_mask.unflatten(0, (-1, self.num_heads)) if each else attn_mask[None, None])
+        if key_padding_mask is not None:
+            masks.append(key_padding_mask.reshape(q.shape[0], 1, 1, -1))
+        if not masks:
+            return None, causal
+        if all(mask.dtype == torch.bool for mask in masks):
+            bias = ~functools.reduce(torch.logical_or, masks)
+        else:
+            bias = functools.reduce(torch.add, (_added(mask, q.dtype) for mask in masks))
+        # 1 is seen, 0 is nothing added.
+        return (F.pad(bias, (0, appended), value=float(bias.dtype == torch.bool)) if appended else bias), causal
+
+    def _nested(self, x: Tensor, need_weights: bool, average: bool) -> tuple[Tensor, Tensor | None]:
+        """Self-attention of a nested tensor: as of padded sequences, whose padding is not computed."""
+        lengths = x._nested_tensor_size()[:, 0]
+        padded = x.to_padded_tensor(0.0)
+        key_lengths = lengths.to(padded.device)
+        q, k, v = (self._heads(t) for t in self._project(padded, padded, padded))
+        z, weights = self._attend(q, k, v, key_lengths=key_lengths, average=average if need_weights else None)
+        out = self._out(z.transpose(1, 2))
+        if weights is not None:
+            rows = torch.arange(weights.shape[-2], device=weights.device) < key_lengths[:, None]
+            weights = weights * (rows[:, :, None] if average else rows[:, None, :, None])
+        return torch.nested.as_nested_tensor([o[:n] for o, n in zip(out, lengths.tolist(), strict=True)]), weights
+
+    def _obstacle(
+        self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None, attn_mask: Tensor | None
+    ) -> str | None:
+        """Why this call is left to torch, which computes it or raises; None if it is served here."""
+        if self.head_dim > MAX_HEAD_DIM:
+            return f"the head width is {self.head_dim}, above {MAX_HEAD_DIM}"
+        if unserved := dtype_obstacle(query, key, value):
+            return unserved
+        if not 0 <= self.dropout <= 1:
+            return f"dropout is {self.dropout}"
+        fits = self._nested_fits if query.is_nested or key.is_nested or value.is_nested else self._fits
+        return None if fits(query, key, value, key_padding_mask, attn_mask) else "the inputs do not fit together"
+
+    def _fits(
+        self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None, attn_mask: Tensor | None
+    ) -> bool:
+        """Whether ranks and sizes are what torch asks for."""
+        tensors = (query, key, value)
+        if {t.dim() for t in tensors} not in ({2}, {3}) or (self.bias_k is None) != (self.bias_v is None):
+            return False
+        if tuple(t.shape[-1] for t in tensors) != (self.embed_dim, self.kdim, self.vdim):
+            return False
+        batched = query.dim() == 3
+        length, batch = (1, 0) if self.batch_first and batched else (0, 1)
+        batches = tuple(t.shape[batch] if batched else 1 for t in tensors)
+        queries, keys = query.shape[length], key.shape[length]
+        if len(set(batches)) > 1 or value.shape[length] != keys:
+            return False
+        padding = (batches[0], keys) if batched else (keys,)
+        each = ((queries, keys), (batches[0] * self.num_heads, queries, keys))
+        return (key_padding_mask is None or tuple(key_padding_mask.shape) == padding) and (
+            attn_mask is None or tuple(attn_mask.shape) in each
+        )
+
+    def _nested_fits(
+        self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None, attn_mask: Tensor | None
+    ) -> bool:
+        """Whether this is self-attention of a nested tensor as torch's fast path takes it."""
+        same = query is key and key is value and self._qkv_same_embed_dim
+        plain = self.batch_first and self.bias_k is None and self.bias_v is None and not self.add_zero_attn
+        unmasked = key_padding_mask is None and attn_mask is None
+        return same and plain and unmasked and query.layout == torch.strided and query.size(-1) == self.embed_dim
+
+
+def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask as what is added to the scores."""
+    if mask.dtype != torch.bool:
+        return mask
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(mask, float("-inf"))
+
+
+def check_mask(name: str, mask: Tensor | None, other_name: str = "", other: Tensor | None = None) -> None:
+    """Raise and warn of a mask's dtype as torch does, without its float copy of the mask."""
+    if mask is not None:
+        F._canonical_mask(
+            mask.new_empty(0), name, F._none_or_dtype(other), other_name, torch.float32, other is not None
+        )

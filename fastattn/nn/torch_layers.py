@@ -1,0 +1,216 @@
+"""torch.nn's transformer layers and stacks, with their arguments, parameters and results, around our attention."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastattn.nn.torch_attention import MultiheadAttention, check_mask
+
+
+class TransformerEncoderLayer(nn.TransformerEncoderLayer):
+    """torch.nn.TransformerEncoderLayer: the same arguments, parameters, state dict and results.
+
+    Its attention is a `fastattn.nn.MultiheadAttention`, in eval mode too, where torch's layer runs an operator of
+    its own past it. Rows that may see nothing are never NaN.
+
+    Args:
+        d_model, nhead, dim_feedforward, dropout, activation, layer_norm_eps, batch_first, norm_first, bias,
+            device, dtype: as torch's.
+        backend: the attention's.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        nhead: int,
+        dim_feedforward: int = 2048,
+        dropout: float = 0.1,
+        activation: str | Callable[[Tensor], Tensor] = F.relu,
+        layer_norm_eps: float = 1e-5,
+        batch_first: bool = False,
+        norm_first: bool = False,
+        bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__(
+            d_model, nhead, dim_feedforward, dropout, activation, layer_norm_eps, batch_first, norm_first, bias,
+            device, dtype,
+        )  # fmt: skip
+        adopt(self, backend)
+
+    def forward(
+        self,
+        src: Tensor,
+        src_mask: Tensor | None = None,
+        src_key_padding_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Tensor:
+        """src (N, L, E), (L, N, E) or (L, E), or nested; masks and hint as `fastattn.nn.MultiheadAttention`'s."""
+        check_mask("src_key_padding_mask", src_key_padding_mask, "src_mask", src_mask)
+        check_mask("src_mask", src_mask)
+        attend = functools.partial(
+            self._sa_block, attn_mask=src_mask, key_padding_mask=src_key_padding_mask, is_causal=is_causal
+        )
+        if self.norm_first:
+            between = src + attend(self.norm1(src))
+            return between + self._ff_block(self.norm2(between))
+        between = self.norm1(src + attend(src))
+        return self.norm2(between + self._ff_block(between))
+
+
+class TransformerDecoderLayer(nn.TransformerDecoderLayer):
+    """torch.nn.TransformerDecoderLayer: the same arguments, parameters, state dict and results.
+
+    Both of its attentions are `fastattn.nn.MultiheadAttention`. Rows that may see nothing are never NaN.
+
+    Args:
+        d_model, nhead, dim_feedforward, dropout, activation, layer_norm_eps, batch_first, norm_first, bias,
+            device, dtype: as torch's.
+        backend: the attentions'.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        nhead: int,
+        dim_feedforward: int = 2048,
+        dropout: float = 0.1,
+        activation: str | Callable[[Tensor], Tensor] = F.relu,
+        layer_norm_eps: float = 1e-5,
+        batch_first: bool = False,
+        norm_first: bool = False,
+        bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__(
+            d_model, nhead, dim_feedforward, dropout, activation, layer_norm_eps, batch_first, norm_first, bias,
+            device, dtype,
+        )  # fmt: skip
+        adopt(self, backend)
+
+
+class TransformerEncoder(nn.TransformerEncoder):
+    """torch.nn.TransformerEncoder: the same arguments, parameters, state dict and results.
+
+    Its layers are copies of encoder_layer, as torch's; copies of a torch.nn.TransformerEncoderLayer become ours.
+
+    Args:
+        encoder_layer, num_layers, norm, enable_nested_tensor, mask_check: as torch's.
+        backend: of the attentions that become ours.
+    """
+
+    def __init__(
+        self,
+        encoder_layer: nn.TransformerEncoderLayer,
+        num_layers: int,
+        norm: nn.Module | None = None,
+        enable_nested_tensor: bool = True,
+        mask_check: bool = True,
+        *,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__(encoder_layer, num_layers, norm, enable_nested_tensor, mask_check)
+        adopt(self.layers, backend)
+
+
+class TransformerDecoder(nn.TransformerDecoder):
+    """torch.nn.TransformerDecoder: the same arguments, parameters, state dict and results.
+
+    Its layers are copies of decoder_layer, as torch's; copies of a torch.nn.TransformerDecoderLayer become ours.
+
+    Args:
+        decoder_layer, num_layers, norm: as torch's.
+        backend: of the attentions that become ours.
+    """
+
+    def __init__(
+        self,
+        decoder_layer: nn.TransformerDecoderLayer,
+        num_layers: int,
+        norm: nn.Module | None = None,
+        *,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__(decoder_layer, num_layers, norm)
+        adopt(self.layers, backend)
+
+
+class Transformer(nn.Transformer):
+    """torch.nn.Transformer: the same arguments, parameters, state dict and results, encoder and decoder ours.
+
+    A custom_encoder or custom_decoder stays as it is. (The GPT-2 family is `fastattn.nn.TransformerModel`.)
+
+    Args:
+        d_model, nhead, num_encoder_layers, num_decoder_layers, dim_feedforward, dropout, activation,
+            custom_encoder, custom_decoder, layer_norm_eps, batch_first, norm_first, bias, device, dtype: as
+            torch's.
+        backend: the attentions'.
+
+    Example:
+        >>> model = Transformer(d_model=32, nhead=4, dim_feedforward=64, batch_first=True)
+        >>> model(torch.randn(2, 10, 32), torch.randn(2, 7, 32)).shape
+        torch.Size([2, 7, 32])
+    """
+
+    def __init__(
+        self,
+        d_model: int = 512,
+        nhead: int = 8,
+        num_encoder_layers: int = 6,
+        num_decoder_layers: int = 6,
+        dim_feedforward: int = 2048,
+        dropout: float = 0.1,
+        activation: str | Callable[[Tensor], Tensor] = F.relu,
+        custom_encoder: Any = None,
+        custom_decoder: Any = None,
+        layer_norm_eps: float = 1e-5,
+        batch_first: bool = False,
+        norm_first: bool = False,
+        bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__(
+            d_model, nhead, num_encoder_layers, num_decoder_layers, dim_feedforward, dropout, activation,
+            custom_encoder, custom_decoder, layer_norm_eps, batch_first, norm_first, bias, device, dtype,
+        )  # fmt: skip
+        for part, custom in ((self.encoder, custom_encoder), (self.decoder, custom_decoder)):
+            if custom is None:
+                adopt(part, backend)
+
+
+COUNTERPARTS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.MultiheadAttention: MultiheadAttention,
+    nn.TransformerEncoderLayer: TransformerEncoderLayer,
+    nn.TransformerDecoderLayer: TransformerDecoderLayer,
+    nn.TransformerEncoder: TransformerEncoder,
+    nn.TransformerDecoder: TransformerDecoder,
+    nn.Transformer: Transformer,
+}
+
+
+def adopt(module: nn.Module, backend: str | None = None) -> None:
+    """Make every module of torch's own classes in this one, itself included, its counterpart, in place.
+
+    A counterpart differs in its class alone: parameters, buffers, hooks and their order stay the same objects.
+    """
+    for part in module.modules():
+        counterpart = COUNTERPARTS.get(type(part))
+        if counterpart is not None:
+            part.__class__ = counterpart
+            if isinstance(part, MultiheadAttention):
+                part.backend = backend

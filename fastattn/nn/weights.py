@@ -1,0 +1,115 @@
+"""Attention weights as a result: what the fused pass does not store, computed again from the log-sum-exp.
+
+The average over heads takes one head at a time, forward and backward: no tensor of (batch, heads, L, S) exists.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastattn.dropout import kept
+from fastattn.spec import check_dropout, lse_dtype
+
+
+class Weighting(NamedTuple):
+    """What shapes the weights beside q, k, the log-sum-exp and the bias.
+
+    scale: the multiplier of q k^T.
+    causal: query i sees keys up to key i.
+    dropout_p, dropout_state: as `fastattn.attention` was given them; the state None for no dropout.
+    """
+
+    scale: float
+    causal: bool = False
+    dropout_p: float = 0.0
+    dropout_state: Tensor | None = None
+
+
+def head_weights(q: Tensor, k: Tensor, lse: Tensor, bias: Tensor | None, how: Weighting) -> Tensor:
+    """The weights of every head after dropout (B, H, L, S) in the log-sum-exp's dtype; differentiable.
+
+    q (B, H, L, D), k (B, H, S, D), lse (B, H, L) as `fastattn.attention` returned it; bias as it was given one. A
+    row that sees nothing has weights 0.
+    """
+    heads = [_weights(*_head(h, q, k, lse, bias), how) * _keep(h, q, k, how) for h in range(q.shape[1])]
+    return torch.stack(heads, 1)
+
+
+def mean_weights(q: Tensor, k: Tensor, lse: Tensor, bias: Tensor | None, how: Weighting) -> Tensor:
+    """The mean of `head_weights` over the heads, (B, L, S)."""
+    return _MeanWeights.apply(q, k, lse, bias, how.dropout_state, how.scale, how.causal, how.dropout_p)
+
+
+class _MeanWeights(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(q, k, lse, bias, dropout_state, scale, causal, dropout_p):
+        how = Weighting(scale, causal, dropout_p, dropout_state)
+        total = None
+        for h in range(q.shape[1]):
+            weights = _weights(*_head(h, q, k, lse, bias), how) * _keep(h, q, k, how)
+            total = weights if total is None else total.add_(weights)
+        return total / q.shape[1]
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        q, k, lse, bias, dropout_state, *ctx.options = inputs
+        ctx.save_for_backward(q, k, lse, bias, dropout_state)
+
+    @staticmethod
+    def backward(ctx, upstream):
+        q, k, lse, bias, dropout_state = ctx.saved_tensors
+        how = Weighting(*ctx.options, dropout_state)
+        upstream = upstream / q.shape[1]
+        dq, dk, dlse, dbias = [], [], [], []
+        for h in range(q.shape[1]):
+            head = _head(h, q, k, lse, bias)
+            dscores = _weights(*head, how) * _keep(h, q, k, how) * upstream
+            dlse.append(-dscores.sum(-1))
+            dq.append(dscores @ head[1].to(dscores.dtype) * how.scale)
+            dk.append(dscores.mT @ head[0].to(dscores.dtype) * how.scale)
+            if ctx.needs_input_grad[3]:
+                dbias.append(dscores.sum_to_size(head[3].shape))
+        of_bias = None
+        if dbias:
+            of_bias = torch.stack(dbias, 1) if bias.shape[1] > 1 else sum(dbias)[:, None]
+            of_bias = of_bias.to(bias.dtype)
+        dq, dk = torch.stack(dq, 1).to(q.dtype), torch.stack(dk, 1).to(k.dtype)
+        return dq, dk, torch.stack(dlse, 1), of_bias, None, None, None, None
+
+
+def _head(
+    h: int, q: Tensor, k: Tensor, lse: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """What one head has of each."""
+    if bias is not None:
+        bias = bias[:, h if bias.shape[1] > 1 else 0]
+    return q[:, h], k[:, h], lse[:, h], bias
+
+
+def _weights(q: Tensor, k: Tensor, lse: Tensor, bias: Tensor | None, how: Weighting) -> Tensor:
+    """One head's weights before dropout, (B, L, S)."""
+    work = lse_dtype(q.dtype)
+    scores = q.to(work) @ k.to(work).mT * how.scale
+    if how.causal:
+        seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+        scores = scores.masked_fill(~seen, float("-inf"))
+    if bias is not None:
+        hides = bias.dtype == torch.bool
+        scores = scores.masked_fill(~bias, float("-inf")) if hides else scores + bias.to(work)
+    return torch.exp(scores - lse.masked_fill(lse == float("-inf"), float("inf"))[..., None])
+
+
+def _keep(h: int, q: Tensor, k: Tensor, how: Weighting) -> Tensor | float:
+    """By what dropout multiplies the weights of head h."""
+    if how.dropout_state is None:
+        return 1.0
+    dropout_p = check_dropout(how.dropout_p)
+    head = torch.full((), h, device=q.device)
+    query = torch.arange(q.shape[2], device=q.device)[:, None]
+    keep = kept(how.dropout_state[:, None, None], head, query, 0, k.shape[2], dropout_p)
+    return keep * (1.0 / (1.0 - dropout_p))

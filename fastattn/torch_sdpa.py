@@ -1,0 +1,203 @@
+"""torch.nn.functional.scaled_dot_product_attention, with its signature and its semantics, by the fused attention.
+
+`attend` is what it shares with torch.nn's counterparts and with the takeover of torch's own operators.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastattn.functional import attention
+from fastattn.spec import FLOATING, MAX_HEAD_DIM, MIN_HEAD_DIM
+
+TOP_LEFT, BOTTOM_RIGHT = "top-left", "bottom-right"
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """torch.nn.functional.scaled_dot_product_attention: the same arguments, the same result, no L x S tensor.
+
+    What torch refuses is refused in its words. What only torch has (head widths above 256, nested tensors, other
+    dtypes) torch computes, and a warning says so once.
+
+    Args:
+        query: (..., Hq, L, E); any leading dimensions, or none; those of query, key and value broadcast.
+        key, value: (..., H, S, E) and (..., H, S, Ev).
+        attn_mask: broadcasts to (..., Hq, L, S). Bool: True is seen. Float: added to the scores, with gradient. Or
+            a torch.nn.attention.bias.CausalBias.
+        dropout_p: the probability of dropping a weight, to 16 bits; seeded by torch's generator, but other
+            numbers than torch's own.
+        is_causal: query i sees keys up to key i (aligned top-left, unlike `fastattn.attention`'s).
+        scale: multiplier of the scores; 1/sqrt(E) by default.
+        enable_gqa: each head of key and value serves Hq / H query heads in order.
+        backend: as `fastattn.attention`'s.
+
+    Returns:
+        (..., Hq, L, Ev) in query's dtype. A row that sees no key gives 0.
+
+    Example:
+        >>> q, k, v = (torch.randn(2, 4, 10, 16) for _ in range(3))
+        >>> scaled_dot_product_attention(q, k, v, is_causal=True).shape
+        torch.Size([2, 4, 10, 16])
+    """
+    mask, causal = attn_mask, TOP_LEFT if is_causal else None
+    # A torch.nn.attention.bias.CausalBias, known by its attribute: importing the class would import dynamo.
+    variant = getattr(attn_mask, "variant", None)
+    if variant is not None and not is_causal:
+        mask, causal = None, BOTTOM_RIGHT if variant.name == "LOWER_RIGHT" else TOP_LEFT
+    obstacle = _obstacle(query, key, value, mask, dropout_p, causal, enable_gqa)
+    if obstacle:
+        out = F.scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+        warn_once(f"scaled_dot_product_attention: {obstacle}; PyTorch's own function computes it")
+        return out
+    leading, q, k, v, bias = _four_dimensions(query, key, value, mask, enable_gqa)
+    out, _ = attend(q, k, v, bias=bias, causal=causal, dropout_p=dropout_p, scale=scale, backend=backend)
+    return out.reshape(*leading, *out.shape[2:])
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    bias: Tensor | None = None,
+    key_lengths: Tensor | None = None,
+    causal: str | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    dropout_state: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`fastattn.attention` as torch's callers need it: heads narrower than 8, a dropout_p of 1, and causal masks
+    aligned TOP_LEFT or BOTTOM_RIGHT. Returns out and lse."""
+    queries, keys, value_width = q.shape[2], k.shape[2], v.shape[3]
+    window: tuple[int | None, int | None] = (None, None)
+    if causal == TOP_LEFT and queries < keys:
+        # No query stands at the keys after the last of them: without these, the mask is square.
+        k, v = k[:, :, :queries], v[:, :, :queries]
+        bias = bias[..., :queries] if bias is not None and bias.shape[-1] > 1 else bias
+    elif causal == TOP_LEFT and queries > keys:
+        # Seen from the bottom right, query i stands queries - keys before key i.
+        causal, window = None, (None, queries - keys)
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    q, k, v = (F.pad(t, (0, MIN_HEAD_DIM - t.shape[3])) if t.shape[3] < MIN_HEAD_DIM else t for t in (q, k, v))
+    nothing_is_left = dropout_p == 1
+    out, lse = attention(
+        q, k, v, causal=causal is not None, window=window, scale=scale, bias=bias, key_lengths=key_lengths,
+        dropout_p=0.0 if nothing_is_left else dropout_p, dropout_state=dropout_state, return_lse=True,
+        backend=backend,
+    )  # fmt: skip
+    out = out[..., :value_width]
+    return out * 0.0 if nothing_is_left else out, lse
+
+
+def _obstacle(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dropout_p: float,
+    causal: str | None,
+    enable_gqa: bool,
+) -> str | None:
+    """Why this call is left to torch, which computes it or raises; None if it is served here."""
+    tensors = (query, key, value)
+    if not all(isinstance(t, Tensor) for t in tensors) or any(t.is_nested for t in tensors):
+        return "the inputs are not plain tensors"
+    if unserved := dtype_obstacle(query, key, value):
+        return unserved
+    if min(t.dim() for t in tensors) < (3 if enable_gqa else 2) or len({t.device for t in tensors}) > 1:
+        return "the inputs do not fit together"
+    for width in (query.shape[-1], value.shape[-1]):
+        if not 0 < width <= MAX_HEAD_DIM:
+            return f"the head width is {width}, above {MAX_HEAD_DIM}"
+    if not 0 <= dropout_p <= 1:
+        return f"dropout_p is {dropout_p}"
+    scores = _shape_of_scores(query, key, value, enable_gqa)
+    if scores is None:
+        return "the inputs do not fit together"
+    if mask is not None and (causal or mask.is_nested or not _fits(mask, scores)):
+        return "attn_mask does not fit"
+    if mask is not None and mask.dtype not in (torch.bool, torch.float32, query.dtype):
+        return f"attn_mask is {mask.dtype}"
+    return None
+
+
+def dtype_obstacle(*tensors: Tensor) -> str | None:
+    """Why tensors of these dtypes are left to torch; autocast makes one dtype of several."""
+    dtypes = {t.dtype for t in tensors}
+    if not dtypes <= set(FLOATING):
+        return f"the dtype is {tensors[0].dtype}"
+    if len(dtypes) > 1 and not torch.is_autocast_enabled(tensors[0].device.type):
+        return "the dtypes differ"
+    return None
+
+
+def _shape_of_scores(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple[int, ...] | None:
+    """(..., Hq, L, S), or None if the inputs do not fit together."""
+    if key.shape[-1] != query.shape[-1] or value.shape[-2] != key.shape[-2]:
+        return None
+    beside = -3 if enable_gqa else -2
+    heads: tuple[int, ...] = ()
+    if enable_gqa:
+        groups = key.shape[-3]
+        if value.shape[-3] != groups or groups == 0 or query.shape[-3] % groups:
+            return None
+        heads = (query.shape[-3],)
+    try:
+        leading = torch.broadcast_shapes(*(t.shape[:beside] for t in (query, key, value)))
+    except RuntimeError:
+        return None
+    return (*leading, *heads, query.shape[-2], key.shape[-2])
+
+
+def _fits(mask: Tensor, scores: tuple[int, ...]) -> bool:
+    """Whether the mask broadcasts to the scores."""
+    return mask.dim() <= len(scores) and all(
+        m in (1, s) for m, s in zip(mask.shape[::-1], scores[::-1], strict=False)
+    )
+
+
+def _four_dimensions(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, enable_gqa: bool
+) -> tuple[tuple[int, ...], Tensor, Tensor, Tensor, Tensor | None]:
+    """The leading dimensions of the result, and the inputs as (batch, heads, length, width)."""
+    scores = _shape_of_scores(query, key, value, enable_gqa)
+    assert scores is not None
+    leading, batches = scores[:-2], scores[:-3]
+    batch = math.prod(batches)
+
+    def folded(t: Tensor) -> Tensor:
+        heads = t.shape[-3:-2] if enable_gqa else leading[-1:]
+        return t.expand(*batches, *heads, *t.shape[-2:]).reshape(batch, math.prod(heads), *t.shape[-2:])
+
+    if mask is not None and mask.dim() > 3:
+        mask = mask.expand(*batches, *mask.shape[-3:]).reshape(batch, *mask.shape[-3:])
+    return leading, folded(query), folded(key), folded(value), mask
+
+
+_said: set[str] = set()
+
+
+def warn_once(message: str) -> None:
+    """Warn of what the caller's caller should know, once in a process."""
+    if message not in _said:
+        _said.add(message)
+        warnings.warn(message, stacklevel=3)
