@@ -12,6 +12,8 @@ from fastattn.functional import (
     mlp,
     t5_relative_bias,
 )
+from fastattn.takeover import sdpa
+from fastattn.torch_sdpa import scaled_dot_product_attention
 
 if "torch.utils.flop_counter" in sys.modules:
     import fastattn.flops  # noqa: F401
@@ -28,5 +30,7 @@ __all__ = [
     "merge_states",
     "mlp",
     "nn",
+    "scaled_dot_product_attention",
+    "sdpa",
     "t5_relative_bias",
 ]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -87,25 +88,39 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """`fastattn.attention` as torch's callers need it: heads narrower than 8, a dropout_p of 1, and causal masks
     aligned TOP_LEFT or BOTTOM_RIGHT. Returns out and lse."""
-    queries, keys, value_width = q.shape[2], k.shape[2], v.shape[3]
-    window: tuple[int | None, int | None] = (None, None)
-    if causal == TOP_LEFT and queries < keys:
-        # No query stands at the keys after the last of them: without these, the mask is square.
-        k, v = k[:, :, :queries], v[:, :, :queries]
-        bias = bias[..., :queries] if bias is not None and bias.shape[-1] > 1 else bias
-    elif causal == TOP_LEFT and queries > keys:
-        # Seen from the bottom right, query i stands queries - keys before key i.
-        causal, window = None, (None, queries - keys)
+    value_width = v.shape[3]
     scale = q.shape[3] ** -0.5 if scale is None else scale
-    q, k, v = (F.pad(t, (0, MIN_HEAD_DIM - t.shape[3])) if t.shape[3] < MIN_HEAD_DIM else t for t in (q, k, v))
+    k, v, bias, aligned = align(q, k, v, bias, causal)
     nothing_is_left = dropout_p == 1
     out, lse = attention(
-        q, k, v, causal=causal is not None, window=window, scale=scale, bias=bias, key_lengths=key_lengths,
+        *(widened(t) for t in (q, k, v)), **aligned, scale=scale, bias=bias, key_lengths=key_lengths,
         dropout_p=0.0 if nothing_is_left else dropout_p, dropout_state=dropout_state, return_lse=True,
         backend=backend,
     )  # fmt: skip
     out = out[..., :value_width]
     return out * 0.0 if nothing_is_left else out, lse
+
+
+def align(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: str | None
+) -> tuple[Tensor, Tensor, Tensor | None, dict[str, Any]]:
+    """A causal mask of either alignment as `fastattn.attention` has it: the keys, values and bias to give it, and
+    its options."""
+    queries, keys = q.shape[2], k.shape[2]
+    if causal != TOP_LEFT or queries == keys:
+        return k, v, bias, {"causal": causal is not None}
+    if queries > keys:
+        # Seen from the bottom right, query i stands queries - keys before key i.
+        return k, v, bias, {"window": (None, queries - keys)}
+    # No query stands at the keys after the last of them: without these, the mask is square.
+    if bias is not None and bias.shape[-1] > 1:
+        bias = bias[..., :queries]
+    return k[:, :, :queries], v[:, :, :queries], bias, {"causal": True}
+
+
+def widened(t: Tensor) -> Tensor:
+    """Heads of at least the width that `fastattn.attention` has, zeros at their end: they change no score."""
+    return F.pad(t, (0, MIN_HEAD_DIM - t.shape[3])) if t.shape[3] < MIN_HEAD_DIM else t
 
 
 def _obstacle(
