@@ -65,7 +65,9 @@ class Mask:
         device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
         if dtype not in (None, torch.bool):
             return self.dense().to(*args, **kwargs)
-        moved = {name: t.to(device) for name in ("padding", "key_lengths") if (t := getattr(self, name)) is not None}
+        moved = {
+            name: t.to(device) for name in ("padding", "key_lengths") if (t := getattr(self, name)) is not None
+        }
         return replace(self, device=device or self.device, **moved)
 
     def dense(self) -> Tensor:
