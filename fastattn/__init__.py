@@ -12,6 +12,7 @@ from fastattn.functional import (
     mlp,
     t5_relative_bias,
 )
+from fastattn.patch import patch, unpatch
 from fastattn.takeover import sdpa
 from fastattn.torch_sdpa import scaled_dot_product_attention
 
@@ -30,7 +31,9 @@ __all__ = [
     "merge_states",
     "mlp",
     "nn",
+    "patch",
     "scaled_dot_product_attention",
     "sdpa",
     "t5_relative_bias",
+    "unpatch",
 ]

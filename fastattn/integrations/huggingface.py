@@ -17,11 +17,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface, masking_utils
+from transformers import AttentionInterface, PreTrainedModel, masking_utils
 from transformers.masking_utils import AttentionMaskInterface
 
 from fastattn.functional import attention
-from fastattn.spec import MIN_HEAD_DIM
+from fastattn.spec import MAX_HEAD_DIM, MIN_HEAD_DIM
 
 NAME = "fastattn"
 
@@ -306,3 +306,47 @@ def _widened(t: Tensor) -> Tensor:
 
 AttentionInterface.register(NAME, fastattn_attention)
 AttentionMaskInterface.register(NAME, fastattn_mask)
+
+
+@dataclass(frozen=True)
+class Before:
+    """The attention implementations of a model's configurations, to be restored; of a copy's too.
+
+    That its class stands here makes unpickling a patched model register "fastattn".
+    """
+
+    implementations: tuple[str | None, ...]
+
+    @classmethod
+    def of(cls, model: Any) -> Before:
+        return cls(tuple(config._attn_implementation_internal for config in _configurations(model)))
+
+    def restore(self, model: Any) -> None:
+        for config, implementation in zip(_configurations(model), self.implementations, strict=True):
+            config._attn_implementation_internal = implementation
+
+
+def _configurations(model: Any) -> list[Any]:
+    """Every configuration object in the model, each once, always in the same order."""
+    waiting = [part.config for part in model.modules() if isinstance(part, PreTrainedModel)]
+    found: dict[int, Any] = {}
+    while waiting:
+        config = waiting.pop(0)
+        if config is not None and id(config) not in found:
+            found[id(config)] = config
+            waiting += [getattr(config, name, None) for name in config.sub_configs]
+    return list(found.values())
+
+
+def obstacle(model: Any) -> str | None:
+    """Why this model's attention is not to be set to "fastattn"; None if it can be."""
+    if model.config._attn_implementation == NAME:
+        return 'attn_implementation is "fastattn" already'
+    if not model._can_set_attn_implementation():
+        return f"the code of {type(model).__name__} does not dispatch its attention"
+    if model.config.output_attentions:
+        return "config.output_attentions asks for weights, which are never computed"
+    widths = [getattr(config, "head_dim", None) or 0 for config in _configurations(model)]
+    if max(widths) > MAX_HEAD_DIM:
+        return f"its heads are wider than {MAX_HEAD_DIM}"
+    return None
