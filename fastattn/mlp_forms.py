@@ -21,6 +21,8 @@ from fastattn.spec import ACTIVATIONS, FLOATING
 HUGGINGFACE = {
     "GELUActivation": "gelu",
     "NewGELUActivation": "gelu_tanh",
+    "FastGELUActivation": "gelu_tanh",
+    "AccurateGELUActivation": "gelu_tanh",
     "GELUTanh": "gelu_tanh",
     "PytorchGELUTanh": "gelu_tanh",
     "SiLUActivation": "silu",
@@ -381,4 +383,3 @@ def _agree(actual: Any, expected: Any) -> bool:
         return False
     size = expected.abs().max()
     return bool((actual - expected).abs().max() <= 32 * torch.finfo(expected.dtype).eps * size)
-

@@ -331,5 +331,6 @@ def _norms(model: nn.Module) -> list[Row]:
     return [
         Row(name, "norm", _class_name(module), None, why)
         for name, module in model.named_modules()
-        if isinstance(module, nn.LayerNorm | nn.RMSNorm) or type(module).__name__.endswith(("RMSNorm", "LayerNorm"))
+        if isinstance(module, nn.LayerNorm | nn.RMSNorm)
+        or type(module).__name__.endswith(("RMSNorm", "LayerNorm"))
     ]
