@@ -7,7 +7,6 @@ inside, dropout in training, weights that are not plain tensors) the module's ow
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -149,7 +148,7 @@ def fused(parts: Parts, x: Tensor) -> Tensor:
     return gated_mlp(x, w_gate, w_up, w2, activation=activation, b_gate=b_gate, b_up=b_up, b_down=b2)
 
 
-def _weights(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
+def _weights(layer: Any) -> tuple[Tensor, Tensor | None]:
     return (layer.weight.t() if _is_conv1d(layer) else layer.weight), layer.bias
 
 
@@ -202,8 +201,8 @@ class Form(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # Classes made on the way cannot be looked up by name; what they are made of can.
-        _, _, *state = super().__reduce_ex__(protocol)
-        return _blank, (self.form, self.own, self.names), *state
+        made: Any = super().__reduce_ex__(protocol)
+        return _blank, (self.form, self.own, self.names), *made[2:]
 
     def mlp_parts(self) -> list[Parts]:
         """The MLPs in this module that are fused."""
@@ -215,6 +214,9 @@ class Form(nn.Module):
         parts = self.names.read(self)
         return None if parts is None or obstacle(parts, x) else fused(parts, x)
 
+    def _after(self, y: Tensor) -> Tensor:
+        return _get(self, self.names.after)(y) if self.names.after else y
+
 
 class FusedForward(Form):
     """A module that is an MLP, maybe with dropout after it."""
@@ -223,7 +225,7 @@ class FusedForward(Form):
         y = None if args or kwargs else self._fused(x)
         if y is None:
             return super().forward(x, *args, **kwargs)
-        return _get(self, self.names.after)(y) if self.names.after else y
+        return self._after(y)
 
 
 class FusedFeedForward(Form):
@@ -233,7 +235,7 @@ class FusedFeedForward(Form):
 
     def _ff_block(self, x: Tensor) -> Tensor:
         y = self._fused(x)
-        return super()._ff_block(x) if y is None else _get(self, self.names.after)(y)  # type: ignore[misc]
+        return super()._ff_block(x) if y is None else self._after(y)  # type: ignore[misc]
 
 
 class FusedChunk(Form):
@@ -245,7 +247,8 @@ class FusedChunk(Form):
         y = self._fused(attention_output)
         if y is None:
             return super().feed_forward_chunk(attention_output)  # type: ignore[misc]
-        return self.output.LayerNorm(self.output.dropout(y) + attention_output)
+        output: Any = self.output
+        return output.LayerNorm(self._after(y) + attention_output)
 
 
 class FusedSequential(Form):
@@ -288,7 +291,7 @@ def length_of(run: Parts) -> int:
     return 3 if run.dropout is None else 4
 
 
-def runs(module: nn.Sequential) -> list[Parts]:
+def runs(module: nn.Module) -> list[Parts]:
     """The MLPs in a sequence, none overlapping another."""
     modules, i, found = list(module._modules.values()), 0, []
     while i < len(modules):
@@ -333,11 +336,16 @@ def form_of(module: nn.Module) -> tuple[type[Form], Names] | None:
 SEQUENTIAL = Names((), "", "")
 
 
-@functools.cache
+_made: dict[tuple[Any, ...], type[nn.Module]] = {}
+
+
 def fused_class(form: type[Form], own: type[nn.Module], names: Names) -> type[nn.Module]:
-    """The class of modules of class `own` whose MLP is fused."""
-    members = {"form": form, "own": own, "names": names, "__module__": __name__, "__doc__": own.__doc__}
-    return type(f"Fused{own.__name__}", (form, own), members)
+    """The class of modules of class `own` whose MLP is fused; always the same one."""
+    key = (form, own, names)
+    if key not in _made:
+        members = {"form": form, "own": own, "names": names, "__module__": __name__, "__doc__": own.__doc__}
+        _made[key] = type(f"Fused{own.__name__}", (form, own), members)
+    return _made[key]
 
 
 def _blank(form: type[Form], own: type[nn.Module], names: Names) -> nn.Module:

@@ -283,7 +283,8 @@ def _training_note(found: list[mlp_forms.Parts]) -> str:
     rates = {run.dropout.p for run in found if isinstance(run.dropout, nn.Dropout) and run.dropout.p > 0}
     if not rates:
         return ""
-    return f"in eval mode; in training PyTorch computes it: dropout {', '.join(f'{p:g}' for p in sorted(rates))} inside"
+    listed = ", ".join(f"{p:g}" for p in sorted(rates))
+    return f"in eval mode; in training PyTorch computes it: dropout {listed} inside"
 
 
 def _huggingface_models(model: nn.Module) -> Iterator[tuple[str, Any]]:

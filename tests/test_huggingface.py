@@ -1,4 +1,4 @@
-"""Hugging Face models under attn_implementation="fastattn": the same logits, gradients and tokens as under eager."""
+"""Hugging Face models with attn_implementation="fastattn" give the logits, gradients and tokens of "eager"."""
 
 from __future__ import annotations
 
@@ -23,6 +23,11 @@ DECODER = {**SIZES, "num_key_value_heads": 2, "intermediate_size": 48, "pad_toke
 ALTERNATING = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"], "head_dim": 8}
 SEQ2SEQ = {"decoder_start_token_id": 1, "pad_token_id": 0, "eos_token_id": None}
 
+WORDS = (
+    "[PAD] [UNK] [CLS] [SEP] [MASK] who where built the old stone bridge in a small town of north was it by two "
+    "masons and farmer after long war river . ? , near market"
+)
+
 
 def tiny(model: str, config: str, **options) -> Callable[[], nn.Module]:
     return lambda: getattr(transformers, model)(getattr(transformers, config)(**options))
@@ -40,6 +45,8 @@ MODELS = {
                     num_experts_per_tok=2),
     "qwen3": tiny("Qwen3ForCausalLM", "Qwen3Config", **DECODER, head_dim=8),
     "bert": tiny("BertForMaskedLM", "BertConfig", **SIZES, intermediate_size=48, max_position_embeddings=32),
+    "reader": tiny("BertForQuestionAnswering", "BertConfig", **{**SIZES, "vocab_size": len(WORDS.split())},
+                   intermediate_size=48, max_position_embeddings=32),
     "modernbert": tiny("ModernBertForMaskedLM", "ModernBertConfig", **SIZES, intermediate_size=48, pad_token_id=0,
                        local_attention=6, layer_types=["sliding_attention", "full_attention"]),
     "vit": tiny("ViTForImageClassification", "ViTConfig", hidden_size=32, num_hidden_layers=2,
@@ -104,7 +111,7 @@ def result(model: nn.Module, inputs: dict[str, Tensor], counts: Tensor) -> tuple
 
 
 def cases() -> list:
-    return [(name, padding) for name in MODELS for padding in ("none", "left", "right")
+    return [(name, padding) for name in MODELS if name != "reader" for padding in ("none", "left", "right")
             if padding == "none" or name in PADDED]  # fmt: skip
 
 
@@ -212,7 +219,8 @@ def test_a_mask_shows_what_transformers_own_mask_shows_and_attends_so(
         seen[1, 2 if padding in ("right", "both") else keys + first :] = False
     arguments = {
         "batch_size": 2, "q_length": queries, "kv_length": keys, "kv_offset": first, "attention_mask": seen,
-        "q_offset": torch.tensor(before) if offset_as_tensor else before, "mask_function": PATTERNS[pattern](window),
+        "q_offset": torch.tensor(before) if offset_as_tensor else before,
+        "mask_function": PATTERNS[pattern](window),
     }  # fmt: skip
     expected = masking_utils.sdpa_mask(**arguments, allow_is_causal_skip=False)
     mask = fastattn_mask(**arguments)
@@ -309,11 +317,6 @@ def test_dropout_is_drawn_from_torchs_generator_in_training_alone() -> None:
     assert torch.equal(model(**inputs).logits, first)
 
 
-WORDS = (
-    ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    + "who where built the old stone bridge in a small \
-town of north was it by two masons and farmer after long war river . ? , near market".split()
-)
 CONTEXT = (
     "the old stone bridge near the market was built by two masons and a farmer in a small town of the north , \
 after a long war by the river ."
@@ -343,9 +346,7 @@ def answers(model: nn.Module, tokenizer, questions: list[str]) -> list[tuple[int
 
 
 def test_a_reader_gives_the_same_answers() -> None:
-    tokenizer = transformers.BertTokenizerFast(vocab={word: i for i, word in enumerate(WORDS)})
-    MODELS["reader"] = tiny("BertForQuestionAnswering", "BertConfig", **{**SIZES, "vocab_size": len(WORDS)},
-                            intermediate_size=48, max_position_embeddings=32)  # fmt: skip
+    tokenizer = transformers.BertTokenizerFast(vocab={word: i for i, word in enumerate(WORDS.split())})
     model = build("reader")
     questions = ["who built the bridge ?", "where was it ?", "was it in the north after the war ?"]
     eager = answers(model, tokenizer, questions)

@@ -33,8 +33,9 @@ class Residual(nn.Module):
         super().__init__()
         self.one = nn.Sequential(nn.Linear(WIDTH, 48), nn.GELU(), nn.Dropout(dropout), nn.Linear(48, WIDTH))
         self.two = nn.Sequential(
-            nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 40, bias=False), nn.SiLU(), nn.Linear(40, WIDTH), nn.Dropout(0.0),
-            nn.Linear(WIDTH, 24), nn.GELU("tanh"), nn.Linear(24, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH),
+            nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 40, bias=False), nn.SiLU(), nn.Linear(40, WIDTH),
+            nn.Dropout(0.0), nn.Linear(WIDTH, 24), nn.GELU("tanh"),
+            nn.Linear(24, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH),
         )  # fmt: skip
 
     def forward(self, x: Tensor) -> Tensor:
@@ -83,8 +84,8 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     ),
     "encoder and decoder": Seq2Seq,
     "cross-attention": Cross,
-    "gpt2": lambda: Logits("GPT2Model", "GPT2Config", vocab_size=VOCABULARY, n_positions=32, n_embd=WIDTH, n_layer=2,
-                           n_head=4, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0),
+    "gpt2": lambda: Logits("GPT2Model", "GPT2Config", vocab_size=VOCABULARY, n_positions=32, n_embd=WIDTH,
+                           n_layer=2, n_head=4, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0),
     "llama": lambda: Logits("LlamaModel", "LlamaConfig", **SIZES, num_key_value_heads=2),
     "gemma3": lambda: Logits("Gemma3TextModel", "Gemma3TextConfig", **SIZES, head_dim=8, sliding_window=4),
     "bert": lambda: Logits("BertModel", "BertConfig", **SIZES, hidden_dropout_prob=0.0,
@@ -465,17 +466,17 @@ LEFT = {
     "meta attention": (lambda: on_meta(lambda: nn.MultiheadAttention(8, 1)), "meta device"),
     "meta Hugging Face": (lambda: on_meta(lambda: hugging_face("Llama")), "meta device"),
     "quantised": (quantised, "Linear is not torch.nn.Linear"),
-    "quantised by inheritance": (lambda: sequence(first=PackedLinear(8, 8)), "PackedLinear is not torch.nn.Linear"),
+    "quantised by inheritance": (lambda: sequence(first=PackedLinear(8, 8)), "PackedLinear is not"),
     "quantised weight": (with_packed_weight, "weights are of type PackedWeight"),
     "parametrised": (
         lambda: sequence(first=nn.utils.parametrizations.weight_norm(nn.Linear(8, 8))),
         "ParametrizedLinear is not torch.nn.Linear",
     ),
-    "integer weights": (lambda: sequence().requires_grad_(False).to(torch.complex64), "weights are torch.complex64"),
+    "complex weights": (lambda: sequence().to(torch.complex64), "torch.complex64"),
     "attention subclass": (lambda: OwnAttention(8, 1), "OwnAttention is a subclass"),
     "sequence subclass": (lambda: OwnSequential(*sequence()), "OwnSequential is a subclass"),
     "forward replaced, MLP": (lambda: replaced(sequence()), "forward was replaced"),
-    "forward replaced, inside": (lambda: nn.Sequential(replaced(nn.Linear(8, 8)), nn.ReLU(), nn.Linear(8, 8)), "hooks"),
+    "forward replaced, inside": (lambda: sequence(first=replaced(nn.Linear(8, 8))), "hooks on"),
     "forward replaced, attention": (lambda: replaced(nn.MultiheadAttention(8, 1)), "forward was replaced"),
     "hooks inside": (hooked, "hooks on the Linear inside"),
     "unknown activation": (lambda: sequence(nn.Tanh()), "activation Tanh is not one of gelu"),

@@ -3,8 +3,8 @@
     import fastattn.integrations.huggingface
     model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="fastattn")
 
-Importing this registers two functions with transformers under that name: one that makes masks, and one that attends.
-What the first makes is a `Mask`, a few numbers and the padding, which a model hands on to the second.
+Importing this registers two functions with transformers under that name: one makes masks, one attends. What the
+first makes is a `Mask`, a few numbers and the padding, which a model hands on to the second.
 """
 
 from __future__ import annotations
@@ -135,11 +135,14 @@ def fastattn_mask(
         )  # fmt: skip
         if _is_servable(mask):
             return mask
-    dense = {k: v for k, v in kwargs.items() if k in ("use_vmap", "local_size")}
-    return masking_utils.sdpa_mask(
-        batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask,
-        allow_is_causal_skip=False, allow_is_bidirectional_skip=False, device=device, **dense,
+    offset: Any = q_offset
+    dense = masking_utils.sdpa_mask(
+        batch_size, q_length, kv_length, offset, kv_offset, mask_function, attention_mask,
+        allow_is_causal_skip=False, allow_is_bidirectional_skip=False, device=device,
+        use_vmap=kwargs.get("use_vmap", False),
     )  # fmt: skip
+    assert dense is not None, "no skip was allowed"
+    return dense
 
 
 def _is_servable(mask: Mask) -> bool:
@@ -221,8 +224,9 @@ def _padding(attention_mask: Tensor | None, kv_length: int, kv_offset: int) -> t
     """
     if attention_mask is None:
         return None, None
-    padding = masking_utils.prepare_padding_mask(attention_mask.bool(), kv_length, kv_offset)
-    padding = padding[:, kv_offset : kv_offset + kv_length]
+    # The keys of a static cache that are not written yet.
+    unwritten = max(0, kv_offset + kv_length - attention_mask.shape[-1])
+    padding = F.pad(attention_mask.bool(), (0, unwritten))[:, kv_offset : kv_offset + kv_length]
     if torch.compiler.is_compiling():
         return padding, None
     lengths = padding.sum(-1, dtype=torch.int32)
@@ -266,7 +270,7 @@ def fastattn_attention(
     if attention_mask is not None and attention_mask.shape[-1] > keys:
         attention_mask = attention_mask[..., :keys]
     options: dict[str, Any] = {}
-    bias = attention_mask
+    bias: Tensor | None = None
     if attention_mask is None:
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         # Without a mask, keys after the last query are those of an empty static cache: not written yet.
@@ -278,7 +282,7 @@ def fastattn_attention(
         options |= {"causal": mask.causal, "window": mask.window, "key_lengths": mask.key_lengths}
         bias = None if mask.padding is None else mask.padding[:, None, None]
     else:
-        end = keys
+        end, bias = keys, attention_mask
     bias = _added(bias, position_bias)
     if end < keys:
         key, value = key[:, :, :end], value[:, :, :end]
@@ -328,7 +332,7 @@ class Before:
 
 def _configurations(model: Any) -> list[Any]:
     """Every configuration object in the model, each once, always in the same order."""
-    waiting = [part.config for part in model.modules() if isinstance(part, PreTrainedModel)]
+    waiting: list[Any] = [part.config for part in model.modules() if isinstance(part, PreTrainedModel)]
     found: dict[int, Any] = {}
     while waiting:
         config = waiting.pop(0)
