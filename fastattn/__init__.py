@@ -12,6 +12,7 @@ from fastattn.functional import (
     mlp,
     t5_relative_bias,
 )
+from fastattn.heads import prepare_heads
 from fastattn.patch import patch, unpatch
 from fastattn.takeover import sdpa
 from fastattn.torch_sdpa import scaled_dot_product_attention
@@ -32,6 +33,7 @@ __all__ = [
     "mlp",
     "nn",
     "patch",
+    "prepare_heads",
     "scaled_dot_product_attention",
     "sdpa",
     "t5_relative_bias",

@@ -19,8 +19,9 @@ from torch import Tensor
 from fastattn import backends
 from fastattn.spec import ACTIVATIONS, NO_TENSORS, ScoreTensors
 
-FORWARD, BACKWARD, SECOND = "forward", "backward", "second derivative"
-EVERY_DIRECTION = frozenset({FORWARD, BACKWARD, SECOND})
+FORWARD, BACKWARD, SECOND, TANGENT = "forward", "backward", "second derivative", "forward mode"
+DIRECTIONS = (FORWARD, BACKWARD, SECOND, TANGENT)
+EVERY_DIRECTION = frozenset(DIRECTIONS)
 
 # Architectures on which the Triton kernels have been tested and measured. There they are the default; on
 # every other GPU they are opt-in (backend="triton") and PyTorch's own kernels serve.
@@ -31,8 +32,8 @@ PROVEN: frozenset[str] = frozenset()
 class Request:
     """One call, as far as the choice of a backend depends on it."""
 
-    family: str  # "attention" or "mlp"
-    spec: Any  # the family's: AttentionSpec or MLPSpec
+    family: str  # "attention", "mlp" or "heads"
+    spec: Any  # the family's: AttentionSpec, MLPSpec or HeadsSpec
     tensors: tuple[Tensor, ...]
     lse_gradient: bool = False
     score_tensors: ScoreTensors = NO_TENSORS
@@ -101,6 +102,12 @@ FEATURES: tuple[Feature, ...] = (
     Feature("attention", "float16", _is(torch.float16)),
     Feature("attention", "bfloat16", _is(torch.bfloat16)),
     Feature("attention", "float32, IEEE products", _is(torch.float32)),
+    Feature(
+        "attention",
+        "float32 heads wider than 128",
+        lambda r: r.dtype == torch.float32 and max(r.tensors[_Q].shape[3], r.tensors[_V].shape[3]) > 128,
+        triton=EVERY_DIRECTION - {TANGENT},
+    ),
     Feature("attention", "float32, tf32 and tf32x3 products", lambda r: r.spec.precision != "ieee"),
     Feature("attention", "float64", _is(torch.float64), triton=frozenset()),
     Feature("attention", "gradient of the log-sum-exp", lambda r: r.lse_gradient),
@@ -112,6 +119,15 @@ FEATURES: tuple[Feature, ...] = (
     Feature("mlp", "bfloat16", _is(torch.bfloat16)),
     Feature("mlp", "float32, IEEE products", _is(torch.float32)),
     Feature("mlp", "float64", _is(torch.float64), triton=frozenset()),
+    Feature("heads", "RMS norm of heads, with gradient", lambda r: r.spec.norm),
+    Feature("heads", "rotary, half and interleaved, partial, offsets", lambda r: r.spec.turned > 0),
+    Feature("heads", "per-head scale, with gradient", lambda r: r.spec.scaled),
+    Feature("heads", "head widths 1 to 256", lambda r: True),
+    Feature("heads", "head widths above 256", lambda r: r.tensors[0].shape[3] > 256, triton=frozenset()),
+    Feature("heads", "float16", _is(torch.float16)),
+    Feature("heads", "bfloat16", _is(torch.bfloat16)),
+    Feature("heads", "float32", _is(torch.float32)),
+    Feature("heads", "float64", _is(torch.float64), triton=frozenset()),
 )
 
 
@@ -204,7 +220,7 @@ def markdown() -> str:
 def _cell(directions: frozenset[str]) -> str:
     if directions == EVERY_DIRECTION:
         return "✓"
-    return ", ".join(d for d in (FORWARD, BACKWARD, SECOND) if d in directions) or "—"
+    return ", ".join(d for d in DIRECTIONS if d in directions) or "—"
 
 
 if __name__ == "__main__":

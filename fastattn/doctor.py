@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fastattn import __version__, backends, capabilities, functional
 from fastattn.capabilities import EVERY_DIRECTION, FEATURES, Feature
+from fastattn.heads import prepare_heads
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -147,8 +148,15 @@ def _gated_mlp(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, backend:
     return functional.gated_mlp(x, w_gate, w_up, w_down, activation="silu", backend=backend)
 
 
+def _prepare_heads(x: Tensor, weight: Tensor, scale: Tensor, backend: str) -> Tensor:
+    angles = torch.outer(torch.arange(x.shape[2], dtype=x.dtype), torch.logspace(0, -2, 16, dtype=x.dtype))
+    cos, sin = angles.cos().to(x.device), angles.sin().to(x.device)
+    return prepare_heads(x, norm_weight=weight, cos=cos, sin=sin, head_scale=scale, backend=backend)
+
+
 CASES = (
     Case("attention, causal, grouped heads", _attention, ((1, 4, 37, 40), (1, 2, 70, 40), (1, 2, 70, 24))),
+    Case("heads, norm, rotary, scale", _prepare_heads, ((2, 4, 37, 40), (40,), (4,))),
     Case("mlp, gelu", _mlp, ((2, 17, 24), (40, 24), (40,), (24, 40), (24,))),
     Case("gated mlp, silu", _gated_mlp, ((2, 17, 24), (40, 24), (40, 24), (24, 40))),
 )

@@ -10,7 +10,7 @@ import torch
 from torch.utils.flop_counter import register_flop_formula
 
 import fastattn.ops  # noqa: F401  (defines the operators)
-from fastattn.spec import ScoreTensors
+from fastattn.spec import ScoreTensors, Tangents
 
 
 def visible_scores(queries: int, keys: int, left: int | None, right: int | None) -> int:
@@ -58,6 +58,15 @@ def _forward(q, k, v, *args, out_shape=None, **kwargs) -> int:
 def _backward(dout, q, k, v, out, lse, dlse, *args, out_shape=None, **kwargs) -> int:
     causal, _, left, right, *_ = args[2 + _TENSORS :]
     return attention_flops(q, k, v, causal, (left, right), backward=True)
+
+
+@register_flop_formula(torch.ops.fastattn.attention_tangent)
+def _tangent(q, k, v, out, lse, q_tangent, k_tangent, v_tangent, *args, out_shape=None, **kwargs) -> int:
+    causal, _, left, right, *_ = args[len(Tangents._fields) - 3 + _TENSORS :]
+    forward = attention_flops(q, k, v, causal, (left, right))
+    # Beside q k^T and (P * S') v, one product for each of the tangents.
+    more = sum(t[3] for t in (q_tangent, k_tangent, v_tangent) if t is not None)
+    return forward * (q[3] + v[3] + more) // (q[3] + v[3])
 
 
 def mlp_flops(x: tuple, w_in: tuple, w_out: tuple, gated: bool, wanted: tuple[bool, ...] | None = None) -> int:

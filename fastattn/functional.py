@@ -8,14 +8,16 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
+from fastattn import ops
 from fastattn.dropout import dropout_state as fresh_dropout_state
-from fastattn.ops import MLP, Attention, AttentionBackward
+from fastattn.heads import prepare_heads
 from fastattn.spec import (
     Gradients,
     MLPWeights,
     attention_spec,
     check_floating,
     check_gradients,
+    check_heads,
     check_same,
     gated_mlp_spec,
     mlp_spec,
@@ -31,7 +33,7 @@ def attention(
     v: Tensor,
     *,
     causal: bool = ...,
-    scale: float | None = ...,
+    scale: float | Tensor | None = ...,
     window: tuple[int | None, int | None] = ...,
     key_lengths: Tensor | None = ...,
     bias: Tensor | None = ...,
@@ -52,7 +54,7 @@ def attention(
     v: Tensor,
     *,
     causal: bool = ...,
-    scale: float | None = ...,
+    scale: float | Tensor | None = ...,
     window: tuple[int | None, int | None] = ...,
     key_lengths: Tensor | None = ...,
     bias: Tensor | None = ...,
@@ -72,7 +74,7 @@ def attention(
     v: Tensor,
     *,
     causal: bool = False,
-    scale: float | None = None,
+    scale: float | Tensor | None = None,
     window: tuple[int | None, int | None] = (None, None),
     key_lengths: Tensor | None = None,
     bias: Tensor | None = None,
@@ -95,7 +97,8 @@ def attention(
         k: keys (B, Hkv, Lk, D); query head h reads key head h // (Hq / Hkv).
         v: values (B, Hkv, Lk, Dv).
         causal: queries see keys up to the diagonal.
-        scale: multiplier of the scores; 1/sqrt(D) by default.
+        scale: multiplier of the scores; 1/sqrt(D) by default. Or a tensor (Hq,) or (B, Hq), one for each head,
+            with gradient.
         window: (left, right), how many keys before and after the diagonal are seen; None is unbounded. What
             no query of a tile sees is not computed.
         key_lengths: (B,) integers; keys from there on are not seen (right padding). The diagonal stays.
@@ -140,6 +143,10 @@ def attention(
     bias: Raffel et al., Exploring the Limits of Transfer Learning (2020), section 2.1.
     """
     q, k, v = _autocast(q, k, v)
+    if isinstance(scale, Tensor):
+        # O(N) on the way in, and its gradient comes of q's.
+        check_heads(q=q, k=k, v=v)
+        q, scale = prepare_heads(q, head_scale=scale, backend=backend), 1.0
     spec = attention_spec(
         q, k, v, causal=causal, scale=scale, window=window, softcap=softcap, dropout_p=dropout_p,
         precision=precision,
@@ -151,7 +158,7 @@ def attention(
         sinks=sinks, dropout_state=dropout_state if spec.dropout else None,
     )  # fmt: skip
     q, spec = positive_scale(q, spec)
-    out, lse = Attention.apply(q, k, v, *tensors, *spec.options, backend)
+    out, lse = ops.attention(q, k, v, *tensors, *spec.options, backend)
     return (out, lse) if return_lse else out
 
 
@@ -204,7 +211,7 @@ def attention_backward(
     scaled_q, positive = positive_scale(q, spec)
     wanted = (tensors.bias is not None and tensors.bias.is_floating_point(), tensors.relative_bias is not None)
     gradients = Gradients(
-        *AttentionBackward.apply(
+        *ops.attention_backward(
             dout, scaled_q, k, v, out, lse, dlse, *wanted, *tensors, *positive.options, backend
         )
     )
@@ -364,7 +371,7 @@ def _mlp(x: Tensor, weights: MLPWeights, activation: str, backend: str | None) -
     wanted = any(t is not None and t.requires_grad for t in (x, *weights))
     # Under torch.func a wrapper need not say that a gradient is wanted outside of it.
     save = torch.is_grad_enabled() and (wanted or torch._C._are_functorch_transforms_active())
-    y, _ = MLP.apply(tokens, *weights, activation, save, backend)
+    y, _ = ops.mlp(tokens, *weights, activation, save, backend)
     return y.reshape(*leading, y.shape[-1])
 
 

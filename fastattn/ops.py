@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, library
 
 from fastattn import backends, capabilities, reference
+from fastattn.backends import derivatives, tiles
 from fastattn.backends.layout import empty_heads
-from fastattn.capabilities import BACKWARD, FORWARD, Request
-from fastattn.spec import AttentionSpec, Gradients, MLPSpec, MLPWeights, ScoreTensors, Wanted, lse_dtype
+from fastattn.backends.mapped import fold, one_by_one, shares_batch, unfold
+from fastattn.capabilities import BACKWARD, FORWARD, TANGENT, Request
+from fastattn.spec import AttentionSpec, Gradients, MLPSpec, MLPWeights, ScoreTensors, Tangents, Wanted, lse_dtype
 
 _operators = library.Library("fastattn", "DEF")
 # What an attention operator takes beside its tensors, in the order of ScoreTensors and AttentionSpec.
@@ -31,6 +33,11 @@ _operators.define(
     "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? dlse, "
     f"bool want_bias, bool want_relative_bias, {_SCORES}) -> ({_GRADIENTS})"
 )
+_TANGENTS = ", ".join(f"Tensor? {name}_tangent" for name in Tangents._fields)
+_operators.define(
+    f"attention_tangent(Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_TANGENTS}, {_SCORES}) "
+    "-> (Tensor, Tensor)"
+)
 _operators.define(
     "mlp_forward(Tensor x, Tensor w_in, Tensor? b_in, Tensor? w_up, Tensor? b_up, Tensor w_out, Tensor? b_out, "
     "str activation, bool save, str? backend) -> (Tensor, Tensor)"
@@ -40,6 +47,7 @@ _operators.define(
     "Tensor saved, bool[] wanted, str activation, str? backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _FORWARD, _BACKWARD = "fastattn::attention_forward", "fastattn::attention_backward"
+_TANGENT = "fastattn::attention_tangent"
 _MLP_FORWARD, _MLP_BACKWARD = "fastattn::mlp_forward", "fastattn::mlp_backward"
 
 
@@ -59,6 +67,14 @@ def _backward(dout, q, k, v, out, lse, dlse, want_bias, want_relative_bias, *res
     return tuple(q.new_empty(0) if g is None else g for g in gradients)
 
 
+def _tangent(q, k, v, out, lse, *rest) -> tuple[Tensor, Tensor]:
+    tangents = Tangents(*rest[: len(Tangents._fields)])
+    tensors, spec, backend = _put_together(rest[len(tangents) :])
+    request = Request("attention", spec, (q, k, v), score_tensors=tensors)
+    chosen = capabilities.choose(request, TANGENT, backend)
+    return backends.load(chosen).attention_tangent(q, k, v, out, lse, tangents, spec, tensors)
+
+
 def _put_together(rest: Sequence) -> tuple[ScoreTensors, AttentionSpec, str | None]:
     """What an operator takes from key_lengths on, as the backends take it."""
     tensors, options = rest[:_COUNT], rest[_COUNT:]
@@ -72,6 +88,7 @@ _BIAS = ScoreTensors._fields.index("bias")
 _OPTIONS = 8
 _operators.impl("attention_forward", _forward, "CompositeExplicitAutograd")
 _operators.impl("attention_backward", _backward, "CompositeExplicitAutograd")
+_operators.impl("attention_tangent", _tangent, "CompositeExplicitAutograd")
 
 
 @library.register_fake(_FORWARD, lib=_operators)
@@ -91,6 +108,11 @@ def _backward_fake(dout, q, k, v, out, lse, dlse, want_bias, want_relative_bias,
         (tensors.sinks, tensors.sinks is not None),
     )
     return *heads, *(q.new_empty(t.shape, dtype=t.dtype) if want else q.new_empty(0) for t, want in beside)
+
+
+@library.register_fake(_TANGENT, lib=_operators)
+def _tangent_fake(q, k, v, out, lse, *_):
+    return empty_heads(out.shape, out), torch.empty_like(lse, memory_format=torch.contiguous_format)
 
 
 class Attention(torch.autograd.Function):
@@ -137,7 +159,7 @@ class Attention(torch.autograd.Function):
             dout = torch.zeros_like(out)
         needed = ScoreTensors(*ctx.needs_input_grad[3 : 3 + _COUNT])
         gradients = Gradients(
-            *AttentionBackward.apply(
+            *attention_backward(
                 dout, q, k, v, out, lse, dlse, needed.bias, needed.relative_bias, *tensors, *ctx.options
             )
         )
@@ -150,7 +172,7 @@ class Attention(torch.autograd.Function):
 
 
 class AttentionBackward(torch.autograd.Function):
-    """The gradients of Attention; differentiable once more, through the reference formula."""
+    """The gradients of Attention; differentiable again, tile by tile."""
 
     generate_vmap_rule = True
 
@@ -195,73 +217,144 @@ class AttentionBackward(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *second):
         # out and lse count as inputs of their own: what flows into them goes on through Attention.backward.
-        *main, key_lengths, alibi_slopes, bias, relative_bias, sinks, dropout_state = ctx.saved_tensors
-        given = {"dlse": main.pop(), "bias": bias, "relative_bias": relative_bias, "sinks": sinks}
-        names = [name for name, t in given.items() if t is not None and t.is_floating_point()]
-        there = (True, True, True, *ctx.wanted, sinks is not None)
-        which = [i for i, is_there in enumerate(there) if is_there and second[i] is not None]
-        if not which:
-            return (None,) * (9 + _COUNT + _OPTIONS)
+        needed = ScoreTensors(*ctx.needs_input_grad[9 : 9 + _COUNT])
+        flags = (*ctx.needs_input_grad[:7], needed.bias, needed.relative_bias, needed.sinks)
+        function, there, fixed, inputs = _sum_of_gradients(ctx)
+        cotangents = [s for s, is_there in zip(second, there, strict=True) if is_there]
+        *main, bias, relative_bias, sinks = derivatives.pull(function, fixed, inputs, cotangents, flags)
+        beside = ScoreTensors(bias=bias, relative_bias=relative_bias, sinks=sinks)
+        return *main, None, None, *beside, *(None,) * _OPTIONS
 
-        def gradients(*tensors):
-            known = {**given, **dict(zip(names, tensors[6:], strict=True))}
-            beside = ScoreTensors(
-                key_lengths, alibi_slopes, known["bias"], known["relative_bias"], known["sinks"], dropout_state
-            )
-            every = reference.attention_backward(*tensors[:6], known["dlse"], ctx.spec, beside, ctx.wanted)
-            return [every[i] for i in which]
 
-        pulled = torch.func.vjp(gradients, *main, *(given[name] for name in names))[1]([second[i] for i in which])
-        of = dict(zip(names, pulled[6:], strict=True))
-        beside = ScoreTensors(bias=of.get("bias"), relative_bias=of.get("relative_bias"), sinks=of.get("sinks"))
-        return *pulled[:6], of.get("dlse"), None, None, *beside, *(None,) * _OPTIONS
+def _sum_of_gradients(ctx):
+    """What AttentionBackward computes, as a sum over tiles: the sum, which of its gradients are there, and what it
+    takes."""
+    main, tensors = ctx.saved_tensors[:7], ScoreTensors(*ctx.saved_tensors[7:])
+    fixed, learned = tiles.learned(tensors)
+    there = (True, True, True, *ctx.wanted, tensors.sinks is not None)
+    return tiles.gradients(ctx.spec, ctx.wanted, there[-1]), there, fixed, (*main, *learned)
+
+
+class AttentionTangent(torch.autograd.Function):
+    """(q, k, v, out, lse, *Tangents, *ScoreTensors, *options) -> the tangents of Attention's out and lse;
+    differentiable, tile by tile."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*arguments):
+        return torch.ops.fastattn.attention_tangent(*arguments)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        tensors = inputs[: 5 + _MOVED + _COUNT]
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+        _, ctx.spec, _ = _put_together(inputs[5 + _MOVED :])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, *second):
+        fixed, inputs = _of_tangent(ctx.saved_tensors)
+        needed = ScoreTensors(*ctx.needs_input_grad[5 + _MOVED : 5 + _MOVED + _COUNT])
+        flags = (*ctx.needs_input_grad[: 5 + _MOVED], needed.bias, needed.relative_bias, needed.sinks)
+        pulled = derivatives.pull(tiles.tangent(ctx.spec), fixed, inputs, second, flags)
+        *main, bias, relative_bias, sinks = pulled
+        beside = ScoreTensors(bias=bias, relative_bias=relative_bias, sinks=sinks)
+        return *main, *beside, *(None,) * _OPTIONS
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        fixed, inputs = _of_tangent(ctx.saved_tensors)
+        moved = ScoreTensors(*tangents[5 + _MOVED : 5 + _MOVED + _COUNT])
+        tangents = (*tangents[: 5 + _MOVED], moved.bias, moved.relative_bias, moved.sinks)
+        return derivatives.push(tiles.tangent(ctx.spec), fixed, inputs, tangents)
+
+
+_MOVED = len(Tangents._fields)
+
+
+def _of_tangent(saved: Sequence) -> tuple[ScoreTensors, tuple]:
+    """What AttentionTangent saved, as its sum over tiles takes it."""
+    fixed, learned = tiles.learned(ScoreTensors(*saved[5 + _MOVED :]))
+    return fixed, (*saved[: 5 + _MOVED], *learned)
+
+
+# Dynamo refuses a Function with a jvp, so that there are two of each: one for it, one for everything else.
+
+
+class DualAttention(Attention):
+    """Attention, with forward mode."""
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        Attention.setup_context(ctx, inputs, output)
+        ctx.save_for_forward(*inputs[:3], *output, *inputs[3 : 3 + _COUNT])
+
+    @staticmethod
+    def jvp(ctx, q, k, v, *rest):
+        saved, moved = ctx.saved_tensors, ScoreTensors(*rest[:_COUNT])
+        tangents = Tangents(q, k, v, moved.bias, moved.relative_bias, moved.sinks)
+        return AttentionTangent.apply(*saved[:5], *tangents, *saved[5:], *ctx.options)
+
+
+class DualAttentionBackward(AttentionBackward):
+    """AttentionBackward, with forward mode."""
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        AttentionBackward.setup_context(ctx, inputs, output)
+        ctx.save_for_forward(*inputs[:7], *inputs[9 : 9 + _COUNT])
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        function, there, fixed, inputs = _sum_of_gradients(ctx)
+        moved = ScoreTensors(*tangents[9 : 9 + _COUNT])
+        tangents = (*tangents[:7], moved.bias, moved.relative_bias, moved.sinks)
+        pushed = iter(derivatives.push(function, fixed, inputs, tangents))
+        return tuple(next(pushed) if is_there else inputs[0].new_empty(0) for is_there in there)
+
+
+def attention(*arguments) -> tuple[Tensor, Tensor]:
+    """Attention's arguments to (out, lse), differentiable."""
+    return (Attention if torch.compiler.is_compiling() else DualAttention).apply(*arguments)
+
+
+def attention_backward(*arguments) -> tuple[Tensor, ...]:
+    """AttentionBackward's arguments to `Gradients`, differentiable; empty ones stand for what is not there."""
+    return (AttentionBackward if torch.compiler.is_compiling() else DualAttentionBackward).apply(*arguments)
 
 
 @library.register_vmap(_FORWARD, lib=_operators)
 def _forward_vmap(info: Any, in_dims: tuple, *arguments):
-    count = 3 + _COUNT
-    if _shared(in_dims, arguments, 0, 3 + _BIAS):
-        return _one_by_one(torch.ops.fastattn.attention_forward, info.batch_size, in_dims, arguments)
-    tensors = _fold(info.batch_size, in_dims[:count], arguments[:count])
-    return _unfold(info.batch_size, torch.ops.fastattn.attention_forward(*tensors, *arguments[count:])), (0, 0)
+    operator, count = torch.ops.fastattn.attention_forward, 3 + _COUNT
+    if shares_batch(in_dims, arguments, 0, (3 + _BIAS,)):
+        return one_by_one(operator, info.batch_size, in_dims, arguments)
+    tensors = fold(info.batch_size, in_dims[:count], arguments[:count])
+    return unfold(info.batch_size, operator(*tensors, *arguments[count:])), (0, 0)
 
 
 @library.register_vmap(_BACKWARD, lib=_operators)
 def _backward_vmap(info: Any, in_dims: tuple, *arguments):
-    count = 9 + _COUNT
-    if _shared(in_dims, arguments, 1, 9 + _BIAS):
-        return _one_by_one(torch.ops.fastattn.attention_backward, info.batch_size, in_dims, arguments)
-    folded = _fold(info.batch_size, (*in_dims[:7], *in_dims[9:count]), (*arguments[:7], *arguments[9:count]))
-    gradients = torch.ops.fastattn.attention_backward(
-        *folded[:7], *arguments[7:9], *folded[7:], *arguments[count:]
-    )
+    operator, count = torch.ops.fastattn.attention_backward, 9 + _COUNT
+    if shares_batch(in_dims, arguments, 1, (9 + _BIAS,)):
+        return one_by_one(operator, info.batch_size, in_dims, arguments)
+    folded = fold(info.batch_size, (*in_dims[:7], *in_dims[9:count]), (*arguments[:7], *arguments[9:count]))
+    gradients = operator(*folded[:7], *arguments[7:9], *folded[7:], *arguments[count:])
     unfolded = (
-        _unfold(info.batch_size, (g,))[0] if g.dim() > 1 else g.expand(info.batch_size, 0) for g in gradients
+        unfold(info.batch_size, (g,))[0] if g.dim() > 1 else g.expand(info.batch_size, 0) for g in gradients
     )
     return tuple(unfolded), (0,) * len(gradients)
 
 
-def _shared(in_dims: tuple, arguments: tuple, q: int, bias: int) -> bool:
-    """Whether one bias serves a batch of several: then samples cannot become a larger batch."""
-    if arguments[bias] is None:
-        return False
-    of_q, of_bias = (arguments[i].shape[0 if in_dims[i] is None or in_dims[i] > 0 else 1] for i in (q, bias))
-    return of_q != of_bias
-
-
-def _fold(size: int, dims: tuple, tensors: tuple) -> list[Tensor | None]:
-    """Merge the mapped dimension of each tensor, or a broadcast one, into its batch dimension."""
-    folded = []
-    for dim, t in zip(dims, tensors, strict=True):
-        if t is not None:
-            t = t.expand(size, *t.shape) if dim is None else t.movedim(dim, 0)
-            t = t.flatten(0, 1)
-        folded.append(t)
-    return folded
-
-
-def _unfold(size: int, results: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return tuple(t.unflatten(0, (size, t.shape[0] // size)) for t in results)
+@library.register_vmap(_TANGENT, lib=_operators)
+def _tangent_vmap(info: Any, in_dims: tuple, *arguments):
+    operator, count = torch.ops.fastattn.attention_tangent, 5 + _MOVED + _COUNT
+    biases = 5 + Tangents._fields.index("bias"), 5 + _MOVED + _BIAS
+    if shares_batch(in_dims, arguments, 0, biases):
+        return one_by_one(operator, info.batch_size, in_dims, arguments)
+    tensors = fold(info.batch_size, in_dims[:count], arguments[:count])
+    return unfold(info.batch_size, operator(*tensors, *arguments[count:])), (0, 0)
 
 
 def _mlp_forward(x, w_in, b_in, w_up, b_up, w_out, b_out, activation, save, backend) -> tuple[Tensor, Tensor]:
@@ -325,7 +418,7 @@ class MLP(torch.autograd.Function):
             _, saved = torch.ops.fastattn.mlp_forward(*tensors, None, activation, True, backend)
         x, w_in, b_in, w_up, b_up, w_out, b_out = ctx.needs_input_grad[:7]
         wanted = (x, w_in or w_up, b_in or b_up, w_out, b_out)
-        dx, dw, db, dw_out, db_out = MLPBackward.apply(dy, *tensors, saved, wanted, *ctx.options)
+        dx, dw, db, dw_out, db_out = mlp_backward(dy, *tensors, saved, wanted, *ctx.options)
         rows = tensors[1].shape[0]
         gradients = (dx, dw[:rows], db[:rows], dw[rows:], db[rows:], dw_out, db_out)
         needed = ctx.needs_input_grad[:7]
@@ -359,10 +452,7 @@ class MLPBackward(torch.autograd.Function):
 
         def gradients(*given):
             filled = dict(zip(present, given, strict=True))
-            dy, x, *weights = (filled.get(i) for i in range(len(tensors)))
-            spec = MLPSpec(ctx.activation, gated=weights[2] is not None)
-            every = reference.mlp_backward(dy, x, MLPWeights(*weights), spec)
-            return [g for g, want in zip(every, ctx.wanted, strict=True) if want]
+            return _mlp_gradients(ctx, [filled.get(i) for i in range(len(tensors))])
 
         pulled = [g for g, want in zip(second, ctx.wanted, strict=True) if want]
         derivatives = torch.func.vjp(gradients, *(tensors[i] for i in present))[1](pulled)
@@ -370,36 +460,79 @@ class MLPBackward(torch.autograd.Function):
         return *(filled.get(i) for i in range(len(tensors))), None, None, None, None
 
 
+def _mlp_gradients(ctx, tensors: Sequence) -> list[Tensor]:
+    """The gradients wanted, by the reference formula."""
+    dy, x, *weights = tensors
+    spec = MLPSpec(ctx.activation, gated=weights[2] is not None)
+    every = reference.mlp_backward(dy, x, MLPWeights(*weights), spec)
+    return [g for g, want in zip(every, ctx.wanted, strict=True) if want]
+
+
+class DualMLP(MLP):
+    """MLP, with forward mode, through the reference formula."""
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        MLP.setup_context(ctx, inputs, output)
+        ctx.save_for_forward(*inputs[:7])
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        def y(x, *weights):
+            return [reference.mlp(x, MLPWeights(*weights), MLPSpec(ctx.options[0], weights[2] is not None))]
+
+        (moved,) = derivatives.push_through(y, ctx.saved_tensors, tangents[:7])
+        return moved, None
+
+
+class DualMLPBackward(MLPBackward):
+    """MLPBackward, with forward mode."""
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        MLPBackward.setup_context(ctx, inputs, output)
+        ctx.save_for_forward(*inputs[:7])
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        def gradients(*given):
+            return _mlp_gradients(ctx, given)
+
+        inputs = ctx.saved_tensors
+        moved = iter(derivatives.push_through(gradients, inputs, tangents[:7]))
+        return tuple(next(moved) if want else inputs[0].new_empty(0) for want in ctx.wanted)
+
+
+def mlp(*arguments) -> tuple[Tensor, Tensor]:
+    """MLP's arguments to y and what was saved, differentiable."""
+    return (MLP if torch.compiler.is_compiling() else DualMLP).apply(*arguments)
+
+
+def mlp_backward(*arguments) -> tuple[Tensor, ...]:
+    """MLPBackward's arguments to the gradients, differentiable."""
+    return (MLPBackward if torch.compiler.is_compiling() else DualMLPBackward).apply(*arguments)
+
+
 @library.register_vmap(_MLP_FORWARD, lib=_operators)
 def _mlp_forward_vmap(info: Any, in_dims: tuple, x, *rest):
     if any(isinstance(dim, int) for dim in in_dims[1:]):
-        return _one_by_one(torch.ops.fastattn.mlp_forward, info.batch_size, in_dims, (x, *rest))
+        return one_by_one(torch.ops.fastattn.mlp_forward, info.batch_size, in_dims, (x, *rest))
     # One set of weights: the mapped dimension is more tokens.
     x = x.movedim(in_dims[0], 0).flatten(0, 1)
     y, saved = torch.ops.fastattn.mlp_forward(x, *rest)
-    saved = _unfold(info.batch_size, (saved,))[0] if saved.dim() == 2 else saved.expand(info.batch_size, 0)
-    return (*_unfold(info.batch_size, (y,)), saved), (0, 0)
+    saved = unfold(info.batch_size, (saved,))[0] if saved.dim() == 2 else saved.expand(info.batch_size, 0)
+    return (*unfold(info.batch_size, (y,)), saved), (0, 0)
 
 
 @library.register_vmap(_MLP_BACKWARD, lib=_operators)
 def _mlp_backward_vmap(info: Any, in_dims: tuple, *arguments):
-    return _one_by_one(torch.ops.fastattn.mlp_backward, info.batch_size, in_dims, arguments)
-
-
-def _one_by_one(operator: Any, size: int, in_dims: tuple, arguments: tuple):
-    """One call for each index of the mapped dimension: samples have weights, or weight gradients, of their own."""
-    results = []
-    for i in range(size):
-        chosen = (
-            a.select(dim, i) if isinstance(dim, int) else a for dim, a in zip(in_dims, arguments, strict=True)
-        )
-        results.append(operator(*chosen))
-    return tuple(torch.stack(column) for column in zip(*results, strict=True)), (0,) * len(results[0])
+    return one_by_one(torch.ops.fastattn.mlp_backward, info.batch_size, in_dims, arguments)
 
 
 for _name, _function in (
     (_FORWARD, Attention),
     (_BACKWARD, AttentionBackward),
+    (_TANGENT, AttentionTangent),
     (_MLP_FORWARD, MLP),
     (_MLP_BACKWARD, MLPBackward),
 ):

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastattn.dropout import dropout_mask
+from fastattn.head_spec import HeadsSpec, HeadTensors
 from fastattn.spec import (
     NO_TENSORS,
     AttentionSpec,
@@ -18,6 +19,7 @@ from fastattn.spec import (
     MLPSpec,
     MLPWeights,
     ScoreTensors,
+    Tangents,
     Wanted,
     lse_dtype,
 )
@@ -105,6 +107,42 @@ def attention_backward(
     return Gradients(dq, dk, dv, dbias, drelative, dsinks)
 
 
+def attention_tangent(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    tangents: Tangents,
+    spec: AttentionSpec,
+    tensors: ScoreTensors = NO_TENSORS,
+) -> tuple[Tensor, Tensor]:
+    """The tangents of what `attention` returned, from those of what it was given; written out, as the backward."""
+    safe_lse = lse[..., None].masked_fill((lse == float("-inf"))[..., None], float("inf"))
+    weights = torch.exp(_scores(q, k, spec, tensors) - safe_lse).to(q.dtype)
+    dscores = torch.zeros_like(weights)
+    if tangents.q is not None:
+        dscores = dscores + tangents.q @ _every_head(k, q).transpose(2, 3) * spec.scale
+    if tangents.k is not None:
+        dscores = dscores + q @ _every_head(tangents.k, q).transpose(2, 3) * spec.scale
+    if spec.softcap:
+        products = q @ _every_head(k, q).transpose(2, 3) * spec.scale
+        dscores = dscores * (1.0 - torch.tanh(products / spec.softcap).square())
+    if tangents.bias is not None:
+        dscores = dscores + tangents.bias.to(dscores.dtype)
+    if tangents.relative_bias is not None:
+        dscores = dscores + _by_distance(tangents.relative_bias, q.shape[2], k.shape[2]).to(dscores.dtype)
+    dweights = weights * dscores
+    dlse = dweights.sum(-1, dtype=lse.dtype)
+    if tangents.sinks is not None and tensors.sinks is not None:
+        sink_weights = torch.exp(tensors.sinks[:, :, None] - safe_lse[..., 0])
+        dlse = dlse + (sink_weights * tangents.sinks[:, :, None]).to(lse.dtype)
+    dout = _dropped(dweights, spec, tensors) @ _every_head(v, q) - dlse[..., None].to(out.dtype) * out
+    if tangents.v is not None:
+        dout = dout + _dropped(weights, spec, tensors) @ _every_head(tangents.v, q)
+    return dout, dlse
+
+
 def _dropped(weights: Tensor, spec: AttentionSpec, tensors: ScoreTensors) -> Tensor:
     """What is kept of the weights (B, Hq, Lq, Lk), and their gradients, under dropout."""
     if tensors.dropout_state is None:
@@ -123,16 +161,22 @@ def _scores(q: Tensor, k: Tensor, spec: AttentionSpec, tensors: ScoreTensors) ->
         distance = _distance(queries, keys, q.device).abs()
         scores = scores - (tensors.alibi_slopes[:, :, None, None] * distance).to(scores.dtype)
     if tensors.relative_bias is not None:
-        radius = tensors.relative_bias.shape[2] // 2
-        index = relative_index(_distance(queries, keys, q.device), radius)
-        scores = scores + tensors.relative_bias[:, :, index].to(scores.dtype)
+        scores = scores + _by_distance(tensors.relative_bias, queries, keys).to(scores.dtype)
     seen = visible(queries, keys, spec, q.device, tensors.key_lengths)
     if tensors.bias is not None:
         if tensors.bias.dtype == torch.bool:
             seen = seen & tensors.bias
         else:
+            # Filled in below, so that no gradient comes of an infinity.
+            seen = seen & (tensors.bias > float("-inf"))
             scores = scores + tensors.bias.to(scores.dtype)
     return scores.masked_fill(~seen, float("-inf"))
+
+
+def _by_distance(relative_bias: Tensor, queries: int, keys: int) -> Tensor:
+    """(B, Hq, Lq, Lk): the value for each distance."""
+    distance = _distance(queries, keys, relative_bias.device)
+    return relative_bias[:, :, relative_index(distance, relative_bias.shape[2] // 2)]
 
 
 def relative_index(distance: Tensor, radius: int) -> Tensor:
@@ -217,3 +261,105 @@ def mlp_backward(
     if "w_up" in of:
         dw, db = torch.cat((dw, of["w_up"])), torch.cat((db, of["b_up"]))
     return dx, dw, db, of["w_out"], dy.sum(0)
+
+
+def prepare_heads(x: Tensor, spec: HeadsSpec, tensors: HeadTensors) -> Tensor:
+    """head_scale * rotate(norm(x) * norm_weight), in fp32 at least, rounded once; x (B, H, L, D)."""
+    y, _ = _normalised(x, spec)
+    if tensors.norm_weight is not None:
+        y = y * tensors.norm_weight[:, :, None]
+    y = _turned(y, spec, tensors)
+    if tensors.head_scale is not None:
+        y = y * tensors.head_scale[:, :, None, None]
+    return y.to(x.dtype)
+
+
+def prepare_heads_backward(
+    dy: Tensor, x: Tensor, spec: HeadsSpec, tensors: HeadTensors
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The gradients of `prepare_heads`, written out, so that they can be differentiated again: dx, dnorm_weight
+    (B, H, D) and dhead_scale (B, H), None for what is not there."""
+    normalised, inverse_size = _normalised(x, spec)
+    gradient = _turned(dy.to(normalised.dtype), spec, tensors, back=True)
+    weight, scale = tensors.norm_weight, tensors.head_scale
+    dweight = dscale = None
+    if weight is not None or scale is not None:
+        total = (gradient * normalised).sum(2)
+        if weight is not None:
+            dweight = total if scale is None else total * scale[..., None]
+        if scale is not None:
+            dscale = (total if weight is None else total * weight).sum(-1)
+    if weight is not None:
+        gradient = gradient * weight[:, :, None]
+    if scale is not None:
+        gradient = gradient * scale[:, :, None, None]
+    if spec.norm:
+        gradient = inverse_size * (gradient - normalised * (gradient * normalised).mean(-1, keepdim=True))
+    return gradient.to(x.dtype), dweight, dscale
+
+
+def prepare_heads_tangent(
+    x: Tensor,
+    dx: Tensor | None,
+    dweight: Tensor | None,
+    dscale: Tensor | None,
+    spec: HeadsSpec,
+    tensors: HeadTensors,
+) -> Tensor:
+    """How `prepare_heads` moves when x, norm_weight and head_scale move by dx, dweight and dscale; None for 0."""
+    normalised, inverse_size = _normalised(x, spec)
+    weight, scale = tensors.norm_weight, tensors.head_scale
+    move = torch.zeros_like(normalised)
+    if dx is not None:
+        move = dx.to(normalised.dtype)
+        if spec.norm:
+            move = inverse_size * (move - normalised * (move * normalised).mean(-1, keepdim=True))
+    weighted = normalised
+    if weight is not None:
+        weighted, move = normalised * weight[:, :, None], move * weight[:, :, None]
+        if dweight is not None:
+            move = move + normalised * dweight[:, :, None]
+    if scale is not None:
+        move = move * scale[:, :, None, None]
+        if dscale is not None:
+            move = move + weighted * dscale[:, :, None, None]
+    return _turned(move, spec, tensors).to(x.dtype)
+
+
+def _normalised(x: Tensor, spec: HeadsSpec) -> tuple[Tensor, Tensor]:
+    """x in fp32 at least, if asked for over its root mean square, and the inverse of that (B, H, L, 1), or 1."""
+    x = x.to(lse_dtype(x.dtype))
+    if not spec.norm:
+        return x, x.new_ones(())
+    inverse_size = torch.rsqrt(x.square().mean(-1, keepdim=True) + spec.eps)
+    return x * inverse_size, inverse_size
+
+
+def _turned(t: Tensor, spec: HeadsSpec, tensors: HeadTensors, back: bool = False) -> Tensor:
+    """Pairs of components (a, b) become (a cos - b sin, b cos + a sin); `back` is the transpose of that."""
+    if tensors.cos is None or tensors.sin is None:
+        return t
+    # (B, L, H, D), as results lie in memory.
+    t = t.transpose(1, 2)
+    cos, sin = (
+        _rows_of_table(table, tensors.offsets, t.shape[1]).to(t.dtype)[:, :, None]
+        for table in (tensors.cos, tensors.sin)
+    )
+    sign = -1 if back else 1
+    pairs, rest = t[..., : spec.turned], t[..., spec.turned :]
+    a, b = pairs.unflatten(-1, (-1, 2)).unbind(-1) if spec.interleaved else pairs.chunk(2, -1)
+    turned = [torch.addcmul(a * cos, b, sin, value=-sign), torch.addcmul(b * cos, a, sin, value=sign)]
+    if spec.interleaved:
+        turned = [torch.stack(turned, -1).flatten(-2)]
+    return torch.cat([*turned, rest], -1).transpose(1, 2)
+
+
+def _rows_of_table(table: Tensor, offsets: Tensor | None, length: int) -> Tensor:
+    """(B, length, pairs) of a table (B, positions, pairs): from each offset on. Before the table its first row
+    stands, beyond it NaN."""
+    if offsets is None:
+        return table[:, :length]
+    positions = offsets[:, None] + torch.arange(length, device=table.device)
+    last = table.shape[1] - 1
+    rows = torch.take_along_dim(table, positions.clamp(0, max(last, 0)).long()[..., None], 1)
+    return rows.masked_fill((positions > last)[..., None], float("nan"))

@@ -89,6 +89,17 @@ class Gradients(NamedTuple):
     sinks: Tensor | None = None
 
 
+class Tangents(NamedTuple):
+    """Of what goes into attention, shaped like it; None for zero."""
+
+    q: Tensor | None = None
+    k: Tensor | None = None
+    v: Tensor | None = None
+    bias: Tensor | None = None
+    relative_bias: Tensor | None = None
+    sinks: Tensor | None = None
+
+
 class Wanted(NamedTuple):
     """Which of the gradients that cost a pass of their own are asked for."""
 
@@ -234,29 +245,26 @@ def score_tensors(
 
 
 def check_bias(bias: Tensor, q: Tensor, k: Tensor) -> Tensor:
-    """A bias that broadcasts to (B, Hq, Lq, Lk), with all four dimensions; expanded ones are taken back."""
+    """A bias that broadcasts to (B, Hq, Lq, Lk), with all four dimensions."""
     check_beside("bias", bias, q, None)
     if bias.dtype != torch.bool:
         check_floating("bias", bias)
     full = (*q.shape[:3], k.shape[2])
     if bias.dim() > 4 or any(b not in (1, f) for b, f in zip(bias.shape[::-1], full[::-1], strict=False)):
         raise ValueError(f"bias must broadcast to (batch, heads, Lq, Lk) = {full}, got {_shape(bias)}")
-    bias = bias[(None,) * (4 - bias.dim())]
-    for dimension, stride in enumerate(bias.stride()):
-        # The gradient is summed over what is expanded; said here, its pass need not store the whole of it.
-        if stride == 0 and bias.shape[dimension] > 1:
-            bias = bias.narrow(dimension, 0, 1)
-    return bias
+    return bias[(None,) * (4 - bias.dim())]
 
 
-def check_beside(name: str, t: Tensor, q: Tensor, shapes: tuple[tuple[int, ...], ...] | None) -> None:
-    """A tensor of one of these shapes, or of any, on q's device."""
+def check_beside(
+    name: str, t: Tensor, q: Tensor, shapes: tuple[tuple[int, ...], ...] | None, of: str = "q"
+) -> None:
+    """A tensor of one of these shapes, or of any, on the device of q, which the caller knows as `of`."""
     if not isinstance(t, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
     if shapes is not None and tuple(t.shape) not in shapes:
         raise ValueError(f"{name} must have shape {' or '.join(map(str, shapes))}, got {_shape(t)}")
     if t.device != q.device:
-        raise ValueError(f"{name} must be on q's device {q.device}, got {t.device}")
+        raise ValueError(f"{name} must be on {of}'s device {q.device}, got {t.device}")
 
 
 def positive_scale(q: Tensor, spec: AttentionSpec) -> tuple[Tensor, AttentionSpec]:

@@ -1,8 +1,8 @@
 """Every model that calls F.scaled_dot_product_attention on ours, by one call: `fastattn.sdpa.activate()`.
 
-It goes through PyTorch's own registry of flash attention implementations, where ours has the name "fastattn". Until
-it is activated, nothing is touched; then the operators are ours to which PyTorch's selector routes its flash calls:
-on a GPU those in half precision without a mask, on a CPU those without dropout, masked or not.
+It goes through PyTorch's own registry of flash attention implementations, where ours has the name "fastattn".
+While it is active, those operators are ours to which PyTorch's selector routes its flash calls: on a GPU the ones
+in half precision without a mask, on a CPU the ones without dropout, masked or not.
 """
 
 from __future__ import annotations
@@ -17,19 +17,17 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.library import Library, get_kernel
-from torch.nn.attention import (
-    activate_flash_attention_impl,
-    current_flash_attention_impl,
-    register_flash_attention_impl,
-    restore_flash_attention_impl,
-)
+from torch.library import Library
+from torch.nn import attention as registry
 
+from fastattn import backends
 from fastattn.dropout import dropout_state
 from fastattn.spec import FLOATING, MAX_HEAD_DIM, attention_spec, positive_scale, score_tensors
 from fastattn.torch_sdpa import BOTTOM_RIGHT, TOP_LEFT, align, attend, widened
 
 NAME = "fastattn"
+# The registry came into PyTorch in pieces.
+_RESTORES = hasattr(registry, "restore_flash_attention_impl")
 
 
 class Takeover:
@@ -43,32 +41,43 @@ class Takeover:
         ...     out = model(x)  # every F.scaled_dot_product_attention that PyTorch gives to flash attention
     """
 
+    def __init__(self) -> None:
+        self._backend: str | None = None
+
     @property
     def active(self) -> bool:
         """Whether PyTorch's flash attention is ours at present."""
-        return current_flash_attention_impl() == NAME
+        return _RESTORES and registry.current_flash_attention_impl() == NAME
 
     def activate(self, backend: str | None = None) -> None:
         """Put ours in the place of whatever flash attention PyTorch uses; `backend` as `fastattn.attention`'s."""
-        register_flash_attention_impl(NAME, register_fn=partial(_Operators, backend))
-        activate_flash_attention_impl(NAME)
+        if not _RESTORES:
+            raise RuntimeError(f"fastattn.sdpa needs a PyTorch that can restore its own, got {torch.__version__}")
+        if backend is not None and backend not in backends.NAMES:
+            raise ValueError(f"backend must be one of {', '.join(backends.NAMES)} or None, got {backend!r}")
+        self._backend = backend
+        registry.register_flash_attention_impl(NAME, register_fn=partial(_Operators, backend))
+        registry.activate_flash_attention_impl(NAME)
 
     def deactivate(self) -> None:
         """Restore PyTorch's own flash attention, if ours is active."""
         if self.active:
-            restore_flash_attention_impl()
+            registry.restore_flash_attention_impl()
 
     @contextmanager
     def __call__(self, backend: str | None = None) -> Iterator[None]:
         """Activate within a block; after it, what was active before is active again."""
-        before = current_flash_attention_impl()
+        was_ours, backend_before = self.active, self._backend
+        before = registry.current_flash_attention_impl() if _RESTORES else None
         self.activate(backend)
         try:
             yield
         finally:
             self.deactivate()
-            if before is not None:
-                activate_flash_attention_impl(before)
+            if was_ours:
+                self.activate(backend_before)
+            elif before is not None:
+                registry.activate_flash_attention_impl(before)
 
     def __repr__(self) -> str:
         return f"<fastattn.sdpa, {'active' if self.active else 'not active'}>"
@@ -80,7 +89,6 @@ class _Operators:
     def __init__(self, backend: str | None = None) -> None:
         self.backend = backend
         self.here = threading.local()
-        self.originals: dict[str, Any] = {}
         self.library = Library("aten", "IMPL")
         name = "_scaled_dot_product_flash_attention"
         self._replace(f"{name}_for_cpu", "CPU", self.forward_on_cpu)
@@ -93,7 +101,7 @@ class _Operators:
         self.library._destroy()
 
     def _replace(self, name: str, key: str, ours: Any) -> None:
-        original = get_kernel(f"aten::{name}", key)
+        original = torch.library.get_kernel(f"aten::{name}", key)
 
         def choose(keyset: Any, *arguments: Any, **options: Any) -> Any:
             # The portable backend calls these operators itself, for what PyTorch's flash attention computes well.
@@ -206,6 +214,8 @@ class _Operators:
         state: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         """dq, dk and dv; masks that come this way want no gradient."""
+        if dropout_p == 1:
+            return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
         scale = q.shape[3] ** -0.5 if scale is None else scale
         seen_k, seen_v, bias, aligned = align(q, k, v, bias, causal)
         wide_q, wide_k, wide_v = (widened(t) for t in (q, seen_k, seen_v))

@@ -68,6 +68,7 @@ def scaled_dot_product_attention(
         )
         warn_once(f"scaled_dot_product_attention: {obstacle}; PyTorch's own function computes it")
         return out
+    scale = None if scale is None else float(scale)
     leading, q, k, v, bias = _four_dimensions(query, key, value, mask, enable_gqa)
     out, _ = attend(q, k, v, bias=bias, causal=causal, dropout_p=dropout_p, scale=scale, backend=backend)
     return out.reshape(*leading, *out.shape[2:])
@@ -142,7 +143,7 @@ def _obstacle(
         return "the inputs do not fit together"
     for width in (query.shape[-1], value.shape[-1]):
         if not 0 < width <= MAX_HEAD_DIM:
-            return f"the head width is {width}, above {MAX_HEAD_DIM}"
+            return f"the head width is {width}, not 1 to {MAX_HEAD_DIM}"
     if not 0 <= dropout_p <= 1:
         return f"dropout_p is {dropout_p}"
     scores = _shape_of_scores(query, key, value, enable_gqa)

@@ -10,33 +10,37 @@ With dS = P * (dP - delta) and dP = dout v^T: dq = scale dS k, dk = scale dS^T q
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
 from . import launch
-from .attention_forward import empty_heads, is_shaped, key_ranges, widths
+from .attention_bias import bias_gradient, relative_bias_gradient
+from .attention_forward import empty_heads, key_ranges, kind_of, products, widths
 from .tiles import (
     LARGEST_TILE,
     LOG2_E,
-    Scores,
     bend,
+    dropout_of,
     head_of,
     heavy_first,
+    kept,
     key_bounds,
     key_count_of,
     load_row_values,
     load_tile,
     score_factor,
+    score_gradient,
+    scores_of,
     shape_of,
     shape_scores,
-    slope_of,
     store_tile,
-    tensor2,
     tensor3,
     tensor4,
+    terms_of,
     window_of,
-    within,
 )
 
 
@@ -128,17 +132,19 @@ def dkdv_step(
     dout,
     padded_rows,
     start,
-    keys,
+    key_start,
     shape,
     window,
     scores,
-    slope,
+    dropout,
+    terms,
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     WIDTH: tl.constexpr,
     VALUE_WIDTH: tl.constexpr,
     MASKED: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Add what one head's queries from `start` on give to (dk, dv); scores stand transposed, keys down, so that
@@ -151,9 +157,9 @@ def dkdv_step(
     # Both products first: the second one runs while the weights are made from the first.
     products = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)
     dweights = tl.dot(v_tile, tl.trans(dout_tile), input_precision=PRECISION)
-    diagonal = queries + (shape.keys - shape.queries)
+    keys = key_start + tl.arange(0, BLOCK_N)
     bent = bend(products, scores)
-    values = shape_scores(bent, scores, slope, keys[:, None], diagonal[None, :])
+    values = shape_scores(bent, scores, terms, queries[None, :], keys[:, None], shape)
     lse = tl.load(row_values + queries)
     weights = tl.exp2(values * score_factor(scores) - lse[None, :])
     if MASKED:
@@ -165,10 +171,15 @@ def dkdv_step(
         if window.left is not None:
             weights = tl.where(columns <= offset + window.left, weights, 0.0)
     delta = tl.load(row_values + padded_rows + queries)
+    kept_weights = weights
+    if dropout is not None:
+        keep = kept(dropout, terms, queries, key_start, BLOCK_N, True)
+        kept_weights = tl.where(keep, weights, 0.0)
+        dweights = tl.where(keep, dweights * tl.cast(dropout.growth, tl.float32), 0.0)
     dscores = weights * (dweights - delta[None, :])
     if scores.softcap is not None:
         dscores *= 1.0 - bent * bent
-    dv = tl.dot(weights.to(dout_tile.dtype), dout_tile, dv, input_precision=PRECISION)
+    dv = tl.dot(kept_weights.to(dout_tile.dtype), dout_tile, dv, input_precision=PRECISION)
     dk = tl.dot(dscores.to(q_tile.dtype), q_tile, dk, input_precision=PRECISION)
     return dk, dv
 
@@ -186,6 +197,7 @@ def attention_dkdv_kernel(
     padded_rows,
     window,
     scores,
+    dropout,
     heads_per_section,
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
@@ -221,22 +233,24 @@ def attention_dkdv_kernel(
     for _ in tl.range(0, shape.group * masked):
         tile = place[0] + tl.where(place[0] < diagonal, first, whole - diagonal)
         state = dkdv_step(
-            state, k_tile, v_tile, place, q, dout, padded_rows, tile * BLOCK_M, keys, shape, window, scores,
-            slope_of(scores, batch, head + place[1]),
-            HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, True, BLOCK_M, PRECISION,
+            state, k_tile, v_tile, place, q, dout, padded_rows, tile * BLOCK_M, start, shape, window, scores,
+            dropout, terms_of(scores, dropout, batch, head + place[1]),
+            HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, True, BLOCK_M, BLOCK_N, PRECISION,
         )  # fmt: skip
         place = next_tile(place, masked, q, dout, padded_rows)
     place = beginning
     for _ in tl.range(0, shape.group * (whole - full)):
         tile = full + place[0]
         state = dkdv_step(
-            state, k_tile, v_tile, place, q, dout, padded_rows, tile * BLOCK_M, keys, shape, window, scores,
-            slope_of(scores, batch, head + place[1]),
-            HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, False, BLOCK_M, PRECISION,
+            state, k_tile, v_tile, place, q, dout, padded_rows, tile * BLOCK_M, start, shape, window, scores,
+            dropout, terms_of(scores, dropout, batch, head + place[1]),
+            HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, False, BLOCK_M, BLOCK_N, PRECISION,
         )  # fmt: skip
         place = next_tile(place, whole - full, q, dout, padded_rows)
     dk_tile, dv_tile = state
     dk_tile *= tl.cast(scores.scale, tl.float32)
+    if dropout is not None:
+        dv_tile *= tl.cast(dropout.growth, tl.float32)
     if window.key_lengths is not None:
         exists = (keys < key_count)[:, None]
         dk_tile = tl.where(exists, dk_tile, 0.0)
@@ -257,12 +271,13 @@ def dq_step(
     k,
     v,
     start,
-    diagonal,
+    queries,
     bounds,
     shape,
     window,
     scores,
-    slope,
+    dropout,
+    terms,
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -275,16 +290,10 @@ def dq_step(
     """Add what the keys from `start` on give to dq."""
     k_tile = load_tile(k_pointer, k, start, shape.keys, HEAD_DIM, BLOCK_N, WIDTH, MASKED)
     v_tile = load_tile(v_pointer, v, start, shape.keys, VALUE_DIM, BLOCK_N, VALUE_WIDTH, MASKED)
-    # Both products first: the second one runs while the weights are made from the first.
-    products = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
-    dweights = tl.dot(dout_tile, tl.trans(v_tile), input_precision=PRECISION)
-    keys = start + tl.arange(0, BLOCK_N)[None, :]
-    bent = bend(products, scores)
-    values = shape_scores(bent, scores, slope, keys, diagonal[:, None])
-    weights = tl.exp2(values * score_factor(scores) - lse[:, None])
-    if MASKED:
-        weights = tl.where(within(start, bounds, window, BLOCK_N, MASKED_FIRST), weights, 0.0)
-    dscores = weights * (dweights - delta[:, None])
+    dscores, bent = score_gradient(
+        q_tile, dout_tile, lse, delta, k_tile, v_tile, start, queries, bounds, shape, window, scores, dropout,
+        terms, MASKED, MASKED_FIRST, BLOCK_N, PRECISION,
+    )  # fmt: skip
     if scores.softcap is not None:
         dscores *= 1.0 - bent * bent
     return tl.dot(dscores.to(k_tile.dtype), k_tile, dq, input_precision=PRECISION)
@@ -302,6 +311,7 @@ def attention_dq_kernel(
     padded_rows,
     window,
     scores,
+    dropout,
     heads_per_section,
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
@@ -328,9 +338,8 @@ def attention_dq_kernel(
     k_pointer = head_of(k, batch, head // shape.group)
     v_pointer = head_of(v, batch, head // shape.group)
 
-    slope = slope_of(scores, batch, head)
+    terms = terms_of(scores, dropout, batch, head)
     key_count = key_count_of(batch, shape, window)
-    diagonal = queries + (shape.keys - shape.queries)
     bounds = key_bounds(queries, key_count, shape, window)
 
     dq_tile = tl.zeros([BLOCK_M, WIDTH], tl.float32)
@@ -338,8 +347,8 @@ def attention_dq_kernel(
     if window.left is not None:
         for key_start in tl.range(begin, tl.minimum(full_begin, end), BLOCK_N):
             dq_tile = dq_step(
-                dq_tile, q_tile, dout_tile, lse, delta, k_pointer, v_pointer, k, v, key_start, diagonal, bounds,
-                shape, window, scores, slope, HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, True, MASKED_FIRST,
+                dq_tile, q_tile, dout_tile, lse, delta, k_pointer, v_pointer, k, v, key_start, queries, bounds,
+                shape, window, scores, dropout, terms, HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, True, MASKED_FIRST,
                 BLOCK_N, PRECISION,
             )  # fmt: skip
     for part in tl.static_range(2):
@@ -349,12 +358,23 @@ def attention_dq_kernel(
             BLOCK_N,
         ):
             dq_tile = dq_step(
-                dq_tile, q_tile, dout_tile, lse, delta, k_pointer, v_pointer, k, v, key_start, diagonal, bounds,
-                shape, window, scores, slope, HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, (part == 0) == MASKED_FIRST,
-                MASKED_FIRST, BLOCK_N, PRECISION,
+                dq_tile, q_tile, dout_tile, lse, delta, k_pointer, v_pointer, k, v, key_start, queries, bounds,
+                shape, window, scores, dropout, terms, HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH,
+                (part == 0) == MASKED_FIRST, MASKED_FIRST, BLOCK_N, PRECISION,
             )  # fmt: skip
     dq_tile *= tl.cast(scores.scale, tl.float32)
     store_tile(head_of(dq, batch, head), dq, start, shape.queries, HEAD_DIM, dq_tile, BLOCK_M, WIDTH)
+
+
+class Gradients(NamedTuple):
+    """Of q, k and v in their shapes and dtype; of what was given and wanted of bias, relative bias and sinks."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    bias: torch.Tensor | None
+    relative_bias: torch.Tensor | None
+    sinks: torch.Tensor | None
 
 
 def attention_backward(
@@ -371,14 +391,20 @@ def attention_backward(
     left: int | None = None,
     right: int | None = None,
     softcap: float | None = None,
+    dropout: float = 0.0,
+    precision: str = "ieee",
     key_lengths: torch.Tensor | None = None,
     alibi_slopes: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    relative_bias: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Gradients of attention_forward's (out, lse) with respect to q, k, v and the sinks.
+    dropout_state: torch.Tensor | None = None,
+    want_bias: bool = False,
+    want_relative_bias: bool = False,
+) -> Gradients:
+    """Gradients of attention_forward's (out, lse) with respect to q, k, v, the biases if wanted, and the sinks.
 
-    Arguments as there; dout like out, dlse like lse or None; any strides, zero included. Returns dq, dk, dv in
-    the inputs' shapes and dtype, and dsinks (B, Hq) fp32, None without sinks.
+    Arguments as there; dout like out, dlse like lse or None; any strides, zero included.
     """
     batch, heads, queries, head_dim = q.shape
     key_heads, keys, value_dim = v.shape[1], v.shape[2], v.shape[3]
@@ -386,19 +412,28 @@ def attention_backward(
     dk = empty_heads(batch, key_heads, keys, head_dim, k)
     dv = empty_heads(batch, key_heads, keys, value_dim, v)
     shape = shape_of(q, k)
-    window = window_of(left, right, causal, key_lengths)
-    scores = Scores(scale, softcap, tensor2(alibi_slopes), None)
     padded_rows = triton.cdiv(queries, LARGEST_TILE) * LARGEST_TILE
     row_values = torch.empty((batch, heads, 2, padded_rows), dtype=torch.float32, device=q.device)
     width = widths(q, v)
+    widest = max(width["WIDTH"], width["VALUE_WIDTH"])
+    precision = products(precision, q.element_size(), widest)
     q_, k_, v_, dout_ = tensor4(q), tensor4(k), tensor4(v), tensor4(dout)
+    beside = (
+        row_values,
+        shape,
+        padded_rows,
+        window_of(left, right, causal, key_lengths),
+        scores_of(scale, softcap, alibi_slopes, bias, relative_bias, None),
+        dropout_of(dropout_state, dropout),
+    )
+    dbias = drelative = None
     with launch.on_device(q):
         family = launch.family(attention_dq_kernel, q.device)
         ask = (
             family,
             q.element_size(),
-            max(width["WIDTH"], width["VALUE_WIDTH"]),
-            is_shaped(left, softcap, alibi_slopes),
+            widest,
+            kind_of(precision, (bias, relative_bias, dropout_state), (left, softcap, alibi_slopes)),
         )
         if row_values.numel():
             attention_delta_kernel[(padded_rows // 64, batch * heads)](
@@ -415,21 +450,30 @@ def attention_backward(
                 num_warps=8,
                 **launch.COMPILER_OPTIONS,
             )
-        common = {**width, "PRECISION": "ieee"}
+        common = {**width, "PRECISION": precision}
         if dv.numel():
             tiling = launch.look_up(launch.ATTENTION_DKDV, *ask)
             attention_dkdv_kernel[(triton.cdiv(keys, tiling.block_n) * batch * key_heads,)](
-                q_, k_, v_, dout_, tensor4(dk), tensor4(dv), row_values, shape, padded_rows, window, scores,
+                q_, k_, v_, dout_, tensor4(dk), tensor4(dv), *beside,
                 launch.heads_per_section(q, dout, batch * key_heads), **common, **tiling.options(),
             )  # fmt: skip
         if dq.numel():
             tiling = launch.look_up(launch.ATTENTION_DQ, *ask)
             attention_dq_kernel[(triton.cdiv(queries, tiling.block_m) * batch * heads,)](
-                q_, k_, v_, dout_, tensor4(dq), row_values, shape, padded_rows, window, scores,
+                q_, k_, v_, dout_, tensor4(dq), *beside,
                 launch.heads_per_section(k, v, batch * heads), **common, **tiling.options(),
                 MASKED_FIRST=family in launch.MASKED_FIRST,
             )  # fmt: skip
-    return dq, dk, dv, None if sinks is None else sink_gradient(sinks, row_values)
+        tiling = launch.look_up(launch.ATTENTION_BIAS, *ask)
+        operands = (q_, k_, v_, dout_)
+        if want_bias and bias is not None:
+            dbias = bias_gradient(bias, q, k, operands, beside, {**common, **tiling.options()})
+        if want_relative_bias and relative_bias is not None:
+            drelative = relative_bias_gradient(
+                relative_bias, q, k, operands, beside, {**common, **tiling.options()}
+            )
+    dsinks = None if sinks is None else sink_gradient(sinks, row_values)
+    return Gradients(dq, dk, dv, dbias, drelative, dsinks)
 
 
 def sink_gradient(sinks: torch.Tensor, row_values: torch.Tensor) -> torch.Tensor:

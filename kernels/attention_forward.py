@@ -15,22 +15,23 @@ from . import launch
 from .tiles import (
     LN_2,
     LOG2_E,
-    Scores,
     bend,
+    dropout_of,
     head_of,
     heavy_first,
+    kept,
     key_bounds,
     key_count_of,
     load_tile,
     online_softmax_update,
     score_factor,
+    scores_of,
     shape_of,
     shape_scores,
-    slope_of,
     store_tile,
-    tensor2,
     tensor3,
     tensor4,
+    terms_of,
     window_of,
     within,
 )
@@ -66,12 +67,13 @@ def forward_step(
     k,
     v,
     start,
-    diagonal,
+    queries,
     bounds,
     shape,
     window,
     scores,
-    slope,
+    dropout,
+    terms,
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -86,12 +88,14 @@ def forward_step(
     k_tile = load_tile(k_pointer, k, start, shape.keys, HEAD_DIM, BLOCK_N, WIDTH, MASKED)
     products = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
     keys = start + tl.arange(0, BLOCK_N)[None, :]
-    values = shape_scores(bend(products, scores), scores, slope, keys, diagonal[:, None])
+    values = shape_scores(bend(products, scores), scores, terms, queries[:, None], keys, shape)
     if MASKED:
         values = tl.where(within(start, bounds, window, BLOCK_N, MASKED_FIRST), values, float("-inf"))
     weights, shrink, row_max, row_sum = online_softmax_update(
-        values, score_factor(scores), row_max, row_sum, MASKED
+        values, score_factor(scores), row_max, row_sum, MASKED or scores.bias is not None
     )
+    if dropout is not None:
+        weights = tl.where(kept(dropout, terms, queries, start, BLOCK_N, False), weights, 0.0)
     v_tile = load_tile(v_pointer, v, start, shape.keys, VALUE_DIM, BLOCK_N, VALUE_WIDTH, MASKED)
     accumulator *= shrink[:, None]
     accumulator = tl.dot(weights.to(v_tile.dtype), v_tile, accumulator, input_precision=PRECISION)
@@ -108,6 +112,7 @@ def attention_forward_kernel(
     shape,
     window,
     scores,
+    dropout,
     heads_per_section,
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
@@ -128,9 +133,8 @@ def attention_forward_kernel(
     k_pointer = head_of(k, batch, head // shape.group)
     v_pointer = head_of(v, batch, head // shape.group)
     q_tile = load_tile(head_of(q, batch, head), q, start, shape.queries, HEAD_DIM, BLOCK_M, WIDTH, True)
-    slope = slope_of(scores, batch, head)
+    terms = terms_of(scores, dropout, batch, head)
     key_count = key_count_of(batch, shape, window)
-    diagonal = queries + (shape.keys - shape.queries)
     bounds = key_bounds(queries, key_count, shape, window)
 
     accumulator = tl.zeros([BLOCK_M, VALUE_WIDTH], tl.float32)
@@ -145,8 +149,8 @@ def attention_forward_kernel(
     if window.left is not None:
         for key_start in tl.range(begin, tl.minimum(full_begin, end), BLOCK_N):
             state = forward_step(
-                state, q_tile, k_pointer, v_pointer, k, v, key_start, diagonal, bounds, shape, window, scores,
-                slope, HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, True, MASKED_FIRST, BLOCK_N, PRECISION,
+                state, q_tile, k_pointer, v_pointer, k, v, key_start, queries, bounds, shape, window, scores,
+                dropout, terms, HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, True, MASKED_FIRST, BLOCK_N, PRECISION,
             )  # fmt: skip
     for part in tl.static_range(2):
         for key_start in tl.range(
@@ -155,9 +159,9 @@ def attention_forward_kernel(
             BLOCK_N,
         ):
             state = forward_step(
-                state, q_tile, k_pointer, v_pointer, k, v, key_start, diagonal, bounds, shape, window, scores,
-                slope, HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, (part == 0) == MASKED_FIRST, MASKED_FIRST, BLOCK_N,
-                PRECISION,
+                state, q_tile, k_pointer, v_pointer, k, v, key_start, queries, bounds, shape, window, scores,
+                dropout, terms, HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, (part == 0) == MASKED_FIRST, MASKED_FIRST,
+                BLOCK_N, PRECISION,
             )  # fmt: skip
     accumulator, row_max, row_sum = state
 
@@ -165,7 +169,10 @@ def attention_forward_kernel(
     empty = row_sum == 0.0
     row_sum = tl.where(empty, 1.0, row_sum)
     row_lse = tl.where(empty, float("-inf"), (row_max + tl.log2(row_sum)) * LN_2)
-    accumulator = accumulator * (1.0 / row_sum)[:, None]
+    growth = 1.0
+    if dropout is not None:
+        growth = tl.cast(dropout.growth, tl.float32)
+    accumulator = accumulator * (growth / row_sum)[:, None]
     store_tile(head_of(out, batch, head), out, start, shape.queries, VALUE_DIM, accumulator, BLOCK_M, VALUE_WIDTH)
     tl.store(head_of(lse, batch, head) + queries.to(tl.int64) * lse.row, row_lse, mask=queries < shape.queries)
 
@@ -176,9 +183,18 @@ def empty_heads(batch: int, heads: int, rows: int, width: int, like: torch.Tenso
     return torch.empty((batch, rows, heads, width), dtype=like.dtype, device=like.device).transpose(1, 2)
 
 
-def is_shaped(left: int | None, softcap: float | None, alibi_slopes: torch.Tensor | None) -> bool:
-    """Whether a launch needs the registers that the tables' "shaped" rows leave."""
-    return not (left is None and softcap is None and alibi_slopes is None)
+def kind_of(precision: str, heavy: tuple[object, ...], shaped: tuple[object, ...]) -> str:
+    """Which of a table's rows a launch needs, see `launch.look_up`; what is None is not asked for."""
+    if precision != "ieee":
+        return precision
+    if any(feature is not None for feature in heavy):
+        return "heavy"
+    return "plain" if all(feature is None for feature in shaped) else "shaped"
+
+
+def products(precision: str, element_size: int, width: int) -> str:
+    """tl.dot's input precision. IEEE where the fragments of tf32x3's three products do not fit in registers."""
+    return "ieee" if element_size < 4 or (precision == "tf32x3" and width > 128) else precision
 
 
 def widths(q: torch.Tensor, v: torch.Tensor) -> dict[str, int]:
@@ -202,16 +218,23 @@ def attention_forward(
     left: int | None = None,
     right: int | None = None,
     softcap: float | None = None,
+    dropout: float = 0.0,
+    precision: str = "ieee",
     key_lengths: torch.Tensor | None = None,
     alibi_slopes: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    relative_bias: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
+    dropout_state: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """softmax(scale q k^T) v and its row-wise log-sum-exp.
 
     q (B, Hq, Lq, D), k (B, Hkv, Lk, D), v (B, Hkv, Lk, Dv), any strides, one dtype of fp16, bf16, fp32;
     scale > 0. `left` and `right` bound the keys before and after the diagonal, causal is right = 0; softcap > 0;
-    key_lengths (B,) int32 in [0, Lk]; alibi_slopes and sinks (B, Hq) fp32. Returns out (B, Hq, Lq, Dv) in the
-    inputs' dtype and lse (B, Hq, Lq) in nats, fp32.
+    key_lengths (B,) int32 in [0, Lk]; alibi_slopes and sinks (B, Hq) fp32; bias (B, Hq, Lq, Lk), any of them 1,
+    float or bool; relative_bias (B, Hq, 2 R + 1) fp32; dropout a multiple of 2**-16 with dropout_state (B, 2)
+    int64; precision of fp32 products as tl.dot has it. Returns out (B, Hq, Lq, Dv) in the inputs' dtype and lse
+    (B, Hq, Lq) in nats, fp32.
     """
     batch, heads, queries, _ = q.shape
     out = empty_heads(batch, heads, queries, v.shape[3], q)
@@ -219,14 +242,16 @@ def attention_forward(
     if lse.numel() == 0:
         return out, lse
     width = widths(q, v)
+    widest = max(width["WIDTH"], width["VALUE_WIDTH"])
+    precision = products(precision, q.element_size(), widest)
     with launch.on_device(q):
         family = launch.family(attention_forward_kernel, q.device)
         tiling = launch.look_up(
             launch.ATTENTION_FORWARD,
             family,
             q.element_size(),
-            max(width["WIDTH"], width["VALUE_WIDTH"]),
-            is_shaped(left, softcap, alibi_slopes),
+            widest,
+            kind_of(precision, (bias, relative_bias, dropout_state), (left, softcap, alibi_slopes)),
         )
         attention_forward_kernel[(triton.cdiv(queries, tiling.block_m) * batch * heads,)](
             tensor4(q),
@@ -236,11 +261,12 @@ def attention_forward(
             tensor3(lse),
             shape_of(q, k),
             window_of(left, right, causal, key_lengths),
-            Scores(scale, softcap, tensor2(alibi_slopes), tensor2(sinks)),
+            scores_of(scale, softcap, alibi_slopes, bias, relative_bias, sinks),
+            dropout_of(dropout_state, dropout),
             launch.heads_per_section(k, v, batch * heads),
             **width,
             MASKED_FIRST=family in launch.MASKED_FIRST,
-            PRECISION="ieee",
+            PRECISION=precision,
             **tiling.options(),
         )
     return out, lse

@@ -86,18 +86,28 @@ def family(kernel: object, device: torch.device) -> str:
     return INTERPRETER if interpreted(kernel) else _family_of_device(device.index)
 
 
-def look_up(
-    table: dict[str, tuple[Row, ...]], family: str, bytes: int, width: int, shaped: bool = False
-) -> Tiling:
+def look_up(table: dict[str, tuple[Row, ...]], family: str, bytes: int, width: int, kind: str = "plain") -> Tiling:
     """The first row of the family's table that is wide enough; families not listed use sm_80's.
 
-    `shaped` scores and windows hold more registers: a family's "shaped" rows, where there are any, come first.
+    Other kinds than "plain" have rows of their own that come first: "shaped" scores hold more registers, "heavy"
+    even more, "tf32" and "tf32x3" products of float32 run on tensor cores, on every family.
     """
     rows = table.get(family) or table["sm_80"]
-    for row in (*table.get(f"{family} shaped", ()), *rows) if shaped else rows:
+    if family != INTERPRETER:
+        rows = (*(row for key in _KINDS[kind] for row in table.get(key.format(family), ())), *rows)
+    for row in rows:
         if bytes <= row.bytes and width <= row.width:
             return row.tiling
     raise ValueError(f"no launch configuration for {bytes}-byte elements of width {width} on {family}")
+
+
+_KINDS = {
+    "plain": (),
+    "shaped": ("{} shaped", "shaped"),
+    "heavy": ("{} heavy", "{} shaped", "shaped"),
+    "tf32": ("tf32",),
+    "tf32x3": ("tf32x3", "tf32"),
+}
 
 
 def on_device(tensor: torch.Tensor):
@@ -126,6 +136,8 @@ _INTERPRETED = {
     "forward": (Row(8, 256, Tiling(32, 16, 4, 1)),),
     "dkdv": (Row(8, 256, Tiling(16, 32, 4, 1)),),
     "dq": (Row(8, 256, Tiling(32, 16, 4, 1)),),
+    "bias": (Row(8, 256, Tiling(16, 16, 4, 1)),),
+    "tangent": (Row(8, 256, Tiling(32, 16, 4, 1)),),
 }
 
 # Where the forward and dq walk the masked keys before the others. On sm_90, if the masked loop came second, ptxas
@@ -149,6 +161,11 @@ _EXACT = {
         Row(4, 64, Tiling(32, 32, 4, 1)),
         Row(4, 128, Tiling(16, 16, 8, 1)),
         Row(4, 256, Tiling(16, 16, 8, 1)),
+    ),
+    "tangent": (
+        Row(4, 64, Tiling(32, 16, 8, 1)),  # 255 registers, 24 KiB, 1
+        Row(4, 128, Tiling(16, 16, 8, 1)),  # 252 registers, 26 KiB, 1
+        Row(4, 256, Tiling(16, 16, 8, 1)),  # 255 registers, 50 KiB, 1; 278 spills, 16 warps: 1034
     ),
 }
 
@@ -314,6 +331,109 @@ ATTENTION_DQ |= {
     "sm_100 shaped": (Row(2, 64, Tiling(64, 128, 8, 2)),),  # 128 x 128: 15 to 154, 128 x 64: 4
 }
 
+# Biases bring a pointer for each score, dropout makes its random numbers in registers: smaller tiles still.
+ATTENTION_FORWARD |= {
+    "sm_80 heavy": (
+        Row(2, 64, Tiling(128, 64, 8, 2)),
+        Row(2, 128, Tiling(64, 32, 4, 2)),  # 64 x 64: 256 bytes of stack
+        Row(2, 256, Tiling(64, 32, 8, 1)),  # 64 x 64: 8
+    ),
+    "sm_90 heavy": (
+        Row(2, 64, Tiling(128, 64, 8, 2)),
+        Row(2, 128, Tiling(128, 32, 8, 2)),  # 64 x 64: 360
+    ),
+    "sm_100 heavy": (
+        Row(2, 64, Tiling(128, 64, 8, 2)),
+        Row(2, 128, Tiling(64, 32, 8, 2)),  # 128 x 64: 856, 128 x 32: 38 spills
+        Row(2, 256, Tiling(128, 16, 8, 2)),  # 128 x 32: 376
+    ),
+}
+ATTENTION_DKDV |= {
+    "sm_80 heavy": (
+        Row(2, 128, Tiling(64, 32, 8, 2)),  # D = 64: 64 x 128 245 to 477, 64 x 64 190 to 368; D = 128: 64 x 64 9
+    ),
+    "sm_90 heavy": (Row(2, 64, Tiling(64, 64, 8, 2)),),  # 64 x 128: 6
+    "sm_100 heavy": (
+        Row(2, 64, Tiling(64, 128, 8, 2)),
+        Row(2, 128, Tiling(64, 64, 8, 2)),  # 64 x 128: 30
+        Row(2, 256, Tiling(32, 32, 8, 1)),  # 64 x 32: 2
+    ),
+}
+ATTENTION_DQ |= {
+    "sm_80 heavy": (
+        Row(2, 128, Tiling(128, 32, 8, 2)),  # D = 64: 128 x 64 6, 64 x 64 8
+        Row(2, 256, Tiling(64, 32, 8, 1)),  # 64 x 64: 6
+    ),
+    "sm_90 heavy": (
+        Row(2, 64, Tiling(128, 64, 8, 2)),
+        Row(2, 128, Tiling(128, 32, 8, 2)),
+        Row(2, 256, Tiling(32, 32, 4, 1)),  # 128 x 32: 8 bytes of stack, 128 x 16: 208
+    ),
+    "sm_100 heavy": (
+        Row(2, 64, Tiling(64, 128, 8, 2)),
+        Row(2, 128, Tiling(128, 64, 8, 2)),
+        Row(2, 256, Tiling(64, 32, 8, 1)),  # 128 x 64: 230 to 271
+    ),
+}
+
+# Gradients of biases: square tiles, two products, and a sum that stays in registers.
+_BIAS_EXACT = (Row(4, 64, Tiling(32, 32, 4, 1)), Row(4, 256, Tiling(16, 16, 4, 1)))
+ATTENTION_BIAS = {
+    INTERPRETER: _INTERPRETED["bias"],
+    "sm_80": (
+        Row(2, 128, Tiling(32, 32, 4, 1)),  # 64 x 64: 8 to 384 bytes of stack
+        Row(2, 256, Tiling(16, 16, 4, 1)),  # 32 x 32: 8 to 360
+        *_BIAS_EXACT,
+    ),
+    "sm_90": (
+        Row(2, 64, Tiling(64, 64, 4, 2)),
+        Row(2, 128, Tiling(64, 64, 8, 1)),
+        Row(2, 256, Tiling(16, 16, 4, 1)),  # 32 x 32: 296
+        *_BIAS_EXACT,
+    ),
+}
+ATTENTION_BIAS["sm_100"] = ATTENTION_BIAS["sm_90"]
+
+# float32 on tensor cores: fragments of 32 bits, and of three products for tf32x3.
+ATTENTION_FORWARD |= {
+    "tf32": (Row(4, 64, Tiling(64, 32, 4, 2)), Row(4, 256, Tiling(32, 16, 4, 1))),
+    "tf32x3": (Row(4, 64, Tiling(32, 32, 4, 1)), Row(4, 128, Tiling(16, 16, 4, 1))),  # 64 x 32, 32 x 16: 6 to 14
+}
+ATTENTION_DKDV["tf32"] = (Row(4, 64, Tiling(32, 32, 4, 1)), Row(4, 256, Tiling(16, 16, 4, 1)))
+ATTENTION_DQ |= {
+    "tf32": (Row(4, 64, Tiling(32, 32, 4, 1)), Row(4, 256, Tiling(16, 16, 4, 1))),
+    "tf32x3": (Row(4, 64, Tiling(32, 16, 4, 1)),),  # 32 x 32: 16
+}
+
+# Forward mode: the forward's walk with five products to its two, and twice the tiles.
+ATTENTION_TANGENT = {
+    INTERPRETER: _INTERPRETED["tangent"],
+    "sm_80": (
+        Row(2, 64, Tiling(128, 64, 8, 2)),  # 233 registers, 64 KiB, 1; 0.38, 0.46
+        Row(2, 128, Tiling(64, 32, 4, 2)),  # 243 registers, 68 KiB, 2; 0.40, 0.45
+        Row(2, 256, Tiling(64, 16, 8, 2)),  # 255 registers, 98 KiB, 1; 0.98, 1.06
+        *_EXACT["tangent"],
+    ),
+    "sm_90": (
+        Row(2, 64, Tiling(128, 64, 8, 2)),  # 237 registers, 96 KiB, 1; 0.71, 0.58
+        Row(2, 128, Tiling(128, 32, 8, 2)),  # 247 registers, 128 KiB, 1; 0.55, 0.48
+        Row(2, 256, Tiling(32, 16, 8, 2)),  # 164 registers, 65 KiB, 1; 2.40, 2.15; 64 x 16: 184 spills
+        *_EXACT["tangent"],
+    ),
+    "sm_100": (
+        Row(2, 64, Tiling(128, 64, 8, 2)),  # 234 registers, 97 KiB, 1; 1.49, 1.84
+        Row(2, 128, Tiling(128, 32, 8, 2)),  # 214 registers, 129 KiB, 1; 1.39, 1.55
+        Row(2, 256, Tiling(64, 32, 8, 1)),  # 225 registers, 80 KiB, 1; 1.48, 1.78
+        *_EXACT["tangent"],
+    ),
+    # With everything at once: window, soft cap, slopes, biases and their tangents, sinks, lengths and dropout.
+    "shaped": (
+        Row(2, 64, Tiling(64, 16, 8, 2)),  # 64 x 32: 4 to 146 spills
+        Row(2, 128, Tiling(32, 16, 8, 2)),  # 64 x 16: 4 to 81
+        Row(2, 256, Tiling(16, 16, 8, 2)),  # 32 x 16: 55 to 140
+    ),
+}
+
 # The MLP. A row's width counts the elements of the hidden layer (tokens x h): below what fills every
 # multiprocessor with the next row's tiles, smaller tiles share the work out better. Beside each row: the most
 # registers any activation takes, gated kernels after the slash where one table serves both; shared memory; and
@@ -451,4 +571,17 @@ MLP_FUSED_UP_TO = {
     "sm_90": {2: 2048},
     "sm_100": {2: 1024},
     "gfx942": {2: 1024},
+}
+
+# Heads on their way to attention: bounded by memory. Rows of a tile by heads that take their turn with its angles;
+# 16 elements a thread in tiles of 4,096. Loads and stores of aligned tensors are 16 bytes. Beside each row:
+# registers forward / backward, the most of sm_80 to sm_120 with norm, weight, rotation and scale. Nothing spills;
+# the same tiles on 4 warps took up to 128 / 188 and spilled 2 on sm_100 at D=256 (Triton 3.7.1). Not yet measured.
+HEADS_ELEMENTWISE = {
+    INTERPRETER: (Row(4, 256, Tiling(16, 2, 4, 1)),),
+    "sm_80": (
+        Row(4, 64, Tiling(64, 4, 8, 1)),  # 64 / 110
+        Row(4, 128, Tiling(32, 4, 8, 1)),  # 64 / 120
+        Row(4, 256, Tiling(16, 4, 8, 1)),  # 64 / 107
+    ),
 }

@@ -8,6 +8,7 @@ from unittest import mock
 
 import torch
 from hardware import DEVICE
+from hypothesis import strategies as st
 from tolerance import assert_as_exact_as_eager
 from torch import Tensor
 
@@ -166,3 +167,28 @@ def sees(problem: Problem, tensors: ScoreTensors) -> Tensor:
     if tensors.bias is not None:
         seen = seen & (tensors.bias if problem.masked else tensors.bias > float("-inf"))
     return seen.any(-1)
+
+
+problems = st.builds(
+    Problem,
+    batch=st.integers(1, 2),
+    key_heads=st.integers(1, 2),
+    queries=st.integers(1, 70),
+    keys=st.integers(1, 70),
+    width=st.integers(8, 40),
+    value_width=st.integers(8, 40),
+    causal=st.booleans(),
+    scale=st.sampled_from([None, 0.05, 0.5]),
+    dtype=st.sampled_from([torch.float16, torch.float32]),
+    layout=st.sampled_from(["bhld", "blhd", "strided"]),
+    lse_gradient=st.booleans(),
+    window=st.tuples(st.none() | st.integers(0, 40), st.none() | st.integers(0, 40)),
+    softcap=st.sampled_from([0.0, 2.0]),
+    lengths=st.booleans(),
+    alibi=st.booleans(),
+    sinks=st.booleans(),
+    bias=st.none() | st.tuples(*[st.integers(0, 1)] * 4),
+    masked=st.booleans(),
+    radius=st.none() | st.integers(0, 40),
+    dropout=st.sampled_from([0.0, 0.3]),
+)

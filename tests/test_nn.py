@@ -42,6 +42,8 @@ VARIANTS = {
         "tied": False,
         "hidden_dim": 40,
     },
+    "qwen 3": {"positions": "rotary", "num_kv_heads": 2, "qk_norm": True},
+    "normed without positions": {"qk_norm": True, "positions": None},
     "partial rotary, wide heads": {"positions": "rotary", "head_dim": 12, "rotary_width": 6, "rotary_base": 50.0},
 }
 
@@ -85,6 +87,8 @@ def eager_self_attention(module, x):
     queries, keys = module.num_heads * module.head_dim, module.num_kv_heads * module.head_dim
     q, k = heads(slice(0, queries)), heads(slice(queries, queries + keys))
     v = heads(slice(queries + keys, queries + 2 * keys))
+    if module.q_norm is not None:
+        q, k = module.q_norm(q), module.k_norm(k)
     if module.rotary is not None:
         q, k = (eager_rotation(t, module.rotary.width, module.rotary.base) for t in (q, k))
     return module.out_proj(eager_weighted_values(q, k, v, module.causal))

@@ -8,6 +8,8 @@ import torch
 
 from fastattn.kernels.attention_backward import attention_backward
 from fastattn.kernels.attention_forward import attention_forward
+from fastattn.kernels.attention_tangent import attention_tangent
+from fastattn.kernels.heads import prepare_heads, prepare_heads_backward
 from fastattn.kernels.mlp import gated_mlp_backward, gated_mlp_forward, mlp_backward, mlp_forward
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -25,6 +27,13 @@ SHAPES: dict[str, dict] = {
     "sinks and lengths": {"sinks": _heads(), "key_lengths": torch.empty(4, dtype=torch.int32, device="meta")},
 }
 SHAPES["everything"] = {name: value for shape in list(SHAPES.values()) for name, value in shape.items()}
+SHAPES |= {
+    "bias": {"bias": torch.empty((4, 16, 4096, 4096), dtype=torch.bfloat16, device="meta")},
+    "relative bias": {"relative_bias": torch.empty((4, 16, 257), device="meta")},
+    "dropout": {"dropout": 0.125, "dropout_state": torch.empty((4, 2), dtype=torch.int64, device="meta")},
+    "tf32": {"precision": "tf32"},
+    "tf32x3": {"precision": "tf32x3"},
+}
 
 
 @dataclass(frozen=True)
@@ -49,12 +58,27 @@ class AttentionCall:
         v = self.heads(4, self.value_dim or self.head_dim)
         ask = {"causal": self.causal, "scale": self.head_dim**-0.5, **SHAPES.get(self.shaped, {})}
         out, lse = attention_forward(q, k, v, **ask)
-        attention_backward(out, q, k, v, out, lse, None, **ask)
+        attention_backward(out, q, k, v, out, lse, None, **ask, want_bias=True, want_relative_bias=True)
 
     def heads(self, heads: int, width: int) -> torch.Tensor:
         """As a linear layer leaves them: (batch, tokens, heads, width), seen as (batch, heads, tokens, width)."""
         shape = (4, 4096, heads, width)
         return torch.empty(shape, dtype=DTYPES[self.dtype], device="meta").transpose(1, 2)
+
+
+@dataclass(frozen=True)
+class TangentCall(AttentionCall):
+    """Forward mode, with the tangents of q, k and v."""
+
+    @property
+    def name(self) -> str:
+        return f"{super().name} tangent"
+
+    def run(self) -> None:
+        q, k = self.heads(16, self.head_dim), self.heads(4, self.head_dim)
+        lse = torch.empty((4, 16, 4096), device="meta")
+        ask = {"causal": self.causal, "scale": self.head_dim**-0.5, **SHAPES.get(self.shaped, {})}
+        attention_tangent(q, k, k, q, lse, q_tangent=q, k_tangent=k, v_tangent=k, **ask)
 
 
 @dataclass(frozen=True)
@@ -90,7 +114,34 @@ class MLPCall:
         return torch.empty(shape, dtype=DTYPES[self.dtype], device="meta")
 
 
-Call = AttentionCall | MLPCall
+@dataclass(frozen=True)
+class HeadsCall:
+    """Forward and backward of 16 heads of 4096 tokens on their way to attention: norm, rotary and scale."""
+
+    dtype: str
+    head_dim: int
+    turned: int
+    layout: str = "half"  # or "interleaved"
+    everything: bool = True  # or the rotation alone
+
+    @property
+    def name(self) -> str:
+        width = f"D={self.head_dim} turned={self.turned} {self.layout}"
+        return f"heads {self.dtype} {width} {'everything' if self.everything else 'alone'}"
+
+    def run(self) -> None:
+        x = torch.empty((4, 4096, 16, self.head_dim), dtype=DTYPES[self.dtype], device="meta").transpose(1, 2)
+        cos = sin = torch.empty((1, 8192, self.turned // 2), device="meta").expand(4, -1, -1)
+        ask: dict = {"cos": cos, "sin": sin, "interleaved": self.layout == "interleaved"}
+        if self.everything:
+            ask["norm_weight"] = torch.empty(self.head_dim, device="meta").expand(4, 16, -1)
+            ask["offsets"] = torch.empty(4, dtype=torch.int32, device="meta")
+            ask |= {"head_scale": _heads(), "eps": 1e-6}
+        y = prepare_heads(x, **ask)
+        prepare_heads_backward(y, x, **ask)
+
+
+Call = AttentionCall | MLPCall | HeadsCall
 
 CALLS: tuple[Call, ...] = (
     *(AttentionCall("bf16", width, causal) for width in (64, 128, 256) for causal in (True, False)),
@@ -100,8 +151,11 @@ CALLS: tuple[Call, ...] = (
     *(
         AttentionCall("bf16", width, True, shaped=shape)
         for width in (64, 128, 256)
-        for shape in ("window", "everything")
+        for shape in ("window", "everything", "bias", "relative bias", "dropout")
     ),
+    *(TangentCall("bf16", width, True, shaped=shape) for width in (64, 128, 256) for shape in ("", "everything")),
+    *(TangentCall("fp32", width, True) for width in (64, 128)),
+    *(AttentionCall("fp32", width, True, shaped=kind) for width in (64, 128, 256) for kind in ("tf32", "tf32x3")),
     *(AttentionCall("fp32", width, True) for width in (64, 128, 256)),
     *(MLPCall("bf16", 1024, "gelu", fused=True, tokens=tokens) for tokens in (128, 1024, 8192)),
     *(MLPCall("bf16", 1024, "silu", gated=True, fused=True, tokens=tokens) for tokens in (128, 8192)),
@@ -109,4 +163,9 @@ CALLS: tuple[Call, ...] = (
     MLPCall("bf16", 1024, "silu", gated=True, fused=False),
     MLPCall("fp32", 1024, "gelu", fused=True),
     MLPCall("fp32", 1024, "silu", gated=True, fused=True),
+    *(HeadsCall("bf16", width, width) for width in (64, 128, 256)),
+    HeadsCall("bf16", 128, 128, everything=False),
+    HeadsCall("bf16", 128, 128, "interleaved"),
+    HeadsCall("bf16", 80, 32),
+    HeadsCall("fp32", 128, 128),
 )

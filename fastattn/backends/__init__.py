@@ -2,11 +2,15 @@
 
 attention_forward(q, k, v, spec, tensors) -> out, lse
 attention_backward(dout, q, k, v, out, lse, dlse, spec, tensors, wanted) -> Gradients
+attention_tangent(q, k, v, out, lse, tangents, spec, tensors) -> the tangents of out and lse
 
 mlp_forward(x, weights, spec, save) -> y, saved
 mlp_backward(dy, x, weights, saved, wanted, spec) -> dx, dw, db, dw_out, db_out
     x is (T, d). `saved` holds what was activated, (T, h), or gate and up side by side, (T, 2h); empty if not
     `save`. `wanted` says which of the gradients to compute, the others are None; dw and db: w_in's, then w_up's.
+
+prepare_heads(x, spec, tensors) -> y
+prepare_heads_backward(dy, x, spec, tensors) -> dx, dnorm_weight or None, dhead_scale or None
 """
 
 from __future__ import annotations

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from fastattn import reference
 from fastattn.backends.layout import heads_last
-from fastattn.spec import AttentionSpec, Gradients, MLPSpec, MLPWeights, ScoreTensors, Wanted
+from fastattn.head_spec import HeadsSpec, HeadTensors
+from fastattn.spec import AttentionSpec, Gradients, MLPSpec, MLPWeights, ScoreTensors, Tangents, Wanted
 
 
 def attention_forward(
@@ -36,6 +37,20 @@ def attention_backward(
     return of._replace(q=heads_last(of.q), k=heads_last(of.k), v=heads_last(of.v))
 
 
+def attention_tangent(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    tangents: Tangents,
+    spec: AttentionSpec,
+    tensors: ScoreTensors,
+) -> tuple[Tensor, Tensor]:
+    dout, dlse = reference.attention_tangent(q, k, v, out, lse, tangents, spec, tensors)
+    return heads_last(dout), dlse
+
+
 def mlp_forward(x: Tensor, weights: MLPWeights, spec: MLPSpec, save: bool) -> tuple[Tensor, Tensor]:
     y = reference.mlp(x, weights, spec)
     if not save:
@@ -51,3 +66,14 @@ def mlp_backward(
 ) -> tuple[Tensor | None, ...]:
     gradients = reference.mlp_backward(dy, x, weights, spec)
     return tuple(g if want else None for g, want in zip(gradients, wanted, strict=True))
+
+
+def prepare_heads(x: Tensor, spec: HeadsSpec, tensors: HeadTensors) -> Tensor:
+    return heads_last(reference.prepare_heads(x, spec, tensors))
+
+
+def prepare_heads_backward(
+    dy: Tensor, x: Tensor, spec: HeadsSpec, tensors: HeadTensors
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    dx, dweight, dscale = reference.prepare_heads_backward(dy, x, spec, tensors)
+    return heads_last(dx), dweight, dscale

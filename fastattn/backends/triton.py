@@ -7,10 +7,13 @@ from typing import Any
 
 from torch import Tensor
 
+from fastattn.head_spec import HeadsSpec, HeadTensors
 from fastattn.kernels import attention_backward as _backward
 from fastattn.kernels import attention_forward as _forward
+from fastattn.kernels import attention_tangent as _tangent
+from fastattn.kernels import heads as _heads
 from fastattn.kernels import mlp as _mlp
-from fastattn.spec import AttentionSpec, Gradients, MLPSpec, MLPWeights, ScoreTensors, Wanted
+from fastattn.spec import AttentionSpec, Gradients, MLPSpec, MLPWeights, ScoreTensors, Tangents, Wanted
 
 
 def attention_forward(
@@ -36,6 +39,20 @@ def attention_backward(
         want_relative_bias=wanted.relative_bias,
     )  # fmt: skip
     return Gradients(*gradients)
+
+
+def attention_tangent(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    tangents: Tangents,
+    spec: AttentionSpec,
+    tensors: ScoreTensors,
+) -> tuple[Tensor, Tensor]:
+    moved = {f"{name}_tangent": t for name, t in tangents._asdict().items()}
+    return _tangent.attention_tangent(q, k, v, out, lse, **moved, **_options(spec), **tensors._asdict())
 
 
 def _options(spec: AttentionSpec) -> dict[str, Any]:
@@ -64,3 +81,15 @@ def mlp_backward(
     if w_up is None:
         return _mlp.mlp_backward(dy, x, w_in, w_out, saved, spec.activation, wanted)
     return _mlp.gated_mlp_backward(dy, x, w_in, w_up, w_out, saved, spec.activation, wanted)
+
+
+def prepare_heads(x: Tensor, spec: HeadsSpec, tensors: HeadTensors) -> Tensor:
+    eps = spec.eps if spec.norm else None
+    return _heads.prepare_heads(x, eps=eps, interleaved=spec.interleaved, **tensors._asdict())
+
+
+def prepare_heads_backward(
+    dy: Tensor, x: Tensor, spec: HeadsSpec, tensors: HeadTensors
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    eps = spec.eps if spec.norm else None
+    return _heads.prepare_heads_backward(dy, x, eps=eps, interleaved=spec.interleaved, **tensors._asdict())

@@ -8,9 +8,12 @@ import torch
 from torch import nn
 
 from fastattn.functional import attention
+from fastattn.heads import prepare_heads
 from fastattn.nn.checks import check_count, check_stream
 from fastattn.nn.rotary import Rotary
 from fastattn.spec import MAX_HEAD_DIM, MIN_HEAD_DIM
+
+QK_NORM_EPS = 1e-6
 
 
 class _Attention(nn.Module):
@@ -70,10 +73,12 @@ class SelfAttention(_Attention):
         bias: whether the projections have biases.
         causal: whether position i attends to positions <= i only.
         rotary: the rotation of queries and keys by position, True for one of the whole head width.
+        qk_norm: whether each query and key is divided by its root mean square and multiplied by a weight, before
+            the rotation, as in Qwen 3 and Gemma 3.
         backend: "triton", "portable", "reference", or None for the best that fits.
 
     Parameters: qkv_proj, whose rows are the query heads, then the key heads, then the value heads, as
-    GPT-2's; out_proj.
+    GPT-2's; out_proj; with qk_norm also q_norm and k_norm, whose weights (head_dim,) all heads share.
 
     Raises:
         ValueError, TypeError: sizes that do not fit together, or x of another shape.
@@ -89,6 +94,7 @@ class SelfAttention(_Attention):
         bias: bool = True,
         causal: bool = False,
         rotary: Rotary | bool | None = None,
+        qk_norm: bool = False,
         backend: str | None = None,
         device: Any = None,
         dtype: torch.dtype | None = None,
@@ -96,26 +102,43 @@ class SelfAttention(_Attention):
         super().__init__(embed_dim, num_heads, num_kv_heads, head_dim, causal, backend)
         placed = {"bias": bias, "device": device, "dtype": dtype}
         self.rotary = rotary_for(self.head_dim, rotary)
+        # They hold weights; the norm itself happens in the pass that also turns.
+        self.q_norm = self._norm_of_heads(device, dtype) if qk_norm else None
+        self.k_norm = self._norm_of_heads(device, dtype) if qk_norm else None
         all_heads = self.num_heads + 2 * self.num_kv_heads
         self.qkv_proj = nn.Linear(embed_dim, all_heads * self.head_dim, **placed)
         self.out_proj = nn.Linear(num_heads * self.head_dim, embed_dim, **placed)
 
     def project(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Queries, keys and values of x (B, L, embed_dim), after rotary, as attention takes them.
+        """Queries, keys and values of x (B, L, embed_dim), after norm and rotary, as attention takes them.
 
         Returns:
             q (B, num_heads, L, head_dim), k and v (B, num_kv_heads, L, head_dim): views of one tensor
-            where nothing turns them.
+            where nothing norms or turns them.
         """
         check_stream("x", x, self.embed_dim)
         qkv = self.heads(self.qkv_proj(x))
-        if self.rotary is None:
+        if self.rotary is None and self.q_norm is None:
             q, k, v = qkv.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
         else:
             # Queries and keys turn by the same angles: one call for both.
             qk, v = qkv.split([self.num_heads + self.num_kv_heads, self.num_kv_heads], dim=1)
-            q, k = self.rotary(qk).split([self.num_heads, self.num_kv_heads], dim=1)
+            q, k = self._prepared(qk).split([self.num_heads, self.num_kv_heads], dim=1)
         return self.hook_q(q), self.hook_k(k), self.hook_v(v)
+
+    def _norm_of_heads(self, device: Any, dtype: torch.dtype | None) -> Any:
+        return nn.RMSNorm(self.head_dim, eps=QK_NORM_EPS, device=device, dtype=dtype)
+
+    def _prepared(self, qk: torch.Tensor) -> torch.Tensor:
+        """Queries and, below them, keys (B, heads, L, head_dim), normalised and turned in one pass."""
+        asked: dict[str, Any] = {}
+        if self.q_norm is not None and self.k_norm is not None:
+            heads = ((self.q_norm, self.num_heads), (self.k_norm, self.num_kv_heads))
+            asked["norm_weight"] = torch.cat([norm.weight.expand(count, -1) for norm, count in heads])
+            asked["eps"] = QK_NORM_EPS
+        if self.rotary is not None:
+            asked["cos"], asked["sin"] = self.rotary.tables(qk)
+        return prepare_heads(qk, **asked, backend=self.backend)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Attend from x (B, L, embed_dim) to itself; same shape."""

@@ -27,6 +27,7 @@ class TransformerConfig:
         num_kv_heads, head_dim: as for `SelfAttention`.
         rotary_width: how many leading components of a head turn, None for all; only with "rotary".
         rotary_base: as for `Rotary`; only with "rotary".
+        qk_norm: as for `SelfAttention`.
         mlp: "plain", "gated", or None for an attention-only model.
         hidden_dim: neurons of each MLP, None for the module's default, 0 for an attention-only model.
         activation: of the MLPs; None for "gelu_tanh" if plain, "silu" if gated.
@@ -54,6 +55,7 @@ class TransformerConfig:
     head_dim: int | None = None
     rotary_width: int | None = None
     rotary_base: float = 10_000.0
+    qk_norm: bool = False
     mlp: str | None = "plain"
     hidden_dim: int | None = None
     activation: str | None = None

@@ -1,10 +1,11 @@
-"""Rotary position embedding, in plain torch."""
+"""Rotary position embedding."""
 
 from __future__ import annotations
 
 import torch
 from torch import nn
 
+from fastattn.heads import prepare_heads
 from fastattn.nn.checks import check_count, check_tensor
 
 
@@ -44,11 +45,8 @@ class Rotary(nn.Module):
             raise ValueError(
                 f"x must have shape (batch, heads, length, at least {self.width}), got {tuple(x.shape)}"
             )
-        half = self.width // 2
         cos, sin = self.tables(x, offset)
-        first, second, rest = x.split([half, half, x.shape[-1] - self.width], dim=-1)
-        turned = [first * cos - second * sin, second * cos + first * sin]
-        return torch.cat([*turned, rest], dim=-1).to(x.dtype)
+        return prepare_heads(x, cos=cos, sin=sin)
 
     def tables(self, x: torch.Tensor, offset: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines (L, width / 2) for x (B, H, L, D), in float32, or float64 if x is."""

@@ -27,7 +27,8 @@ class MultiheadAttention(nn.MultiheadAttention):
         Dropout draws other numbers, seeded by torch's generator; the weights returned are those that were used.
         is_causal=True is believed: attn_mask is then not read, whatever else is asked for (torch believes it only
         without key_padding_mask and need_weights). Without attn_mask it raises in eval mode too.
-        Nested tensors work in training too, and their rows of padding have weights 0.
+        Nested tensors work in training too.
+        TorchScript cannot compile it.
 
     Args:
         embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype: as
@@ -232,7 +233,7 @@ class MultiheadAttention(nn.MultiheadAttention):
     ) -> str | None:
         """Why this call is left to torch, which computes it or raises; None if it is served here."""
         if self.head_dim > MAX_HEAD_DIM:
-            return f"the head width is {self.head_dim}, above {MAX_HEAD_DIM}"
+            return f"the head width is {self.head_dim}, not 1 to {MAX_HEAD_DIM}"
         if unserved := dtype_obstacle(query, key, value):
             return unserved
         if not 0 <= self.dropout <= 1:

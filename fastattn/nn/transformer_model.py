@@ -246,6 +246,7 @@ def make_block(config: TransformerConfig, **placed: Any) -> TransformerBlock:
         bias=config.bias,
         causal=config.causal,
         rotary=config.rotary(),
+        qk_norm=config.qk_norm,
         backend=config.backend,
         **placed,
     )

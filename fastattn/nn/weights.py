@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastattn.dropout import kept
+from fastattn.dropout import dropout_mask, kept
 from fastattn.spec import check_dropout, lse_dtype
 
 
@@ -34,13 +34,18 @@ def head_weights(q: Tensor, k: Tensor, lse: Tensor, bias: Tensor | None, how: We
     q (B, H, L, D), k (B, H, S, D), lse (B, H, L) as `fastattn.attention` returned it; bias as it was given one. A
     row that sees nothing has weights 0.
     """
-    heads = [_weights(*_head(h, q, k, lse, bias), how) * _keep(h, q, k, how) for h in range(q.shape[1])]
-    return torch.stack(heads, 1)
+    weights = _weights(q, k, lse, bias, how)
+    if how.dropout_state is None:
+        return weights
+    dropout_p = check_dropout(how.dropout_p)
+    return weights * dropout_mask(how.dropout_state, dropout_p, *weights.shape[1:]) / (1.0 - dropout_p)
 
 
 def mean_weights(q: Tensor, k: Tensor, lse: Tensor, bias: Tensor | None, how: Weighting) -> Tensor:
     """The mean of `head_weights` over the heads, (B, L, S)."""
-    return _MeanWeights.apply(q, k, lse, bias, how.dropout_state, how.scale, how.causal, how.dropout_p)
+    # Dynamo refuses a Function with a jvp.
+    function = _MeanWeights if torch.compiler.is_compiling() else _DualMeanWeights
+    return function.apply(q, k, lse, bias, how.dropout_state, how.scale, how.causal, how.dropout_p)
 
 
 class _MeanWeights(torch.autograd.Function):
@@ -82,6 +87,32 @@ class _MeanWeights(torch.autograd.Function):
         return dq, dk, torch.stack(dlse, 1), of_bias, None, None, None, None
 
 
+class _DualMeanWeights(_MeanWeights):
+    """_MeanWeights, with forward mode."""
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _MeanWeights.setup_context(ctx, inputs, output)
+        ctx.save_for_forward(*inputs[:5])
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        q, k, lse, bias, dropout_state = ctx.saved_tensors
+        how = Weighting(*ctx.options, dropout_state)
+        if bias is None or tangents[3] is None:
+            tangents = (*tangents[:3], None)
+        total = 0.0
+        for h in range(q.shape[1]):
+            head = _head(h, q, k, lse, bias)
+            dq, dk, dlse, dbias = _head(h, *tangents[:4])
+            dproducts = dq.to(lse.dtype) @ head[1].to(lse.dtype).mT + head[0].to(lse.dtype) @ dk.to(lse.dtype).mT
+            dscores = dproducts * how.scale - dlse[..., None]
+            if dbias is not None:
+                dscores = dscores + dbias.to(lse.dtype)
+            total = total + _weights(*head, how) * _keep(h, q, k, how) * dscores
+        return total / q.shape[1]
+
+
 def _head(
     h: int, q: Tensor, k: Tensor, lse: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
@@ -92,7 +123,7 @@ def _head(
 
 
 def _weights(q: Tensor, k: Tensor, lse: Tensor, bias: Tensor | None, how: Weighting) -> Tensor:
-    """One head's weights before dropout, (B, L, S)."""
+    """The weights before dropout, (B, H, L, S) of all heads or (B, L, S) of one."""
     work = lse_dtype(q.dtype)
     scores = q.to(work) @ k.to(work).mT * how.scale
     if how.causal:

@@ -1,0 +1,43 @@
+"""torch.func.vmap: the mapped dimension of attention's tensors joins their batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+
+def fold(size: int, dims: Sequence, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Merge the mapped dimension of each tensor, or a broadcast one, into its batch dimension."""
+    folded = []
+    for dim, t in zip(dims, tensors, strict=True):
+        if t is not None:
+            t = t.expand(size, *t.shape) if dim is None else t.movedim(dim, 0)
+            t = t.flatten(0, 1)
+        folded.append(t)
+    return folded
+
+
+def unfold(size: int, results: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    return tuple(t.unflatten(0, (size, t.shape[0] // size)) for t in results)
+
+
+def shares_batch(dims: Sequence, arguments: Sequence, q: int, biases: Sequence[int]) -> bool:
+    """Whether one bias serves a batch of several: then samples cannot become a larger batch."""
+
+    def batch(i: int) -> int:
+        return arguments[i].shape[0 if dims[i] is None or dims[i] > 0 else 1]
+
+    return any(arguments[i] is not None and batch(i) != batch(q) for i in biases)
+
+
+def one_by_one(
+    operator: Callable, size: int, dims: Sequence, arguments: Sequence
+) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    """One call for each index of the mapped dimension."""
+    results = []
+    for i in range(size):
+        chosen = (a.select(dim, i) if isinstance(dim, int) else a for dim, a in zip(dims, arguments, strict=True))
+        results.append(operator(*chosen))
+    return tuple(torch.stack(column) for column in zip(*results, strict=True)), (0,) * len(results[0])

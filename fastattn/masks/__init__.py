@@ -1,0 +1,264 @@
+"""Which keys each query sees, as small immutable values that combine with & | ~.
+
+>>> mask = causal() & window(512) | global_tokens([0])
+>>> mask
+causal & window(512) | global_tokens([0])
+>>> seen = mask.dense(1, 1, 1024, 1024)
+
+A mask is a rule, not a tensor: it holds for any length, unless a part of it lists positions. Query i stands on
+the diagonal at key i + Lk - Lq (bottom-right alignment). Every mask is said once, as a predicate over positions
+(`sees`); what makes it cheap is the second way it is said, granule by granule (`states`). `lower` turns it into
+what the kernels read: see `fastattn.masks.lists`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from fastattn.masks.algebra import Mask, Values, check_integer
+from fastattn.masks.block_kinds import BigBird, Blocks, HuggingFaceBigBird
+from fastattn.masks.kinds import Dense, Dilated, Documents, Function, GlobalTokens, Lengths, Window
+from fastattn.masks.lists import GRANULE, BlockLists, Lowered, WorkItems, decode, work_items
+from fastattn.spec import check_window
+
+INTEGERS = (torch.int32, torch.int64)
+
+__all__ = [
+    "GRANULE",
+    "BlockLists",
+    "Lowered",
+    "Mask",
+    "WorkItems",
+    "bigbird",
+    "blocks",
+    "causal",
+    "decode",
+    "dilated",
+    "documents",
+    "from_dense",
+    "from_function",
+    "global_tokens",
+    "key_lengths",
+    "longformer",
+    "prefix",
+    "window",
+    "work_items",
+]
+
+
+def causal() -> Mask:
+    """Keys up to the diagonal."""
+    return Window(None, 0)
+
+
+def window(left: int | None = None, right: int | None = None) -> Mask:
+    """Keys from `left` before the diagonal to `right` after it, both included; None is unbounded.
+
+    A causal sliding window of 512 keys before the query, and itself, is `causal() & window(512)`.
+    """
+    check_window((left, right))
+    return Window(left, right)
+
+
+def key_lengths(lengths: Tensor | Sequence[int]) -> Mask:
+    """The first `lengths[b]` keys of batch element b: padding on the right is not seen.
+
+    Args:
+        lengths: (B,), int32 or int64. Lengths beyond Lk count as Lk, negative ones as 0.
+    """
+    return Lengths(_lengths("key_lengths", lengths), "key_lengths")
+
+
+def prefix(lengths: int | Tensor | Sequence[int]) -> Mask:
+    """The first keys, as `key_lengths`, or as many in every batch element.
+
+    A prefix language model, which sees its prefix in both directions, is `causal() | prefix(lengths)`.
+    """
+    return Lengths(_lengths("prefix", [lengths] if isinstance(lengths, int) else lengths), "prefix")
+
+
+def documents(
+    ids: Tensor | Sequence[int] | None = None, *, cu_seqlens: Tensor | Sequence[int] | None = None
+) -> Mask:
+    """Keys of the same document as the query's: several documents in one sequence do not see each other.
+
+    The queries are those of the last Lq tokens.
+
+    Args:
+        ids: which document each key is from, integers (Lk,) or (B, Lk), in any order (sorted is fastest).
+        cu_seqlens: instead of ids, where documents begin, and the end: (documents + 1,), from 0 up to Lk. It is
+            read here, which on a GPU waits for it.
+    """
+    if (ids is None) == (cu_seqlens is None):
+        raise TypeError("documents takes either ids or cu_seqlens")
+    if ids is not None:
+        return Documents(Values(_integers("ids", ids, "(Lk,) or (B, Lk)", dims=(1, 2))), boundaries=False)
+    starts = _integers("cu_seqlens", cu_seqlens, "(documents + 1,)", dims=(1,)).cpu()
+    if not len(starts) or int(starts[0]) != 0 or bool((starts.diff() < 0).any()):
+        raise ValueError(f"cu_seqlens must begin with 0 and be sorted, got {_shortened(starts)}")
+    return Documents(Values(starts), boundaries=True)
+
+
+def global_tokens(positions: Tensor | Iterable[int]) -> Mask:
+    """Global tokens see all keys and all queries see them (Longformer, Beltagy et al. 2020, section 3.1).
+
+    Args:
+        positions: key positions (n,), integers; or flags, bool (Lk,) or (B, Lk). The queries are those of the last
+            Lq tokens.
+    """
+    if isinstance(positions, Tensor) and positions.dtype == torch.bool:
+        if positions.dim() not in (1, 2):
+            raise ValueError(f"positions must have shape (n,), (Lk,) or (B, Lk), got {tuple(positions.shape)}")
+        return GlobalTokens(Values(positions))
+    values = _integers("positions", positions, "(n,)", dims=(1,)).cpu()
+    if values.numel() and int(values.min()) < 0:
+        raise ValueError(f"positions must not be negative, got {int(values.min())}")
+    return GlobalTokens(Values(values))
+
+
+def dilated(step: int) -> Mask:
+    """Keys at multiples of `step` from the diagonal, before and after it."""
+    check_integer("step", step, least=1)
+    return Dilated(step)
+
+
+def blocks(grid: Tensor, block: int = GRANULE) -> Mask:
+    """Square blocks of `block` tokens.
+
+    Args:
+        grid: (Lq / block, Lk / block), rounded up, with or without (B, H) in front, each possibly 1. Bool; or
+            integers, how often a block's keys count in the softmax: such a mask combines with & only.
+    """
+    check_integer("block", block, least=1)
+    _check_tensor("grid", grid, (torch.bool, torch.uint8, *INTEGERS))
+    if grid.dim() not in (2, 3, 4):
+        raise ValueError(f"grid must have 2 to 4 dimensions ([[B,] H,] rows, columns), got {tuple(grid.shape)}")
+    if grid.dtype == torch.bool:
+        return Blocks(Values(grid), block, False)
+    if grid.numel() and int(grid.min()) < 0:
+        raise ValueError(f"grid must not be negative, got {int(grid.min())}")
+    return Blocks(Values(grid), block, True)
+
+
+def bigbird(
+    block: int = GRANULE,
+    random: int = 3,
+    *,
+    global_blocks: int = 1,
+    window_blocks: int = 3,
+    seed: int = 0,
+    style: str = "paper",
+    per_head: bool = False,
+    training: bool = False,
+    max_positions: int = 4096,
+) -> Mask:
+    """BigBird's sparse attention (Zaheer et al. 2020), self-attention only.
+
+    Args:
+        block: tokens a block.
+        random: random blocks a row of blocks, drawn from those it does not see anyway.
+        global_blocks: so many blocks at the beginning and at the end see all and are seen by all.
+        window_blocks: blocks seen around the diagonal, odd.
+        seed: of the random blocks. In the style of huggingface, the layer's index.
+        style: "paper", or "huggingface": exactly what `transformers`' BigBird computes, in which a key may count
+            several times in the softmax; window_blocks and global_blocks are 3 and 1 there, and random blocks
+            differ by head. Such a mask combines with & only.
+        per_head: in the style of the paper, whether heads draw their own random blocks.
+        training: in the style of huggingface. In eval mode its random blocks are all block 0, which then counts
+            1 + random times.
+        max_positions: in the style of huggingface, the model's `max_position_embeddings`.
+    """
+    for name, value, least in (
+        ("block", block, 1),
+        ("random", random, 0),
+        ("global_blocks", global_blocks, 0),
+        ("window_blocks", window_blocks, 1),
+        ("seed", seed, 0),
+        ("max_positions", max_positions, 1),
+    ):
+        check_integer(name, value, least=least)
+    if window_blocks % 2 == 0:
+        raise ValueError(f"window_blocks must be odd, got {window_blocks}")
+    if style == "paper":
+        return BigBird(block, random, global_blocks, window_blocks, seed, per_head)
+    if style != "huggingface":
+        raise ValueError(f"style must be 'paper' or 'huggingface', got {style!r}")
+    if (global_blocks, window_blocks) != (1, 3):
+        raise ValueError(
+            "in the style of huggingface, global_blocks must be 1 and window_blocks 3, "
+            f"got {global_blocks} and {window_blocks}"
+        )
+    return HuggingFaceBigBird(block, random, seed, training, max_positions)
+
+
+def longformer(window: int, global_positions: Tensor | Iterable[int] = ()) -> Mask:
+    """A window of `window` / 2 keys on either side, and global tokens (Beltagy et al. 2020).
+
+    Args:
+        window: even, as a Longformer's `attention_window`.
+        global_positions: as `global_tokens` takes them.
+    """
+    check_integer("window", window, least=0)
+    if window % 2:
+        raise ValueError(f"window must be even, got {window}")
+    return Window(window // 2, window // 2) | global_tokens(global_positions)
+
+
+def from_function(function: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> Mask:
+    """What a vectorised predicate says.
+
+    Args:
+        function: called with int64 tensors that broadcast against each other, (batch, head, query, key); returns a
+            bool tensor that broadcasts to all of them. Only where its answer has more than one batch element or
+            head is it looked at for each of them. It is evaluated on the device the mask is asked for, a few
+            megabytes at a time. Masks from equal functions are equal, so keep the function to keep its lists.
+    """
+    if not callable(function):
+        raise TypeError(f"function must be callable, got {type(function).__name__}")
+    return Function(function)
+
+
+def from_dense(seen: Tensor) -> Mask:
+    """What a tensor says.
+
+    Args:
+        seen: bool (Lq, Lk), (H, Lq, Lk) or (B, H, Lq, Lk), B and H possibly 1; True where a query may see a key.
+    """
+    _check_tensor("seen", seen, (torch.bool,))
+    if seen.dim() not in (2, 3, 4):
+        raise ValueError(f"seen must have 2 to 4 dimensions ([[B,] H,] Lq, Lk), got {tuple(seen.shape)}")
+    return Dense(Values(seen))
+
+
+def _check_tensor(name: str, t: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
+    if t.dtype not in dtypes:
+        raise TypeError(
+            f"{name} must be {' or '.join(str(d).removeprefix('torch.') for d in dtypes)}, got {t.dtype}"
+        )
+
+
+def _lengths(name: str, lengths: Tensor | Sequence[int]) -> Values:
+    return Values(_integers(name, lengths, "(B,)", dims=(1,)))
+
+
+def _integers(name: str, values: Tensor | Iterable[int] | None, shape: str, dims: tuple[int, ...]) -> Tensor:
+    """An integer tensor of so many dimensions."""
+    if not isinstance(values, Tensor):
+        values = list(values) if isinstance(values, Iterable) else values
+        if not isinstance(values, list) or not all(isinstance(v, int) and not isinstance(v, bool) for v in values):
+            raise TypeError(f"{name} must be a tensor or a sequence of integers, got {values!r}")
+        values = torch.tensor(values, dtype=torch.int64)
+    _check_tensor(name, values, INTEGERS)
+    if values.dim() not in dims:
+        raise ValueError(f"{name} must have shape {shape}, got {tuple(values.shape)}")
+    return values
+
+
+def _shortened(values: Tensor) -> str:
+    shown = ", ".join(map(str, values[:8].tolist()))
+    return f"[{shown}, ...]" if len(values) > 8 else f"[{shown}]"

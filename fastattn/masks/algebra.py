@@ -1,0 +1,346 @@
+"""The algebra: what every mask can do, and & | ~."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastattn.masks import pictures
+from fastattn.masks.lists import Lowered, Shape, the_device
+from fastattn.masks.lowering import FULL, PARTIAL, Positions, Slab, build_lists
+from fastattn.spec import window_that_hides
+
+COMPARED_BY_VALUE = 4096  # elements; larger tensors are equal if they are the same tensor
+KEPT = 32  # lowered masks kept
+
+
+class Values:
+    """A tensor in a mask. Small ones on the CPU are copied and equal by value; others are equal if they are the
+    same tensor, unchanged."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        small = tensor.device.type == "cpu" and tensor.numel() <= COMPARED_BY_VALUE
+        own = small or tensor.is_inference()  # an inference tensor does not count its changes
+        self.tensor = tensor.detach().clone() if own else tensor
+        are_flags = tensor.dtype == torch.bool  # True equals 1, but says something else
+        self._value = (are_flags, tuple(tensor.shape), tuple(tensor.flatten().tolist())) if small else None
+        self._hash = hash(self._value)
+
+    @property
+    def _key(self) -> tuple:
+        if self._value is not None:
+            return self._value
+        return id(self.tensor), 0 if self.tensor.is_inference() else self.tensor._version
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Values) and self._key == other._key
+
+    def __hash__(self) -> int:
+        return hash(self._key) if self._value is None else self._hash
+
+    def __repr__(self) -> str:
+        if self.tensor.numel() <= 8 and self.tensor.device.type == "cpu":
+            return str(self.tensor.tolist())
+        return f"<{' x '.join(map(str, self.tensor.shape))}>"
+
+    def on(self, device: torch.device) -> Tensor:
+        return self.tensor.to(device)
+
+
+class ClosedForm(NamedTuple):
+    """A window around the diagonal and the lengths that bound the keys: the least of them holds."""
+
+    left: int | None = None
+    right: int | None = None
+    lengths: tuple[Values, ...] = ()
+
+
+class Mask:
+    """Which keys each query sees. Combine masks with & (both), | (either) and ~ (not)."""
+
+    def sees(self, at: Positions) -> Tensor:
+        """The definition: may the queries see the keys? Bool, broadcast over the positions it depends on."""
+        raise NotImplementedError
+
+    def states(self, slab: Slab) -> Tensor:
+        """int8, broadcasts to (rows, columns) of the slab: EMPTY or FULL where no existing pair, or every one, is
+        seen; PARTIAL says nothing."""
+        return torch.full((1, 1), PARTIAL, dtype=torch.int8, device=slab.shape.device)
+
+    def counts(self, at: Positions) -> Tensor:
+        """How often the keys count in the softmax where they are seen, integers. Alike all over a FULL granule."""
+        return torch.ones((), dtype=torch.int64, device=at.key.device)
+
+    @property
+    def repeats(self) -> bool:
+        """Whether any key may count more than once."""
+        return False
+
+    def varies(self, shape: Shape) -> tuple[bool, bool]:
+        """Whether the mask depends on the batch element and on the head."""
+        each = [part.varies(shape) for part in self.parts]
+        return any(batch for batch, _ in each), any(head for _, head in each)
+
+    def check(self, shape: Shape) -> None:
+        """The shape rule: a ValueError if the mask is not one for this shape."""
+        for part in self.parts:
+            part.check(shape)
+
+    def closed_form(self) -> ClosedForm | None:
+        """The whole mask in numbers, where that is possible."""
+        return None
+
+    def of_distance(self) -> bool:
+        """Whether nothing matters but the distance of the key from the diagonal."""
+        return False
+
+    @property
+    def parts(self) -> tuple[Mask, ...]:
+        """The masks it is combined of."""
+        return tuple(value for value in vars(self).values() if isinstance(value, Mask))
+
+    @property
+    def held(self) -> tuple[Values, ...]:
+        """The tensors it and its parts hold."""
+        own = tuple(value for value in vars(self).values() if isinstance(value, Values))
+        return own + tuple(values for part in self.parts for values in part.held)
+
+    def lowers_on(self, device: torch.device) -> torch.device:
+        """Where its lists are built: on the CPU, unless it holds tensors of, or runs a function on, the device."""
+        home = device if any(values.tensor.device == device for values in self.held) else torch.device("cpu")
+        return next((d for d in (part.lowers_on(device) for part in self.parts) if d == device), home)
+
+    def dense(self, batch: int, heads: int, queries: int, keys: int, device: torch.device | str = "cpu") -> Tensor:
+        """The mask itself, bool (1 or B, 1 or H, Lq, Lk), True where a query may see a key: the definition."""
+        shape = self._shape(batch, heads, queries, keys, device)
+        indices = (torch.arange(n, device=shape.device) for n in shape[:4])
+        at = Positions(shape, *(t.view([-1 if i == n else 1 for i in range(4)]) for n, t in enumerate(indices)))
+        seen = self.sees(at)
+        seen = seen.view([1] * (4 - seen.dim()) + list(seen.shape))
+        return seen.expand(seen.shape[0], seen.shape[1], queries, keys)
+
+    def lower(
+        self,
+        batch: int,
+        heads: int,
+        queries: int,
+        keys: int,
+        device: torch.device | str = "cpu",
+        *,
+        closed_forms: bool = True,
+    ) -> Lowered:
+        """The mask as the kernels read it; the last few are kept, by the mask's value.
+
+        Conjunctions of causal, window, prefix and key_lengths become numbers, unless `closed_forms` is False;
+        everything else becomes block lists.
+
+        Raises:
+            ValueError: if the mask is one for another batch size, head count, length or device.
+        """
+        return _lower(self, self._shape(batch, heads, queries, keys, device), closed_forms)
+
+    def density(
+        self, batch: int, heads: int, queries: int, keys: int, device: torch.device | str = "cpu"
+    ) -> float:
+        """The share of the (query, key) pairs that is seen, from 0 to 1; 0 where there are none."""
+        total = batch * heads * queries * keys
+        return self.lower(batch, heads, queries, keys, device).visible / total if total else 0.0
+
+    def flops(
+        self,
+        batch: int,
+        heads: int,
+        queries: int,
+        keys: int,
+        head_dim: int,
+        value_dim: int | None = None,
+        *,
+        backward: bool = False,
+        device: torch.device | str = "cpu",
+    ) -> int:
+        """Multiplications and additions of the products over the seen pairs: two in the forward, five backward."""
+        value_dim = head_dim if value_dim is None else value_dim
+        widths = 3 * head_dim + 2 * value_dim if backward else head_dim + value_dim
+        return 2 * self.lower(batch, heads, queries, keys, device).visible * widths
+
+    def draw(
+        self,
+        queries: int,
+        keys: int | None = None,
+        *,
+        batch: int = 1,
+        heads: int = 1,
+        at: tuple[int, int] = (0, 0),
+        device: torch.device | str = "cpu",
+        width: int = 64,
+    ) -> str:
+        """A block picture in text, of batch element and head `at`: full, partial and empty granules, density.
+
+        Granules are drawn as `width` columns at most: where several share a character, it is full or empty only if
+        all of them are.
+        """
+        keys = queries if keys is None else keys
+        lowered = self.lower(batch, heads, queries, keys, device, closed_forms=False)
+        return pictures.text(repr(self), lowered, at, width)
+
+    def save_png(
+        self,
+        path: str | Path,
+        queries: int,
+        keys: int | None = None,
+        *,
+        batch: int = 1,
+        heads: int = 1,
+        at: tuple[int, int] = (0, 0),
+        device: torch.device | str = "cpu",
+    ) -> None:
+        """The same picture as a PNG. Needs matplotlib (`pip install fastattn[lens]`)."""
+        keys = queries if keys is None else keys
+        lowered = self.lower(batch, heads, queries, keys, device, closed_forms=False)
+        pictures.png(path, repr(self), lowered, at)
+
+    def _shape(self, batch: int, heads: int, queries: int, keys: int, device: torch.device | str) -> Shape:
+        for name, value in (("batch", batch), ("heads", heads), ("queries", queries), ("keys", keys)):
+            check_integer(name, value, least=0)
+        shape = Shape(batch, heads, queries, keys, the_device(device))
+        for values in self.held:
+            if values.tensor.device.type != "cpu" and values.tensor.device != shape.device:
+                raise ValueError(f"{self!r} must be on the CPU or on {shape.device}, got {values.tensor.device}")
+        self.check(shape)
+        return shape
+
+    def __and__(self, other: Mask) -> Mask:
+        return And(self, other) if isinstance(other, Mask) else NotImplemented
+
+    def __or__(self, other: Mask) -> Mask:
+        return Or(self, other) if isinstance(other, Mask) else NotImplemented
+
+    def __invert__(self) -> Mask:
+        return Not(self)
+
+    def __bool__(self) -> bool:
+        raise TypeError("a mask has no truth value: combine masks with & | ~, not with and, or, not")
+
+
+@lru_cache(maxsize=KEPT)
+def _lower(mask: Mask, shape: Shape, closed_forms: bool) -> Lowered:
+    form = mask.closed_form() if closed_forms else None
+    if form is not None:
+        left, right = window_that_hides((form.left, form.right), shape.queries, shape.keys)
+        return Lowered(shape, left, right, _least(form.lengths, shape))
+    lists = build_lists(mask, shape._replace(device=mask.lowers_on(shape.device)))
+    return Lowered(shape, lists=lists.to(shape.device))
+
+
+def _least(lengths: tuple[Values, ...], shape: Shape) -> Tensor | None:
+    """The smallest length of each batch element, int32 (B,)."""
+    least = None
+    for values in lengths:
+        here = values.on(shape.device).clamp(0, shape.keys).to(torch.int32).expand(shape.batch)
+        least = here if least is None else torch.minimum(least, here)
+    return None if least is None else least.contiguous()
+
+
+@dataclass(frozen=True, repr=False)
+class _Pair(Mask):
+    first: Mask
+    second: Mask
+
+    def of_distance(self) -> bool:
+        return self.first.of_distance() and self.second.of_distance()
+
+
+@dataclass(frozen=True, repr=False)
+class And(_Pair):
+    """Both see it. A key's multiplicities multiply."""
+
+    def sees(self, at: Positions) -> Tensor:
+        return self.first.sees(at) & self.second.sees(at)
+
+    def states(self, slab: Slab) -> Tensor:
+        return torch.minimum(self.first.states(slab), self.second.states(slab))
+
+    @property
+    def repeats(self) -> bool:
+        return self.first.repeats or self.second.repeats
+
+    def counts(self, at: Positions) -> Tensor:
+        return self.first.counts(at) * self.second.counts(at)
+
+    def closed_form(self) -> ClosedForm | None:
+        first, second = self.first.closed_form(), self.second.closed_form()
+        if first is None or second is None:
+            return None
+        left, right = _smaller(first.left, second.left), _smaller(first.right, second.right)
+        return ClosedForm(left, right, first.lengths + second.lengths)
+
+    def __repr__(self) -> str:
+        return " & ".join(
+            f"({part!r})" if isinstance(part, Or) else repr(part) for part in (self.first, self.second)
+        )
+
+
+@dataclass(frozen=True, repr=False)
+class Or(_Pair):
+    """Either sees it."""
+
+    def __post_init__(self) -> None:
+        _refuse_repeats("|", self.first, self.second)
+
+    def sees(self, at: Positions) -> Tensor:
+        return self.first.sees(at) | self.second.sees(at)
+
+    def states(self, slab: Slab) -> Tensor:
+        return torch.maximum(self.first.states(slab), self.second.states(slab))
+
+    def __repr__(self) -> str:
+        return f"{self.first!r} | {self.second!r}"
+
+
+@dataclass(frozen=True, repr=False)
+class Not(Mask):
+    """What the other mask hides."""
+
+    mask: Mask
+
+    def __post_init__(self) -> None:
+        _refuse_repeats("~", self.mask)
+
+    def sees(self, at: Positions) -> Tensor:
+        return ~self.mask.sees(at)
+
+    def states(self, slab: Slab) -> Tensor:
+        return FULL - self.mask.states(slab)
+
+    def of_distance(self) -> bool:
+        return self.mask.of_distance()
+
+    def __invert__(self) -> Mask:
+        return self.mask
+
+    def __repr__(self) -> str:
+        return f"~({self.mask!r})" if isinstance(self.mask, _Pair) else f"~{self.mask!r}"
+
+
+def _smaller(first: int | None, second: int | None) -> int | None:
+    return second if first is None else first if second is None else min(first, second)
+
+
+def _refuse_repeats(operator: str, *masks: Mask) -> None:
+    for mask in masks:
+        if mask.repeats:
+            raise ValueError(
+                f"a mask whose keys count several times combines with & only, got {operator} of {mask!r}"
+            )
+
+
+def check_integer(name: str, value: int, *, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")

@@ -1,0 +1,327 @@
+"""The kinds of masks: each is a predicate over positions, and the same said granule by granule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastattn.masks.algebra import ClosedForm, Mask, Values
+from fastattn.masks.lists import GRANULE, Shape
+from fastattn.masks.lowering import FULL, Positions, Slab
+from fastattn.spec import window_that_hides
+
+
+@dataclass(frozen=True, repr=False)
+class Window(Mask):
+    """Keys from `left` before the diagonal to `right` after it; None is unbounded."""
+
+    left: int | None
+    right: int | None
+
+    def sees(self, at: Positions) -> Tensor:
+        distance = at.key - at.diagonal
+        left, right = self._bounds(at.shape)
+        seen = torch.ones_like(distance, dtype=torch.bool) if left is None else distance >= -left
+        return seen if right is None else seen & (distance <= right)
+
+    def states(self, slab: Slab) -> Tensor:
+        (query, last_query), (key, last_key), offset = slab.queries, slab.keys, slab.shape.offset
+        least, most = key - (last_query + offset), last_key - (query + offset)
+        left, right = self._bounds(slab.shape)
+        states = torch.full_like(least, FULL, dtype=torch.int8)
+        if left is not None:
+            states = torch.minimum(states, state(some=most >= -left, all=least >= -left))
+        if right is not None:
+            states = torch.minimum(states, state(some=least <= right, all=most <= right))
+        return states
+
+    def closed_form(self) -> ClosedForm:
+        return ClosedForm(self.left, self.right)
+
+    def of_distance(self) -> bool:
+        return True
+
+    def _bounds(self, shape: Shape) -> tuple[int | None, int | None]:
+        return window_that_hides((self.left, self.right), shape.queries, shape.keys)
+
+    def __repr__(self) -> str:
+        if (self.left, self.right) == (None, 0):
+            return "causal"
+        sides = () if self.left is None and self.right is None else (self.left, self.right)
+        return f"window({', '.join(str(side) for side in (sides if self.right is not None else sides[:1]))})"
+
+
+@dataclass(frozen=True, repr=False)
+class Lengths(Mask):
+    """The first keys of each batch element."""
+
+    lengths: Values  # (1,) or (B,)
+    name: str
+
+    def sees(self, at: Positions) -> Tensor:
+        return at.key < _of_batch(self.lengths.on(at.key.device), at.batch)
+
+    def states(self, slab: Slab) -> Tensor:
+        key, last_key = slab.keys
+        length = _of_batch(self.lengths.on(slab.shape.device), slab.batch)
+        return state(some=key < length, all=last_key < length)
+
+    def varies(self, shape: Shape) -> tuple[bool, bool]:
+        return self.lengths.tensor.numel() != 1, False
+
+    def check(self, shape: Shape) -> None:
+        _check_batch(self.name, self.lengths.tensor.numel(), shape)
+
+    def closed_form(self) -> ClosedForm:
+        return ClosedForm(lengths=(self.lengths,))
+
+    def __repr__(self) -> str:
+        single = self.lengths.tensor.numel() == 1 and self.lengths.tensor.device.type == "cpu"
+        return f"{self.name}({self.lengths.tensor.item() if single else self.lengths})"
+
+
+@dataclass(frozen=True, repr=False)
+class Documents(Mask):
+    """Keys of the query's own document. `boundaries` says whether `values` are cu_seqlens rather than ids."""
+
+    values: Values
+    boundaries: bool
+
+    def sees(self, at: Positions) -> Tensor:
+        ids = _document_ids(self.values, self.boundaries).to(at.key.device)
+        batch = pick(ids.shape[0], at.batch)
+        return ids[batch, at.diagonal] == ids[batch, at.key]
+
+    def states(self, slab: Slab) -> Tensor:
+        ids = _document_ids(self.values, self.boundaries).to(slab.shape.device)
+        ids = ids[pick(ids.shape[0], slab.batch)]
+        low, high = _ranges(ids)
+        rows = slice(slab.first * GRANULE + slab.shape.offset, slab.stop * GRANULE + slab.shape.offset)
+        own_low, own_high = (t[:, None] for t in _ranges(ids[rows]))
+        return state(some=(own_low <= high) & (low <= own_high), all=(own_low == high) & (low == own_high))
+
+    def varies(self, shape: Shape) -> tuple[bool, bool]:
+        return self._rows != 1, False
+
+    def check(self, shape: Shape) -> None:
+        _check_batch("documents", self._rows, shape)
+        length = _document_ids(self.values, self.boundaries).shape[1]
+        if length != shape.keys:
+            raise ValueError(f"documents hold {length} tokens, expected {shape.keys}, one for each key")
+        if shape.queries > shape.keys:
+            raise ValueError(
+                f"documents need a key for each query, got {shape.queries} queries and {shape.keys} keys"
+            )
+
+    @property
+    def _rows(self) -> int:
+        tensor = self.values.tensor
+        return tensor.shape[0] if tensor.dim() == 2 else 1
+
+    def __repr__(self) -> str:
+        return f"documents({'cu_seqlens=' if self.boundaries else ''}{self.values})"
+
+
+@lru_cache(maxsize=8)
+def _document_ids(values: Values, boundaries: bool) -> Tensor:
+    """The document of each token, (1 or B, N)."""
+    if not boundaries:
+        return values.tensor.view(-1, values.tensor.shape[-1])
+    sizes = values.tensor.diff()
+    return torch.repeat_interleave(torch.arange(len(sizes), device=sizes.device), sizes)[None]
+
+
+@dataclass(frozen=True, repr=False)
+class GlobalTokens(Mask):
+    """Pairs of which either is a global token. `values` are positions (n,), or flags (N,) or (B, N)."""
+
+    values: Values
+
+    def sees(self, at: Positions) -> Tensor:
+        flags = self._flags(at.shape, at.key.device)
+        batch = pick(flags.shape[0], at.batch)
+        return flags[batch, at.key] | self._of_queries(flags, at.shape)[batch, at.query]
+
+    def states(self, slab: Slab) -> Tensor:
+        flags = self._flags(slab.shape, slab.shape.device)
+        flags, batch = flags.to(torch.int8), pick(flags.shape[0], slab.batch)
+        low, high = _ranges(flags[batch])
+        rows = slice(slab.first * GRANULE, slab.stop * GRANULE)
+        own_low, own_high = (t[:, None] for t in _ranges(self._of_queries(flags, slab.shape)[batch, rows]))
+        return torch.maximum(low + high, own_low + own_high)
+
+    def varies(self, shape: Shape) -> tuple[bool, bool]:
+        return self._are_flags and self.values.tensor.dim() == 2 and self.values.tensor.shape[0] != 1, False
+
+    def check(self, shape: Shape) -> None:
+        tensor = self.values.tensor
+        if self._are_flags:
+            _check_batch("global_tokens", tensor.shape[0] if tensor.dim() == 2 else 1, shape)
+            if tensor.shape[-1] != shape.keys:
+                raise ValueError(
+                    f"global_tokens has {tensor.shape[-1]} flags, expected {shape.keys}, one for each key"
+                )
+        elif tensor.numel() and int(tensor.max()) >= shape.keys:
+            raise ValueError(f"global_tokens has position {int(tensor.max())}, expected below {shape.keys} keys")
+
+    @property
+    def _are_flags(self) -> bool:
+        return self.values.tensor.dtype == torch.bool
+
+    def _flags(self, shape: Shape, device: torch.device) -> Tensor:
+        """Whether each key is a global token, (1 or B, Lk)."""
+        tensor = self.values.on(device)
+        if self._are_flags:
+            return tensor.view(-1, tensor.shape[-1])
+        return torch.zeros(1, shape.keys, dtype=torch.bool, device=device).index_fill_(1, tensor.long(), True)
+
+    def _of_queries(self, flags: Tensor, shape: Shape) -> Tensor:
+        """Whether the token of each query is a global one; queries before the first key are none."""
+        if shape.offset < 0:
+            return F.pad(flags, (-shape.offset, 0))
+        return flags[:, shape.offset :]
+
+    def __repr__(self) -> str:
+        return f"global_tokens({self.values})"
+
+
+@dataclass(frozen=True, repr=False)
+class Dilated(Mask):
+    """Keys at multiples of `step` from the diagonal."""
+
+    step: int
+
+    def sees(self, at: Positions) -> Tensor:
+        return (at.key - at.diagonal) % self.step == 0
+
+    def states(self, slab: Slab) -> Tensor:
+        (query, last_query), (key, last_key), offset = slab.queries, slab.keys, slab.shape.offset
+        least, most = key - (last_query + offset), last_key - (query + offset)
+        multiples = most // self.step - (least - 1) // self.step
+        return state(some=multiples > 0, all=multiples == most - least + 1)
+
+    def of_distance(self) -> bool:
+        return True
+
+    def __repr__(self) -> str:
+        return f"dilated({self.step})"
+
+
+@dataclass(frozen=True, repr=False)
+class Dense(Mask):
+    """A bool tensor (Lq, Lk), (H, Lq, Lk) or (B, H, Lq, Lk), B and H possibly 1."""
+
+    seen: Values
+
+    def sees(self, at: Positions) -> Tensor:
+        seen = four_dimensional(self.seen.tensor)
+        where = (pick(seen.shape[0], at.batch), pick(seen.shape[1], at.head), at.query, at.key)
+        return seen[tuple(t.to(seen.device) if isinstance(t, Tensor) else t for t in where)].to(at.key.device)
+
+    def states(self, slab: Slab) -> Tensor:
+        seen = four_dimensional(self.seen.tensor)
+        rows = slice(slab.first * GRANULE, slab.stop * GRANULE)
+        seen = seen[pick(seen.shape[0], slab.batch), pick(seen.shape[1], slab.head), rows]
+        low, high = (pooled.mT for pooled in _ranges(seen.view(torch.uint8)))  # along the keys, then the queries
+        low, high = _ranges(low)[0].mT, _ranges(high)[1].mT
+        return state(some=high > 0, all=low > 0).to(slab.shape.device)
+
+    def varies(self, shape: Shape) -> tuple[bool, bool]:
+        return varies_by_shape(self.seen)
+
+    def check(self, shape: Shape) -> None:
+        check_grid("from_dense", self.seen, shape[:4])
+
+    def __repr__(self) -> str:
+        return f"from_dense(<{' x '.join(map(str, self.seen.tensor.shape))}>)"
+
+
+@dataclass(frozen=True, repr=False)
+class Function(Mask):
+    """What a function says."""
+
+    function: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+    def sees(self, at: Positions) -> Tensor:
+        seen = self.function(at.batch, at.head, at.query, at.key)
+        if not isinstance(seen, Tensor) or seen.dtype != torch.bool:
+            got = seen.dtype if isinstance(seen, Tensor) else type(seen).__name__
+            raise TypeError(f"{self!r} must return a bool tensor, got {got}")
+        whole = torch.broadcast_shapes(*(t.shape for t in at[1:]))
+        try:
+            fits = torch.broadcast_shapes(seen.shape, whole) == whole
+        except RuntimeError:
+            fits = False
+        if not fits:
+            raise ValueError(f"{self!r} must return what broadcasts to {tuple(whole)}, got {tuple(seen.shape)}")
+        return seen
+
+    def varies(self, shape: Shape) -> tuple[bool, bool]:
+        """It does if its answer to all batch elements and heads is more than one answer."""
+        if 0 in shape[:4]:
+            return False, False
+        batch, head = (
+            torch.arange(shape.batch, device=shape.device),
+            torch.arange(shape.heads, device=shape.device),
+        )
+        zero = batch.new_zeros(1, 1, 1, 1)
+        seen = self.sees(Positions(shape, batch.view(-1, 1, 1, 1), head.view(1, -1, 1, 1), zero, zero))
+        batches, heads, _, _ = (1,) * (4 - seen.dim()) + tuple(seen.shape)
+        return batches > 1, heads > 1
+
+    def lowers_on(self, device: torch.device) -> torch.device:
+        return device
+
+    def __repr__(self) -> str:
+        return f"from_function({getattr(self.function, '__qualname__', repr(self.function))})"
+
+
+def state(*, some: Tensor, all: Tensor) -> Tensor:
+    """FULL where all pairs are seen, PARTIAL where some may be."""
+    return some.to(torch.int8) + (some & all).to(torch.int8)
+
+
+def pick(size: int, index: int | Tensor) -> int | Tensor:
+    """The index into a dimension that may be 1 for all."""
+    return 0 if size == 1 else index
+
+
+def _of_batch(values: Tensor, batch: int | Tensor) -> Tensor:
+    return values[pick(values.numel(), batch)]
+
+
+def _ranges(values: Tensor) -> tuple[Tensor, Tensor]:
+    """The least and the greatest of each granule of the last dimension."""
+    missing = -values.shape[-1] % GRANULE
+    if missing:
+        values = torch.cat([values, values[..., -1:].expand(*values.shape[:-1], missing)], -1)
+    values = values.unflatten(-1, (-1, GRANULE))
+    return values.amin(-1), values.amax(-1)
+
+
+def four_dimensional(t: Tensor) -> Tensor:
+    return t.view([1] * (4 - t.dim()) + list(t.shape)) if t.dim() < 4 else t
+
+
+def varies_by_shape(values: Values) -> tuple[bool, bool]:
+    shape = four_dimensional(values.tensor).shape
+    return shape[0] != 1, shape[1] != 1
+
+
+def _check_batch(name: str, rows: int, shape: Shape) -> None:
+    if rows not in (1, shape.batch):
+        raise ValueError(f"{name} is for a batch of {rows}, expected {shape.batch}")
+
+
+def check_grid(name: str, values: Values, expected: tuple[int, ...]) -> None:
+    got = tuple(four_dimensional(values.tensor).shape)
+    fits = got[0] in (1, expected[0]) and got[1] in (1, expected[1]) and got[2:] == tuple(expected[2:])
+    if not fits:
+        raise ValueError(
+            f"{name} has shape {tuple(values.tensor.shape)}, expected {tuple(expected)} or 1 in front"
+        )

@@ -1,0 +1,299 @@
+"""Masks as the kernels read them: lists of 64 x 64 granules by row and by column, and bit tiles.
+
+The score matrix is cut into granules. A granule nobody sees in is in no list; a full one (all of its 4096 pairs
+exist and are seen) costs the kernel no mask work; a partial one points to a bit tile of 64 words of 64 bits. Equal
+tiles, and equal lists of different heads or batch elements, are stored once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+GRANULE = 64
+PAIRS = GRANULE * GRANULE
+
+
+class Shape(NamedTuple):
+    """What a mask is asked for: B, H, Lq, Lk and where the answer shall be."""
+
+    batch: int
+    heads: int
+    queries: int
+    keys: int
+    device: torch.device
+
+    @property
+    def rows(self) -> int:
+        return -(-self.queries // GRANULE)
+
+    @property
+    def columns(self) -> int:
+        return -(-self.keys // GRANULE)
+
+    @property
+    def offset(self) -> int:
+        """Query i stands on the diagonal at key i + offset."""
+        return self.keys - self.queries
+
+    def __str__(self) -> str:
+        return f"batch {self.batch}, heads {self.heads}, {self.queries} queries, {self.keys} keys on {self.device}"
+
+
+class BlockLists(NamedTuple):
+    """A mask of P distinct patterns over R x C granules, as the kernels read it. Tensors of one device.
+
+    The full entries of row r of pattern p are `full_columns[full_offsets[p, r] : full_offsets[p, r + 1]]`, columns
+    ascending; likewise the partial ones, and by column the rows. A row without an entry sees nothing. A granule
+    has several entries only if its pairs differ in multiplicity.
+
+    full_offsets, partial_offsets: int32 (P, R + 1), absolute.
+    full_columns (E1,), partial_columns (E2,): int32.
+    partial_tiles: int32 (E2,), indices into bit_tiles.
+    full_counts (E1,), partial_counts (E2,): fp32 logarithm of how often the entry's keys count; None if all once.
+    column_...: the same lists by column, offsets (P, C + 1), for the gradients of keys and values.
+    bit_tiles: int64 (T, 64), all different; bit j of word i says whether query i of the granule sees its key j.
+        Bits of queries and keys that do not exist are 0.
+    pattern: int32 (B or 1, H or 1), the pattern of each batch element and head.
+    """
+
+    full_offsets: Tensor
+    full_columns: Tensor
+    partial_offsets: Tensor
+    partial_columns: Tensor
+    partial_tiles: Tensor
+    full_counts: Tensor | None
+    partial_counts: Tensor | None
+    column_full_offsets: Tensor
+    column_full_rows: Tensor
+    column_partial_offsets: Tensor
+    column_partial_rows: Tensor
+    column_partial_tiles: Tensor
+    column_full_counts: Tensor | None
+    column_partial_counts: Tensor | None
+    bit_tiles: Tensor
+    pattern: Tensor
+
+    def to(self, device: torch.device | str) -> BlockLists:
+        return BlockLists._make(None if t is None else t.to(device) for t in self)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in self if t is not None)
+
+
+@dataclass(frozen=True, eq=False)
+class Lowered:
+    """A mask for one shape and device: closed forms as numbers, or block lists.
+
+    left, right: how many keys before and after the diagonal are seen; None for all. Causal is right = 0.
+    key_lengths: int32 (B,), between 0 and Lk; keys from there on are not seen.
+    lists: if not None, they are the whole mask, and the closed forms are None.
+    """
+
+    shape: Shape
+    left: int | None = None
+    right: int | None = None
+    key_lengths: Tensor | None = None
+    lists: BlockLists | None = None
+
+    def to(self, device: torch.device | str) -> Lowered:
+        """The same mask on another device; itself if it is there already."""
+        device = the_device(device)
+        if device == self.shape.device:
+            return self
+        return replace(
+            self,
+            shape=self.shape._replace(device=device),
+            key_lengths=None if self.key_lengths is None else self.key_lengths.to(device),
+            lists=None if self.lists is None else self.lists.to(device),
+        )
+
+    def check(self, batch: int, heads: int, queries: int, keys: int, device: torch.device | str) -> None:
+        """A ValueError if this is the mask of another batch, head count, length or device."""
+        wanted = Shape(batch, heads, queries, keys, the_device(device))
+        if wanted != self.shape:
+            raise ValueError(f"mask was lowered for {self.shape}, expected one for {wanted}")
+
+    @property
+    def visible(self) -> int:
+        """How many (query, key) pairs are seen, over batch and heads; a key that counts twice is one pair."""
+        if self.lists is None:
+            start, stop = self._interval(1)
+            return int((stop - start).clamp(min=0).sum()) * self._repetitions
+        entries, (full, partial) = _popcount(self.lists.bit_tiles), self._entries
+        tiles = entries[self.lists.partial_tiles.long()]
+        return sum(
+            int(times) * (PAIRS * int(full[p]) + int(tiles[partial[p][0] : partial[p][1]].sum()))
+            for p, times in enumerate(self._uses)
+        )
+
+    @property
+    def visited_granules(self) -> int:
+        """How many granules the kernels visit, over batch and heads."""
+        if self.lists is None:
+            start, stop = self._interval(GRANULE)
+            visited = torch.where(stop > start, -(-stop // GRANULE) - start // GRANULE, 0)
+            return int(visited.sum()) * self._repetitions
+        full, partial = self._entries
+        return sum(
+            int(times) * (int(full[p]) + partial[p][1] - partial[p][0]) for p, times in enumerate(self._uses)
+        )
+
+    @property
+    def ideal_granules(self) -> float:
+        """The seen pairs, in granules: what would be visited if no granule were partial."""
+        return self.visible / PAIRS
+
+    @property
+    def _uses(self) -> list[int]:
+        """How many (batch element, head) pairs have each pattern."""
+        assert self.lists is not None
+        pattern = self.lists.pattern.expand(self.shape.batch, self.shape.heads).flatten()
+        return torch.bincount(pattern, minlength=self.lists.full_offsets.shape[0]).tolist()
+
+    @property
+    def _entries(self) -> tuple[list[int], list[list[int]]]:
+        """For each pattern the number of full entries, and where the partial ones begin and end."""
+        assert self.lists is not None
+        full, partial = self.lists.full_offsets, self.lists.partial_offsets
+        return (full[:, -1] - full[:, 0]).tolist(), partial[:, [0, -1]].tolist()
+
+    @property
+    def _repetitions(self) -> int:
+        return self.shape.heads * (self.shape.batch if self.key_lengths is None else 1)
+
+    def _interval(self, step: int) -> tuple[Tensor, Tensor]:
+        """The keys that each `step` queries see, from start to before stop: (1 or B, Lq / step)."""
+        low = torch.arange(0, self.shape.queries, step, device=self.shape.device)[None]
+        high = (low + step - 1).clamp(max=self.shape.queries - 1)
+        keys, offset = self.shape.keys, self.shape.offset
+        start = torch.zeros_like(low) if self.left is None else (low + offset - self.left).clamp(0, keys)
+        stop = (
+            torch.full_like(low, keys) if self.right is None else (high + offset + self.right + 1).clamp(0, keys)
+        )
+        return start, stop if self.key_lengths is None else torch.minimum(stop, self.key_lengths[:, None])
+
+
+def the_device(device: torch.device | str) -> torch.device:
+    """With its index, as tensors name it."""
+    return torch.empty(0, device=device).device
+
+
+def decode(
+    lists: BlockLists, batch: int, heads: int, queries: int, keys: int, *, by: str = "rows"
+) -> tuple[Tensor, Tensor]:
+    """What the lists say, densely, read by "rows" or by "columns": the definition of the format.
+
+    Returns:
+        Which pairs are seen, bool (B, H, Lq, Lk), and the logarithm of how often each counts, fp32 (B, H, Lq, Lk):
+        -inf for pairs that are not seen, so that it is the bias that the mask amounts to.
+    """
+    if by == "rows":
+        full = lists.full_offsets, lists.full_columns, None, lists.full_counts
+        partial = lists.partial_offsets, lists.partial_columns, lists.partial_tiles, lists.partial_counts
+    else:
+        full = lists.column_full_offsets, lists.column_full_rows, None, lists.column_full_counts
+        partial = (
+            lists.column_partial_offsets,
+            lists.column_partial_rows,
+            lists.column_partial_tiles,
+            lists.column_partial_counts,
+        )
+    patterns = lists.full_offsets.shape[0]
+    rows, columns = -(-queries // GRANULE), -(-keys // GRANULE)
+    counts = torch.zeros(patterns, rows, columns, GRANULE, GRANULE, device=lists.pattern.device)
+    for offsets, others, tiles, logs in (full, partial):
+        for p in range(patterns):
+            sizes = offsets[p].diff().long()
+            own = torch.repeat_interleave(torch.arange(len(sizes), device=sizes.device), sizes)
+            entries = slice(int(offsets[p, 0]), int(offsets[p, -1]))
+            place = (own, others[entries].long()) if by == "rows" else (others[entries].long(), own)
+            seen = (
+                torch.ones_like(counts[p][place])
+                if tiles is None
+                else unpack(lists.bit_tiles[tiles[entries].long()])
+            )
+            times = 1.0 if logs is None else logs[entries].exp().round()[:, None, None]
+            counts[p].index_put_(place, seen * times, accumulate=True)
+    counts = counts.transpose(2, 3).reshape(patterns, rows * GRANULE, columns * GRANULE)[:, :queries, :keys]
+    counts = counts[lists.pattern.long()].expand(batch, heads, queries, keys)
+    return counts > 0, counts.log()
+
+
+class WorkItems(NamedTuple):
+    """Rows (or columns) of granules cut into segments of similar size, the heaviest first within a pattern.
+
+    Segment s of pattern p, offsets[p] <= s < offsets[p + 1], has the full entries full_begin[s] to before
+    full_end[s] and the partial ones partial_begin[s] to before partial_end[s] of row rows[s]; it is number
+    segments[s] of the segment_counts[s] of that row. A row without an entry has one segment. All int32.
+    """
+
+    offsets: Tensor
+    rows: Tensor
+    full_begin: Tensor
+    full_end: Tensor
+    partial_begin: Tensor
+    partial_end: Tensor
+    segments: Tensor
+    segment_counts: Tensor
+
+
+def work_items(lists: BlockLists, longest: int, *, by: str = "rows") -> WorkItems:
+    """Cut the rows (or, by="columns", the columns) with more than `longest` entries into equal segments."""
+    if longest < 1:
+        raise ValueError(f"longest must be at least 1 entry, got {longest}")
+    if by not in ("rows", "columns"):
+        raise ValueError(f"by must be 'rows' or 'columns', got {by!r}")
+    full = (lists.full_offsets if by == "rows" else lists.column_full_offsets).long()
+    partial = (lists.partial_offsets if by == "rows" else lists.column_partial_offsets).long()
+    patterns, rows = full.shape[0], full.shape[1] - 1
+    full_first, partial_first = full[:, :-1].flatten(), partial[:, :-1].flatten()
+    full_sizes, sizes = full.diff().flatten(), (full.diff() + partial.diff()).flatten()
+    pieces = (-(-sizes // longest)).clamp(min=1)
+    whose = torch.repeat_interleave(torch.arange(patterns * rows, device=full.device), pieces)
+    segment = torch.arange(len(whose), device=full.device) - (pieces.cumsum(0) - pieces)[whose]
+    begin, end = segment * sizes[whose] // pieces[whose], (segment + 1) * sizes[whose] // pieces[whose]
+    pattern = whose // max(1, rows)
+    order = (pattern * (int(sizes.max()) + 1 if len(sizes) else 1) - (end - begin)).argsort(stable=True)
+    whose, segment, begin, end, pattern = (t[order] for t in (whose, segment, begin, end, pattern))
+    counted = full_sizes[whose]
+    fields = (
+        whose % max(1, rows),
+        full_first[whose] + torch.minimum(begin, counted),
+        full_first[whose] + torch.minimum(end, counted),
+        partial_first[whose] + (begin - counted).clamp(min=0),
+        partial_first[whose] + (end - counted).clamp(min=0),
+        segment,
+        pieces[whose],
+    )
+    return WorkItems(list_offsets(pattern, 1, patterns)[0], *(t.int() for t in fields))
+
+
+def list_offsets(lists: Tensor, patterns: int, length: int) -> Tensor:
+    """Where each of patterns x length lists begins and ends, given which list each entry is in."""
+    sizes = torch.bincount(lists, minlength=patterns * length)
+    ends = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
+    starts = torch.arange(patterns, device=lists.device)[:, None] * length
+    return ends[starts + torch.arange(length + 1, device=lists.device)].int()
+
+
+def pack(seen: Tensor) -> Tensor:
+    """Bools (..., 64) as 64-bit words (...): bit j is element j."""
+    # Eight bools are eight bytes of 0 or 1; this product gathers their lowest bits, in order, in the top byte.
+    octets = (seen.contiguous().view(torch.int64) * 0x0102040810204080) >> 56 & 0xFF
+    return (octets << torch.arange(0, GRANULE, 8, device=seen.device)).sum(-1)
+
+
+def unpack(words: Tensor) -> Tensor:
+    """Words (...) as bools (..., 64)."""
+    return (words[..., None] >> torch.arange(GRANULE, device=words.device) & 1).bool()
+
+
+def _popcount(tiles: Tensor) -> Tensor:
+    """The pairs seen in each tile, (T,)."""
+    parts = [unpack(part).flatten(1).sum(1) for part in tiles.split(1024)]
+    return torch.cat(parts) if parts else tiles.new_zeros(0)

@@ -1,0 +1,338 @@
+"""From a mask to its lists, slab by slab.
+
+For a few rows of granules at a time a mask first says of each granule whether it is empty, full or undecided, and
+only the undecided ones are looked at pair by pair. So memory stays in O(N), beside the lists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from fastattn.masks.lists import GRANULE, BlockLists, Shape, list_offsets, pack
+
+EMPTY, PARTIAL, FULL = 0, 1, 2  # & is the minimum, | the maximum, ~ the reflection; PARTIAL means undecided
+
+SLAB = 2**18  # granules classified at once: 256 KiB a byte
+LOOK = 256  # granules looked at pair by pair at once: 1 MiB a byte
+
+
+class Positions(NamedTuple):
+    """Pairs to be judged: int64 tensors that broadcast against each other."""
+
+    shape: Shape
+    batch: Tensor
+    head: Tensor
+    query: Tensor
+    key: Tensor
+
+    @property
+    def diagonal(self) -> Tensor:
+        """The key position of each query."""
+        return self.query + self.shape.offset
+
+
+class Slab(NamedTuple):
+    """Granules to be classified: rows of granules `first` to `stop` of one batch element and head."""
+
+    shape: Shape
+    batch: int
+    head: int
+    first: int
+    stop: int
+
+    @property
+    def queries(self) -> tuple[Tensor, Tensor]:
+        """The first and the last query of each row, (rows, 1)."""
+        low = torch.arange(self.first, self.stop, device=self.shape.device)[:, None] * GRANULE
+        return low, (low + GRANULE - 1).clamp(max=self.shape.queries - 1)
+
+    @property
+    def keys(self) -> tuple[Tensor, Tensor]:
+        """The first and the last key of each column, (1, columns)."""
+        low = torch.arange(self.shape.columns, device=self.shape.device)[None] * GRANULE
+        return low, (low + GRANULE - 1).clamp(max=self.shape.keys - 1)
+
+
+class Lowerable(Protocol):
+    """What lowering asks of a mask; `fastattn.masks.Mask` says each at its definition."""
+
+    @property
+    def repeats(self) -> bool: ...
+    def sees(self, at: Positions) -> Tensor: ...
+    def states(self, slab: Slab) -> Tensor: ...
+    def counts(self, at: Positions) -> Tensor: ...
+    def varies(self, shape: Shape) -> tuple[bool, bool]: ...
+    def of_distance(self) -> bool: ...
+
+
+class _Entries(NamedTuple):
+    """Granules of one kind, by rows: `cells` are p * R * C + row * C + column; tiles point into a common list."""
+
+    cells: Tensor
+    tiles: Tensor
+    counts: Tensor
+
+
+def build_lists(mask: Lowerable, shape: Shape) -> BlockLists:
+    """Lower a mask pattern by pattern, slab by slab; see BlockLists."""
+    by_batch, by_head = mask.varies(shape)
+    batch, heads = shape.batch if by_batch else 1, shape.heads if by_head else 1
+    tiles = _Tiles(shape.device)
+    found = [_granules(mask, shape, b, h, tiles) for b in range(batch) for h in range(heads)]
+    bit_tiles, renumbered = tiles.distinct()
+    found = [(full, partial._replace(tiles=renumbered[partial.tiles])) for full, partial in found]
+    distinct, pattern = _distinct_patterns(found)
+    full = _joined([full for full, _ in distinct], shape)
+    partial = _joined([partial for _, partial in distinct], shape)
+    keep = mask.repeats and bool((full.counts != 0).any() or (partial.counts != 0).any())
+    full_rows, partial_rows = (_by_row(e, len(distinct), shape, keep) for e in (full, partial))
+    full_columns, partial_columns = (_by_column(e, len(distinct), shape, keep) for e in (full, partial))
+    return BlockLists(
+        full_offsets=full_rows.offsets,
+        full_columns=full_rows.others,
+        partial_offsets=partial_rows.offsets,
+        partial_columns=partial_rows.others,
+        partial_tiles=partial_rows.tiles,
+        full_counts=full_rows.counts,
+        partial_counts=partial_rows.counts,
+        column_full_offsets=full_columns.offsets,
+        column_full_rows=full_columns.others,
+        column_partial_offsets=partial_columns.offsets,
+        column_partial_rows=partial_columns.others,
+        column_partial_tiles=partial_columns.tiles,
+        column_full_counts=full_columns.counts,
+        column_partial_counts=partial_columns.counts,
+        bit_tiles=bit_tiles,
+        pattern=torch.tensor(pattern, dtype=torch.int32, device=shape.device).view(batch, heads),
+    )
+
+
+def _granules(mask: Lowerable, shape: Shape, batch: int, head: int, tiles: _Tiles) -> tuple[_Entries, _Entries]:
+    """The full and the partial entries of one batch element and head, by rows."""
+    full, partial = _Found(shape.device), _Found(shape.device)
+    height = max(1, SLAB // max(1, shape.columns))
+    for first in range(0, shape.rows if shape.columns else 0, height):
+        slab = Slab(shape, batch, head, first, min(first + height, shape.rows))
+        states = _whole(mask.states(slab), slab).flatten()
+        cells = (states == FULL).nonzero()[:, 0] + first * shape.columns
+        full.add(cells, cells, _counts_of_full(mask, slab, cells))
+        undecided = (states == PARTIAL).nonzero()[:, 0] + first * shape.columns
+        for cells, words, which, counts in _looked_at(mask, slab, undecided):
+            is_full = (words == -1).all(1)
+            is_partial = (words != 0).any(1) & ~is_full
+            number = torch.zeros_like(words[:, 0]).masked_scatter_(is_partial, tiles.add(words[is_partial]))
+            of_full, of_partial = is_full[which], is_partial[which]
+            full.add(cells[of_full], cells[of_full], counts[of_full])
+            partial.add(cells[of_partial], number[which][of_partial], counts[of_partial])
+    return full.sorted(), partial.sorted()
+
+
+def _whole(states: Tensor, slab: Slab) -> Tensor:
+    """For every granule of the slab; those with queries or keys that do not exist are not full."""
+    shape = slab.shape
+    states = states.expand(slab.stop - slab.first, shape.columns).contiguous()
+    if shape.keys % GRANULE:
+        states[:, -1].clamp_(max=PARTIAL)
+    if shape.queries % GRANULE and slab.stop == shape.rows:
+        states[-1].clamp_(max=PARTIAL)
+    return states
+
+
+def _existing(words: Tensor, cells: Tensor, shape: Shape) -> Tensor:
+    """Without the bits of queries and keys that do not exist."""
+    if shape.queries % GRANULE == 0 and shape.keys % GRANULE == 0:
+        return words
+    rows, columns = cells // shape.columns, cells % shape.columns
+    queries = rows[:, None] * GRANULE + torch.arange(GRANULE, device=cells.device) < shape.queries
+    last = (1 << shape.keys % GRANULE) - 1 if shape.keys % GRANULE else -1
+    keys = torch.where(columns == shape.columns - 1, last, -1)[:, None]
+    return torch.where(queries, words & keys, 0)
+
+
+def _counts_of_full(mask: Lowerable, slab: Slab, cells: Tensor) -> Tensor:
+    """The log-counts of full granules, (G,): their first pair stands for all."""
+    if not mask.repeats:
+        return cells.new_zeros(len(cells), dtype=torch.float32)
+    first = _positions(slab, cells, 1)
+    return mask.counts(first).expand(len(cells), 1, 1).flatten().float().log()
+
+
+def _looked_at(mask: Lowerable, slab: Slab, cells: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Undecided granules, part by part: cells (G,), words (W, 64), whose words each has (G,), log-counts (G,)."""
+    shape, columns = slab.shape, slab.shape.columns
+    if mask.of_distance():
+        # Whole granules of one diagonal look alike: the first of each diagonal is looked at for all.
+        whole = (cells // columns < shape.queries // GRANULE) & (cells % columns < shape.keys // GRANULE)
+        alike, cells = cells[whole], cells[~whole]
+        diagonal, which = (alike // columns - alike % columns).unique(return_inverse=True)
+        firsts = diagonal.clamp(min=0) * columns + (-diagonal).clamp(min=0)
+        parts = [words for part in firsts.split(LOOK) for words, _ in _layers(mask, slab, part)]
+        if parts:
+            yield alike, torch.cat(parts), which, torch.zeros_like(alike, dtype=torch.float32)
+    for part in cells.split(LOOK):
+        for words, counts in _layers(mask, slab, part):
+            yield part, _existing(words, part, shape), torch.arange(len(part), device=part.device), counts
+
+
+def _layers(mask: Lowerable, slab: Slab, cells: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Words (G, 64) and log-counts (G,) of granules, once for each count that occurs."""
+    at = _positions(slab, cells, GRANULE)
+    at = at._replace(query=at.query.clamp(max=slab.shape.queries - 1), key=at.key.clamp(max=slab.shape.keys - 1))
+    seen = mask.sees(at).expand(len(cells), GRANULE, GRANULE)
+    once = torch.zeros_like(cells, dtype=torch.float32)
+    if not mask.repeats:
+        yield pack(seen), once
+        return
+    counts = mask.counts(at)
+    for count in counts.unique().tolist():
+        yield pack(seen & (counts == count)), torch.full_like(once, count).log()
+
+
+def _positions(slab: Slab, cells: Tensor, size: int) -> Positions:
+    """The first `size` x `size` pairs of granules: queries (G, size, 1), keys (G, 1, size)."""
+    shape, within = slab.shape, torch.arange(size, device=cells.device)
+    rows, columns = cells // shape.columns, cells % shape.columns
+    return Positions(
+        shape,
+        torch.full((1, 1, 1), slab.batch, device=cells.device),
+        torch.full((1, 1, 1), slab.head, device=cells.device),
+        rows[:, None, None] * GRANULE + within[:, None],
+        columns[:, None, None] * GRANULE + within,
+    )
+
+
+class _Growing:
+    """A tensor that grows at its end. Small tensors kept from every look would lie scattered between the large
+    ones that come and go, and keep the heap from using their room again: gigabytes, for megabytes of lists."""
+
+    def __init__(self, empty: Tensor) -> None:
+        self.buffer, self.size = empty, 0
+
+    def add(self, rows: Tensor) -> None:
+        size, self.size = self.size, self.size + len(rows)
+        if self.size > len(self.buffer):
+            larger = self.buffer.new_empty(max(1024, 2 * self.size), *self.buffer.shape[1:])
+            larger[:size] = self.buffer[:size]
+            self.buffer = larger
+        self.buffer[size : self.size] = rows
+
+    @property
+    def filled(self) -> Tensor:
+        return self.buffer[: self.size]
+
+
+class _Found:
+    """Entries of one kind as they are found."""
+
+    def __init__(self, device: torch.device) -> None:
+        none = torch.zeros(0, dtype=torch.int64, device=device)
+        self.cells, self.tiles, self.counts = _Growing(none), _Growing(none), _Growing(none.float())
+
+    def add(self, cells: Tensor, tiles: Tensor, counts: Tensor) -> None:
+        self.cells.add(cells)
+        self.tiles.add(tiles)
+        self.counts.add(counts)
+
+    def sorted(self) -> _Entries:
+        """Cells ascending; entries of one cell stay in their order."""
+        cells, order = self.cells.filled.sort(stable=True)
+        return _Entries(cells, self.tiles.filled[order], self.counts.filled[order])
+
+
+class _Tiles:
+    """Bit tiles as they are found. Equal ones of one `add` are merged at once, all of them in `distinct`."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.found = _Growing(torch.zeros(0, GRANULE, dtype=torch.int64, device=device))
+
+    def add(self, words: Tensor) -> Tensor:
+        """The number of each tile."""
+        tiles, numbers = distinct_rows(words)
+        self.found.add(tiles)
+        return numbers + (self.found.size - len(tiles))
+
+    def distinct(self) -> tuple[Tensor, Tensor]:
+        """All different tiles, and the new number of each old one."""
+        return distinct_rows(self.found.filled)
+
+
+def distinct_rows(words: Tensor) -> tuple[Tensor, Tensor]:
+    """The different rows of (G, 64) in the order of their first appearance, and which of them each row is."""
+    if not len(words):
+        return words, words.new_zeros(0)
+    # Sorting 64-bit hashes is much faster than sorting rows; rows that share a hash are compared.
+    generator = torch.Generator().manual_seed(0)
+    odd = (torch.randint(-(2**62), 2**62, (2, words.shape[1]), generator=generator) * 2 + 1).to(words.device)
+    mixed = words * odd[0]
+    hashes = ((mixed ^ mixed >> 31) * odd[1]).sum(1)
+    unique, numbers = hashes.unique(return_inverse=True)
+    first = torch.full_like(unique, len(words))
+    first.scatter_reduce_(0, numbers, torch.arange(len(words), device=words.device), "amin")
+    if not torch.equal(words[first[numbers]], words):
+        return words.unique(dim=0, return_inverse=True)
+    order = first.argsort()
+    return words[first[order]], order.argsort()[numbers]
+
+
+def _distinct_patterns(
+    found: list[tuple[_Entries, _Entries]],
+) -> tuple[list[tuple[_Entries, _Entries]], list[int]]:
+    """The different patterns, and which of them each is."""
+    distinct: list[tuple[_Entries, _Entries]] = []
+    alike: dict[tuple[int, ...], list[int]] = {}
+    pattern = []
+    for full, partial in found:
+        summary = tuple(
+            int((t * torch.arange(1, len(t) + 1, device=t.device)).sum()) for t in (full[0], *partial[:2])
+        )
+        candidates = alike.setdefault(summary, [])
+        same = (i for i in candidates if _equal(distinct[i][0], full) and _equal(distinct[i][1], partial))
+        index = next(same, len(distinct))
+        if index == len(distinct):
+            candidates.append(index)
+            distinct.append((full, partial))
+        pattern.append(index)
+    return distinct, pattern
+
+
+def _equal(left: _Entries, right: _Entries) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
+
+
+def _joined(patterns: list[_Entries], shape: Shape) -> _Entries:
+    """The entries of all patterns, in order."""
+    size = shape.rows * shape.columns
+    joined = _Found(shape.device)
+    for p, entries in enumerate(patterns):
+        joined.add(entries.cells + p * size, entries.tiles, entries.counts)
+    return joined.sorted()
+
+
+class _Lists(NamedTuple):
+    """The lists of one kind of entries, by row or by column: `others` are columns or rows."""
+
+    offsets: Tensor
+    others: Tensor
+    tiles: Tensor
+    counts: Tensor | None
+
+
+def _by_row(entries: _Entries, patterns: int, shape: Shape, keep: bool) -> _Lists:
+    columns = max(1, shape.columns)
+    offsets = list_offsets(entries.cells // columns, patterns, shape.rows)
+    counts = entries.counts if keep else None
+    return _Lists(offsets, (entries.cells % columns).int(), entries.tiles.int(), counts)
+
+
+def _by_column(entries: _Entries, patterns: int, shape: Shape, keep: bool) -> _Lists:
+    rows, columns = max(1, shape.rows), max(1, shape.columns)
+    pattern, row = entries.cells // columns // rows, entries.cells // columns % rows
+    lists = pattern * columns + entries.cells % columns
+    order = lists.argsort(stable=True)
+    offsets = list_offsets(lists, patterns, shape.columns)
+    counts = entries.counts[order] if keep else None
+    return _Lists(offsets, row[order].int(), entries.tiles[order].int(), counts)
