@@ -90,7 +90,8 @@ def look_up(table: dict[str, tuple[Row, ...]], family: str, bytes: int, width: i
     """The first row of the family's table that is wide enough; families not listed use sm_80's.
 
     Other kinds than "plain" have rows of their own that come first: "shaped" scores hold more registers, "heavy"
-    even more, "listed" granules need smaller tiles, "tf32" and "tf32x3" products of float32 run on tensor cores, on every family.
+    even more, a tile must not be larger than "listed" granules, and "tf32" and "tf32x3" products of float32 run on
+    tensor cores, on every family.
     """
     rows = table.get(family) or table["sm_80"]
     if family != INTERPRETER:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from benchmarks.compile_report.targets import Target
 from fastattn.kernels.attention_backward import attention_backward
 from fastattn.kernels.attention_forward import attention_forward
 from fastattn.kernels.attention_tangent import attention_tangent
@@ -157,6 +158,8 @@ class HeadsCall:
         prepare_heads_backward(y, x, **ask)
 
 
+# What only targets whose kernels must not spill are asked: the others have no rows for it, and compile slowly.
+WATCHED_CLOSELY = ("bias", "relative bias", "dropout", "lists", "lists that count", "tf32", "tf32x3")
 Call = AttentionCall | MLPCall | HeadsCall
 
 CALLS: tuple[Call, ...] = (
@@ -187,3 +190,8 @@ CALLS: tuple[Call, ...] = (
     HeadsCall("bf16", 80, 32),
     HeadsCall("fp32", 128, 128),
 )
+
+
+def calls_for(target: Target) -> tuple[Call, ...]:
+    """The calls to look at on this target."""
+    return tuple(c for c in CALLS if target.must_not_spill or getattr(c, "shaped", "") not in WATCHED_CLOSELY)
