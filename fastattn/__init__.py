@@ -13,6 +13,7 @@ from fastattn.functional import (
     t5_relative_bias,
 )
 from fastattn.heads import prepare_heads
+from fastattn.patch import patch, unpatch
 from fastattn.takeover import sdpa
 from fastattn.torch_sdpa import scaled_dot_product_attention
 from fastattn.varlen import attention_varlen
@@ -34,8 +35,10 @@ __all__ = [
     "merge_states",
     "mlp",
     "nn",
+    "patch",
     "prepare_heads",
     "scaled_dot_product_attention",
     "sdpa",
     "t5_relative_bias",
+    "unpatch",
 ]

@@ -18,19 +18,24 @@ import triton.language as tl
 
 from . import launch
 from .attention_bias import bias_gradient, relative_bias_gradient
-from .attention_forward import empty_heads, key_ranges, kind_of, products, widths
+from .attention_forward import counts_keys, empty_heads, key_ranges, kind_of, later_are_heavier, products, widths
 from .tiles import (
+    GRANULE,
     LARGEST_TILE,
     LOG2_E,
     bend,
+    columns_of,
+    counting,
     dropout_of,
     head_of,
     heavy_first,
     kept,
     key_bounds,
     key_count_of,
+    list_of,
     load_row_values,
     load_tile,
+    rows_of,
     score_factor,
     score_gradient,
     scores_of,
@@ -41,6 +46,7 @@ from .tiles import (
     tensor4,
     terms_of,
     window_of,
+    words_of,
 )
 
 
@@ -133,6 +139,7 @@ def dkdv_step(
     padded_rows,
     start,
     key_start,
+    words,
     shape,
     window,
     scores,
@@ -162,7 +169,10 @@ def dkdv_step(
     values = shape_scores(bent, scores, terms, queries[None, :], keys[:, None], shape)
     lse = tl.load(row_values + queries)
     weights = tl.exp2(values * score_factor(scores) - lse[None, :])
-    if MASKED:
+    if MASKED and window is None:
+        key_bits = (keys % GRANULE)[:, None]
+        weights = tl.where(((words[None, :] >> key_bits) & 1) != 0, weights, 0.0)
+    elif MASKED:
         # Key lengths need no mask here: what a key beyond them gets is not stored.
         offset = (keys - (shape.keys - shape.queries) - start)[:, None]
         columns = tl.arange(0, BLOCK_M)[None, :]
@@ -185,6 +195,59 @@ def dkdv_step(
 
 
 @triton.jit
+def dkdv_listed(
+    state,
+    k_tile,
+    v_tile,
+    q,
+    dout,
+    row_values,
+    batch,
+    head,
+    start,
+    shape,
+    padded_rows,
+    window,
+    lists,
+    scores,
+    dropout,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    VALUE_WIDTH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Add what the granules of one head's list give to (dk, dv) of the keys from `start` on."""
+    parts: tl.constexpr = GRANULE // BLOCK_M
+    values = row_values + (batch * shape.heads + head).to(tl.int64) * 2 * padded_rows
+    place = (0, 0, head_of(q, batch, head), head_of(dout, batch, head), values)
+    terms = terms_of(scores, dropout, batch, head)
+    offsets = list_of(lists, batch, head, start)
+    partial = lists.partial_offsets + offsets
+    for step in tl.range(tl.load(partial) * parts, tl.load(partial + 1) * parts):
+        entry = step // parts
+        query_start = tl.load(lists.partial + entry) * GRANULE + (step - entry * parts) * BLOCK_M
+        words = words_of(lists, entry, query_start + tl.arange(0, BLOCK_M))
+        state = dkdv_step(
+            state, k_tile, v_tile, place, q, dout, padded_rows, query_start, start, words, shape, window, scores,
+            dropout, counting(terms, lists.partial_counts, entry),
+            HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, True, BLOCK_M, BLOCK_N, PRECISION,
+        )  # fmt: skip
+    full = lists.full_offsets + offsets
+    for step in tl.range(tl.load(full) * parts, tl.load(full + 1) * parts):
+        entry = step // parts
+        query_start = tl.load(lists.full + entry) * GRANULE + (step - entry * parts) * BLOCK_M
+        state = dkdv_step(
+            state, k_tile, v_tile, place, q, dout, padded_rows, query_start, start, 0, shape, window, scores,
+            dropout, counting(terms, lists.full_counts, entry),
+            HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, False, BLOCK_M, BLOCK_N, PRECISION,
+        )  # fmt: skip
+    return state
+
+
+@triton.jit
 def attention_dkdv_kernel(
     q,
     k,
@@ -196,6 +259,7 @@ def attention_dkdv_kernel(
     shape,
     padded_rows,
     window,
+    lists,
     scores,
     dropout,
     heads_per_section,
@@ -219,40 +283,48 @@ def attention_dkdv_kernel(
     k_tile = load_tile(head_of(k, batch, key_head), k, start, shape.keys, HEAD_DIM, BLOCK_N, WIDTH, True)
     v_tile = load_tile(head_of(v, batch, key_head), v, start, shape.keys, VALUE_DIM, BLOCK_N, VALUE_WIDTH, True)
     state = (tl.zeros([BLOCK_N, WIDTH], tl.float32), tl.zeros([BLOCK_N, VALUE_WIDTH], tl.float32))
-    key_count = key_count_of(batch, shape, window)
-    first, full, whole, stop = query_tiles(start, key_count, shape, window, BLOCK_M, BLOCK_N)
-    # One loop runs over the tiles of all query heads of the group: short ones keep the pipeline of loads full.
     head = key_head * shape.group
-    values = row_values + (batch * shape.heads + head).to(tl.int64) * 2 * padded_rows
-    beginning = (0, 0, head_of(q, batch, head), head_of(dout, batch, head), values)
-    # Masked are the tiles on the diagonal, first to full, and those on the window's other side or the last one,
-    # if only part of it exists.
-    diagonal = full - first
-    masked = diagonal + stop - whole
-    place = beginning
-    for _ in tl.range(0, shape.group * masked):
-        tile = place[0] + tl.where(place[0] < diagonal, first, whole - diagonal)
-        state = dkdv_step(
-            state, k_tile, v_tile, place, q, dout, padded_rows, tile * BLOCK_M, start, shape, window, scores,
-            dropout, terms_of(scores, dropout, batch, head + place[1]),
-            HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, True, BLOCK_M, BLOCK_N, PRECISION,
-        )  # fmt: skip
-        place = next_tile(place, masked, q, dout, padded_rows)
-    place = beginning
-    for _ in tl.range(0, shape.group * (whole - full)):
-        tile = full + place[0]
-        state = dkdv_step(
-            state, k_tile, v_tile, place, q, dout, padded_rows, tile * BLOCK_M, start, shape, window, scores,
-            dropout, terms_of(scores, dropout, batch, head + place[1]),
-            HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, False, BLOCK_M, BLOCK_N, PRECISION,
-        )  # fmt: skip
-        place = next_tile(place, whole - full, q, dout, padded_rows)
+    if lists is None:
+        key_count = key_count_of(batch, shape, window)
+        first, full, whole, stop = query_tiles(start, key_count, shape, window, BLOCK_M, BLOCK_N)
+        # One loop runs over the tiles of all query heads of the group: short ones keep the pipeline of loads full.
+        values = row_values + (batch * shape.heads + head).to(tl.int64) * 2 * padded_rows
+        beginning = (0, 0, head_of(q, batch, head), head_of(dout, batch, head), values)
+        # Masked are the tiles on the diagonal, first to full, and those on the window's other side or the last
+        # one, if only part of it exists.
+        diagonal = full - first
+        masked = diagonal + stop - whole
+        place = beginning
+        for _ in tl.range(0, shape.group * masked):
+            tile = place[0] + tl.where(place[0] < diagonal, first, whole - diagonal)
+            state = dkdv_step(
+                state, k_tile, v_tile, place, q, dout, padded_rows, tile * BLOCK_M, start, 0, shape, window,
+                scores, dropout, terms_of(scores, dropout, batch, head + place[1]),
+                HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, True, BLOCK_M, BLOCK_N, PRECISION,
+            )  # fmt: skip
+            place = next_tile(place, masked, q, dout, padded_rows)
+        place = beginning
+        for _ in tl.range(0, shape.group * (whole - full)):
+            tile = full + place[0]
+            state = dkdv_step(
+                state, k_tile, v_tile, place, q, dout, padded_rows, tile * BLOCK_M, start, 0, shape, window,
+                scores, dropout, terms_of(scores, dropout, batch, head + place[1]),
+                HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, False, BLOCK_M, BLOCK_N, PRECISION,
+            )  # fmt: skip
+            place = next_tile(place, whole - full, q, dout, padded_rows)
+    else:
+        for member in tl.range(0, shape.group):
+            state = dkdv_listed(
+                state, k_tile, v_tile, q, dout, row_values, batch, head + member, start, shape, padded_rows,
+                window, lists, scores, dropout,
+                HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, BLOCK_M, BLOCK_N, PRECISION,
+            )  # fmt: skip
     dk_tile, dv_tile = state
     dk_tile *= tl.cast(scores.scale, tl.float32)
     if dropout is not None:
         dv_tile *= tl.cast(dropout.growth, tl.float32)
-    if window.key_lengths is not None:
-        exists = (keys < key_count)[:, None]
+    if lists is None and window.key_lengths is not None:
+        exists = (keys < key_count_of(batch, shape, window))[:, None]
         dk_tile = tl.where(exists, dk_tile, 0.0)
         dv_tile = tl.where(exists, dv_tile, 0.0)
     store_tile(head_of(dk, batch, key_head), dk, start, shape.keys, HEAD_DIM, dk_tile, BLOCK_N, WIDTH)
@@ -310,6 +382,7 @@ def attention_dq_kernel(
     shape,
     padded_rows,
     window,
+    lists,
     scores,
     dropout,
     heads_per_section,
@@ -324,7 +397,7 @@ def attention_dq_kernel(
 ):
     tiles = tl.cdiv(shape.queries, BLOCK_M)
     all_heads = tl.num_programs(0) // tiles
-    tile, flat_head = heavy_first(tl.program_id(0), tiles, all_heads, heads_per_section, window.right is not None)
+    tile, flat_head = heavy_first(tl.program_id(0), tiles, all_heads, heads_per_section, later_are_heavier(window))
     batch, head = flat_head // shape.heads, flat_head % shape.heads
     start = tile * BLOCK_M
     queries = start + tl.arange(0, BLOCK_M)
@@ -339,28 +412,51 @@ def attention_dq_kernel(
     v_pointer = head_of(v, batch, head // shape.group)
 
     terms = terms_of(scores, dropout, batch, head)
-    key_count = key_count_of(batch, shape, window)
-    bounds = key_bounds(queries, key_count, shape, window)
 
     dq_tile = tl.zeros([BLOCK_M, WIDTH], tl.float32)
-    begin, full_begin, full_end, end = key_ranges(start, key_count, shape, window, BLOCK_M, BLOCK_N)
-    if window.left is not None:
-        for key_start in tl.range(begin, tl.minimum(full_begin, end), BLOCK_N):
+    if lists is None:
+        key_count = key_count_of(batch, shape, window)
+        bounds = key_bounds(queries, key_count, shape, window)
+        begin, full_begin, full_end, end = key_ranges(start, key_count, shape, window, BLOCK_M, BLOCK_N)
+        if window.left is not None:
+            for key_start in tl.range(begin, tl.minimum(full_begin, end), BLOCK_N):
+                dq_tile = dq_step(
+                    dq_tile, q_tile, dout_tile, lse, delta, k_pointer, v_pointer, k, v, key_start, queries, bounds,
+                    shape, window, scores, dropout, terms, HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, True,
+                    MASKED_FIRST, BLOCK_N, PRECISION,
+                )  # fmt: skip
+        for part in tl.static_range(2):
+            for key_start in tl.range(
+                full_end if (part == 0) == MASKED_FIRST else full_begin,
+                end if (part == 0) == MASKED_FIRST else full_end,
+                BLOCK_N,
+            ):
+                dq_tile = dq_step(
+                    dq_tile, q_tile, dout_tile, lse, delta, k_pointer, v_pointer, k, v, key_start, queries, bounds,
+                    shape, window, scores, dropout, terms, HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH,
+                    (part == 0) == MASKED_FIRST, MASKED_FIRST, BLOCK_N, PRECISION,
+                )  # fmt: skip
+    else:
+        parts: tl.constexpr = GRANULE // BLOCK_N
+        place = list_of(lists, batch, head, start)
+        partial = lists.partial_offsets + place
+        for step in tl.range(tl.load(partial) * parts, tl.load(partial + 1) * parts):
+            entry = step // parts
+            key_start = tl.load(lists.partial + entry) * GRANULE + (step - entry * parts) * BLOCK_N
+            words = words_of(lists, entry, queries)
             dq_tile = dq_step(
-                dq_tile, q_tile, dout_tile, lse, delta, k_pointer, v_pointer, k, v, key_start, queries, bounds,
-                shape, window, scores, dropout, terms, HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, True, MASKED_FIRST,
-                BLOCK_N, PRECISION,
+                dq_tile, q_tile, dout_tile, lse, delta, k_pointer, v_pointer, k, v, key_start, queries,
+                (words, words), shape, window, scores, dropout, counting(terms, lists.partial_counts, entry),
+                HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, True, MASKED_FIRST, BLOCK_N, PRECISION,
             )  # fmt: skip
-    for part in tl.static_range(2):
-        for key_start in tl.range(
-            full_end if (part == 0) == MASKED_FIRST else full_begin,
-            end if (part == 0) == MASKED_FIRST else full_end,
-            BLOCK_N,
-        ):
+        full = lists.full_offsets + place
+        for step in tl.range(tl.load(full) * parts, tl.load(full + 1) * parts):
+            entry = step // parts
+            key_start = tl.load(lists.full + entry) * GRANULE + (step - entry * parts) * BLOCK_N
             dq_tile = dq_step(
-                dq_tile, q_tile, dout_tile, lse, delta, k_pointer, v_pointer, k, v, key_start, queries, bounds,
-                shape, window, scores, dropout, terms, HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH,
-                (part == 0) == MASKED_FIRST, MASKED_FIRST, BLOCK_N, PRECISION,
+                dq_tile, q_tile, dout_tile, lse, delta, k_pointer, v_pointer, k, v, key_start, queries, 0,
+                shape, window, scores, dropout, counting(terms, lists.full_counts, entry),
+                HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, False, MASKED_FIRST, BLOCK_N, PRECISION,
             )  # fmt: skip
     dq_tile *= tl.cast(scores.scale, tl.float32)
     store_tile(head_of(dq, batch, head), dq, start, shape.queries, HEAD_DIM, dq_tile, BLOCK_M, WIDTH)
@@ -399,6 +495,7 @@ def attention_backward(
     relative_bias: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
     dropout_state: torch.Tensor | None = None,
+    lists: tuple | None = None,
     want_bias: bool = False,
     want_relative_bias: bool = False,
 ) -> Gradients:
@@ -422,10 +519,10 @@ def attention_backward(
         row_values,
         shape,
         padded_rows,
-        window_of(left, right, causal, key_lengths),
-        scores_of(scale, softcap, alibi_slopes, bias, relative_bias, None),
-        dropout_of(dropout_state, dropout),
+        None if lists is not None else window_of(left, right, causal, key_lengths),
     )
+    scores = scores_of(scale, softcap, alibi_slopes, bias, relative_bias, None, counts_keys(lists))
+    weights = (scores, dropout_of(dropout_state, dropout))
     dbias = drelative = None
     with launch.on_device(q):
         family = launch.family(attention_dq_kernel, q.device)
@@ -433,8 +530,9 @@ def attention_backward(
             family,
             q.element_size(),
             widest,
-            kind_of(precision, (bias, relative_bias, dropout_state), (left, softcap, alibi_slopes)),
+            kind_of(precision, (bias, relative_bias, dropout_state), (left, softcap, alibi_slopes), lists),
         )
+        fit = (lambda tiling: tiling) if lists is None else launch.within_granules
         if row_values.numel():
             attention_delta_kernel[(padded_rows // 64, batch * heads)](
                 tensor4(out),
@@ -452,15 +550,16 @@ def attention_backward(
             )
         common = {**width, "PRECISION": precision}
         if dv.numel():
-            tiling = launch.look_up(launch.ATTENTION_DKDV, *ask)
+            tiling = fit(launch.look_up(launch.ATTENTION_DKDV, *ask))
             attention_dkdv_kernel[(triton.cdiv(keys, tiling.block_n) * batch * key_heads,)](
-                q_, k_, v_, dout_, tensor4(dk), tensor4(dv), *beside,
+                q_, k_, v_, dout_, tensor4(dk), tensor4(dv), *beside, None if lists is None else columns_of(lists),
+                *weights,
                 launch.heads_per_section(q, dout, batch * key_heads), **common, **tiling.options(),
             )  # fmt: skip
         if dq.numel():
-            tiling = launch.look_up(launch.ATTENTION_DQ, *ask)
+            tiling = fit(launch.look_up(launch.ATTENTION_DQ, *ask))
             attention_dq_kernel[(triton.cdiv(queries, tiling.block_m) * batch * heads,)](
-                q_, k_, v_, dout_, tensor4(dq), *beside,
+                q_, k_, v_, dout_, tensor4(dq), *beside, None if lists is None else rows_of(lists), *weights,
                 launch.heads_per_section(k, v, batch * heads), **common, **tiling.options(),
                 MASKED_FIRST=family in launch.MASKED_FIRST,
             )  # fmt: skip

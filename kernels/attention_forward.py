@@ -13,17 +13,21 @@ import triton.language as tl
 
 from . import launch
 from .tiles import (
+    GRANULE,
     LN_2,
     LOG2_E,
     bend,
+    counting,
     dropout_of,
     head_of,
     heavy_first,
     kept,
     key_bounds,
     key_count_of,
+    list_of,
     load_tile,
     online_softmax_update,
+    rows_of,
     score_factor,
     scores_of,
     shape_of,
@@ -34,6 +38,7 @@ from .tiles import (
     terms_of,
     window_of,
     within,
+    words_of,
 )
 
 
@@ -56,6 +61,15 @@ def key_ranges(start, key_count, shape, window, BLOCK_M: tl.constexpr, BLOCK_N: 
     if window.left is not None:
         full_end = tl.maximum(full_begin, full_end)
     return begin, full_begin, full_end, end
+
+
+@triton.jit
+def later_are_heavier(window):
+    """Whether later queries see more keys: the diagonal bounds them."""
+    if window is None:
+        return False
+    else:
+        return window.right is not None
 
 
 @triton.jit
@@ -111,6 +125,7 @@ def attention_forward_kernel(
     lse,
     shape,
     window,
+    lists,
     scores,
     dropout,
     heads_per_section,
@@ -125,7 +140,7 @@ def attention_forward_kernel(
 ):
     tiles = tl.cdiv(shape.queries, BLOCK_M)
     all_heads = tl.num_programs(0) // tiles
-    tile, flat_head = heavy_first(tl.program_id(0), tiles, all_heads, heads_per_section, window.right is not None)
+    tile, flat_head = heavy_first(tl.program_id(0), tiles, all_heads, heads_per_section, later_are_heavier(window))
     batch, head = flat_head // shape.heads, flat_head % shape.heads
     start = tile * BLOCK_M
     queries = start + tl.arange(0, BLOCK_M)
@@ -134,8 +149,6 @@ def attention_forward_kernel(
     v_pointer = head_of(v, batch, head // shape.group)
     q_tile = load_tile(head_of(q, batch, head), q, start, shape.queries, HEAD_DIM, BLOCK_M, WIDTH, True)
     terms = terms_of(scores, dropout, batch, head)
-    key_count = key_count_of(batch, shape, window)
-    bounds = key_bounds(queries, key_count, shape, window)
 
     accumulator = tl.zeros([BLOCK_M, VALUE_WIDTH], tl.float32)
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -145,23 +158,52 @@ def attention_forward_kernel(
         row_max = tl.zeros([BLOCK_M], tl.float32) + tl.load(head_of(scores.sinks, batch, head)) * LOG2_E
         row_sum += 1.0
     state = (accumulator, row_max, row_sum)
-    begin, full_begin, full_end, end = key_ranges(start, key_count, shape, window, BLOCK_M, BLOCK_N)
-    if window.left is not None:
-        for key_start in tl.range(begin, tl.minimum(full_begin, end), BLOCK_N):
+    if lists is None:
+        key_count = key_count_of(batch, shape, window)
+        bounds = key_bounds(queries, key_count, shape, window)
+        begin, full_begin, full_end, end = key_ranges(start, key_count, shape, window, BLOCK_M, BLOCK_N)
+        if window.left is not None:
+            for key_start in tl.range(begin, tl.minimum(full_begin, end), BLOCK_N):
+                state = forward_step(
+                    state, q_tile, k_pointer, v_pointer, k, v, key_start, queries, bounds, shape, window, scores,
+                    dropout, terms, HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, True, MASKED_FIRST, BLOCK_N,
+                    PRECISION,
+                )  # fmt: skip
+        for part in tl.static_range(2):
+            for key_start in tl.range(
+                full_end if (part == 0) == MASKED_FIRST else full_begin,
+                end if (part == 0) == MASKED_FIRST else full_end,
+                BLOCK_N,
+            ):
+                state = forward_step(
+                    state, q_tile, k_pointer, v_pointer, k, v, key_start, queries, bounds, shape, window, scores,
+                    dropout, terms, HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, (part == 0) == MASKED_FIRST,
+                    MASKED_FIRST, BLOCK_N, PRECISION,
+                )  # fmt: skip
+    else:
+        # A granule is walked in parts where it is wider than a tile.
+        parts: tl.constexpr = GRANULE // BLOCK_N
+        place = list_of(lists, batch, head, start)
+        partial = lists.partial_offsets + place
+        for step in tl.range(tl.load(partial) * parts, tl.load(partial + 1) * parts):
+            entry = step // parts
+            key_start = tl.load(lists.partial + entry) * GRANULE + (step - entry * parts) * BLOCK_N
+            words = words_of(lists, entry, queries)
             state = forward_step(
-                state, q_tile, k_pointer, v_pointer, k, v, key_start, queries, bounds, shape, window, scores,
-                dropout, terms, HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, True, MASKED_FIRST, BLOCK_N, PRECISION,
+                state, q_tile, k_pointer, v_pointer, k, v, key_start, queries, (words, words), shape, window,
+                scores,
+                dropout, counting(terms, lists.partial_counts, entry), HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH,
+                True,
+                MASKED_FIRST, BLOCK_N, PRECISION,
             )  # fmt: skip
-    for part in tl.static_range(2):
-        for key_start in tl.range(
-            full_end if (part == 0) == MASKED_FIRST else full_begin,
-            end if (part == 0) == MASKED_FIRST else full_end,
-            BLOCK_N,
-        ):
+        full = lists.full_offsets + place
+        for step in tl.range(tl.load(full) * parts, tl.load(full + 1) * parts):
+            entry = step // parts
+            key_start = tl.load(lists.full + entry) * GRANULE + (step - entry * parts) * BLOCK_N
             state = forward_step(
-                state, q_tile, k_pointer, v_pointer, k, v, key_start, queries, bounds, shape, window, scores,
-                dropout, terms, HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, (part == 0) == MASKED_FIRST, MASKED_FIRST,
-                BLOCK_N, PRECISION,
+                state, q_tile, k_pointer, v_pointer, k, v, key_start, queries, 0, shape, window, scores,
+                dropout, counting(terms, lists.full_counts, entry), HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, False,
+                MASKED_FIRST, BLOCK_N, PRECISION,
             )  # fmt: skip
     accumulator, row_max, row_sum = state
 
@@ -183,13 +225,22 @@ def empty_heads(batch: int, heads: int, rows: int, width: int, like: torch.Tenso
     return torch.empty((batch, rows, heads, width), dtype=like.dtype, device=like.device).transpose(1, 2)
 
 
-def kind_of(precision: str, heavy: tuple[object, ...], shaped: tuple[object, ...]) -> str:
+def kind_of(
+    precision: str, heavy: tuple[object, ...], shaped: tuple[object, ...], lists: tuple | None = None
+) -> str:
     """Which of a table's rows a launch needs, see `launch.look_up`; what is None is not asked for."""
     if precision != "ieee":
         return precision
     if any(feature is not None for feature in heavy):
         return "heavy"
+    if lists is not None:
+        return "listed"
     return "plain" if all(feature is None for feature in shaped) else "shaped"
+
+
+def counts_keys(lists: tuple | None) -> bool:
+    """Whether the entries of these BlockLists say how often their keys count."""
+    return lists is not None and lists.full_counts is not None
 
 
 def products(precision: str, element_size: int, width: int) -> str:
@@ -226,6 +277,7 @@ def attention_forward(
     relative_bias: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
     dropout_state: torch.Tensor | None = None,
+    lists: tuple | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """softmax(scale q k^T) v and its row-wise log-sum-exp.
 
@@ -233,7 +285,8 @@ def attention_forward(
     scale > 0. `left` and `right` bound the keys before and after the diagonal, causal is right = 0; softcap > 0;
     key_lengths (B,) int32 in [0, Lk]; alibi_slopes and sinks (B, Hq) fp32; bias (B, Hq, Lq, Lk), any of them 1,
     float or bool; relative_bias (B, Hq, 2 R + 1) fp32; dropout a multiple of 2**-16 with dropout_state (B, 2)
-    int64; precision of fp32 products as tl.dot has it. Returns out (B, Hq, Lq, Dv) in the inputs' dtype and lse
+    int64; precision of fp32 products as tl.dot has it; lists, a fastattn.masks.lists.BlockLists, instead of left,
+    right and key_lengths. Returns out (B, Hq, Lq, Dv) in the inputs' dtype and lse
     (B, Hq, Lq) in nats, fp32.
     """
     batch, heads, queries, _ = q.shape
@@ -251,8 +304,10 @@ def attention_forward(
             family,
             q.element_size(),
             widest,
-            kind_of(precision, (bias, relative_bias, dropout_state), (left, softcap, alibi_slopes)),
+            kind_of(precision, (bias, relative_bias, dropout_state), (left, softcap, alibi_slopes), lists),
         )
+        if lists is not None:
+            tiling = launch.within_granules(tiling)
         attention_forward_kernel[(triton.cdiv(queries, tiling.block_m) * batch * heads,)](
             tensor4(q),
             tensor4(k),
@@ -260,8 +315,9 @@ def attention_forward(
             tensor4(out),
             tensor3(lse),
             shape_of(q, k),
-            window_of(left, right, causal, key_lengths),
-            scores_of(scale, softcap, alibi_slopes, bias, relative_bias, sinks),
+            None if lists is not None else window_of(left, right, causal, key_lengths),
+            None if lists is None else rows_of(lists),
+            scores_of(scale, softcap, alibi_slopes, bias, relative_bias, sinks, counts_keys(lists)),
             dropout_of(dropout_state, dropout),
             launch.heads_per_section(k, v, batch * heads),
             **width,

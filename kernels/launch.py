@@ -90,7 +90,8 @@ def look_up(table: dict[str, tuple[Row, ...]], family: str, bytes: int, width: i
     """The first row of the family's table that is wide enough; families not listed use sm_80's.
 
     Other kinds than "plain" have rows of their own that come first: "shaped" scores hold more registers, "heavy"
-    even more, "tf32" and "tf32x3" products of float32 run on tensor cores, on every family.
+    even more, a tile must not be larger than "listed" granules, and "tf32" and "tf32x3" products of float32 run on
+    tensor cores, on every family.
     """
     rows = table.get(family) or table["sm_80"]
     if family != INTERPRETER:
@@ -101,10 +102,17 @@ def look_up(table: dict[str, tuple[Row, ...]], family: str, bytes: int, width: i
     raise ValueError(f"no launch configuration for {bytes}-byte elements of width {width} on {family}")
 
 
+def within_granules(tiling: Tiling) -> Tiling:
+    """The tiling for masks of 64 x 64 granules: a tile lies within one. Half the rows want half the warps."""
+    smaller = tiling.block_m > 64 and tiling.warps == 8
+    return Tiling(min(tiling.block_m, 64), min(tiling.block_n, 64), 4 if smaller else tiling.warps, tiling.stages)
+
+
 _KINDS = {
     "plain": (),
     "shaped": ("{} shaped", "shaped"),
     "heavy": ("{} heavy", "{} shaped", "shaped"),
+    "listed": ("{} listed", "{} shaped", "shaped"),
     "tf32": ("tf32",),
     "tf32x3": ("tf32x3", "tf32"),
 }
@@ -373,6 +381,23 @@ ATTENTION_DQ |= {
         Row(2, 64, Tiling(64, 128, 8, 2)),
         Row(2, 128, Tiling(128, 64, 8, 2)),
         Row(2, 256, Tiling(64, 32, 8, 1)),  # 128 x 64: 230 to 271
+    ),
+}
+
+# Masks of lists, where those above, cut to granules, spill.
+ATTENTION_DKDV |= {
+    "sm_80 listed": (Row(2, 64, Tiling(64, 32, 8, 2)),),  # 64 x 64: 11 to 17
+    "sm_100 listed": (*ATTENTION_DKDV["sm_100 shaped"], Row(4, 64, Tiling(16, 32, 4, 1))),  # 32 x 32: 11
+}
+ATTENTION_DQ |= {
+    "sm_90 listed": (
+        *ATTENTION_DQ["sm_90 shaped"],
+        Row(2, 256, Tiling(32, 32, 4, 1)),  # 64 x 32: 38
+    ),
+    "sm_100 listed": (
+        Row(2, 64, Tiling(64, 64, 8, 2)),
+        Row(2, 128, Tiling(64, 64, 4, 2)),
+        Row(2, 256, Tiling(64, 32, 8, 1)),  # 64 x 64: 245
     ),
 }
 

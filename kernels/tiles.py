@@ -68,6 +68,26 @@ class Scores(NamedTuple):
     relative: Tensor3 | None
     radius: int | None
     sinks: Tensor2 | None
+    counted: int | None
+
+
+class Lists(NamedTuple):
+    """Which granules, 64 x 64 scores, each row (or column) of granules has, as fastattn.masks' BlockLists has it:
+    the full ones, the partial ones and their bit tiles, how often their keys count, and the pattern of each batch
+    entry and head."""
+
+    full_offsets: torch.Tensor
+    full: torch.Tensor
+    partial_offsets: torch.Tensor
+    partial: torch.Tensor
+    partial_tiles: torch.Tensor
+    full_counts: torch.Tensor | None
+    partial_counts: torch.Tensor | None
+    tiles: torch.Tensor
+    pattern: torch.Tensor
+    batches: int
+    heads: int
+    length: int
 
 
 class Dropout(NamedTuple):
@@ -78,6 +98,8 @@ class Dropout(NamedTuple):
     threshold: int
     growth: float
 
+
+GRANULE: tl.constexpr = tl.constexpr(64)
 
 # No tile has more rows or columns than this; offsets within a tile are 32-bit.
 LARGEST_TILE = 256
@@ -109,6 +131,7 @@ def scores_of(
     bias: torch.Tensor | None,
     relative_bias: torch.Tensor | None,
     sinks: torch.Tensor | None,
+    counted: bool = False,
 ) -> Scores:
     """What is done to the scores as a kernel argument. The bias (B or 1, H or 1, Lq or 1, Lk or 1) repeats itself
     where it has size 1."""
@@ -126,6 +149,7 @@ def scores_of(
         relative,
         radius,
         tensor2(sinks),
+        1 if counted else None,
     )
 
 
@@ -134,6 +158,20 @@ def dropout_of(state: torch.Tensor | None, dropout: float) -> Dropout | None:
     if state is None:
         return None
     return Dropout(state.contiguous(), round(dropout * 2**16), 1.0 / (1.0 - dropout))
+
+
+def rows_of(lists) -> Lists:
+    """The lists by rows, of a BlockLists, as a kernel argument."""
+    return Lists(*lists[:4], lists.partial_tiles, *lists[5:7], *_patterns(lists), lists.full_offsets.shape[1])
+
+
+def columns_of(lists) -> Lists:
+    """The lists by columns, of a BlockLists, as a kernel argument."""
+    return Lists(*lists[7:14], *_patterns(lists), lists.column_full_offsets.shape[1])
+
+
+def _patterns(lists) -> tuple:
+    return lists.bit_tiles, lists.pattern, *lists.pattern.shape
 
 
 def window_of(left: int | None, right: int | None, causal: bool, key_lengths: torch.Tensor | None) -> Window:
@@ -236,11 +274,14 @@ def key_bounds(queries, key_count, shape, window):
 
 @triton.jit
 def within(start, bounds, window, BLOCK_N: tl.constexpr, MASKED_FIRST: tl.constexpr):
-    """Which of the keys from `start` on lie inside each query's bounds (M,): (M, BLOCK_N)."""
-    first, stop = bounds
+    """Which of the keys from `start` on lie inside each query's bounds: (M, BLOCK_N). Without a window the bounds
+    are a word for each query, whose bits say which keys of a granule it sees."""
     columns = tl.arange(0, BLOCK_N)[None, :]
+    first, stop = bounds
     # The same, said so that it takes fewer registers where the masked keys come first, or second.
-    if MASKED_FIRST:
+    if window is None:
+        inside = ((first[:, None] >> (start % GRANULE + columns)) & 1) != 0
+    elif MASKED_FIRST:
         inside = columns < (stop - start)[:, None]
         if window.left is not None:
             inside = inside & (columns >= (first - start)[:, None])
@@ -264,9 +305,21 @@ def tanh(x):
 
 
 @triton.jit
+def is_plain(scores):
+    """Whether the scores are q k^T times the scale, nothing else."""
+    return (
+        scores.softcap is None
+        and scores.slopes is None
+        and scores.bias is None
+        and scores.relative is None
+        and scores.counted is None
+    )
+
+
+@triton.jit
 def score_factor(scores):
     """What makes `shape_scores` log2 units."""
-    if scores.softcap is None and scores.slopes is None and scores.bias is None and scores.relative is None:
+    if is_plain(scores):
         return tl.cast(scores.scale, tl.float32) * LOG2_E
     else:
         return 1.0
@@ -292,8 +345,10 @@ def shape_scores(bent, scores, terms, queries, keys, shape):
     slope, bias, relative = terms[0], terms[1], terms[2]
     if scores.softcap is not None:
         bent = bent * (tl.cast(scores.softcap, tl.float32) * LOG2_E)
-    elif scores.slopes is not None or scores.bias is not None or scores.relative is not None:
+    elif not is_plain(scores):
         bent = bent * (tl.cast(scores.scale, tl.float32) * LOG2_E)
+    if scores.counted is not None:
+        bent += terms[6]
     if scores.slopes is not None:
         bent -= (slope * LOG2_E) * tl.abs(keys - queries - (shape.keys - shape.queries)).to(tl.float32)
     if scores.relative is not None:
@@ -317,7 +372,7 @@ def shape_scores(bent, scores, terms, queries, keys, shape):
 @triton.jit
 def terms_of(scores, dropout, batch, head):
     """What one head's scores and weights take from memory: its slope, where its biases begin, its number, and
-    the seed and offset of its random numbers; 0 for what is not asked."""
+    the seed and offset of its random numbers; 0 for what is not asked, and for how often keys count."""
     slope, bias, relative, seed, offset = 0.0, 0, 0, 0, 0
     if scores.slopes is not None:
         slope = tl.load(head_of(scores.slopes, batch, head))
@@ -327,7 +382,31 @@ def terms_of(scores, dropout, batch, head):
         relative = head_of(scores.relative, batch, head)
     if dropout is not None:
         seed, offset = tl.load(dropout.state + batch * 2), tl.load(dropout.state + batch * 2 + 1)
-    return slope, bias, relative, head, seed, offset
+    return slope, bias, relative, head, seed, offset, 0.0
+
+
+@triton.jit
+def list_of(lists, batch, head, start):
+    """Where the offsets of the row (or column) of granules in which `start` lies stand."""
+    pattern = tl.load(lists.pattern + (batch % lists.batches) * lists.heads + head % lists.heads)
+    return pattern * lists.length + start // GRANULE
+
+
+@triton.jit
+def counting(terms, counts, entry):
+    """The terms, with how often an entry's keys count, in log2 units."""
+    slope, bias, relative, head, seed, offset, _ = terms
+    count = 0.0
+    if counts is not None:
+        count = tl.load(counts + entry) * LOG2_E
+    return slope, bias, relative, head, seed, offset, count
+
+
+@triton.jit
+def words_of(lists, entry, queries):
+    """Which keys of a partial entry's granule each of these queries, all of one granule, sees: a bit a key."""
+    tile = tl.load(lists.partial_tiles + entry).to(tl.int64)
+    return tl.load(lists.tiles + tile * GRANULE + queries % GRANULE)
 
 
 @triton.jit

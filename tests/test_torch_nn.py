@@ -263,7 +263,7 @@ def test_averaged_weights_and_their_gradients_make_no_tensor_of_all_heads():
 
 
 @pytest.mark.parametrize("average", [True, False])
-def test_weights_have_second_derivatives(average):
+def test_weights_have_derivatives_in_both_modes_and_second_ones(average):
     module = MHA(4, 2, dtype=torch.float64)
     x = torch.randn(3, 1, 4, dtype=torch.float64, requires_grad=True)
     mask = torch.randn(2, 3, 3, dtype=torch.float64, requires_grad=True)
@@ -271,6 +271,7 @@ def test_weights_have_second_derivatives(average):
     def call(x, mask):
         return module(x, x, x, attn_mask=mask, average_attn_weights=average)
 
+    assert torch.autograd.gradcheck(call, (x, mask), check_forward_ad=True)
     assert torch.autograd.gradgradcheck(call, (x, mask))
 
 

@@ -19,7 +19,7 @@ from rich.progress import Progress
 
 from benchmarks.compile_report import baseline, collecting, sweep
 from benchmarks.compile_report.collecting import Job
-from benchmarks.compile_report.launches import CALLS
+from benchmarks.compile_report.launches import calls_for
 from benchmarks.compile_report.rows import Row
 from benchmarks.compile_report.table import table_of
 from benchmarks.compile_report.targets import TARGETS
@@ -57,7 +57,12 @@ def main(words: Sequence[str] | None = None) -> int:
     if asked.sweep:
         rows = swept_rows(asked, targets)
     else:
-        jobs = [Job(call, target) for target in targets for call in CALLS if asked.only in call.name]
+        jobs = [
+            Job(call, target)
+            for target in targets
+            for call in calls_for(TARGETS[target])
+            if asked.only in call.name
+        ]
         rows = with_progress(jobs, asked)
     show(rows, console)
     console.print(f"{len(rows)} kernels in {time.monotonic() - started:.0f} s")

@@ -6,11 +6,13 @@ from dataclasses import dataclass
 
 import torch
 
+from benchmarks.compile_report.targets import Target
 from fastattn.kernels.attention_backward import attention_backward
 from fastattn.kernels.attention_forward import attention_forward
 from fastattn.kernels.attention_tangent import attention_tangent
 from fastattn.kernels.heads import prepare_heads, prepare_heads_backward
 from fastattn.kernels.mlp import gated_mlp_backward, gated_mlp_forward, mlp_backward, mlp_forward
+from fastattn.masks import BlockLists
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -27,7 +29,22 @@ SHAPES: dict[str, dict] = {
     "sinks and lengths": {"sinks": _heads(), "key_lengths": torch.empty(4, dtype=torch.int32, device="meta")},
 }
 SHAPES["everything"] = {name: value for shape in list(SHAPES.values()) for name, value in shape.items()}
+
+
+def _lists(counted: bool) -> BlockLists:
+    """Of one mask for all heads; only addresses and types matter here."""
+
+    def take(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    counts = take(512, dtype=torch.float32) if counted else None
+    half = (take(1, 65), take(512), take(1, 65), take(512), take(512), counts, counts)
+    return BlockLists(*half, *half, take(64, 64, dtype=torch.int64), take(1, 1))
+
+
 SHAPES |= {
+    "lists": {"lists": _lists(False)},
+    "lists that count": {"lists": _lists(True)},
     "bias": {"bias": torch.empty((4, 16, 4096, 4096), dtype=torch.bfloat16, device="meta")},
     "relative bias": {"relative_bias": torch.empty((4, 16, 257), device="meta")},
     "dropout": {"dropout": 0.125, "dropout_state": torch.empty((4, 2), dtype=torch.int64, device="meta")},
@@ -141,6 +158,8 @@ class HeadsCall:
         prepare_heads_backward(y, x, **ask)
 
 
+# What only targets whose kernels must not spill are asked: the others have no rows for it, and compile slowly.
+WATCHED_CLOSELY = ("bias", "relative bias", "dropout", "lists", "lists that count", "tf32", "tf32x3")
 Call = AttentionCall | MLPCall | HeadsCall
 
 CALLS: tuple[Call, ...] = (
@@ -151,8 +170,10 @@ CALLS: tuple[Call, ...] = (
     *(
         AttentionCall("bf16", width, True, shaped=shape)
         for width in (64, 128, 256)
-        for shape in ("window", "everything", "bias", "relative bias", "dropout")
+        for shape in ("window", "everything", "bias", "relative bias", "dropout", "lists")
     ),
+    *(AttentionCall("fp32", width, False, shaped="lists") for width in (64, 128, 256)),
+    AttentionCall("bf16", 64, False, shaped="lists that count"),
     *(TangentCall("bf16", width, True, shaped=shape) for width in (64, 128, 256) for shape in ("", "everything")),
     *(TangentCall("fp32", width, True) for width in (64, 128)),
     *(AttentionCall("fp32", width, True, shaped=kind) for width in (64, 128, 256) for kind in ("tf32", "tf32x3")),
@@ -169,3 +190,8 @@ CALLS: tuple[Call, ...] = (
     HeadsCall("bf16", 80, 32),
     HeadsCall("fp32", 128, 128),
 )
+
+
+def calls_for(target: Target) -> tuple[Call, ...]:
+    """The calls to look at on this target."""
+    return tuple(c for c in CALLS if target.must_not_spill or getattr(c, "shaped", "") not in WATCHED_CLOSELY)

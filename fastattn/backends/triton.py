@@ -13,13 +13,14 @@ from fastattn.kernels import attention_forward as _forward
 from fastattn.kernels import attention_tangent as _tangent
 from fastattn.kernels import heads as _heads
 from fastattn.kernels import mlp as _mlp
+from fastattn.masks.lists import unpacked
 from fastattn.spec import AttentionSpec, Gradients, MLPSpec, MLPWeights, ScoreTensors, Tangents, Wanted
 
 
 def attention_forward(
     q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, tensors: ScoreTensors
 ) -> tuple[Tensor, Tensor]:
-    return _forward.attention_forward(q, k, v, **_options(spec), **tensors._asdict())
+    return _forward.attention_forward(q, k, v, **_options(spec, tensors))
 
 
 def attention_backward(
@@ -35,7 +36,7 @@ def attention_backward(
     wanted: Wanted,
 ) -> Gradients:
     gradients = _backward.attention_backward(
-        dout, q, k, v, out, lse, dlse, **_options(spec), **tensors._asdict(), want_bias=wanted.bias,
+        dout, q, k, v, out, lse, dlse, **_options(spec, tensors), want_bias=wanted.bias,
         want_relative_bias=wanted.relative_bias,
     )  # fmt: skip
     return Gradients(*gradients)
@@ -52,11 +53,15 @@ def attention_tangent(
     tensors: ScoreTensors,
 ) -> tuple[Tensor, Tensor]:
     moved = {f"{name}_tangent": t for name, t in tangents._asdict().items()}
-    return _tangent.attention_tangent(q, k, v, out, lse, **moved, **_options(spec), **tensors._asdict())
+    return _tangent.attention_tangent(q, k, v, out, lse, **moved, **_options(spec, tensors))
 
 
-def _options(spec: AttentionSpec) -> dict[str, Any]:
-    """A spec as the launchers take it; None for what is not asked."""
+def _options(spec: AttentionSpec, tensors: ScoreTensors) -> dict[str, Any]:
+    """A spec and its tensors as the launchers take them; None for what is not asked."""
+    given = tensors._asdict()
+    words = given.pop("mask")
+    if words is not None and spec.mask is not None:
+        given["lists"] = unpacked(words, spec.mask)
     return {
         "left": spec.left,
         "right": spec.right,
@@ -64,6 +69,7 @@ def _options(spec: AttentionSpec) -> dict[str, Any]:
         "softcap": spec.softcap or None,
         "dropout": spec.dropout,
         "precision": spec.precision,
+        **given,
     }
 
 

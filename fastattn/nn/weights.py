@@ -43,7 +43,9 @@ def head_weights(q: Tensor, k: Tensor, lse: Tensor, bias: Tensor | None, how: We
 
 def mean_weights(q: Tensor, k: Tensor, lse: Tensor, bias: Tensor | None, how: Weighting) -> Tensor:
     """The mean of `head_weights` over the heads, (B, L, S)."""
-    return _MeanWeights.apply(q, k, lse, bias, how.dropout_state, how.scale, how.causal, how.dropout_p)
+    # Dynamo refuses a Function with a jvp.
+    function = _MeanWeights if torch.compiler.is_compiling() else _DualMeanWeights
+    return function.apply(q, k, lse, bias, how.dropout_state, how.scale, how.causal, how.dropout_p)
 
 
 class _MeanWeights(torch.autograd.Function):
@@ -83,6 +85,32 @@ class _MeanWeights(torch.autograd.Function):
             of_bias = of_bias.to(bias.dtype)
         dq, dk = torch.stack(dq, 1).to(q.dtype), torch.stack(dk, 1).to(k.dtype)
         return dq, dk, torch.stack(dlse, 1), of_bias, None, None, None, None
+
+
+class _DualMeanWeights(_MeanWeights):
+    """_MeanWeights, with forward mode."""
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _MeanWeights.setup_context(ctx, inputs, output)
+        ctx.save_for_forward(*inputs[:5])
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        q, k, lse, bias, dropout_state = ctx.saved_tensors
+        how = Weighting(*ctx.options, dropout_state)
+        if bias is None or tangents[3] is None:
+            tangents = (*tangents[:3], None)
+        total = 0.0
+        for h in range(q.shape[1]):
+            head = _head(h, q, k, lse, bias)
+            dq, dk, dlse, dbias = _head(h, *tangents[:4])
+            dproducts = dq.to(lse.dtype) @ head[1].to(lse.dtype).mT + head[0].to(lse.dtype) @ dk.to(lse.dtype).mT
+            dscores = dproducts * how.scale - dlse[..., None]
+            if dbias is not None:
+                dscores = dscores + dbias.to(lse.dtype)
+            total = total + _weights(*head, how) * _keep(h, q, k, how) * dscores
+        return total / q.shape[1]
 
 
 def _head(

@@ -1,0 +1,1 @@
+"""fastattn inside other libraries; importing one of these modules imports that library."""

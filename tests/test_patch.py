@@ -1,0 +1,575 @@
+"""fastattn.patch: a model computes the same, keeps its parameters, hooks and classes, and can be taken back."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import fastattn
+from fastattn import mlp_forms
+from fastattn.mlp_forms import activation_name
+
+transformers = pytest.importorskip("transformers")
+
+VOCABULARY, WIDTH = 64, 32
+SIZES = {"vocab_size": VOCABULARY, "hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 4,
+         "intermediate_size": 48}  # fmt: skip
+
+
+class Residual(nn.Module):
+    """A user's block: MLPs in sequences, one of them with two in a row and things between."""
+
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.one = nn.Sequential(nn.Linear(WIDTH, 48), nn.GELU(), nn.Dropout(dropout), nn.Linear(48, WIDTH))
+        self.two = nn.Sequential(
+            nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 40, bias=False), nn.SiLU(), nn.Linear(40, WIDTH),
+            nn.Dropout(0.0), nn.Linear(WIDTH, 24), nn.GELU("tanh"),
+            nn.Linear(24, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH),
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.one(x)
+        return x + self.two(x)
+
+
+class Seq2Seq(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Transformer(WIDTH, 4, 2, 2, 48, dropout=0.0, activation="gelu", batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x, x.flip(1), tgt_mask=nn.Transformer.generate_square_subsequent_mask(x.shape[1]))
+
+
+class Cross(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(WIDTH, 4, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out, weights = self.attention(x, x[:, :3], x[:, :3])
+        return out + weights.sum(-1, keepdim=True)
+
+
+class Logits(nn.Module):
+    """A Hugging Face model as a function of embeddings."""
+
+    def __init__(self, model: str, config: str, **options: Any) -> None:
+        super().__init__()
+        self.inner = getattr(transformers, model)(getattr(transformers, config)(**options))
+        self.decoder = self.inner.config.is_encoder_decoder
+
+    def forward(self, x: Tensor) -> Tensor:
+        decoder = {"decoder_inputs_embeds": x.flip(1)} if self.decoder else {}
+        return self.inner(inputs_embeds=x, **decoder)[0]
+
+
+T5 = {"vocab_size": VOCABULARY, "d_model": WIDTH, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "sequences": Residual,
+    "encoder": lambda: nn.TransformerEncoder(
+        nn.TransformerEncoderLayer(WIDTH, 4, 48, dropout=0.0, batch_first=True, norm_first=True), 2,
+        enable_nested_tensor=False,
+    ),
+    "encoder and decoder": Seq2Seq,
+    "cross-attention": Cross,
+    "gpt2": lambda: Logits("GPT2Model", "GPT2Config", vocab_size=VOCABULARY, n_positions=32, n_embd=WIDTH,
+                           n_layer=2, n_head=4, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0),
+    "llama": lambda: Logits("LlamaModel", "LlamaConfig", **SIZES, num_key_value_heads=2),
+    "gemma3": lambda: Logits("Gemma3TextModel", "Gemma3TextConfig", **SIZES, head_dim=8, sliding_window=4),
+    "bert": lambda: Logits("BertModel", "BertConfig", **SIZES, hidden_dropout_prob=0.0,
+                           attention_probs_dropout_prob=0.0),
+    "vit": lambda: nn.Sequential(transformers.ViTModel(transformers.ViTConfig(
+        **{k: v for k, v in SIZES.items() if k != "vocab_size"}, image_size=8, patch_size=2)).layers[0].mlp),
+    "t5": lambda: Logits("T5Model", "T5Config", **T5, dropout_rate=0.0),
+    "gated t5": lambda: Logits("T5Model", "T5Config", **T5, dropout_rate=0.0, feed_forward_proj="gated-gelu"),
+}  # fmt: skip
+# How many MLPs and attentions one forward of each must hand to the fused functions.
+FUSED = {"sequences": (3, 0), "encoder": (2, 2), "encoder and decoder": (4, 6), "cross-attention": (0, 1),
+         "gpt2": (2, 2), "llama": (2, 2), "gemma3": (2, 2), "bert": (2, 2), "vit": (1, 0), "t5": (4, 6),
+         "gated t5": (4, 6)}  # fmt: skip
+
+
+def build(name: str) -> nn.Module:
+    torch.manual_seed(1)
+    model = MODELS[name]()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+def batch() -> Tensor:
+    return torch.randn(2, 7, WIDTH, generator=torch.Generator().manual_seed(2))
+
+
+def step(model: nn.Module, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """The output, and the gradients of x and of every parameter."""
+    x = x.clone().requires_grad_()
+    out = model(x)
+    reached = [p for p in model.parameters() if p.requires_grad]
+    gradients = torch.autograd.grad(out.float().sin().sum(), [x, *reached], allow_unused=True)
+    return out.detach(), [g for g in gradients if g is not None]
+
+
+def assert_same(actual: tuple[Tensor, list[Tensor]], expected: tuple[Tensor, list[Tensor]]) -> None:
+    assert len(actual[1]) == len(expected[1])
+    for a, e in zip((actual[0], *actual[1]), (expected[0], *expected[1]), strict=True):
+        assert (a - e).abs().max() <= 3e-5 * e.abs().max() + 1e-6
+
+
+def anatomy(model: nn.Module) -> list:
+    """All that `unpatch` must restore: classes, what instances hold, parameters, implementations."""
+    return [
+        (name, type(module), sorted(module.__dict__), [id(p) for p in module.parameters()],
+         getattr(getattr(module, "config", None), "_attn_implementation", None))
+        for name, module in model.named_modules()
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """How often the fused functions were called, by what computes them: each counts where it is used."""
+    counts = {"mlp": 0, "attention": 0}
+
+    def counted(kind: str, function: Callable) -> Callable:
+        def call(*arguments: Any, **options: Any) -> Any:
+            counts[kind] += 1
+            return function(*arguments, **options)
+
+        return call
+
+    from fastattn import torch_sdpa
+    from fastattn.integrations import huggingface
+
+    monkeypatch.setattr(mlp_forms, "mlp", counted("mlp", mlp_forms.mlp))
+    monkeypatch.setattr(mlp_forms, "gated_mlp", counted("mlp", mlp_forms.gated_mlp))
+    for place in (torch_sdpa, huggingface):
+        monkeypatch.setattr(place, "attention", counted("attention", place.attention))
+    return counts
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_patched_model_computes_the_same_by_the_fused_functions(
+    name: str, training: bool, calls: dict[str, int]
+) -> None:
+    model = build(name).train(training)
+    expected = step(model, batch())
+    report = fastattn.patch(model)
+    assert not report.left, str(report)
+    calls.update(mlp=0, attention=0)
+    assert_same(step(model, batch()), expected)
+    assert (calls["mlp"], calls["attention"]) == FUSED[name]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_unpatch_restores_exactly(name: str) -> None:
+    model = build(name)
+    before, expected = anatomy(model), step(model, batch())
+    fastattn.patch(model)
+    assert anatomy(model) != before
+    fastattn.unpatch(model)
+    assert anatomy(model) == before
+    again = step(model, batch())
+    assert all(torch.equal(a, e) for a, e in zip((again[0], *again[1]), (expected[0], *expected[1]), strict=True))
+    fastattn.unpatch(model)
+    assert anatomy(model) == before
+
+
+def test_a_patch_ends_with_its_block_errors_or_not() -> None:
+    model = build("encoder")
+    before = anatomy(model)
+    with pytest.raises(KeyError), fastattn.patch(model) as report:
+        assert report.swapped and anatomy(model) != before
+        raise KeyError
+    assert anatomy(model) == before
+
+
+@pytest.mark.parametrize("name", ["sequences", "encoder", "llama"])
+def test_parameters_optimisers_and_state_dicts_go_on(name: str) -> None:
+    def train(model: nn.Module, patch_at: int | None) -> list[Tensor]:
+        optimiser, losses = torch.optim.AdamW(model.parameters(), 1e-2), []
+        for i in range(4):
+            if i == patch_at:
+                keys, objects = list(model.state_dict()), [id(p) for p in model.parameters()]
+                fastattn.patch(model)
+                assert list(model.state_dict()) == keys and [id(p) for p in model.parameters()] == objects
+                model.load_state_dict(model.state_dict())
+            loss = model(batch()).square().mean()
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            losses.append(loss.detach())
+        return losses
+
+    torch.testing.assert_close(train(build(name), 2), train(build(name), None), rtol=1e-5, atol=1e-6)
+
+
+def saved(model: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda m: pickle.loads(pickle.dumps(m)), "torch.save": saved}
+
+
+@pytest.mark.parametrize("way", COPIES)
+@pytest.mark.parametrize("name", ["sequences", "encoder", "llama"])
+def test_copies_are_patched_too_and_unpatch_on_their_own(name: str, way: str) -> None:
+    model = build(name)
+    before = [row[:3] for row in anatomy(model)]
+    expected = step(model, batch())
+    fastattn.patch(model)
+    twin = COPIES[way](model)
+    assert [type(m) for m in twin.modules()] == [type(m) for m in model.modules()]
+    assert_same(step(twin, batch()), expected)
+    fastattn.unpatch(twin)
+    assert [row[:3] for row in anatomy(twin)] == before
+    assert all(row.why == "already patched" for row in fastattn.patch(model).rows)
+
+
+def test_a_pickled_model_of_hugging_face_finds_its_attention_in_another_process(tmp_path) -> None:
+    model = transformers.GPT2Model(
+        transformers.GPT2Config(vocab_size=9, n_positions=8, n_embd=8, n_layer=1, n_head=1, eos_token_id=None)
+    )
+    fastattn.patch(model)
+    torch.save(model, tmp_path / "model.pt")
+    program = (
+        "import sys, torch; m = torch.load(sys.argv[1], weights_only=False); m(torch.arange(5)[None]); "
+        "print(m.config._attn_implementation, type(m.h[0].mlp).__name__)"
+    )
+    done = subprocess.run([sys.executable, "-c", program, tmp_path / "model.pt"], capture_output=True, text=True)
+    assert done.stdout.split() == ["fastattn", "FusedGPT2MLP"], done.stderr
+
+
+@pytest.mark.parametrize("name", ["sequences", "encoder", "gpt2"])
+def test_a_patched_model_compiles_whole(name: str) -> None:
+    model = build(name).eval()
+    expected = step(model, batch())
+    fastattn.patch(model)
+    assert_same(step(torch.compile(model, fullgraph=True, backend="aot_eager"), batch()), expected)
+
+
+def test_a_model_compiled_before_is_compiled_anew() -> None:
+    model = build("sequences")
+    compiled = torch.compile(model, backend="aot_eager")
+    expected = step(compiled, batch())
+    fastattn.patch(compiled)
+    assert type(model.one).__name__ == "FusedSequential"
+    assert_same(step(compiled, batch()), expected)
+
+
+@pytest.mark.parametrize("name", ["sequences", "encoder", "llama"])
+def test_autocast_gives_what_it_gave(name: str) -> None:
+    model = build(name)
+    exact = step(model, batch())[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        eager = step(model, batch())[0]
+        fastattn.patch(model)
+        ours = step(model, batch())[0]
+    assert ours.dtype == eager.dtype
+    assert (ours - exact).abs().max() <= 2 * (eager - exact).abs().max()
+
+
+def test_checkpoints_give_the_same_gradients() -> None:
+    model = build("encoder")
+    fastattn.patch(model)
+    expected = step(model, batch())
+    actual = step(Checkpointed(model), batch())
+    assert all(torch.equal(a, e) for a, e in zip(actual[1], expected[1], strict=True))
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.inner, x, use_reentrant=False)
+
+
+def test_a_patched_model_can_be_sharded() -> None:
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+
+    def shard(model: nn.Module) -> None:
+        for part in (*getattr(model, "layers", model.children()), model):
+            fully_shard(part, mesh=mesh)
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = dist.init_device_mesh("cpu", (1,))
+        for name in ("encoder", "sequences"):
+            model = build(name)
+            expected = step(model, batch())[0]
+            fastattn.patch(model)
+            shard(model)
+            out = model(batch())
+            torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+            out.sum().backward()
+            assert all(p.grad is not None for p in model.parameters())
+            with pytest.raises(RuntimeError, match="changed after patch"):
+                fastattn.unpatch(model)
+            later = build(name)
+            shard(later)
+            report = fastattn.patch(later)
+            assert report.left and not report.swapped
+    finally:
+        dist.destroy_process_group()
+
+
+def test_hooks_on_the_modules_and_inside_them_are_called() -> None:
+    model, seen = build("sequences"), []
+    expected = step(model, batch())
+    model.one.register_forward_hook(lambda *_: seen.append("one"))
+    fastattn.patch(model)
+    handle = model.one[0].register_forward_hook(lambda *_: seen.append("inside"))
+    assert_same(step(model, batch()), expected)
+    assert seen == ["inside", "one"]
+    handle.remove()
+    seen.clear()
+    with nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(type(module))):
+        assert_same(step(model, batch()), expected)
+    assert seen.count(nn.Linear) == 7
+
+
+def test_dropout_inside_is_left_to_pytorch_in_training_and_fused_in_eval_mode(calls: dict[str, int]) -> None:
+    model = Residual(dropout=0.5)
+    torch.manual_seed(3)
+    expected = model(batch())
+    report = fastattn.patch(model)
+    (note,) = [row.why for row in report.rows if row.name == "one"]
+    assert note == "in eval mode; in training PyTorch computes it: dropout 0.5 inside"
+    calls.update(mlp=0)
+    torch.manual_seed(3)
+    torch.testing.assert_close(model(batch()), expected)
+    assert calls["mlp"] == 2
+    model.eval()(batch())
+    assert calls["mlp"] == 5
+
+
+def test_padded_batches_that_torch_makes_nested_give_the_same() -> None:
+    layer = nn.TransformerEncoderLayer(WIDTH, 4, 48, dropout=0.0, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2).eval()
+    hidden = torch.arange(7) >= torch.tensor([[7], [4]])
+    with torch.no_grad():
+        expected = model(batch(), src_key_padding_mask=hidden)
+        fastattn.patch(model)
+        actual = model(batch(), src_key_padding_mask=hidden)
+    torch.testing.assert_close(actual[~hidden], expected[~hidden], rtol=1e-4, atol=1e-5)
+
+
+class OwnAttention(nn.MultiheadAttention):
+    def forward(self, *arguments: Any, **options: Any) -> Any:
+        return super().forward(*arguments, **options)
+
+
+class OwnSequential(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+class Doubled(nn.Module):
+    """The names of a gated MLP, and another formula."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = (nn.Linear(8, 8) for _ in range(3))
+        self.act_fn = nn.SiLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.act_fn(self.up_proj(x)) * self.gate_proj(x))
+
+
+class Noisy(Doubled):
+    """A gated MLP in eval mode alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+        return y + torch.randn_like(y) if self.training else y
+
+
+class PackedLinear(nn.Linear):
+    """As quantised layers of other libraries are: a Linear by inheritance alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 3 * super().forward(x)
+
+
+class PackedWeight(Tensor):
+    pass
+
+
+def sequence(*middle: nn.Module, first: nn.Module | None = None, **options: Any) -> nn.Sequential:
+    return nn.Sequential(first or nn.Linear(8, 8, **options), *(middle or [nn.GELU()]), nn.Linear(8, 8, **options))
+
+
+def with_packed_weight() -> nn.Module:
+    model = sequence()
+    model[0].weight = nn.Parameter(model[0].weight.detach().as_subclass(PackedWeight))
+    return model
+
+
+def hooked() -> nn.Module:
+    model = sequence()
+    model[2].register_forward_pre_hook(lambda *_: None)
+    return model
+
+
+def replaced(model: nn.Module) -> nn.Module:
+    model.forward = model.forward
+    return model
+
+
+def patched(model: nn.Module) -> nn.Module:
+    fastattn.patch(model)
+    return model
+
+
+def quantised() -> nn.Module:
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.ao.quantization.quantize_dynamic(sequence(nn.ReLU()), {nn.Linear})
+
+
+def hugging_face(kind: str, **options: Any) -> nn.Module:
+    return getattr(transformers, f"{kind}Model")(getattr(transformers, f"{kind}Config")(**SIZES, **options))
+
+
+def on_meta(make: Callable[[], nn.Module]) -> nn.Module:
+    with torch.device("meta"):
+        return make()
+
+
+LEFT = {
+    "patched before, an MLP": (lambda: patched(sequence()), "already patched"),
+    "patched before, attention": (lambda: patched(nn.MultiheadAttention(8, 1)), "already patched"),
+    "patched before, Hugging Face": (lambda: patched(hugging_face("Llama")), "already patched"),
+    "fastattn's own": (lambda: fastattn.nn.MultiheadAttention(8, 1), "fastattn's own"),
+    "meta MLP": (lambda: on_meta(sequence), "meta device"),
+    "meta attention": (lambda: on_meta(lambda: nn.MultiheadAttention(8, 1)), "meta device"),
+    "meta Hugging Face": (lambda: on_meta(lambda: hugging_face("Llama")), "meta device"),
+    "quantised": (quantised, "Linear is not torch.nn.Linear"),
+    "quantised by inheritance": (lambda: sequence(first=PackedLinear(8, 8)), "PackedLinear is not"),
+    "quantised weight": (with_packed_weight, "weights are of type PackedWeight"),
+    "parametrised": (
+        lambda: sequence(first=nn.utils.parametrizations.weight_norm(nn.Linear(8, 8))),
+        "ParametrizedLinear is not torch.nn.Linear",
+    ),
+    "complex weights": (lambda: sequence().to(torch.complex64), "torch.complex64"),
+    "attention subclass": (lambda: OwnAttention(8, 1), "OwnAttention is a subclass"),
+    "sequence subclass": (lambda: OwnSequential(*sequence()), "OwnSequential is a subclass"),
+    "forward replaced, MLP": (lambda: replaced(sequence()), "forward was replaced"),
+    "forward replaced, inside": (lambda: sequence(first=replaced(nn.Linear(8, 8))), "hooks on"),
+    "forward replaced, attention": (lambda: replaced(nn.MultiheadAttention(8, 1)), "forward was replaced"),
+    "hooks inside": (hooked, "hooks on the Linear inside"),
+    "unknown activation": (lambda: sequence(nn.Tanh()), "activation Tanh is not one of gelu"),
+    "another dropout": (lambda: sequence(nn.ReLU(), nn.FeatureAlphaDropout(0.1)), None),
+    "layers in two dtypes": (lambda: sequence(first=nn.Linear(8, 8).double()), "dtypes"),
+    "another formula": (Doubled, "computes more than this MLP, or something else"),
+    "another formula in training": (Noisy, "computes more than this MLP, or something else"),
+    "wide heads": (lambda: nn.MultiheadAttention(512, 1), "wider than 256"),
+    "Hugging Face without dispatch": (lambda: hugging_face("BigBird").embeddings, None),
+    "BigBird": (lambda: hugging_face("BigBird"), "does not dispatch its attention"),
+    "weights asked for": (
+        lambda: hugging_face("Llama", attn_implementation="eager", output_attentions=True), "asks for weights"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LEFT)
+def test_what_cannot_be_swapped_is_left_and_the_report_says_why(name: str) -> None:
+    make, why = LEFT[name]
+    model = make()
+    before = anatomy(model)
+    report = fastattn.patch(model, mlp="Llama" not in repr(type(model)) and "BigBird" not in repr(type(model)))
+    assert anatomy(model) == before
+    assert not report.swapped
+    if why is None:
+        assert not report.rows
+    else:
+        assert why in report.left[0].why
+        assert "left" in str(report) and report.left[0].why in str(report)
+
+
+def test_strict_raises_with_every_reason_and_changes_nothing() -> None:
+    model = nn.ModuleList([sequence(), sequence(nn.Tanh()), OwnAttention(8, 1), nn.MultiheadAttention(8, 1)])
+    fastattn.patch(model[3])
+    before = anatomy(model)
+    with pytest.raises(ValueError, match=r"(?s)2: OwnAttention.*3: already.*1: the activation Tanh"):
+        fastattn.patch(model, strict=True)
+    assert anatomy(model) == before
+    llama = nn.ModuleList([hugging_face("Llama"), sequence(nn.Tanh())])
+    before = anatomy(llama)
+    with pytest.raises(ValueError, match="Tanh"):
+        fastattn.patch(llama, strict=True)
+    assert anatomy(llama) == before
+    fastattn.patch(sequence(), strict=True)
+
+
+def test_only_what_is_asked_for_is_swapped() -> None:
+    model = nn.ModuleList([nn.MultiheadAttention(8, 1), sequence(), nn.LayerNorm(8)])
+    assert [row.kind for row in fastattn.patch(model, mlp=False).rows] == ["attention"]
+    fastattn.unpatch(model)
+    assert [row.kind for row in fastattn.patch(model, attention=False).rows] == ["mlp"]
+    fastattn.unpatch(model)
+    (norm,) = fastattn.patch(model, attention=False, mlp=False, norm=True).rows
+    assert norm.kind == "norm" and norm.now is None and "no fused norm" in norm.why
+    with pytest.raises(TypeError, match="model must be"):
+        fastattn.patch(torch.relu)
+
+
+def test_no_class_is_changed_and_no_other_model() -> None:
+    other, bystander = build("llama"), build("encoder")
+    before = anatomy(other), anatomy(bystander)
+    fastattn.patch(build("llama"))
+    fastattn.patch(build("encoder"))
+    assert (anatomy(other), anatomy(bystander)) == before
+
+
+def test_the_report_is_a_table_with_like_modules_in_one_line() -> None:
+    report = fastattn.patch(nn.ModuleList([sequence(), sequence(), sequence(nn.Tanh())]))
+    assert str(report).splitlines()[1].split() == ["*", "x", "2", "mlp", "Sequential", "FusedSequential"]
+    assert str(fastattn.patch(nn.Linear(2, 2))).startswith("Nothing in this model")
+    rich = pytest.importorskip("rich.console")
+    console = rich.Console(record=True, width=200, file=io.StringIO())
+    console.print(report)
+    assert "FusedSequential" in console.export_text() and "activation Tanh" in report.left[0].why
+
+
+FORMULAS = {
+    "gelu": lambda x: nn.functional.gelu(x),
+    "gelu_tanh": lambda x: nn.functional.gelu(x, approximate="tanh"),
+    "relu": torch.relu,
+    "relu_squared": lambda x: torch.relu(x) ** 2,
+    "silu": nn.functional.silu,
+}
+
+
+def test_activations_of_hugging_face_are_known_by_what_they_compute() -> None:
+    x = torch.linspace(-12, 12, 481, dtype=torch.float64)
+    for name in transformers.activations.ACT2CLS:
+        if name == "xielu":
+            continue
+        activation = transformers.activations.ACT2FN[name].double()
+        y = activation(x)
+        same = {known for known, formula in FORMULAS.items() if (formula(x) - y).abs().max() < 1e-12}
+        ours = activation_name(activation)
+        assert ours is None or same == {ours}, name
+        assert ours is not None or not same, name
