@@ -60,6 +60,7 @@ def assert_packed_is_each_alone(queries, keys, *, inputs, learned=(), slopes=Non
 
     definition = partial(sequence_by_sequence, queries=queries, keys=keys, slopes=slopes, **options)
     upstream = torch.randn(*inputs[0].shape[:2], inputs[2].shape[2]), torch.randn(inputs[0].shape[1::-1])
+    upstream = upstream[0].to(inputs[0].dtype), upstream[1]
     given_ = (*inputs, *learned)
     actual = run(given_, upstream, ours)
     eager = run(given_, upstream, definition)
@@ -92,6 +93,13 @@ def test_packed_sequences_are_each_attended_to_alone(
         queries, keys, inputs=packed_inputs(queries, keys, value_width=24), slopes=slopes, backend=backend,
         learned=(torch.randn(4),) if with_sinks else (), causal=causal, window=window, softcap=softcap,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_kernels_attend_to_packed_sequences_alone(dtype: torch.dtype) -> None:
+    queries, keys = [70, 0, 3, 31], [70, 9, 0, 90]
+    inputs = tuple(t.to(dtype) for t in packed_inputs(queries, keys, value_width=24, heads=2, key_heads=1))
+    assert_packed_is_each_alone(queries, keys, inputs=inputs, backend="triton", causal=True, window=(50, None))
 
 
 def test_slopes_of_all_take_one_call_where_queries_and_keys_are_alike(monkeypatch) -> None:
@@ -299,22 +307,31 @@ def out_and_gradients(call, inputs, upstream: Tensor) -> tuple[Tensor, ...]:
     return out.detach(), *torch.autograd.grad(out, leaves, upstream)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
-@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
-@pytest.mark.parametrize(("length", "block"), [(1024, 64), (320, 16)])
-def test_bigbird_in_attention_is_that_of_hugging_face(
-    length: int, block: int, training: bool, padded: bool, backend: str
-) -> None:
-    lengths = [length, length - block - 5] if padded else [length, length]
-    inputs = tuple(torch.randn(2, 2, length, 16) for _ in range(3))
-    upstream = torch.randn(2, length, 2, 16)
-    theirs = huggingface_attention(length, block, 2, training=training, lengths=lengths)
+def assert_bigbird_is_theirs(block: int, lengths: list[int], heads: int, *, training: bool, backend: str) -> None:
+    length = max(lengths)
+    inputs = tuple(torch.randn(len(lengths), heads, length, 16) for _ in range(3))
+    upstream = torch.randn(len(lengths), length, heads, 16)
+    theirs = huggingface_attention(length, block, heads, training=training, lengths=lengths)
     exact = out_and_gradients(theirs, [t.double() for t in inputs], upstream.double())
     eager = out_and_gradients(theirs, inputs, upstream)
     actual = out_and_gradients(our_bigbird(block, lengths, training=training, backend=backend), inputs, upstream)
     for position, (a, x, e) in enumerate(zip(actual, exact, eager, strict=True)):
         assert_as_exact_as_eager(a, x, e, gradient=position > 0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shorter", [0, 0.9], ids=["full", "padded"])
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+@pytest.mark.parametrize(("length", "block"), [(1024, 64), (320, 16)])
+def test_bigbird_in_attention_is_that_of_hugging_face(
+    length: int, block: int, training: bool, shorter: float, backend: str
+) -> None:
+    lengths = [length, int(length * shorter) or length]
+    assert_bigbird_is_theirs(block, lengths, 2, training=training, backend=backend)
+
+
+def test_kernels_compute_the_bigbird_of_hugging_face() -> None:
+    assert_bigbird_is_theirs(16, [208], 1, training=False, backend="triton")
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
@@ -323,12 +340,16 @@ def test_bigbird_of_4096_tokens_takes_a_twentieth_of_the_memory_of_hugging_face(
     inputs = tuple(torch.randn(1, heads, length, 64) for _ in range(3))
     upstream = torch.randn(1, length, heads, 64)
     theirs = huggingface_attention(length, 64, heads, training=training, lengths=[length])
-    ours = our_bigbird(64, [length], training=training)
+    mask = masks.bigbird(style="huggingface", seed=4, training=training)
+
+    def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return fastattn.attention(q, k, v, mask=mask, backend="portable").transpose(1, 2)
+
     expected = peak_memory(lambda: out_and_gradients(theirs, inputs, upstream), device)
     assert 20 * peak_memory(lambda: out_and_gradients(ours, inputs, upstream), device) < expected
     with LargestTensor() as largest:
         out_and_gradients(ours, inputs, upstream)
-    assert largest.nbytes <= max(inputs[0].nbytes, 2**22), "an input, or a tile of scores"
+    assert largest.nbytes <= inputs[0].nbytes
 
 
 class LargestTensor(TorchDispatchMode):
@@ -364,10 +385,10 @@ def set_encoder(backend: str, positions: str | None = "zero") -> TransformerMode
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_set_encoder_is_permutation_equivariant_in_float64(backend: str, positions: str | None) -> None:
     model, order = set_encoder(backend, positions).double(), torch.randperm(90)
-    x, moved = model.token_embedding(torch.randint(31, (2, 90))), torch.randn(2, 90, 32).double()
+    x, upstream = (torch.randn(2, 90, width, dtype=torch.float64) for width in (32, 31))
     assert (outputs(model, x)[:, order] - outputs(model, x[:, order])).abs().max() < 1e-12
-    through, through_order = (gradient(model, x[:, o], moved[:, o]) for o in (torch.arange(90), order))
-    assert (through[:, order] - through_order).abs().max() < 1e-12
+    dx, dx_of_order = (gradient(model, x[:, o], upstream[:, o]) for o in (torch.arange(90), order))
+    assert (dx[:, order] - dx_of_order).abs().max() < 1e-12
 
 
 @pytest.mark.parametrize("backend", ["triton", *BACKENDS])
@@ -397,23 +418,22 @@ def outputs(model: TransformerModel, x: Tensor) -> Tensor:
 
 def gradient(model: TransformerModel, x: Tensor, upstream: Tensor) -> Tensor:
     x = x.detach().requires_grad_()
-    return torch.autograd.grad(outputs(model, x)[..., : upstream.shape[2] - 1].sum(-1) @ upstream.new_ones(()), x)[
-        0
-    ]
+    (found,) = torch.autograd.grad(outputs(model, x), x, upstream)
+    return found
 
 
 # Latent queries
 
 
-@pytest.mark.parametrize("backend", ["triton", *BACKENDS])
-def test_keys_of_latent_queries_split_in_parts_and_merge(backend: str) -> None:
-    inputs = torch.randn(1, 2, 192, 32), torch.randn(1, 2, 4000, 32), torch.randn(1, 2, 4000, 96)
-    upstream = torch.randn(1, 2, 192, 96), torch.randn(1, 2, 192)
-    parts = [1000, 37, 1963, 1000]
+@pytest.mark.parametrize(("backend", "keys"), [("triton", 150), ("portable", 4000), ("reference", 4000)])
+def test_keys_of_latent_queries_split_in_parts_and_merge(backend: str, keys: int) -> None:
+    inputs = torch.randn(1, 1, 192, 32), torch.randn(1, 1, keys, 32), torch.randn(1, 1, keys, 96)
+    upstream = torch.randn(1, 1, 192, 96), torch.randn(1, 1, 192)
+    parts = [keys // 4, 37, keys - keys // 4 - 37]
 
-    def split(q, k, v, through=backend):
+    def split(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         states = [
-            fastattn.attention(q, *part, return_lse=True, backend=through)
+            fastattn.attention(q, *part, return_lse=True, backend=backend)
             for part in zip(k.split(parts, 2), v.split(parts, 2), strict=True)
         ]
         out, lse = states[0]
