@@ -185,24 +185,18 @@ class PackedSequences(Mask):
 
 @lru_cache(maxsize=8)
 def _intervals(packed: PackedSequences) -> tuple[Tensor, Tensor]:
-    """From the first key that each query sees to the one after the last; from the last to 0 if it sees none."""
+    """From the first key that each query sees to the one after the last; no further if it sees none."""
     starts, ends = packed.keys.tensor[:-1].long(), packed.keys.tensor[1:].long()
     sequence = torch.repeat_interleave(torch.arange(len(starts)), packed.queries.tensor.diff())
     # The last query of a sequence stands at its last key.
     diagonal = torch.arange(len(sequence)) + (ends - packed.queries.tensor[1:])[sequence]
     start, stop = starts[sequence], ends[sequence]
-    left, right = _within(packed.left, int(ends[-1:].sum())), _within(packed.right, len(sequence))
+    left, right = window_that_hides((packed.left, packed.right), len(sequence), int(packed.keys.tensor[-1]))
     if left is not None:
         start = torch.maximum(start, diagonal - left)
     if right is not None:
         stop = torch.minimum(stop, diagonal + right + 1)
-    nothing = start >= stop
-    return start.masked_fill(nothing, int(ends[-1:].sum())), stop.masked_fill(nothing, 0)
-
-
-def _within(bound: int | None, size: int) -> int | None:
-    """The bound of a window, None if nothing of that size reaches it."""
-    return None if bound is None or bound >= size else bound
+    return start, stop
 
 
 @dataclass(frozen=True, repr=False)
