@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 from attention_problems import run
+from hardware import DEVICE
 from hypothesis import given
 from hypothesis import strategies as st
 from tolerance import assert_as_exact_as_eager
@@ -22,6 +23,8 @@ from fastattn.nn import TransformerModel
 
 BACKENDS = ("portable", "reference")
 
+randn, rand, arange = (partial(make, device=DEVICE) for make in (torch.randn, torch.rand, torch.arange))
+
 
 def starts(lengths: list[int]) -> Tensor:
     return torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
@@ -29,9 +32,9 @@ def starts(lengths: list[int]) -> Tensor:
 
 def packed_inputs(queries: list[int], keys: list[int], width=16, value_width=16, heads=4, key_heads=2):
     return (
-        torch.randn(sum(queries), heads, width),
-        torch.randn(sum(keys), key_heads, width),
-        torch.randn(sum(keys), key_heads, value_width),
+        randn(sum(queries), heads, width),
+        randn(sum(keys), key_heads, width),
+        randn(sum(keys), key_heads, value_width),
     )
 
 
@@ -59,7 +62,7 @@ def assert_packed_is_each_alone(queries, keys, *, inputs, learned=(), slopes=Non
         )  # fmt: skip
 
     definition = partial(sequence_by_sequence, queries=queries, keys=keys, slopes=slopes, **options)
-    upstream = torch.randn(*inputs[0].shape[:2], inputs[2].shape[2]), torch.randn(inputs[0].shape[1::-1])
+    upstream = randn(*inputs[0].shape[:2], inputs[2].shape[2]), randn(inputs[0].shape[1::-1])
     upstream = upstream[0].to(inputs[0].dtype), upstream[1]
     given_ = (*inputs, *learned)
     actual = run(given_, upstream, ours)
@@ -88,10 +91,10 @@ def test_packed_sequences_are_each_attended_to_alone(
     lengths, causal, window, softcap, with_sinks, alibi, backend
 ) -> None:
     queries, keys = (list(side) for side in zip(*lengths, strict=True))
-    slopes = {None: None, "heads": torch.rand(4), "sequences": torch.rand(len(lengths), 4)}[alibi]
+    slopes = {None: None, "heads": rand(4), "sequences": rand(len(lengths), 4)}[alibi]
     assert_packed_is_each_alone(
         queries, keys, inputs=packed_inputs(queries, keys, value_width=24), slopes=slopes, backend=backend,
-        learned=(torch.randn(4),) if with_sinks else (), causal=causal, window=window, softcap=softcap,
+        learned=(randn(4),) if with_sinks else (), causal=causal, window=window, softcap=softcap,
     )  # fmt: skip
 
 
@@ -107,7 +110,7 @@ def test_slopes_of_all_take_one_call_where_queries_and_keys_are_alike(monkeypatc
     q, k, v = packed_inputs(lengths, lengths)
     attention = fastattn.varlen.attention
     monkeypatch.setattr(fastattn.varlen, "attention", lambda *a, **o: calls.append(1) or attention(*a, **o))
-    slopes, cu = torch.rand(4), starts(lengths)
+    slopes, cu = rand(4), starts(lengths)
     together = fastattn.attention_varlen(q, k, v, cu, cu, alibi_slopes=slopes)
     assert len(calls) == 1
     apart = fastattn.attention_varlen(q, k, v, cu, cu, alibi_slopes=slopes.expand(3, 4))
@@ -192,7 +195,7 @@ def test_arguments_are_those_of_flash_attn(name: str) -> None:
     assert ", ".join(str(p.replace(annotation=p.empty)) for p in parameters) == SIGNATURES[name]
 
 
-SLOPES = torch.tensor([0.5, 0.2, 0.1, 0.0])
+SLOPES = torch.tensor([0.5, 0.2, 0.1, 0.0], device=DEVICE)
 FLASH_OPTIONS = [
     ({}, {}),
     ({"causal": True, "softmax_scale": 0.3}, {"causal": True, "scale": 0.3}),
@@ -204,7 +207,7 @@ FLASH_OPTIONS = [
 
 @pytest.mark.parametrize(("theirs", "ours"), FLASH_OPTIONS, ids=lambda options: "-".join(options))
 def test_flash_attn_is_attention_of_lengths_before_heads(theirs: dict, ours: dict) -> None:
-    q, kv = torch.randn(2, 30, 4, 16), torch.randn(2, 50, 2, 2, 16)
+    q, kv = randn(2, 30, 4, 16), randn(2, 50, 2, 2, 16)
     out, lse = fastattn.attention(*(t.transpose(1, 2) for t in (q, *kv.unbind(2))), **ours, return_lse=True)
     for call in (flash_attn.flash_attn_func, flash_attn.flash_attn_kvpacked_func):
         given_ = (q, *kv.unbind(2)) if call is flash_attn.flash_attn_func else (q, kv)
@@ -215,7 +218,7 @@ def test_flash_attn_is_attention_of_lengths_before_heads(theirs: dict, ours: dic
 
 @pytest.mark.parametrize(("theirs", "ours"), FLASH_OPTIONS, ids=lambda options: "-".join(options))
 def test_flash_attn_varlen_is_attention_varlen(theirs: dict, ours: dict) -> None:
-    q, kv = torch.randn(60, 4, 16), torch.randn(70, 2, 2, 16)
+    q, kv = randn(60, 4, 16), randn(70, 2, 2, 16)
     cu = torch.tensor([0, 20, 60], dtype=torch.int32), torch.tensor([0, 50, 70], dtype=torch.int32)
     out, lse = fastattn.attention_varlen(q, *kv.unbind(1), *cu, **ours, return_lse=True)
     assert torch.equal(flash_attn.flash_attn_varlen_func(q, *kv.unbind(1), *cu, 40, 50, **theirs), out)
@@ -226,7 +229,7 @@ def test_flash_attn_varlen_is_attention_varlen(theirs: dict, ours: dict) -> None
 
 
 def test_tensors_of_queries_keys_and_values_have_one_gradient() -> None:
-    qkv = torch.randn(2, 30, 3, 4, 16, requires_grad=True)
+    qkv = randn(2, 30, 3, 4, 16, requires_grad=True)
     cu = torch.tensor([0, 30, 60], dtype=torch.int32)
     out = flash_attn.flash_attn_qkvpacked_func(qkv, 0.0, 0.3, True)
     (dqkv,) = torch.autograd.grad(out.square().sum(), qkv)
@@ -276,7 +279,7 @@ def huggingface_attention(length: int, block: int, heads: int, *, training: bool
 
     config = BigBirdConfig(hidden_size=8 * heads, num_attention_heads=heads, block_size=block)
     layer = BigBirdBlockSparseAttention(config, 4).train(training)
-    seen = (torch.arange(length) < torch.tensor(lengths)[:, None]).float()
+    seen = (arange(length) < torch.tensor(lengths, device=DEVICE)[:, None]).float()
     blocked, band, from_mask, to_mask = BigBirdModel.create_masks_for_block_sparse_attn(seen, block)
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -295,7 +298,7 @@ def our_bigbird(block: int, lengths: list[int], *, training: bool, backend: str 
     mask = mask & masks.key_lengths(lengths)
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        rows = torch.arange(q.shape[2]) < torch.tensor(lengths)[:, None]
+        rows = arange(q.shape[2]) < torch.tensor(lengths, device=DEVICE)[:, None]
         return fastattn.attention(q, k, v, mask=mask, backend=backend).transpose(1, 2) * rows[:, :, None, None]
 
     return call
@@ -309,8 +312,8 @@ def out_and_gradients(call, inputs, upstream: Tensor) -> tuple[Tensor, ...]:
 
 def assert_bigbird_is_theirs(block: int, lengths: list[int], heads: int, *, training: bool, backend: str) -> None:
     length = max(lengths)
-    inputs = tuple(torch.randn(len(lengths), heads, length, 16) for _ in range(3))
-    upstream = torch.randn(len(lengths), length, heads, 16)
+    inputs = tuple(randn(len(lengths), heads, length, 16) for _ in range(3))
+    upstream = randn(len(lengths), length, heads, 16)
     theirs = huggingface_attention(length, block, heads, training=training, lengths=lengths)
     exact = out_and_gradients(theirs, [t.double() for t in inputs], upstream.double())
     eager = out_and_gradients(theirs, inputs, upstream)
@@ -336,9 +339,9 @@ def test_kernels_compute_the_bigbird_of_hugging_face() -> None:
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 def test_bigbird_of_4096_tokens_takes_a_twentieth_of_the_memory_of_hugging_face(training: bool) -> None:
-    length, heads, device = 4096, 2, torch.device("cpu")
-    inputs = tuple(torch.randn(1, heads, length, 64) for _ in range(3))
-    upstream = torch.randn(1, length, heads, 64)
+    length, heads, device = 4096, 2, torch.device(DEVICE)
+    inputs = tuple(randn(1, heads, length, 64) for _ in range(3))
+    upstream = randn(1, length, heads, 64)
     theirs = huggingface_attention(length, 64, heads, training=training, lengths=[length])
     mask = masks.bigbird(style="huggingface", seed=4, training=training)
 
@@ -378,31 +381,31 @@ def set_encoder(backend: str, positions: str | None = "zero") -> TransformerMode
     for name, weight in model.named_parameters():
         if weight.dim() == 2 and "position" not in name:
             torch.nn.init.normal_(weight, std=0.3)  # so that attention is far from uniform
-    return model
+    return model.to(DEVICE)
 
 
 @pytest.mark.parametrize("positions", ["zero", None])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_set_encoder_is_permutation_equivariant_in_float64(backend: str, positions: str | None) -> None:
-    model, order = set_encoder(backend, positions).double(), torch.randperm(90)
-    x, upstream = (torch.randn(2, 90, width, dtype=torch.float64) for width in (32, 31))
+    model, order = set_encoder(backend, positions).double(), torch.randperm(90, device=DEVICE)
+    x, upstream = (randn(2, 90, width, dtype=torch.float64) for width in (32, 31))
     assert (outputs(model, x)[:, order] - outputs(model, x[:, order])).abs().max() < 1e-12
-    dx, dx_of_order = (gradient(model, x[:, o], upstream[:, o]) for o in (torch.arange(90), order))
+    dx, dx_of_order = (gradient(model, x[:, o], upstream[:, o]) for o in (arange(90), order))
     assert (dx[:, order] - dx_of_order).abs().max() < 1e-12
 
 
 @pytest.mark.parametrize("backend", ["triton", *BACKENDS])
 def test_a_set_encoder_is_permutation_equivariant_up_to_rounding(backend: str) -> None:
-    model, order = set_encoder(backend), torch.randperm(90)
-    x = torch.randn(1, 90, 32)
+    model, order = set_encoder(backend), torch.randperm(90, device=DEVICE)
+    x = randn(1, 90, 32)
     exact = outputs(set_encoder("reference").double(), x.double())[:, order]
     eager = outputs(set_encoder("reference"), x[:, order])
     assert_as_exact_as_eager(outputs(model, x[:, order]).detach(), exact.detach(), eager.detach())
 
 
 def test_a_set_encoder_is_no_longer_equivariant_with_positions() -> None:
-    model, order = set_encoder("portable").double(), torch.randperm(90)
-    tokens = torch.randint(31, (2, 90))
+    model, order = set_encoder("portable").double(), torch.randperm(90, device=DEVICE)
+    tokens = torch.randint(31, (2, 90), device=DEVICE)
     assert (model(tokens)[:, order] - model(tokens[:, order])).abs().max() < 1e-12
     torch.nn.init.normal_(model.position_embedding.weight[:1], std=0.02)
     assert (model(tokens)[:, order] - model(tokens[:, order])).abs().max() > 1e-3
@@ -410,7 +413,7 @@ def test_a_set_encoder_is_no_longer_equivariant_with_positions() -> None:
 
 def outputs(model: TransformerModel, x: Tensor) -> Tensor:
     if model.position_embedding is not None:
-        x = x + model.position_embedding(torch.arange(x.shape[1]))
+        x = x + model.position_embedding(arange(x.shape[1]))
     for block in model.blocks:
         x = block(x)
     return model.unembed(x)
@@ -427,8 +430,8 @@ def gradient(model: TransformerModel, x: Tensor, upstream: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(("backend", "keys"), [("triton", 150), ("portable", 4000), ("reference", 4000)])
 def test_keys_of_latent_queries_split_in_parts_and_merge(backend: str, keys: int) -> None:
-    inputs = torch.randn(1, 1, 192, 32), torch.randn(1, 1, keys, 32), torch.randn(1, 1, keys, 96)
-    upstream = torch.randn(1, 1, 192, 96), torch.randn(1, 1, 192)
+    inputs = randn(1, 1, 192, 32), randn(1, 1, keys, 32), randn(1, 1, keys, 96)
+    upstream = randn(1, 1, 192, 96), randn(1, 1, 192)
     parts = [keys // 4, 37, keys - keys // 4 - 37]
 
     def split(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

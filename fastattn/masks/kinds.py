@@ -187,9 +187,9 @@ class PackedSequences(Mask):
 def _intervals(packed: PackedSequences) -> tuple[Tensor, Tensor]:
     """From the first key that each query sees to the one after the last; no further if it sees none."""
     starts, ends = packed.keys.tensor[:-1].long(), packed.keys.tensor[1:].long()
-    sequence = torch.repeat_interleave(torch.arange(len(starts)), packed.queries.tensor.diff())
+    sequence = torch.repeat_interleave(packed.queries.tensor.diff())
     # The last query of a sequence stands at its last key.
-    diagonal = torch.arange(len(sequence)) + (ends - packed.queries.tensor[1:])[sequence]
+    diagonal = torch.arange(len(sequence), device=starts.device) + (ends - packed.queries.tensor[1:])[sequence]
     start, stop = starts[sequence], ends[sequence]
     left, right = window_that_hides((packed.left, packed.right), len(sequence), int(packed.keys.tensor[-1]))
     if left is not None:
