@@ -2,7 +2,7 @@
 
 import sys
 
-from fastattn import lens, nn
+from fastattn import lens, masks, nn
 from fastattn.dropout import dropout_mask, dropout_state
 from fastattn.functional import (
     attention,
@@ -16,6 +16,7 @@ from fastattn.heads import prepare_heads
 from fastattn.patch import patch, unpatch
 from fastattn.takeover import sdpa
 from fastattn.torch_sdpa import scaled_dot_product_attention
+from fastattn.varlen import attention_varlen
 
 if "torch.utils.flop_counter" in sys.modules:
     import fastattn.flops  # noqa: F401
@@ -25,10 +26,12 @@ __version__ = "0.1.0"
 __all__ = [
     "attention",
     "attention_backward",
+    "attention_varlen",
     "dropout_mask",
     "dropout_state",
     "gated_mlp",
     "lens",
+    "masks",
     "merge_states",
     "mlp",
     "nn",

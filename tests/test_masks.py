@@ -53,6 +53,15 @@ def dense_documents(shape: tuple, ids: list[list[int]]) -> Tensor:
     return seen[:, :, keys - queries :]
 
 
+def dense_packed(shape: tuple, starts: list[int], key_starts: list[int], left, right) -> Tensor:
+    seen = torch.zeros(shape[2:], dtype=torch.bool)
+    for s in range(len(starts) - 1):
+        rows, columns = slice(*starts[s : s + 2]), slice(*key_starts[s : s + 2])
+        own = (1, 1, rows.stop - rows.start, columns.stop - columns.start)
+        seen[rows, columns] = dense_window(own, left, right)
+    return seen
+
+
 def dense_global(shape: tuple, positions: list[int]) -> Tensor:
     queries, keys = shape[2:]
     seen = torch.zeros(queries, keys, dtype=torch.bool)
@@ -87,6 +96,7 @@ def dense_predicate(shape: tuple) -> Tensor:
 
 KINDS = (
     *("causal", "window", "lengths", "prefix", "documents", "cu_seqlens"),
+    "packed",
     *("global", "flags", "dilated", "blocks", "function", "dense"),
 )
 LENGTHS = (1, 40, 64, 65, 128, 150, 200)
@@ -121,6 +131,15 @@ def kinds(draw: st.DrawFn, shape: tuple) -> tuple[Mask, Tensor]:
         cuts = sorted(draw(st.lists(st.integers(0, keys), max_size=4)))
         ids = [sum(cut <= key for cut in cuts) for key in range(keys)]
         return masks.documents(cu_seqlens=[0, *cuts, keys]), dense_documents(shape, [ids])
+    if kind == "packed":
+        sequences = draw(st.integers(1, 5))
+        cuts = [
+            [0, *sorted(draw(st.lists(st.integers(0, n), min_size=sequences - 1, max_size=sequences - 1))), n]
+            for n in (queries, keys)
+        ]
+        causal, bounds = draw(st.booleans()), (draw(maybe), draw(maybe))
+        mask = masks.packed_sequences(*cuts, causal=causal, window=bounds)
+        return mask, dense_packed(shape, *cuts, bounds[0], 0 if causal else bounds[1])
     if kind == "global":
         positions = draw(st.lists(st.integers(0, keys - 1), max_size=4))
         return masks.global_tokens(positions), dense_global(shape, positions)
@@ -374,12 +393,19 @@ def thousand_documents() -> Mask:
     return masks.documents(cu_seqlens=[0, *cuts.tolist(), LONG])
 
 
+def thousand_sequences(**bounds) -> Mask:
+    starts = [0, *torch.randint(0, LONG, (999,), generator=torch.Generator().manual_seed(1)).sort()[0].tolist()]
+    return masks.packed_sequences([*starts, LONG], [*(s // 2 for s in starts), LONG], **bounds)
+
+
 @pytest.mark.parametrize(
     ("mask", "megabytes"),
     [
         (masks.causal() & masks.window(512), 0.3),
         (thousand_documents(), 2),
         (masks.causal() & thousand_documents(), 1),
+        (thousand_sequences(), 2),
+        (thousand_sequences(causal=True), 2),
         (masks.bigbird(seed=11), 0.3),
         (masks.longformer(512, [0, 1]), 0.4),
         (masks.causal() & masks.window(4096) & masks.dilated(3), 2.5),
@@ -424,6 +450,7 @@ def test_closed_forms_take_no_lists() -> None:
     assert lowered.lists is None and (lowered.left, lowered.right) == (512, 0)
     assert lowered.key_lengths.dtype == torch.int32 and lowered.key_lengths.tolist() == [8000, 70, 0]
     assert masks.window(10**30, 8000).lower(1, 1, 64, 64).left is None
+    assert masks.packed_sequences([0, 64], [0, 96], True).lower(1, 1, 64, 96).lists is None
     assert (masks.causal() | masks.window(3)).lower(1, 1, 64, 64).lists is not None
 
 
@@ -496,6 +523,11 @@ def test_masks_print_as_they_are_written() -> None:
     assert repr(masks.key_lengths([3, 5])) == "key_lengths([3, 5])"
     assert repr(masks.documents(torch.zeros(2, 4096, dtype=torch.int64))) == "documents(<2 x 4096>)"
     assert repr(masks.documents(cu_seqlens=[0, 5])) == "documents(cu_seqlens=[0, 5])"
+    packed = masks.packed_sequences
+    assert repr(packed([0, 5, 5], [0, 2, 9])) == "packed_sequences([0, 5, 5], [0, 2, 9])"
+    assert repr(packed([0, 5], [0, 9], True, (3, None))) == (
+        "packed_sequences([0, 5], [0, 9], causal=True, window=(3, None))"
+    )
     assert repr(masks.longformer(8, [0])) == "window(4, 4) | global_tokens([0])"
     assert repr(masks.from_function(some_predicate)) == "from_function(some_predicate)"
     assert repr(masks.bigbird(seed=3)) == "bigbird(64, 3, seed=3)"
@@ -580,6 +612,37 @@ ERRORS: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     ),
     "too many queries": (lambda: masks.documents([0, 0]).dense(1, 1, 3, 2), ValueError, "3 queries and 2 keys"),
     "another batch": (lambda: masks.key_lengths([1, 2]).lower(3, 1, 4, 4), ValueError, "batch of 2, expected 3"),
+    "packed queries of another length": (
+        lambda: masks.packed_sequences([0, 3], [0, 4]).lower(1, 1, 4, 4),
+        ValueError,
+        "cu_seqlens_q ends with 3, expected 4 tokens",
+    ),
+    "packed keys of another length": (
+        lambda: masks.packed_sequences([0, 4], [0, 3]).lower(1, 1, 4, 4),
+        ValueError,
+        "cu_seqlens_k ends with 3, expected 4 tokens",
+    ),
+    "packed by different counts": (
+        lambda: masks.packed_sequences([0, 4], [0, 1, 3]),
+        ValueError,
+        "as many sequences, got 1 and 2",
+    ),
+    "packed and unsorted": (
+        lambda: masks.packed_sequences([0, 4], [0, -1]),
+        ValueError,
+        "cu_seqlens_k must begin",
+    ),
+    "packed without starts": (lambda: masks.packed_sequences(None, [0]), TypeError, "cu_seqlens_q must be a tens"),
+    "packed in a negative window": (
+        lambda: masks.packed_sequences([0], [0], window=(-1, 0)),
+        ValueError,
+        "window must not be negative",
+    ),
+    "packed and causal by a number": (
+        lambda: masks.packed_sequences([0], [0], 3),
+        TypeError,
+        "causal must be a b",
+    ),
     "global tokens past the end": (lambda: masks.global_tokens([4]).dense(1, 1, 4, 4), ValueError, "below 4 keys"),
     "negative global tokens": (lambda: masks.global_tokens([-1]), ValueError, "must not be negative, got -1"),
     "flags of another length": (lambda: masks.global_tokens(TWO).dense(2, 1, 4, 4), ValueError, "2 flags"),

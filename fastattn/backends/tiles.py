@@ -21,6 +21,9 @@ from fastattn.masks.lists import GRANULE, BlockLists, columns_seen, log_counts, 
 from fastattn.spec import AttentionSpec, ScoreTensors, Wanted, lse_dtype
 
 QUERY_TILE, KEY_TILE = 256, 512
+# Smaller tiles leave out more of a mask of lists (BigBird of 4096 tokens, two heads, forward and backward on a CPU:
+# 10 MiB and 0.8 s instead of 13 MiB and 0.9 s).
+LISTED_QUERY_TILE, LISTED_KEY_TILE = 128, 256
 
 
 @dataclass(frozen=True)
@@ -56,15 +59,15 @@ class Scores:
         return int(lengths.max())
 
     def rows(self) -> Iterator[slice]:
-        return _spans(0, self.queries, QUERY_TILE)
+        return _spans(0, self.queries, QUERY_TILE if self.lists is None else LISTED_QUERY_TILE)
 
     def tiles_of(self, rows: slice) -> Iterator[Tile]:
         """The tiles that any of these rows sees; one without columns if there is none."""
         start, stop = self._keys_seen_by(rows)
-        spans = list(_spans(start, stop, KEY_TILE))
+        spans = list(_spans(start, stop, KEY_TILE if self.lists is None else LISTED_KEY_TILE))
         if self.lists is not None:
-            seen = {column * GRANULE // KEY_TILE for column in columns_seen(self.lists, granules(rows))}
-            spans = [span for span in spans if span.start // KEY_TILE in seen]
+            seen = {column * GRANULE // LISTED_KEY_TILE for column in columns_seen(self.lists, granules(rows))}
+            spans = [span for span in spans if span.start // LISTED_KEY_TILE in seen]
         spans = spans or [slice(start, start)]
         return (Tile(self, rows, columns, columns is spans[0]) for columns in spans)
 

@@ -20,7 +20,16 @@ from torch import Tensor
 
 from fastattn.masks.algebra import Mask, Values, check_integer
 from fastattn.masks.block_kinds import BigBird, Blocks, HuggingFaceBigBird
-from fastattn.masks.kinds import Dense, Dilated, Documents, Function, GlobalTokens, Lengths, Window
+from fastattn.masks.kinds import (
+    Dense,
+    Dilated,
+    Documents,
+    Function,
+    GlobalTokens,
+    Lengths,
+    PackedSequences,
+    Window,
+)
 from fastattn.masks.lists import GRANULE, BlockLists, Lowered, WorkItems, decode, work_items
 from fastattn.spec import check_window
 
@@ -43,6 +52,7 @@ __all__ = [
     "global_tokens",
     "key_lengths",
     "longformer",
+    "packed_sequences",
     "prefix",
     "window",
     "work_items",
@@ -96,10 +106,35 @@ def documents(
         raise TypeError("documents takes either ids or cu_seqlens")
     if ids is not None:
         return Documents(Values(_integers("ids", ids, "(Lk,) or (B, Lk)", dims=(1, 2))), boundaries=False)
-    starts = _integers("cu_seqlens", cu_seqlens, "(documents + 1,)", dims=(1,)).cpu()
-    if not len(starts) or int(starts[0]) != 0 or bool((starts.diff() < 0).any()):
-        raise ValueError(f"cu_seqlens must begin with 0 and be sorted, got {_shortened(starts)}")
-    return Documents(Values(starts), boundaries=True)
+    return Documents(Values(_cu_seqlens("cu_seqlens", cu_seqlens, "documents")), boundaries=True)
+
+
+def packed_sequences(
+    cu_seqlens_q: Tensor | Sequence[int],
+    cu_seqlens_k: Tensor | Sequence[int],
+    causal: bool = False,
+    window: tuple[int | None, int | None] = (None, None),
+) -> PackedSequences:
+    """Keys of the query's own sequence, where sequences lie one after another and have queries and keys of any
+    number, none included.
+
+    Args:
+        cu_seqlens_q, cu_seqlens_k: where the queries and the keys of each sequence begin, and the end:
+            (sequences + 1,), from 0 up to Lq and Lk. They are read here, which on a GPU waits for it.
+        causal, window: as `causal()` and `window()`, counted from each sequence's own diagonal: its last query
+            stands at its last key.
+    """
+    queries = _cu_seqlens("cu_seqlens_q", cu_seqlens_q, "sequences")
+    keys = _cu_seqlens("cu_seqlens_k", cu_seqlens_k, "sequences")
+    if len(queries) != len(keys):
+        raise ValueError(
+            "cu_seqlens_q and cu_seqlens_k must be of as many sequences, "
+            f"got {len(queries) - 1} and {len(keys) - 1}"
+        )
+    check_window(window)
+    if not isinstance(causal, bool):
+        raise TypeError(f"causal must be a bool, got {type(causal).__name__}")
+    return PackedSequences(Values(queries), Values(keys), window[0], 0 if causal else window[1])
 
 
 def global_tokens(positions: Tensor | Iterable[int]) -> Mask:
@@ -257,6 +292,14 @@ def _integers(name: str, values: Tensor | Iterable[int] | None, shape: str, dims
     if values.dim() not in dims:
         raise ValueError(f"{name} must have shape {shape}, got {tuple(values.shape)}")
     return values
+
+
+def _cu_seqlens(name: str, starts: Tensor | Sequence[int] | None, of: str) -> Tensor:
+    """Where each of some sequences begins, and the end, on the CPU."""
+    starts = _integers(name, starts, f"({of} + 1,)", dims=(1,)).cpu()
+    if not len(starts) or int(starts[0]) != 0 or bool((starts.diff() < 0).any()):
+        raise ValueError(f"{name} must begin with 0 and be sorted, got {_shortened(starts)}")
+    return starts
 
 
 def _shortened(values: Tensor) -> str:

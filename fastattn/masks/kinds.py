@@ -137,6 +137,75 @@ def _document_ids(values: Values, boundaries: bool) -> Tensor:
 
 
 @dataclass(frozen=True, repr=False)
+class PackedSequences(Mask):
+    """Keys of the query's own sequence, within a window around that sequence's own diagonal. `queries` and `keys`
+    are cu_seqlens."""
+
+    queries: Values
+    keys: Values
+    left: int | None
+    right: int | None
+
+    def sees(self, at: Positions) -> Tensor:
+        start, stop = (t.to(at.key.device) for t in _intervals(self))
+        return (start[at.query] <= at.key) & (at.key < stop[at.query])
+
+    def states(self, slab: Slab) -> Tensor:
+        key, last_key = slab.keys
+        rows = slice(slab.first * GRANULE, slab.stop * GRANULE)
+        start, stop = (_ranges(t[rows].to(slab.shape.device)) for t in _intervals(self))
+        (first_start, last_start), (first_stop, last_stop) = ((t[:, None] for t in both) for both in (start, stop))
+        some = (first_start <= last_key) & (last_stop > key)
+        return state(some=some, all=(last_start <= key) & (first_stop > last_key))
+
+    def check(self, shape: Shape) -> None:
+        for name, values, length in (("q", self.queries, shape.queries), ("k", self.keys, shape.keys)):
+            if int(values.tensor[-1]) != length:
+                raise ValueError(f"cu_seqlens_{name} ends with {int(values.tensor[-1])}, expected {length} tokens")
+
+    def closed_form(self) -> ClosedForm | None:
+        return ClosedForm(self.left, self.right) if self.sequences == 1 else None
+
+    @property
+    def sequences(self) -> int:
+        return self.queries.tensor.numel() - 1
+
+    @property
+    def shares_diagonal(self) -> bool:
+        """Whether the diagonal of all queries and keys together is that of each sequence."""
+        more = self.keys.tensor - self.queries.tensor
+        return bool((more[1:] == more[-1]).all())
+
+    def __repr__(self) -> str:
+        causal = ", causal=True" if self.right == 0 else ""
+        window = (self.left, None if causal else self.right)
+        bounds = "" if window == (None, None) else f", window={window}"
+        return f"packed_sequences({self.queries}, {self.keys}{causal}{bounds})"
+
+
+@lru_cache(maxsize=8)
+def _intervals(packed: PackedSequences) -> tuple[Tensor, Tensor]:
+    """From the first key that each query sees to the one after the last; from the last to 0 if it sees none."""
+    starts, ends = packed.keys.tensor[:-1].long(), packed.keys.tensor[1:].long()
+    sequence = torch.repeat_interleave(torch.arange(len(starts)), packed.queries.tensor.diff())
+    # The last query of a sequence stands at its last key.
+    diagonal = torch.arange(len(sequence)) + (ends - packed.queries.tensor[1:])[sequence]
+    start, stop = starts[sequence], ends[sequence]
+    left, right = _within(packed.left, int(ends[-1:].sum())), _within(packed.right, len(sequence))
+    if left is not None:
+        start = torch.maximum(start, diagonal - left)
+    if right is not None:
+        stop = torch.minimum(stop, diagonal + right + 1)
+    nothing = start >= stop
+    return start.masked_fill(nothing, int(ends[-1:].sum())), stop.masked_fill(nothing, 0)
+
+
+def _within(bound: int | None, size: int) -> int | None:
+    """The bound of a window, None if nothing of that size reaches it."""
+    return None if bound is None or bound >= size else bound
+
+
+@dataclass(frozen=True, repr=False)
 class GlobalTokens(Mask):
     """Pairs of which either is a global token. `values` are positions (n,), or flags (N,) or (B, N)."""
 

@@ -1,0 +1,209 @@
+"""flash-attn 2's functions by name, arguments and layout: `from fastattn.flash_attn import flash_attn_func`.
+
+Tensors are (batch, length, heads, width), or packed (tokens, heads, width). Causal masks and windows are aligned
+bottom-right; a window of -1 is unbounded. Gradients are always deterministic.
+
+With return_attn_probs they return (out, softmax_lse, None): the log-sum-exp is (batch, heads, queries), or (heads,
+tokens) if packed, and has a gradient; the third, which holds the dropped weights in flash-attn, is not made. Rows
+that see no key give a log-sum-exp of -inf, where flash-attn gives +inf, and 0.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from fastattn.functional import attention
+from fastattn.varlen import attention_varlen
+
+Result = Tensor | tuple[Tensor, Tensor, None]
+
+
+def flash_attn_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Result:
+    """`fastattn.attention` of q (B, Lq, Hq, D), k (B, Lk, Hkv, D) and v (B, Lk, Hkv, Dv): out (B, Lq, Hq, Dv).
+
+    alibi_slopes: (Hq,) or (B, Hq).
+    deterministic: without effect, gradients are.
+    """
+    _check_shape(4, "(batch, length, heads, width)", q=q, k=k, v=v)
+    out, lse = attention(
+        *(t.transpose(1, 2) for t in (q, k, v)),
+        **_options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes),
+        return_lse=True,
+    )
+    return _result(out.transpose(1, 2), lse, return_attn_probs)
+
+
+def flash_attn_kvpacked_func(
+    q: Tensor,
+    kv: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Result:
+    """`flash_attn_func` of q (B, Lq, Hq, D) and keys and values in one tensor kv (B, Lk, 2, Hkv, D)."""
+    k, v = _unpacked("kv", kv, "(batch, length, 2, heads, width)")
+    return flash_attn_func(
+        q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
+        return_attn_probs,
+    )  # fmt: skip
+
+
+def flash_attn_qkvpacked_func(
+    qkv: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Result:
+    """`flash_attn_func` of queries, keys and values in one tensor qkv (B, L, 3, H, D)."""
+    q, k, v = _unpacked("qkv", qkv, "(batch, length, 3, heads, width)")
+    return flash_attn_func(
+        q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
+        return_attn_probs,
+    )  # fmt: skip
+
+
+def flash_attn_varlen_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int | None,
+    max_seqlen_k: int | None,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    block_table: Tensor | None = None,
+) -> Result:
+    """`fastattn.attention_varlen` of packed q (total queries, Hq, D), k and v (total keys, Hkv, D or Dv).
+
+    alibi_slopes: (Hq,) or (sequences, Hq).
+    block_table: must be None, paged keys are not supported.
+    """
+    if block_table is not None:
+        raise ValueError("block_table must be None: keys and values in pages are not supported, got a table")
+    out, lse = attention_varlen(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+        **_options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes),
+        return_lse=True,
+    )  # fmt: skip
+    return _result(out, lse, return_attn_probs)
+
+
+def flash_attn_varlen_kvpacked_func(
+    q: Tensor,
+    kv: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int | None,
+    max_seqlen_k: int | None,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Result:
+    """`flash_attn_varlen_func` of packed q (total queries, Hq, D) and kv (total keys, 2, Hkv, D)."""
+    k, v = _unpacked("kv", kv, "(tokens, 2, heads, width)")
+    return flash_attn_varlen_func(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal,
+        window_size, softcap, alibi_slopes, deterministic, return_attn_probs,
+    )  # fmt: skip
+
+
+def flash_attn_varlen_qkvpacked_func(
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int | None,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Result:
+    """`flash_attn_varlen_func` of queries, keys and values in one packed tensor qkv (tokens, 3, H, D)."""
+    q, k, v = _unpacked("qkv", qkv, "(tokens, 3, heads, width)")
+    return flash_attn_varlen_func(
+        q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, dropout_p, softmax_scale, causal, window_size,
+        softcap, alibi_slopes, deterministic, return_attn_probs,
+    )  # fmt: skip
+
+
+def _options(
+    dropout_p: float,
+    softmax_scale: float | None,
+    causal: bool,
+    window_size: tuple[int, int],
+    softcap: float,
+    alibi_slopes: Tensor | None,
+) -> dict[str, Any]:
+    """As our functions name them."""
+    if not isinstance(window_size, tuple | list) or len(window_size) != 2:
+        raise TypeError(f"window_size must be a pair (left, right), got {window_size!r}")
+    if any(isinstance(side, int) and side < -1 for side in window_size):
+        raise ValueError(f"window_size must not be below -1, which is unbounded; got {window_size!r}")
+    left, right = (None if side == -1 else side for side in window_size)
+    return {
+        "dropout_p": dropout_p,
+        "scale": softmax_scale,
+        "causal": causal,
+        "window": (left, right),
+        "softcap": softcap,
+        "alibi_slopes": alibi_slopes,
+    }
+
+
+def _result(out: Tensor, lse: Tensor, return_attn_probs: bool) -> Result:
+    return (out, lse, None) if return_attn_probs else out
+
+
+def _unpacked(name: str, t: Tensor, shape: str) -> tuple[Tensor, ...]:
+    """Queries, keys and values of one tensor, as views."""
+    parts, dimensions = len(name), shape.count(",") + 1
+    _check_shape(dimensions, shape, **{name: t})
+    if t.shape[-3] != parts:
+        raise ValueError(f"{name} must have shape {shape}, got {tuple(t.shape)}")
+    return t.unbind(-3)
+
+
+def _check_shape(dimensions: int, shape: str, **tensors: Tensor) -> None:
+    for name, t in tensors.items():
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
+        if t.dim() != dimensions:
+            raise ValueError(f"{name} must have shape {shape}, got {tuple(t.shape)}")

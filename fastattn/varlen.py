@@ -1,0 +1,152 @@
+"""Attention of sequences of different lengths, packed one after another: no padding is stored or computed."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+from fastattn import masks
+from fastattn.functional import attention
+from fastattn.masks.kinds import PackedSequences
+from fastattn.masks.lists import Shape
+from fastattn.spec import check_beside
+
+
+@overload
+def attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int | None = ...,
+    max_seqlen_k: int | None = ...,
+    *,
+    causal: bool = ...,
+    scale: float | None = ...,
+    window: tuple[int | None, int | None] = ...,
+    softcap: float | None = ...,
+    alibi_slopes: Tensor | None = ...,
+    sinks: Tensor | None = ...,
+    dropout_p: float = ...,
+    precision: str | None = ...,
+    return_lse: Literal[False] = ...,
+    backend: str | None = ...,
+) -> Tensor: ...
+@overload
+def attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int | None = ...,
+    max_seqlen_k: int | None = ...,
+    *,
+    causal: bool = ...,
+    scale: float | None = ...,
+    window: tuple[int | None, int | None] = ...,
+    softcap: float | None = ...,
+    alibi_slopes: Tensor | None = ...,
+    sinks: Tensor | None = ...,
+    dropout_p: float = ...,
+    precision: str | None = ...,
+    return_lse: Literal[True],
+    backend: str | None = ...,
+) -> tuple[Tensor, Tensor]: ...
+def attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    window: tuple[int | None, int | None] = (None, None),
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    precision: str | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`attention` of each sequence on its own; sequences lie one after another, with queries and keys of any
+    number, none included.
+
+    Args:
+        q: queries (total queries, Hq, D); any strides.
+        k: keys (total keys, Hkv, D).
+        v: values (total keys, Hkv, Dv).
+        cu_seqlens_q, cu_seqlens_k: where each sequence begins, and the end: (sequences + 1,) int32 or int64, from
+            0 up to the total. They are read here, which on a GPU waits for it; the block lists made of them are
+            kept, so that further layers find them.
+        max_seqlen_q, max_seqlen_k: the longest of each, for those who have them; nothing depends on them.
+        causal, window: counted from each sequence's own diagonal: its last query stands at its last key.
+        alibi_slopes: (Hq,) or (sequences, Hq). Where sequences differ in their slopes, or in how many more keys
+            than queries they have, there is a call for each sequence.
+        scale, softcap, sinks, dropout_p, precision, backend: as `attention`'s; sinks are (Hq,).
+        return_lse: also return the log-sum-exp of each row of scores.
+
+    Returns:
+        out (total queries, Hq, Dv) in the inputs' dtype; with `return_lse` also lse (Hq, total queries) in nats,
+        fp32 (fp64 for fp64 inputs). Queries of a sequence without keys give 0 and -inf, or the sink's score.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what was expected, before anything runs.
+
+    Example:
+        >>> q, k, v = (torch.randn(10, 4, 64) for _ in range(3))
+        >>> cu_seqlens = torch.tensor([0, 3, 3, 10])
+        >>> attention_varlen(q, k, v, cu_seqlens, cu_seqlens, causal=True).shape
+        torch.Size([10, 4, 64])
+    """
+    mask = masks.packed_sequences(cu_seqlens_q, cu_seqlens_k, causal, window)
+    q, k, v = (_heads_first(name, t) for name, t in (("q", q), ("k", k), ("v", v)))
+    mask.check(Shape(1, q.shape[1], q.shape[2], k.shape[2], q.device))
+    _check_per_head(q, sinks, alibi_slopes, mask.sequences)
+    options: dict[str, Any] = {
+        "scale": scale, "softcap": softcap, "sinks": sinks, "dropout_p": dropout_p, "precision": precision,
+        "backend": backend,
+    }  # fmt: skip
+    if alibi_slopes is None or (alibi_slopes.dim() == 1 and mask.shares_diagonal):
+        out, lse = attention(q, k, v, mask=mask, alibi_slopes=alibi_slopes, return_lse=True, **options)
+    else:
+        out, lse = _by_sequence(q, k, v, mask, alibi_slopes, causal=causal, window=window, **options)
+    out = out[0].transpose(0, 1)
+    return (out, lse[0]) if return_lse else out
+
+
+def _by_sequence(
+    q: Tensor, k: Tensor, v: Tensor, mask: PackedSequences, alibi_slopes: Tensor, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """A call for each sequence."""
+    rows, columns = (cu_seqlens.tensor.diff().tolist() for cu_seqlens in (mask.queries, mask.keys))
+    slopes = alibi_slopes.expand(mask.sequences, q.shape[1])
+    parts = [
+        attention(q_, k_, v_, alibi_slopes=own, return_lse=True, **options)
+        for q_, k_, v_, own in zip(q.split(rows, 2), k.split(columns, 2), v.split(columns, 2), slopes, strict=True)
+    ]
+    return torch.cat([out for out, _ in parts], 2), torch.cat([lse for _, lse in parts], 2)
+
+
+def _heads_first(name: str, t: Tensor) -> Tensor:
+    """(tokens, heads, width) as attention takes it, (1, heads, tokens, width)."""
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
+    if t.dim() != 3:
+        raise ValueError(f"{name} must have 3 dimensions (tokens, heads, width), got {tuple(t.shape)}")
+    return t.transpose(0, 1)[None]
+
+
+def _check_per_head(q: Tensor, sinks: Tensor | None, alibi_slopes: Tensor | None, sequences: int) -> None:
+    heads = q.shape[1]
+    if sinks is not None:
+        check_beside("sinks", sinks, q, ((heads,),))
+    if alibi_slopes is not None:
+        check_beside("alibi_slopes", alibi_slopes, q, ((heads,), (sequences, heads)))
