@@ -251,7 +251,7 @@ def with_mask(
             raise ValueError("mask is lowered to lists: join causal and window to it with & before it is lowered")
         lowered = (mask & window_mask(*bounds)).lower(*shape)
         bounds = None, None
-    if lowered.lists is not None:
+    if lowered.packed is not None:
         words, layout = lowered.packed
         return replace(spec, causal=False, window=bounds, mask=layout), key_lengths, words
     left, right = (_least(a, b) for a, b in zip(bounds, (lowered.left, lowered.right), strict=True))

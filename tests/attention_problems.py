@@ -13,7 +13,7 @@ from tolerance import assert_as_exact_as_eager
 from torch import Tensor
 
 import fastattn
-from fastattn import reference
+from fastattn import masks, reference
 from fastattn.backends import torch_flash
 from fastattn.spec import AttentionSpec, ScoreTensors, check_dropout, lse_dtype
 
@@ -45,6 +45,7 @@ class Problem:
     bias: tuple[int, int, int, int] | None = None  # 1 where the bias has size 1, else 0
     masked: bool = False  # the bias says which keys are seen
     radius: int | None = None  # of a relative bias
+    lists: str = ""  # a key of MASKS, given as block lists
     dropout: float = 0.0
 
     def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -69,7 +70,9 @@ class Problem:
     @property
     def spec(self) -> AttentionSpec:
         dropout = check_dropout(self.dropout)
-        return AttentionSpec(self.causal, self.scale or self.width**-0.5, self.window, self.softcap, dropout)
+        layout = self.lowered().packed[1] if self.lists else None
+        scale = self.scale or self.width**-0.5
+        return AttentionSpec(self.causal, scale, self.window, self.softcap, dropout, mask=layout)
 
     @property
     def options(self) -> dict[str, object]:
@@ -96,7 +99,23 @@ class Problem:
             sinks = torch.randn(heads, device=DEVICE).expand(batch, heads)
         if self.dropout:
             state = fastattn.dropout_state(batch, DEVICE)
-        return ScoreTensors(lengths, slopes, bias, relative, sinks, state)
+        words = self.lowered().packed[0] if self.lists else None
+        return ScoreTensors(lengths, slopes, bias, relative, sinks, state, words)
+
+    def lowered(self) -> masks.Lowered:
+        """The mask for this call, as block lists even where it has a closed form."""
+        sizes = (self.batch, self.heads, self.queries, self.keys)
+        return MASKS[self.lists].lower(*sizes, DEVICE, closed_forms=False)
+
+
+# Any mask: some of no pattern, some with rows that see nothing, one whose keys count several times.
+MASKS = {
+    "documents": masks.from_function(lambda b, h, i, j: (i // 37 == j // 37) & (j <= i)),
+    "random": masks.from_function(lambda b, h, i, j: (i * 7 + j * 13 + h * 5 + b) % 11 < 4),
+    "sparse": masks.blocks(torch.tensor([[1, 0, 2], [0, 0, 0], [0, 3, 1]]), 64) & ~masks.dilated(5),
+    "not causal": ~masks.causal(),
+    "bigbird": masks.bigbird(block=16, random=1),
+}
 
 
 @contextmanager
@@ -147,6 +166,8 @@ def check(problem: Problem, name: str) -> None:
 
         def ours(q, k, v, *learned_):
             given = {**tensors._asdict(), **dict(zip(learned, learned_, strict=True))}
+            if problem.lists:
+                given["mask"] = problem.lowered()
             return fastattn.attention(q, k, v, **problem.options, **given, return_lse=True, backend=backend)
 
         actual = run((*inputs, *learned.values()), (dout, dlse), ours)
@@ -166,6 +187,9 @@ def sees(problem: Problem, tensors: ScoreTensors) -> Tensor:
     seen = reference.visible(problem.queries, problem.keys, problem.spec, DEVICE, tensors.key_lengths)
     if tensors.bias is not None:
         seen = seen & (tensors.bias if problem.masked else tensors.bias > float("-inf"))
+    if problem.lists:
+        sizes = (problem.batch, problem.heads, problem.queries, problem.keys)
+        seen = seen & masks.decode(problem.lowered().lists, *sizes)[0]
     return seen.any(-1)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastattn.masks import pictures
-from fastattn.masks.lists import Lowered, Shape, the_device
+from fastattn.masks.lists import Lowered, Shape, outside_transforms, the_device
 from fastattn.masks.lowering import FULL, PARTIAL, Positions, Slab, build_lists
 from fastattn.spec import window_that_hides
 
@@ -142,7 +142,8 @@ class Mask:
         Raises:
             ValueError: if the mask is one for another batch size, head count, length or device.
         """
-        return _lower(self, self._shape(batch, heads, queries, keys, device), closed_forms)
+        with outside_transforms():
+            return _lower(self, self._shape(batch, heads, queries, keys, device), closed_forms)
 
     def density(
         self, batch: int, heads: int, queries: int, keys: int, device: torch.device | str = "cpu"

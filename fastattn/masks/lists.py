@@ -7,9 +7,10 @@ tiles, and equal lists of different heads or batch elements, are stored once.
 
 from __future__ import annotations
 
-import functools
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -85,6 +86,19 @@ class BlockLists(NamedTuple):
     @property
     def nbytes(self) -> int:
         return sum(t.nbytes for t in self if t is not None)
+
+
+@contextmanager
+def outside_transforms() -> Iterator[None]:
+    """Within, no transform of torch.func is under way: tensors that are kept must not belong to one."""
+    layers = []
+    while torch._C._functorch.peek_interpreter_stack() is not None:
+        layers.append(torch._C._functorch.pop_dynamic_layer_stack())
+    try:
+        yield
+    finally:
+        for layer in reversed(layers):
+            torch._C._functorch.push_dynamic_layer_stack(layer)
 
 
 def packed(lists: BlockLists) -> tuple[Tensor, tuple[int, ...]]:
@@ -184,6 +198,7 @@ class Lowered:
     left, right: how many keys before and after the diagonal are seen; None for all. Causal is right = 0.
     key_lengths: int32 (B,), between 0 and Lk; keys from there on are not seen.
     lists: if not None, they are the whole mask, and the closed forms are None.
+    packed: the lists as operators take them.
     """
 
     shape: Shape
@@ -191,6 +206,11 @@ class Lowered:
     right: int | None = None
     key_lengths: Tensor | None = None
     lists: BlockLists | None = None
+    packed: tuple[Tensor, tuple[int, ...]] | None = field(init=False, repr=False, default=None)
+
+    def __post_init__(self) -> None:
+        # Once, and here: within a transform of torch.func it would belong to the transform.
+        object.__setattr__(self, "packed", None if self.lists is None else packed(self.lists))
 
     def to(self, device: torch.device | str) -> Lowered:
         """The same mask on another device; itself if it is there already."""
@@ -209,12 +229,6 @@ class Lowered:
         wanted = Shape(batch, heads, queries, keys, the_device(device))
         if wanted != self.shape:
             raise ValueError(f"mask was lowered for {self.shape}, expected one for {wanted}")
-
-    @functools.cached_property
-    def packed(self) -> tuple[Tensor, tuple[int, ...]]:
-        """The lists as operators take them, made once."""
-        assert self.lists is not None
-        return packed(self.lists)
 
     @property
     def visible(self) -> int:

@@ -1,0 +1,165 @@
+"""Any mask: attention reads block lists, and computes what the dense mask says."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from attention_problems import MASKS, Problem, check, implementation, run
+from hardware import DEVICE, ON_GPU
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+import fastattn
+from fastattn import masks, reference
+
+
+@pytest.mark.parametrize("name", ["triton", "portable", "reference"])
+@pytest.mark.parametrize("kind", MASKS)
+def test_every_mask_is_exact_forward_and_backward(kind: str, name: str) -> None:
+    problem = Problem(lists=kind, heads=2, key_heads=1, queries=140, keys=150, lse_gradient=True)
+    if kind in ("not causal", "bigbird"):
+        problem = replace(problem, queries=150)
+    check(problem, name)
+
+
+@pytest.mark.parametrize("name", ["triton", "portable"])
+@settings(max_examples=5 if not ON_GPU else 50)
+@given(
+    kind=st.sampled_from([*MASKS]),
+    queries=st.integers(129, 160),
+    keys=st.integers(129, 160),
+    width=st.sampled_from([8, 24, 32]),
+    dtype=st.sampled_from([torch.float16, torch.float32]),
+    softcap=st.sampled_from([0.0, 2.0]),
+    sinks=st.booleans(),
+    alibi=st.booleans(),
+    dropout=st.sampled_from([0.0, 0.3]),
+)
+def test_masks_combine_with_everything_else(name: str, **given_: object) -> None:
+    problem = Problem(heads=2, key_heads=1, lists=given_.pop("kind"), **given_)
+    if problem.lists == "bigbird":
+        problem = replace(problem, keys=problem.queries)
+    check(problem, name)
+
+
+@pytest.mark.parametrize("backend", ["triton", "portable"])
+def test_a_mask_of_closed_forms_needs_no_lists_and_joins_what_is_beside_it(backend: str) -> None:
+    q, k, v = Problem(queries=60, keys=80).inputs()
+    mask = masks.window(20, 30) & masks.key_lengths([70])
+    assert mask.lower(1, 2, 60, 80, DEVICE).lists is None
+    ours = fastattn.attention(q, k, v, mask=mask, causal=True, window=(25, None), backend=backend)
+    expected = fastattn.attention(
+        q, k, v, causal=True, window=(20, None), key_lengths=torch.tensor([70], device=DEVICE), backend="reference"
+    )
+    torch.testing.assert_close(ours, expected)
+
+
+@pytest.mark.parametrize("backend", ["triton", "portable"])
+def test_causal_beside_a_mask_of_lists_is_one_more_condition(backend: str) -> None:
+    q, k, v = Problem(queries=100, keys=100).inputs()
+    mask = masks.documents(torch.arange(100) // 30)
+    seen = (mask & masks.causal()).dense(1, 2, 100, 100, DEVICE)
+    ours = fastattn.attention(q, k, v, mask=mask, causal=True, backend=backend)
+    torch.testing.assert_close(ours, fastattn.attention(q, k, v, bias=seen, backend="reference"))
+
+
+@pytest.mark.parametrize("name", ["triton", "portable"])
+def test_keys_of_granules_that_nobody_sees_are_not_read(name: str) -> None:
+    # Documents of 512: a tile of the portable backend's lies in one.
+    q, k, v = Problem(heads=1, key_heads=1, queries=64, keys=1088).inputs()
+    grid = torch.zeros(1, 17, dtype=torch.bool)
+    grid[0, [0, 3]] = True
+    spoiled = torch.ones(1088, dtype=torch.bool, device=DEVICE)
+    spoiled[:512] = False
+    clean = fastattn.attention(q, k, v, mask=masks.blocks(grid), backend="reference")
+    with implementation(name) as backend:
+        leaves = [t.requires_grad_() for t in (q, *(t.masked_fill(spoiled[:, None], torch.nan) for t in (k, v)))]
+        out = fastattn.attention(*leaves, mask=masks.blocks(grid), backend=backend)
+        dq, dk, _ = torch.autograd.grad(out.sum(), leaves)
+    torch.testing.assert_close(out, clean)
+    assert torch.isfinite(dq).all() and not dk[:, :, 512:].any()
+
+
+@pytest.mark.parametrize("backend", ["triton", "portable"])
+def test_equal_to_flex_attention(backend: str) -> None:
+    q, k, v = Problem(batch=2, heads=2, queries=130, keys=130).inputs()
+    owner = torch.arange(130, device=DEVICE) // 40
+
+    def sees(b, h, i, j):
+        return (owner[i] == owner[j]) & (i >= j)
+
+    block_mask = create_block_mask(sees, None, None, 130, 130, device=DEVICE)
+    expected = flex_attention(q, k, v, block_mask=block_mask)
+    ours = fastattn.attention(q, k, v, mask=masks.documents(owner) & masks.causal(), backend=backend)
+    torch.testing.assert_close(ours, expected)
+
+
+def test_samples_of_a_vmap_share_the_mask() -> None:
+    problem = Problem(lists="random", batch=2, queries=70, keys=70)
+    q, k, v = (torch.stack([t] * 3) * torch.randn(3, 1, 1, 1, 1, device=DEVICE) for t in problem.inputs())
+    mask = problem.lowered()
+
+    def loss(q, k, v):
+        return fastattn.attention(q, k, v, mask=mask).square().sum()
+
+    ours = torch.func.vmap(torch.func.grad(loss))(q, k, v)
+    for i in range(3):
+        torch.testing.assert_close(ours[i], torch.func.grad(loss)(q[i], k[i], v[i]))
+
+
+@pytest.mark.parametrize("mode", ["gradgrad", "forward"])
+def test_second_derivatives_and_forward_mode_through_a_mask(mode: str) -> None:
+    problem = Problem(lists="documents", heads=1, key_heads=1, queries=70, keys=70, width=8, value_width=8)
+    q, k, v = (t.double() for t in problem.inputs())
+    mask = MASKS[problem.lists]  # lowered within the transform
+
+    def ours(q):
+        return fastattn.attention(q, k, v, mask=mask).sin().sum()
+
+    def exact(q):
+        return reference.attention(q, k, v, problem.spec, problem.score_tensors())[0].sin().sum()
+
+    tangent = torch.randn_like(q)
+    if mode == "forward":
+        a, e = (torch.func.jvp(f, (q,), (tangent,))[1] for f in (ours, exact))
+    else:
+        a, e = (torch.func.grad(lambda q, f=f: torch.func.grad(f)(q).square().sum())(q) for f in (ours, exact))
+    torch.testing.assert_close(a, e)
+
+
+def test_masks_compile_without_a_graph_break() -> None:
+    torch._dynamo.reset()
+    problem = Problem(lists="documents", queries=70, keys=70, causal=False)
+    mask = problem.lowered()
+
+    def function(q, k, v):
+        return fastattn.attention(q * 2, k, v, mask=mask)
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    upstream = (torch.randn(1, 2, 70, 16, device=DEVICE), None)
+    inputs = problem.inputs()
+    for a, e in zip(
+        run(inputs, upstream, lambda *t: (compiled(*t), torch.zeros(()))),
+        run(inputs, upstream, lambda *t: (function(*t), torch.zeros(()))),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, e)
+
+
+def test_a_mask_that_does_not_fit_is_named() -> None:
+    q, k, v = Problem(queries=70, keys=70).inputs()
+    with pytest.raises(TypeError, match=r"mask must be a value of fastattn\.masks, lowered or not, got Tensor"):
+        fastattn.attention(q, k, v, mask=torch.ones(70, 70, dtype=torch.bool))
+    lowered = masks.dilated(2).lower(1, 2, 70, 71)
+    with pytest.raises(ValueError, match="mask was lowered for batch 1, heads 2, 70 queries, 71 keys"):
+        fastattn.attention(q, k, v, mask=lowered)
+    with pytest.raises(ValueError, match="mask is lowered to lists: join causal and window to it"):
+        fastattn.attention(q, k, v, mask=masks.dilated(2).lower(1, 2, 70, 70, DEVICE), causal=True)
+    with pytest.raises(ValueError, match="no any mask beside a bias"):
+        leaves = [t.requires_grad_() for t in (q, k, v)]
+        bias = torch.zeros(70, 70, device=DEVICE, requires_grad=True)
+        out = fastattn.attention(*leaves, mask=masks.dilated(2), bias=bias, backend="triton")
+        out.sum().backward()
