@@ -337,6 +337,16 @@ def test_kernels_compute_the_bigbird_of_hugging_face() -> None:
     assert_bigbird_is_theirs(16, [208], 1, training=False, backend="triton")
 
 
+def test_kernels_count_whole_granules_as_often_as_the_mask_says() -> None:
+    mask = masks.blocks(torch.tensor([[1, 0, 2], [0, 3, 1]]), 64)
+    inputs = tuple(randn(1, 1, length, 16) for length in (128, 192, 192))
+    kernels, definition = (
+        out_and_gradients(partial(fastattn.attention, mask=mask, backend=name), inputs, torch.ones_like(inputs[0]))
+        for name in ("triton", "reference")
+    )
+    torch.testing.assert_close(kernels, definition, atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 def test_bigbird_of_4096_tokens_takes_a_twentieth_of_the_memory_of_hugging_face(training: bool) -> None:
     length, heads, device = 4096, 2, torch.device(DEVICE)
