@@ -480,15 +480,21 @@ class DualMLP(MLP):
     @staticmethod
     def setup_context(ctx, inputs, output):
         MLP.setup_context(ctx, inputs, output)
-        ctx.save_for_forward(*inputs[:7])
+        # What MLP saves for the backward: torch.func.vmap keeps one list of mapped dimensions for both.
+        ctx.save_for_forward(*inputs[:6], output[1])
 
     @staticmethod
     def jvp(ctx, *tangents):
+        *tensors, _saved = ctx.saved_tensors
+        x, *_, w_out = tensors
+
         def y(x, *weights):
             return [reference.mlp(x, MLPWeights(*weights), MLPSpec(ctx.options[0], weights[2] is not None))]
 
-        (moved,) = derivatives.push_through(y, ctx.saved_tensors, tangents[:7])
-        return moved, None
+        moved = x.new_zeros((x.shape[0], w_out.shape[0]))
+        if any(t is not None for t in tangents[:6]):
+            (moved,) = derivatives.push_through(y, tensors, tangents[:6])
+        return moved if tangents[6] is None else moved + tangents[6], None
 
 
 class DualMLPBackward(MLPBackward):

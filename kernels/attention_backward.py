@@ -564,13 +564,11 @@ def attention_backward(
                 MASKED_FIRST=family in launch.MASKED_FIRST,
             )  # fmt: skip
         tiling = launch.look_up(launch.ATTENTION_BIAS, *ask)
-        operands = (q_, k_, v_, dout_)
+        given = (q, k, (q_, k_, v_, dout_), (*beside, *weights), {**common, **tiling.options()})
         if want_bias and bias is not None:
-            dbias = bias_gradient(bias, q, k, operands, beside, {**common, **tiling.options()})
+            dbias = bias_gradient(bias, *given)
         if want_relative_bias and relative_bias is not None:
-            drelative = relative_bias_gradient(
-                relative_bias, q, k, operands, beside, {**common, **tiling.options()}
-            )
+            drelative = relative_bias_gradient(relative_bias, *given)
     dsinks = None if sinks is None else sink_gradient(sinks, row_values)
     return Gradients(dq, dk, dv, dbias, drelative, dsinks)
 

@@ -285,8 +285,8 @@ def attention_forward(
     scale > 0. `left` and `right` bound the keys before and after the diagonal, causal is right = 0; softcap > 0;
     key_lengths (B,) int32 in [0, Lk]; alibi_slopes and sinks (B, Hq) fp32; bias (B, Hq, Lq, Lk), any of them 1,
     float or bool; relative_bias (B, Hq, 2 R + 1) fp32; dropout a multiple of 2**-16 with dropout_state (B, 2)
-    int64; precision of fp32 products as tl.dot has it; lists, a fastattn.masks.lists.BlockLists, instead of left,
-    right and key_lengths. Returns out (B, Hq, Lq, Dv) in the inputs' dtype and lse
+    int64; precision of fp32 products as tl.dot has it; lists, by rows and columns, see tiles.Lists, in place of
+    left, right and key_lengths. Returns out (B, Hq, Lq, Dv) in the inputs' dtype and lse
     (B, Hq, Lq) in nats, fp32.
     """
     batch, heads, queries, _ = q.shape

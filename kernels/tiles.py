@@ -72,7 +72,7 @@ class Scores(NamedTuple):
 
 
 class Lists(NamedTuple):
-    """Which granules, 64 x 64 scores, each row (or column) of granules has, as fastattn.masks' BlockLists has it:
+    """Which granules, 64 x 64 scores, each row (or column) of granules has, as the mask's BlockLists have it:
     the full ones, the partial ones and their bit tiles, how often their keys count, and the pattern of each batch
     entry and head."""
 

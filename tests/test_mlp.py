@@ -432,11 +432,21 @@ def test_vmap_of_the_operator_itself_over_any_dimension(gated: bool) -> None:
     assert saved.shape == (3, 5, 7 * (1 + gated))
 
 
-def test_forward_mode_is_refused_not_silently_zero() -> None:
-    problem, inputs = small(False)
-    x, *weights = (None if t is None else t.detach() for t in inputs)
-    with pytest.raises((RuntimeError, NotImplementedError), match=r"jvp|forward"):
-        torch.func.jvp(lambda x: problem.ours(x, *weights), (x,), (x,))
+@pytest.mark.parametrize("gated", [False, True])
+def test_forward_mode_equals_the_definitions(gated: bool) -> None:
+    problem, inputs = small(gated)
+    primals = [t.detach() for t in inputs if t is not None]
+    given = [t is not None for t in inputs]
+
+    def of(function):
+        def call(*present):
+            rest = iter(present)
+            return function(*(next(rest) if there else None for there in given))
+
+        return torch.func.jvp(call, tuple(primals), tuple(torch.ones_like(t) for t in primals))
+
+    for ours, exact in zip(of(problem.ours), of(problem.definition), strict=True):
+        torch.testing.assert_close(ours, exact)
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,7 @@ def test_opcheck(causal: bool, backend: str) -> None:
         torch.randn(1, 4, 9, device=DEVICE, requires_grad=True),
         sinks,
         fastattn.dropout_state(1, DEVICE),
+        None,
         causal,
         0.25,
         9,
@@ -40,8 +41,9 @@ def test_opcheck(causal: bool, backend: str) -> None:
         3.0,
         0.25,
         "ieee",
+        None,
     )
-    for beside in ((None,) * 6 + (causal, 0.25, None, None, 0.0, 0.0, "ieee"), options):
+    for beside in ((None,) * 7 + (causal, 0.25, None, None, 0.0, 0.0, "ieee", None), options):
         arguments = (q, k, v, *beside, backend)
         library.opcheck(torch.ops.fastattn.attention_forward.default, arguments)
     out, lse = (t.detach() for t in torch.ops.fastattn.attention_forward(*arguments))
@@ -160,7 +162,7 @@ def test_flops_are_counted_over_the_visible_scores(causal: bool, window: tuple, 
             q,
             k,
             None,
-            *(None,) * 9,
+            *(None,) * 10,
             *problem.spec.options,
             None,
         )
