@@ -96,8 +96,14 @@ FEATURES: tuple[Feature, ...] = (
     Feature(
         "attention",
         "any mask beside a bias, or a relative bias",
-        lambda r: r.spec.mask is not None and (_learns(r)),
+        lambda r: r.spec.mask is not None and _learns(r),
         triton=frozenset({FORWARD}),
+    ),
+    Feature(
+        "attention",
+        "any mask beside key lengths",
+        lambda r: r.spec.mask is not None and r.score_tensors.key_lengths is not None,
+        triton=frozenset(),
     ),
     Feature("attention", "key lengths", lambda r: r.score_tensors.key_lengths is not None),
     Feature("attention", "soft-capped scores", lambda r: r.spec.softcap > 0),

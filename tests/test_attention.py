@@ -23,6 +23,7 @@ SAMPLES = {
     "sliding window, left and right": Problem(window=(20, 7), queries=60, keys=75),
     "any mask (block lists)": Problem(lists="random", batch=2, heads=4, queries=90, keys=150),
     "any mask beside a bias, or a relative bias": Problem(lists="documents", radius=9, queries=70, keys=70),
+    "any mask beside key lengths": Problem(lists="random", lengths=True, batch=2, queries=40, keys=70),
     "key lengths": Problem(batch=3, lengths=True, queries=50, keys=50),
     "soft-capped scores": Problem(softcap=1.5, queries=40, keys=40),
     "ALiBi slopes": Problem(alibi=True, queries=40, keys=56, heads=3, key_heads=1),
