@@ -1,4 +1,4 @@
-"""`transformers`' block-sparse BigBird attention, computed by `fastattn.attention`; `fastattn.patch` puts it in."""
+"""`transformers`' block-sparse BigBird attention through `fastattn.attention`; `fastattn.patch` puts it in."""
 
 from __future__ import annotations
 
