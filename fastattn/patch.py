@@ -129,6 +129,7 @@ def patch(
     rows: list[Row] = []
     if attention:
         rows += _swap_huggingface(model)
+        rows += [row for name, module in model.named_modules() if (row := _swap_bigbird(name, module))]
         rows += [row for name, module in model.named_modules() if (row := _swap_attention(name, module))]
     if mlp:
         rows += [row for name, module in model.named_modules() if (row := _swap_mlp(name, module))]
@@ -169,12 +170,14 @@ def _undo(module: nn.Module, kind: type[nn.Module], was: Any) -> None:
 
 
 ALREADY = "already patched"
+FUSED_BIGBIRD = "FusedBigBirdBlockSparseAttention"
 
 
 def _is_ours(module: nn.Module) -> bool:
     if not isinstance(module.__dict__[WAS], type):
         return True
-    return "own" in type(module).__dict__ or type(module) in _counterparts().values()
+    kind = type(module)
+    return "own" in kind.__dict__ or kind in _counterparts().values() or kind.__name__ == FUSED_BIGBIRD
 
 
 def _counterparts() -> dict[type[nn.Module], type[nn.Module]]:
@@ -306,6 +309,8 @@ def _swap_huggingface(model: nn.Module) -> list[Row]:
     for name, module in _huggingface_models(model):
         from fastattn.integrations import huggingface
 
+        if any(_is_bigbird(part) for part in module.modules()):
+            continue  # Its attention modules are swapped one by one.
         was = f"attn_implementation={module.config._attn_implementation!r}"
         reason = ALREADY if WAS in module.__dict__ else huggingface.obstacle(module) or _meta_obstacle(module)
         if reason is None:
@@ -319,6 +324,30 @@ def _swap_huggingface(model: nn.Module) -> list[Row]:
                 module.__dict__[WAS] = before
         rows.append(Row(name, "attention", was, None if reason else huggingface.NAME, reason or ""))
     return rows
+
+
+def _is_bigbird(module: nn.Module) -> bool:
+    library = sys.modules.get("transformers.models.big_bird.modeling_big_bird")
+    return library is not None and isinstance(module, library.BigBirdBlockSparseAttention)
+
+
+def _swap_bigbird(name: str, module: nn.Module) -> Row | None:
+    """Swap a block-sparse attention of Hugging Face's BigBird; None if it is no such module."""
+    if not _is_bigbird(module):
+        return None
+    from fastattn.integrations.bigbird import BigBirdBlockSparseAttention, FusedBigBirdBlockSparseAttention
+
+    was, reason = _class_name(module), _instance_obstacle(module)
+    if WAS in module.__dict__:
+        reason = ALREADY
+    elif type(module) is not BigBirdBlockSparseAttention:
+        reason = f"{was} is a subclass with code of its own"
+    elif module.attention_head_size > MAX_HEAD_DIM:
+        reason = f"its heads are wider than {MAX_HEAD_DIM}"
+    if reason:
+        return Row(name, "attention", was, None, reason)
+    _swap(module, FusedBigBirdBlockSparseAttention)
+    return Row(name, "attention", was, FUSED_BIGBIRD)
 
 
 def _meta_obstacle(module: nn.Module) -> str | None:

@@ -486,7 +486,7 @@ LEFT = {
     "another formula in training": (Noisy, "computes more than this MLP, or something else"),
     "wide heads": (lambda: nn.MultiheadAttention(512, 1), "wider than 256"),
     "Hugging Face without dispatch": (lambda: hugging_face("BigBird").embeddings, None),
-    "BigBird": (lambda: hugging_face("BigBird"), "does not dispatch its attention"),
+    "full BigBird": (lambda: hugging_face("BigBird", attention_type="original_full"), "does not dispatch"),
     "weights asked for": (
         lambda: hugging_face("Llama", attn_implementation="eager", output_attentions=True), "asks for weights"
     ),
@@ -573,3 +573,29 @@ def test_activations_of_hugging_face_are_known_by_what_they_compute() -> None:
         ours = activation_name(activation)
         assert ours is None or same == {ours}, name
         assert ours is not None or not same, name
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+def test_block_sparse_bigbird_computes_the_same_padded_and_is_restored(training: bool) -> None:
+    config = transformers.BigBirdConfig(
+        hidden_size=32, num_attention_heads=2, num_hidden_layers=2, intermediate_size=32, vocab_size=50,
+        block_size=16, num_random_blocks=2, max_position_embeddings=256, hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    model = transformers.BigBirdModel(config, add_pooling_layer=False).train(training)
+    before = anatomy(model)
+    tokens = torch.randint(0, 50, (2, 208))
+    seen = (torch.arange(208) < torch.tensor([[208], [150]])).long()
+
+    def run() -> list[Tensor]:
+        out = model(tokens, attention_mask=seen).last_hidden_state
+        weights = [w for w in model.parameters() if w.requires_grad]
+        gradients = torch.autograd.grad((out * torch.cos(out.detach() * 3)).sum(), weights, allow_unused=True)
+        return [out, *(g for g in gradients if g is not None)]
+
+    theirs = run()
+    report = fastattn.patch(model, mlp=False, strict=True)
+    assert [row.now for row in report.rows] == ["FusedBigBirdBlockSparseAttention"] * 2
+    torch.testing.assert_close(run(), theirs, rtol=1e-3, atol=1e-4)
+    fastattn.unpatch(model)
+    assert anatomy(model) == before
