@@ -11,7 +11,7 @@ import torch
 from hardware import DEVICE, ON_GPU
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tolerance import assert_as_exact_as_eager
+from tolerance import TINY, assert_as_exact_as_eager
 from torch import Tensor, library
 
 import fastattn
@@ -124,7 +124,9 @@ def check(problem: Problem, backend: str) -> None:
     eager = run(problem.definition, inputs, dy)
     actual = run(functools.partial(problem.ours, backend=backend), inputs, dy)
     for i, (a, x, e) in enumerate(zip(actual, exact, eager, strict=True)):
-        assert_as_exact_as_eager(a, x, e, gradient=i > 0)
+        # Weights and scales sum over rows: each of the terms may have been rounded once.
+        terms = (dy.double().abs() * exact[0].abs()).sum().item() / max(1, x.numel()) if i > 1 else 0.0
+        assert_as_exact_as_eager(a, x, e, gradient=i > 0, tiny=TINY + torch.finfo(torch.float32).eps * terms)
 
 
 EVERYTHING = {"weight": "heads", "scale": "batch", "offsets": "batch"}

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastattn.nn import MLP, SelfAttention, TransformerModel
+from fastattn.nn import MLP, Rotary, SelfAttention, TransformerModel
 
 
 class EagerAttention(nn.Module):
@@ -21,11 +21,23 @@ class EagerAttention(nn.Module):
         self.embed_dim = layer.embed_dim
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.layer.project(x)
+        layer = self.layer
+        qkv = layer.heads(layer.qkv_proj(x))
+        q, k, v = qkv.split([layer.num_heads, layer.num_kv_heads, layer.num_kv_heads], dim=1)
+        if layer.rotary is not None:
+            q, k = rotated(q, layer.rotary), rotated(k, layer.rotary)
         scores = q @ k.mT * q.shape[3] ** -0.5
         later = torch.ones(scores.shape[2:], dtype=torch.bool, device=x.device).triu(1)
         pattern = scores.masked_fill(later, float("-inf")).softmax(-1)
         return self.layer.out_proj((pattern @ v).transpose(1, 2).flatten(2))
+
+
+def rotated(x: Tensor, rotary: Rotary) -> Tensor:
+    """Rotary embedding of x (B, H, L, D), its halves turning together."""
+    half = rotary.width // 2
+    cos, sin = rotary.tables(x)
+    first, second, rest = x.split([half, half, x.shape[3] - rotary.width], dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), -1).to(x.dtype)
 
 
 class EagerMLP(nn.Module):
