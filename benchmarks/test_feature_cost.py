@@ -27,7 +27,7 @@ def learned(*shape: int, dtype: torch.dtype | None = None) -> Tensor:
 
 # What plain attention is given beside causal.
 FEATURES: dict[str, Callable[[], dict]] = {
-    # Its lse gradient keeps PyTorch's own flash attention out, so that like is compared with like.
+    # The gradient of its lse keeps PyTorch's own flash attention out of the backward.
     "plain": lambda: {},
     "window": lambda: {"window": (LENGTH // 8, None)},
     "key lengths": lambda: {"key_lengths": torch.full((BATCH,), LENGTH * 3 // 4, device=DEVICE)},
