@@ -57,8 +57,13 @@ def sdpa_dense_mask(kind: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, attn_mask=dense(kind))
 
 
+@functools.cache
+def compiled_flex() -> Callable[..., Tensor]:
+    return torch.compile(flex_attention)
+
+
 def flex(kind: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return torch.compile(flex_attention)(q, k, v, block_mask=block_mask(kind))
+    return compiled_flex()(q, k, v, block_mask=block_mask(kind))
 
 
 PEERS: dict[str, Callable[..., Tensor]] = {

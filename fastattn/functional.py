@@ -14,6 +14,7 @@ from fastattn.dropout import dropout_state as fresh_dropout_state
 from fastattn.heads import prepare_heads
 from fastattn.masks import Lowered, Mask
 from fastattn.masks import window as window_mask
+from fastattn.masks.algebra import smaller
 from fastattn.spec import (
     AttentionSpec,
     Gradients,
@@ -163,7 +164,7 @@ def attention(
     )  # fmt: skip
     if spec.dropout and dropout_state is None:
         dropout_state = fresh_dropout_state(q.shape[0], q.device)
-    spec, key_lengths, lists = with_mask(q, k, spec, key_lengths, mask)
+    spec, key_lengths, lists = _with_mask(q, k, spec, key_lengths, mask)
     tensors = score_tensors(
         q, k, key_lengths=key_lengths, alibi_slopes=alibi_slopes, bias=bias, relative_bias=relative_bias,
         sinks=sinks, dropout_state=dropout_state if spec.dropout else None,
@@ -215,7 +216,7 @@ def attention_backward(
         raise ValueError(
             "dropout_state must be given with a dropout_p, the one that attention was given; got None"
         )
-    spec, key_lengths, lists = with_mask(q, k, spec, key_lengths, mask)
+    spec, key_lengths, lists = _with_mask(q, k, spec, key_lengths, mask)
     tensors = score_tensors(
         q, k, key_lengths=key_lengths, alibi_slopes=alibi_slopes, bias=bias, relative_bias=relative_bias,
         sinks=sinks, dropout_state=dropout_state if spec.dropout else None,
@@ -234,7 +235,7 @@ def attention_backward(
     return tuple(g for g, is_given in zip(gradients, given, strict=True) if g is not None and is_given)
 
 
-def with_mask(
+def _with_mask(
     q: Tensor, k: Tensor, spec: AttentionSpec, key_lengths: Tensor | None, mask: Mask | Lowered | None
 ) -> tuple[AttentionSpec, Tensor | None, Tensor | None]:
     """The spec and key lengths that a mask beside them amounts to, and its lists if it has no closed form."""
@@ -254,19 +255,12 @@ def with_mask(
     if lowered.packed is not None:
         words, layout = lowered.packed
         return replace(spec, causal=False, window=bounds, mask=layout), key_lengths, words
-    left, right = (_least(a, b) for a, b in zip(bounds, (lowered.left, lowered.right), strict=True))
+    left, right = (smaller(a, b) for a, b in zip(bounds, (lowered.left, lowered.right), strict=True))
     if lowered.key_lengths is not None:
-        key_lengths = _least_lengths(key_lengths, lowered.key_lengths)
+        lengths = lowered.key_lengths
+        key_lengths = lengths if key_lengths is None else torch.minimum(key_lengths, lengths)
     window = window_that_hides((left, None if right == 0 else right), q.shape[2], k.shape[2])
     return replace(spec, causal=right == 0, window=window), key_lengths, None
-
-
-def _least(a: int | None, b: int | None) -> int | None:
-    return b if a is None else a if b is None else min(a, b)
-
-
-def _least_lengths(a: Tensor | None, b: Tensor) -> Tensor:
-    return b if a is None else torch.minimum(a, b)
 
 
 def t5_relative_bias(table: Tensor, *, max_distance: int = 128, bidirectional: bool = True) -> Tensor:

@@ -86,7 +86,7 @@ def _put_together(rest: Sequence) -> tuple[ScoreTensors, AttentionSpec, str | No
 
 _COUNT = len(ScoreTensors._fields)
 _BIAS = ScoreTensors._fields.index("bias")
-_OPTIONS = 9
+_OPTIONS = len(AttentionSpec().options) + 1  # and the backend
 _operators.impl("attention_forward", _forward, "CompositeExplicitAutograd")
 _operators.impl("attention_backward", _backward, "CompositeExplicitAutograd")
 _operators.impl("attention_tangent", _tangent, "CompositeExplicitAutograd")

@@ -16,8 +16,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from torch.library import Library
+from torch import Tensor, library
 from torch.nn import attention as registry
 
 from fastattn import backends
@@ -89,7 +88,7 @@ class _Operators:
     def __init__(self, backend: str | None = None) -> None:
         self.backend = backend
         self.here = threading.local()
-        self.library = Library("aten", "IMPL")
+        self.installed = library.Library("aten", "IMPL")
         name = "_scaled_dot_product_flash_attention"
         self._replace(f"{name}_for_cpu", "CPU", self.forward_on_cpu)
         self._replace(f"{name}_for_cpu_backward", "CPU", self.backward_on_cpu)
@@ -98,10 +97,10 @@ class _Operators:
             self._replace(f"{name}_backward", "CUDA", self.backward_on_gpu)
 
     def remove(self) -> None:
-        self.library._destroy()
+        self.installed._destroy()
 
     def _replace(self, name: str, key: str, ours: Any) -> None:
-        original = torch.library.get_kernel(f"aten::{name}", key)
+        original = library.get_kernel(f"aten::{name}", key)
 
         def choose(keyset: Any, *arguments: Any, **options: Any) -> Any:
             # The portable backend calls these operators itself, for what PyTorch's flash attention computes well.
@@ -118,7 +117,7 @@ class _Operators:
         with warnings.catch_warnings():
             # That a kernel is replaced is the purpose.
             warnings.simplefilter("ignore")
-            self.library.impl(name, choose, key, with_keyset=True)
+            self.installed.impl(name, choose, key, with_keyset=True)
 
     def forward_on_cpu(
         self,

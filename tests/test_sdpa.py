@@ -11,7 +11,7 @@ from hardware import ON_GPU
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerance import assert_as_exact_as_eager
-from torch.library import Library
+from torch import library
 from torch.nn.attention import (
     SDPBackend,
     activate_flash_attention_impl,
@@ -336,12 +336,12 @@ def test_within_the_takeover_a_gpus_flash_calls_are_ours(dropout_p):
 @pytest.fixture
 def gpu_operators_on_cpu():
     """The operators that we give to GPUs, registered on the CPU, where PyTorch has none of this name."""
-    library, operators = Library("aten", "IMPL"), takeover._Operators("reference")
+    installed, operators = library.Library("aten", "IMPL"), takeover._Operators("reference")
     name = "_scaled_dot_product_flash_attention"
-    library.impl(name, operators.forward_on_gpu, "CPU")
-    library.impl(f"{name}_backward", operators.backward_on_gpu, "CPU")
+    installed.impl(name, operators.forward_on_gpu, "CPU")
+    installed.impl(f"{name}_backward", operators.backward_on_gpu, "CPU")
     yield getattr(torch.ops.aten, name)
-    library._destroy()
+    installed._destroy()
     operators.remove()
 
 

@@ -9,7 +9,7 @@ from transformers.models.big_bird.modeling_big_bird import BigBirdBlockSparseAtt
 
 from fastattn import masks
 from fastattn.functional import attention
-from fastattn.integrations.huggingface import _widened
+from fastattn.integrations.huggingface import widened
 
 
 class FusedBigBirdBlockSparseAttention(BigBirdBlockSparseAttention):
@@ -32,7 +32,7 @@ class FusedBigBirdBlockSparseAttention(BigBirdBlockSparseAttention):
             )
         heads, width = self.num_attention_heads, self.attention_head_size
         q, k, v = (
-            _widened(linear(hidden_states).unflatten(-1, (heads, width)).transpose(1, 2))
+            widened(linear(hidden_states).unflatten(-1, (heads, width)).transpose(1, 2))
             for linear in (self.query, self.key, self.value)
         )
         mask = masks.bigbird(

@@ -288,7 +288,7 @@ def fastattn_attention(
         key, value = key[:, :, :end], value[:, :, :end]
         bias = bias if bias is None or bias.shape[-1] == 1 else bias[..., :end]
     out = attention(
-        *(_widened(t) for t in (query, key, value)), bias=bias, softcap=softcap, sinks=s_aux, dropout_p=dropout,
+        *(widened(t) for t in (query, key, value)), bias=bias, softcap=softcap, sinks=s_aux, dropout_p=dropout,
         scale=query.shape[3] ** -0.5 if scaling is None else scaling, **options,
     )  # fmt: skip
     return out[..., :width].transpose(1, 2).contiguous(), None
@@ -303,7 +303,7 @@ def _added(mask: Tensor | None, position_bias: Tensor | None) -> Tensor | None:
     return position_bias + mask
 
 
-def _widened(t: Tensor) -> Tensor:
+def widened(t: Tensor) -> Tensor:
     """Heads of at least the width that `attention` has: zeros at their end change no score."""
     return F.pad(t, (0, MIN_HEAD_DIM - t.shape[3])) if t.shape[3] < MIN_HEAD_DIM else t
 

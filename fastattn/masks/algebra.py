@@ -277,7 +277,7 @@ class And(_Pair):
         first, second = self.first.closed_form(), self.second.closed_form()
         if first is None or second is None:
             return None
-        left, right = _smaller(first.left, second.left), _smaller(first.right, second.right)
+        left, right = smaller(first.left, second.left), smaller(first.right, second.right)
         return ClosedForm(left, right, first.lengths + second.lengths)
 
     def __repr__(self) -> str:
@@ -328,7 +328,7 @@ class Not(Mask):
         return f"~({self.mask!r})" if isinstance(self.mask, _Pair) else f"~{self.mask!r}"
 
 
-def _smaller(first: int | None, second: int | None) -> int | None:
+def smaller(first: int | None, second: int | None) -> int | None:
     return second if first is None else first if second is None else min(first, second)
 
 
