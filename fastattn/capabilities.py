@@ -76,10 +76,6 @@ def _bias_dtype(request: Request) -> torch.dtype | None:
     return None if request.score_tensors.bias is None else request.score_tensors.bias.dtype
 
 
-def _learns(request: Request) -> bool:
-    return _bias_dtype(request) not in (None, torch.bool) or request.score_tensors.relative_bias is not None
-
-
 _Q, _K, _V = 0, 1, 2
 _HEADS, _LENGTH, _WIDTH = 1, 2, 3
 
@@ -89,22 +85,10 @@ FEATURES: tuple[Feature, ...] = (
     Feature("attention", "sliding window, left and right", lambda r: r.spec.window != (None, None)),
     Feature(
         "attention",
-        "any mask (block lists)",
-        lambda r: r.spec.mask is not None,
-        triton=EVERY_DIRECTION - {TANGENT},
+        "documents, packed sequences (intervals)",
+        lambda r: r.score_tensors.intervals is not None,
     ),
-    Feature(
-        "attention",
-        "any mask beside a bias, or a relative bias",
-        lambda r: r.spec.mask is not None and _learns(r),
-        triton=frozenset({FORWARD}),
-    ),
-    Feature(
-        "attention",
-        "any mask beside key lengths",
-        lambda r: r.spec.mask is not None and r.score_tensors.key_lengths is not None,
-        triton=frozenset(),
-    ),
+    Feature("attention", "any mask (block lists)", lambda r: r.spec.mask is not None),
     Feature("attention", "key lengths", lambda r: r.score_tensors.key_lengths is not None),
     Feature("attention", "soft-capped scores", lambda r: r.spec.softcap > 0),
     Feature("attention", "ALiBi slopes", lambda r: r.score_tensors.alibi_slopes is not None),

@@ -32,16 +32,21 @@ def visible(
     spec: AttentionSpec,
     device: torch.device | None = None,
     key_lengths: Tensor | None = None,
+    intervals: Tensor | None = None,
 ) -> Tensor:
-    """May query i see key j? bool (Lq, Lk), or (B, 1, Lq, Lk) with key_lengths (B,)."""
+    """May query i see key j? bool (Lq, Lk), or (B, 1, Lq, Lk) with key_lengths (B,) or intervals."""
     distance = _distance(queries, keys, device)
     seen = torch.ones(queries, keys, dtype=torch.bool, device=device)
     if spec.left is not None:
         seen &= distance >= -spec.left
     if spec.right is not None:
         seen &= distance <= spec.right
+    key = torch.arange(keys, device=device)
     if key_lengths is not None:
-        seen = seen & (torch.arange(keys, device=device) < key_lengths[:, None, None, None])
+        seen = seen & (key < key_lengths[:, None, None, None])
+    if intervals is not None:
+        start, stop = intervals[:, None, :, :queries, None].unbind(2)
+        seen = seen & (start <= key) & (key < stop)
     return seen
 
 
@@ -163,7 +168,7 @@ def _scores(q: Tensor, k: Tensor, spec: AttentionSpec, tensors: ScoreTensors) ->
         scores = scores - (tensors.alibi_slopes[:, :, None, None] * distance).to(scores.dtype)
     if tensors.relative_bias is not None:
         scores = scores + _by_distance(tensors.relative_bias, queries, keys).to(scores.dtype)
-    seen = visible(queries, keys, spec, q.device, tensors.key_lengths)
+    seen = visible(queries, keys, spec, q.device, tensors.key_lengths, tensors.intervals)
     if tensors.bias is not None:
         if tensors.bias.dtype == torch.bool:
             seen = seen & tensors.bias

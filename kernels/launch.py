@@ -139,6 +139,31 @@ def heads_per_section(left: torch.Tensor, right: torch.Tensor, heads: int) -> in
     return min(max(1, heads), max(1, L2_BUDGET // max(1, left.shape[2] * row_bytes)))
 
 
+# A share of a walk is worth a program of its own, and its part a pass over memory, from so many tiles on.
+LEAST_STEPS = 4
+
+# Whose programs a launch is to occupy in the interpreter.
+INTERPRETED_PROCESSORS = 3
+
+
+@functools.cache
+def _processors_of_device(index: int | None) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def processors(family: str, device: torch.device) -> int:
+    """How many programs run side by side, at least: the GPU's multiprocessors. None is known of a device that is
+    not there."""
+    if family == INTERPRETER:
+        return INTERPRETED_PROCESSORS
+    return _processors_of_device(device.index) if device.type == "cuda" else 1
+
+
+def splits(programs: int, steps: int, processors: int) -> int:
+    """Into how many shares to cut walks of up to `steps` tiles, so that `programs` of them keep the GPU busy."""
+    return max(1, min(processors // max(1, programs), steps // LEAST_STEPS))
+
+
 # Odd tiles of unequal sides, so that short sequences reach every loop.
 _INTERPRETED = {
     "forward": (Row(8, 256, Tiling(32, 16, 4, 1)),),
@@ -150,8 +175,9 @@ _INTERPRETED = {
 
 # Where the forward and dq walk the masked keys before the others. On sm_90, if the masked loop came second, ptxas
 # would make every asynchronous product of the kernel wait for the one before (its note C7515). Elsewhere the other
-# order takes fewer registers.
+# order takes fewer registers, but for dq on sm_100: 1.23 -> 1.04 issue / tensor of the masked loop at D = 128.
 MASKED_FIRST = frozenset({"sm_90", INTERPRETER})
+MASKED_FIRST_DQ = MASKED_FIRST | {"sm_100"}
 
 # float32 products are exact: fused multiply-adds, no tensor cores. Registers and shared memory bound their tiles.
 _EXACT = {

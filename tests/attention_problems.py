@@ -46,6 +46,7 @@ class Problem:
     masked: bool = False  # the bias says which keys are seen
     radius: int | None = None  # of a relative bias
     lists: str = ""  # a key of MASKS, given as block lists
+    intervals: bool = False  # documents as sequences of any number of queries and keys, causal
     dropout: float = 0.0
 
     def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -100,12 +101,20 @@ class Problem:
         if self.dropout:
             state = fastattn.dropout_state(batch, DEVICE)
         words = self.lowered().packed[0] if self.lists else None
-        return ScoreTensors(lengths, slopes, bias, relative, sinks, state, words)
+        intervals = self.lowered().intervals.expand(batch, -1, -1) if self.intervals else None
+        return ScoreTensors(lengths, slopes, bias, relative, sinks, state, words, intervals)
 
     def lowered(self) -> masks.Lowered:
-        """The mask for this call, as block lists even where it has a closed form."""
+        """The mask for this call, as block lists even where it has a closed form; or as intervals."""
         sizes = (self.batch, self.heads, self.queries, self.keys)
-        return MASKS[self.lists].lower(*sizes, DEVICE, closed_forms=False)
+        if not self.intervals:
+            return MASKS[self.lists].lower(*sizes, DEVICE, closed_forms=False)
+        # The first sequence may have no queries, the third has no keys.
+        queries, keys = self.queries // 3, self.keys // 4
+        begin_q, begin_k = [0, queries // 8, 2 * queries, 2 * queries + 1], [0, keys, 3 * keys, 3 * keys]
+        return masks.packed_sequences([*begin_q, self.queries], [*begin_k, self.keys], True, (40, None)).lower(
+            *sizes, DEVICE
+        )
 
 
 # Any mask: some of no pattern, some with rows that see nothing, one whose keys count several times.
@@ -166,7 +175,8 @@ def check(problem: Problem, name: str) -> None:
 
         def ours(q, k, v, *learned_):
             given = {**tensors._asdict(), **dict(zip(learned, learned_, strict=True))}
-            if problem.lists:
+            given.pop("intervals")
+            if problem.lists or problem.intervals:
                 given["mask"] = problem.lowered()
             return fastattn.attention(q, k, v, **problem.options, **given, return_lse=True, backend=backend)
 
@@ -184,7 +194,8 @@ def sees(problem: Problem, tensors: ScoreTensors) -> Tensor:
     """Which rows see a key, or a sink; broadcasts to (B, Hq, Lq)."""
     if tensors.sinks is not None:
         return torch.ones((), dtype=torch.bool, device=DEVICE)
-    seen = reference.visible(problem.queries, problem.keys, problem.spec, DEVICE, tensors.key_lengths)
+    sizes = problem.queries, problem.keys
+    seen = reference.visible(*sizes, problem.spec, DEVICE, tensors.key_lengths, tensors.intervals)
     if tensors.bias is not None:
         seen = seen & (tensors.bias if problem.masked else tensors.bias > float("-inf"))
     if problem.lists:

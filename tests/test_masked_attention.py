@@ -156,10 +156,5 @@ def test_a_mask_that_does_not_fit_is_named() -> None:
     lowered = masks.dilated(2).lower(1, 2, 70, 71)
     with pytest.raises(ValueError, match="mask was lowered for batch 1, heads 2, 70 queries, 71 keys"):
         fastattn.attention(q, k, v, mask=lowered)
-    with pytest.raises(ValueError, match="mask is lowered to lists: join causal and window to it"):
+    with pytest.raises(ValueError, match="mask is lowered: join causal and window to it"):
         fastattn.attention(q, k, v, mask=masks.dilated(2).lower(1, 2, 70, 70, DEVICE), causal=True)
-    with pytest.raises(ValueError, match="no any mask beside a bias"):
-        leaves = [t.requires_grad_() for t in (q, k, v)]
-        bias = torch.zeros(70, 70, device=DEVICE, requires_grad=True)
-        out = fastattn.attention(*leaves, mask=masks.dilated(2), bias=bias, backend="triton")
-        out.sum().backward()

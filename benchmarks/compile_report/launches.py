@@ -39,10 +39,12 @@ def _lists(counted: bool) -> BlockLists:
 
     counts = take(512, dtype=torch.float32) if counted else None
     half = (take(1, 65), take(512), take(1, 65), take(512), take(512), counts, counts)
-    return BlockLists(*half, *half, take(64, 64, dtype=torch.int64), take(1, 1))
+    shared = (take(68, 4), take(2, 3))
+    return BlockLists(*half, *half, take(64, 64, dtype=torch.int64), take(1, 1), *shared, *shared)
 
 
 SHAPES |= {
+    "intervals": {"causal": False, "intervals": torch.empty((4, 2, 8192), dtype=torch.int32, device="meta")},
     "lists": {"lists": _lists(False)},
     "lists that count": {"lists": _lists(True)},
     "bias": {"bias": torch.empty((4, 16, 4096, 4096), dtype=torch.bfloat16, device="meta")},
@@ -159,7 +161,7 @@ class HeadsCall:
 
 
 # What only targets whose kernels must not spill are asked: the others have no rows for it, and compile slowly.
-WATCHED_CLOSELY = ("bias", "relative bias", "dropout", "lists", "lists that count", "tf32", "tf32x3")
+WATCHED_CLOSELY = ("bias", "relative bias", "dropout", "intervals", "lists", "lists that count", "tf32", "tf32x3")
 Call = AttentionCall | MLPCall | HeadsCall
 
 CALLS: tuple[Call, ...] = (
@@ -173,7 +175,9 @@ CALLS: tuple[Call, ...] = (
         for shape in ("window", "everything", "bias", "relative bias", "dropout", "lists")
     ),
     *(AttentionCall("fp32", width, False, shaped="lists") for width in (64, 128, 256)),
+    *(AttentionCall("bf16", width, False, shaped="intervals") for width in (64, 128, 256)),
     AttentionCall("bf16", 64, False, shaped="lists that count"),
+    TangentCall("bf16", 128, False, shaped="lists"),
     *(TangentCall("bf16", width, True, shaped=shape) for width in (64, 128, 256) for shape in ("", "everything")),
     *(TangentCall("fp32", width, True) for width in (64, 128)),
     *(AttentionCall("fp32", width, True, shaped=kind) for width in (64, 128, 256) for kind in ("tf32", "tf32x3")),
