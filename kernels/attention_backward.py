@@ -377,7 +377,7 @@ def dq_step(
     WIDTH: tl.constexpr,
     VALUE_WIDTH: tl.constexpr,
     MASKED: tl.constexpr,
-    MASKED_FIRST: tl.constexpr,
+    RELATIVE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -388,7 +388,7 @@ def dq_step(
     v_tile = load_tile(v_pointer, v, start, shape.keys, VALUE_DIM, BLOCK_N, VALUE_WIDTH, MASKED)
     dscores, bent = score_gradient(
         q_tile, dout_tile, lse, delta, k_tile, v_tile, start, queries, bounds, shape, window, lists, scores, dropout,
-        terms, MASKED, MASKED_FIRST, BLOCK_N, PRECISION,
+        terms, MASKED, RELATIVE, BLOCK_N, PRECISION,
     )  # fmt: skip
     if scores.softcap is not None:
         dscores *= 1.0 - bent * bent
@@ -417,6 +417,7 @@ def attention_dq_kernel(
     WIDTH: tl.constexpr,
     VALUE_WIDTH: tl.constexpr,
     MASKED_FIRST: tl.constexpr,
+    RELATIVE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -440,7 +441,7 @@ def attention_dq_kernel(
         dq_step, tl.zeros([BLOCK_M, WIDTH], tl.float32),
         (q_tile, dout_tile, lse, delta, k_pointer, v_pointer, k, v, scores, dropout), terms,
         start, batch, head, work, shape, window, lists, splits,
-        HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, MASKED_FIRST, BLOCK_M, BLOCK_N, PRECISION,
+        HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, MASKED_FIRST, RELATIVE, BLOCK_M, BLOCK_N, PRECISION,
     )  # fmt: skip
     dq_tile *= tl.cast(scores.scale, tl.float32)
     leave_tile(dq, parts, dq_tile, batch, head, start, shape.queries, work, lists, HEAD_DIM, BLOCK_M, WIDTH)
@@ -561,7 +562,8 @@ def attention_backward(
                 q_, k_, v_, dout_, tensor4(dq), parts, row_values, shape, padded_rows, window, listed,
                 sharing.splits, *weights,
                 launch.heads_per_section(k, v, batch * heads), **common, **tiling.options(),
-                MASKED_FIRST=family in launch.MASKED_FIRST_DQ,
+                MASKED_FIRST=family in launch.MASKED_FIRST,
+                RELATIVE=family in launch.RELATIVE_DQ,
             )  # fmt: skip
             merge(sharing, parts, dq)
         tiling = fit(launch.look_up(launch.ATTENTION_BIAS, *ask))

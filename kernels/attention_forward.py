@@ -33,7 +33,7 @@ def forward_step(
     WIDTH: tl.constexpr,
     VALUE_WIDTH: tl.constexpr,
     MASKED: tl.constexpr,
-    MASKED_FIRST: tl.constexpr,
+    RELATIVE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -46,7 +46,7 @@ def forward_step(
     keys = start + tl.arange(0, BLOCK_N)[None, :]
     values = shape_scores(bend(products, scores), scores, terms, queries[:, None], keys, shape)
     if MASKED:
-        values = tl.where(within(start, bounds, window, lists, BLOCK_N, MASKED_FIRST), values, float("-inf"))
+        values = tl.where(within(start, bounds, window, lists, BLOCK_N, RELATIVE), values, float("-inf"))
     weights, shrink, row_max, row_sum = online_softmax_update(
         values, score_factor(scores), row_max, row_sum, MASKED or scores.bias is not None
     )
@@ -78,6 +78,7 @@ def attention_forward_kernel(
     WIDTH: tl.constexpr,
     VALUE_WIDTH: tl.constexpr,
     MASKED_FIRST: tl.constexpr,
+    RELATIVE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -101,7 +102,7 @@ def attention_forward_kernel(
     accumulator, row_max, row_sum = walk_keys(
         forward_step, (accumulator, row_max, row_sum), (q_tile, k_pointer, v_pointer, k, v, scores, dropout), terms,
         start, batch, head, work, shape, window, lists, splits,
-        HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, MASKED_FIRST, BLOCK_M, BLOCK_N, PRECISION,
+        HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, MASKED_FIRST, RELATIVE, BLOCK_M, BLOCK_N, PRECISION,
     )  # fmt: skip
 
     # A row that saw nothing has sum 0: output 0, lse -inf.
@@ -232,6 +233,7 @@ def attention_forward(
             launch.heads_per_section(k, v, batch * heads),
             **width,
             MASKED_FIRST=family in launch.MASKED_FIRST,
+            RELATIVE=family in launch.MASKED_FIRST,
             PRECISION=precision,
             **tiling.options(),
         )

@@ -61,7 +61,7 @@ def tangent_step(
     WIDTH: tl.constexpr,
     VALUE_WIDTH: tl.constexpr,
     MASKED: tl.constexpr,
-    MASKED_FIRST: tl.constexpr,
+    RELATIVE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -83,7 +83,7 @@ def tangent_step(
     values = shape_scores(bent, scores, terms, queries[:, None], keys, shape)
     weights = tl.exp2(values * score_factor(scores) - lse[:, None])
     if MASKED:
-        weights = tl.where(within(start, bounds, window, lists, BLOCK_N, MASKED_FIRST), weights, 0.0)
+        weights = tl.where(within(start, bounds, window, lists, BLOCK_N, RELATIVE), weights, 0.0)
     if scores.softcap is not None:
         dproducts *= 1.0 - bent * bent
     dscores = shape_scores(dproducts, moved_scores, moved_terms, queries[:, None], keys, shape)
@@ -124,6 +124,7 @@ def attention_tangent_kernel(
     WIDTH: tl.constexpr,
     VALUE_WIDTH: tl.constexpr,
     MASKED_FIRST: tl.constexpr,
+    RELATIVE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -158,7 +159,7 @@ def attention_tangent_kernel(
         tangent_step, (tl.zeros([BLOCK_M, VALUE_WIDTH], tl.float32), dlse),
         (q_tile, moved_q_tile, row_lse, pointers, k, v, moved, scores, moved_scores, dropout, moved_terms), terms,
         start, batch, head, work, shape, window, lists, None,
-        HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, MASKED_FIRST, BLOCK_M, BLOCK_N, PRECISION,
+        HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, MASKED_FIRST, RELATIVE, BLOCK_M, BLOCK_N, PRECISION,
     )  # fmt: skip
 
     if dropout is not None:
@@ -247,6 +248,7 @@ def attention_tangent(
             launch.heads_per_section(k, v, batch * heads),
             **width,
             MASKED_FIRST=family in launch.MASKED_FIRST,
+            RELATIVE=family in launch.MASKED_FIRST,
             PRECISION=precision,
             **tiling.options(),
         )

@@ -169,15 +169,16 @@ _INTERPRETED = {
     "forward": (Row(8, 256, Tiling(32, 16, 4, 1)),),
     "dkdv": (Row(8, 256, Tiling(16, 32, 4, 1)),),
     "dq": (Row(8, 256, Tiling(32, 16, 4, 1)),),
-    "bias": (Row(8, 256, Tiling(16, 16, 4, 1)),),
+    "bias": (Row(8, 256, Tiling(32, 32, 4, 1)),),
     "tangent": (Row(8, 256, Tiling(32, 16, 4, 1)),),
 }
 
 # Where the forward and dq walk the masked keys before the others. On sm_90, if the masked loop came second, ptxas
 # would make every asynchronous product of the kernel wait for the one before (its note C7515). Elsewhere the other
-# order takes fewer registers, but for dq on sm_100: 1.23 -> 1.04 issue / tensor of the masked loop at D = 128.
+# order takes fewer registers. There, too, bounds are compared with the keys of a tile counted from its start; so they
+# are in dq on sm_100: 1.23 -> 1.05 issue / tensor of the masked loop at D = 128, where it makes the forward spill.
 MASKED_FIRST = frozenset({"sm_90", INTERPRETER})
-MASKED_FIRST_DQ = MASKED_FIRST | {"sm_100"}
+RELATIVE_DQ = MASKED_FIRST | {"sm_100"}
 
 # float32 products are exact: fused multiply-adds, no tensor cores. Registers and shared memory bound their tiles.
 _EXACT = {
@@ -411,8 +412,20 @@ ATTENTION_DQ |= {
 }
 
 # Masks of lists, where those above, cut to granules, spill.
+ATTENTION_FORWARD |= {
+    "sm_100 listed": (
+        Row(2, 64, Tiling(64, 64, 4, 3)),  # 2 stages: 4
+        Row(2, 128, Tiling(64, 64, 4, 2)),
+        Row(2, 256, Tiling(64, 32, 8, 2)),  # 4 warps: 17
+    ),
+}
 ATTENTION_DKDV |= {
     "sm_80 listed": (Row(2, 64, Tiling(64, 32, 8, 2)),),  # 64 x 64: 11 to 17
+    "sm_90 listed": (
+        *ATTENTION_DKDV["sm_90 shaped"],
+        Row(4, 64, Tiling(32, 32, 4, 1)),
+        Row(4, 128, Tiling(16, 16, 8, 1)),  # 16 x 32: 4
+    ),
     "sm_100 listed": (*ATTENTION_DKDV["sm_100 shaped"], Row(4, 64, Tiling(16, 32, 4, 1))),  # 32 x 32: 11
 }
 ATTENTION_DQ |= {
@@ -448,7 +461,7 @@ ATTENTION_BIAS["sm_100"] = ATTENTION_BIAS["sm_90"]
 # float32 on tensor cores: fragments of 32 bits, and of three products for tf32x3.
 ATTENTION_FORWARD |= {
     "tf32": (Row(4, 64, Tiling(64, 32, 4, 2)), Row(4, 256, Tiling(32, 16, 4, 1))),
-    "tf32x3": (Row(4, 64, Tiling(32, 32, 4, 1)), Row(4, 128, Tiling(16, 16, 4, 1))),  # 64 x 32, 32 x 16: 6 to 14
+    "tf32x3": (Row(4, 64, Tiling(32, 16, 4, 1)), Row(4, 128, Tiling(16, 16, 4, 1))),  # 32 x 32, 32 x 16: 6 to 14
 }
 ATTENTION_DKDV["tf32"] = (Row(4, 64, Tiling(32, 32, 4, 1)), Row(4, 256, Tiling(16, 16, 4, 1)))
 ATTENTION_DQ |= {

@@ -147,7 +147,8 @@ def merge_kernel(
             pivot = tl.where(new_most == float("-inf"), 0.0, new_most) * LOG2_E
             total = total * tl.exp2(most * LOG2_E - pivot) + tl.exp2(part * LOG2_E - pivot)
             most = new_most
-        total = tl.where(total == 0.0, float("-inf"), most + tl.log2(total) * LN_2)
+        empty = total == 0.0
+        total = tl.where(empty, float("-inf"), most + tl.log2(tl.where(empty, 1.0, total)) * LN_2)
         exists = start + offsets < length
         tl.store(head_of(values, batch, head) + (start + offsets).to(tl.int64) * values.row, total, mask=exists)
         total = tl.where(total == float("-inf"), 0.0, total)

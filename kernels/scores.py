@@ -205,7 +205,7 @@ def score_gradient(
     dropout,
     terms,
     MASKED: tl.constexpr,
-    MASKED_FIRST: tl.constexpr,
+    RELATIVE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -218,7 +218,7 @@ def score_gradient(
     values = shape_scores(bent, scores, terms, queries[:, None], keys, shape)
     weights = tl.exp2(values * score_factor(scores) - lse[:, None])
     if MASKED:
-        weights = tl.where(within(start, bounds, window, lists, BLOCK_N, MASKED_FIRST), weights, 0.0)
+        weights = tl.where(within(start, bounds, window, lists, BLOCK_N, RELATIVE), weights, 0.0)
     if dropout is not None:
         keep = kept(dropout, terms, queries, start, BLOCK_N, False)
         dweights = tl.where(keep, dweights * tl.cast(dropout.growth, tl.float32), 0.0)

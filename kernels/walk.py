@@ -262,7 +262,7 @@ def sees_bit(words, bits):
 
 
 @triton.jit
-def within(start, bounds, window, lists, BLOCK_N: tl.constexpr, MASKED_FIRST: tl.constexpr):
+def within(start, bounds, window, lists, BLOCK_N: tl.constexpr, RELATIVE: tl.constexpr):
     """Which of the keys from `start` on lie inside each query's bounds: (M, BLOCK_N). With lists the first bound is
     a word for each query, whose bits say which keys of a granule it sees, the second how many keys there are."""
     columns = tl.arange(0, BLOCK_N)[None, :]
@@ -271,8 +271,8 @@ def within(start, bounds, window, lists, BLOCK_N: tl.constexpr, MASKED_FIRST: tl
         inside = sees_bit((first >> (start % GRANULE))[:, None], columns)
         if window.key_lengths is not None:
             inside = inside & (start + columns < stop)
-    # The same, said so that it takes fewer registers where the masked keys come first, or second.
-    elif MASKED_FIRST:
+    # The same, said in two ways: which takes fewer instructions, or registers, depends on the kernel, see launch.
+    elif RELATIVE:
         inside = columns < (stop - start)[:, None]
         if has_first(window):
             inside = inside & (columns >= (first - start)[:, None])
@@ -349,6 +349,7 @@ def walk_keys(
     WIDTH: tl.constexpr,
     VALUE_WIDTH: tl.constexpr,
     MASKED_FIRST: tl.constexpr,
+    RELATIVE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -370,7 +371,7 @@ def walk_keys(
             for key_start in tl.range(begin, tl.minimum(full_begin, end), BLOCK_N):
                 state = step(
                     state, given, terms, key_start, queries, bounds, shape, window, lists,
-                    HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, True, MASKED_FIRST, BLOCK_M, BLOCK_N, PRECISION,
+                    HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, True, RELATIVE, BLOCK_M, BLOCK_N, PRECISION,
                 )  # fmt: skip
         for part in tl.static_range(2):
             for key_start in tl.range(
@@ -380,7 +381,7 @@ def walk_keys(
             ):
                 state = step(
                     state, given, terms, key_start, queries, bounds, shape, window, lists,
-                    HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, (part == 0) == MASKED_FIRST, MASKED_FIRST, BLOCK_M,
+                    HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, (part == 0) == MASKED_FIRST, RELATIVE, BLOCK_M,
                     BLOCK_N, PRECISION,
                 )  # fmt: skip
     else:
@@ -396,7 +397,7 @@ def walk_keys(
             state = step(
                 state, given, counting(terms, lists.partial_counts, entry), key_start, queries, bounds, shape,
                 window, lists,
-                HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, True, MASKED_FIRST, BLOCK_M, BLOCK_N, PRECISION,
+                HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, True, RELATIVE, BLOCK_M, BLOCK_N, PRECISION,
             )  # fmt: skip
         low, high = share_of(tl.load(full), tl.load(full + 1), work, lists.items)
         for number in tl.range(low * parts, high * parts):
@@ -407,7 +408,7 @@ def walk_keys(
             state = step(
                 state, given, counting(terms, lists.full_counts, entry), key_start, queries, bounds, shape,
                 window, lists,
-                HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, window.key_lengths is not None, MASKED_FIRST, BLOCK_M,
+                HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, window.key_lengths is not None, RELATIVE, BLOCK_M,
                 BLOCK_N, PRECISION,
             )  # fmt: skip
     return state

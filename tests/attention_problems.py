@@ -124,6 +124,8 @@ MASKS = {
     "sparse": masks.blocks(torch.tensor([[1, 0, 2], [0, 0, 0], [0, 3, 1]]), 64) & ~masks.dilated(5),
     "not causal": ~masks.causal(),
     "bigbird": masks.bigbird(block=16, random=1),
+    # From 768 tokens on, the lists of the first row and column are shared out.
+    "global": masks.global_tokens([3]) | masks.from_function(lambda b, h, i, j: i // 64 == j // 64),
 }
 
 

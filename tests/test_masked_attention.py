@@ -14,6 +14,8 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import fastattn
 from fastattn import masks, reference
+from fastattn.kernels import attention_backward, attention_forward, launch
+from fastattn.kernels import merge as kernels_merge
 
 
 @pytest.mark.parametrize("name", ["triton", "portable", "reference"])
@@ -25,24 +27,72 @@ def test_every_mask_is_exact_forward_and_backward(kind: str, name: str) -> None:
     check(problem, name)
 
 
+@pytest.mark.parametrize("name", ["triton", "portable", "reference"])
+@pytest.mark.parametrize("lengths", [False, True])
+def test_intervals_are_exact_forward_and_backward(lengths: bool, name: str) -> None:
+    check(Problem(intervals=True, heads=4, queries=90, keys=110, lengths=lengths, lse_gradient=True), name)
+
+
 @pytest.mark.parametrize("name", ["triton", "portable"])
-@settings(max_examples=5 if not ON_GPU else 50)
+@settings(max_examples=5 if not ON_GPU else 100)
 @given(
-    kind=st.sampled_from([*MASKS]),
+    kind=st.sampled_from(["intervals", *MASKS]),
     queries=st.integers(129, 160),
     keys=st.integers(129, 160),
     width=st.sampled_from([8, 24, 32]),
     dtype=st.sampled_from([torch.float16, torch.float32]),
     softcap=st.sampled_from([0.0, 2.0]),
+    lengths=st.booleans(),
     sinks=st.booleans(),
     alibi=st.booleans(),
+    bias=st.none() | st.tuples(*[st.integers(0, 1)] * 4),
+    masked=st.booleans(),
+    radius=st.none() | st.integers(0, 40),
     dropout=st.sampled_from([0.0, 0.3]),
 )
-def test_masks_combine_with_everything_else(name: str, **given_: object) -> None:
-    problem = Problem(heads=2, key_heads=1, lists=given_.pop("kind"), **given_)
+def test_masks_combine_with_everything_else(name: str, kind: str, **given_: object) -> None:
+    mask = {"intervals": True} if kind == "intervals" else {"lists": kind}
+    problem = Problem(heads=2, key_heads=1, **mask, **given_)
     if problem.lists == "bigbird":
         problem = replace(problem, keys=problem.queries)
     check(problem, name)
+
+
+@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize("name", ["triton", "portable"])
+def test_long_rows_and_columns_are_shared_out_and_merged(name: str, sinks: bool) -> None:
+    problem = Problem(lists="global", heads=2, key_heads=1, queries=770, keys=770, sinks=sinks, lse_gradient=True)
+    lists = problem.lowered().lists
+    assert lists.row_merges.tolist() == lists.column_merges.tolist() == [[0, 0, 2]]
+    check(problem, name)
+
+
+FEW = {
+    "few queries": {"queries": 20, "keys": 300},
+    "few queries, causal": {"queries": 20, "keys": 300, "causal": True, "sinks": True},
+    "few queries, window": {"queries": 30, "keys": 300, "window": (150, 3), "lengths": True, "batch": 2},
+    "few keys": {"queries": 300, "keys": 20, "heads": 2},
+    "few keys, window": {"queries": 290, "keys": 30, "heads": 2, "window": (250, 100), "dropout": 0.3},
+    "few keys, intervals": {"queries": 290, "keys": 30, "intervals": True},
+}
+
+
+@pytest.mark.parametrize("few", FEW)
+def test_few_programs_share_their_walks(few: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    merged = []
+    merge = kernels_merge.merge
+    for module in (attention_forward, attention_backward):
+        monkeypatch.setattr(module, "merge", lambda *given: (merged.append(given[0].slots), merge(*given)))
+    monkeypatch.setattr(launch, "INTERPRETED_PROCESSORS", 12)
+    check(Problem(**{"heads": 1, "key_heads": 1, "lse_gradient": True, **FEW[few]}), "triton")
+    assert max(merged) > 1
+
+
+def test_walks_are_split_while_shares_are_long_enough_and_processors_idle() -> None:
+    assert launch.splits(programs=8, steps=128, processors=132) == 16
+    assert launch.splits(programs=8, steps=40, processors=132) == 40 // launch.LEAST_STEPS
+    assert launch.splits(programs=100, steps=128, processors=132) == 1
+    assert launch.splits(programs=0, steps=0, processors=132) == 1
 
 
 @pytest.mark.parametrize("backend", ["triton", "portable"])
