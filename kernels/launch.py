@@ -429,6 +429,7 @@ ATTENTION_DKDV |= {
     "sm_100 listed": (*ATTENTION_DKDV["sm_100 shaped"], Row(4, 64, Tiling(16, 32, 4, 1))),  # 32 x 32: 11
 }
 ATTENTION_DQ |= {
+    "sm_80 listed": (Row(2, 64, Tiling(64, 32, 4, 2)),),  # 64 x 64: 7
     "sm_90 listed": (
         *ATTENTION_DQ["sm_90 shaped"],
         Row(2, 256, Tiling(32, 32, 4, 1)),  # 64 x 32: 38

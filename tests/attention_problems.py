@@ -75,11 +75,12 @@ class Problem:
         scale = self.scale or self.width**-0.5
         return AttentionSpec(self.causal, scale, self.window, self.softcap, dropout, mask=layout)
 
-    @property
-    def options(self) -> dict[str, object]:
-        """What `fastattn.attention` is called with, beside tensors."""
-        names = ("causal", "scale", "window", "softcap")
-        return {**{name: getattr(self, name) for name in names}, "dropout_p": self.dropout}
+    def arguments(self, tensors: ScoreTensors) -> dict[str, object]:
+        """What `fastattn.attention` is called with, beside q, k and v, for these tensors to come of it."""
+        given = {name: getattr(self, name) for name in ("causal", "scale", "window", "softcap")}
+        given |= {name: t for name, t in tensors._asdict().items() if name not in ("mask", "intervals")}
+        mask = self.lowered() if self.lists or self.intervals else None
+        return {**given, "dropout_p": self.dropout, "mask": mask}
 
     def score_tensors(self) -> ScoreTensors:
         """Key lengths from none to all, slopes as ALiBi's, biases and sinks of the size of scores, some -inf."""
@@ -176,11 +177,8 @@ def check(problem: Problem, name: str) -> None:
     with implementation(name) as backend:
 
         def ours(q, k, v, *learned_):
-            given = {**tensors._asdict(), **dict(zip(learned, learned_, strict=True))}
-            given.pop("intervals")
-            if problem.lists or problem.intervals:
-                given["mask"] = problem.lowered()
-            return fastattn.attention(q, k, v, **problem.options, **given, return_lse=True, backend=backend)
+            given = problem.arguments(tensors._replace(**dict(zip(learned, learned_, strict=True))))
+            return fastattn.attention(q, k, v, **given, return_lse=True, backend=backend)
 
         actual = run((*inputs, *learned.values()), (dout, dlse), ours)
     for position, (a, x, e) in enumerate(zip(actual, exact, eager, strict=True)):

@@ -133,17 +133,28 @@ def test_keys_of_granules_that_nobody_sees_are_not_read(name: str) -> None:
     assert torch.isfinite(dq).all() and not dk[:, :, 512:].any()
 
 
+FLEX = {
+    "causal": masks.causal(),
+    "window": masks.window(20, 30),
+    "key lengths": masks.key_lengths([100, 130]),
+    "prefix": masks.causal() | masks.prefix([60, 7]),
+    "documents": masks.documents(torch.arange(130) // 40) & masks.causal(),
+    "scattered documents": masks.documents(torch.arange(130) % 3),
+    "longformer": masks.longformer(8, [0, 77]),
+    "dilated": masks.dilated(7) & ~masks.window(0, 20),
+    "blocks": masks.blocks(torch.eye(5, dtype=torch.bool), 30),
+    "bigbird": masks.bigbird(block=16, random=1),
+}
+
+
 @pytest.mark.parametrize("backend", ["triton", "portable"])
-def test_equal_to_flex_attention(backend: str) -> None:
+@pytest.mark.parametrize("kind", FLEX)
+def test_equal_to_flex_attention(kind: str, backend: str) -> None:
     q, k, v = Problem(batch=2, heads=2, queries=130, keys=130).inputs()
-    owner = torch.arange(130, device=DEVICE) // 40
-
-    def sees(b, h, i, j):
-        return (owner[i] == owner[j]) & (i >= j)
-
-    block_mask = create_block_mask(sees, None, None, 130, 130, device=DEVICE)
+    seen = FLEX[kind].dense(2, 2, 130, 130, DEVICE).expand(2, 2, -1, -1)
+    block_mask = create_block_mask(lambda b, h, i, j: seen[b, h, i, j], 2, 2, 130, 130, device=DEVICE)
     expected = flex_attention(q, k, v, block_mask=block_mask)
-    ours = fastattn.attention(q, k, v, mask=masks.documents(owner) & masks.causal(), backend=backend)
+    ours = fastattn.attention(q, k, v, mask=FLEX[kind], backend=backend)
     torch.testing.assert_close(ours, expected)
 
 
