@@ -225,8 +225,8 @@ def dkdv_listed(
         entry = number // parts
         query_start = tl.load(lists.full + entry) * GRANULE + (number - entry * parts) * BLOCK_M
         state = dkdv_step(
-            state, k_tile, v_tile, place, q, dout, padded_rows, query_start, start, 0, shape, window, lists, scores,
-            dropout, counting(terms, lists.full_counts, entry),
+            state, k_tile, v_tile, place, q, dout, padded_rows, query_start, start, 0, shape, window, lists,
+            scores, dropout, counting(terms, lists.full_counts, entry),
             HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, False, BLOCK_M, BLOCK_N, PRECISION,
         )  # fmt: skip
     return state
@@ -337,8 +337,8 @@ def attention_dkdv_kernel(
     head = key_head * shape.group
     if lists is None:
         state = dkdv_ranged(
-            state, k_tile, v_tile, q, dout, row_values, batch, head, start, work, shape, padded_rows, window, splits,
-            scores, dropout, HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, BLOCK_M, BLOCK_N, PRECISION,
+            state, k_tile, v_tile, q, dout, row_values, batch, head, start, work, shape, padded_rows, window,
+            splits, scores, dropout, HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, BLOCK_M, BLOCK_N, PRECISION,
         )  # fmt: skip
     else:
         for member in tl.range(0, shape.group):
@@ -387,8 +387,8 @@ def dq_step(
     k_tile = load_tile(k_pointer, k, start, shape.keys, HEAD_DIM, BLOCK_N, WIDTH, MASKED)
     v_tile = load_tile(v_pointer, v, start, shape.keys, VALUE_DIM, BLOCK_N, VALUE_WIDTH, MASKED)
     dscores, bent = score_gradient(
-        q_tile, dout_tile, lse, delta, k_tile, v_tile, start, queries, bounds, shape, window, lists, scores, dropout,
-        terms, MASKED, RELATIVE, BLOCK_N, PRECISION,
+        q_tile, dout_tile, lse, delta, k_tile, v_tile, start, queries, bounds, shape, window, lists, scores,
+        dropout, terms, MASKED, RELATIVE, BLOCK_N, PRECISION,
     )  # fmt: skip
     if scores.softcap is not None:
         dscores *= 1.0 - bent * bent

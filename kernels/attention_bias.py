@@ -91,8 +91,8 @@ def add_tile(
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Add to `total` the gradient of one head's scores: queries from `start` on, keys from `key_start` on, as far as
-    they are seen."""
+    """Add to `total` the gradient of one head's scores: queries from `start` on, keys from `key_start` on, as far
+    as they are seen."""
     key_count = key_count_of(batch, shape, window)
     queries = start + tl.arange(0, BLOCK_M)
     terms = terms_of(scores, dropout, batch, head)

@@ -100,8 +100,8 @@ def attention_forward_kernel(
         row_max = tl.zeros([BLOCK_M], tl.float32) + tl.where(work[0] == 0, sink, float("-inf"))
         row_sum += tl.where(work[0] == 0, 1.0, 0.0)
     accumulator, row_max, row_sum = walk_keys(
-        forward_step, (accumulator, row_max, row_sum), (q_tile, k_pointer, v_pointer, k, v, scores, dropout), terms,
-        start, batch, head, work, shape, window, lists, splits,
+        forward_step, (accumulator, row_max, row_sum), (q_tile, k_pointer, v_pointer, k, v, scores, dropout),
+        terms, start, batch, head, work, shape, window, lists, splits,
         HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, MASKED_FIRST, RELATIVE, BLOCK_M, BLOCK_N, PRECISION,
     )  # fmt: skip
 
@@ -186,8 +186,8 @@ def attention_forward(
     scale > 0. `left` and `right` bound the keys before and after the diagonal, causal is right = 0; softcap > 0;
     key_lengths (B,) int32 in [0, Lk]; alibi_slopes and sinks (B, Hq) fp32; bias (B, Hq, Lq, Lk), any of them 1,
     float or bool; relative_bias (B, Hq, 2 R + 1) fp32; dropout a multiple of 2**-16 with dropout_state (B, 2)
-    int64; precision of fp32 products as tl.dot has it; intervals (B, 2, Lq + Lk) int32, see walk.Window, in place of
-    left and right; lists, by rows and columns, see walk.Lists, in place of left, right and intervals. Returns
+    int64; precision of fp32 products as tl.dot has it; intervals (B, 2, Lq + Lk) int32, see walk.Window, in place
+    of left and right; lists, by rows and columns, see walk.Lists, in place of left, right and intervals. Returns
     out (B, Hq, Lq, Dv) in the inputs' dtype and lse (B, Hq, Lq) in nats, fp32.
     """
     batch, heads, queries, _ = q.shape

@@ -139,7 +139,8 @@ def heads_per_section(left: torch.Tensor, right: torch.Tensor, heads: int) -> in
     return min(max(1, heads), max(1, L2_BUDGET // max(1, left.shape[2] * row_bytes)))
 
 
-# A share of a walk is worth a program of its own, and its part a pass over memory, from so many tiles on.
+# Shares of a walk have at least so many tiles: the part of one of n tiles of 64 keys, written and read again in
+# float32, costs 2 / n of what it loads of 2-byte keys and values.
 LEAST_STEPS = 4
 
 # Whose programs a launch is to occupy in the interpreter.
@@ -175,8 +176,9 @@ _INTERPRETED = {
 
 # Where the forward and dq walk the masked keys before the others. On sm_90, if the masked loop came second, ptxas
 # would make every asynchronous product of the kernel wait for the one before (its note C7515). Elsewhere the other
-# order takes fewer registers. There, too, bounds are compared with the keys of a tile counted from its start; so they
-# are in dq on sm_100: 1.23 -> 1.05 issue / tensor of the masked loop at D = 128, where it makes the forward spill.
+# order takes fewer registers. Where they come first, bounds are also compared with keys counted from the tile's
+# start; so they are in dq on sm_100 (issue / tensor of the masked loop at D = 128: 1.23 -> 1.05), not in the forward
+# there, which would spill.
 MASKED_FIRST = frozenset({"sm_90", INTERPRETER})
 RELATIVE_DQ = MASKED_FIRST | {"sm_100"}
 

@@ -122,7 +122,7 @@ def merge_kernel(
     parts, out, values, merges, slots, length, heads,
     DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program merges BLOCK rows of one head: by the parts' log-sum-exps, if they have any, else adds them up."""
+    """One program merges BLOCK rows of one head: by the parts' log-sum-exps, if there are any, else adds them."""
     flat_head = tl.program_id(1)
     batch, head = flat_head // heads, flat_head % heads
     start = tl.program_id(0) * BLOCK
@@ -171,11 +171,8 @@ def merge(sharing: Sharing, parts: Parts | None, out: torch.Tensor, values: torc
     if parts is None or sharing.slots == 0:
         return
     batch, heads, rows, width = out.shape
-    if sharing.merges is None:
-        programs = triton.cdiv(rows, ROWS)
-    else:
-        programs = len(sharing.merges) * (GRANULE.value // ROWS)
-    merge_kernel[(programs, batch * heads)](
+    shared_rows = rows if sharing.merges is None else len(sharing.merges) * GRANULE.value
+    merge_kernel[(triton.cdiv(shared_rows, ROWS), batch * heads)](
         parts,
         tensor4(out),
         None if values is None else tensor3(values),

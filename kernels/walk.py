@@ -1,8 +1,8 @@
 """Which scores a program visits, and which of them are seen: windows, intervals, lists of granules, shares.
 
-A mask is numbers (a window around the diagonal, key lengths), intervals (each query sees the keys from one to before
-another) or lists of granules. A program owns a tile of queries and walks the keys they see, or the other way round;
-if its walk is long and programs are few, several programs share it, see kernels/merge.py.
+A mask is numbers (a window around the diagonal, key lengths), intervals (each query sees the keys from one to
+before another) or lists of granules. A program owns a tile of queries and walks the keys they see, or the other
+way round; where walks are long and programs few, several share one, see merge.py.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ GRANULE: tl.constexpr = tl.constexpr(64)
 
 
 class Window(NamedTuple):
-    """Which keys are seen: so many before and after the diagonal, in each batch entry those before its length, and
-    the intervals (batch, first and stop, queries and then keys) of keys that each query sees and of queries that see
-    each key. What is None is absent at compile time."""
+    """Which keys are seen: so many before and after the diagonal; in each batch entry those before its length; and
+    by intervals (batch, first or stop, queries and then keys): of keys for each query, of queries for each key.
+    What is None is absent at compile time."""
 
     left: int | None
     right: int | None
@@ -32,8 +32,8 @@ class Window(NamedTuple):
 
 class Lists(NamedTuple):
     """Which granules each row (or column) of granules has, as the mask's BlockLists have it: the full ones, the
-    partial ones and their bit tiles, how often their keys count, and the pattern of each batch entry and head. Items
-    (row, share, of how many, slot) are what programs do, the heaviest first; None is one for each row."""
+    partial ones and their bit tiles, how often their keys count, and the pattern of each batch entry and head.
+    Items (row, share, of how many, slot) are what programs do, the heaviest first; None is one for each row."""
 
     full_offsets: torch.Tensor
     full: torch.Tensor
@@ -95,6 +95,15 @@ def _lengths(offsets: torch.Tensor, items: torch.Tensor | None) -> tuple:
 
 
 @triton.jit
+def are_shared(lists):
+    """Whether items say which program does what of a row's list."""
+    if lists is None:
+        return False
+    else:
+        return lists.items is not None
+
+
+@triton.jit
 def work_of(length, heads, lists, splits, heads_per_section, DESCENDING: tl.constexpr, BLOCK: tl.constexpr):
     """This program's tile of `length` rows: its first row, batch entry and head, and, where walks are shared, its
     share, of how many, and the slot its part goes to (-1: the share is the whole).
@@ -108,16 +117,14 @@ def work_of(length, heads, lists, splits, heads_per_section, DESCENDING: tl.cons
         program, programs = program // splits, programs // splits
     tiles = tl.cdiv(length, BLOCK)
     parts: tl.constexpr = GRANULE // BLOCK
-    if lists is not None:
-        if lists.items is not None:
-            tiles = lists.item_count * parts
+    if are_shared(lists):
+        tiles = lists.item_count * parts
     tile, flat_head = heavy_first(program, tiles, programs // tiles, heads_per_section, DESCENDING)
     start = tile * BLOCK
-    if lists is not None:
-        if lists.items is not None:
-            item = lists.items + tile // parts * 4
-            start = tl.load(item) * GRANULE + tile % parts * BLOCK
-            share, shares, slot = tl.load(item + 1), tl.load(item + 2), tl.load(item + 3)
+    if are_shared(lists):
+        item = lists.items + tile // parts * 4
+        start = tl.load(item) * GRANULE + tile % parts * BLOCK
+        share, shares, slot = tl.load(item + 1), tl.load(item + 2), tl.load(item + 3)
     return start, flat_head // heads, flat_head % heads, (share, shares, slot)
 
 
@@ -154,8 +161,8 @@ def interval_of(window, batch, place):
 
 @triton.jit
 def key_bounds(queries, batch, key_count, shape, window):
-    """The keys each query may see: from the first to before the second. Without a left bound the first is 0 for all.
-    Queries that do not exist see what the last one sees."""
+    """The keys each query may see: from the first to before the second. Without a left bound the first is 0 for
+    all. By intervals, queries that do not exist see what the last one sees."""
     if window.intervals is not None:
         first, stop = interval_of(window, batch, tl.minimum(queries, shape.queries - 1))
         return first, tl.minimum(stop, key_count)
@@ -256,15 +263,15 @@ def query_tiles(start, bounds, key_count, shape, window, BLOCK_M: tl.constexpr, 
 
 @triton.jit
 def sees_bit(words, bits):
-    """Whether bit `bits`, below 64, of the words is set; in 32-bit halves, which a test of one instruction takes."""
+    """Whether these bits, below 64, of the words are set; in 32-bit halves, each tested by one instruction."""
     half = tl.where(bits < 32, words.to(tl.int32), (words >> 32).to(tl.int32))
     return ((half >> (bits % 32)) & 1) != 0
 
 
 @triton.jit
 def within(start, bounds, window, lists, BLOCK_N: tl.constexpr, RELATIVE: tl.constexpr):
-    """Which of the keys from `start` on lie inside each query's bounds: (M, BLOCK_N). With lists the first bound is
-    a word for each query, whose bits say which keys of a granule it sees, the second how many keys there are."""
+    """Which of the keys from `start` on lie inside each query's bounds: (M, BLOCK_N). With lists the first bound
+    is a word for each query, whose bits say which keys of a granule it sees, the second is the keys' number."""
     columns = tl.arange(0, BLOCK_N)[None, :]
     first, stop = bounds
     if lists is not None:

@@ -77,8 +77,8 @@ class Scores:
     def _keys_seen_by(self, rows: slice) -> tuple[int, int]:
         """From the first key that any of these rows may see to the one after the last."""
         if self.bounds is not None:
-            start, stop = self.bounds[:, :, rows].unbind(1)
-            first, last = torch.stack((start.amin(), stop.amax())).tolist() if start.numel() else (0, 0)
+            begin, end = self.bounds[:, :, rows].unbind(1)
+            first, last = torch.stack((begin.amin(), end.amax())).tolist() if begin.numel() else (0, 0)
             return first, max(first, min(last, self.longest))
         left, right = self.spec.left, self.spec.right
         start = 0 if left is None else max(0, rows.start + self.shift - left)
