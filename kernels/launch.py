@@ -177,8 +177,8 @@ _INTERPRETED = {
 # Where the forward and dq walk the masked keys before the others. On sm_90, if the masked loop came second, ptxas
 # would make every asynchronous product of the kernel wait for the one before (its note C7515). Elsewhere the other
 # order takes fewer registers. Where they come first, bounds are also compared with keys counted from the tile's
-# start; so they are in dq on sm_100 (issue / tensor of the masked loop at D = 128: 1.23 -> 1.05), not in the forward
-# there, which would spill.
+# start; so they are in dq on sm_100 (issue / tensor of the masked loop at D = 128: 1.23 -> 1.05), but not in the
+# forward there, which would spill.
 MASKED_FIRST = frozenset({"sm_90", INTERPRETER})
 RELATIVE_DQ = MASKED_FIRST | {"sm_100"}
 
