@@ -210,6 +210,14 @@ def test_masks_compile_without_a_graph_break() -> None:
         torch.testing.assert_close(a, e)
 
 
+def test_a_mask_that_is_not_lowered_is_refused_by_the_compiler_in_words() -> None:
+    torch._dynamo.reset()
+    q, k, v = Problem(queries=70, keys=70).inputs()
+    compiled = torch.compile(fastattn.attention, fullgraph=True, backend="aot_eager")
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"mask must be lowered before torch\.compile"):
+        compiled(q, k, v, mask=masks.dilated(3))
+
+
 def test_a_mask_that_does_not_fit_is_named() -> None:
     q, k, v = Problem(queries=70, keys=70).inputs()
     with pytest.raises(TypeError, match=r"mask must be a value of fastattn\.masks, lowered or not, got Tensor"):
