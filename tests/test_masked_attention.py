@@ -158,8 +158,9 @@ def test_equal_to_flex_attention(kind: str, backend: str) -> None:
     torch.testing.assert_close(ours, expected)
 
 
-def test_samples_of_a_vmap_share_the_mask() -> None:
-    problem = Problem(lists="random", batch=2, queries=70, keys=70)
+@pytest.mark.parametrize("mask", [{"lists": "random"}, {"intervals": True}])
+def test_samples_of_a_vmap_share_the_mask(mask: dict) -> None:
+    problem = Problem(batch=2, queries=70, keys=70, **mask)
     q, k, v = (torch.stack([t] * 3) * torch.randn(3, 1, 1, 1, 1, device=DEVICE) for t in problem.inputs())
     mask = problem.lowered()
 
@@ -191,9 +192,10 @@ def test_second_derivatives_and_forward_mode_through_a_mask(mode: str) -> None:
     torch.testing.assert_close(a, e)
 
 
-def test_masks_compile_without_a_graph_break() -> None:
+@pytest.mark.parametrize("mask", [{"lists": "documents"}, {"intervals": True}])
+def test_masks_compile_without_a_graph_break(mask: dict) -> None:
     torch._dynamo.reset()
-    problem = Problem(lists="documents", queries=70, keys=70, causal=False)
+    problem = Problem(queries=70, keys=70, **mask)
     mask = problem.lowered()
 
     def function(q, k, v):
