@@ -610,3 +610,48 @@ HEADS_ELEMENTWISE = {
         Row(4, 256, Tiling(16, 4, 8, 1)),  # 64 / 107
     ),
 }
+
+# Norms of rows: bounded by memory. A row's columns lie in one tile as far as registers go.
+NORM_FORWARD = {
+    INTERPRETER: (Row(4, EVERY, Tiling(4, 32, 4, 1)),),
+    "sm_80": (
+        Row(4, 64, Tiling(32, 64, 4, 1)),
+        Row(4, 128, Tiling(16, 128, 4, 1)),
+        Row(4, 256, Tiling(8, 256, 4, 1)),
+        Row(4, 512, Tiling(4, 512, 4, 1)),
+        Row(4, 1024, Tiling(2, 1024, 4, 1)),
+        Row(4, 2048, Tiling(1, 2048, 4, 1)),
+        Row(4, 4096, Tiling(1, 4096, 8, 1)),
+        Row(4, 8192, Tiling(1, 8192, 8, 1)),
+        Row(4, 16384, Tiling(1, 16384, 16, 1)),
+        Row(4, EVERY, Tiling(1, 8192, 8, 1)),
+    ),
+}
+NORM_BACKWARD = {
+    INTERPRETER: (Row(4, EVERY, Tiling(4, 32, 4, 1)),),
+    "sm_80": (
+        Row(4, 64, Tiling(32, 64, 8, 1)),
+        Row(4, 128, Tiling(16, 128, 8, 1)),
+        Row(4, 256, Tiling(8, 256, 8, 1)),
+        Row(4, 512, Tiling(4, 512, 8, 1)),
+        Row(4, 1024, Tiling(2, 1024, 8, 1)),
+        Row(4, 2048, Tiling(2, 2048, 8, 1)),
+        Row(4, 4096, Tiling(1, 4096, 8, 1)),
+        Row(4, 8192, Tiling(1, 8192, 16, 1)),
+        Row(4, EVERY, Tiling(1, 4096, 8, 1)),
+    ),
+}
+
+# How many programs share out the rows of a norm's backward: as many as have 8192 elements of dy, and of x, in
+# flight on every multiprocessor of the family's largest GPU: 32 KiB in half precision, where an H100's bandwidth
+# times latency is some 16. Each leaves a line of partial sums, so that more of them move more bytes.
+_NORM_ELEMENTS = 8192
+_MULTIPROCESSORS = {"sm_80": 108, "sm_86": 84, "sm_90": 132, "sm_100": 148, "sm_120": 188, "gfx942": 304}
+
+
+def norm_programs(family: str, tiling: Tiling) -> int:
+    """How many programs share out the rows: the same on every GPU of a family, as the order of sums is."""
+    if family == INTERPRETER:
+        return 3
+    units = _MULTIPROCESSORS.get(family, _MULTIPROCESSORS["sm_80"])
+    return units * (_NORM_ELEMENTS // (tiling.block_m * tiling.block_n))
