@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+import os
 from typing import overload
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from fastattn import norm_ops
+from fastattn import capabilities, norm_ops
 from fastattn.norm_spec import NormSpec, norm_spec
+from fastattn.spec import lse_dtype
 
 
 @overload
@@ -129,11 +132,34 @@ def _norm(
     backend: str | None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """x as the rows (1, R, W) of one weight."""
+    if residual is None and backend is None and _torch_is_shorter(x, weight, bias, spec):
+        if spec.centred:
+            return F.layer_norm(x, x.shape[-1:], weight, bias, spec.eps)
+        weight = weight if weight is None or spec.weight_offset == 0 else weight + spec.weight_offset
+        return F.rms_norm(x, x.shape[-1:], weight, spec.eps)
     rows = (1, math.prod(x.shape[:-1]), x.shape[-1])
     weight, bias = (None if t is None else t[None] for t in (weight, bias))
     added = None if residual is None else residual.reshape(rows)
     y, total, *_ = norm_ops.norm(x.reshape(rows), added, weight, bias, *spec.options, backend)
     return y.view(x.shape) if residual is None else (y.view(x.shape), total.view(x.shape))
+
+
+# So many elements repay, on a CPU, what an operator of ours costs beside torch's RMS norm, which is several
+# operators there (benchmarks/test_norm_speed.py).
+_REPAID_ON_CPU = 2**19
+
+
+def _torch_is_shorter(x: Tensor, weight: Tensor | None, bias: Tensor | None, spec: NormSpec) -> bool:
+    """Whether torch's own function computes what the portable backend would, where that serves, with less around
+    it."""
+    if (os.environ.get("FASTATTN_BACKEND") or capabilities.default_backend(x.device)) != "portable":
+        return False
+    if any(t is not None and t.dtype != x.dtype for t in (weight, bias)):
+        return False
+    if x.device.type != "cpu":
+        return spec.weight_offset == 0 or x.dtype == lse_dtype(x.dtype)
+    # In half precision the CPU's round more than once.
+    return x.dtype == lse_dtype(x.dtype) and (spec.centred or x.numel() < _REPAID_ON_CPU)
 
 
 def _autocast(*tensors: Tensor | None) -> tuple:

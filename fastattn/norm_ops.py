@@ -141,8 +141,12 @@ class NormBackward(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(dy, dtotal, x, weight, mean, inverse, *options):
-        return torch.ops.fastattn.norm_backward(dy, dtotal, x, weight, mean, inverse, *options)
+    def forward(
+        dy, dtotal, x, weight, mean, inverse, want_weight, want_bias, centred, eps, weight_offset, backend
+    ):
+        return torch.ops.fastattn.norm_backward(
+            dy, dtotal, x, weight, mean, inverse, want_weight, want_bias, centred, eps, weight_offset, backend
+        )
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -189,6 +193,12 @@ class DualNormBackward(NormBackward):
 
 def norm(*arguments) -> tuple[Tensor, ...]:
     """Norm's arguments to its results, differentiable."""
+    if (
+        not torch.is_grad_enabled()
+        and not torch._C._are_functorch_transforms_active()
+        and torch.autograd.forward_ad._current_level < 0
+    ):
+        return torch.ops.fastattn.norm_forward(*arguments)
     return (Norm if torch.compiler.is_compiling() else DualNorm).apply(*arguments)
 
 

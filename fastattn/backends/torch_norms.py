@@ -27,17 +27,15 @@ def forward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, spec: NormSpec
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """y, mean (None unless centred) and inverse deviation of x (B, R, W)."""
-    width = x.shape[2]
-    rows, weight = x.reshape(-1, width), _weight(x, weight, spec)
-    mean = None
+    width, mean = x.shape[2], None
+    rows, weight = _rows(x, x), _weight(x, weight, spec)
     if spec.centred:
-        bias = None if bias is None else bias[0].to(_taken(x))
+        bias = None if bias is None else bias[0].to(rows.dtype)
         y, mean, inverse = torch.native_layer_norm(rows, [width], weight, bias, spec.eps)
         mean = mean.view(x.shape[:2])
     elif x.is_cuda:
         y, inverse = torch.ops.aten._fused_rms_norm(rows, [width], weight, spec.eps)
     else:
-        rows = rows.to(lse_dtype(x.dtype))
         size = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
         inverse = size.square_().div_(width).add_(spec.eps).rsqrt_()
         y = rows * inverse
@@ -55,20 +53,18 @@ def backward(
     wanted: tuple[bool, bool],
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """dx, and dweight and dbias (1, W) where they are wanted."""
-    dtype, width = lse_dtype(x.dtype), x.shape[2]
-    weight = _weight(x, weight, spec)
-    dy, rows, inverse = dy.reshape(-1, width), x.reshape(-1, width), inverse.reshape(-1, 1)
+    width, weight = x.shape[2], _weight(x, weight, spec)
+    dy, rows, inverse = _rows(dy, x), _rows(x, x), inverse.reshape(-1, 1)
     if mean is not None:
         dx, *beside = _layer_norm(dy, rows, weight, mean.reshape(-1, 1), inverse, wanted)
     elif x.is_cuda:
         mask = [True, wanted[0]]
         dx, *beside = torch.ops.aten._fused_rms_norm_backward(dy, rows, [width], inverse, weight, mask)
     else:
-        dy, rows = dy.to(dtype), rows.to(dtype)
         dx, *beside = _layer_norm(dy, rows, weight, torch.zeros_like(inverse), inverse, wanted)
         level = dy.sum(1) if weight is None else dy @ weight
         dx.addcmul_(level[:, None], inverse, value=1 / width)
-    dweight, dbias = (t.to(dtype)[None] if t is not None else None for t in (*beside, None)[:2])
+    dweight, dbias = (None if t is None else t.to(inverse.dtype)[None] for t in (*beside, None)[:2])
     return dx.to(x.dtype).view(x.shape), dweight, dbias
 
 
@@ -84,14 +80,19 @@ def _layer_norm(
 
 
 def _taken(x: Tensor) -> torch.dtype:
-    """The dtype of weights that they take beside x; the CPU's keep the moments in it, too."""
+    """The dtype in which they take rows and weights: on the CPU fp32 for half precision, in which they round more
+    than once."""
     return lse_dtype(x.dtype) if x.device.type == "cpu" else x.dtype
 
 
+def _rows(t: Tensor, x: Tensor) -> Tensor:
+    """(R, W)."""
+    return t.reshape(-1, x.shape[2]).to(_taken(x))
+
+
 def _weight(x: Tensor, weight: Tensor | None, spec: NormSpec) -> Tensor | None:
-    """(W,) of what normalised rows are multiplied by; None for 1, if the moments' dtype does not hang on it."""
-    taken = _taken(x)
-    if weight is not None:
-        weight = weight[0].to(taken)
-        return weight if spec.weight_offset == 0 else weight + spec.weight_offset
-    return None if taken == x.dtype else x.new_ones(x.shape[2], dtype=taken)
+    """(W,) of what normalised rows are multiplied by; None for 1."""
+    if weight is None:
+        return None
+    weight = weight[0].to(_taken(x))
+    return weight if spec.weight_offset == 0 else weight + spec.weight_offset
