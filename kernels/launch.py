@@ -611,11 +611,11 @@ HEADS_ELEMENTWISE = {
     ),
 }
 
-# Norms of rows: bounded by memory. A tile is whole rows as far as registers go, 16 elements a thread forward and 8 or
-# 16 backward, whose sums for weight and bias stay in registers. Loads and stores of aligned tensors are 16 bytes.
-# Beside each row: registers, the most of sm_80 to sm_120 for layer norm in bf16 with weight, bias and residual;
-# after the slash in fp32, where compiled. Nothing spills but 3 on sm_120 at W=1024 backward (Triton 3.7.1). Not yet
-# measured.
+# Norms of rows: bounded by memory. A tile is whole rows as far as registers go, 16 elements a thread forward and 8
+# or 16 backward, whose sums for weight and bias stay in registers. Loads and stores of aligned tensors are 16
+# bytes. Beside each row: registers, the most of sm_80 to sm_120 for layer norm in bf16 with weight, bias and
+# residual; after the slash in fp32, where compiled (Triton 3.7.1). Nothing spills but 3 on sm_120 at W=1024
+# backward. Not yet measured.
 NORM_FORWARD = {
     INTERPRETER: (Row(4, EVERY, Tiling(4, 32, 4, 1)),),
     "sm_80": (
