@@ -149,10 +149,17 @@ def _norm(
 _REPAID_ON_CPU = 2**19
 
 
+@torch.compiler.assume_constant_result
+def _serving(device: str, index: int | None) -> str:
+    """The backend that serves a call that asks for none; torch.compile cannot trace what is asked of a GPU."""
+    place = torch.device(device if index is None else f"{device}:{index}")
+    return os.environ.get("FASTATTN_BACKEND") or capabilities.default_backend(place)
+
+
 def _torch_is_shorter(x: Tensor, weight: Tensor | None, bias: Tensor | None, spec: NormSpec) -> bool:
     """Whether torch's own function computes what the portable backend would, where that serves, with less around
     it."""
-    if (os.environ.get("FASTATTN_BACKEND") or capabilities.default_backend(x.device)) != "portable":
+    if _serving(x.device.type, x.device.index) != "portable":
         return False
     if any(t is not None and t.dtype != x.dtype for t in (weight, bias)):
         return False

@@ -49,11 +49,16 @@ def norm_spec(
         raise ValueError(f"x must have a last dimension of at least 1, got {tuple(x.shape)}")
     for name, t in (("weight", weight), ("bias", bias)):
         if t is not None:
-            check_beside(name, t, x, ((width,),), "x")
+            check_beside(name, t, x, None, "x")
             check_floating(name, t)
+            # Number by number: torch.compile does not see that a symbol in a tuple equals a number.
+            if t.dim() != 1 or t.shape[0] != width:
+                raise ValueError(f"{name} must have shape ({width},), got {tuple(t.shape)}")
     if residual is not None:
-        check_beside("residual", residual, x, (tuple(x.shape),), "x")
+        check_beside("residual", residual, x, None, "x")
         check_same("residual", residual, "x", x)
+        if residual.shape != x.shape:
+            raise ValueError(f"residual must have x's shape {tuple(x.shape)}, got {tuple(residual.shape)}")
     if isinstance(weight_offset, bool) or not isinstance(weight_offset, int | float):
         raise TypeError(f"weight_offset must be a number, got {type(weight_offset).__name__}")
     eps = torch.finfo(lse_dtype(x.dtype)).eps if eps is None else eps

@@ -762,8 +762,11 @@ def test_copies_of_patched_norms_unpatch_on_their_own(way: str) -> None:
     assert [row[:3] for row in anatomy(twin)] == before
 
 
-def test_a_model_with_everything_patched_compiles_whole() -> None:
-    model = build("sequences").eval()
-    expected = step(model, batch())
-    fastattn.patch(model, norm=True)
-    assert_same(step(torch.compile(model, fullgraph=True, backend="aot_eager"), batch()), expected)
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_patched_norms_compile_whole(dynamic: bool) -> None:
+    torch._dynamo.reset()
+    model = nn.Sequential(norm_of("llama", "LlamaRMSNorm"), nn.LayerNorm(48))
+    x = torch.randn(3, 48)
+    expected = step(model, x)
+    patch_norms(model, strict=True)
+    assert_same(step(torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=dynamic), x), expected)
