@@ -315,6 +315,14 @@ def test_where_nothing_is_gained_torchs_own_function_computes(
     assert len(called) == 3 + (not centred)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
+def test_the_epsilon_that_is_not_given_is_torchs(dtype: torch.dtype) -> None:
+    x = torch.randn(3, 8, device=DEVICE).to(dtype) * (1e-8 if dtype == torch.float64 else 3e-4)
+    expected = F.rms_norm(x, (8,))
+    for y in (fastattn.rms_norm(x, backend="portable"), fastattn.nn.RMSNorm(8, backend="portable").to(x)(x)):
+        torch.testing.assert_close(y, expected)
+
+
 MODULES = {nn.LayerNorm: fastattn.nn.LayerNorm, nn.RMSNorm: fastattn.nn.RMSNorm}
 
 

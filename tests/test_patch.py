@@ -701,7 +701,7 @@ class TimidRMSNorm(SquaredRMSNorm):
     """A norm, but not with the epsilon it names."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return x / (x.square().mean(-1, keepdim=True) + 2 * self.eps).sqrt() * self.weight
+        return x / (x.square().mean(-1, keepdim=True) + 1.2 * self.eps).sqrt() * self.weight
 
 
 class GatedRMSNorm(SquaredRMSNorm):
