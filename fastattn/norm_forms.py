@@ -57,7 +57,7 @@ def names_of(module: nn.Module) -> NormNames | None:
         for eps in ("variance_epsilon", "eps", "epsilon")
         if isinstance(getattr(module, eps, None), float)
         for centred, offset in ((False, 0.0), (False, 1.0), (True, 0.0))
-        if not (centred and offset) and (centred or bias is None)
+        if centred or bias is None
     )
     return next((found for found in names if _is_this_norm(module, found)), None)
 

@@ -112,9 +112,9 @@ def patch(
         attention, mlp: what to swap.
         norm: swap the norms, too: torch.nn's LayerNorm and RMSNorm get their counterparts' classes; modules whose
             class is called ...RMSNorm or ...LayerNorm are tried on an input first. Not by default, for it pays
-            where the Triton kernels compute. Elsewhere PyTorch's norms still do, some microseconds later (but RMS
-            norms of half a million elements gain on a CPU, in training), and under torch.compile the compiler
-            fuses a module's own code anyway. Results are rounded once; Llama's norms also round before the weight.
+            where the Triton kernels compute. Elsewhere PyTorch's norms still do, some ten microseconds later (RMS
+            norms of half a million elements and more gain on a CPU), and under torch.compile the compiler fuses a
+            module's own code anyway. Results are rounded once; Llama's norms also round before the weight.
         strict: raise if anything is left, and leave everything.
 
     Returns:
