@@ -32,8 +32,8 @@ PROVEN: frozenset[str] = frozenset()
 class Request:
     """One call, as far as the choice of a backend depends on it."""
 
-    family: str  # "attention", "mlp" or "heads"
-    spec: Any  # the family's: AttentionSpec, MLPSpec or HeadsSpec
+    family: str  # "attention", "mlp", "heads" or "norm"
+    spec: Any  # the family's: AttentionSpec, MLPSpec, HeadsSpec or NormSpec
     tensors: tuple[Tensor, ...]
     lse_gradient: bool = False
     score_tensors: ScoreTensors = NO_TENSORS
@@ -134,6 +134,16 @@ FEATURES: tuple[Feature, ...] = (
     Feature("heads", "bfloat16", _is(torch.bfloat16)),
     Feature("heads", "float32", _is(torch.float32)),
     Feature("heads", "float64", _is(torch.float64), triton=frozenset()),
+    Feature("norm", "RMS norm", lambda r: not r.spec.centred),
+    Feature("norm", "layer norm", lambda r: r.spec.centred),
+    Feature("norm", "weight and bias, or none, with gradient", lambda r: True),
+    Feature("norm", "weight kept less one", lambda r: r.spec.weight_offset != 0),
+    Feature("norm", "residual added in the same pass, with gradient", lambda r: r.spec.added),
+    Feature("norm", "any widths", lambda r: True),
+    Feature("norm", "float16", _is(torch.float16)),
+    Feature("norm", "bfloat16", _is(torch.bfloat16)),
+    Feature("norm", "float32", _is(torch.float32)),
+    Feature("norm", "float64", _is(torch.float64), triton=frozenset()),
 )
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from fastattn.dropout import dropout_mask
 from fastattn.head_spec import HeadsSpec, HeadTensors
 from fastattn.masks.lists import decode, unpacked
+from fastattn.norm_spec import NormSpec
 from fastattn.spec import (
     NO_TENSORS,
     AttentionSpec,
@@ -373,3 +374,53 @@ def _rows_of_table(table: Tensor, offsets: Tensor | None, length: int) -> Tensor
     last = table.shape[1] - 1
     rows = torch.take_along_dim(table, positions.clamp(0, max(last, 0)).long()[..., None], 1)
     return rows.masked_fill((positions > last)[..., None], float("nan"))
+
+
+def norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, spec: NormSpec
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+    """y, x + residual (None without), and of each row the mean (None unless centred) and the inverse deviation.
+
+    x and residual (B, R, W), weight and bias (B, W); in fp32 at least, rounded once.
+    """
+    total = x if residual is None else x + residual
+    y, mean, inverse = _standardised(total, spec)
+    if weight is not None:
+        y = y * _multiplier(weight, y, spec)
+    if bias is not None:
+        y = y + bias.to(y.dtype)[:, None]
+    mean = None if mean is None else mean[..., 0]
+    return y.to(x.dtype), None if residual is None else total, mean, inverse[..., 0]
+
+
+def norm_backward(
+    dy: Tensor, dtotal: Tensor | None, x: Tensor, weight: Tensor | None, spec: NormSpec
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of `norm`, written out, so that they can be differentiated again: of what was normalised, x,
+    to which dtotal comes as a result; and of weight and bias (B, W), in fp32 at least."""
+    normalised, _, inverse = _standardised(x, spec)
+    gradient = dy.to(normalised.dtype)
+    dweight, dbias = (gradient * normalised).sum(1), gradient.sum(1)
+    if weight is not None:
+        gradient = gradient * _multiplier(weight, gradient, spec)
+    dx = gradient - normalised * (gradient * normalised).mean(-1, keepdim=True)
+    if spec.centred:
+        dx = dx - gradient.mean(-1, keepdim=True)
+    dx = inverse * dx
+    return (dx if dtotal is None else dx + dtotal).to(x.dtype), dweight, dbias
+
+
+def _standardised(x: Tensor, spec: NormSpec) -> tuple[Tensor, Tensor | None, Tensor]:
+    """x in fp32 at least, less its mean if centred, over its deviation; that mean, or None, and the inverse of the
+    deviation, (B, R, 1)."""
+    x, mean = x.to(lse_dtype(x.dtype)), None
+    if spec.centred:
+        mean = x.mean(-1, keepdim=True)
+        x = x - mean
+    inverse = torch.rsqrt(x.square().mean(-1, keepdim=True) + spec.eps)
+    return x * inverse, mean, inverse
+
+
+def _multiplier(weight: Tensor, like: Tensor, spec: NormSpec) -> Tensor:
+    """What normalised rows are multiplied by: (B, 1, W)."""
+    return weight.to(like.dtype)[:, None] + spec.weight_offset

@@ -12,6 +12,7 @@ from fastattn.kernels.attention_forward import attention_forward
 from fastattn.kernels.attention_tangent import attention_tangent
 from fastattn.kernels.heads import prepare_heads, prepare_heads_backward
 from fastattn.kernels.mlp import gated_mlp_backward, gated_mlp_forward, mlp_backward, mlp_forward
+from fastattn.kernels.norm import norm_backward, norm_forward
 from fastattn.masks import BlockLists
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -160,9 +161,29 @@ class HeadsCall:
         prepare_heads_backward(y, x, **ask)
 
 
+@dataclass(frozen=True)
+class NormCall:
+    """Forward and backward of 8192 rows: layer norm with weight, bias and residual, or RMS norm with a weight."""
+
+    dtype: str
+    width: int
+    centred: bool = True
+
+    @property
+    def name(self) -> str:
+        return f"{'layer' if self.centred else 'rms'}_norm {self.dtype} W={self.width}"
+
+    def run(self) -> None:
+        x = torch.empty((1, 8192, self.width), dtype=DTYPES[self.dtype], device="meta")
+        weight = torch.empty((1, self.width), dtype=DTYPES[self.dtype], device="meta")
+        residual, bias = (x, weight) if self.centred else (None, None)
+        _, total, *moments = norm_forward(x, residual, weight, bias, centred=self.centred, eps=1e-6)
+        norm_backward(x, total, x, weight, *moments, want_weight=True, want_bias=self.centred)
+
+
 # What only targets whose kernels must not spill are asked: the others have no rows for it, and compile slowly.
 WATCHED_CLOSELY = ("bias", "relative bias", "dropout", "intervals", "lists", "lists that count", "tf32", "tf32x3")
-Call = AttentionCall | MLPCall | HeadsCall
+Call = AttentionCall | MLPCall | HeadsCall | NormCall
 
 CALLS: tuple[Call, ...] = (
     *(AttentionCall("bf16", width, causal) for width in (64, 128, 256) for causal in (True, False)),
@@ -193,6 +214,10 @@ CALLS: tuple[Call, ...] = (
     HeadsCall("bf16", 128, 128, "interleaved"),
     HeadsCall("bf16", 80, 32),
     HeadsCall("fp32", 128, 128),
+    *(NormCall("bf16", 2**power) for power in range(6, 16)),
+    *(NormCall("fp32", 2**power) for power in (10, 13, 15)),
+    *(NormCall("bf16", 2**power, centred=False) for power in (10, 13, 15)),
+    NormCall("bf16", 111),
 )
 
 
