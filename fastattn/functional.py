@@ -253,7 +253,7 @@ def _with_mask(
         raise TypeError(f"mask must be a value of fastattn.masks, lowered or not, got {type(mask).__name__}")
     shape = (q.shape[0], q.shape[1], q.shape[2], k.shape[2], q.device)
     if isinstance(mask, Mask) and torch.compiler.is_compiling():
-        raise ValueError("mask must be lowered before torch.compile: give mask.lower(batch, heads, Lq, Lk, device)")
+        raise ValueError("mask must be lowered before torch.compile: give mask.lower(B, Hq, Lq, Lk, device)")
     lowered = mask.lower(*shape) if isinstance(mask, Mask) else mask
     lowered.check(*shape)
     bounds = spec.left, spec.right

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, library
 
 from fastattn import backends, capabilities, reference
+from fastattn.autograd import Function
 from fastattn.backends.layout import empty_heads
 from fastattn.backends.mapped import fold, unfold
 from fastattn.capabilities import BACKWARD, FORWARD, Request
@@ -68,7 +69,7 @@ def _backward_fake(dy, x, norm_weight, cos, sin, offsets, head_scale, *_):
     return empty_heads(x.shape, x), *beside
 
 
-class PrepareHeads(torch.autograd.Function):
+class PrepareHeads(Function):
     """(x, *HeadTensors, *options) -> y, differentiable by x, norm_weight and head_scale."""
 
     generate_vmap_rule = True
@@ -116,7 +117,7 @@ class PrepareHeadsEagerly(PrepareHeads):
         return reference.prepare_heads_tangent(x, dx, dweight, dscale, spec, tensors)
 
 
-class PrepareHeadsBackward(torch.autograd.Function):
+class PrepareHeadsBackward(Function):
     """The gradients of PrepareHeads; differentiable once more, through the reference formula."""
 
     generate_vmap_rule = True

@@ -149,11 +149,14 @@ def _norm(
 _REPAID_ON_CPU = 2**19
 
 
-@torch.compiler.assume_constant_result
 def _serving(device: str, index: int | None) -> str:
     """The backend that serves a call that asks for none; torch.compile cannot trace what is asked of a GPU."""
     place = torch.device(device if index is None else f"{device}:{index}")
     return os.environ.get("FASTATTN_BACKEND") or capabilities.default_backend(place)
+
+
+# As torch.compiler.assume_constant_result does, which would import all of dynamo with us.
+_serving._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _torch_is_shorter(x: Tensor, weight: Tensor | None, bias: Tensor | None, spec: NormSpec) -> bool:

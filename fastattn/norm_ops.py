@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, library
 
 from fastattn import backends, capabilities, reference
+from fastattn.autograd import Function
 from fastattn.backends import derivatives
 from fastattn.backends.mapped import fold, unfold
 from fastattn.capabilities import BACKWARD, FORWARD, Request
@@ -69,7 +70,7 @@ def _backward_fake(dy, dtotal, x, weight, mean, inverse, want_weight, want_bias,
     return dx, *(torch.empty_like(lines) if wanted else x.new_empty(0) for wanted in (want_weight, want_bias))
 
 
-class Norm(torch.autograd.Function):
+class Norm(Function):
     """(x, residual, weight, bias, *options) -> (y, x + residual, mean, inverse deviation), of which the first two
     are differentiable; what is not there is empty."""
 
@@ -132,7 +133,7 @@ class DualNorm(Norm):
         return dy, dtotal if ctx.added else None, None, None
 
 
-class NormBackward(torch.autograd.Function):
+class NormBackward(Function):
     """The gradients of Norm; differentiable once more, through the reference formula.
 
     The moments are a means to compute them: their dependence on the inputs goes through x.

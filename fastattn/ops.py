@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, library
 
 from fastattn import backends, capabilities, reference
+from fastattn.autograd import Function
 from fastattn.backends import derivatives, tiles
 from fastattn.backends.layout import empty_heads
 from fastattn.backends.mapped import fold, one_by_one, shares_batch, unfold
@@ -116,7 +117,7 @@ def _tangent_fake(q, k, v, out, lse, *_):
     return empty_heads(out.shape, out), torch.empty_like(lse, memory_format=torch.contiguous_format)
 
 
-class Attention(torch.autograd.Function):
+class Attention(Function):
     """(q, k, v, *ScoreTensors, *options) -> (out, lse), both differentiable; by q, k, v, biases and sinks."""
 
     generate_vmap_rule = True
@@ -175,7 +176,7 @@ class Attention(torch.autograd.Function):
         return *gradients[:3], *beside, *(None,) * _OPTIONS
 
 
-class AttentionBackward(torch.autograd.Function):
+class AttentionBackward(Function):
     """The gradients of Attention; differentiable again, tile by tile."""
 
     generate_vmap_rule = True
@@ -243,7 +244,7 @@ def _sum_of_gradients(ctx):
     return tiles.gradients(ctx.spec, ctx.wanted, there[-1]), there, fixed, (*main, *learned)
 
 
-class AttentionTangent(torch.autograd.Function):
+class AttentionTangent(Function):
     """(q, k, v, out, lse, *Tangents, *ScoreTensors, *options) -> the tangents of Attention's out and lse;
     differentiable, tile by tile."""
 
@@ -398,7 +399,7 @@ def _mlp_backward_fake(dy, x, w_in, b_in, w_up, b_up, w_out, saved, wanted, acti
     return tuple(x.new_empty(shape if want else 0) for shape, want in zip(shapes, wanted, strict=True))
 
 
-class MLP(torch.autograd.Function):
+class MLP(Function):
     """(x, w_in, b_in, w_up, b_up, w_out, b_out, activation, save, backend) -> y, what was saved."""
 
     generate_vmap_rule = True
@@ -433,7 +434,7 @@ class MLP(torch.autograd.Function):
         return *(g if need else None for g, need in zip(gradients, needed, strict=True)), None, None, None
 
 
-class MLPBackward(torch.autograd.Function):
+class MLPBackward(Function):
     """The gradients of MLP; differentiable once more, through the reference formula.
 
     `saved` is a means to compute them: their dependence on the inputs goes through x and the weights.

@@ -358,10 +358,10 @@ def norm_forward(
         x.new_empty((batch, rows), dtype=torch.float32),
     )
     if x.numel() > 0:
-        family = launch.family(norm_kernel, x.device)
-        tile = launch.look_up(launch.NORM_FORWARD, family, x.element_size(), width)
-        size = size_of(x, tile, 1)
         with launch.on_device(x):
+            family = launch.family(norm_kernel, x.device)
+            tile = launch.look_up(launch.NORM_FORWARD, family, x.element_size(), width)
+            size = size_of(x, tile, 1)
             norm_kernel[(batch * size.tiles,)](
                 rows_of(x),
                 rows_of(residual),
@@ -402,7 +402,8 @@ def norm_backward(
     if x.numel() == 0:
         nothing = x.new_zeros((batch, width), dtype=torch.float32)
         return dx, nothing if want_weight else None, nothing.clone() if want_bias else None
-    family = launch.family(norm_gradient_kernel, x.device)
+    with launch.on_device(x):
+        family = launch.family(norm_gradient_kernel, x.device)
     tile = launch.look_up(launch.NORM_BACKWARD, family, x.element_size(), width)
     programs = launch.norm_programs(family, tile)
     within = width <= tile.block_n

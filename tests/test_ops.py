@@ -14,9 +14,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fastattn
 import fastattn.flops
-from fastattn import reference
+from fastattn import masks, reference
 from fastattn.backends import torch_flash
-from fastattn.spec import AttentionSpec
+from fastattn.spec import AttentionSpec, ScoreTensors, Tangents
 
 BACKENDS = ("triton", "portable")
 
@@ -25,25 +25,19 @@ BACKENDS = ("triton", "portable")
 @pytest.mark.parametrize("causal", [False, True])
 def test_opcheck(causal: bool, backend: str) -> None:
     q, k, v = (t.requires_grad_() for t in Problem(heads=4, key_heads=2, queries=20, keys=24).inputs())
-    sinks = torch.randn(1, 4, device=DEVICE, requires_grad=True)
-    options = (
-        torch.tensor([17], device=DEVICE),
-        torch.rand(1, 4, device=DEVICE),
-        torch.randn(1, 1, 20, 24, device=DEVICE, requires_grad=True),
-        torch.randn(1, 4, 9, device=DEVICE, requires_grad=True),
-        sinks,
-        fastattn.dropout_state(1, DEVICE),
-        None,
-        causal,
-        0.25,
-        9,
-        None,
-        3.0,
-        0.25,
-        "ieee",
-        None,
+    tensors = ScoreTensors(
+        key_lengths=torch.tensor([17], device=DEVICE),
+        alibi_slopes=torch.rand(1, 4, device=DEVICE),
+        bias=torch.randn(1, 1, 20, 24, device=DEVICE, requires_grad=True),
+        relative_bias=torch.randn(1, 4, 9, device=DEVICE, requires_grad=True),
+        sinks=torch.randn(1, 4, device=DEVICE, requires_grad=True),
+        dropout_state=fastattn.dropout_state(1, DEVICE),
     )
-    for beside in ((None,) * 7 + (causal, 0.25, None, None, 0.0, 0.0, "ieee", None), options):
+    documents = masks.packed_sequences([0, 9, 20], [0, 13, 24], causal).lower(1, 4, 20, 24, DEVICE)
+    plain = *ScoreTensors(), *AttentionSpec(causal, 0.25).options
+    intervals = *ScoreTensors(intervals=documents.intervals), *AttentionSpec(scale=0.25).options
+    options = *tensors, *AttentionSpec(causal, 0.25, (9, None), 3.0, 0.25).options
+    for beside in (plain, intervals, options):
         arguments = (q, k, v, *beside, backend)
         library.opcheck(torch.ops.fastattn.attention_forward.default, arguments)
     out, lse = (t.detach() for t in torch.ops.fastattn.attention_forward(*arguments))
@@ -153,19 +147,9 @@ def test_flops_are_counted_over_the_visible_scores(causal: bool, window: tuple, 
     with FlopCounterMode(display=False) as backward:
         out.sum().backward()
     with FlopCounterMode(display=False) as tangent:
-        torch.ops.fastattn.attention_tangent(
-            q,
-            k,
-            v,
-            out,
-            torch.zeros(out.shape[:3], device=DEVICE),
-            q,
-            k,
-            None,
-            *(None,) * 10,
-            *problem.spec.options,
-            None,
-        )
+        lse = torch.zeros(out.shape[:3], device=DEVICE)
+        beside = *Tangents(q, k), *ScoreTensors(), *problem.spec.options, None
+        torch.ops.fastattn.attention_tangent(q, k, v, out, lse, *beside)
     assert tangent.get_total_flops() == 2 * 4 * seen * (3 * 16 + 24)
     assert forward.get_total_flops() == 2 * 4 * seen * (16 + 24)
     assert backward.get_total_flops() == 2 * 4 * seen * (3 * 16 + 2 * 24)

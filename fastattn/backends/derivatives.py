@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastattn.autograd import Function
 from fastattn.backends.mapped import fold, one_by_one, shares_batch, unfold
 from fastattn.backends.tiles import Tile, TileSum
 from fastattn.spec import ScoreTensors
@@ -85,7 +86,7 @@ def _pull_back(function: Callable, inputs: Sequence[Tensor | None], which: Seque
     return torch.func.vjp(of, *(inputs[i] for i in which))
 
 
-class _Any(torch.autograd.Function):
+class _Any(Function):
     """(function, *inputs) -> its results; a Function, because what jvp computes has no tangents itself."""
 
     generate_vmap_rule = True
@@ -135,7 +136,7 @@ def apply(function: TileSum, tensors: ScoreTensors, inputs: Sequence[Tensor | No
     return _Differentiable.apply(function, *(getattr(tensors, name) for name in _FIXED), *inputs)
 
 
-class _Differentiable(torch.autograd.Function):
+class _Differentiable(Function):
     """(TileSum, *tensors without gradient, *inputs) -> results."""
 
     @staticmethod
