@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastattn import reference
-from fastattn.backends import tiles, torch_flash
+from fastattn.backends import granules, tiles, torch_flash
 from fastattn.backends.layout import heads_last, zero_heads
 
 # Of heads the definition itself is what is wanted: row by row, O(N) memory.
@@ -38,6 +38,8 @@ def attention_forward(
         if torch_flash.serves(q, k, v, spec, tensors):
             out, lse = torch_flash.forward(q, k, v, spec)
             return heads_last(out), lse
+        if granules.serves(spec, tensors):
+            return granules.attention_forward(q, k, v, spec, tensors)
         return _tiled_forward(q, k, v, spec, tensors)
 
 
@@ -57,6 +59,8 @@ def attention_backward(
         if dlse is None and torch_flash.serves(q, k, v, spec, tensors):
             dq, dk, dv = torch_flash.backward(dout, q, k, v, out, lse, spec)
             return Gradients(heads_last(dq), heads_last(dk), heads_last(dv))
+        if granules.serves(spec, tensors):
+            return granules.attention_backward(dout, q, k, v, out, lse, dlse, spec, tensors)
         return _tiled_backward(dout, q, k, v, out, lse, dlse, spec, tensors, wanted)
 
 
