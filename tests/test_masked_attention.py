@@ -177,7 +177,9 @@ COUNTED = masks.blocks(torch.tensor([[(3 * i + 5 * j) % 7 % 4 for j in range(9)]
 def entries_at_once(entries: int):
     """Within, a batch has so many entries, if heads are not wider than a granule."""
     elements = entries * masks.GRANULE**2
-    return mock.patch.multiple(granules, FEWEST_ELEMENTS=elements, MOST_ELEMENTS=elements, LOOKED_UP=2 * entries + 1)
+    return mock.patch.multiple(
+        granules, FEWEST_ELEMENTS=elements, MOST_ELEMENTS=elements, LOOKED_UP=2 * entries + 1
+    )
 
 
 @settings(max_examples=20 if not ON_GPU else 100)
@@ -243,7 +245,9 @@ def test_entries_are_gathered_from_any_layout(layout: str) -> None:
 
     # The sum's gradient has stride zero in every dimension.
     upstream = torch.ones((), device=DEVICE).expand(q.shape), None
-    for a, e in zip(run((q, k, v), upstream, call("portable")), run((q, k, v), upstream, call("reference")), strict=True):
+    for a, e in zip(
+        run((q, k, v), upstream, call("portable")), run((q, k, v), upstream, call("reference")), strict=True
+    ):
         torch.testing.assert_close(a, e, atol=1e-5, rtol=1e-4)
 
 

@@ -1,10 +1,10 @@
 """Attention under a mask of lists, entry by entry, in plain PyTorch.
 
-Every entry of the lists is 64 queries that meet 64 keys. A batch of them, of whatever rows, heads and patterns, is a
-few batched products of equal shape, and nothing else is computed. What the entries of one row give is summed, in a
-fixed order, and a row that a batch cuts goes on in the next (online softmax); likewise what the entries of one
-column give to dk and dv. So rows and columns may have any number of entries, all work is of one kind, and what it
-needs beside inputs and results is the space of one batch.
+Every entry of the lists is 64 queries that meet 64 keys. A batch of entries, of whatever rows, heads and patterns,
+is a few batched products of one shape; nothing else is computed. What the entries of a row give is summed, in a
+fixed order, and a row that a batch cuts goes on in the next (online softmax); likewise what the entries of a column
+give to dk and dv. So rows and columns may have any number of entries, all work is of one kind, and beside inputs and
+results it needs the space of one batch.
 
 Exponents have base 2: exp2 takes 0.4 of the time of exp on a CPU.
 """
@@ -147,6 +147,7 @@ class Call:
         self.rows, self.columns = (-(-t.shape[2] // GRANULE) for t in (q, k))
         self.shift = k.shape[2] - q.shape[2]
         self.work, self.device = lse_dtype(q.dtype), q.device
+        self._of_octets = unpack(torch.arange(256, device=q.device))[:, :8].to(self.work).log()
         elements = min(max(q.numel() // 4, FEWEST_ELEMENTS), MOST_ELEMENTS)
         self.size = max(1, elements // (GRANULE * max(GRANULE, q.shape[3], v.shape[3])))
 
@@ -189,8 +190,8 @@ class Call:
         return row_max.view(-1, GRANULE), row_sum.view(-1, GRANULE)
 
     def logits(self, entries: Entries, q: Tensor, k: Tensor, space: Space) -> tuple[Tensor, Tensor | None]:
-        """The scores (E, 64, 64) of these queries and keys in units of log 2, -inf where hidden; and by what a soft
-        cap multiplies their derivative."""
+        """The scores (E, 64, 64) of these queries and keys, in units of log 2, -inf where hidden; and by what a
+        soft cap multiplies their derivative."""
         logits, slope = space.empty("logits", len(q), GRANULE, GRANULE), None
         scale, cap = self.spec.scale, self.spec.softcap
         logits.baddbmm_(q, k.mT, beta=0, alpha=scale / cap if cap else scale * LOG2E)
@@ -203,32 +204,35 @@ class Call:
 
     def _added(self, entries: Entries, space: Space) -> Iterator[Tensor]:
         """What multiplicity, bits, slopes and key lengths add to the scores; each broadcasts to (E, 64, 64)."""
-        within = torch.arange(GRANULE, device=self.device)
-        keys = (entries.columns % self.columns * GRANULE)[:, None, None] + within
         if entries.counts is not None:
             yield entries.counts.to(self.work)[:, None, None] * LOG2E
         if entries.tiles is not None:
             yield self._hidden(entries.tiles, space)
         if self.tensors.alibi_slopes is not None:
-            queries = (entries.rows % self.rows * GRANULE + self.shift)[:, None, None] + within[:, None]
-            slopes = self.tensors.alibi_slopes.flatten()[entries.rows // self.rows]
-            yield (keys - queries).abs() * (slopes * -LOG2E)[:, None, None]
+            queries = self._positions(entries.rows, self.rows) + self.shift
+            distance = (self._positions(entries.columns, self.columns)[:, None] - queries[..., None]).abs()
+            yield (
+                distance * (self.tensors.alibi_slopes.flatten()[entries.rows // self.rows] * -LOG2E)[:, None, None]
+            )
         if self.tensors.key_lengths is not None:
             ends = self.tensors.key_lengths[entries.rows // (self.rows * self.heads)]
-            yield torch.where(keys < ends[:, None, None], 0.0, -math.inf)
+            unseen = self._positions(entries.columns, self.columns) >= ends[:, None]
+            yield torch.where(unseen, -math.inf, 0.0)[:, None]
+
+    def _positions(self, numbers: Tensor, of_a_head: int) -> Tensor:
+        """Where the queries or keys of granules stand: (E, 64)."""
+        return (numbers % of_a_head * GRANULE)[:, None] + torch.arange(GRANULE, device=self.device)
 
     def _hidden(self, tiles: Tensor, space: Space) -> Tensor:
         """0 where a bit is set, else -inf, found byte by byte in a table: (E, 64, 64)."""
-        bytes_ = torch.arange(256, device=self.device, dtype=torch.int64)
-        table = unpack(bytes_)[:, :8].to(self.work).log_()
-        places = self.lists.bit_tiles[tiles].view(torch.uint8).flatten().int()
-        found = torch.index_select(table, 0, places, out=space.empty("hidden", len(places), 8))
+        octets = self.lists.bit_tiles[tiles].view(torch.uint8).flatten().int()
+        found = torch.index_select(self._of_octets, 0, octets, out=space.empty("hidden", len(octets), 8))
         return found.view(len(tiles), GRANULE, GRANULE)
 
 
 class Granules:
-    """The granules (64, W) of a tensor (B, H, L, W), numbered by batch element, head and position. In the last one of
-    a head, the last position stands in for those that there are not."""
+    """The granules (64, W) of a tensor (B, H, L, W), numbered by batch element, head and position. In the last one
+    of a head, the last position stands in for those beyond the end."""
 
     def __init__(self, t: Tensor) -> None:
         batch, heads, length, self.width = t.shape
@@ -238,7 +242,9 @@ class Granules:
         steps = [stride // self.width if size > 1 else 0 for size, stride in zip(t.shape, t.stride(), strict=True)]
         extent = sum(step * (size - 1) for step, size in zip(steps, t.shape, strict=True)) + 1 if t.numel() else 0
         self.memory = t.as_strided((extent, self.width), (self.width, 1))
-        b, h = (torch.arange(size, device=t.device) * step for size, step in zip((batch, heads), steps, strict=False))
+        b, h = (
+            torch.arange(size, device=t.device) * step for size, step in zip((batch, heads), steps, strict=False)
+        )
         position = torch.arange(length + -length % GRANULE, device=t.device).clamp_(max=length - 1) * steps[2]
         self.places = (b[:, None, None] + h[:, None] + position).view(-1, GRANULE)
 
@@ -271,18 +277,22 @@ class Owners:
 
 
 class Space:
-    """The memory of a batch's results, by name. All batches use the same: fresh pages for each cost as much time as
-    what is computed on them."""
+    """The memory of a batch's results, by name, the same for every batch: fresh pages for each would take as long
+    as what is computed on them."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         self.dtype, self.device = dtype, device
         self._held: dict[str, Tensor] = {}
+        self._views: dict[tuple[str, tuple[int, ...]], Tensor] = {}
 
     def empty(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        size, held = math.prod(shape), self._held.get(name)
-        if held is None or held.numel() < size:
-            held = self._held[name] = torch.empty(size, dtype=dtype or self.dtype, device=self.device)
-        return held[:size].view(shape)
+        if (name, shape) not in self._views:
+            size = math.prod(shape)
+            if name not in self._held or self._held[name].numel() < size:
+                self._views.clear()  # or they would keep what is replaced
+                self._held[name] = torch.empty(size, dtype=dtype or self.dtype, device=self.device)
+            self._views[name, shape] = self._held[name][:size].view(shape)
+        return self._views[name, shape]
 
     def gather(self, name: str, granules: Granules, numbers: Tensor) -> Tensor:
         """These granules (E, 64, W)."""
