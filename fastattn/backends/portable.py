@@ -1,7 +1,8 @@
 """The kernels' algorithm in plain PyTorch: tiled, O(N) memory, any device, fp64 too.
 
 Where PyTorch's own flash attention computes the same thing, it does the work. The rest runs here: tiles of
-scores, an online softmax forward, recomputed weights backward, in fp32 for half-precision inputs.
+scores, an online softmax forward, recomputed weights backward, in fp32 for half-precision inputs. Under a mask of
+lists the tiles are its granules, many at once (see fastattn.backends.granules).
 """
 
 from __future__ import annotations
