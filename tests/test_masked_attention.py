@@ -178,12 +178,20 @@ IN_ENTRIES = {
 }
 
 
-def entries_at_once(entries: int):
+def entries_at_once(entries: int, looked_up: int | None = None):
     """Within, a batch has so many entries, if heads are not wider than a granule."""
     elements = entries * masks.GRANULE**2
-    return mock.patch.multiple(
-        granules, FEWEST_ELEMENTS=elements, MOST_ELEMENTS=elements, LOOKED_UP=2 * entries + 1
-    )
+    sizes = {"FEWEST_ELEMENTS": elements, "MOST_ELEMENTS": elements, "LOOKED_UP": looked_up or 2 * entries + 1}
+    return mock.patch.multiple(granules, **sizes)
+
+
+@pytest.mark.parametrize("kind", IN_ENTRIES)
+def test_every_head_reads_its_own_list(kind: str) -> None:
+    problem = Problem(lists=kind, batch=2, heads=6, key_heads=3, queries=144, keys=144, dtype=torch.float64)
+    with mock.patch.dict(MASKS, IN_ENTRIES):
+        lists = problem.lowered().lists
+        assert lists.pattern.tolist() == ([[0]] if kind == "counted" else [[0, 1] * 3, [1, 0] * 3])
+        check(problem, "portable")
 
 
 @settings(max_examples=40 if not ON_GPU else 100)
@@ -299,5 +307,5 @@ def test_memory_grows_with_the_length_even_where_entries_grow_with_its_square(dt
 
         return peak_memory(call, torch.device(DEVICE))
 
-    with entries_at_once(8):
+    with entries_at_once(8, looked_up=granules.LOOKED_UP):
         assert peak(2048) < 4.2 * peak(512)
