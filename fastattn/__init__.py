@@ -13,6 +13,7 @@ from fastattn.functional import (
     t5_relative_bias,
 )
 from fastattn.heads import prepare_heads
+from fastattn.norm import layer_norm, rms_norm
 from fastattn.patch import patch, unpatch
 from fastattn.takeover import sdpa
 from fastattn.torch_sdpa import scaled_dot_product_attention
@@ -30,6 +31,7 @@ __all__ = [
     "dropout_mask",
     "dropout_state",
     "gated_mlp",
+    "layer_norm",
     "lens",
     "masks",
     "merge_states",
@@ -37,6 +39,7 @@ __all__ = [
     "nn",
     "patch",
     "prepare_heads",
+    "rms_norm",
     "scaled_dot_product_attention",
     "sdpa",
     "t5_relative_bias",

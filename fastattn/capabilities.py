@@ -32,8 +32,8 @@ PROVEN: frozenset[str] = frozenset()
 class Request:
     """One call, as far as the choice of a backend depends on it."""
 
-    family: str  # "attention", "mlp" or "heads"
-    spec: Any  # the family's: AttentionSpec, MLPSpec or HeadsSpec
+    family: str  # "attention", "mlp", "heads" or "norm"
+    spec: Any  # the family's: AttentionSpec, MLPSpec, HeadsSpec or NormSpec
     tensors: tuple[Tensor, ...]
     lse_gradient: bool = False
     score_tensors: ScoreTensors = NO_TENSORS
@@ -76,10 +76,6 @@ def _bias_dtype(request: Request) -> torch.dtype | None:
     return None if request.score_tensors.bias is None else request.score_tensors.bias.dtype
 
 
-def _learns(request: Request) -> bool:
-    return _bias_dtype(request) not in (None, torch.bool) or request.score_tensors.relative_bias is not None
-
-
 _Q, _K, _V = 0, 1, 2
 _HEADS, _LENGTH, _WIDTH = 1, 2, 3
 
@@ -89,22 +85,10 @@ FEATURES: tuple[Feature, ...] = (
     Feature("attention", "sliding window, left and right", lambda r: r.spec.window != (None, None)),
     Feature(
         "attention",
-        "any mask (block lists)",
-        lambda r: r.spec.mask is not None,
-        triton=EVERY_DIRECTION - {TANGENT},
+        "documents, packed sequences (intervals)",
+        lambda r: r.score_tensors.intervals is not None,
     ),
-    Feature(
-        "attention",
-        "any mask beside a bias, or a relative bias",
-        lambda r: r.spec.mask is not None and _learns(r),
-        triton=frozenset({FORWARD}),
-    ),
-    Feature(
-        "attention",
-        "any mask beside key lengths",
-        lambda r: r.spec.mask is not None and r.score_tensors.key_lengths is not None,
-        triton=frozenset(),
-    ),
+    Feature("attention", "any mask (block lists)", lambda r: r.spec.mask is not None),
     Feature("attention", "key lengths", lambda r: r.score_tensors.key_lengths is not None),
     Feature("attention", "soft-capped scores", lambda r: r.spec.softcap > 0),
     Feature("attention", "ALiBi slopes", lambda r: r.score_tensors.alibi_slopes is not None),
@@ -150,6 +134,16 @@ FEATURES: tuple[Feature, ...] = (
     Feature("heads", "bfloat16", _is(torch.bfloat16)),
     Feature("heads", "float32", _is(torch.float32)),
     Feature("heads", "float64", _is(torch.float64), triton=frozenset()),
+    Feature("norm", "RMS norm", lambda r: not r.spec.centred),
+    Feature("norm", "layer norm", lambda r: r.spec.centred),
+    Feature("norm", "weight and bias, or none, with gradient", lambda r: True),
+    Feature("norm", "weight kept less one", lambda r: r.spec.weight_offset != 0),
+    Feature("norm", "residual added in the same pass, with gradient", lambda r: r.spec.added),
+    Feature("norm", "any widths", lambda r: True),
+    Feature("norm", "float16", _is(torch.float16)),
+    Feature("norm", "bfloat16", _is(torch.bfloat16)),
+    Feature("norm", "float32", _is(torch.float32)),
+    Feature("norm", "float64", _is(torch.float64), triton=frozenset()),
 )
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from fastattn import __version__, backends, capabilities, functional
 from fastattn.capabilities import EVERY_DIRECTION, FEATURES, Feature
 from fastattn.heads import prepare_heads
+from fastattn.norm import layer_norm, rms_norm
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -154,11 +155,21 @@ def _prepare_heads(x: Tensor, weight: Tensor, scale: Tensor, backend: str) -> Te
     return prepare_heads(x, norm_weight=weight, cos=cos, sin=sin, head_scale=scale, backend=backend)
 
 
+def _layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, backend: str) -> Tensor:
+    return torch.cat(layer_norm(x, weight, bias, residual=residual, backend=backend))
+
+
+def _rms_norm(x: Tensor, weight: Tensor, backend: str) -> Tensor:
+    return rms_norm(x, weight, eps=1e-6, weight_offset=1.0, backend=backend)
+
+
 CASES = (
     Case("attention, causal, grouped heads", _attention, ((1, 4, 37, 40), (1, 2, 70, 40), (1, 2, 70, 24))),
     Case("heads, norm, rotary, scale", _prepare_heads, ((2, 4, 37, 40), (40,), (4,))),
     Case("mlp, gelu", _mlp, ((2, 17, 24), (40, 24), (40,), (24, 40), (24,))),
     Case("gated mlp, silu", _gated_mlp, ((2, 17, 24), (40, 24), (40, 24), (24, 40))),
+    Case("layer norm, residual", _layer_norm, ((2, 17, 40), (2, 17, 40), (40,), (40,))),
+    Case("rms norm, weight less one", _rms_norm, ((2, 17, 40), (40,))),
 )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any, Literal, overload
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -164,11 +164,11 @@ def attention(
     )  # fmt: skip
     if spec.dropout and dropout_state is None:
         dropout_state = fresh_dropout_state(q.shape[0], q.device)
-    spec, key_lengths, lists = _with_mask(q, k, spec, key_lengths, mask)
+    spec, key_lengths, masked = _with_mask(q, k, spec, key_lengths, mask)
     tensors = score_tensors(
         q, k, key_lengths=key_lengths, alibi_slopes=alibi_slopes, bias=bias, relative_bias=relative_bias,
         sinks=sinks, dropout_state=dropout_state if spec.dropout else None,
-    )._replace(mask=lists)  # fmt: skip
+    )._replace(**masked)  # fmt: skip
     q, spec = positive_scale(q, spec)
     out, lse = ops.attention(q, k, v, *tensors, *spec.options, backend)
     return (out, lse) if return_lse else out
@@ -216,11 +216,11 @@ def attention_backward(
         raise ValueError(
             "dropout_state must be given with a dropout_p, the one that attention was given; got None"
         )
-    spec, key_lengths, lists = _with_mask(q, k, spec, key_lengths, mask)
+    spec, key_lengths, masked = _with_mask(q, k, spec, key_lengths, mask)
     tensors = score_tensors(
         q, k, key_lengths=key_lengths, alibi_slopes=alibi_slopes, bias=bias, relative_bias=relative_bias,
         sinks=sinks, dropout_state=dropout_state if spec.dropout else None,
-    )._replace(mask=lists)  # fmt: skip
+    )._replace(**masked)  # fmt: skip
     check_gradients(q, v, dout=dout, out=out, lse=lse, dlse=dlse)
     scaled_q, positive = positive_scale(q, spec)
     wanted = (tensors.bias is not None and tensors.bias.is_floating_point(), tensors.relative_bias is not None)
@@ -235,32 +235,43 @@ def attention_backward(
     return tuple(g for g, is_given in zip(gradients, given, strict=True) if g is not None and is_given)
 
 
+class _Masked(NamedTuple):
+    """What a mask beside them makes of the spec, the key lengths and the ScoreTensors that only a mask sets."""
+
+    spec: AttentionSpec
+    key_lengths: Tensor | None
+    tensors: dict[str, Tensor | None]
+
+
 def _with_mask(
     q: Tensor, k: Tensor, spec: AttentionSpec, key_lengths: Tensor | None, mask: Mask | Lowered | None
-) -> tuple[AttentionSpec, Tensor | None, Tensor | None]:
-    """The spec and key lengths that a mask beside them amounts to, and its lists if it has no closed form."""
+) -> _Masked:
+    """The call with a mask: as numbers, intervals or lists."""
     if mask is None:
-        return spec, key_lengths, None
+        return _Masked(spec, key_lengths, {})
     if not isinstance(mask, Mask | Lowered):
         raise TypeError(f"mask must be a value of fastattn.masks, lowered or not, got {type(mask).__name__}")
     shape = (q.shape[0], q.shape[1], q.shape[2], k.shape[2], q.device)
+    if isinstance(mask, Mask) and torch.compiler.is_compiling():
+        raise ValueError("mask must be lowered before torch.compile: give mask.lower(batch, heads, Lq, Lk, device)")
     lowered = mask.lower(*shape) if isinstance(mask, Mask) else mask
     lowered.check(*shape)
     bounds = spec.left, spec.right
-    if lowered.lists is not None and bounds != (None, None):
+    if not lowered.is_window and bounds != (None, None):
         if isinstance(mask, Lowered):
-            raise ValueError("mask is lowered to lists: join causal and window to it with & before it is lowered")
+            raise ValueError("mask is lowered: join causal and window to it with & before it is")
         lowered = (mask & window_mask(*bounds)).lower(*shape)
         bounds = None, None
     if lowered.packed is not None:
         words, layout = lowered.packed
-        return replace(spec, causal=False, window=bounds, mask=layout), key_lengths, words
+        return _Masked(replace(spec, causal=False, window=bounds, mask=layout), key_lengths, {"mask": words})
     left, right = (smaller(a, b) for a, b in zip(bounds, (lowered.left, lowered.right), strict=True))
     if lowered.key_lengths is not None:
         lengths = lowered.key_lengths
         key_lengths = lengths if key_lengths is None else torch.minimum(key_lengths, lengths)
     window = window_that_hides((left, None if right == 0 else right), q.shape[2], k.shape[2])
-    return replace(spec, causal=right == 0, window=window), key_lengths, None
+    intervals = None if lowered.intervals is None else lowered.intervals.expand(q.shape[0], -1, -1)
+    return _Masked(replace(spec, causal=right == 0, window=window), key_lengths, {"intervals": intervals})
 
 
 def t5_relative_bias(table: Tensor, *, max_distance: int = 128, bidirectional: bool = True) -> Tensor:

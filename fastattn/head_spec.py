@@ -71,7 +71,7 @@ def heads_spec(
     for name, flag in (("norm", norm), ("interleaved", interleaved)):
         if not isinstance(flag, bool):
             raise TypeError(f"{name} must be a bool, got {type(flag).__name__}")
-    _check_eps(eps)
+    check_eps(eps)
     work = lse_dtype(x.dtype)
     if norm_weight is not None:
         check_beside("norm_weight", norm_weight, x, ((width,), (heads, width)), "x")
@@ -93,7 +93,7 @@ def _check_x(x: Tensor) -> None:
     check_floating("x", x)
 
 
-def _check_eps(eps: float) -> None:
+def check_eps(eps: float) -> None:
     if isinstance(eps, bool) or not isinstance(eps, int | float):
         raise TypeError(f"eps must be a number, got {type(eps).__name__}")
     if not SMALLEST_EPS <= eps < math.inf:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastattn.functional import gated_mlp, mlp
+from fastattn.fused_classes import Fused, fused_class
 from fastattn.spec import ACTIVATIONS, FLOATING
 
 HUGGINGFACE = {
@@ -191,18 +192,11 @@ def is_linear_like(module: Any) -> bool:
     )
 
 
-class Form(nn.Module):
-    """A module whose MLP is fused; what it derives from beside is `own`."""
+class Form(Fused):
+    """A module whose MLP is fused."""
 
-    form: type[Form]
-    own: type[nn.Module]
     names: Names
     method = "forward"
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        # Classes made on the way cannot be looked up by name; what they are made of can.
-        made: Any = super().__reduce_ex__(protocol)
-        return _blank, (self.form, self.own, self.names), *made[2:]
 
     def mlp_parts(self) -> list[Parts]:
         """The MLPs in this module that are fused."""
@@ -334,23 +328,6 @@ def form_of(module: nn.Module) -> tuple[type[Form], Names] | None:
 
 
 SEQUENTIAL = Names((), "", "")
-
-
-_made: dict[tuple[Any, ...], type[nn.Module]] = {}
-
-
-def fused_class(form: type[Form], own: type[nn.Module], names: Names) -> type[nn.Module]:
-    """The class of modules of class `own` whose MLP is fused; always the same one."""
-    key = (form, own, names)
-    if key not in _made:
-        members = {"form": form, "own": own, "names": names, "__module__": __name__, "__doc__": own.__doc__}
-        _made[key] = type(f"Fused{own.__name__}", (form, own), members)
-    return _made[key]
-
-
-def _blank(form: type[Form], own: type[nn.Module], names: Names) -> nn.Module:
-    made = fused_class(form, own, names)
-    return made.__new__(made)
 
 
 @torch.no_grad()

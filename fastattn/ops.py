@@ -24,8 +24,8 @@ _operators = library.Library("fastattn", "DEF")
 # What an attention operator takes beside its tensors, in the order of ScoreTensors and AttentionSpec.
 _SCORES = (
     "Tensor? key_lengths, Tensor? alibi_slopes, Tensor? bias, Tensor? relative_bias, Tensor? sinks, "
-    "Tensor? dropout_state, Tensor? mask, bool causal, float scale, SymInt? left, SymInt? right, float softcap, "
-    "float dropout, str precision, int[]? mask_layout, str? backend"
+    "Tensor? dropout_state, Tensor? mask, Tensor? intervals, bool causal, float scale, SymInt? left, "
+    "SymInt? right, float softcap, float dropout, str precision, int[]? mask_layout, str? backend"
 )
 _GRADIENTS = ", ".join(["Tensor"] * len(Gradients._fields))
 _operators.define(f"attention_forward(Tensor q, Tensor k, Tensor v, {_SCORES}) -> (Tensor, Tensor)")
@@ -133,6 +133,7 @@ class Attention(torch.autograd.Function):
         sinks,
         dropout_state,
         mask,
+        intervals,
         causal,
         scale,
         left,
@@ -144,8 +145,8 @@ class Attention(torch.autograd.Function):
         backend,
     ):  # spelled out, because dynamo cannot trace a forward of *arguments
         return torch.ops.fastattn.attention_forward(
-            q, k, v, key_lengths, alibi_slopes, bias, relative_bias, sinks, dropout_state, mask, causal, scale,
-            left, right, softcap, dropout, precision, mask_layout, backend,
+            q, k, v, key_lengths, alibi_slopes, bias, relative_bias, sinks, dropout_state, mask, intervals, causal,
+            scale, left, right, softcap, dropout, precision, mask_layout, backend,
         )  # fmt: skip
 
     @staticmethod
@@ -197,6 +198,7 @@ class AttentionBackward(torch.autograd.Function):
         sinks,
         dropout_state,
         mask,
+        intervals,
         causal,
         scale,
         left,
@@ -209,8 +211,8 @@ class AttentionBackward(torch.autograd.Function):
     ):
         return torch.ops.fastattn.attention_backward(
             dout, q, k, v, out, lse, dlse, want_bias, want_relative_bias, key_lengths, alibi_slopes, bias,
-            relative_bias, sinks, dropout_state, mask, causal, scale, left, right, softcap, dropout, precision,
-            mask_layout, backend,
+            relative_bias, sinks, dropout_state, mask, intervals, causal, scale, left, right, softcap, dropout,
+            precision, mask_layout, backend,
         )  # fmt: skip
 
     @staticmethod

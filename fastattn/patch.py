@@ -1,4 +1,4 @@
-"""One call that makes a model use the fused attention and MLPs, and one that takes it back."""
+"""One call that makes a model use the fused attention, MLPs and norms, and one that takes it back."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastattn import mlp_forms
-from fastattn.mlp_forms import Form, form_of, fused_class, is_this_mlp, obstacle
+from fastattn.fused_classes import fused_class
+from fastattn.mlp_forms import Form, form_of, is_this_mlp, obstacle
+from fastattn.nn.norm import NORMS
 from fastattn.nn.torch_layers import COUNTERPARTS
+from fastattn.norm_forms import FusedNorm, names_of
 from fastattn.spec import MAX_HEAD_DIM
 
 WAS = "_fastattn_was"
@@ -74,7 +77,7 @@ class Report:
 
     def __str__(self) -> str:
         if not self.rows:
-            return "Nothing in this model is attention or an MLP that fastattn knows."
+            return "Nothing in this model is attention, an MLP or a norm that was to be swapped."
         lines = [("module", "kind", "was", "now", "why"), *self.table()]
         widths = [max(len(line[i]) for line in lines) for i in range(5)]
         padded = ("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines)
@@ -107,7 +110,11 @@ def patch(
     Args:
         model: any module, on its device.
         attention, mlp: what to swap.
-        norm: also report the norms (which are left: there is no fused norm yet).
+        norm: swap the norms, too: torch.nn's LayerNorm and RMSNorm get their counterparts' classes; modules whose
+            class is called ...RMSNorm or ...LayerNorm are tried on an input first. Not by default, for it pays
+            where the Triton kernels compute. Elsewhere PyTorch's norms still do, some ten microseconds later (RMS
+            norms of half a million elements and more gain on a CPU), and under torch.compile the compiler fuses a
+            module's own code anyway. Results are rounded once; Llama's norms also round before the weight.
         strict: raise if anything is left, and leave everything.
 
     Returns:
@@ -134,7 +141,7 @@ def patch(
     if mlp:
         rows += [row for name, module in model.named_modules() if (row := _swap_mlp(name, module))]
     if norm:
-        rows += _norms(model)
+        rows += [row for name, module in model.named_modules() if (row := _swap_norm(name, module))]
     report = Report(model, rows)
     if strict and report.left:
         for module, kind, was in before:
@@ -176,8 +183,8 @@ FUSED_BIGBIRD = "FusedBigBirdBlockSparseAttention"
 def _is_ours(module: nn.Module) -> bool:
     if not isinstance(module.__dict__[WAS], type):
         return True
-    kind = type(module)
-    return "own" in kind.__dict__ or kind in _counterparts().values() or kind.__name__ == FUSED_BIGBIRD
+    kind, counterparts = type(module), (*_counterparts().values(), *NORMS.values())
+    return "own" in kind.__dict__ or kind in counterparts or kind.__name__ == FUSED_BIGBIRD
 
 
 def _counterparts() -> dict[type[nn.Module], type[nn.Module]]:
@@ -356,11 +363,23 @@ def _meta_obstacle(module: nn.Module) -> str | None:
     return None
 
 
-def _norms(model: nn.Module) -> list[Row]:
-    why = "there is no fused norm in fastattn yet"
-    return [
-        Row(name, "norm", _class_name(module), None, why)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.LayerNorm | nn.RMSNorm)
-        or type(module).__name__.endswith(("RMSNorm", "LayerNorm"))
-    ]
+def _swap_norm(name: str, module: nn.Module) -> Row | None:
+    """Swap a norm for its counterpart of torch's, or for one that computes it fused; None if it is no norm."""
+    kind, ours = type(module), module.__dict__.get(WAS)
+    by_name = kind.__name__.endswith(("RMSNorm", "LayerNorm")) and not any(True for _ in module.children())
+    if not isinstance(module, tuple(NORMS)) and not by_name:
+        return None
+    was, reason = _class_name(module), _instance_obstacle(module)
+    names = None
+    if ours is not None:
+        reason = ALREADY
+    elif kind in NORMS.values():
+        reason = "fastattn's own"
+    elif isinstance(module, tuple(NORMS)):
+        reason = reason or (None if kind in NORMS else f"{was} is a subclass with code of its own")
+    elif reason is None and (names := names_of(module)) is None:
+        reason = "its own code computes another norm, or something else"
+    if reason:
+        return Row(name, "norm", was, None, reason)
+    _swap(module, NORMS[kind] if names is None else fused_class(FusedNorm, kind, names))
+    return Row(name, "norm", was, f"fastattn.nn.{kind.__name__}" if names is None else _now(module))

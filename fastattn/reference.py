@@ -13,6 +13,7 @@ from torch import Tensor
 from fastattn.dropout import dropout_mask
 from fastattn.head_spec import HeadsSpec, HeadTensors
 from fastattn.masks.lists import decode, unpacked
+from fastattn.norm_spec import NormSpec
 from fastattn.spec import (
     NO_TENSORS,
     AttentionSpec,
@@ -32,16 +33,21 @@ def visible(
     spec: AttentionSpec,
     device: torch.device | None = None,
     key_lengths: Tensor | None = None,
+    intervals: Tensor | None = None,
 ) -> Tensor:
-    """May query i see key j? bool (Lq, Lk), or (B, 1, Lq, Lk) with key_lengths (B,)."""
+    """May query i see key j? bool (Lq, Lk), or (B, 1, Lq, Lk) with key_lengths (B,) or intervals."""
     distance = _distance(queries, keys, device)
     seen = torch.ones(queries, keys, dtype=torch.bool, device=device)
     if spec.left is not None:
         seen &= distance >= -spec.left
     if spec.right is not None:
         seen &= distance <= spec.right
+    key = torch.arange(keys, device=device)
     if key_lengths is not None:
-        seen = seen & (torch.arange(keys, device=device) < key_lengths[:, None, None, None])
+        seen = seen & (key < key_lengths[:, None, None, None])
+    if intervals is not None:
+        start, stop = intervals[:, None, :, :queries, None].unbind(2)
+        seen = seen & (start <= key) & (key < stop)
     return seen
 
 
@@ -163,7 +169,7 @@ def _scores(q: Tensor, k: Tensor, spec: AttentionSpec, tensors: ScoreTensors) ->
         scores = scores - (tensors.alibi_slopes[:, :, None, None] * distance).to(scores.dtype)
     if tensors.relative_bias is not None:
         scores = scores + _by_distance(tensors.relative_bias, queries, keys).to(scores.dtype)
-    seen = visible(queries, keys, spec, q.device, tensors.key_lengths)
+    seen = visible(queries, keys, spec, q.device, tensors.key_lengths, tensors.intervals)
     if tensors.bias is not None:
         if tensors.bias.dtype == torch.bool:
             seen = seen & tensors.bias
@@ -368,3 +374,53 @@ def _rows_of_table(table: Tensor, offsets: Tensor | None, length: int) -> Tensor
     last = table.shape[1] - 1
     rows = torch.take_along_dim(table, positions.clamp(0, max(last, 0)).long()[..., None], 1)
     return rows.masked_fill((positions > last)[..., None], float("nan"))
+
+
+def norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, spec: NormSpec
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+    """y, x + residual (None without), and of each row the mean (None unless centred) and the inverse deviation.
+
+    x and residual (B, R, W), weight and bias (B, W); in fp32 at least, rounded once.
+    """
+    total = x if residual is None else x + residual
+    y, mean, inverse = _standardised(total, spec)
+    if weight is not None:
+        y = y * _multiplier(weight, y, spec)
+    if bias is not None:
+        y = y + bias.to(y.dtype)[:, None]
+    mean = None if mean is None else mean[..., 0]
+    return y.to(x.dtype), None if residual is None else total, mean, inverse[..., 0]
+
+
+def norm_backward(
+    dy: Tensor, dtotal: Tensor | None, x: Tensor, weight: Tensor | None, spec: NormSpec
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of `norm`, written out, so that they can be differentiated again: of what was normalised, x,
+    to which dtotal comes as a result; and of weight and bias (B, W), in fp32 at least."""
+    normalised, _, inverse = _standardised(x, spec)
+    gradient = dy.to(normalised.dtype)
+    dweight, dbias = (gradient * normalised).sum(1), gradient.sum(1)
+    if weight is not None:
+        gradient = gradient * _multiplier(weight, gradient, spec)
+    dx = gradient - normalised * (gradient * normalised).mean(-1, keepdim=True)
+    if spec.centred:
+        dx = dx - gradient.mean(-1, keepdim=True)
+    dx = inverse * dx
+    return (dx if dtotal is None else dx + dtotal).to(x.dtype), dweight, dbias
+
+
+def _standardised(x: Tensor, spec: NormSpec) -> tuple[Tensor, Tensor | None, Tensor]:
+    """x in fp32 at least, less its mean if centred, over its deviation; that mean, or None, and the inverse of the
+    deviation, (B, R, 1)."""
+    x, mean = x.to(lse_dtype(x.dtype)), None
+    if spec.centred:
+        mean = x.mean(-1, keepdim=True)
+        x = x - mean
+    inverse = torch.rsqrt(x.square().mean(-1, keepdim=True) + spec.eps)
+    return x * inverse, mean, inverse
+
+
+def _multiplier(weight: Tensor, like: Tensor, spec: NormSpec) -> Tensor:
+    """What normalised rows are multiplied by: (B, 1, W)."""
+    return weight.to(like.dtype)[:, None] + spec.weight_offset

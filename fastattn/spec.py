@@ -69,6 +69,8 @@ class ScoreTensors(NamedTuple):
     sinks: (B, Hq) in the log-sum-exp's dtype; a score that takes weight and gives no value.
     dropout_state: (B, 2) int64, seed and offset of each batch entry's random numbers, see fastattn.dropout.
     mask: 1-D int64, block lists as fastattn.masks.lists.packed makes them; one for the whole batch.
+    intervals: (B, 2, Lq + Lk) int32, from which key to before which each query sees, then from which query to
+        before which each key is seen; no window stands beside them.
     """
 
     key_lengths: Tensor | None = None
@@ -78,6 +80,7 @@ class ScoreTensors(NamedTuple):
     sinks: Tensor | None = None
     dropout_state: Tensor | None = None
     mask: Tensor | None = None
+    intervals: Tensor | None = None
 
 
 NO_TENSORS = ScoreTensors()

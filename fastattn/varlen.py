@@ -84,8 +84,8 @@ def attention_varlen(
         k: keys (total keys, Hkv, D).
         v: values (total keys, Hkv, Dv).
         cu_seqlens_q, cu_seqlens_k: where each sequence begins, and the end: (sequences + 1,) int32 or int64, from
-            0 up to the total. They are read here, which on a GPU waits for it; the block lists made of them are
-            kept, so that further layers find them.
+            0 up to the total. They are read here, which on a GPU waits for it; the intervals of keys made of them
+            are kept, so that further layers find them.
         max_seqlen_q, max_seqlen_k: the longest of each, for those who have them; nothing depends on them.
         causal, window: counted from each sequence's own diagonal: its last query stands at its last key.
         alibi_slopes: (Hq,) or (sequences, Hq). Where sequences differ in their slopes, or in how many more keys

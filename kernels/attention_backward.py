@@ -18,35 +18,26 @@ import triton.language as tl
 
 from . import launch
 from .attention_bias import bias_gradient, relative_bias_gradient
-from .attention_forward import counts_keys, empty_heads, key_ranges, kind_of, later_are_heavier, products, widths
-from .tiles import (
+from .attention_forward import counts_keys, empty_heads, kind_of, products, widths
+from .merge import leave_tile, merge, parts_of, sharing_of
+from .scores import bend, dropout_of, kept, score_factor, score_gradient, scores_of, shape_scores, terms_of
+from .tiles import LARGEST_TILE, LOG2_E, head_of, load_row_values, load_tile, shape_of, tensor3, tensor4
+from .walk import (
     GRANULE,
-    LARGEST_TILE,
-    LOG2_E,
-    bend,
     columns_of,
     counting,
-    dropout_of,
-    head_of,
-    heavy_first,
-    kept,
-    key_bounds,
     key_count_of,
+    later_are_heavier,
     list_of,
-    load_row_values,
-    load_tile,
+    query_bounds,
+    query_tiles,
     rows_of,
-    score_factor,
-    score_gradient,
-    scores_of,
-    shape_of,
-    shape_scores,
-    store_tile,
-    tensor3,
-    tensor4,
-    terms_of,
+    sees_bit,
+    share_of,
+    walk_keys,
     window_of,
     words_of,
+    work_of,
 )
 
 
@@ -86,33 +77,6 @@ def attention_delta_kernel(
 
 
 @triton.jit
-def query_tiles(start, key_count, shape, window, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """For the key tile at `start`, query tiles by number: the first that sees any of it, the first of those that
-    see all of it, the first of those after them that do not or do not exist whole, and where all end."""
-    tiles = tl.cdiv(shape.queries, BLOCK_M)
-    diagonal = start - (shape.keys - shape.queries)
-    first = 0
-    full = 0
-    whole = shape.queries // BLOCK_M
-    stop = tiles
-    if window.right is not None:
-        earliest = diagonal - window.right
-        first = tl.minimum(tl.maximum(earliest, 0) // BLOCK_M, tiles)
-        full = tl.minimum(tl.cdiv(tl.maximum(earliest + BLOCK_N - 1, 0), BLOCK_M), tiles)
-    if window.left is not None:
-        latest = diagonal + window.left + 1
-        whole = tl.minimum(whole, tl.maximum(latest, 0) // BLOCK_M)
-        stop = tl.minimum(stop, tl.cdiv(tl.maximum(latest + BLOCK_N - 1, 0), BLOCK_M))
-    if window.key_lengths is not None:
-        # Nobody sees a tile of keys beyond the length.
-        stop = tl.where(start < key_count, stop, 0)
-        first = tl.minimum(first, stop)
-        full = tl.minimum(full, stop)
-        whole = tl.minimum(whole, stop)
-    return first, full, tl.maximum(whole, full), tl.maximum(stop, full)
-
-
-@triton.jit
 def next_tile(place, tiles, q, dout, padded_rows):
     """Where to read next: the next of `tiles` query tiles, or the first one of the next head. A place is the
     tile's number, the head's within its group, and where its q, dout and row values begin. Counting is cheaper
@@ -129,6 +93,20 @@ def next_tile(place, tiles, q, dout, padded_rows):
 
 
 @triton.jit
+def tile_at(number, tiles, beginning, q, dout, padded_rows):
+    """The place that `next_tile` comes to after `number` times."""
+    _, _, q_pointer, dout_pointer, values = beginning
+    member = (number // tl.maximum(tiles, 1)).to(tl.int64)
+    return (
+        number % tl.maximum(tiles, 1),
+        number // tl.maximum(tiles, 1),
+        q_pointer + member * q.head,
+        dout_pointer + member * dout.head,
+        values + member * 2 * padded_rows,
+    )
+
+
+@triton.jit
 def dkdv_step(
     state,
     k_tile,
@@ -139,9 +117,10 @@ def dkdv_step(
     padded_rows,
     start,
     key_start,
-    words,
+    bounds,
     shape,
     window,
+    lists,
     scores,
     dropout,
     terms,
@@ -169,9 +148,9 @@ def dkdv_step(
     values = shape_scores(bent, scores, terms, queries[None, :], keys[:, None], shape)
     lse = tl.load(row_values + queries)
     weights = tl.exp2(values * score_factor(scores) - lse[None, :])
-    if MASKED and window is None:
-        key_bits = (keys % GRANULE)[:, None]
-        weights = tl.where(((words[None, :] >> key_bits) & 1) != 0, weights, 0.0)
+    if MASKED and lists is not None:
+        # The bounds are a word for each query, whose bits say which keys of the granule it sees.
+        weights = tl.where(sees_bit(bounds[None, :], (keys % GRANULE)[:, None]), weights, 0.0)
     elif MASKED:
         # Key lengths need no mask here: what a key beyond them gets is not stored.
         offset = (keys - (shape.keys - shape.queries) - start)[:, None]
@@ -180,6 +159,9 @@ def dkdv_step(
             weights = tl.where(columns >= offset - window.right, weights, 0.0)
         if window.left is not None:
             weights = tl.where(columns <= offset + window.left, weights, 0.0)
+        if window.intervals is not None:
+            seen = (columns >= (bounds[0] - start)[:, None]) & (columns < (bounds[1] - start)[:, None])
+            weights = tl.where(seen, weights, 0.0)
     delta = tl.load(row_values + padded_rows + queries)
     kept_weights = weights
     if dropout is not None:
@@ -205,6 +187,7 @@ def dkdv_listed(
     batch,
     head,
     start,
+    work,
     shape,
     padded_rows,
     window,
@@ -219,31 +202,100 @@ def dkdv_listed(
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Add what the granules of one head's list give to (dk, dv) of the keys from `start` on."""
+    """Add what the granules of one head's list, or this program's share of them, give to (dk, dv) of the keys from
+    `start` on."""
     parts: tl.constexpr = GRANULE // BLOCK_M
     values = row_values + (batch * shape.heads + head).to(tl.int64) * 2 * padded_rows
     place = (0, 0, head_of(q, batch, head), head_of(dout, batch, head), values)
     terms = terms_of(scores, dropout, batch, head)
     offsets = list_of(lists, batch, head, start)
-    partial = lists.partial_offsets + offsets
-    for step in tl.range(tl.load(partial) * parts, tl.load(partial + 1) * parts):
-        entry = step // parts
-        query_start = tl.load(lists.partial + entry) * GRANULE + (step - entry * parts) * BLOCK_M
+    partial, full = lists.partial_offsets + offsets, lists.full_offsets + offsets
+    low, high = share_of(tl.load(partial), tl.load(partial + 1), work, lists.items)
+    for number in tl.range(low * parts, high * parts):
+        entry = number // parts
+        query_start = tl.load(lists.partial + entry) * GRANULE + (number - entry * parts) * BLOCK_M
         words = words_of(lists, entry, query_start + tl.arange(0, BLOCK_M))
         state = dkdv_step(
-            state, k_tile, v_tile, place, q, dout, padded_rows, query_start, start, words, shape, window, scores,
-            dropout, counting(terms, lists.partial_counts, entry),
+            state, k_tile, v_tile, place, q, dout, padded_rows, query_start, start, words, shape, window, lists,
+            scores, dropout, counting(terms, lists.partial_counts, entry),
             HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, True, BLOCK_M, BLOCK_N, PRECISION,
         )  # fmt: skip
-    full = lists.full_offsets + offsets
-    for step in tl.range(tl.load(full) * parts, tl.load(full + 1) * parts):
-        entry = step // parts
-        query_start = tl.load(lists.full + entry) * GRANULE + (step - entry * parts) * BLOCK_M
+    low, high = share_of(tl.load(full), tl.load(full + 1), work, lists.items)
+    for number in tl.range(low * parts, high * parts):
+        entry = number // parts
+        query_start = tl.load(lists.full + entry) * GRANULE + (number - entry * parts) * BLOCK_M
         state = dkdv_step(
-            state, k_tile, v_tile, place, q, dout, padded_rows, query_start, start, 0, shape, window, scores,
-            dropout, counting(terms, lists.full_counts, entry),
+            state, k_tile, v_tile, place, q, dout, padded_rows, query_start, start, 0, shape, window, lists,
+            scores, dropout, counting(terms, lists.full_counts, entry),
             HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, False, BLOCK_M, BLOCK_N, PRECISION,
         )  # fmt: skip
+    return state
+
+
+@triton.jit
+def dkdv_ranged(
+    state,
+    k_tile,
+    v_tile,
+    q,
+    dout,
+    row_values,
+    batch,
+    head,
+    start,
+    work,
+    shape,
+    padded_rows,
+    window,
+    splits,
+    scores,
+    dropout,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    VALUE_WIDTH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Add what the queries within bounds, or this program's share of them, give to (dk, dv) of the keys from
+    `start` on; `head` is the first of the group's.
+
+    One loop runs over the tiles of all query heads of the group: short ones keep the pipeline of loads full.
+    """
+    key_count = key_count_of(batch, shape, window)
+    bounds = query_bounds(start + tl.arange(0, BLOCK_N), batch, shape, window)
+    first, full, whole, stop = query_tiles(start, bounds, key_count, shape, window, BLOCK_M, BLOCK_N)
+    values = row_values + (batch * shape.heads + head).to(tl.int64) * 2 * padded_rows
+    beginning = (0, 0, head_of(q, batch, head), head_of(dout, batch, head), values)
+    # Masked are the tiles on the diagonal, first to full, and those on the window's other side or the last one, if
+    # only part of it exists.
+    diagonal = full - first
+    masked = diagonal + stop - whole
+    place = beginning
+    low, high = share_of(0, shape.group * masked, work, splits)
+    if splits is not None:
+        place = tile_at(low, masked, beginning, q, dout, padded_rows)
+    for _ in tl.range(low, high):
+        tile = place[0] + tl.where(place[0] < diagonal, first, whole - diagonal)
+        state = dkdv_step(
+            state, k_tile, v_tile, place, q, dout, padded_rows, tile * BLOCK_M, start, bounds, shape, window, None,
+            scores, dropout, terms_of(scores, dropout, batch, head + place[1]),
+            HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, True, BLOCK_M, BLOCK_N, PRECISION,
+        )  # fmt: skip
+        place = next_tile(place, masked, q, dout, padded_rows)
+    place = beginning
+    low, high = share_of(0, shape.group * (whole - full), work, splits)
+    if splits is not None:
+        place = tile_at(low, whole - full, beginning, q, dout, padded_rows)
+    for _ in tl.range(low, high):
+        tile = full + place[0]
+        state = dkdv_step(
+            state, k_tile, v_tile, place, q, dout, padded_rows, tile * BLOCK_M, start, bounds, shape, window, None,
+            scores, dropout, terms_of(scores, dropout, batch, head + place[1]),
+            HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, False, BLOCK_M, BLOCK_N, PRECISION,
+        )  # fmt: skip
+        place = next_tile(place, whole - full, q, dout, padded_rows)
     return state
 
 
@@ -255,11 +307,14 @@ def attention_dkdv_kernel(
     dout,
     dk,
     dv,
+    dk_parts,
+    dv_parts,
     row_values,
     shape,
     padded_rows,
     window,
     lists,
+    splits,
     scores,
     dropout,
     heads_per_section,
@@ -271,51 +326,24 @@ def attention_dkdv_kernel(
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    key_tiles = tl.cdiv(shape.keys, BLOCK_N)
-    all_heads = tl.num_programs(0) // key_tiles
     # The first key tiles are seen by the most rows: ascending order is heavy first.
-    key_tile, flat_head = heavy_first(tl.program_id(0), key_tiles, all_heads, heads_per_section, False)
-    key_heads = shape.heads // shape.group
-    batch, key_head = flat_head // key_heads, flat_head % key_heads
-    start = key_tile * BLOCK_N
+    start, batch, key_head, work = work_of(
+        shape.keys, shape.heads // shape.group, lists, splits, heads_per_section, False, BLOCK_N
+    )
     keys = start + tl.arange(0, BLOCK_N)
-
     k_tile = load_tile(head_of(k, batch, key_head), k, start, shape.keys, HEAD_DIM, BLOCK_N, WIDTH, True)
     v_tile = load_tile(head_of(v, batch, key_head), v, start, shape.keys, VALUE_DIM, BLOCK_N, VALUE_WIDTH, True)
     state = (tl.zeros([BLOCK_N, WIDTH], tl.float32), tl.zeros([BLOCK_N, VALUE_WIDTH], tl.float32))
     head = key_head * shape.group
     if lists is None:
-        key_count = key_count_of(batch, shape, window)
-        first, full, whole, stop = query_tiles(start, key_count, shape, window, BLOCK_M, BLOCK_N)
-        # One loop runs over the tiles of all query heads of the group: short ones keep the pipeline of loads full.
-        values = row_values + (batch * shape.heads + head).to(tl.int64) * 2 * padded_rows
-        beginning = (0, 0, head_of(q, batch, head), head_of(dout, batch, head), values)
-        # Masked are the tiles on the diagonal, first to full, and those on the window's other side or the last
-        # one, if only part of it exists.
-        diagonal = full - first
-        masked = diagonal + stop - whole
-        place = beginning
-        for _ in tl.range(0, shape.group * masked):
-            tile = place[0] + tl.where(place[0] < diagonal, first, whole - diagonal)
-            state = dkdv_step(
-                state, k_tile, v_tile, place, q, dout, padded_rows, tile * BLOCK_M, start, 0, shape, window,
-                scores, dropout, terms_of(scores, dropout, batch, head + place[1]),
-                HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, True, BLOCK_M, BLOCK_N, PRECISION,
-            )  # fmt: skip
-            place = next_tile(place, masked, q, dout, padded_rows)
-        place = beginning
-        for _ in tl.range(0, shape.group * (whole - full)):
-            tile = full + place[0]
-            state = dkdv_step(
-                state, k_tile, v_tile, place, q, dout, padded_rows, tile * BLOCK_M, start, 0, shape, window,
-                scores, dropout, terms_of(scores, dropout, batch, head + place[1]),
-                HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, False, BLOCK_M, BLOCK_N, PRECISION,
-            )  # fmt: skip
-            place = next_tile(place, whole - full, q, dout, padded_rows)
+        state = dkdv_ranged(
+            state, k_tile, v_tile, q, dout, row_values, batch, head, start, work, shape, padded_rows, window,
+            splits, scores, dropout, HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, BLOCK_M, BLOCK_N, PRECISION,
+        )  # fmt: skip
     else:
         for member in tl.range(0, shape.group):
             state = dkdv_listed(
-                state, k_tile, v_tile, q, dout, row_values, batch, head + member, start, shape, padded_rows,
+                state, k_tile, v_tile, q, dout, row_values, batch, head + member, start, work, shape, padded_rows,
                 window, lists, scores, dropout,
                 HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, BLOCK_M, BLOCK_N, PRECISION,
             )  # fmt: skip
@@ -323,48 +351,44 @@ def attention_dkdv_kernel(
     dk_tile *= tl.cast(scores.scale, tl.float32)
     if dropout is not None:
         dv_tile *= tl.cast(dropout.growth, tl.float32)
-    if lists is None and window.key_lengths is not None:
+    if window.key_lengths is not None:
         exists = (keys < key_count_of(batch, shape, window))[:, None]
         dk_tile = tl.where(exists, dk_tile, 0.0)
         dv_tile = tl.where(exists, dv_tile, 0.0)
-    store_tile(head_of(dk, batch, key_head), dk, start, shape.keys, HEAD_DIM, dk_tile, BLOCK_N, WIDTH)
-    store_tile(head_of(dv, batch, key_head), dv, start, shape.keys, VALUE_DIM, dv_tile, BLOCK_N, VALUE_WIDTH)
+    leave_tile(dk, dk_parts, dk_tile, batch, key_head, start, shape.keys, work, lists, HEAD_DIM, BLOCK_N, WIDTH)
+    leave_tile(
+        dv, dv_parts, dv_tile, batch, key_head, start, shape.keys, work, lists, VALUE_DIM, BLOCK_N, VALUE_WIDTH
+    )
 
 
 @triton.jit
 def dq_step(
     dq,
-    q_tile,
-    dout_tile,
-    lse,
-    delta,
-    k_pointer,
-    v_pointer,
-    k,
-    v,
+    given,
+    terms,
     start,
     queries,
     bounds,
     shape,
     window,
-    scores,
-    dropout,
-    terms,
+    lists,
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     WIDTH: tl.constexpr,
     VALUE_WIDTH: tl.constexpr,
     MASKED: tl.constexpr,
-    MASKED_FIRST: tl.constexpr,
+    RELATIVE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Add what the keys from `start` on give to dq."""
+    q_tile, dout_tile, lse, delta, k_pointer, v_pointer, k, v, scores, dropout = given
     k_tile = load_tile(k_pointer, k, start, shape.keys, HEAD_DIM, BLOCK_N, WIDTH, MASKED)
     v_tile = load_tile(v_pointer, v, start, shape.keys, VALUE_DIM, BLOCK_N, VALUE_WIDTH, MASKED)
     dscores, bent = score_gradient(
-        q_tile, dout_tile, lse, delta, k_tile, v_tile, start, queries, bounds, shape, window, scores, dropout,
-        terms, MASKED, MASKED_FIRST, BLOCK_N, PRECISION,
+        q_tile, dout_tile, lse, delta, k_tile, v_tile, start, queries, bounds, shape, window, lists, scores,
+        dropout, terms, MASKED, RELATIVE, BLOCK_N, PRECISION,
     )  # fmt: skip
     if scores.softcap is not None:
         dscores *= 1.0 - bent * bent
@@ -378,11 +402,13 @@ def attention_dq_kernel(
     v,
     dout,
     dq,
+    parts,
     row_values,
     shape,
     padded_rows,
     window,
     lists,
+    splits,
     scores,
     dropout,
     heads_per_section,
@@ -391,75 +417,34 @@ def attention_dq_kernel(
     WIDTH: tl.constexpr,
     VALUE_WIDTH: tl.constexpr,
     MASKED_FIRST: tl.constexpr,
+    RELATIVE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    tiles = tl.cdiv(shape.queries, BLOCK_M)
-    all_heads = tl.num_programs(0) // tiles
-    tile, flat_head = heavy_first(tl.program_id(0), tiles, all_heads, heads_per_section, later_are_heavier(window))
-    batch, head = flat_head // shape.heads, flat_head % shape.heads
-    start = tile * BLOCK_M
-    queries = start + tl.arange(0, BLOCK_M)
-
+    start, batch, head, work = work_of(
+        shape.queries, shape.heads, lists, splits, heads_per_section, later_are_heavier(window, lists), BLOCK_M
+    )
     q_tile = load_tile(head_of(q, batch, head), q, start, shape.queries, HEAD_DIM, BLOCK_M, WIDTH, True)
     dout_tile = load_tile(
         head_of(dout, batch, head), dout, start, shape.queries, VALUE_DIM, BLOCK_M, VALUE_WIDTH, True
     )
-    values = row_values + flat_head.to(tl.int64) * 2 * padded_rows + queries
+    values = (
+        row_values + (batch * shape.heads + head).to(tl.int64) * 2 * padded_rows + start + tl.arange(0, BLOCK_M)
+    )
     lse, delta = tl.load(values), tl.load(values + padded_rows)
     k_pointer = head_of(k, batch, head // shape.group)
     v_pointer = head_of(v, batch, head // shape.group)
-
     terms = terms_of(scores, dropout, batch, head)
 
-    dq_tile = tl.zeros([BLOCK_M, WIDTH], tl.float32)
-    if lists is None:
-        key_count = key_count_of(batch, shape, window)
-        bounds = key_bounds(queries, key_count, shape, window)
-        begin, full_begin, full_end, end = key_ranges(start, key_count, shape, window, BLOCK_M, BLOCK_N)
-        if window.left is not None:
-            for key_start in tl.range(begin, tl.minimum(full_begin, end), BLOCK_N):
-                dq_tile = dq_step(
-                    dq_tile, q_tile, dout_tile, lse, delta, k_pointer, v_pointer, k, v, key_start, queries, bounds,
-                    shape, window, scores, dropout, terms, HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, True,
-                    MASKED_FIRST, BLOCK_N, PRECISION,
-                )  # fmt: skip
-        for part in tl.static_range(2):
-            for key_start in tl.range(
-                full_end if (part == 0) == MASKED_FIRST else full_begin,
-                end if (part == 0) == MASKED_FIRST else full_end,
-                BLOCK_N,
-            ):
-                dq_tile = dq_step(
-                    dq_tile, q_tile, dout_tile, lse, delta, k_pointer, v_pointer, k, v, key_start, queries, bounds,
-                    shape, window, scores, dropout, terms, HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH,
-                    (part == 0) == MASKED_FIRST, MASKED_FIRST, BLOCK_N, PRECISION,
-                )  # fmt: skip
-    else:
-        parts: tl.constexpr = GRANULE // BLOCK_N
-        place = list_of(lists, batch, head, start)
-        partial = lists.partial_offsets + place
-        for step in tl.range(tl.load(partial) * parts, tl.load(partial + 1) * parts):
-            entry = step // parts
-            key_start = tl.load(lists.partial + entry) * GRANULE + (step - entry * parts) * BLOCK_N
-            words = words_of(lists, entry, queries)
-            dq_tile = dq_step(
-                dq_tile, q_tile, dout_tile, lse, delta, k_pointer, v_pointer, k, v, key_start, queries,
-                (words, words), shape, window, scores, dropout, counting(terms, lists.partial_counts, entry),
-                HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, True, MASKED_FIRST, BLOCK_N, PRECISION,
-            )  # fmt: skip
-        full = lists.full_offsets + place
-        for step in tl.range(tl.load(full) * parts, tl.load(full + 1) * parts):
-            entry = step // parts
-            key_start = tl.load(lists.full + entry) * GRANULE + (step - entry * parts) * BLOCK_N
-            dq_tile = dq_step(
-                dq_tile, q_tile, dout_tile, lse, delta, k_pointer, v_pointer, k, v, key_start, queries, 0,
-                shape, window, scores, dropout, counting(terms, lists.full_counts, entry),
-                HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, False, MASKED_FIRST, BLOCK_N, PRECISION,
-            )  # fmt: skip
+    dq_tile = walk_keys(
+        dq_step, tl.zeros([BLOCK_M, WIDTH], tl.float32),
+        (q_tile, dout_tile, lse, delta, k_pointer, v_pointer, k, v, scores, dropout), terms,
+        start, batch, head, work, shape, window, lists, splits,
+        HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, MASKED_FIRST, RELATIVE, BLOCK_M, BLOCK_N, PRECISION,
+    )  # fmt: skip
     dq_tile *= tl.cast(scores.scale, tl.float32)
-    store_tile(head_of(dq, batch, head), dq, start, shape.queries, HEAD_DIM, dq_tile, BLOCK_M, WIDTH)
+    leave_tile(dq, parts, dq_tile, batch, head, start, shape.queries, work, lists, HEAD_DIM, BLOCK_M, WIDTH)
 
 
 class Gradients(NamedTuple):
@@ -495,6 +480,7 @@ def attention_backward(
     relative_bias: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
     dropout_state: torch.Tensor | None = None,
+    intervals: torch.Tensor | None = None,
     lists: tuple | None = None,
     want_bias: bool = False,
     want_relative_bias: bool = False,
@@ -515,22 +501,22 @@ def attention_backward(
     widest = max(width["WIDTH"], width["VALUE_WIDTH"])
     precision = products(precision, q.element_size(), widest)
     q_, k_, v_, dout_ = tensor4(q), tensor4(k), tensor4(v), tensor4(dout)
-    beside = (
-        row_values,
-        shape,
-        padded_rows,
-        None if lists is not None else window_of(left, right, causal, key_lengths),
+    window = window_of(left, right, causal, key_lengths, intervals)
+    weights = (
+        scores_of(scale, softcap, alibi_slopes, bias, relative_bias, None, counts_keys(lists)),
+        dropout_of(dropout_state, dropout),
     )
-    scores = scores_of(scale, softcap, alibi_slopes, bias, relative_bias, None, counts_keys(lists))
-    weights = (scores, dropout_of(dropout_state, dropout))
     dbias = drelative = None
     with launch.on_device(q):
         family = launch.family(attention_dq_kernel, q.device)
+        processors = launch.processors(family, q.device)
         ask = (
             family,
             q.element_size(),
             widest,
-            kind_of(precision, (bias, relative_bias, dropout_state), (left, softcap, alibi_slopes), lists),
+            kind_of(
+                precision, (bias, relative_bias, dropout_state), (left, intervals, softcap, alibi_slopes), lists
+            ),
         )
         fit = (lambda tiling: tiling) if lists is None else launch.within_granules
         if row_values.numel():
@@ -551,20 +537,39 @@ def attention_backward(
         common = {**width, "PRECISION": precision}
         if dv.numel():
             tiling = fit(launch.look_up(launch.ATTENTION_DKDV, *ask))
-            attention_dkdv_kernel[(triton.cdiv(keys, tiling.block_n) * batch * key_heads,)](
-                q_, k_, v_, dout_, tensor4(dk), tensor4(dv), *beside, None if lists is None else columns_of(lists),
-                *weights,
+            listed = None if lists is None else columns_of(lists)
+            sharing = sharing_of(
+                listed, None if lists is None else lists.column_merges, keys, tiling.block_n, batch * key_heads,
+                triton.cdiv(queries, tiling.block_m) * (heads // key_heads), processors,
+            )  # fmt: skip
+            dk_parts, dv_parts = parts_of(sharing, dk), parts_of(sharing, dv)
+            attention_dkdv_kernel[(sharing.programs * batch * key_heads,)](
+                q_, k_, v_, dout_, tensor4(dk), tensor4(dv), dk_parts, dv_parts, row_values, shape, padded_rows,
+                window, listed, sharing.splits, *weights,
                 launch.heads_per_section(q, dout, batch * key_heads), **common, **tiling.options(),
             )  # fmt: skip
+            merge(sharing, dk_parts, dk)
+            merge(sharing, dv_parts, dv)
         if dq.numel():
             tiling = fit(launch.look_up(launch.ATTENTION_DQ, *ask))
-            attention_dq_kernel[(triton.cdiv(queries, tiling.block_m) * batch * heads,)](
-                q_, k_, v_, dout_, tensor4(dq), *beside, None if lists is None else rows_of(lists), *weights,
+            listed = None if lists is None else rows_of(lists)
+            sharing = sharing_of(
+                listed, None if lists is None else lists.row_merges, queries, tiling.block_m, batch * heads,
+                triton.cdiv(keys, tiling.block_n), processors,
+            )  # fmt: skip
+            parts = parts_of(sharing, dq)
+            attention_dq_kernel[(sharing.programs * batch * heads,)](
+                q_, k_, v_, dout_, tensor4(dq), parts, row_values, shape, padded_rows, window, listed,
+                sharing.splits, *weights,
                 launch.heads_per_section(k, v, batch * heads), **common, **tiling.options(),
                 MASKED_FIRST=family in launch.MASKED_FIRST,
+                RELATIVE=family in launch.RELATIVE_DQ,
             )  # fmt: skip
-        tiling = launch.look_up(launch.ATTENTION_BIAS, *ask)
-        given = (q, k, (q_, k_, v_, dout_), (*beside, *weights), {**common, **tiling.options()})
+            merge(sharing, parts, dq)
+        tiling = fit(launch.look_up(launch.ATTENTION_BIAS, *ask))
+        listed = None if lists is None else rows_of(lists, shared=False)
+        beside = (row_values, shape, padded_rows, window, listed, *weights)
+        given = (q, k, (q_, k_, v_, dout_), beside, {**common, **tiling.options()})
         if want_bias and bias is not None:
             dbias = bias_gradient(bias, *given)
         if want_relative_bias and relative_bias is not None:

@@ -12,8 +12,57 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from .attention_forward import key_ranges
-from .tiles import Tensor4, head_of, key_bounds, key_count_of, load_tile, score_gradient, terms_of
+from .scores import score_gradient, terms_of
+from .tiles import Tensor4, head_of, load_tile
+from .walk import GRANULE, counting, first_at, key_bounds, key_count_of, key_ranges, list_of, words_of
+
+
+@triton.jit
+def tile_gradient(
+    total,
+    batch,
+    head,
+    start,
+    key_start,
+    bounds,
+    terms,
+    q,
+    k,
+    v,
+    dout,
+    row_values,
+    shape,
+    padded_rows,
+    window,
+    lists,
+    scores,
+    dropout,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    VALUE_WIDTH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Add to `total` the gradient of one head's scores that `bounds` show."""
+    queries = start + tl.arange(0, BLOCK_M)
+    q_tile = load_tile(head_of(q, batch, head), q, start, shape.queries, HEAD_DIM, BLOCK_M, WIDTH, True)
+    dout_tile = load_tile(
+        head_of(dout, batch, head), dout, start, shape.queries, VALUE_DIM, BLOCK_M, VALUE_WIDTH, True
+    )
+    key_head = head // shape.group
+    k_tile = load_tile(head_of(k, batch, key_head), k, key_start, shape.keys, HEAD_DIM, BLOCK_N, WIDTH, True)
+    v_tile = load_tile(
+        head_of(v, batch, key_head), v, key_start, shape.keys, VALUE_DIM, BLOCK_N, VALUE_WIDTH, True
+    )
+    values = row_values + (batch * shape.heads + head).to(tl.int64) * 2 * padded_rows + queries
+    lse, delta = tl.load(values), tl.load(values + padded_rows)
+    dscores, _bent = score_gradient(
+        q_tile, dout_tile, lse, delta, k_tile, v_tile, key_start, queries, bounds, shape, window, lists, scores,
+        dropout, terms, True, True, BLOCK_N, PRECISION,
+    )  # fmt: skip
+    return total + dscores
 
 
 @triton.jit
@@ -31,6 +80,7 @@ def add_tile(
     shape,
     padded_rows,
     window,
+    lists,
     scores,
     dropout,
     HEAD_DIM: tl.constexpr,
@@ -41,30 +91,46 @@ def add_tile(
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Add to `total` the gradient of one head's scores: queries from `start` on, keys from `key_start` on."""
+    """Add to `total` the gradient of one head's scores: queries from `start` on, keys from `key_start` on, as far
+    as they are seen."""
     key_count = key_count_of(batch, shape, window)
-    begin, _full_begin, _full_end, end = key_ranges(start, key_count, shape, window, BLOCK_M, BLOCK_N)
-    if (key_start < end) & (key_start + BLOCK_N > begin):
-        queries = start + tl.arange(0, BLOCK_M)
-        q_tile = load_tile(head_of(q, batch, head), q, start, shape.queries, HEAD_DIM, BLOCK_M, WIDTH, True)
-        dout_tile = load_tile(
-            head_of(dout, batch, head), dout, start, shape.queries, VALUE_DIM, BLOCK_M, VALUE_WIDTH, True
-        )
-        k_tile = load_tile(
-            head_of(k, batch, head // shape.group), k, key_start, shape.keys, HEAD_DIM, BLOCK_N, WIDTH, True
-        )
-        v_tile = load_tile(
-            head_of(v, batch, head // shape.group), v, key_start, shape.keys, VALUE_DIM, BLOCK_N, VALUE_WIDTH, True
-        )
-        values = row_values + (batch * shape.heads + head).to(tl.int64) * 2 * padded_rows + queries
-        lse, delta = tl.load(values), tl.load(values + padded_rows)
-        bounds = key_bounds(queries, key_count, shape, window)
-        terms = terms_of(scores, dropout, batch, head)
-        dscores, _bent = score_gradient(
-            q_tile, dout_tile, lse, delta, k_tile, v_tile, key_start, queries, bounds, shape, window, scores,
-            dropout, terms, True, True, BLOCK_N, PRECISION,
-        )  # fmt: skip
-        total += dscores
+    queries = start + tl.arange(0, BLOCK_M)
+    terms = terms_of(scores, dropout, batch, head)
+    if lists is None:
+        bounds = key_bounds(queries, batch, key_count, shape, window)
+        begin, _full_begin, _full_end, end = key_ranges(start, bounds, key_count, shape, window, BLOCK_M, BLOCK_N)
+        if (key_start < end) & (key_start + BLOCK_N > begin):
+            total = tile_gradient(
+                total, batch, head, start, key_start, bounds, terms, q, k, v, dout, row_values, shape, padded_rows,
+                window, lists, scores, dropout,
+                HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, BLOCK_M, BLOCK_N, PRECISION,
+            )  # fmt: skip
+    else:
+        # Its granule may be in the row's lists: once, or once for each number of times that its keys count.
+        place = list_of(lists, batch, head, start)
+        granule = key_start // GRANULE
+        end = tl.load(lists.partial_offsets + place + 1)
+        for entry in tl.range(
+            first_at(lists.partial, tl.load(lists.partial_offsets + place), end, granule),
+            first_at(lists.partial, tl.load(lists.partial_offsets + place), end, granule + 1),
+        ):
+            bounds = words_of(lists, entry, queries), key_count
+            total = tile_gradient(
+                total, batch, head, start, key_start, bounds, counting(terms, lists.partial_counts, entry),
+                q, k, v, dout, row_values, shape, padded_rows, window, lists, scores, dropout,
+                HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, BLOCK_M, BLOCK_N, PRECISION,
+            )  # fmt: skip
+        end = tl.load(lists.full_offsets + place + 1)
+        for entry in tl.range(
+            first_at(lists.full, tl.load(lists.full_offsets + place), end, granule),
+            first_at(lists.full, tl.load(lists.full_offsets + place), end, granule + 1),
+        ):
+            bounds = tl.full([BLOCK_M], -1, tl.int64), key_count
+            total = tile_gradient(
+                total, batch, head, start, key_start, bounds, counting(terms, lists.full_counts, entry),
+                q, k, v, dout, row_values, shape, padded_rows, window, lists, scores, dropout,
+                HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, BLOCK_M, BLOCK_N, PRECISION,
+            )  # fmt: skip
     return total
 
 
@@ -79,6 +145,7 @@ def bias_gradient_kernel(
     shape,
     padded_rows,
     window,
+    lists,
     scores,
     dropout,
     bias_heads,
@@ -113,7 +180,7 @@ def bias_gradient_kernel(
         head, batch = member // (columns * rows) % heads, member // (columns * rows) // heads
         total = add_tile(
             total, bias_batch + batch, bias_head + head, (row + of_row) * BLOCK_M, (column + of_column) * BLOCK_N,
-            q, k, v, dout, row_values, shape, padded_rows, window, scores, dropout,
+            q, k, v, dout, row_values, shape, padded_rows, window, lists, scores, dropout,
             HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, BLOCK_M, BLOCK_N, PRECISION,
         )  # fmt: skip
 
@@ -144,6 +211,7 @@ def diagonal_sums_kernel(
     shape,
     padded_rows,
     window,
+    lists,
     scores,
     dropout,
     HEAD_DIM: tl.constexpr,
@@ -165,7 +233,7 @@ def diagonal_sums_kernel(
     for tile in tl.range(tl.maximum(0, -ahead), tl.minimum(row_tiles, column_tiles - ahead)):
         total = add_tile(
             total, batch, head, tile * BLOCK_M, (tile + ahead) * BLOCK_N,
-            q, k, v, dout, row_values, shape, padded_rows, window, scores, dropout,
+            q, k, v, dout, row_values, shape, padded_rows, window, lists, scores, dropout,
             HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, BLOCK_M, BLOCK_N, PRECISION,
         )  # fmt: skip
     places = sums + (flat_head.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * 2 * BLOCK_M

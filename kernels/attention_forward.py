@@ -1,8 +1,7 @@
 """Attention, forward: one program computes BLOCK_M rows of softmax(scale q k^T) v and their log-sum-exp.
 
-The online softmax of FlashAttention-2 (Dao 2023, algorithm 1). The keys that every row of the tile may see are
-walked by a loop without mask code; those on the edges (a window's left, the diagonal, the last, partial tile) by
-loops with masks. All run the same step.
+The online softmax of FlashAttention-2 (Dao 2023, algorithm 1). Which keys a tile walks says kernels/walk.py; where
+several programs share a walk, kernels/merge.py makes one result of theirs.
 """
 
 from __future__ import annotations
@@ -12,99 +11,42 @@ import triton
 import triton.language as tl
 
 from . import launch
-from .tiles import (
-    GRANULE,
-    LN_2,
-    LOG2_E,
-    bend,
-    counting,
-    dropout_of,
-    head_of,
-    heavy_first,
-    kept,
-    key_bounds,
-    key_count_of,
-    list_of,
-    load_tile,
-    online_softmax_update,
-    rows_of,
-    score_factor,
-    scores_of,
-    shape_of,
-    shape_scores,
-    store_tile,
-    tensor3,
-    tensor4,
-    terms_of,
-    window_of,
-    within,
-    words_of,
-)
-
-
-@triton.jit
-def key_ranges(start, key_count, shape, window, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """For the query tile at `start`: where keys begin to be seen by any of its rows, by all of them, where they
-    cease to be seen by all and by any; the first three on tile boundaries."""
-    diagonal = start + shape.keys - shape.queries
-    begin = 0
-    full_begin = 0
-    full_end = key_count
-    end = key_count
-    if window.left is not None:
-        begin = tl.maximum(diagonal - window.left, 0) // BLOCK_N * BLOCK_N
-        full_begin = tl.cdiv(tl.maximum(diagonal + BLOCK_M - 1 - window.left, 0), BLOCK_N) * BLOCK_N
-    if window.right is not None:
-        full_end = tl.minimum(full_end, tl.maximum(diagonal + window.right + 1, 0))
-        end = tl.minimum(end, tl.maximum(diagonal + window.right + BLOCK_M, 0))
-    full_end = full_end // BLOCK_N * BLOCK_N
-    if window.left is not None:
-        full_end = tl.maximum(full_begin, full_end)
-    return begin, full_begin, full_end, end
-
-
-@triton.jit
-def later_are_heavier(window):
-    """Whether later queries see more keys: the diagonal bounds them."""
-    if window is None:
-        return False
-    else:
-        return window.right is not None
+from .merge import leave_tile, leave_values, merge, parts_of, sharing_of
+from .scores import bend, dropout_of, kept, score_factor, scores_of, shape_scores, terms_of
+from .tiles import LN_2, LOG2_E, head_of, load_tile, online_softmax_update, shape_of, tensor3, tensor4
+from .walk import later_are_heavier, rows_of, walk_keys, window_of, within, work_of
 
 
 @triton.jit
 def forward_step(
     state,
-    q_tile,
-    k_pointer,
-    v_pointer,
-    k,
-    v,
+    given,
+    terms,
     start,
     queries,
     bounds,
     shape,
     window,
-    scores,
-    dropout,
-    terms,
+    lists,
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     WIDTH: tl.constexpr,
     VALUE_WIDTH: tl.constexpr,
     MASKED: tl.constexpr,
-    MASKED_FIRST: tl.constexpr,
+    RELATIVE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Fold the keys from `start` on into (accumulator, running maximum, running sum)."""
+    q_tile, k_pointer, v_pointer, k, v, scores, dropout = given
     accumulator, row_max, row_sum = state
     k_tile = load_tile(k_pointer, k, start, shape.keys, HEAD_DIM, BLOCK_N, WIDTH, MASKED)
     products = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
     keys = start + tl.arange(0, BLOCK_N)[None, :]
     values = shape_scores(bend(products, scores), scores, terms, queries[:, None], keys, shape)
     if MASKED:
-        values = tl.where(within(start, bounds, window, BLOCK_N, MASKED_FIRST), values, float("-inf"))
+        values = tl.where(within(start, bounds, window, lists, BLOCK_N, RELATIVE), values, float("-inf"))
     weights, shrink, row_max, row_sum = online_softmax_update(
         values, score_factor(scores), row_max, row_sum, MASKED or scores.bias is not None
     )
@@ -123,9 +65,11 @@ def attention_forward_kernel(
     v,
     out,
     lse,
+    parts,
     shape,
     window,
     lists,
+    splits,
     scores,
     dropout,
     heads_per_section,
@@ -134,17 +78,14 @@ def attention_forward_kernel(
     WIDTH: tl.constexpr,
     VALUE_WIDTH: tl.constexpr,
     MASKED_FIRST: tl.constexpr,
+    RELATIVE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    tiles = tl.cdiv(shape.queries, BLOCK_M)
-    all_heads = tl.num_programs(0) // tiles
-    tile, flat_head = heavy_first(tl.program_id(0), tiles, all_heads, heads_per_section, later_are_heavier(window))
-    batch, head = flat_head // shape.heads, flat_head % shape.heads
-    start = tile * BLOCK_M
-    queries = start + tl.arange(0, BLOCK_M)
-
+    start, batch, head, work = work_of(
+        shape.queries, shape.heads, lists, splits, heads_per_section, later_are_heavier(window, lists), BLOCK_M
+    )
     k_pointer = head_of(k, batch, head // shape.group)
     v_pointer = head_of(v, batch, head // shape.group)
     q_tile = load_tile(head_of(q, batch, head), q, start, shape.queries, HEAD_DIM, BLOCK_M, WIDTH, True)
@@ -154,58 +95,15 @@ def attention_forward_kernel(
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     if scores.sinks is not None:
-        # One more key, seen by all, whose value is zero.
-        row_max = tl.zeros([BLOCK_M], tl.float32) + tl.load(head_of(scores.sinks, batch, head)) * LOG2_E
-        row_sum += 1.0
-    state = (accumulator, row_max, row_sum)
-    if lists is None:
-        key_count = key_count_of(batch, shape, window)
-        bounds = key_bounds(queries, key_count, shape, window)
-        begin, full_begin, full_end, end = key_ranges(start, key_count, shape, window, BLOCK_M, BLOCK_N)
-        if window.left is not None:
-            for key_start in tl.range(begin, tl.minimum(full_begin, end), BLOCK_N):
-                state = forward_step(
-                    state, q_tile, k_pointer, v_pointer, k, v, key_start, queries, bounds, shape, window, scores,
-                    dropout, terms, HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, True, MASKED_FIRST, BLOCK_N,
-                    PRECISION,
-                )  # fmt: skip
-        for part in tl.static_range(2):
-            for key_start in tl.range(
-                full_end if (part == 0) == MASKED_FIRST else full_begin,
-                end if (part == 0) == MASKED_FIRST else full_end,
-                BLOCK_N,
-            ):
-                state = forward_step(
-                    state, q_tile, k_pointer, v_pointer, k, v, key_start, queries, bounds, shape, window, scores,
-                    dropout, terms, HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, (part == 0) == MASKED_FIRST,
-                    MASKED_FIRST, BLOCK_N, PRECISION,
-                )  # fmt: skip
-    else:
-        # A granule is walked in parts where it is wider than a tile.
-        parts: tl.constexpr = GRANULE // BLOCK_N
-        place = list_of(lists, batch, head, start)
-        partial = lists.partial_offsets + place
-        for step in tl.range(tl.load(partial) * parts, tl.load(partial + 1) * parts):
-            entry = step // parts
-            key_start = tl.load(lists.partial + entry) * GRANULE + (step - entry * parts) * BLOCK_N
-            words = words_of(lists, entry, queries)
-            state = forward_step(
-                state, q_tile, k_pointer, v_pointer, k, v, key_start, queries, (words, words), shape, window,
-                scores,
-                dropout, counting(terms, lists.partial_counts, entry), HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH,
-                True,
-                MASKED_FIRST, BLOCK_N, PRECISION,
-            )  # fmt: skip
-        full = lists.full_offsets + place
-        for step in tl.range(tl.load(full) * parts, tl.load(full + 1) * parts):
-            entry = step // parts
-            key_start = tl.load(lists.full + entry) * GRANULE + (step - entry * parts) * BLOCK_N
-            state = forward_step(
-                state, q_tile, k_pointer, v_pointer, k, v, key_start, queries, 0, shape, window, scores,
-                dropout, counting(terms, lists.full_counts, entry), HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, False,
-                MASKED_FIRST, BLOCK_N, PRECISION,
-            )  # fmt: skip
-    accumulator, row_max, row_sum = state
+        # One more key, seen by all, whose value is zero; of several shares the first has it.
+        sink = tl.load(head_of(scores.sinks, batch, head)) * LOG2_E
+        row_max = tl.zeros([BLOCK_M], tl.float32) + tl.where(work[0] == 0, sink, float("-inf"))
+        row_sum += tl.where(work[0] == 0, 1.0, 0.0)
+    accumulator, row_max, row_sum = walk_keys(
+        forward_step, (accumulator, row_max, row_sum), (q_tile, k_pointer, v_pointer, k, v, scores, dropout),
+        terms, start, batch, head, work, shape, window, lists, splits,
+        HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, MASKED_FIRST, RELATIVE, BLOCK_M, BLOCK_N, PRECISION,
+    )  # fmt: skip
 
     # A row that saw nothing has sum 0: output 0, lse -inf.
     empty = row_sum == 0.0
@@ -215,8 +113,10 @@ def attention_forward_kernel(
     if dropout is not None:
         growth = tl.cast(dropout.growth, tl.float32)
     accumulator = accumulator * (growth / row_sum)[:, None]
-    store_tile(head_of(out, batch, head), out, start, shape.queries, VALUE_DIM, accumulator, BLOCK_M, VALUE_WIDTH)
-    tl.store(head_of(lse, batch, head) + queries.to(tl.int64) * lse.row, row_lse, mask=queries < shape.queries)
+    leave_tile(
+        out, parts, accumulator, batch, head, start, shape.queries, work, lists, VALUE_DIM, BLOCK_M, VALUE_WIDTH
+    )
+    leave_values(lse, parts, row_lse, batch, head, start, shape.queries, work, lists, BLOCK_M)
 
 
 def empty_heads(batch: int, heads: int, rows: int, width: int, like: torch.Tensor) -> torch.Tensor:
@@ -277,6 +177,7 @@ def attention_forward(
     relative_bias: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
     dropout_state: torch.Tensor | None = None,
+    intervals: torch.Tensor | None = None,
     lists: tuple | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """softmax(scale q k^T) v and its row-wise log-sum-exp.
@@ -285,9 +186,9 @@ def attention_forward(
     scale > 0. `left` and `right` bound the keys before and after the diagonal, causal is right = 0; softcap > 0;
     key_lengths (B,) int32 in [0, Lk]; alibi_slopes and sinks (B, Hq) fp32; bias (B, Hq, Lq, Lk), any of them 1,
     float or bool; relative_bias (B, Hq, 2 R + 1) fp32; dropout a multiple of 2**-16 with dropout_state (B, 2)
-    int64; precision of fp32 products as tl.dot has it; lists, by rows and columns, see tiles.Lists, in place of
-    left, right and key_lengths. Returns out (B, Hq, Lq, Dv) in the inputs' dtype and lse
-    (B, Hq, Lq) in nats, fp32.
+    int64; precision of fp32 products as tl.dot has it; intervals (B, 2, Lq + Lk) int32, see walk.Window, in place
+    of left and right; lists, by rows and columns, see walk.Lists, in place of left, right and intervals. Returns
+    out (B, Hq, Lq, Dv) in the inputs' dtype and lse (B, Hq, Lq) in nats, fp32.
     """
     batch, heads, queries, _ = q.shape
     out = empty_heads(batch, heads, queries, v.shape[3], q)
@@ -304,25 +205,37 @@ def attention_forward(
             family,
             q.element_size(),
             widest,
-            kind_of(precision, (bias, relative_bias, dropout_state), (left, softcap, alibi_slopes), lists),
+            kind_of(
+                precision, (bias, relative_bias, dropout_state), (left, intervals, softcap, alibi_slopes), lists
+            ),
         )
         if lists is not None:
             tiling = launch.within_granules(tiling)
-        attention_forward_kernel[(triton.cdiv(queries, tiling.block_m) * batch * heads,)](
+        rows = None if lists is None else rows_of(lists)
+        sharing = sharing_of(
+            rows, None if lists is None else lists.row_merges, queries, tiling.block_m, batch * heads,
+            triton.cdiv(k.shape[2], tiling.block_n), launch.processors(family, q.device),
+        )  # fmt: skip
+        parts = parts_of(sharing, out, lse)
+        attention_forward_kernel[(sharing.programs * batch * heads,)](
             tensor4(q),
             tensor4(k),
             tensor4(v),
             tensor4(out),
             tensor3(lse),
+            parts,
             shape_of(q, k),
-            None if lists is not None else window_of(left, right, causal, key_lengths),
-            None if lists is None else rows_of(lists),
+            window_of(left, right, causal, key_lengths, intervals),
+            rows,
+            sharing.splits,
             scores_of(scale, softcap, alibi_slopes, bias, relative_bias, sinks, counts_keys(lists)),
             dropout_of(dropout_state, dropout),
             launch.heads_per_section(k, v, batch * heads),
             **width,
             MASKED_FIRST=family in launch.MASKED_FIRST,
+            RELATIVE=family in launch.MASKED_FIRST,
             PRECISION=precision,
             **tiling.options(),
         )
+        merge(sharing, parts, out, lse)
     return out, lse

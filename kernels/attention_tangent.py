@@ -17,33 +17,23 @@ import triton
 import triton.language as tl
 
 from . import launch
-from .attention_forward import empty_heads, key_ranges, kind_of, products, widths
+from .attention_forward import counts_keys, empty_heads, kind_of, products, widths
+from .scores import bend, dropout_of, kept, score_factor, scores_of, shape_scores, terms_of
 from .tiles import (
     LN_2,
     LOG2_E,
     Tensor2,
     Tensor4,
-    bend,
-    dropout_of,
     head_of,
-    heavy_first,
-    kept,
-    key_bounds,
-    key_count_of,
     load_row_values,
     load_tile,
-    score_factor,
-    scores_of,
     shape_of,
-    shape_scores,
     store_tile,
     tensor2,
     tensor3,
     tensor4,
-    terms_of,
-    window_of,
-    within,
 )
+from .walk import later_are_heavier, rows_of, walk_keys, window_of, within, work_of
 
 
 class Moved(NamedTuple):
@@ -58,34 +48,26 @@ class Moved(NamedTuple):
 @triton.jit
 def tangent_step(
     state,
-    q_tile,
-    moved_q_tile,
-    lse,
-    pointers,
-    k,
-    v,
-    moved,
+    given,
+    terms,
     start,
     queries,
     bounds,
     shape,
     window,
-    scores,
-    moved_scores,
-    dropout,
-    terms,
-    moved_terms,
+    lists,
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     WIDTH: tl.constexpr,
     VALUE_WIDTH: tl.constexpr,
     MASKED: tl.constexpr,
-    MASKED_FIRST: tl.constexpr,
+    RELATIVE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Add what the keys from `start` on give to (out' + lse' out, lse')."""
+    q_tile, moved_q_tile, lse, pointers, k, v, moved, scores, moved_scores, dropout, moved_terms = given
     accumulator, dlse = state
     k_pointer, v_pointer, moved_k_pointer, moved_v_pointer = pointers
     k_tile = load_tile(k_pointer, k, start, shape.keys, HEAD_DIM, BLOCK_N, WIDTH, MASKED)
@@ -101,7 +83,7 @@ def tangent_step(
     values = shape_scores(bent, scores, terms, queries[:, None], keys, shape)
     weights = tl.exp2(values * score_factor(scores) - lse[:, None])
     if MASKED:
-        weights = tl.where(within(start, bounds, window, BLOCK_N, MASKED_FIRST), weights, 0.0)
+        weights = tl.where(within(start, bounds, window, lists, BLOCK_N, RELATIVE), weights, 0.0)
     if scores.softcap is not None:
         dproducts *= 1.0 - bent * bent
     dscores = shape_scores(dproducts, moved_scores, moved_terms, queries[:, None], keys, shape)
@@ -132,6 +114,7 @@ def attention_tangent_kernel(
     moved_lse,
     shape,
     window,
+    lists,
     scores,
     moved_scores,
     dropout,
@@ -141,16 +124,15 @@ def attention_tangent_kernel(
     WIDTH: tl.constexpr,
     VALUE_WIDTH: tl.constexpr,
     MASKED_FIRST: tl.constexpr,
+    RELATIVE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    tiles = tl.cdiv(shape.queries, BLOCK_M)
-    all_heads = tl.num_programs(0) // tiles
-    tile, flat_head = heavy_first(tl.program_id(0), tiles, all_heads, heads_per_section, window.right is not None)
-    batch, head = flat_head // shape.heads, flat_head % shape.heads
+    start, batch, head, work = work_of(
+        shape.queries, shape.heads, lists, None, heads_per_section, later_are_heavier(window, lists), BLOCK_M
+    )
     key_head = head // shape.group
-    start = tile * BLOCK_M
     queries = start + tl.arange(0, BLOCK_M)
 
     q_tile = load_tile(head_of(q, batch, head), q, start, shape.queries, HEAD_DIM, BLOCK_M, WIDTH, True)
@@ -165,8 +147,6 @@ def attention_tangent_kernel(
     pointers = head_of(k, batch, key_head), head_of(v, batch, key_head), moved_k_pointer, moved_v_pointer
     terms = terms_of(scores, dropout, batch, head)
     moved_terms = terms_of(moved_scores, None, batch, head)
-    key_count = key_count_of(batch, shape, window)
-    bounds = key_bounds(queries, key_count, shape, window)
     # Rows that saw nothing, or do not exist: exp2(-inf) is 0, and so is everything that follows.
     row_lse = load_row_values(head_of(lse, batch, head), lse, queries, shape.queries, float("-inf"))
     row_lse = tl.where(row_lse == float("-inf"), float("inf"), row_lse * LOG2_E)
@@ -175,27 +155,12 @@ def attention_tangent_kernel(
     if moved.sinks is not None:
         sink = tl.load(head_of(scores.sinks, batch, head)) * LOG2_E
         dlse += tl.exp2(sink - row_lse) * tl.load(head_of(moved.sinks, batch, head))
-    state = (tl.zeros([BLOCK_M, VALUE_WIDTH], tl.float32), dlse)
-    begin, full_begin, full_end, end = key_ranges(start, key_count, shape, window, BLOCK_M, BLOCK_N)
-    if window.left is not None:
-        for key_start in tl.range(begin, tl.minimum(full_begin, end), BLOCK_N):
-            state = tangent_step(
-                state, q_tile, moved_q_tile, row_lse, pointers, k, v, moved, key_start, queries, bounds, shape,
-                window, scores, moved_scores, dropout, terms, moved_terms, HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH,
-                True, MASKED_FIRST, BLOCK_M, BLOCK_N, PRECISION,
-            )  # fmt: skip
-    for part in tl.static_range(2):
-        for key_start in tl.range(
-            full_end if (part == 0) == MASKED_FIRST else full_begin,
-            end if (part == 0) == MASKED_FIRST else full_end,
-            BLOCK_N,
-        ):
-            state = tangent_step(
-                state, q_tile, moved_q_tile, row_lse, pointers, k, v, moved, key_start, queries, bounds, shape,
-                window, scores, moved_scores, dropout, terms, moved_terms, HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH,
-                (part == 0) == MASKED_FIRST, MASKED_FIRST, BLOCK_M, BLOCK_N, PRECISION,
-            )  # fmt: skip
-    accumulator, dlse = state
+    accumulator, dlse = walk_keys(
+        tangent_step, (tl.zeros([BLOCK_M, VALUE_WIDTH], tl.float32), dlse),
+        (q_tile, moved_q_tile, row_lse, pointers, k, v, moved, scores, moved_scores, dropout, moved_terms), terms,
+        start, batch, head, work, shape, window, lists, None,
+        HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, MASKED_FIRST, RELATIVE, BLOCK_M, BLOCK_N, PRECISION,
+    )  # fmt: skip
 
     if dropout is not None:
         accumulator *= tl.cast(dropout.growth, tl.float32)
@@ -235,6 +200,8 @@ def attention_tangent(
     relative_bias: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
     dropout_state: torch.Tensor | None = None,
+    intervals: torch.Tensor | None = None,
+    lists: tuple | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The tangents of attention_forward's out and lse, shaped like them.
 
@@ -257,8 +224,12 @@ def attention_tangent(
             family,
             q.element_size(),
             widest,
-            kind_of(precision, (bias, relative_bias, dropout_state), (left, softcap, alibi_slopes)),
+            kind_of(
+                precision, (bias, relative_bias, dropout_state), (left, intervals, softcap, alibi_slopes), lists
+            ),
         )
+        if lists is not None:
+            tiling = launch.within_granules(tiling)
         attention_tangent_kernel[(triton.cdiv(queries, tiling.block_m) * batch * heads,)](
             tensor4(q),
             tensor4(k),
@@ -269,13 +240,15 @@ def attention_tangent(
             tensor4(moved_out),
             tensor3(moved_lse),
             shape_of(q, k),
-            window_of(left, right, causal, key_lengths),
-            scores_of(scale, softcap, alibi_slopes, bias, relative_bias, sinks),
+            window_of(left, right, causal, key_lengths, intervals),
+            None if lists is None else rows_of(lists, shared=False),
+            scores_of(scale, softcap, alibi_slopes, bias, relative_bias, sinks, counts_keys(lists)),
             scores_of(scale, None, None, bias_tangent, relative_bias_tangent, None),
             dropout_of(dropout_state, dropout),
             launch.heads_per_section(k, v, batch * heads),
             **width,
             MASKED_FIRST=family in launch.MASKED_FIRST,
+            RELATIVE=family in launch.MASKED_FIRST,
             PRECISION=precision,
             **tiling.options(),
         )

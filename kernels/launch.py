@@ -139,19 +139,48 @@ def heads_per_section(left: torch.Tensor, right: torch.Tensor, heads: int) -> in
     return min(max(1, heads), max(1, L2_BUDGET // max(1, left.shape[2] * row_bytes)))
 
 
+# Shares of a walk have at least so many tiles: the part of one of n tiles of 64 keys, written and read again in
+# float32, costs 2 / n of what it loads of 2-byte keys and values.
+LEAST_STEPS = 4
+
+# Whose programs a launch is to occupy in the interpreter.
+INTERPRETED_PROCESSORS = 3
+
+
+@functools.cache
+def _processors_of_device(index: int | None) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def processors(family: str, device: torch.device) -> int:
+    """How many programs run side by side, at least: the GPU's multiprocessors. None is known of a device that is
+    not there."""
+    if family == INTERPRETER:
+        return INTERPRETED_PROCESSORS
+    return _processors_of_device(device.index) if device.type == "cuda" else 1
+
+
+def splits(programs: int, steps: int, processors: int) -> int:
+    """Into how many shares to cut walks of up to `steps` tiles, so that `programs` of them keep the GPU busy."""
+    return max(1, min(processors // max(1, programs), steps // LEAST_STEPS))
+
+
 # Odd tiles of unequal sides, so that short sequences reach every loop.
 _INTERPRETED = {
     "forward": (Row(8, 256, Tiling(32, 16, 4, 1)),),
     "dkdv": (Row(8, 256, Tiling(16, 32, 4, 1)),),
     "dq": (Row(8, 256, Tiling(32, 16, 4, 1)),),
-    "bias": (Row(8, 256, Tiling(16, 16, 4, 1)),),
+    "bias": (Row(8, 256, Tiling(32, 32, 4, 1)),),
     "tangent": (Row(8, 256, Tiling(32, 16, 4, 1)),),
 }
 
 # Where the forward and dq walk the masked keys before the others. On sm_90, if the masked loop came second, ptxas
 # would make every asynchronous product of the kernel wait for the one before (its note C7515). Elsewhere the other
-# order takes fewer registers.
+# order takes fewer registers. Where they come first, bounds are also compared with keys counted from the tile's
+# start; so they are in dq on sm_100 (issue / tensor of the masked loop at D = 128: 1.23 -> 1.05), but not in the
+# forward there, which would spill.
 MASKED_FIRST = frozenset({"sm_90", INTERPRETER})
+RELATIVE_DQ = MASKED_FIRST | {"sm_100"}
 
 # float32 products are exact: fused multiply-adds, no tensor cores. Registers and shared memory bound their tiles.
 _EXACT = {
@@ -385,11 +414,24 @@ ATTENTION_DQ |= {
 }
 
 # Masks of lists, where those above, cut to granules, spill.
+ATTENTION_FORWARD |= {
+    "sm_100 listed": (
+        Row(2, 64, Tiling(64, 64, 4, 3)),  # 2 stages: 4
+        Row(2, 128, Tiling(64, 64, 4, 2)),
+        Row(2, 256, Tiling(64, 32, 8, 2)),  # 4 warps: 17
+    ),
+}
 ATTENTION_DKDV |= {
     "sm_80 listed": (Row(2, 64, Tiling(64, 32, 8, 2)),),  # 64 x 64: 11 to 17
+    "sm_90 listed": (
+        *ATTENTION_DKDV["sm_90 shaped"],
+        Row(4, 64, Tiling(32, 32, 4, 1)),
+        Row(4, 128, Tiling(16, 16, 8, 1)),  # 16 x 32: 4
+    ),
     "sm_100 listed": (*ATTENTION_DKDV["sm_100 shaped"], Row(4, 64, Tiling(16, 32, 4, 1))),  # 32 x 32: 11
 }
 ATTENTION_DQ |= {
+    "sm_80 listed": (Row(2, 64, Tiling(64, 32, 4, 2)),),  # 64 x 64: 7
     "sm_90 listed": (
         *ATTENTION_DQ["sm_90 shaped"],
         Row(2, 256, Tiling(32, 32, 4, 1)),  # 64 x 32: 38
@@ -422,7 +464,7 @@ ATTENTION_BIAS["sm_100"] = ATTENTION_BIAS["sm_90"]
 # float32 on tensor cores: fragments of 32 bits, and of three products for tf32x3.
 ATTENTION_FORWARD |= {
     "tf32": (Row(4, 64, Tiling(64, 32, 4, 2)), Row(4, 256, Tiling(32, 16, 4, 1))),
-    "tf32x3": (Row(4, 64, Tiling(32, 32, 4, 1)), Row(4, 128, Tiling(16, 16, 4, 1))),  # 64 x 32, 32 x 16: 6 to 14
+    "tf32x3": (Row(4, 64, Tiling(32, 16, 4, 1)), Row(4, 128, Tiling(16, 16, 4, 1))),  # 32 x 32, 32 x 16: 6 to 14
 }
 ATTENTION_DKDV["tf32"] = (Row(4, 64, Tiling(32, 32, 4, 1)), Row(4, 256, Tiling(16, 16, 4, 1)))
 ATTENTION_DQ |= {
@@ -610,3 +652,53 @@ HEADS_ELEMENTWISE = {
         Row(4, 256, Tiling(16, 4, 8, 1)),  # 64 / 107
     ),
 }
+
+# Norms of rows: bounded by memory. A tile is whole rows as far as registers go, 16 elements a thread forward and 8
+# or 16 backward, whose sums for weight and bias stay in registers. Loads and stores of aligned tensors are 16
+# bytes. Beside each row: registers, the most of sm_80 to sm_120 for layer norm in bf16 with weight, bias and
+# residual; after the slash in fp32, where compiled (Triton 3.7.1). Nothing spills but 3 on sm_120 at W=1024
+# backward. Not yet measured.
+NORM_FORWARD = {
+    INTERPRETER: (Row(4, EVERY, Tiling(4, 32, 4, 1)),),
+    "sm_80": (
+        Row(4, 64, Tiling(32, 64, 4, 1)),  # 48
+        Row(4, 128, Tiling(16, 128, 4, 1)),  # 48 / 56
+        Row(4, 256, Tiling(8, 256, 4, 1)),  # 48
+        Row(4, 512, Tiling(4, 512, 4, 1)),  # 48
+        Row(4, 1024, Tiling(2, 1024, 4, 1)),  # 40 / 56
+        Row(4, 2048, Tiling(1, 2048, 4, 1)),  # 48
+        Row(4, 4096, Tiling(1, 4096, 8, 1)),  # 43
+        Row(4, 8192, Tiling(1, 8192, 8, 1)),  # 80 / 104
+        Row(4, 16384, Tiling(1, 16384, 16, 1)),  # 99
+        Row(4, EVERY, Tiling(1, 8192, 8, 1)),  # 116 / 140
+    ),
+}
+NORM_BACKWARD = {
+    INTERPRETER: (Row(4, EVERY, Tiling(4, 32, 4, 1)),),
+    "sm_80": (
+        Row(4, 64, Tiling(32, 64, 8, 1)),  # 64
+        Row(4, 128, Tiling(16, 128, 8, 1)),  # 64 / 64; of odd widths 128
+        Row(4, 256, Tiling(8, 256, 8, 1)),  # 77
+        Row(4, 512, Tiling(4, 512, 8, 1)),  # 80
+        Row(4, 1024, Tiling(2, 1024, 8, 1)),  # 77 / 80; 4 rows: 5 spills on sm_100
+        Row(4, 2048, Tiling(2, 2048, 8, 1)),  # 128; 1 row: 4 spills on sm_100
+        Row(4, 4096, Tiling(1, 4096, 8, 1)),  # 86
+        Row(4, 8192, Tiling(1, 8192, 16, 1)),  # 86 / 108
+        # The sums of wider rows would not fit: they take a pass of their own, of 60 / 74 registers.
+        Row(4, EVERY, Tiling(1, 4096, 8, 1)),  # 100 / 170
+    ),
+}
+
+# How many programs share out the rows of a norm's backward: as many as have 8192 elements of dy, and of x, in
+# flight on every multiprocessor of the family's largest GPU: 32 KiB in half precision, where an H100's bandwidth
+# times latency is some 16. Each leaves a line of partial sums, so that more of them move more bytes.
+_NORM_ELEMENTS = 8192
+_MULTIPROCESSORS = {"sm_80": 108, "sm_86": 84, "sm_90": 132, "sm_100": 148, "sm_120": 188, "gfx942": 304}
+
+
+def norm_programs(family: str, tiling: Tiling) -> int:
+    """How many programs share out the rows: the same on every GPU of a family, as the order of sums is."""
+    if family == INTERPRETER:
+        return 3
+    units = _MULTIPROCESSORS.get(family, _MULTIPROCESSORS["sm_80"])
+    return units * (_NORM_ELEMENTS // (tiling.block_m * tiling.block_n))

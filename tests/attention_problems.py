@@ -46,6 +46,7 @@ class Problem:
     masked: bool = False  # the bias says which keys are seen
     radius: int | None = None  # of a relative bias
     lists: str = ""  # a key of MASKS, given as block lists
+    intervals: bool = False  # documents as sequences of any number of queries and keys, causal
     dropout: float = 0.0
 
     def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -74,11 +75,12 @@ class Problem:
         scale = self.scale or self.width**-0.5
         return AttentionSpec(self.causal, scale, self.window, self.softcap, dropout, mask=layout)
 
-    @property
-    def options(self) -> dict[str, object]:
-        """What `fastattn.attention` is called with, beside tensors."""
-        names = ("causal", "scale", "window", "softcap")
-        return {**{name: getattr(self, name) for name in names}, "dropout_p": self.dropout}
+    def arguments(self, tensors: ScoreTensors) -> dict[str, object]:
+        """What `fastattn.attention` is called with, beside q, k and v, for these tensors to come of it."""
+        given = {name: getattr(self, name) for name in ("causal", "scale", "window", "softcap")}
+        given |= {name: t for name, t in tensors._asdict().items() if name not in ("mask", "intervals")}
+        mask = self.lowered() if self.lists or self.intervals else None
+        return {**given, "dropout_p": self.dropout, "mask": mask}
 
     def score_tensors(self) -> ScoreTensors:
         """Key lengths from none to all, slopes as ALiBi's, biases and sinks of the size of scores, some -inf."""
@@ -100,12 +102,20 @@ class Problem:
         if self.dropout:
             state = fastattn.dropout_state(batch, DEVICE)
         words = self.lowered().packed[0] if self.lists else None
-        return ScoreTensors(lengths, slopes, bias, relative, sinks, state, words)
+        intervals = self.lowered().intervals.expand(batch, -1, -1) if self.intervals else None
+        return ScoreTensors(lengths, slopes, bias, relative, sinks, state, words, intervals)
 
     def lowered(self) -> masks.Lowered:
-        """The mask for this call, as block lists even where it has a closed form."""
+        """The mask for this call, as block lists even where it has a closed form; or as intervals."""
         sizes = (self.batch, self.heads, self.queries, self.keys)
-        return MASKS[self.lists].lower(*sizes, DEVICE, closed_forms=False)
+        if not self.intervals:
+            return MASKS[self.lists].lower(*sizes, DEVICE, closed_forms=False)
+        # The first sequence may have no queries, the third has no keys.
+        queries, keys = self.queries // 3, self.keys // 4
+        begin_q, begin_k = [0, queries // 8, 2 * queries, 2 * queries + 1], [0, keys, 3 * keys, 3 * keys]
+        return masks.packed_sequences([*begin_q, self.queries], [*begin_k, self.keys], True, (40, None)).lower(
+            *sizes, DEVICE
+        )
 
 
 # Any mask: some of no pattern, some with rows that see nothing, one whose keys count several times.
@@ -115,6 +125,8 @@ MASKS = {
     "sparse": masks.blocks(torch.tensor([[1, 0, 2], [0, 0, 0], [0, 3, 1]]), 64) & ~masks.dilated(5),
     "not causal": ~masks.causal(),
     "bigbird": masks.bigbird(block=16, random=1),
+    # From 768 tokens on, the lists of the first row and column are shared out.
+    "global": masks.global_tokens([3]) | masks.from_function(lambda b, h, i, j: i // 64 == j // 64),
 }
 
 
@@ -165,10 +177,8 @@ def check(problem: Problem, name: str) -> None:
     with implementation(name) as backend:
 
         def ours(q, k, v, *learned_):
-            given = {**tensors._asdict(), **dict(zip(learned, learned_, strict=True))}
-            if problem.lists:
-                given["mask"] = problem.lowered()
-            return fastattn.attention(q, k, v, **problem.options, **given, return_lse=True, backend=backend)
+            given = problem.arguments(tensors._replace(**dict(zip(learned, learned_, strict=True))))
+            return fastattn.attention(q, k, v, **given, return_lse=True, backend=backend)
 
         actual = run((*inputs, *learned.values()), (dout, dlse), ours)
     for position, (a, x, e) in enumerate(zip(actual, exact, eager, strict=True)):
@@ -184,7 +194,8 @@ def sees(problem: Problem, tensors: ScoreTensors) -> Tensor:
     """Which rows see a key, or a sink; broadcasts to (B, Hq, Lq)."""
     if tensors.sinks is not None:
         return torch.ones((), dtype=torch.bool, device=DEVICE)
-    seen = reference.visible(problem.queries, problem.keys, problem.spec, DEVICE, tensors.key_lengths)
+    sizes = problem.queries, problem.keys
+    seen = reference.visible(*sizes, problem.spec, DEVICE, tensors.key_lengths, tensors.intervals)
     if tensors.bias is not None:
         seen = seen & (tensors.bias if problem.masked else tensors.bias > float("-inf"))
     if problem.lists:

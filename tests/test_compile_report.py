@@ -247,7 +247,7 @@ for target in TARGETS.values():
         for call in CALLS:
             call.run()
     for name, table in vars(launch).items():
-        if name.startswith(("ATTENTION_", "MLP_", "HEADS_")) and name != "MLP_FUSED_UP_TO":
+        if name.startswith(("ATTENTION_", "MLP_", "HEADS_", "NORM_")) and name != "MLP_FUSED_UP_TO":
             for row in table.get(target.name, table["sm_80"]):
                 if (id(table), row.tiling) not in served:
                     print(target.name, name, row)

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastattn
 from fastattn import reference
 from fastattn.backends import tiles
-from fastattn.spec import MLPSpec, MLPWeights
+from fastattn.spec import MLPSpec, MLPWeights, ScoreTensors
 
 
 def small(**changes):
@@ -97,6 +97,7 @@ EVERYTHING = Problem(
     batch=2, heads=4, queries=7, keys=9, width=8, value_width=10, window=(4, 3), softcap=1.5, lengths=True,
     alibi=True, sinks=True, bias=(1, 0, 0, 0), radius=3, dropout=0.25, dtype=torch.float64,
 )  # fmt: skip
+UNSHAPED = replace(EVERYTHING, window=(None, None))
 SEES_NOTHING = Problem(queries=9, keys=5, causal=True, dtype=torch.float64)
 
 
@@ -122,8 +123,8 @@ class Call:
         return {**self.tensors._asdict(), **dict(zip(self.learned, learned, strict=True))}
 
     def ours(self, q, k, v, *learned):
-        options = {**self.problem.options, **self.given(learned), "backend": self.backend}
-        out, lse = fastattn.attention(q, k, v, return_lse=True, **options)
+        given = self.problem.arguments(ScoreTensors(**self.given(learned)))
+        out, lse = fastattn.attention(q, k, v, return_lse=True, backend=self.backend, **given)
         return out, torch.where(self.sees, lse, 0.0)
 
     def definition(self, q, k, v, *learned):
@@ -163,7 +164,16 @@ TRANSFORMS = {
 
 
 @pytest.mark.parametrize("name", ["tiled", "reference"])
-@pytest.mark.parametrize("problem", [EVERYTHING, replace(EVERYTHING, masked=True), SEES_NOTHING])
+@pytest.mark.parametrize(
+    "problem",
+    [
+        EVERYTHING,
+        replace(EVERYTHING, masked=True),
+        SEES_NOTHING,
+        replace(UNSHAPED, intervals=True),
+        replace(UNSHAPED, lists="random"),
+    ],
+)
 @pytest.mark.parametrize("transform", TRANSFORMS)
 def test_every_composition_of_modes_equals_the_definition(transform: str, problem: Problem, name: str) -> None:
     with implementation(name) as backend:
@@ -198,8 +208,19 @@ def test_a_tangent_may_be_of_one_input_alone(which: str) -> None:
 @settings(max_examples=5)
 @given(problem=problems, group=st.integers(1, 3))
 def test_tangents_are_as_exact_as_eager(problem: Problem, group: int, name: str) -> None:
+    check_tangents(replace(problem, heads=problem.key_heads * group), name)
+
+
+@pytest.mark.parametrize("name", ["triton", "portable"])
+@pytest.mark.parametrize("kind", ["intervals", "not causal", "bigbird", "global"])
+def test_tangents_through_a_mask_are_as_exact_as_eager(kind: str, name: str) -> None:
+    mask = {"intervals": True} if kind == "intervals" else {"lists": kind}
+    check_tangents(Problem(key_heads=1, queries=130, keys=130, lengths=True, sinks=True, **mask), name)
+
+
+def check_tangents(problem: Problem, name: str) -> None:
     with implementation(name) as backend:
-        call = Call(replace(problem, heads=problem.key_heads * group), backend)
+        call = Call(problem, backend)
         _, ours = jvp(call.ours, call.inputs, call.directions)
     inputs, directions = ([t.double() for t in ts] for ts in (call.inputs, call.directions))
     _, exact = jvp(call.definition, tuple(inputs), tuple(directions))

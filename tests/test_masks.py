@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastattn import masks
-from fastattn.masks import BlockLists, Mask, decode, work_items
+from fastattn.masks import BlockLists, Mask, decode
 from fastattn.masks.lowering import distinct_rows
 
 LONG = 131072
@@ -193,8 +193,18 @@ def test_every_expression_is_lowered_to_lists_that_decode_to_its_definition(data
     assert lowered.visible == int(seen.sum())
     granules = torch.nn.functional.pad(seen, (0, -shape[3] % 64, 0, -shape[2] % 64))
     granules = granules.unflatten(3, (-1, 64)).unflatten(2, (-1, 64)).any(5).any(3)
-    assert lowered.visited_granules == int(granules.sum())
-    if lowered.lists is None:
+    if lowered.intervals is None:
+        assert lowered.visited_granules == int(granules.sum())
+    else:
+        assert lowered.visited_granules >= int(granules.sum())
+        for whose in (seen, seen.mT):
+            # The keys of each query, then the queries of each key.
+            start, stop = lowered.intervals.split(shape[2:], 2)[0 if whose is seen else 1][
+                :, None, :, :, None
+            ].unbind(2)
+            other = torch.arange(whose.shape[3])
+            assert torch.equal(((start <= other) & (other < stop)).expand(whose.shape), whose)
+    if lowered.is_window:
         window = dense_window(shape, lowered.left, lowered.right)
         lengths = [shape[3]] if lowered.key_lengths is None else lowered.key_lengths.tolist()
         assert torch.equal((window & dense_lengths(shape, lengths)).expand(shape), seen)
@@ -451,7 +461,7 @@ def test_closed_forms_take_no_lists() -> None:
     assert lowered.key_lengths.dtype == torch.int32 and lowered.key_lengths.tolist() == [8000, 70, 0]
     assert masks.window(10**30, 8000).lower(1, 1, 64, 64).left is None
     assert masks.packed_sequences([0, 64], [0, 96], True).lower(1, 1, 64, 96).lists is None
-    assert (masks.causal() | masks.window(3)).lower(1, 1, 64, 64).lists is not None
+    assert (masks.causal() | masks.dilated(3)).lower(1, 1, 64, 64).lists is not None
 
 
 @given(SHAPES, *[st.none() | st.integers(0, 250)] * 2, st.lists(st.integers(-5, 250), min_size=2, max_size=2))
@@ -479,36 +489,52 @@ def test_tiles_with_equal_hashes_stay_different(monkeypatch: pytest.MonkeyPatch)
     assert torch.equal(tiles[numbers], rows) and len(tiles) == 2
 
 
-# Segments
+# Intervals
+
+
+def test_documents_and_prefixes_are_intervals_unless_they_lie_apart() -> None:
+    ids = torch.tensor([[4] * 30 + [2] * 40, [1] * 70])
+    lowered = (masks.documents(ids) & masks.causal() & masks.window(9)).lower(2, 3, 50, 70)
+    assert lowered.lists is None and lowered.intervals.shape == (2, 2, 120)
+    assert lowered.to("meta").intervals.is_meta
+    assert (masks.causal() | masks.prefix([3, 9])).lower(2, 1, 70, 70).intervals is not None
+    assert masks.documents(ids.flip(1).roll(5, 1)).lower(2, 3, 50, 70).lists is not None, "a document in two parts"
+    backward = masks.causal() & ~masks.causal() | masks.from_function(some_predicate)
+    assert backward.lower(1, 1, 70, 70).intervals is None
+    # Both are intervals, but the second's come before the first's: no query's are one.
+    assert (masks.window(0, 0) | masks.prefix(1)).lower(1, 1, 70, 70).lists is not None
+
+
+# Shares
 
 
 @given(st.data())
 @settings(max_examples=50)
-def test_segments_cover_every_entry_once_and_the_heaviest_come_first(data: st.DataObject) -> None:
-    shape = (data.draw(st.integers(1, 2)), 2, *data.draw(st.tuples(*[st.sampled_from((0, 64, 500, 900))] * 2)))
-    longest, by = data.draw(st.integers(1, 20)), data.draw(st.sampled_from(("rows", "columns")))
+def test_shares_cover_every_entry_once_and_the_heaviest_come_first(data: st.DataObject) -> None:
+    shape = (data.draw(st.integers(1, 2)), 2, *data.draw(st.tuples(*[st.sampled_from((0, 64, 900, 2000))] * 2)))
+    by = data.draw(st.sampled_from(("rows", "columns")))
     random = torch.Generator().manual_seed(data.draw(st.integers(0, 2**30)))
-    grid = torch.rand(shape[0], 2, -(-shape[2] // 32), -(-shape[3] // 32), generator=random) ** 2 < 0.4
+    grid = torch.rand(shape[0], 2, -(-shape[2] // 32), -(-shape[3] // 32), generator=random) < 0.05
+    grid[:, :, :2] = grid[..., :1] = True
     lists = masks.blocks(grid, 32).lower(*shape).lists
-    full, partial = (
-        (lists.full_offsets, lists.partial_offsets)
+    offsets, items, merges = (
+        (lists.full_offsets + lists.partial_offsets, lists.row_items, lists.row_merges)
         if by == "rows"
-        else (lists.column_full_offsets, lists.column_partial_offsets)
+        else (lists.column_full_offsets + lists.column_partial_offsets, lists.column_items, lists.column_merges)
     )
-    items = work_items(lists, longest, by=by)
-    assert all(field.dtype == torch.int32 for field in items)
-    for p, (begin, end) in enumerate(zip(items.offsets[:-1].tolist(), items.offsets[1:].tolist(), strict=True)):
-        segments = list(zip(*(field[begin:end].tolist() for field in items[1:]), strict=True))
-        sizes = [s[2] - s[1] + s[4] - s[3] for s in segments]
-        assert sizes == sorted(sizes, reverse=True) and max(sizes, default=0) <= longest
-        for row in range(full.shape[1] - 1):
-            own = sorted((s for s in segments if s[0] == row), key=lambda s: s[5])
-            assert [s[5] for s in own] == list(range(len(own))) and all(s[6] == len(own) for s in own)
-            entries = int(full[p, row + 1] - full[p, row] + partial[p, row + 1] - partial[p, row])
-            assert len(own) == max(1, -(-entries // longest))
-            for column, offsets in ((1, full), (3, partial)):
-                covered = [entry for s in own for entry in range(s[column], s[column + 1])]
-                assert covered == list(range(int(offsets[p, row]), int(offsets[p, row + 1])))
+    sizes = offsets.diff().amax(0).tolist()
+    longest = max(8, 2 * math.ceil(sum(sizes) / max(1, sum(size > 0 for size in sizes))))
+    loads = [sizes[row] / shares for row, _, shares, _ in items.tolist()]
+    assert loads == sorted(loads, reverse=True) and max(loads, default=0) <= longest
+    slots = []
+    for row, size in enumerate(sizes):
+        own = sorted(item[1:] for item in items.tolist() if item[0] == row)
+        count = max(1, math.ceil(size / longest))
+        assert [share for share, _, _ in own] == list(range(count)) and {shares for _, shares, _ in own} == {count}
+        slots += [[row, own[0][2], count]] if count > 1 else []
+        assert [slot for _, _, slot in own] == ([own[0][2] + i for i in range(count)] if count > 1 else [-1])
+    assert merges.tolist() == slots
+    assert [slot for _, slot, _ in slots] == [sum(m[2] for m in slots[:i]) for i in range(len(slots))]
 
 
 # Values
@@ -560,7 +586,7 @@ def test_equal_masks_are_lowered_once_and_changed_tensors_again() -> None:
 
 
 def test_lowered_masks_move_and_know_what_they_are_for() -> None:
-    lowered = (masks.causal() & masks.key_lengths([3, 5]) | masks.prefix(1)).lower(2, 4, 64, 128)
+    lowered = (masks.causal() & masks.key_lengths([3, 5]) | masks.dilated(9)).lower(2, 4, 64, 128)
     assert lowered.to("cpu") is lowered
     moved = lowered.to("meta")
     assert moved.shape.device.type == "meta" and moved.lists.bit_tiles.is_meta and moved.lists.full_counts is None
@@ -677,7 +703,6 @@ ERRORS: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "counts in a not": (lambda: ~COUNTED, ValueError, "combines with & only"),
     "and instead of &": (lambda: masks.causal() and masks.window(3), TypeError, "not with and, or, not"),
     "mask and number": (lambda: masks.causal() & 3, TypeError, "unsupported operand"),
-    "empty segments": (lambda: work_items(COUNTED.lower(1, 1, 64, 64).lists, 0), ValueError, "at least 1 entry"),
     "picture of no head": (lambda: masks.causal().draw(64, at=(0, 1)), ValueError, "head 1, expected one of 1"),
     "no batch size": (lambda: masks.causal().lower(-1, 1, 2, 2), ValueError, "batch must be at least 0, got -1"),
 }
@@ -696,4 +721,6 @@ def test_empty_shapes_have_empty_lists(shape: tuple) -> None:
     lowered = some.lower(*shape)
     assert lowered.visible == lowered.visited_granules == 0 and lowered.lists.full_columns.numel() == 0
     assert decode(lowered.lists, *shape)[0].shape == shape
-    assert work_items(lowered.lists, 4).full_end.sum() == 0
+    assert (
+        lowered.lists.row_items[:, 1:] == torch.tensor([0, 1, -1])
+    ).all() and not lowered.lists.row_merges.numel()

@@ -12,6 +12,7 @@ from fastattn.kernels.attention_forward import attention_forward
 from fastattn.kernels.attention_tangent import attention_tangent
 from fastattn.kernels.heads import prepare_heads, prepare_heads_backward
 from fastattn.kernels.mlp import gated_mlp_backward, gated_mlp_forward, mlp_backward, mlp_forward
+from fastattn.kernels.norm import norm_backward, norm_forward
 from fastattn.masks import BlockLists
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -39,10 +40,12 @@ def _lists(counted: bool) -> BlockLists:
 
     counts = take(512, dtype=torch.float32) if counted else None
     half = (take(1, 65), take(512), take(1, 65), take(512), take(512), counts, counts)
-    return BlockLists(*half, *half, take(64, 64, dtype=torch.int64), take(1, 1))
+    shared = (take(68, 4), take(2, 3))
+    return BlockLists(*half, *half, take(64, 64, dtype=torch.int64), take(1, 1), *shared, *shared)
 
 
 SHAPES |= {
+    "intervals": {"causal": False, "intervals": torch.empty((4, 2, 8192), dtype=torch.int32, device="meta")},
     "lists": {"lists": _lists(False)},
     "lists that count": {"lists": _lists(True)},
     "bias": {"bias": torch.empty((4, 16, 4096, 4096), dtype=torch.bfloat16, device="meta")},
@@ -158,9 +161,29 @@ class HeadsCall:
         prepare_heads_backward(y, x, **ask)
 
 
+@dataclass(frozen=True)
+class NormCall:
+    """Forward and backward of 8192 rows: layer norm with weight, bias and residual, or RMS norm with a weight."""
+
+    dtype: str
+    width: int
+    centred: bool = True
+
+    @property
+    def name(self) -> str:
+        return f"{'layer' if self.centred else 'rms'}_norm {self.dtype} W={self.width}"
+
+    def run(self) -> None:
+        x = torch.empty((1, 8192, self.width), dtype=DTYPES[self.dtype], device="meta")
+        weight = torch.empty((1, self.width), dtype=DTYPES[self.dtype], device="meta")
+        residual, bias = (x, weight) if self.centred else (None, None)
+        _, total, *moments = norm_forward(x, residual, weight, bias, centred=self.centred, eps=1e-6)
+        norm_backward(x, total, x, weight, *moments, want_weight=True, want_bias=self.centred)
+
+
 # What only targets whose kernels must not spill are asked: the others have no rows for it, and compile slowly.
-WATCHED_CLOSELY = ("bias", "relative bias", "dropout", "lists", "lists that count", "tf32", "tf32x3")
-Call = AttentionCall | MLPCall | HeadsCall
+WATCHED_CLOSELY = ("bias", "relative bias", "dropout", "intervals", "lists", "lists that count", "tf32", "tf32x3")
+Call = AttentionCall | MLPCall | HeadsCall | NormCall
 
 CALLS: tuple[Call, ...] = (
     *(AttentionCall("bf16", width, causal) for width in (64, 128, 256) for causal in (True, False)),
@@ -173,7 +196,9 @@ CALLS: tuple[Call, ...] = (
         for shape in ("window", "everything", "bias", "relative bias", "dropout", "lists")
     ),
     *(AttentionCall("fp32", width, False, shaped="lists") for width in (64, 128, 256)),
+    *(AttentionCall("bf16", width, False, shaped="intervals") for width in (64, 128, 256)),
     AttentionCall("bf16", 64, False, shaped="lists that count"),
+    TangentCall("bf16", 128, False, shaped="lists"),
     *(TangentCall("bf16", width, True, shaped=shape) for width in (64, 128, 256) for shape in ("", "everything")),
     *(TangentCall("fp32", width, True) for width in (64, 128)),
     *(AttentionCall("fp32", width, True, shaped=kind) for width in (64, 128, 256) for kind in ("tf32", "tf32x3")),
@@ -189,6 +214,10 @@ CALLS: tuple[Call, ...] = (
     HeadsCall("bf16", 128, 128, "interleaved"),
     HeadsCall("bf16", 80, 32),
     HeadsCall("fp32", 128, 128),
+    *(NormCall("bf16", 2**power) for power in range(6, 16)),
+    *(NormCall("fp32", 2**power) for power in (10, 13, 15)),
+    *(NormCall("bf16", 2**power, centred=False) for power in (10, 13, 15)),
+    NormCall("bf16", 111),
 )
 
 

@@ -11,6 +11,11 @@ mlp_backward(dy, x, weights, saved, wanted, spec) -> dx, dw, db, dw_out, db_out
 
 prepare_heads(x, spec, tensors) -> y
 prepare_heads_backward(dy, x, spec, tensors) -> dx, dnorm_weight or None, dhead_scale or None
+
+norm_forward(x, residual, weight, bias, spec) -> y, x + residual or None, mean or None, inverse deviation
+norm_backward(dy, dtotal, x, weight, mean, inverse, spec, wanted) -> dx, dweight or None, dbias or None
+    x is (B, R, W), weight and bias (B, W), moments (B, R). The backward's x is what was normalised, dtotal what
+    came to it as a result, or None. `wanted` says which of dweight and dbias to compute, in the moments' dtype.
 """
 
 from __future__ import annotations

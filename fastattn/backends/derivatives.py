@@ -17,7 +17,7 @@ from fastattn.backends.mapped import fold, one_by_one, shares_batch, unfold
 from fastattn.backends.tiles import Tile, TileSum
 from fastattn.spec import ScoreTensors
 
-_FIXED = ("key_lengths", "alibi_slopes", "bias", "dropout_state", "mask")
+_FIXED = ("key_lengths", "alibi_slopes", "bias", "dropout_state", "mask", "intervals")
 
 
 def pull(

@@ -14,12 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastattn import reference
-from fastattn.backends import granules, tiles, torch_flash
+from fastattn.backends import granules, tiles, torch_flash, torch_norms
+from fastattn.backends import reference as definition
 from fastattn.backends.layout import heads_last, zero_heads
 
 # Of heads the definition itself is what is wanted: row by row, O(N) memory.
 from fastattn.backends.reference import prepare_heads, prepare_heads_backward  # noqa: F401
 from fastattn.backends.tiles import Scores, grouped, product_precision, times, ungrouped
+from fastattn.norm_spec import NormSpec
 from fastattn.spec import (
     AttentionSpec,
     Gradients,
@@ -207,6 +209,32 @@ def _input_gradient(dpre: Tensor, weights: MLPWeights) -> Tensor:
         return dpre @ weights.w_in
     dgate, dup = dpre.tensor_split(2, 1)
     return torch.addmm(dgate @ weights.w_in, dup, weights.w_up)
+
+
+def norm_forward(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, spec: NormSpec
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+    if not torch_norms.serve(x, weight, bias, spec):
+        return definition.norm_forward(x, residual, weight, bias, spec)
+    total = None if residual is None else (x + residual).contiguous()
+    y, mean, inverse = torch_norms.forward(x if total is None else total, weight, bias, spec)
+    return y, total, mean, inverse
+
+
+def norm_backward(
+    dy: Tensor,
+    dtotal: Tensor | None,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor | None,
+    inverse: Tensor,
+    spec: NormSpec,
+    wanted: tuple[bool, bool],
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    if not torch_norms.serve(x, weight, None, spec):
+        return definition.norm_backward(dy, dtotal, x, weight, mean, inverse, spec, wanted)
+    dx, dweight, dbias = torch_norms.backward(dy, x, weight, mean, inverse, spec, wanted)
+    return dx if dtotal is None else dx + dtotal, dweight, dbias
 
 
 def _column_sum(t: Tensor) -> Tensor:

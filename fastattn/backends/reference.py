@@ -11,6 +11,7 @@ from torch import Tensor
 from fastattn import reference
 from fastattn.backends.layout import heads_last
 from fastattn.head_spec import HeadsSpec, HeadTensors
+from fastattn.norm_spec import NormSpec
 from fastattn.spec import AttentionSpec, Gradients, MLPSpec, MLPWeights, ScoreTensors, Tangents, Wanted
 
 
@@ -77,3 +78,24 @@ def prepare_heads_backward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     dx, dweight, dscale = reference.prepare_heads_backward(dy, x, spec, tensors)
     return heads_last(dx), dweight, dscale
+
+
+def norm_forward(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, spec: NormSpec
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+    y, total, mean, inverse = reference.norm(x, residual, weight, bias, spec)
+    return y.contiguous(), None if total is None else total.contiguous(), mean, inverse
+
+
+def norm_backward(
+    dy: Tensor,
+    dtotal: Tensor | None,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor | None,
+    inverse: Tensor,
+    spec: NormSpec,
+    wanted: tuple[bool, bool],
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    dx, dweight, dbias = reference.norm_backward(dy, dtotal, x, weight, spec)
+    return dx.contiguous(), dweight if wanted[0] else None, dbias if wanted[1] else None

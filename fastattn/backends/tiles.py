@@ -49,6 +49,9 @@ class Scores:
         self.shift = self.keys - self.queries
         self.heads, self.key_heads, self.group = q.shape[1], k.shape[1], q.shape[1] // k.shape[1]
         self.longest = self._longest(tensors.key_lengths)
+        # A tracer has nothing to read, and is shown every tile.
+        intervals = tensors.intervals
+        self.bounds = None if type(intervals) is not Tensor else intervals[:, :, : self.queries]
         self.lists = None if tensors.mask is None or spec.mask is None else unpacked(tensors.mask, spec.mask)
 
     def _longest(self, lengths: Tensor | None) -> int:
@@ -73,6 +76,10 @@ class Scores:
 
     def _keys_seen_by(self, rows: slice) -> tuple[int, int]:
         """From the first key that any of these rows may see to the one after the last."""
+        if self.bounds is not None:
+            begin, end = self.bounds[:, :, rows].unbind(1)
+            first, last = torch.stack((begin.amin(), end.amax())).tolist() if begin.numel() else (0, 0)
+            return first, max(first, min(last, self.longest))
         left, right = self.spec.left, self.spec.right
         start = 0 if left is None else max(0, rows.start + self.shift - left)
         stop = self.longest if right is None else min(self.longest, rows.stop + self.shift + right)
@@ -153,6 +160,11 @@ class Scores:
             scores = scores.masked_fill(~seen, hidden)
         if self.tensors.key_lengths is not None:
             scores = scores.masked_fill(keys >= self.tensors.key_lengths[:, None, None, None], hidden)
+        if self.tensors.intervals is not None:
+            start, stop = (
+                self.tensors.intervals[:, None, :, tile.rows, None].repeat(1, 1, 1, self.group, 1).unbind(2)
+            )
+            scores = scores.masked_fill((keys < start) | (keys >= stop), hidden)
         return scores
 
 

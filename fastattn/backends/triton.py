@@ -13,7 +13,9 @@ from fastattn.kernels import attention_forward as _forward
 from fastattn.kernels import attention_tangent as _tangent
 from fastattn.kernels import heads as _heads
 from fastattn.kernels import mlp as _mlp
+from fastattn.kernels import norm as _norm
 from fastattn.masks.lists import unpacked
+from fastattn.norm_spec import NormSpec
 from fastattn.spec import AttentionSpec, Gradients, MLPSpec, MLPWeights, ScoreTensors, Tangents, Wanted
 
 
@@ -99,3 +101,27 @@ def prepare_heads_backward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     eps = spec.eps if spec.norm else None
     return _heads.prepare_heads_backward(dy, x, eps=eps, interleaved=spec.interleaved, **tensors._asdict())
+
+
+def norm_forward(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, spec: NormSpec
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+    centred, eps, offset = spec.options
+    return _norm.norm_forward(x, residual, weight, bias, centred=centred, eps=eps, offset=offset)
+
+
+def norm_backward(
+    dy: Tensor,
+    dtotal: Tensor | None,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor | None,
+    inverse: Tensor,
+    spec: NormSpec,
+    wanted: tuple[bool, bool],
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    want_weight, want_bias = wanted
+    return _norm.norm_backward(
+        dy, dtotal, x, weight, mean, inverse, offset=spec.weight_offset, want_weight=want_weight,
+        want_bias=want_bias,
+    )  # fmt: skip

@@ -30,7 +30,7 @@ from fastattn.masks.kinds import (
     PackedSequences,
     Window,
 )
-from fastattn.masks.lists import GRANULE, BlockLists, Lowered, WorkItems, decode, work_items
+from fastattn.masks.lists import GRANULE, BlockLists, Lowered, decode
 from fastattn.spec import check_window
 
 INTEGERS = (torch.int32, torch.int64)
@@ -40,7 +40,6 @@ __all__ = [
     "BlockLists",
     "Lowered",
     "Mask",
-    "WorkItems",
     "bigbird",
     "blocks",
     "causal",
@@ -55,7 +54,6 @@ __all__ = [
     "packed_sequences",
     "prefix",
     "window",
-    "work_items",
 ]
 
 

@@ -60,6 +60,13 @@ class ClosedForm(NamedTuple):
     lengths: tuple[Values, ...] = ()
 
 
+class Intervals(NamedTuple):
+    """From which key to before which each query sees, int64 (1 or B, Lq); nothing if the second is not larger."""
+
+    start: Tensor
+    stop: Tensor
+
+
 class Mask:
     """Which keys each query sees. Combine masks with & (both), | (either) and ~ (not)."""
 
@@ -93,6 +100,10 @@ class Mask:
 
     def closed_form(self) -> ClosedForm | None:
         """The whole mask in numbers, where that is possible."""
+        return None
+
+    def intervals(self, shape: Shape) -> Intervals | None:
+        """The keys that each query sees, where that is one interval for every query."""
         return None
 
     def of_distance(self) -> bool:
@@ -136,8 +147,9 @@ class Mask:
     ) -> Lowered:
         """The mask as the kernels read it; the last few are kept, by the mask's value.
 
-        Conjunctions of causal, window, prefix and key_lengths become numbers, unless `closed_forms` is False;
-        everything else becomes block lists.
+        Conjunctions of causal, window, prefix and key_lengths become numbers, and what else shows each query one
+        interval of keys that moves forward only (documents, packed sequences, a causal mask with a prefix)
+        becomes intervals, unless `closed_forms` is False; everything else becomes block lists.
 
         Raises:
             ValueError: if the mask is one for another batch size, head count, length or device.
@@ -234,8 +246,27 @@ def _lower(mask: Mask, shape: Shape, closed_forms: bool) -> Lowered:
     if form is not None:
         left, right = window_that_hides((form.left, form.right), shape.queries, shape.keys)
         return Lowered(shape, left, right, _least(form.lengths, shape))
-    lists = build_lists(mask, shape._replace(device=mask.lowers_on(shape.device)))
-    return Lowered(shape, lists=lists.to(shape.device))
+    home = shape._replace(device=mask.lowers_on(shape.device))
+    intervals = mask.intervals(home) if closed_forms else None
+    both_ways = None if intervals is None else _both_ways(intervals, home)
+    if both_ways is not None:
+        return Lowered(shape, intervals=both_ways.to(shape.device))
+    return Lowered(shape, lists=build_lists(mask, home).to(shape.device))
+
+
+def _both_ways(intervals: Intervals, shape: Shape) -> Tensor | None:
+    """Intervals of keys for the queries, then of queries for the keys, int32 (1 or B, 2, Lq + Lk). None if the
+    queries that see a key may have others between them: if the intervals move backward anywhere."""
+    start = intervals.start.clamp(0, shape.keys)
+    stop = torch.maximum(intervals.stop.clamp(0, shape.keys), start)
+    start, stop = torch.broadcast_tensors(start, stop)
+    if (start.diff() < 0).any() or (stop.diff() < 0).any():
+        return None
+    key = torch.arange(shape.keys, device=start.device).expand(len(start), -1).contiguous()
+    # The first query whose interval ends beyond the key, and the first one whose interval begins beyond it.
+    first = torch.searchsorted(stop.contiguous(), key, right=True)
+    last = torch.maximum(torch.searchsorted(start.contiguous(), key, right=True), first)
+    return torch.stack((torch.cat((start, first), 1), torch.cat((stop, last), 1)), 1).int()
 
 
 def _least(lengths: tuple[Values, ...], shape: Shape) -> Tensor | None:
@@ -280,6 +311,12 @@ class And(_Pair):
         left, right = smaller(first.left, second.left), smaller(first.right, second.right)
         return ClosedForm(left, right, first.lengths + second.lengths)
 
+    def intervals(self, shape: Shape) -> Intervals | None:
+        first, second = self.first.intervals(shape), self.second.intervals(shape)
+        if first is None or second is None:
+            return None
+        return Intervals(torch.maximum(first.start, second.start), torch.minimum(first.stop, second.stop))
+
     def __repr__(self) -> str:
         return " & ".join(
             f"({part!r})" if isinstance(part, Or) else repr(part) for part in (self.first, self.second)
@@ -298,6 +335,19 @@ class Or(_Pair):
 
     def states(self, slab: Slab) -> Tensor:
         return torch.maximum(self.first.states(slab), self.second.states(slab))
+
+    def intervals(self, shape: Shape) -> Intervals | None:
+        """Where each query's two intervals touch, or one is empty, they are one."""
+        first, second = self.first.intervals(shape), self.second.intervals(shape)
+        if first is None or second is None:
+            return None
+        start, stop = torch.minimum(first.start, second.start), torch.maximum(first.stop, second.stop)
+        no_first, no_second = first.start >= first.stop, second.start >= second.stop
+        touch = torch.maximum(first.start, second.start) <= torch.minimum(first.stop, second.stop)
+        if not (no_first | no_second | touch).all():
+            return None
+        start = torch.where(no_first, second.start, torch.where(no_second, first.start, start))
+        return Intervals(start, torch.where(no_first, second.stop, torch.where(no_second, first.stop, stop)))
 
     def __repr__(self) -> str:
         return f"{self.first!r} | {self.second!r}"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastattn.masks.algebra import ClosedForm, Mask, Values
+from fastattn.masks.algebra import ClosedForm, Intervals, Mask, Values
 from fastattn.masks.lists import GRANULE, Shape
 from fastattn.masks.lowering import FULL, Positions, Slab
 from fastattn.spec import window_that_hides
@@ -42,6 +42,12 @@ class Window(Mask):
 
     def closed_form(self) -> ClosedForm:
         return ClosedForm(self.left, self.right)
+
+    def intervals(self, shape: Shape) -> Intervals:
+        diagonal = torch.arange(shape.queries, device=shape.device)[None] + shape.offset
+        left, right = self._bounds(shape)
+        start = torch.zeros_like(diagonal) if left is None else diagonal - left
+        return Intervals(start, torch.full_like(diagonal, shape.keys) if right is None else diagonal + right + 1)
 
     def of_distance(self) -> bool:
         return True
@@ -80,6 +86,10 @@ class Lengths(Mask):
     def closed_form(self) -> ClosedForm:
         return ClosedForm(lengths=(self.lengths,))
 
+    def intervals(self, shape: Shape) -> Intervals:
+        stop = self.lengths.on(shape.device).long()[:, None].expand(-1, shape.queries)
+        return Intervals(torch.zeros_like(stop), stop)
+
     def __repr__(self) -> str:
         single = self.lengths.tensor.numel() == 1 and self.lengths.tensor.device.type == "cpu"
         return f"{self.name}({self.lengths.tensor.item() if single else self.lengths})"
@@ -104,6 +114,18 @@ class Documents(Mask):
         rows = slice(slab.first * GRANULE + slab.shape.offset, slab.stop * GRANULE + slab.shape.offset)
         own_low, own_high = (t[:, None] for t in _ranges(ids[rows]))
         return state(some=(own_low <= high) & (low <= own_high), all=(own_low == high) & (low == own_high))
+
+    def intervals(self, shape: Shape) -> Intervals | None:
+        """None if the tokens of a document do not lie together."""
+        ids = _document_ids(self.values, self.boundaries).to(shape.device)
+        begins = F.pad(ids.diff() != 0, (1, 0), value=True)
+        if not self.boundaries and not torch.equal(begins.sum(1), (ids.sort()[0].diff() != 0).sum(1) + 1):
+            return None
+        token = torch.arange(ids.shape[1], device=ids.device)
+        start = torch.where(begins, token, 0).cummax(1)[0]
+        ends = F.pad(begins[:, 1:], (0, 1), value=True)
+        stop = torch.where(ends, token + 1, ids.shape[1]).flip(1).cummin(1)[0].flip(1)
+        return Intervals(start[:, shape.offset :], stop[:, shape.offset :])
 
     def varies(self, shape: Shape) -> tuple[bool, bool]:
         return self._rows != 1, False
@@ -165,6 +187,10 @@ class PackedSequences(Mask):
 
     def closed_form(self) -> ClosedForm | None:
         return ClosedForm(self.left, self.right) if self.sequences == 1 else None
+
+    def intervals(self, shape: Shape) -> Intervals:
+        start, stop = _intervals(self)
+        return Intervals(start[None].to(shape.device), stop[None].to(shape.device))
 
     @property
     def sequences(self) -> int:

@@ -61,6 +61,9 @@ class BlockLists(NamedTuple):
     bit_tiles: int64 (T, 64), all different; bit j of word i says whether query i of the granule sees its key j.
         Bits of queries and keys that do not exist are 0.
     pattern: int32 (B or 1, H or 1), the pattern of each batch element and head.
+    row_items, column_items: int32 (I, 4), what programs do, see `shared_out`: row (or column), share, of how many,
+        and the slot for what the share gives, -1 if it is the whole.
+    row_merges, column_merges: int32 (M, 3), the rows (or columns) that are shared: which, first slot, shares.
     """
 
     full_offsets: Tensor
@@ -79,6 +82,10 @@ class BlockLists(NamedTuple):
     column_partial_counts: Tensor | None
     bit_tiles: Tensor
     pattern: Tensor
+    row_items: Tensor
+    row_merges: Tensor
+    column_items: Tensor
+    column_merges: Tensor
 
     def to(self, device: torch.device | str) -> BlockLists:
         return BlockLists._make(None if t is None else t.to(device) for t in self)
@@ -109,7 +116,7 @@ def packed(lists: BlockLists) -> tuple[Tensor, tuple[int, ...]]:
     layout = (
         lists.full_offsets.shape[0], lists.full_offsets.shape[1] - 1, lists.column_full_offsets.shape[1] - 1,
         lists.full_columns.shape[0], lists.partial_columns.shape[0], lists.bit_tiles.shape[0],
-        *lists.pattern.shape, int(lists.full_counts is not None),
+        *lists.pattern.shape, int(lists.full_counts is not None), *(len(t) for t in lists[-4:]),
     )  # fmt: skip
     words = [lists.bit_tiles.flatten()]
     for t in lists:
@@ -121,7 +128,7 @@ def packed(lists: BlockLists) -> tuple[Tensor, tuple[int, ...]]:
 
 def unpacked(words: Tensor, layout: tuple[int, ...]) -> BlockLists:
     """The lists again, as views of what `packed` gave."""
-    patterns, rows, columns, full, partial, tiles, batches, heads, counted = layout
+    patterns, rows, columns, full, partial, tiles, batches, heads, counted, *shared = layout
     rest = words[tiles * GRANULE :].view(torch.int32)
     place = 0
 
@@ -142,7 +149,8 @@ def unpacked(words: Tensor, layout: tuple[int, ...]) -> BlockLists:
         )  # fmt: skip
 
     fields = (*half(rows), *half(columns), words[: tiles * GRANULE].view(tiles, GRANULE), take(batches, heads))
-    return BlockLists(*fields)  # type: ignore[arg-type]
+    items = (take(size, width) for size, width in zip(shared, (4, 3, 4, 3), strict=True))
+    return BlockLists(*fields, *items)  # type: ignore[arg-type]
 
 
 def log_counts(lists: BlockLists, rows: range, columns: range) -> Tensor:
@@ -193,11 +201,13 @@ def of_heads(lists: BlockLists, values: Tensor, batch: int, heads: int) -> Tenso
 
 @dataclass(frozen=True, eq=False)
 class Lowered:
-    """A mask for one shape and device: closed forms as numbers, or block lists.
+    """A mask for one shape and device: closed forms as numbers or intervals, or block lists.
 
     left, right: how many keys before and after the diagonal are seen; None for all. Causal is right = 0.
     key_lengths: int32 (B,), between 0 and Lk; keys from there on are not seen.
-    lists: if not None, they are the whole mask, and the closed forms are None.
+    intervals: int32 (1 or B, 2, Lq + Lk); query i sees the keys from intervals[:, 0, i] to before [:, 1, i], and
+        key j is seen by the queries from [:, 0, Lq + j] to before [:, 1, Lq + j]. If not None, the whole mask.
+    lists: if not None, they are the whole mask.
     packed: the lists as operators take them.
     """
 
@@ -205,6 +215,7 @@ class Lowered:
     left: int | None = None
     right: int | None = None
     key_lengths: Tensor | None = None
+    intervals: Tensor | None = None
     lists: BlockLists | None = None
     packed: tuple[Tensor, tuple[int, ...]] | None = field(init=False, repr=False, default=None)
 
@@ -221,6 +232,7 @@ class Lowered:
             self,
             shape=self.shape._replace(device=device),
             key_lengths=None if self.key_lengths is None else self.key_lengths.to(device),
+            intervals=None if self.intervals is None else self.intervals.to(device),
             lists=None if self.lists is None else self.lists.to(device),
         )
 
@@ -229,6 +241,11 @@ class Lowered:
         wanted = Shape(batch, heads, queries, keys, the_device(device))
         if wanted != self.shape:
             raise ValueError(f"mask was lowered for {self.shape}, expected one for {wanted}")
+
+    @property
+    def is_window(self) -> bool:
+        """Whether it is but a window and key lengths."""
+        return self.lists is None and self.intervals is None
 
     @property
     def visible(self) -> int:
@@ -276,10 +293,18 @@ class Lowered:
 
     @property
     def _repetitions(self) -> int:
-        return self.shape.heads * (self.shape.batch if self.key_lengths is None else 1)
+        differ = [
+            t for t in (self.key_lengths, self.intervals) if t is not None and t.shape[0] == self.shape.batch
+        ]
+        return self.shape.heads * (1 if differ else self.shape.batch)
 
     def _interval(self, step: int) -> tuple[Tensor, Tensor]:
         """The keys that each `step` queries see, from start to before stop: (1 or B, Lq / step)."""
+        if self.intervals is not None:
+            starts, stops = self.intervals[:, :, : self.shape.queries].long().unbind(1)
+            # Queries that see nothing ask for no keys.
+            starts = starts.masked_fill(starts >= stops, self.shape.keys)
+            return -pooled(-starts, step), pooled(stops.masked_fill(starts >= stops, 0), step)
         low = torch.arange(0, self.shape.queries, step, device=self.shape.device)[None]
         high = (low + step - 1).clamp(max=self.shape.queries - 1)
         keys, offset = self.shape.keys, self.shape.offset
@@ -288,6 +313,14 @@ class Lowered:
             torch.full_like(low, keys) if self.right is None else (high + offset + self.right + 1).clamp(0, keys)
         )
         return start, stop if self.key_lengths is None else torch.minimum(stop, self.key_lengths[:, None])
+
+
+def pooled(values: Tensor, step: int) -> Tensor:
+    """The greatest of each `step` in the last dimension; the last ones may be fewer."""
+    missing = -values.shape[-1] % step
+    if missing:
+        values = torch.cat([values, values[..., -1:].expand(*values.shape[:-1], missing)], -1)
+    return values.unflatten(-1, (-1, step)).amax(-1)
 
 
 def the_device(device: torch.device | str) -> torch.device:
@@ -336,53 +369,33 @@ def decode(
     return counts > 0, counts.log()
 
 
-class WorkItems(NamedTuple):
-    """Rows (or columns) of granules cut into segments of similar size, the heaviest first within a pattern.
+LEAST_SHARED = 8  # granules; a shorter list is one program's
 
-    Segment s of pattern p, offsets[p] <= s < offsets[p + 1], has the full entries full_begin[s] to before
-    full_end[s] and the partial ones partial_begin[s] to before partial_end[s] of row rows[s]; it is number
-    segments[s] of the segment_counts[s] of that row. A row without an entry has one segment. All int32.
+
+def shared_out(full_offsets: Tensor, partial_offsets: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows (or columns) of granules as items for programs, the heaviest first: those with more than twice as many
+    entries as there are on average, such as a global token's, are cut into shares.
+
+    All patterns and heads have the same items: a row is cut by the longest of its lists, and each list into equal
+    shares, entry `size * share // shares` to before `size * (share + 1) // shares`.
+
+    Returns:
+        items (I, 4) and merges (M, 3), int32, as BlockLists has them.
     """
-
-    offsets: Tensor
-    rows: Tensor
-    full_begin: Tensor
-    full_end: Tensor
-    partial_begin: Tensor
-    partial_end: Tensor
-    segments: Tensor
-    segment_counts: Tensor
-
-
-def work_items(lists: BlockLists, longest: int, *, by: str = "rows") -> WorkItems:
-    """Cut the rows (or, by="columns", the columns) with more than `longest` entries into equal segments."""
-    if longest < 1:
-        raise ValueError(f"longest must be at least 1 entry, got {longest}")
-    if by not in ("rows", "columns"):
-        raise ValueError(f"by must be 'rows' or 'columns', got {by!r}")
-    full = (lists.full_offsets if by == "rows" else lists.column_full_offsets).long()
-    partial = (lists.partial_offsets if by == "rows" else lists.column_partial_offsets).long()
-    patterns, rows = full.shape[0], full.shape[1] - 1
-    full_first, partial_first = full[:, :-1].flatten(), partial[:, :-1].flatten()
-    full_sizes, sizes = full.diff().flatten(), (full.diff() + partial.diff()).flatten()
-    pieces = (-(-sizes // longest)).clamp(min=1)
-    whose = torch.repeat_interleave(torch.arange(patterns * rows, device=full.device), pieces)
-    segment = torch.arange(len(whose), device=full.device) - (pieces.cumsum(0) - pieces)[whose]
-    begin, end = segment * sizes[whose] // pieces[whose], (segment + 1) * sizes[whose] // pieces[whose]
-    pattern = whose // max(1, rows)
-    order = (pattern * (int(sizes.max()) + 1 if len(sizes) else 1) - (end - begin)).argsort(stable=True)
-    whose, segment, begin, end, pattern = (t[order] for t in (whose, segment, begin, end, pattern))
-    counted = full_sizes[whose]
-    fields = (
-        whose % max(1, rows),
-        full_first[whose] + torch.minimum(begin, counted),
-        full_first[whose] + torch.minimum(end, counted),
-        partial_first[whose] + (begin - counted).clamp(min=0),
-        partial_first[whose] + (end - counted).clamp(min=0),
-        segment,
-        pieces[whose],
-    )
-    return WorkItems(list_offsets(pattern, 1, patterns)[0], *(t.int() for t in fields))
+    every = (full_offsets.diff() + partial_offsets.diff()).long()
+    sizes = every.amax(0) if len(every) else every.new_zeros(every.shape[1])
+    seen = sizes[sizes > 0]
+    longest = max(LEAST_SHARED, 2 * -(-int(seen.sum()) // len(seen))) if len(seen) else LEAST_SHARED
+    shares = (-(-sizes // longest)).clamp(min=1)
+    row = torch.repeat_interleave(torch.arange(len(sizes), device=sizes.device), shares)
+    share = torch.arange(len(row), device=row.device) - (shares.cumsum(0) - shares)[row]
+    slots = torch.where(shares > 1, shares, 0)
+    first_slot = slots.cumsum(0) - slots
+    slot = torch.where(shares[row] > 1, first_slot[row] + share, -1)
+    heaviest = (-sizes[row] / shares[row]).argsort(stable=True)
+    items = torch.stack((row, share, shares[row], slot), 1)[heaviest]
+    cut = (shares > 1).nonzero()[:, 0]
+    return items.int(), torch.stack((cut, first_slot[cut], shares[cut]), 1).int()
 
 
 def list_offsets(lists: Tensor, patterns: int, length: int) -> Tensor:

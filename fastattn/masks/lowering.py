@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from fastattn.masks.lists import GRANULE, BlockLists, Shape, list_offsets, pack
+from fastattn.masks.lists import GRANULE, BlockLists, Shape, list_offsets, pack, shared_out
 
 EMPTY, PARTIAL, FULL = 0, 1, 2  # & is the minimum, | the maximum, ~ the reflection; PARTIAL means undecided
 
@@ -91,6 +91,8 @@ def build_lists(mask: Lowerable, shape: Shape) -> BlockLists:
     keep = mask.repeats and bool((full.counts != 0).any() or (partial.counts != 0).any())
     full_rows, partial_rows = (_by_row(e, len(distinct), shape, keep) for e in (full, partial))
     full_columns, partial_columns = (_by_column(e, len(distinct), shape, keep) for e in (full, partial))
+    row_items, row_merges = shared_out(full_rows.offsets, partial_rows.offsets)
+    column_items, column_merges = shared_out(full_columns.offsets, partial_columns.offsets)
     return BlockLists(
         full_offsets=full_rows.offsets,
         full_columns=full_rows.others,
@@ -108,6 +110,10 @@ def build_lists(mask: Lowerable, shape: Shape) -> BlockLists:
         column_partial_counts=partial_columns.counts,
         bit_tiles=bit_tiles,
         pattern=torch.tensor(pattern, dtype=torch.int32, device=shape.device).view(batch, heads),
+        row_items=row_items,
+        row_merges=row_merges,
+        column_items=column_items,
+        column_merges=column_merges,
     )
 
 

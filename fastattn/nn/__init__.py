@@ -3,6 +3,7 @@
 from fastattn.nn.attention import CrossAttention, SelfAttention
 from fastattn.nn.config import TransformerConfig
 from fastattn.nn.mlp import MLP, GatedMLP
+from fastattn.nn.norm import LayerNorm, RMSNorm
 from fastattn.nn.rotary import Rotary
 from fastattn.nn.torch_attention import MultiheadAttention
 from fastattn.nn.torch_layers import (
@@ -18,7 +19,9 @@ __all__ = [
     "MLP",
     "CrossAttention",
     "GatedMLP",
+    "LayerNorm",
     "MultiheadAttention",
+    "RMSNorm",
     "Rotary",
     "SelfAttention",
     "Transformer",

@@ -1,0 +1,435 @@
+"""RMS norm and layer norm of rows: y = (x - mean) / deviation * (weight + offset) + bias.
+
+x is (B, R, W); weight and bias, each of which may be missing, are (B, W), one for the R rows of a batch entry.
+With a residual, what is normalised is x + residual, rounded to x's dtype, and a result too. Kept for the backward
+are x, or that sum, and of each row in float32 its mean (layer norm) and the inverse of its deviation.
+
+Bytes, for elements of e bytes: forward reads x (and residual) and writes y (and the sum), 2 e (4 e) an element;
+backward reads x and dy (and the sum's gradient) and writes dx, 3 e (4 e). That is the floor, and all that rows
+within a tile of their table move. Wider rows are walked twice, the second time out of a cache, and their weight's
+and bias's gradients take a pass of their own, 2 e more.
+
+Gradients of weight and bias: each of a fixed number of programs walks its rows in order and leaves a float32 line
+(W,); the lines are added up in a fixed order. No atomics.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from . import launch
+
+
+class Rows(NamedTuple):
+    """A (batch, row, column) tensor: its pointer and strides in elements."""
+
+    pointer: torch.Tensor
+    batch: int
+    row: int
+    column: int
+
+
+class Line(NamedTuple):
+    """A (batch, column) tensor: its pointer and strides in elements."""
+
+    pointer: torch.Tensor
+    batch: int
+    column: int
+
+
+class Moments(NamedTuple):
+    """(B, R) in float32: the mean of each row, None for 0, and the inverse of its deviation."""
+
+    mean: torch.Tensor | None
+    inverse: torch.Tensor
+
+
+class Size(NamedTuple):
+    """Of a batch entry: rows, tiles of rows, and programs that share these out."""
+
+    rows: int
+    tiles: int
+    programs: int
+
+
+@triton.jit
+def row_pointers(tensor, batch, rows):
+    """Pointers to the beginnings of rows; 64-bit, tensors may pass 2**31 elements."""
+    return tensor.pointer + tl.cast(batch, tl.int64) * tensor.batch + rows.to(tl.int64) * tensor.row
+
+
+@triton.jit
+def load_rows(tensor, batch, rows, exists, columns, WIDTH: tl.constexpr):
+    """(M, N) in float32, zeros where there is nothing."""
+    pointers = row_pointers(tensor, batch, rows)[:, None] + columns[None, :] * tensor.column
+    mask = exists[:, None] & (columns < WIDTH)[None, :]
+    return tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_rows(tensor, tile, batch, rows, exists, columns, WIDTH: tl.constexpr):
+    """The inverse of `load_rows`, in the tensor's dtype."""
+    pointers = row_pointers(tensor, batch, rows)[:, None] + columns[None, :] * tensor.column
+    mask = exists[:, None] & (columns < WIDTH)[None, :]
+    tl.store(pointers, tile.to(tensor.pointer.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def load_line(tensor, batch, columns, WIDTH: tl.constexpr):
+    """(1, N) in float32."""
+    pointers = tensor.pointer + tl.cast(batch, tl.int64) * tensor.batch + columns * tensor.column
+    return tl.load(pointers, mask=columns < WIDTH, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
+def load_stream(x, residual, batch, rows, exists, columns, WIDTH: tl.constexpr):
+    """What is normalised: x, or its sum with the residual, rounded as it is kept."""
+    stream = load_rows(x, batch, rows, exists, columns, WIDTH)
+    if residual is not None:
+        stream += load_rows(residual, batch, rows, exists, columns, WIDTH)
+        stream = stream.to(x.pointer.dtype.element_ty).to(tl.float32)
+    return stream
+
+
+@triton.jit
+def weighted(tile, weight, offset, batch, columns, WIDTH: tl.constexpr):
+    """tile * (weight + offset), if there is a weight."""
+    if weight is not None:
+        tile *= load_line(weight, batch, columns, WIDTH) + tl.cast(offset, tl.float32)
+    return tile
+
+
+@triton.jit
+def moments_of(stream, start, columns, WIDTH: tl.constexpr, CENTRED: tl.constexpr):
+    """The mean, 0 unless CENTRED, of the tile's columns that exist, from `start` on, and the sum of squares around
+    it: (M, 1) each."""
+    mean = tl.zeros((stream.shape[0], 1), tl.float32)
+    if CENTRED:
+        mean = tl.sum(stream, 1)[:, None] / tl.minimum(stream.shape[1], WIDTH - start)
+        stream = tl.where((columns < WIDTH)[None, :], stream - mean, 0.0)
+    return mean, tl.sum(stream * stream, 1)[:, None]
+
+
+@triton.jit
+def merged(mean, squares, more_mean, more_squares, start, more):
+    """The moments of `start` columns and of `more` after them in one (Chan, Golub and LeVeque 1979, section 2)."""
+    step = more_mean - mean
+    share = more / (start + more)
+    return mean + step * share, squares + more_squares + step * step * (share * start)
+
+
+@triton.jit
+def write_norm(
+    stream, mean, inverse, weight, bias, offset, y, total, batch, rows, exists, columns, WIDTH: tl.constexpr
+):
+    """One tile of results."""
+    if total is not None:
+        store_rows(total, stream, batch, rows, exists, columns, WIDTH)
+    tile = weighted((stream - mean) * inverse, weight, offset, batch, columns, WIDTH)
+    if bias is not None:
+        tile += load_line(bias, batch, columns, WIDTH)
+    store_rows(y, tile, batch, rows, exists, columns, WIDTH)
+
+
+@triton.jit
+def norm_kernel(
+    x,
+    residual,
+    weight,
+    bias,
+    y,
+    total,
+    moments,
+    size,
+    eps,
+    offset,
+    CENTRED: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """y of BLOCK_M rows, in `total` their sum with `residual`, and their moments.
+
+    The first tile of columns stays in registers; those beyond it, if there are any, are loaded twice.
+    """
+    program = tl.program_id(0)
+    batch = program // size.tiles
+    rows = program % size.tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    exists = rows < size.rows
+    columns = tl.arange(0, BLOCK_N)
+    first = load_stream(x, residual, batch, rows, exists, columns, WIDTH)
+    mean, squares = moments_of(first, 0, columns, WIDTH, CENTRED)
+    for start in range(BLOCK_N, WIDTH, BLOCK_N):
+        stream = load_stream(x, residual, batch, rows, exists, start + columns, WIDTH)
+        more_mean, more_squares = moments_of(stream, start, start + columns, WIDTH, CENTRED)
+        more = tl.minimum(BLOCK_N, WIDTH - start)
+        mean, squares = merged(mean, squares, more_mean, more_squares, start, more)
+    inverse = tl.rsqrt(squares * (1.0 / WIDTH) + tl.cast(eps, tl.float32))
+    line = tl.cast(batch, tl.int64) * size.rows + rows[:, None]
+    if moments.mean is not None:
+        tl.store(moments.mean + line, mean, mask=exists[:, None])
+    tl.store(moments.inverse + line, inverse, mask=exists[:, None])
+    write_norm(first, mean, inverse, weight, bias, offset, y, total, batch, rows, exists, columns, WIDTH)
+    for start in range(BLOCK_N, WIDTH, BLOCK_N):
+        more = start + columns
+        stream = load_stream(x, residual, batch, rows, exists, more, WIDTH)
+        write_norm(stream, mean, inverse, weight, bias, offset, y, total, batch, rows, exists, more, WIDTH)
+
+
+@triton.jit
+def load_moments(moments, size, batch, rows, exists):
+    """Mean, 0 if there is none, and inverse deviation of these rows, (M, 1) each."""
+    line = tl.cast(batch, tl.int64) * size.rows + rows[:, None]
+    mean = tl.zeros((rows.shape[0], 1), tl.float32)
+    if moments.mean is not None:
+        mean = tl.load(moments.mean + line, mask=exists[:, None], other=0.0)
+    return mean, tl.load(moments.inverse + line, mask=exists[:, None], other=0.0)
+
+
+@triton.jit
+def load_pair(dy, x, mean, inverse, batch, rows, exists, columns, WIDTH: tl.constexpr):
+    """dy, 0 where there is nothing, and x normalised."""
+    normalised = (load_rows(x, batch, rows, exists, columns, WIDTH) - mean) * inverse
+    return load_rows(dy, batch, rows, exists, columns, WIDTH), normalised
+
+
+@triton.jit
+def projections(gradient, normalised, WIDTH: tl.constexpr, CENTRED: tl.constexpr):
+    """What a tile adds to the means over a row of gradient * normalised and, CENTRED, of the gradient: (M, 1)."""
+    along = tl.sum(gradient * normalised, 1)[:, None] * (1.0 / WIDTH)
+    level = tl.zeros((gradient.shape[0], 1), tl.float32)
+    if CENTRED:
+        level = tl.sum(gradient, 1)[:, None] * (1.0 / WIDTH)
+    return along, level
+
+
+@triton.jit
+def write_gradient(
+    gradient, normalised, along, level, inverse, dtotal, dx, batch, rows, exists, columns, WIDTH: tl.constexpr
+):
+    """One tile of dx: what comes through the norm, and what came to the sum."""
+    tile = (gradient - normalised * along - level) * inverse
+    if dtotal is not None:
+        tile += load_rows(dtotal, batch, rows, exists, columns, WIDTH)
+    store_rows(dx, tile, batch, rows, exists, columns, WIDTH)
+
+
+@triton.jit
+def store_sums(weight_sum, bias_sum, dweight, dbias, line, columns, WIDTH: tl.constexpr):
+    """These columns of a program's line (W,): sums over the rows of its tiles."""
+    target = tl.cast(line, tl.int64) * WIDTH + columns
+    if dweight is not None:
+        tl.store(dweight + target, tl.sum(weight_sum, 0), mask=columns < WIDTH)
+    if dbias is not None:
+        tl.store(dbias + target, tl.sum(bias_sum, 0), mask=columns < WIDTH)
+
+
+@triton.jit
+def norm_gradient_kernel(
+    dy,
+    dtotal,
+    x,
+    weight,
+    dx,
+    dweight,
+    dbias,
+    moments,
+    size,
+    offset,
+    CENTRED: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """dx of every size.programs-th tile of rows; `dtotal` is the gradient of the sum.
+
+    In dweight and dbias (B, programs, W) what the weight and bias get from these rows; None unless a row fits in
+    one tile. Of wider rows, the first tile stays in registers, the others are loaded twice.
+    """
+    line = tl.program_id(0)
+    batch = line // size.programs
+    program = line % size.programs
+    columns = tl.arange(0, BLOCK_N)
+    weight_sum = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    bias_sum = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for step in range(0, tl.cdiv(size.tiles - program, size.programs)):
+        rows = (program + step * size.programs) * BLOCK_M + tl.arange(0, BLOCK_M)
+        exists = rows < size.rows
+        mean, inverse = load_moments(moments, size, batch, rows, exists)
+        first, normalised = load_pair(dy, x, mean, inverse, batch, rows, exists, columns, WIDTH)
+        if dweight is not None:
+            weight_sum += first * normalised
+        if dbias is not None:
+            bias_sum += first
+        first = weighted(first, weight, offset, batch, columns, WIDTH)
+        along, level = projections(first, normalised, WIDTH, CENTRED)
+        for start in range(BLOCK_N, WIDTH, BLOCK_N):
+            more = start + columns
+            tile, direction = load_pair(dy, x, mean, inverse, batch, rows, exists, more, WIDTH)
+            tile = weighted(tile, weight, offset, batch, more, WIDTH)
+            more_along, more_level = projections(tile, direction, WIDTH, CENTRED)
+            along += more_along
+            level += more_level
+        write_gradient(first, normalised, along, level, inverse, dtotal, dx, batch, rows, exists, columns, WIDTH)
+        for start in range(BLOCK_N, WIDTH, BLOCK_N):
+            more = start + columns
+            tile, direction = load_pair(dy, x, mean, inverse, batch, rows, exists, more, WIDTH)
+            tile = weighted(tile, weight, offset, batch, more, WIDTH)
+            write_gradient(tile, direction, along, level, inverse, dtotal, dx, batch, rows, exists, more, WIDTH)
+    store_sums(weight_sum, bias_sum, dweight, dbias, line, columns, WIDTH)
+
+
+@triton.jit
+def norm_sums_kernel(
+    dy,
+    x,
+    dweight,
+    dbias,
+    moments,
+    size,
+    WIDTH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """dweight and dbias (B, programs, W), one of which may be None, of rows wider than a tile: one tile of columns
+    of every size.programs-th tile of rows."""
+    line = tl.program_id(0)
+    batch = line // size.programs
+    program = line % size.programs
+    columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    weight_sum = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    bias_sum = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for step in range(0, tl.cdiv(size.tiles - program, size.programs)):
+        rows = (program + step * size.programs) * BLOCK_M + tl.arange(0, BLOCK_M)
+        exists = rows < size.rows
+        mean, inverse = load_moments(moments, size, batch, rows, exists)
+        tile, normalised = load_pair(dy, x, mean, inverse, batch, rows, exists, columns, WIDTH)
+        if dweight is not None:
+            weight_sum += tile * normalised
+        if dbias is not None:
+            bias_sum += tile
+    store_sums(weight_sum, bias_sum, dweight, dbias, line, columns, WIDTH)
+
+
+def rows_of(t: torch.Tensor | None) -> Rows | None:
+    """`t` (B, R, W) as a kernel argument, if it is there; copied if offsets within a row would pass 32 bits."""
+    if t is None:
+        return None
+    if t.stride(2) * t.shape[2] >= 2**31:
+        t = t.contiguous()
+    return Rows(t, *t.stride())
+
+
+def line_of(t: torch.Tensor | None) -> Line | None:
+    """`t` (B, W) as a kernel argument, if it is there."""
+    return None if t is None else Line(t, *t.stride())
+
+
+def size_of(x: torch.Tensor, tile: launch.Tiling, programs: int) -> Size:
+    """The rows of x, shared out among at most `programs` of all batch entries, one at least of each."""
+    batch, rows, _ = x.shape
+    tiles = triton.cdiv(rows, tile.block_m)
+    return Size(rows, tiles, min(tiles, max(1, programs // batch)))
+
+
+def norm_forward(
+    x: torch.Tensor,
+    residual: torch.Tensor | None = None,
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    *,
+    centred: bool,
+    eps: float,
+    offset: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor]:
+    """y, x + residual (None without one), and the moments (B, R): mean (None unless `centred`), inverse deviation.
+
+    x and residual (B, R, W), weight and bias (B, W), of any strides and floating dtypes up to float32.
+    """
+    batch, rows, width = x.shape
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    total = None if residual is None else torch.empty_like(y)
+    moments = Moments(
+        x.new_empty((batch, rows), dtype=torch.float32) if centred else None,
+        x.new_empty((batch, rows), dtype=torch.float32),
+    )
+    if x.numel() > 0:
+        family = launch.family(norm_kernel, x.device)
+        tile = launch.look_up(launch.NORM_FORWARD, family, x.element_size(), width)
+        size = size_of(x, tile, 1)
+        with launch.on_device(x):
+            norm_kernel[(batch * size.tiles,)](
+                rows_of(x),
+                rows_of(residual),
+                line_of(weight),
+                line_of(bias),
+                rows_of(y),
+                rows_of(total),
+                moments,
+                size,
+                eps,
+                offset,
+                CENTRED=centred,
+                WIDTH=width,
+                **tile.options(),
+            )
+    return y, total, *moments
+
+
+def norm_backward(
+    dy: torch.Tensor,
+    dtotal: torch.Tensor | None,
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    mean: torch.Tensor | None,
+    inverse: torch.Tensor,
+    *,
+    offset: float = 0.0,
+    want_weight: bool = False,
+    want_bias: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """dx, which is the residual's gradient too, and dweight and dbias (B, W) in float32 where they are wanted.
+
+    x is what was normalised, `dtotal` the gradient that came to it as a result (None for 0); mean and inverse as
+    `norm_forward` gives them.
+    """
+    batch, _, width = x.shape
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+    if x.numel() == 0:
+        nothing = x.new_zeros((batch, width), dtype=torch.float32)
+        return dx, nothing if want_weight else None, nothing.clone() if want_bias else None
+    family = launch.family(norm_gradient_kernel, x.device)
+    tile = launch.look_up(launch.NORM_BACKWARD, family, x.element_size(), width)
+    programs = launch.norm_programs(family, tile)
+    within = width <= tile.block_n
+    size, moments = size_of(x, tile, programs), Moments(mean, inverse)
+    lines = size if within else size_of(x, tile, triton.cdiv(programs, triton.cdiv(width, tile.block_n)))
+    dweight, dbias = (
+        x.new_empty((batch, lines.programs, width), dtype=torch.float32) if wanted else None
+        for wanted in (want_weight, want_bias)
+    )
+    with launch.on_device(x):
+        norm_gradient_kernel[(batch * size.programs,)](
+            rows_of(dy),
+            rows_of(dtotal),
+            rows_of(x),
+            line_of(weight),
+            rows_of(dx),
+            dweight if within else None,
+            dbias if within else None,
+            moments,
+            size,
+            offset,
+            CENTRED=mean is not None,
+            WIDTH=width,
+            **tile.options(),
+        )
+        if not within and (want_weight or want_bias):
+            norm_sums_kernel[(batch * lines.programs, triton.cdiv(width, tile.block_n))](
+                rows_of(dy), rows_of(x), dweight, dbias, moments, lines, WIDTH=width, **tile.options()
+            )
+    return dx, *(None if partials is None else partials.sum(1) for partials in (dweight, dbias))

@@ -1,0 +1,225 @@
+"""What is done to the scores between the products: scale, soft cap, biases, sinks, dropout; and their gradient."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from .tiles import LOG2_E, Tensor2, Tensor3, Tensor4, head_of, tensor2, tensor3
+from .walk import within
+
+
+class Scores(NamedTuple):
+    """What is done to q k^T: the scale, and what is not None of a soft cap, ALiBi slopes (batch, head), a bias
+    (floats are added, bytes say which keys are seen), a bias by distance (batch, head, 2 radius + 1) and sinks."""
+
+    scale: float
+    softcap: float | None
+    slopes: Tensor2 | None
+    bias: Tensor4 | None
+    relative: Tensor3 | None
+    radius: int | None
+    sinks: Tensor2 | None
+    counted: int | None
+
+
+class Dropout(NamedTuple):
+    """Weights whose 16 random bits are below the threshold are dropped, the others grow by `growth`; `state` holds
+    seed and offset of each batch entry."""
+
+    state: torch.Tensor
+    threshold: int
+    growth: float
+
+
+def scores_of(
+    scale: float,
+    softcap: float | None,
+    alibi_slopes: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    relative_bias: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+    counted: bool = False,
+) -> Scores:
+    """What is done to the scores as a kernel argument. The bias (B or 1, H or 1, Lq or 1, Lk or 1) repeats itself
+    where it has size 1."""
+    if bias is not None:
+        bias = bias.view(torch.uint8) if bias.dtype == torch.bool else bias
+        strides = (0 if size == 1 else stride for size, stride in zip(bias.shape, bias.stride(), strict=True))
+    relative, radius = None, None
+    if relative_bias is not None:
+        relative, radius = tensor3(relative_bias), relative_bias.shape[2] // 2
+    return Scores(
+        scale,
+        softcap,
+        tensor2(alibi_slopes),
+        None if bias is None else Tensor4(bias, *strides),
+        relative,
+        radius,
+        tensor2(sinks),
+        1 if counted else None,
+    )
+
+
+def dropout_of(state: torch.Tensor | None, dropout: float) -> Dropout | None:
+    """Dropout as a kernel argument, if there is any."""
+    if state is None:
+        return None
+    return Dropout(state.contiguous(), round(dropout * 2**16), 1.0 / (1.0 - dropout))
+
+
+@triton.jit
+def tanh(x):
+    """tanh to fp32's rounding, small arguments too: a series below 0.3, powers of two above."""
+    square = x * x
+    series = square * (62.0 / 2835.0) - 17.0 / 315.0
+    series = (series * square + 2.0 / 15.0) * square - 1.0 / 3.0
+    series = x + x * (series * square)
+    power = tl.exp2(tl.abs(x) * (-2.0 * LOG2_E))
+    large = (1.0 - power) / (1.0 + power)
+    return tl.where(tl.abs(x) < 0.3, series, tl.where(x < 0.0, -large, large))
+
+
+@triton.jit
+def is_plain(scores):
+    """Whether the scores are q k^T times the scale, nothing else."""
+    return (
+        scores.softcap is None
+        and scores.slopes is None
+        and scores.bias is None
+        and scores.relative is None
+        and scores.counted is None
+    )
+
+
+@triton.jit
+def score_factor(scores):
+    """What makes `shape_scores` log2 units."""
+    if is_plain(scores):
+        return tl.cast(scores.scale, tl.float32) * LOG2_E
+    else:
+        return 1.0
+
+
+@triton.jit
+def bend(products, scores):
+    """From q k^T to the tanh of a soft cap; without one the products as they are."""
+    if scores.softcap is not None:
+        return tanh(products * (tl.cast(scores.scale, tl.float32) / tl.cast(scores.softcap, tl.float32)))
+    else:
+        return products
+
+
+@triton.jit
+def shape_scores(bent, scores, terms, queries, keys, shape):
+    """From what `bend` returns to scores, up to `score_factor`.
+
+    Without cap and biases they are the products as they are, so that maximum and exponential take the scale in
+    their own multiply-adds. `queries` and `keys` broadcast to the tile; those that do not exist read the last
+    one's bias.
+    """
+    slope, bias, relative = terms[0], terms[1], terms[2]
+    if scores.softcap is not None:
+        bent = bent * (tl.cast(scores.softcap, tl.float32) * LOG2_E)
+    elif not is_plain(scores):
+        bent = bent * (tl.cast(scores.scale, tl.float32) * LOG2_E)
+    if scores.counted is not None:
+        bent += terms[6]
+    if scores.slopes is not None:
+        bent -= (slope * LOG2_E) * tl.abs(keys - queries - (shape.keys - shape.queries)).to(tl.float32)
+    if scores.relative is not None:
+        distance = keys - queries - (shape.keys - shape.queries)
+        place = tl.minimum(tl.maximum(distance, -scores.radius), scores.radius) + scores.radius
+        bent += tl.load(relative + place * scores.relative.row) * LOG2_E
+    if scores.bias is not None:
+        # 32-bit offsets from the tile's first row and column: half the registers.
+        first_row, first_column = tl.min(queries), tl.min(keys)
+        rows = (tl.minimum(queries, shape.queries - 1) - first_row) * scores.bias.row
+        columns = (tl.minimum(keys, shape.keys - 1) - first_column) * scores.bias.column
+        bias += first_row.to(tl.int64) * scores.bias.row + first_column.to(tl.int64) * scores.bias.column
+        values = tl.load(bias + (rows + columns))
+        if scores.bias.pointer.dtype.element_ty == tl.uint8:
+            bent = tl.where(values != 0, bent, float("-inf"))
+        else:
+            bent += values.to(tl.float32) * LOG2_E
+    return bent
+
+
+@triton.jit
+def terms_of(scores, dropout, batch, head):
+    """What one head's scores and weights take from memory: its slope, where its biases begin, its number, and
+    the seed and offset of its random numbers; 0 for what is not asked, and for how often keys count."""
+    slope, bias, relative, seed, offset = 0.0, 0, 0, 0, 0
+    if scores.slopes is not None:
+        slope = tl.load(head_of(scores.slopes, batch, head))
+    if scores.bias is not None:
+        bias = head_of(scores.bias, batch, head)
+    if scores.relative is not None:
+        relative = head_of(scores.relative, batch, head)
+    if dropout is not None:
+        seed, offset = tl.load(dropout.state + batch * 2), tl.load(dropout.state + batch * 2 + 1)
+    return slope, bias, relative, head, seed, offset, 0.0
+
+
+@triton.jit
+def kept(dropout, terms, queries, first_key, KEYS: tl.constexpr, KEYS_DOWN: tl.constexpr):
+    """Which weights of a tile dropout keeps: (queries, KEYS), or (KEYS, queries) if KEYS_DOWN.
+
+    Eight neighbouring keys share a call of Philox-4x32 with seven rounds (Salmon et al. 2011, table 2) for the
+    counter (key // 8, query, head, offset): two 16-bit numbers a word.
+    """
+    head, seed, offset = terms[3], terms[4], terms[5]
+    groups = first_key // 8 + tl.arange(0, KEYS // 8)
+    if KEYS_DOWN:
+        group, query = groups[:, None] + 0 * queries[None, :], queries[None, :] + 0 * groups[:, None]
+    else:
+        group, query = groups[None, :] + 0 * queries[:, None], queries[:, None] + 0 * groups[None, :]
+    a, b, c, d = tl.philox(seed, group, query, group * 0 + head, group * 0 + offset.to(tl.int32), n_rounds=7)
+    words = tl.join(tl.join(a, c), tl.join(b, d))
+    halves = tl.join(words & 0xFFFF, words >> 16)
+    if KEYS_DOWN:
+        halves = tl.permute(halves, (0, 2, 3, 4, 1))
+        return tl.reshape(halves, (KEYS, queries.shape[0])).to(tl.int32) >= dropout.threshold
+    else:
+        return tl.reshape(halves, (queries.shape[0], KEYS)).to(tl.int32) >= dropout.threshold
+
+
+@triton.jit
+def score_gradient(
+    q_tile,
+    dout_tile,
+    lse,
+    delta,
+    k_tile,
+    v_tile,
+    start,
+    queries,
+    bounds,
+    shape,
+    window,
+    lists,
+    scores,
+    dropout,
+    terms,
+    MASKED: tl.constexpr,
+    RELATIVE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The gradient of a tile of scores, queries down, and what `bend` made of the products."""
+    # Both products first: the second one runs while the weights are made from the first.
+    products = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
+    dweights = tl.dot(dout_tile, tl.trans(v_tile), input_precision=PRECISION)
+    keys = start + tl.arange(0, BLOCK_N)[None, :]
+    bent = bend(products, scores)
+    values = shape_scores(bent, scores, terms, queries[:, None], keys, shape)
+    weights = tl.exp2(values * score_factor(scores) - lse[:, None])
+    if MASKED:
+        weights = tl.where(within(start, bounds, window, lists, BLOCK_N, RELATIVE), weights, 0.0)
+    if dropout is not None:
+        keep = kept(dropout, terms, queries, start, BLOCK_N, False)
+        dweights = tl.where(keep, dweights * tl.cast(dropout.growth, tl.float32), 0.0)
+    return weights * (dweights - delta[:, None]), bent
