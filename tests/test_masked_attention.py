@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
@@ -14,8 +15,10 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import fastattn
 from fastattn import masks, reference
+from fastattn.backends import granules
 from fastattn.kernels import attention_backward, attention_forward, launch
 from fastattn.kernels import merge as kernels_merge
+from fastattn.measure import peak_memory
 
 
 @pytest.mark.parametrize("name", ["triton", "portable", "reference"])
@@ -229,3 +232,146 @@ def test_a_mask_that_does_not_fit_is_named() -> None:
         fastattn.attention(q, k, v, mask=lowered)
     with pytest.raises(ValueError, match="mask is lowered: join causal and window to it"):
         fastattn.attention(q, k, v, mask=masks.dilated(2).lower(1, 2, 70, 70, DEVICE), causal=True)
+
+
+# The portable backend: batches of entries
+
+IN_ENTRIES = {
+    # Blocks of 16, so that pairs of one granule count differently, and it has several entries.
+    "counted": masks.blocks(torch.tensor([[(3 * i + 5 * j) % 7 % 4 for j in range(9)] for i in range(9)]), 16),
+    # Two patterns of different sizes, in another order for each batch element.
+    "patterns": masks.from_function(lambda b, h, i, j: (i // 7 + j) % 5 + ((b + h) % 2) * (i - j) // 3 > 1),
+}
+
+
+def entries_at_once(entries: int, looked_up: int | None = None):
+    """Within, a batch has so many entries, if heads are not wider than a granule."""
+    elements = entries * masks.GRANULE**2
+    sizes = {"FEWEST_ELEMENTS": elements, "MOST_ELEMENTS": elements, "LOOKED_UP": looked_up or 2 * entries + 1}
+    return mock.patch.multiple(granules, **sizes)
+
+
+@pytest.mark.parametrize("kind", IN_ENTRIES)
+def test_every_head_reads_its_own_list(kind: str) -> None:
+    problem = Problem(lists=kind, batch=2, heads=6, key_heads=3, queries=144, keys=144, dtype=torch.float64)
+    with mock.patch.dict(MASKS, IN_ENTRIES):
+        lists = problem.lowered().lists
+        assert lists.pattern.tolist() == ([[0]] if kind == "counted" else [[0, 1] * 3, [1, 0] * 3])
+        check(problem, "portable")
+
+
+@settings(max_examples=40 if not ON_GPU else 100)
+@given(
+    entries=st.sampled_from([1, 3, 1000]),
+    kind=st.sampled_from([*IN_ENTRIES, *MASKS]),
+    group=st.integers(1, 3),
+    keys=st.integers(129, 144),
+    batch=st.integers(1, 2),
+    key_heads=st.integers(1, 2),
+    queries=st.integers(129, 144),
+    width=st.integers(8, 80),
+    value_width=st.integers(8, 80),
+    scale=st.sampled_from([None, 0.5]),
+    dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64]),
+    layout=st.sampled_from(["bhld", "blhd", "strided"]),
+    lse_gradient=st.booleans(),
+    softcap=st.sampled_from([0.0, 2.0]),
+    lengths=st.booleans(),
+    alibi=st.booleans(),
+    sinks=st.booleans(),
+)
+def test_batches_of_entries_are_exact_wherever_they_cut(
+    entries: int, kind: str, group: int, keys: int, **given_: object
+) -> None:
+    problem = Problem(heads=group * given_["key_heads"], lists=kind, keys=keys, **given_)
+    if kind == "bigbird":
+        problem = replace(problem, keys=problem.queries)
+    if problem.dtype == torch.float64:
+        problem = replace(problem, alibi=False)  # the definition rounds slope times distance as the slopes are
+    with entries_at_once(entries), mock.patch.dict(MASKS, IN_ENTRIES):
+        assert granules.serves(problem.spec, problem.score_tensors())
+        check(problem, "portable")
+
+
+@pytest.mark.parametrize("entries", [2, 1000])
+def test_results_of_entries_are_the_same_to_the_bit(entries: int) -> None:
+    problem = Problem(lists="random", batch=2, heads=4, queries=300, keys=300)
+    inputs, upstream = problem.inputs(), (torch.randn(2, 4, 300, 16, device=DEVICE), None)
+
+    def call(q, k, v):
+        return fastattn.attention(q, k, v, mask=problem.lowered(), return_lse=True, backend="portable")
+
+    with entries_at_once(entries):
+        first, *others = (run(inputs, upstream, call) for _ in range(5))
+    assert all(torch.equal(a, e) for other in others for a, e in zip(other, first, strict=True))
+
+
+@pytest.mark.parametrize("layout", ["packed", "one value", "offset", "transposed"])
+def test_entries_are_gathered_from_any_layout(layout: str) -> None:
+    packed = torch.randn(2, 130, 3, 4, 16, device=DEVICE)
+    q, k, v = packed.transpose(1, 3).unbind(2)
+    if layout == "one value":
+        q, k, v = (t[:1, :1, :1, :1].expand(2, 4, 130, 16) for t in (q, k, v))
+    elif layout == "offset":
+        q, k, v = (t[..., 3:13] for t in (q, k, v))
+    elif layout == "transposed":
+        q, k, v = (torch.randn(2, 4, 16, 130, device=DEVICE).mT for _ in "qkv")
+    mask = masks.dilated(3)
+
+    def call(backend):
+        return lambda *t: fastattn.attention(*t, mask=mask, return_lse=True, backend=backend)
+
+    # The sum's gradient has stride zero in every dimension.
+    upstream = torch.ones((), device=DEVICE).expand(q.shape), None
+    for a, e in zip(
+        run((q, k, v), upstream, call("portable")), run((q, k, v), upstream, call("reference")), strict=True
+    ):
+        torch.testing.assert_close(a, e, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["portable", "reference"])
+def test_rows_of_entries_that_see_nothing_give_zero_and_zero_gradients(backend: str) -> None:
+    # Rows of 0 to 2 bits, a row of granules without an entry, and a batch element without keys.
+    mask = masks.from_function(lambda b, h, i, j: (i % 3 > 0) & (i < 64) & ((j == 5) | (j == i)) & (b == 0))
+    q, k, v = Problem(batch=2, queries=130, keys=130).inputs()
+    seen = mask.dense(2, 2, 130, 130, DEVICE).any(-1).expand(2, 2, 130)
+    upstream = torch.randn(2, 2, 130, 16, device=DEVICE), torch.randn(2, 2, 130, device=DEVICE)
+    out, lse, dq, dk, dv = run(
+        (q, k, v), upstream, lambda *t: fastattn.attention(*t, mask=mask, return_lse=True, backend=backend)
+    )
+    assert torch.equal(lse == float("-inf"), ~seen)
+    assert not out[~seen].any() and not dq[~seen].any() and not dk[1].any() and not dv[1].any()
+    assert all(torch.isfinite(t).all() for t in (out, dq, dk, dv))
+
+
+@pytest.mark.parametrize("beside", ["bias", "relative_bias", "dropout_state", "causal", "nothing else"])
+def test_what_is_given_pair_by_pair_is_left_to_tiles(beside: str) -> None:
+    problem = Problem(
+        lists="documents",
+        queries=70,
+        keys=70,
+        alibi=True,
+        sinks=True,
+        lengths=True,
+        causal=beside == "causal",
+        bias=(0, 0, 0, 0) if beside == "bias" else None,
+        radius=3 if beside == "relative_bias" else None,
+        dropout=0.3 if beside == "dropout_state" else 0.0,
+    )
+    assert granules.serves(problem.spec, problem.score_tensors()) == (beside == "nothing else")
+    assert not granules.serves(replace(problem, lists="").spec, replace(problem, lists="").score_tensors())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_memory_grows_with_the_length_even_where_entries_grow_with_its_square(dtype: torch.dtype) -> None:
+    def peak(length: int) -> int:
+        q, k, v = (torch.randn(1, 1, length, 64, device=DEVICE, dtype=dtype, requires_grad=True) for _ in "qkv")
+        mask = masks.from_function(lambda b, h, i, j: (i + j) % 5 > 0).lower(1, 1, length, length, DEVICE)
+
+        def call() -> None:
+            fastattn.attention(q, k, v, mask=mask, backend="portable").sum().backward()
+
+        return peak_memory(call, torch.device(DEVICE))
+
+    with entries_at_once(8, looked_up=granules.LOOKED_UP):
+        assert peak(2048) < 4.2 * peak(512)

@@ -1,7 +1,8 @@
 """The kernels' algorithm in plain PyTorch: tiled, O(N) memory, any device, fp64 too.
 
 Where PyTorch's own flash attention computes the same thing, it does the work. The rest runs here: tiles of
-scores, an online softmax forward, recomputed weights backward, in fp32 for half-precision inputs.
+scores, an online softmax forward, recomputed weights backward, in fp32 for half-precision inputs. Under a mask of
+lists the tiles are its granules, many at once (see fastattn.backends.granules).
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastattn import reference
+from fastattn.backends import granules, tiles, torch_flash, torch_norms
 from fastattn.backends import reference as definition
-from fastattn.backends import tiles, torch_flash, torch_norms
 from fastattn.backends.layout import heads_last, zero_heads
 
 # Of heads the definition itself is what is wanted: row by row, O(N) memory.
@@ -40,6 +41,8 @@ def attention_forward(
         if torch_flash.serves(q, k, v, spec, tensors):
             out, lse = torch_flash.forward(q, k, v, spec)
             return heads_last(out), lse
+        if granules.serves(spec, tensors):
+            return granules.attention_forward(q, k, v, spec, tensors)
         return _tiled_forward(q, k, v, spec, tensors)
 
 
@@ -59,6 +62,8 @@ def attention_backward(
         if dlse is None and torch_flash.serves(q, k, v, spec, tensors):
             dq, dk, dv = torch_flash.backward(dout, q, k, v, out, lse, spec)
             return Gradients(heads_last(dq), heads_last(dk), heads_last(dv))
+        if granules.serves(spec, tensors):
+            return granules.attention_backward(dout, q, k, v, out, lse, dlse, spec, tensors)
         return _tiled_backward(dout, q, k, v, out, lse, dlse, spec, tensors, wanted)
 
 
