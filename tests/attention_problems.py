@@ -47,6 +47,7 @@ class Problem:
     radius: int | None = None  # of a relative bias
     lists: str = ""  # a key of MASKS, given as block lists
     dropout: float = 0.0
+    precision: str | None = None
 
     def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
         sizes = (
@@ -72,12 +73,13 @@ class Problem:
         dropout = check_dropout(self.dropout)
         layout = self.lowered().packed[1] if self.lists else None
         scale = self.scale or self.width**-0.5
-        return AttentionSpec(self.causal, scale, self.window, self.softcap, dropout, mask=layout)
+        precision = self.precision or "ieee"
+        return AttentionSpec(self.causal, scale, self.window, self.softcap, dropout, precision, layout)
 
     @property
     def options(self) -> dict[str, object]:
         """What `fastattn.attention` is called with, beside tensors."""
-        names = ("causal", "scale", "window", "softcap")
+        names = ("causal", "scale", "window", "softcap", "precision")
         return {**{name: getattr(self, name) for name in names}, "dropout_p": self.dropout}
 
     def score_tensors(self) -> ScoreTensors:

@@ -1,4 +1,4 @@
-"""On a CPU PyTorch's own flash attention computes masked calls too, exactly by our definition and in no more memory."""
+"""On a CPU PyTorch's own flash attention computes masked calls too, by our definition and in no more memory."""
 
 from __future__ import annotations
 

@@ -88,7 +88,9 @@ def _is_added(tensors: ScoreTensors) -> bool:
 
 def _skips(k: Tensor, spec: AttentionSpec) -> bool:
     """Whether tiles leave out more than half of the keys, none of which the operator would."""
-    return None not in (spec.left, spec.right) and QUERY_TILE + spec.left + spec.right < k.shape[2] // 2
+    if spec.left is None or spec.right is None:
+        return False
+    return QUERY_TILE + spec.left + spec.right < k.shape[2] // 2
 
 
 def _is_small(q: Tensor, k: Tensor, spec: AttentionSpec, tensors: ScoreTensors) -> bool:
@@ -116,7 +118,8 @@ def _hides_by_window(q: Tensor, k: Tensor, spec: AttentionSpec) -> bool:
 
 def _mask(q: Tensor, k: Tensor, spec: AttentionSpec, tensors: ScoreTensors) -> Tensor | None:
     """What is added to the scores, broadcasting to (B, Hq, Lq, Lk): -inf hides."""
-    seen, added = [], []
+    seen: list[Tensor] = []
+    added: list[Tensor] = []
     if tensors.bias is not None:
         (seen if tensors.bias.dtype == torch.bool else added).append(_unexpanded(tensors.bias))
     if tensors.key_lengths is not None:
