@@ -47,11 +47,20 @@ SAMPLES = {
 ROWS = [f.name for f in capabilities.FEATURES if f.family == "attention"]
 
 
+def request_of(problem: Problem) -> capabilities.Request:
+    tensors = problem.score_tensors()
+    return capabilities.Request("attention", problem.spec, problem.inputs(), problem.lse_gradient, tensors)
+
+
+@pytest.mark.parametrize("feature", ROWS)
+def test_the_sample_of_a_feature_asks_for_it(feature: str) -> None:
+    (row,) = (f for f in capabilities.FEATURES if (f.family, f.name) == ("attention", feature))
+    assert row.needed(request_of(SAMPLES[feature]))
+
+
 def skip_if_refused(problem: Problem, name: str) -> None:
     backend = "portable" if name == "tiled" else name
-    request = capabilities.Request(
-        "attention", problem.spec, problem.inputs(), problem.lse_gradient, problem.score_tensors()
-    )
+    request = request_of(problem)
     if refused := capabilities.missing(request, capabilities.BACKWARD, backend):
         pytest.skip("; ".join(refused))
     if name == "triton" and problem.dtype == torch.bfloat16 and not ON_GPU:
