@@ -49,6 +49,17 @@ MODELS = {
     "gpt_oss": tiny("GptOssForCausalLM", "GptOssConfig", **DECODER, **ALTERNATING, num_local_experts=4,
                     num_experts_per_tok=2),
     "qwen3": tiny("Qwen3ForCausalLM", "Qwen3Config", **DECODER, head_dim=8),
+    "phi3": tiny("Phi3ForCausalLM", "Phi3Config", **DECODER, sliding_window=WINDOW),
+    "olmo2": tiny("Olmo2ForCausalLM", "Olmo2Config", **DECODER),
+    "olmo3": tiny("Olmo3ForCausalLM", "Olmo3Config", **DECODER, sliding_window=WINDOW,
+                  layer_types=ALTERNATING["layer_types"]),
+    "cohere2": tiny("Cohere2ForCausalLM", "Cohere2Config", **DECODER, **ALTERNATING),
+    "gpt_neox": tiny("GPTNeoXForCausalLM", "GPTNeoXConfig", **SIZES, intermediate_size=48, eos_token_id=None),
+    "opt": tiny("OPTForCausalLM", "OPTConfig", **SIZES, ffn_dim=48, word_embed_proj_dim=32, eos_token_id=None,
+                max_position_embeddings=32),
+    "mixtral": tiny("MixtralForCausalLM", "MixtralConfig", **DECODER, num_local_experts=4, sliding_window=WINDOW),
+    "llama4": tiny("Llama4ForCausalLM", "Llama4TextConfig", **DECODER, head_dim=8, num_local_experts=2,
+                   intermediate_size_mlp=48, attention_chunk_size=WINDOW, no_rope_layers=[1, 0]),
     "bert": tiny("BertForMaskedLM", "BertConfig", **SIZES, intermediate_size=48, max_position_embeddings=32),
     "reader": tiny("BertForQuestionAnswering", "BertConfig", **{**SIZES, "vocab_size": len(WORDS.split())},
                    intermediate_size=48, max_position_embeddings=32),
@@ -56,6 +67,10 @@ MODELS = {
                        local_attention=6, layer_types=["sliding_attention", "full_attention"]),
     "vit": tiny("ViTForImageClassification", "ViTConfig", hidden_size=32, num_hidden_layers=2,
                 num_attention_heads=4, intermediate_size=48, image_size=8, patch_size=2),
+    "bart": tiny("BartForConditionalGeneration", "BartConfig", vocab_size=VOCABULARY, d_model=32, encoder_layers=2,
+                 decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=48,
+                 decoder_ffn_dim=48, max_position_embeddings=32, bos_token_id=1, forced_eos_token_id=None,
+                 **SEQ2SEQ),
     "t5": tiny("T5ForConditionalGeneration", "T5Config", vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=48,
                num_layers=2, num_heads=4, relative_attention_num_buckets=8, relative_attention_max_distance=12,
                **SEQ2SEQ),
@@ -65,7 +80,19 @@ MODELS = {
                     max_target_positions=32, bos_token_id=1, suppress_tokens=None, begin_suppress_tokens=None,
                     **SEQ2SEQ),
 }  # fmt: skip
-GENERATING = ["gpt2", "llama", "mistral", "gemma2", "gemma3", "gpt_oss", "qwen3", "t5", "whisper"]
+GENERATING = [
+    "gpt2",
+    "llama",
+    "mistral",
+    "gemma2",
+    "gemma3",
+    "gpt_oss",
+    "qwen3",
+    "llama4",
+    "bart",
+    "t5",
+    "whisper",
+]
 PADDED = [name for name in MODELS if name != "vit"]
 
 
@@ -94,7 +121,7 @@ def inputs_of(name: str, padding: str) -> tuple[dict[str, Tensor], Tensor]:
     mask = {} if padding == "none" else {"attention_mask": seen}
     if name == "vit":
         return {"pixel_values": torch.randn(3, 3, 8, 8, generator=generator)}, torch.ones(3, dtype=torch.bool)
-    if name == "t5":
+    if name in ("t5", "bart"):
         decoder = {f"decoder_{key}": value for key, value in {"input_ids": ids.flip(1), **mask}.items()}
         return {"input_ids": ids, **mask, **decoder}, seen.bool()
     if name == "whisper":
@@ -143,7 +170,7 @@ def test_logits_and_every_gradient_are_eagers(name: str, padding: str) -> None:
 
 
 LENGTHS = (6, 1, 7)
-PACKED = ["llama", "mistral", "gemma2", "gemma3", "gpt_oss"]
+PACKED = ["llama", "mistral", "gemma2", "gemma3", "gpt_oss", "phi3", "cohere2"]
 
 
 def packed_inputs(model: nn.Module) -> tuple[dict[str, Tensor], Tensor]:
@@ -200,6 +227,13 @@ def test_packed_sequences_give_eagers_results_without_a_dense_mask(
     kinds = len(set(getattr(model.config, "layer_types", ["full_attention"])))
     assert len(given_to_layers) == 2 and len({id(mask) for mask in given_to_layers}) == kinds
     assert all(isinstance(mask, Lowered) for mask in given_to_layers)
+
+
+def test_packed_chunks_become_a_tensor_and_give_eagers_results() -> None:
+    model = build("llama4")
+    eager = result(model, *packed_inputs(model))
+    model.set_attn_implementation("fastattn")
+    assert_same_results(result(model, *packed_inputs(model)), eager)
 
 
 def test_the_mask_of_packed_sequences_grows_with_the_tokens_not_with_their_square() -> None:
