@@ -687,4 +687,5 @@ def test_a_full_bigbird_drops_weights_in_training_by_torchs_generator() -> None:
         torch.manual_seed(seed)
         runs.append(bigbird_step(model, 40)[0])
     assert torch.equal(runs[0], runs[1]) and not torch.equal(runs[0], runs[2])
-    assert not torch.allclose(bigbird_step(model.eval(), 40)[0], runs[0], atol=1e-2)
+    model.eval()
+    assert torch.equal(bigbird_step(model, 40)[0], bigbird_step(model, 40)[0])
