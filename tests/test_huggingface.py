@@ -434,6 +434,12 @@ def test_a_mask_is_small_and_whoever_needs_a_tensor_gets_one() -> None:
     assert torch.equal(torch.zeros(1) + torch.cat([mask, dense]), torch.cat([dense, dense]).float())
     assert fastattn_mask(2, 6, 6, attention_mask=mask) is mask
 
+    mask = fastattn_mask(
+        1, 6, 6, mask_function=packed(torch.arange(6)[None] // 4, seen, PATTERNS["all"](1))["by place"][0]
+    )
+    for other in (copy.deepcopy(mask), pickle.loads(pickle.dumps(mask)), mask.to("cpu")):
+        assert torch.equal(other.dense(), mask.dense()) and other.lowered.shape == mask.lowered.shape
+
 
 def test_a_mask_function_of_the_users_own_becomes_a_tensor() -> None:
     model = build("llama")

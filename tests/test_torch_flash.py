@@ -107,7 +107,9 @@ def mask_of(keys: int, queries: int | None = None, batch: int = 1, **options) ->
     spec = AttentionSpec(window=options.pop("window", (None, None)), causal=options.pop("causal", False))
     q, k = torch.empty(batch, 2, queries or keys, 16), torch.empty(batch, 2, keys, 16)
     tensors = ScoreTensors(**options)
-    return torch_flash._mask(q, k, spec, tensors) if serves(q, k, k, spec, tensors) else False
+    if not serves(q, k, k, spec, tensors):
+        return False
+    return torch_flash._mask(q, k, spec, tensors, torch_flash._keys_seen(q, k, spec, tensors))
 
 
 def test_the_mask_has_no_more_elements_than_what_was_given_or_than_a_tile_of_scores() -> None:
@@ -130,3 +132,16 @@ def test_the_mask_has_no_more_elements_than_what_was_given_or_than_a_tile_of_sco
 def test_windows_that_leave_out_most_tiles_are_left_to_the_tiles() -> None:
     assert mask_of(512, batch=4, causal=True, window=(31, None)) is not False
     assert mask_of(1024, batch=4, causal=True, window=(31, None)) is False
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_its_backward_computes_all_but_float16_and_what_has_a_gradient_beside(dtype: torch.dtype) -> None:
+    q, k, v = (t.requires_grad_() for t in Problem(queries=33, keys=33, dtype=dtype).inputs())
+    mask, bias = torch.rand(33, 33) < 0.5, torch.randn(33, 33, requires_grad=True)
+    with mock.patch.object(torch_flash, "backward", wraps=torch_flash.backward) as backward:
+        fastattn.attention(q, k, v, causal=True, backend="portable").sum().backward()
+        fastattn.attention(q, k, v, bias=mask, backend="portable").sum().backward()
+        assert backward.call_count == (0 if dtype == torch.float16 else 2)
+        backward.reset_mock()
+        fastattn.attention(q, k, v, bias=bias, backend="portable").sum().backward()
+        assert not backward.called and bias.grad.any()

@@ -54,7 +54,7 @@ def attention_backward(
     wanted: Wanted,
 ) -> Gradients:
     with product_precision(q, spec):
-        if dlse is None and not wanted.bias and torch_flash.serves(q, k, v, spec, tensors):
+        if dlse is None and not wanted.bias and torch_flash.serves_backward(q, k, v, spec, tensors):
             dq, dk, dv = torch_flash.backward(dout, q, k, v, out, lse, spec, tensors)
             return Gradients(heads_last(dq), heads_last(dk), heads_last(dv))
         return _tiled_backward(dout, q, k, v, out, lse, dlse, spec, tensors, wanted)

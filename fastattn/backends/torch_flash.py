@@ -10,6 +10,7 @@ import functools
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastattn.backends.tiles import KEY_TILE, QUERY_TILE
@@ -34,6 +35,12 @@ def serves(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, tensors: ScoreT
     return half and q.shape[3] % 8 == 0 and torch.cuda.get_device_capability(q.device) >= (8, 0)
 
 
+def serves_backward(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, tensors: ScoreTensors) -> bool:
+    """Whether it shall compute the gradients of what it serves: not in float16 on a CPU, where it takes two to
+    five times as long as tiles in float32 (torch 2.13, without float16 instructions)."""
+    return serves(q, k, v, spec, tensors) and (q.device.type != "cpu" or q.dtype != torch.float16)
+
+
 def forward(
     q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, tensors: ScoreTensors = NO_TENSORS
 ) -> tuple[Tensor, Tensor]:
@@ -42,9 +49,10 @@ def forward(
     if q.device.type != "cpu":
         out, lse, *_ = _aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, scale=spec.scale)
         return out, lse.contiguous()
-    mask = _mask(q, k, spec, tensors)
+    seen = _keys_seen(q, k, spec, tensors)
+    mask = _mask(q, k, spec, tensors, seen)
     out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(
-        q, k, v, 0.0, causal, attn_mask=mask, scale=spec.scale
+        q, k[:, :, seen], v[:, :, seen], 0.0, causal, attn_mask=mask, scale=spec.scale
     )
     if mask is not None and bool((empty := _empty_rows(mask, causal, q.shape[2])).any()):
         # The operator says 0 of them, which is a log-sum-exp like any other.
@@ -65,11 +73,14 @@ def backward(
     dout, q, k, v, out = (_unit_stride(t) for t in (dout, q, k, v, out))
     causal = _is_causal(q, k, spec)
     if q.device.type == "cpu":
+        seen = _keys_seen(q, k, spec, tensors)
         # Where all scores are -inf, any finite number makes exp(score - lse) zero; -inf would make it NaN.
-        return _aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            dout, q, k, v, out, lse.masked_fill(lse == _HIDDEN, 0.0), 0.0, causal,
-            attn_mask=_mask(q, k, spec, tensors), scale=spec.scale,
+        dq, dk, dv = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            dout, q, k[:, :, seen], v[:, :, seen], out, lse.masked_fill(lse == _HIDDEN, 0.0), 0.0, causal,
+            attn_mask=_mask(q, k, spec, tensors, seen), scale=spec.scale,
         )  # fmt: skip
+        unseen = (0, 0, seen.start, k.shape[2] - seen.stop)
+        return dq, *(F.pad(t, unseen) if any(unseen) else t for t in (dk, dv))
     # Dense and without dropout: no cumulative lengths, and a random state that is not read.
     unused = torch.empty(0, dtype=torch.uint64, device=q.device)
     return _aten._scaled_dot_product_flash_attention_backward(
@@ -116,19 +127,30 @@ def _hides_by_window(q: Tensor, k: Tensor, spec: AttentionSpec) -> bool:
     return spec.left is not None or (spec.right is not None and not _is_causal(q, k, spec))
 
 
-def _mask(q: Tensor, k: Tensor, spec: AttentionSpec, tensors: ScoreTensors) -> Tensor | None:
-    """What is added to the scores, broadcasting to (B, Hq, Lq, Lk): -inf hides."""
+def _keys_seen(q: Tensor, k: Tensor, spec: AttentionSpec, tensors: ScoreTensors) -> slice:
+    """The keys that any query may see, one at least: what lies beyond them is not read, whatever it holds."""
+    queries, keys = q.shape[2], k.shape[2]
+    start = 0 if spec.left is None else max(0, keys - queries - spec.left)
+    stop = keys if tensors.key_lengths is None else int(tensors.key_lengths.max())
+    return slice(start, max(stop, start + 1))
+
+
+def _mask(q: Tensor, k: Tensor, spec: AttentionSpec, tensors: ScoreTensors, keys: slice) -> Tensor | None:
+    """What is added to the scores of these keys, broadcasting to (B, Hq, Lq, keys): -inf hides."""
     seen: list[Tensor] = []
     added: list[Tensor] = []
+    place = torch.arange(keys.start, keys.stop, device=q.device)
     if tensors.bias is not None:
-        (seen if tensors.bias.dtype == torch.bool else added).append(_unexpanded(tensors.bias))
+        bias = _unexpanded(tensors.bias)
+        bias = bias[..., keys] if bias.shape[-1] > 1 else bias
+        (seen if bias.dtype == torch.bool else added).append(bias)
     if tensors.key_lengths is not None:
-        seen.append(torch.arange(k.shape[2], device=q.device) < tensors.key_lengths[:, None, None, None])
+        seen.append(place < tensors.key_lengths[:, None, None, None])
     if _hides_by_window(q, k, spec):
-        seen += [] if spec.left is None else [_distance(q, k) >= -spec.left]
-        seen += [] if spec.right is None else [_distance(q, k) <= spec.right]
+        seen += [] if spec.left is None else [_distance(q, k, place) >= -spec.left]
+        seen += [] if spec.right is None else [_distance(q, k, place) <= spec.right]
     if tensors.alibi_slopes is not None:
-        added.append(-_unexpanded(tensors.alibi_slopes)[..., None, None] * _distance(q, k).abs())
+        added.append(-_unexpanded(tensors.alibi_slopes)[..., None, None] * _distance(q, k, place).abs())
     if not seen and not added:
         return None
     # The operator takes the heads' dtype or float32.
@@ -138,10 +160,9 @@ def _mask(q: Tensor, k: Tensor, spec: AttentionSpec, tensors: ScoreTensors) -> T
     return mask[(None,) * (4 - mask.dim())]
 
 
-def _distance(q: Tensor, k: Tensor) -> Tensor:
-    """(Lq, Lk): how many keys after its query's diagonal each key is."""
-    keys = torch.arange(k.shape[2], device=q.device)
-    return keys - torch.arange(q.shape[2], device=q.device)[:, None] - (k.shape[2] - q.shape[2])
+def _distance(q: Tensor, k: Tensor, place: Tensor) -> Tensor:
+    """(Lq, keys): how many keys after its query's diagonal each key is."""
+    return place - torch.arange(q.shape[2], device=q.device)[:, None] - (k.shape[2] - q.shape[2])
 
 
 def _empty_rows(mask: Tensor, causal: bool, queries: int) -> Tensor:

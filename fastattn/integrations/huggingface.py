@@ -403,10 +403,11 @@ def _own_mask(module: nn.Module, query: Tensor, keys: int, is_causal: bool | Non
     queries = query.shape[2]
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal) and queries > 1
     # Keys after the last query are those of an empty static cache: not written yet.
-    offset = 0 if causal else keys - queries
-    return Mask(torch.Size((query.shape[0], 1, queries, keys)), query.device, min(offset, keys - queries), causal)
+    offset = min(0, keys - queries) if causal else keys - queries
+    return Mask(torch.Size((query.shape[0], 1, queries, keys)), query.device, offset, causal)
 
 
+@torch.compiler.disable  # What it reads and builds is no matter of a graph.
 def _of_sequences(
     q: Tensor, k: Tensor, v: Tensor, cu_seq_lens_q: Tensor, cu_seq_lens_k: Tensor, **options: Any
 ) -> Tensor:
