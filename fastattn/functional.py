@@ -23,6 +23,7 @@ from fastattn.spec import (
     check_floating,
     check_gradients,
     check_heads,
+    check_key_lengths,
     check_same,
     gated_mlp_spec,
     mlp_spec,
@@ -268,7 +269,9 @@ def _with_mask(
     left, right = (smaller(a, b) for a, b in zip(bounds, (lowered.left, lowered.right), strict=True))
     if lowered.key_lengths is not None:
         lengths = lowered.key_lengths
-        key_lengths = lengths if key_lengths is None else torch.minimum(key_lengths, lengths)
+        key_lengths = (
+            lengths if key_lengths is None else torch.minimum(check_key_lengths(key_lengths, q, k), lengths)
+        )
     window = window_that_hides((left, None if right == 0 else right), q.shape[2], k.shape[2])
     intervals = None if lowered.intervals is None else lowered.intervals.expand(q.shape[0], -1, -1)
     return _Masked(replace(spec, causal=right == 0, window=window), key_lengths, {"intervals": intervals})

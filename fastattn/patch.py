@@ -18,8 +18,7 @@ from fastattn.nn.norm import NORMS
 from fastattn.nn.torch_layers import COUNTERPARTS
 from fastattn.norm_forms import FusedNorm, names_of
 from fastattn.spec import MAX_HEAD_DIM
-
-WAS = "_fastattn_was"
+from fastattn.swapping import WAS, swap
 
 
 @dataclass(frozen=True)
@@ -177,25 +176,20 @@ def _undo(module: nn.Module, kind: type[nn.Module], was: Any) -> None:
 
 
 ALREADY = "already patched"
-FUSED_BIGBIRD = "FusedBigBirdBlockSparseAttention"
+BIGBIRD = "fastattn.integrations.bigbird"
 
 
 def _is_ours(module: nn.Module) -> bool:
     if not isinstance(module.__dict__[WAS], type):
         return True
     kind, counterparts = type(module), (*_counterparts().values(), *NORMS.values())
-    return "own" in kind.__dict__ or kind in counterparts or kind.__name__ == FUSED_BIGBIRD
+    return "own" in kind.__dict__ or kind in counterparts or kind.__module__ == BIGBIRD
 
 
 def _counterparts() -> dict[type[nn.Module], type[nn.Module]]:
     """torch's classes that attend, and ours: each differs from its torch class in code alone."""
     attending = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
     return {kind: COUNTERPARTS[kind] for kind in attending}
-
-
-def _swap(module: nn.Module, new: type[nn.Module]) -> None:
-    module.__dict__.setdefault(WAS, type(module))
-    module.__class__ = new
 
 
 def _swap_attention(name: str, module: nn.Module) -> Row | None:
@@ -206,7 +200,7 @@ def _swap_attention(name: str, module: nn.Module) -> Row | None:
     reason = _attention_obstacle(module)
     if reason:
         return Row(name, "attention", _class_name(module), None, reason)
-    _swap(module, counterparts[kind])
+    swap(module, counterparts[kind])
     return Row(name, "attention", kind.__name__, f"fastattn.nn.{counterparts[kind].__name__}")
 
 
@@ -260,7 +254,7 @@ def _swap_mlp(name: str, module: nn.Module) -> Row | None:
         reason = "its own code computes more than this MLP, or something else"
     if reason != in_training:
         return Row(name, "mlp", was, None, reason or "")
-    _swap(module, fused_class(form, type(module), names))
+    swap(module, fused_class(form, type(module), names))
     return Row(name, "mlp", was, _now(module), _training_note([parts]))
 
 
@@ -276,7 +270,7 @@ def _swap_sequential(name: str, module: nn.Module) -> Row | None:
         return Row(name, "mlp", was, None, "its forward was replaced on the instance")
     if not good:
         return Row(name, "mlp", was, None, obstacle(candidates[0]) or "")
-    _swap(module, fused_class(mlp_forms.FusedSequential, type(module), mlp_forms.SEQUENTIAL))
+    swap(module, fused_class(mlp_forms.FusedSequential, type(module), mlp_forms.SEQUENTIAL))
     return Row(name, "mlp", was, _now(module), _training_note(good))
 
 
@@ -335,26 +329,42 @@ def _swap_huggingface(model: nn.Module) -> list[Row]:
 
 def _is_bigbird(module: nn.Module) -> bool:
     library = sys.modules.get("transformers.models.big_bird.modeling_big_bird")
-    return library is not None and isinstance(module, library.BigBirdBlockSparseAttention)
+    if library is None:
+        return False
+    kinds = (library.BigBirdAttention, library.BigBirdBlockSparseAttention, library.BigBirdSelfAttention)
+    return isinstance(module, kinds)
 
 
-def _swap_bigbird(name: str, module: nn.Module) -> Row | None:
-    """Swap a block-sparse attention of Hugging Face's BigBird; None if it is no such module."""
+def _swap_bigbird(name: str, module: Any) -> Row | None:
+    """Swap an attention of Hugging Face's BigBird; None if it is no such module."""
     if not _is_bigbird(module):
         return None
-    from fastattn.integrations.bigbird import BigBirdBlockSparseAttention, FusedBigBirdBlockSparseAttention
+    from fastattn.integrations import bigbird
 
-    was, reason = _class_name(module), _instance_obstacle(module)
-    if WAS in module.__dict__:
-        reason = ALREADY
-    elif type(module) is not BigBirdBlockSparseAttention:
-        reason = f"{was} is a subclass with code of its own"
-    elif module.attention_head_size > MAX_HEAD_DIM:
-        reason = f"its heads are wider than {MAX_HEAD_DIM}"
+    was = _class_name(module)
+    if was == bigbird.BigBirdAttention.__name__:
+        # It computes nothing itself: what attends is a module in it, which it may replace later.
+        if _bigbird_obstacle(module.self) is None:
+            swap(module, bigbird.FusedBigBirdAttention)
+        return None
+    reason = _bigbird_obstacle(module)
     if reason:
         return Row(name, "attention", was, None, reason)
-    _swap(module, FusedBigBirdBlockSparseAttention)
-    return Row(name, "attention", was, FUSED_BIGBIRD)
+    swap(module, bigbird.FUSED[type(module)])
+    return Row(name, "attention", was, type(module).__name__)
+
+
+def _bigbird_obstacle(module: Any) -> str | None:
+    """Why this module that attends is left to transformers' code; None if it can be swapped."""
+    from fastattn.integrations import bigbird
+
+    if WAS in module.__dict__:
+        return ALREADY
+    if type(module) not in bigbird.FUSED:
+        return f"{_class_name(module)} is a subclass with code of its own"
+    if module.attention_head_size > MAX_HEAD_DIM:
+        return f"its heads are wider than {MAX_HEAD_DIM}"
+    return _instance_obstacle(module)
 
 
 def _meta_obstacle(module: nn.Module) -> str | None:

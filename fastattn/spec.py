@@ -219,10 +219,7 @@ def score_tensors(
     """
     batch, heads = q.shape[:2]
     if key_lengths is not None:
-        check_beside("key_lengths", key_lengths, q, ((batch,),))
-        if key_lengths.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"key_lengths must be int32 or int64, got {key_lengths.dtype}")
-        key_lengths = key_lengths.clamp(0, k.shape[2]).to(torch.int32)
+        key_lengths = check_key_lengths(key_lengths, q, k)
     if alibi_slopes is not None:
         check_beside("alibi_slopes", alibi_slopes, q, ((heads,), (batch, heads)))
         check_floating("alibi_slopes", alibi_slopes)
@@ -250,6 +247,14 @@ def score_tensors(
         if dropout_state.dtype != torch.int64:
             raise TypeError(f"dropout_state must be int64, got {dropout_state.dtype}")
     return ScoreTensors(key_lengths, alibi_slopes, bias, relative_bias, sinks, dropout_state)
+
+
+def check_key_lengths(key_lengths: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    """Lengths (B,) as int32 from 0 to Lk."""
+    check_beside("key_lengths", key_lengths, q, ((q.shape[0],),))
+    if key_lengths.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"key_lengths must be int32 or int64, got {key_lengths.dtype}")
+    return key_lengths.clamp(0, k.shape[2]).to(torch.int32)
 
 
 def check_bias(bias: Tensor, q: Tensor, k: Tensor) -> Tensor:

@@ -48,6 +48,7 @@ class Problem:
     lists: str = ""  # a key of MASKS, given as block lists
     intervals: bool = False  # documents as sequences of any number of queries and keys, causal
     dropout: float = 0.0
+    precision: str | None = None
 
     def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
         sizes = (
@@ -73,11 +74,12 @@ class Problem:
         dropout = check_dropout(self.dropout)
         layout = self.lowered().packed[1] if self.lists else None
         scale = self.scale or self.width**-0.5
-        return AttentionSpec(self.causal, scale, self.window, self.softcap, dropout, mask=layout)
+        precision = self.precision or "ieee"
+        return AttentionSpec(self.causal, scale, self.window, self.softcap, dropout, precision, layout)
 
     def arguments(self, tensors: ScoreTensors) -> dict[str, object]:
         """What `fastattn.attention` is called with, beside q, k and v, for these tensors to come of it."""
-        given = {name: getattr(self, name) for name in ("causal", "scale", "window", "softcap")}
+        given = {name: getattr(self, name) for name in ("causal", "scale", "window", "softcap", "precision")}
         given |= {name: t for name, t in tensors._asdict().items() if name not in ("mask", "intervals")}
         mask = self.lowered() if self.lists or self.intervals else None
         return {**given, "dropout_p": self.dropout, "mask": mask}

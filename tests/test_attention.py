@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tolerance import assert_as_exact_as_eager
 
 import fastattn
-from fastattn import capabilities, reference
+from fastattn import capabilities, masks, reference
 from fastattn.spec import Wanted
 
 # One call for each row of the capability table; a row without one fails the test below.
@@ -39,18 +39,27 @@ SAMPLES = {
     "bfloat16": Problem(dtype=torch.bfloat16, causal=True, queries=70, keys=70),
     "float32, IEEE products": Problem(dtype=torch.float32, queries=33, keys=65),
     "float32 heads wider than 128": Problem(heads=1, key_heads=1, queries=20, keys=20, width=144, value_width=8),
-    "float32, tf32 and tf32x3 products": Problem(queries=33, keys=65),
+    "float32, tf32 and tf32x3 products": Problem(precision="tf32x3", queries=33, keys=65),
     "float64": Problem(dtype=torch.float64, queries=33, keys=65),
     "gradient of the log-sum-exp": Problem(lse_gradient=True, causal=True, queries=50, keys=50),
 }
 ROWS = [f.name for f in capabilities.FEATURES if f.family == "attention"]
 
 
+def request_of(problem: Problem) -> capabilities.Request:
+    tensors = problem.score_tensors()
+    return capabilities.Request("attention", problem.spec, problem.inputs(), problem.lse_gradient, tensors)
+
+
+@pytest.mark.parametrize("feature", ROWS)
+def test_the_sample_of_a_feature_asks_for_it(feature: str) -> None:
+    (row,) = (f for f in capabilities.FEATURES if (f.family, f.name) == ("attention", feature))
+    assert row.needed(request_of(SAMPLES[feature]))
+
+
 def skip_if_refused(problem: Problem, name: str) -> None:
     backend = "portable" if name == "tiled" else name
-    request = capabilities.Request(
-        "attention", problem.spec, problem.inputs(), problem.lse_gradient, problem.score_tensors()
-    )
+    request = request_of(problem)
     if refused := capabilities.missing(request, capabilities.BACKWARD, backend):
         pytest.skip("; ".join(refused))
     if name == "triton" and problem.dtype == torch.bfloat16 and not ON_GPU:
@@ -322,6 +331,11 @@ def tensors(**changes) -> dict[str, object]:
     return {**given_, **changes}
 
 
+def beside_lengths(key_lengths) -> dict[str, object]:
+    """Key lengths beside a mask that amounts to key lengths itself."""
+    return tensors(key_lengths=key_lengths, mask=masks.key_lengths([5, 6]))
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "sentence"),
     [
@@ -346,6 +360,10 @@ def tensors(**changes) -> dict[str, object]:
         (tensors(key_lengths=[3, 4]), TypeError, "key_lengths must be a torch.Tensor, got list"),
         (tensors(key_lengths=torch.zeros(3).int()), ValueError, r"key_lengths must have shape \(2,\), got \(3,\)"),
         (tensors(key_lengths=torch.zeros(2)), TypeError, "key_lengths must be int32 or int64, got torch.float32"),
+        (beside_lengths([3, 4]), TypeError, "key_lengths must be a torch.Tensor, got list"),
+        (beside_lengths(torch.zeros(3).int()), ValueError, r"key_lengths must have shape \(2,\), got \(3,\)"),
+        (beside_lengths(torch.zeros(2)), TypeError, "key_lengths must be int32 or int64, got torch.float32"),
+        (beside_lengths(torch.zeros(2).int().to("meta")), ValueError, "key_lengths must be on q's device"),
         (tensors(sinks=torch.zeros(3)), ValueError, r"sinks must have shape \(4,\) or \(2, 4\), got \(3,\)"),
         (tensors(alibi_slopes=torch.ones(4, requires_grad=True)), ValueError, "alibi_slopes must not require"),
         (tensors(backend="cuda"), ValueError, "backend must be one of triton, portable, reference, got 'cuda'"),

@@ -8,13 +8,18 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+
+import fastattn
+from fastattn import masks
+from fastattn.masks import Lowered
 
 transformers = pytest.importorskip("transformers")
 from transformers import masking_utils  # noqa: E402
 
+from fastattn.integrations import huggingface  # noqa: E402
 from fastattn.integrations.huggingface import Mask, fastattn_mask  # noqa: E402
 
 VOCABULARY, LENGTH, WINDOW = 64, 14, 5
@@ -44,6 +49,17 @@ MODELS = {
     "gpt_oss": tiny("GptOssForCausalLM", "GptOssConfig", **DECODER, **ALTERNATING, num_local_experts=4,
                     num_experts_per_tok=2),
     "qwen3": tiny("Qwen3ForCausalLM", "Qwen3Config", **DECODER, head_dim=8),
+    "phi3": tiny("Phi3ForCausalLM", "Phi3Config", **DECODER, sliding_window=WINDOW),
+    "olmo2": tiny("Olmo2ForCausalLM", "Olmo2Config", **DECODER),
+    "olmo3": tiny("Olmo3ForCausalLM", "Olmo3Config", **DECODER, sliding_window=WINDOW,
+                  layer_types=ALTERNATING["layer_types"]),
+    "cohere2": tiny("Cohere2ForCausalLM", "Cohere2Config", **DECODER, **ALTERNATING),
+    "gpt_neox": tiny("GPTNeoXForCausalLM", "GPTNeoXConfig", **SIZES, intermediate_size=48, eos_token_id=None),
+    "opt": tiny("OPTForCausalLM", "OPTConfig", **SIZES, ffn_dim=48, word_embed_proj_dim=32, eos_token_id=None,
+                max_position_embeddings=32),
+    "mixtral": tiny("MixtralForCausalLM", "MixtralConfig", **DECODER, num_local_experts=4, sliding_window=WINDOW),
+    "llama4": tiny("Llama4ForCausalLM", "Llama4TextConfig", **DECODER, head_dim=8, num_local_experts=2,
+                   intermediate_size_mlp=48, attention_chunk_size=WINDOW, no_rope_layers=[1, 0]),
     "bert": tiny("BertForMaskedLM", "BertConfig", **SIZES, intermediate_size=48, max_position_embeddings=32),
     "reader": tiny("BertForQuestionAnswering", "BertConfig", **{**SIZES, "vocab_size": len(WORDS.split())},
                    intermediate_size=48, max_position_embeddings=32),
@@ -51,6 +67,10 @@ MODELS = {
                        local_attention=6, layer_types=["sliding_attention", "full_attention"]),
     "vit": tiny("ViTForImageClassification", "ViTConfig", hidden_size=32, num_hidden_layers=2,
                 num_attention_heads=4, intermediate_size=48, image_size=8, patch_size=2),
+    "bart": tiny("BartForConditionalGeneration", "BartConfig", vocab_size=VOCABULARY, d_model=32, encoder_layers=2,
+                 decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=48,
+                 decoder_ffn_dim=48, max_position_embeddings=32, bos_token_id=1, forced_eos_token_id=None,
+                 **SEQ2SEQ),
     "t5": tiny("T5ForConditionalGeneration", "T5Config", vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=48,
                num_layers=2, num_heads=4, relative_attention_num_buckets=8, relative_attention_max_distance=12,
                **SEQ2SEQ),
@@ -60,7 +80,19 @@ MODELS = {
                     max_target_positions=32, bos_token_id=1, suppress_tokens=None, begin_suppress_tokens=None,
                     **SEQ2SEQ),
 }  # fmt: skip
-GENERATING = ["gpt2", "llama", "mistral", "gemma2", "gemma3", "gpt_oss", "qwen3", "t5", "whisper"]
+GENERATING = [
+    "gpt2",
+    "llama",
+    "mistral",
+    "gemma2",
+    "gemma3",
+    "gpt_oss",
+    "qwen3",
+    "llama4",
+    "bart",
+    "t5",
+    "whisper",
+]
 PADDED = [name for name in MODELS if name != "vit"]
 
 
@@ -89,7 +121,7 @@ def inputs_of(name: str, padding: str) -> tuple[dict[str, Tensor], Tensor]:
     mask = {} if padding == "none" else {"attention_mask": seen}
     if name == "vit":
         return {"pixel_values": torch.randn(3, 3, 8, 8, generator=generator)}, torch.ones(3, dtype=torch.bool)
-    if name == "t5":
+    if name in ("t5", "bart"):
         decoder = {f"decoder_{key}": value for key, value in {"input_ids": ids.flip(1), **mask}.items()}
         return {"input_ids": ids, **mask, **decoder}, seen.bool()
     if name == "whisper":
@@ -102,7 +134,7 @@ def inputs_of(name: str, padding: str) -> tuple[dict[str, Tensor], Tensor]:
 def result(model: nn.Module, inputs: dict[str, Tensor], counts: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """Logits where they count, and the gradients of a loss on them with respect to every parameter."""
     dtype = next(model.parameters()).dtype
-    cast = {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
+    cast = {k: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
     model.zero_grad()
     logits = model(**cast).logits[counts]
     weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(3))
@@ -121,36 +153,136 @@ def assert_same_but_for_rounding(actual: Tensor, expected: Tensor, what: str = "
     assert error <= 3e-5 * size + 1e-6, f"{what}: error {error:.1e} at size {size:.1e}"
 
 
+def assert_same_results(ours: tuple[Tensor, dict], expected: tuple[Tensor, dict]) -> None:
+    assert_same_but_for_rounding(ours[0], expected[0], "logits")
+    assert ours[1].keys() == expected[1].keys()
+    for parameter, gradient in ours[1].items():
+        assert_same_but_for_rounding(gradient, expected[1][parameter], parameter)
+
+
 @pytest.mark.parametrize(("name", "padding"), cases())
 def test_logits_and_every_gradient_are_eagers(name: str, padding: str) -> None:
     inputs, counts = inputs_of(name, padding)
     model = build(name)
-    eager, eager_gradients = result(model, inputs, counts)
+    eager = result(model, inputs, counts)
     model.set_attn_implementation("fastattn")
-    ours, gradients = result(model, inputs, counts)
-    assert_same_but_for_rounding(ours, eager, "logits")
-    assert gradients.keys() == eager_gradients.keys()
-    for parameter, gradient in gradients.items():
-        assert_same_but_for_rounding(gradient, eager_gradients[parameter], parameter)
+    assert_same_results(result(model, inputs, counts), eager)
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral"])
-def test_packed_sequences_do_not_see_each_other(name: str) -> None:
-    lengths = (6, 1, 7)
-    ids = torch.randint(1, VOCABULARY, (1, LENGTH))
-    positions = torch.cat([torch.arange(n) for n in lengths])[None]
-    inputs, counts = {"input_ids": ids, "position_ids": positions}, torch.ones(1, LENGTH).bool()
-    model = build(name)
+LENGTHS = (6, 1, 7)
+PACKED = ["llama", "mistral", "gemma2", "gemma3", "gpt_oss", "phi3", "cohere2"]
+
+
+def packed_inputs(model: nn.Module) -> tuple[dict[str, Tensor], Tensor]:
+    """Two rows of three sequences each, one after another, of other lengths in each row."""
+    generator = torch.Generator().manual_seed(4)
+    ids = torch.randint(1, VOCABULARY, (2, LENGTH), generator=generator)
+    positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in (LENGTHS, LENGTHS[::-1])])
     # With a cache, transformers does not look for packed sequences.
-    model.config.use_cache = False
-    eager, eager_gradients = result(model, inputs, counts)
+    inputs = {"input_ids": ids, "position_ids": positions, "use_cache": False}
+    if model.config.model_type == "gpt_oss":
+        # Its code does not look for them either, but takes masks.
+        arguments = {"config": model.config, "inputs_embeds": torch.zeros(2, LENGTH, 32), "attention_mask": None,
+                     "past_key_values": None, "position_ids": positions}  # fmt: skip
+        inputs["attention_mask"] = {
+            "full_attention": masking_utils.create_causal_mask(**arguments),
+            "sliding_attention": masking_utils.create_sliding_window_causal_mask(**arguments),
+        }
+    return inputs, torch.ones(2, LENGTH).bool()
+
+
+@pytest.fixture
+def no_dense_mask(monkeypatch: pytest.MonkeyPatch) -> list[Lowered]:
+    """Within, a mask of queries x keys is an error; what each layer's attention is given instead."""
+    seen, attend = [], huggingface.attention
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a dense mask was made")
+
+    def watch(*tensors: Tensor, mask: Lowered | None = None, bias: Tensor | None = None, **options) -> Tensor:
+        assert bias is None or bias.shape[-2] == 1
+        seen.append(mask)
+        return attend(*tensors, mask=mask, bias=bias, **options)
+
+    monkeypatch.setattr(masking_utils, "sdpa_mask", refuse)
+    monkeypatch.setattr(Mask, "dense", refuse)
+    monkeypatch.setattr(huggingface, "attention", watch)
+    return seen
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_packed_sequences_give_eagers_results_without_a_dense_mask(
+    name: str, request: pytest.FixtureRequest
+) -> None:
+    model = build(name)
+    inputs, counts = packed_inputs(model)
+    eager = result(model, inputs, counts)
+    alone = torch.cat([model(part).logits[0] for part in inputs["input_ids"][:1].split(LENGTHS, 1)])
     model.set_attn_implementation("fastattn")
-    ours, gradients = result(model, inputs, counts)
-    assert_same_but_for_rounding(ours, eager)
-    for parameter, gradient in gradients.items():
-        assert_same_but_for_rounding(gradient, eager_gradients[parameter], parameter)
-    alone = torch.cat([model(part).logits[0] for part in ids.split(lengths, 1)])
-    assert_same_but_for_rounding(ours, alone)
+    given_to_layers = request.getfixturevalue("no_dense_mask")
+    ours = result(model, *packed_inputs(model))
+    assert_same_results(ours, eager)
+    assert_same_but_for_rounding(ours[0][:LENGTH], alone)
+    # Lowered once for all layers of a kind.
+    kinds = len(set(getattr(model.config, "layer_types", ["full_attention"])))
+    assert len(given_to_layers) == 2 and len({id(mask) for mask in given_to_layers}) == kinds
+    assert all(isinstance(mask, Lowered) for mask in given_to_layers)
+
+
+def test_packed_chunks_become_a_tensor_and_give_eagers_results() -> None:
+    model = build("llama4")
+    eager = result(model, *packed_inputs(model))
+    model.set_attn_implementation("fastattn")
+    assert_same_results(result(model, *packed_inputs(model)), eager)
+
+
+def test_the_mask_of_packed_sequences_grows_with_the_tokens_not_with_their_square() -> None:
+    sizes = []
+    for length in (2048, 4096):
+        positions = torch.arange(length)[None] % 100
+        config = transformers.MistralConfig(num_attention_heads=4, sliding_window=64)
+        config._attn_implementation_internal = "fastattn"
+        mask = masking_utils.create_sliding_window_causal_mask(
+            config=config, inputs_embeds=torch.empty(1, length, 8), attention_mask=None, past_key_values=None,
+            position_ids=positions,
+        )  # fmt: skip
+        assert isinstance(mask, Mask) and mask.lowered.shape[:4] == (1, 4, length, length)
+        held = torch.utils._pytree.tree_leaves([mask.documents, *vars(mask.lowered).values()])
+        sizes.append(sum(t.nbytes for t in held if isinstance(t, Tensor)))
+    assert sizes[1] < 2.2 * sizes[0] and sizes[1] < 4096**2 / 8
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gpt_oss", "modernbert"])
+def test_the_boundaries_that_flash_attn_is_given_are_kept(name: str, request: pytest.FixtureRequest) -> None:
+    features = [{"input_ids": list(range(n, 2 * n))} for n in LENGTHS]
+    batch = transformers.DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_tensors="pt")(features)
+    del batch["labels"]
+    assert {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"} < batch.keys()
+    model = build(name)
+    weights = torch.randn(LENGTH, VOCABULARY, generator=torch.Generator().manual_seed(3)).split(LENGTHS)
+    parts = [model(torch.tensor([f["input_ids"]])).logits[0] for f in features]
+    (sum((part * w).sum() for part, w in zip(parts, weights, strict=True)) / LENGTH).backward()
+    alone = torch.cat(parts).detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    model.set_attn_implementation("fastattn")
+    request.getfixturevalue("no_dense_mask")
+    # With a cache transformers looks for no packed sequences, and it never does so for encoders.
+    assert_same_results(result(model, dict(batch), torch.ones(1, LENGTH).bool()), alone)
+
+
+def test_boundaries_may_run_through_a_batch_and_padding_goes_before_them() -> None:
+    q, k, v = (torch.randn(2, 2, 7, 8) for _ in range(3))
+    starts = torch.tensor([0, 3, 7, 12, 14], dtype=torch.int32)
+    boundaries = {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts}
+    attend, module = transformers.AttentionInterface()["fastattn"], nn.Module()
+    out, _ = attend(module, q, k, v, None, **boundaries)
+    alone = [attend(module, q[i : i + 1, :, a:b], k[i : i + 1, :, a:b], v[i : i + 1, :, a:b], None)[0]
+             for i, a, b in ((0, 0, 3), (0, 3, 7), (1, 0, 5), (1, 5, 7))]  # fmt: skip
+    torch.testing.assert_close(out.flatten(0, 1), torch.cat([part[0] for part in alone]))
+    for padding in ([0] + 6 * [1], 6 * [1] + [0]):
+        padded = fastattn_mask(2, 7, 7, attention_mask=torch.tensor([padding, 7 * [1]]))
+        torch.testing.assert_close(*(attend(module, q, k, v, padded, **more)[0] for more in ({}, boundaries)))
+    with pytest.raises(ValueError, match="cu_seqlens_q ends with 14, expected 7"):
+        attend(module, q[:1], k[:1], v[:1], None, **boundaries)
 
 
 def prompt(name: str) -> dict[str, Tensor]:
@@ -236,6 +368,53 @@ def test_a_mask_shows_what_transformers_own_mask_shows_and_attends_so(
     torch.testing.assert_close(out.transpose(1, 2), scores.softmax(-1).nan_to_num(0.0) @ v, rtol=0, atol=1e-5)
 
 
+def packed(ids: Tensor, positions: Tensor, pattern: Callable) -> dict[str, tuple[Callable, bool]]:
+    """Mask functions of packed rows, and whether they become a `Mask`."""
+    sequences = masking_utils.packed_sequence_mask_function(ids)
+    by_position = masking_utils.remap_positions_for_packed_sequence(pattern, positions)
+    as_transformers, both = masking_utils.packed_sequence_compatibility_function, masking_utils.and_masks
+    return {
+        "transformers": (as_transformers(pattern, positions, ids), True),
+        "by place": (both(pattern, sequences), True),
+        "more than once": (both(both(sequences, by_position), sequences, PATTERNS["left window"](2)), True),
+        "sequences in any order": (both(pattern, masking_utils.packed_sequence_mask_function(ids % 2)), True),
+        "not in its place": (as_transformers(pattern, positions, ids % 2), False),
+        "positions alone": (by_position, False),
+        "other sequences": (both(masking_utils.packed_sequence_mask_function(ids // 2), sequences), False),
+        "either": (masking_utils.or_masks(sequences, by_position), False),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("padding", ["none", "left", "right"])
+@pytest.mark.parametrize("kind", sorted(packed(torch.zeros(1, 1), torch.zeros(1, 1), PATTERNS["all"](1))))
+@settings(max_examples=6)
+@given(
+    st.lists(st.lists(st.integers(1, 6), min_size=3, max_size=4), min_size=2, max_size=2),
+    st.sampled_from(["causal", "all", "causal window", "window", "left window"]), st.integers(1, 8),
+)  # fmt: skip
+def test_a_mask_of_packed_rows_shows_what_transformers_own_mask_shows_and_attends_so(
+    kind: str, padding: str, rows: list[list[int]], pattern: str, window: int
+) -> None:
+    keys = min(map(sum, rows))
+    ids = torch.stack([torch.repeat_interleave(torch.tensor(row))[:keys] for row in rows])
+    positions = torch.stack([torch.cat([torch.arange(n) for n in row])[:keys] for row in rows])
+    function, compact = packed(ids, positions, PATTERNS[pattern](window))[kind]
+    seen = None if padding == "none" else torch.ones(2, keys, dtype=torch.bool)
+    if seen is not None:
+        seen[1, slice(2) if padding == "left" else slice(-2, None)] = False
+    arguments = {"batch_size": 2, "q_length": keys, "kv_length": keys, "mask_function": function,
+                 "attention_mask": seen}  # fmt: skip
+    expected = masking_utils.sdpa_mask(**arguments, allow_is_causal_skip=False)
+    mask = fastattn_mask(**arguments, config=transformers.LlamaConfig(num_attention_heads=2))
+    assert isinstance(mask, Mask) or not compact
+    assert torch.equal(mask.dense() if isinstance(mask, Mask) else mask, expected)
+    for heads in (2, 4):
+        q, k, v = (torch.randn(2, n, keys, 8) for n in (heads, 2, 2))
+        out, _ = transformers.AttentionInterface()["fastattn"](nn.Module(), q, k, v, mask)
+        exact = masks.from_dense(expected.expand(2, heads, -1, -1))
+        torch.testing.assert_close(out.transpose(1, 2), fastattn.attention(q, k, v, mask=exact), rtol=0, atol=1e-5)
+
+
 def test_a_mask_is_small_and_whoever_needs_a_tensor_gets_one() -> None:
     seen = torch.ones(2, 4096, dtype=torch.bool)
     seen[0, :7] = False
@@ -254,6 +433,12 @@ def test_a_mask_is_small_and_whoever_needs_a_tensor_gets_one() -> None:
     assert torch.equal(torch.where(mask, 0.0, -1.0), torch.where(dense, 0.0, -1.0))
     assert torch.equal(torch.zeros(1) + torch.cat([mask, dense]), torch.cat([dense, dense]).float())
     assert fastattn_mask(2, 6, 6, attention_mask=mask) is mask
+
+    mask = fastattn_mask(
+        1, 6, 6, mask_function=packed(torch.arange(6)[None] // 4, seen, PATTERNS["all"](1))["by place"][0]
+    )
+    for other in (copy.deepcopy(mask), pickle.loads(pickle.dumps(mask)), mask.to("cpu")):
+        assert torch.equal(other.dense(), mask.dense()) and other.lowered.shape == mask.lowered.shape
 
 
 def test_a_mask_function_of_the_users_own_becomes_a_tensor() -> None:

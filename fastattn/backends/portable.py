@@ -39,7 +39,7 @@ def attention_forward(
 ) -> tuple[Tensor, Tensor]:
     with product_precision(q, spec):
         if torch_flash.serves(q, k, v, spec, tensors):
-            out, lse = torch_flash.forward(q, k, v, spec)
+            out, lse = torch_flash.forward(q, k, v, spec, tensors)
             return heads_last(out), lse
         if granules.serves(spec, tensors):
             return granules.attention_forward(q, k, v, spec, tensors)
@@ -59,8 +59,8 @@ def attention_backward(
     wanted: Wanted,
 ) -> Gradients:
     with product_precision(q, spec):
-        if dlse is None and torch_flash.serves(q, k, v, spec, tensors):
-            dq, dk, dv = torch_flash.backward(dout, q, k, v, out, lse, spec)
+        if dlse is None and not wanted.bias and torch_flash.serves_backward(q, k, v, spec, tensors):
+            dq, dk, dv = torch_flash.backward(dout, q, k, v, out, lse, spec, tensors)
             return Gradients(heads_last(dq), heads_last(dk), heads_last(dv))
         if granules.serves(spec, tensors):
             return granules.attention_backward(dout, q, k, v, out, lse, dlse, spec, tensors)
@@ -99,7 +99,7 @@ def _tiled_forward(
             if tile.columns.start == tile.columns.stop:
                 continue
             k_tile, v_tile = (t[:, :, tile.columns].to(work) for t in (k, v))
-            part = None if bias is None else tiles.part_of(bias, "scores", tile)
+            part = None if bias is None else tiles.part_of(bias, "scores", tile).to(work)
             values, _ = scores.of(tile, q_tile, k_tile, part, relative_bias)
             new_max = torch.maximum(row_max, values.amax(-1, keepdim=True))
             pivot = new_max.masked_fill(new_max == float("-inf"), 0.0)

@@ -1,15 +1,20 @@
-"""`transformers`' block-sparse BigBird attention through `fastattn.attention`; `fastattn.patch` puts it in."""
+"""`transformers`' BigBird attention, sparse and full, by `fastattn.attention`; `fastattn.patch` puts it in."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
-from transformers.models.big_bird.modeling_big_bird import BigBirdBlockSparseAttention
+from torch import Tensor, nn
+from transformers.models.big_bird.modeling_big_bird import (
+    BigBirdAttention,
+    BigBirdBlockSparseAttention,
+    BigBirdSelfAttention,
+)
 
 from fastattn import masks
 from fastattn.functional import attention
-from fastattn.integrations.huggingface import widened
+from fastattn.integrations.huggingface import fastattn_attention, widened
+from fastattn.swapping import swap
 
 
 class FusedBigBirdBlockSparseAttention(BigBirdBlockSparseAttention):
@@ -30,11 +35,8 @@ class FusedBigBirdBlockSparseAttention(BigBirdBlockSparseAttention):
             return super().forward(
                 hidden_states, band_mask, from_mask, to_mask, from_blocked_mask, to_blocked_mask, **kwargs
             )
-        heads, width = self.num_attention_heads, self.attention_head_size
-        q, k, v = (
-            widened(linear(hidden_states).unflatten(-1, (heads, width)).transpose(1, 2))
-            for linear in (self.query, self.key, self.value)
-        )
+        width = self.attention_head_size
+        q, k, v = (widened(_heads(self, name, hidden_states)) for name in ("query", "key", "value"))
         mask = masks.bigbird(
             self.block_size, self.num_random_blocks, style="huggingface", seed=self.seed or 0,
             training=self.training, max_positions=self.max_seqlen,
@@ -42,3 +44,67 @@ class FusedBigBirdBlockSparseAttention(BigBirdBlockSparseAttention):
         out = attention(q, k, v, mask=mask, bias=to_mask.bool(), scale=width**-0.5)
         # Padded queries give 0, as there.
         return (out[..., :width] * from_mask).transpose(1, 2).flatten(2), None
+
+
+class FusedBigBirdSelfAttention(BigBirdSelfAttention):
+    """Full attention, of encoders and decoders, with their caches; weights are left to transformers' code."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As transformers calls it: hidden_states (B, L, E), masks (B, 1, L, keys) that are added, or None."""
+        if kwargs.get("output_attentions"):
+            return super().forward(
+                hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask, past_key_values,
+                **kwargs,
+            )  # fmt: skip
+        crosses, states, mask = False, hidden_states, attention_mask
+        if encoder_hidden_states is not None:
+            crosses, states, mask = True, encoder_hidden_states, encoder_attention_mask
+        if crosses and past_key_values is not None and past_key_values.get_seq_length(self.layer_idx) > 0:
+            # The encoder's keys and values, of the first token.
+            k, v = past_key_values.layers[self.layer_idx].keys, past_key_values.layers[self.layer_idx].values
+        else:
+            k, v = (_heads(self, name, states) for name in ("key", "value"))
+            if past_key_values is not None:
+                k, v = past_key_values.update(k, v, self.layer_idx)
+        out, _ = fastattn_attention(
+            self, _heads(self, "query", hidden_states), k, v, mask, is_causal=False,
+            dropout=self.dropout.p if self.training else 0.0, scaling=self.attention_head_size**-0.5,
+        )  # fmt: skip
+        return out.flatten(2), None
+
+
+class FusedBigBirdAttention(BigBirdAttention):
+    """A BigBird's attention that stays fused when transformers replaces what computes it: short inputs switch a
+    block-sparse model to full attention."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """As transformers calls it; weights may be asked for by the configuration."""
+        if self.config.output_attentions:
+            kwargs["output_attentions"] = True
+        return super().forward(*args, **kwargs)
+
+    def set_attention_type(self, value: str, layer_idx: int | None = None) -> None:
+        """As transformers calls it: value is "block_sparse" or "original_full"."""
+        super().set_attention_type(value, layer_idx)
+        if fused := FUSED.get(type(self.self)):
+            swap(self.self, fused)
+
+
+FUSED: dict[type[nn.Module], type[nn.Module]] = {
+    BigBirdBlockSparseAttention: FusedBigBirdBlockSparseAttention,
+    BigBirdSelfAttention: FusedBigBirdSelfAttention,
+}
+
+
+def _heads(module: Any, projection: str, states: Tensor) -> Tensor:
+    """The queries, keys or values of states (B, L, E), as (B, H, L, D)."""
+    heads = getattr(module, projection)(states)
+    return heads.unflatten(-1, (module.num_attention_heads, module.attention_head_size)).transpose(1, 2)
