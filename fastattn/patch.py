@@ -391,5 +391,5 @@ def _swap_norm(name: str, module: nn.Module) -> Row | None:
         reason = "its own code computes another norm, or something else"
     if reason:
         return Row(name, "norm", was, None, reason)
-    _swap(module, NORMS[kind] if names is None else fused_class(FusedNorm, kind, names))
+    swap(module, NORMS[kind] if names is None else fused_class(FusedNorm, kind, names))
     return Row(name, "norm", was, f"fastattn.nn.{kind.__name__}" if names is None else _now(module))
