@@ -49,6 +49,6 @@ def assert_as_exact_as_eager(
         unit = torch.finfo(dtype or actual.dtype).eps * statistic(size)
         bound = 2 * theirs + unit + tiny
         assert ours <= bound, f"{name} error {ours:.3e} > {bound:.3e} (eager {theirs:.3e}, unit {unit:.1e})"
-    if gradient and exact.abs().max() > 1e3 * tiny:
+    if gradient and exact.abs().max() > max(1e3 * TINY, 50 * tiny):
         cosine = torch.cosine_similarity(actual.double().flatten(), exact.flatten(), dim=0)
         assert cosine > 1 - 1e-3, f"cosine similarity {cosine:.6f} of the gradient"
