@@ -515,7 +515,7 @@ def attention_backward(
             q.element_size(),
             widest,
             kind_of(
-                precision, (bias, relative_bias, dropout_state), (left, intervals, softcap, alibi_slopes), lists
+                precision, (bias, relative_bias, dropout_state), (left, softcap, alibi_slopes), intervals, lists
             ),
         )
         fit = (lambda tiling: tiling) if lists is None else launch.within_granules

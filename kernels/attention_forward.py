@@ -126,7 +126,11 @@ def empty_heads(batch: int, heads: int, rows: int, width: int, like: torch.Tenso
 
 
 def kind_of(
-    precision: str, heavy: tuple[object, ...], shaped: tuple[object, ...], lists: tuple | None = None
+    precision: str,
+    heavy: tuple[object, ...],
+    shaped: tuple[object, ...],
+    intervals: torch.Tensor | None,
+    lists: tuple | None,
 ) -> str:
     """Which of a table's rows a launch needs, see `launch.look_up`; what is None is not asked for."""
     if precision != "ieee":
@@ -135,6 +139,8 @@ def kind_of(
         return "heavy"
     if lists is not None:
         return "listed"
+    if intervals is not None:
+        return "intervals"
     return "plain" if all(feature is None for feature in shaped) else "shaped"
 
 
@@ -206,7 +212,7 @@ def attention_forward(
             q.element_size(),
             widest,
             kind_of(
-                precision, (bias, relative_bias, dropout_state), (left, intervals, softcap, alibi_slopes), lists
+                precision, (bias, relative_bias, dropout_state), (left, softcap, alibi_slopes), intervals, lists
             ),
         )
         if lists is not None:

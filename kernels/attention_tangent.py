@@ -225,7 +225,7 @@ def attention_tangent(
             q.element_size(),
             widest,
             kind_of(
-                precision, (bias, relative_bias, dropout_state), (left, intervals, softcap, alibi_slopes), lists
+                precision, (bias, relative_bias, dropout_state), (left, softcap, alibi_slopes), intervals, lists
             ),
         )
         if lists is not None:

@@ -89,9 +89,9 @@ def family(kernel: object, device: torch.device) -> str:
 def look_up(table: dict[str, tuple[Row, ...]], family: str, bytes: int, width: int, kind: str = "plain") -> Tiling:
     """The first row of the family's table that is wide enough; families not listed use sm_80's.
 
-    Other kinds than "plain" have rows of their own that come first: "shaped" scores hold more registers, "heavy"
-    even more, a tile must not be larger than "listed" granules, and "tf32" and "tf32x3" products of float32 run on
-    tensor cores, on every family.
+    Other kinds than "plain" have rows of their own that come first: "shaped" scores and "intervals" hold more
+    registers, "heavy" even more, a tile must not be larger than "listed" granules, and "tf32" and "tf32x3" products
+    of float32 run on tensor cores, on every family.
     """
     rows = table.get(family) or table["sm_80"]
     if family != INTERPRETER:
@@ -112,6 +112,7 @@ _KINDS = {
     "plain": (),
     "shaped": ("{} shaped", "shaped"),
     "heavy": ("{} heavy", "{} shaped", "shaped"),
+    "intervals": ("{} intervals", "{} shaped", "shaped"),
     "listed": ("{} listed", "{} shaped", "shaped"),
     "tf32": ("tf32",),
     "tf32x3": ("tf32x3", "tf32"),
@@ -367,6 +368,12 @@ ATTENTION_DQ |= {
     ),
     "sm_100 shaped": (Row(2, 64, Tiling(64, 128, 8, 2)),),  # 128 x 128: 15 to 154, 128 x 64: 4
 }
+
+# Intervals hold two bounds a row.
+ATTENTION_FORWARD["sm_80 intervals"] = (
+    *ATTENTION_FORWARD["sm_80 shaped"],
+    Row(2, 256, Tiling(64, 32, 8, 2)),  # 64 x 64: 2
+)
 
 # Biases bring a pointer for each score, dropout makes its random numbers in registers: smaller tiles still.
 ATTENTION_FORWARD |= {

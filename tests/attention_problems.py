@@ -185,7 +185,7 @@ def check(problem: Problem, name: str) -> None:
         actual = run((*inputs, *learned.values()), (dout, dlse), ours)
     for position, (a, x, e) in enumerate(zip(actual, exact, eager, strict=True)):
         # delta is made of the rounded output, and goes into every gradient of what is added to the scores, summed
-        # over rows that share a value: the roundings of dout * out, as random as they come, and what they cancel to.
+        # over rows that share a value: with the roundings of dout * out, which add up as random numbers do.
         rounded = problem.dtype if position >= 5 else None
         tiny = TINY + (torch.finfo(problem.dtype).eps * float((dout * exact[0]).norm()) if rounded else 0.0)
         assert_as_exact_as_eager(a, x, e.to(a.dtype), gradient=position >= 2, dtype=rounded, tiny=tiny)
