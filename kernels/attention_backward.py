@@ -563,7 +563,7 @@ def attention_backward(
                 sharing.splits, *weights,
                 launch.heads_per_section(k, v, batch * heads), **common, **tiling.options(),
                 MASKED_FIRST=family in launch.MASKED_FIRST,
-                RELATIVE=family in launch.RELATIVE_DQ,
+                RELATIVE=family in (launch.PLAIN_DQ_RELATIVE if ask[-1] == "plain" else launch.MASKED_FIRST),
             )  # fmt: skip
             merge(sharing, parts, dq)
         tiling = fit(launch.look_up(launch.ATTENTION_BIAS, *ask))

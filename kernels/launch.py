@@ -178,10 +178,10 @@ _INTERPRETED = {
 # Where the forward and dq walk the masked keys before the others. On sm_90, if the masked loop came second, ptxas
 # would make every asynchronous product of the kernel wait for the one before (its note C7515). Elsewhere the other
 # order takes fewer registers. Where they come first, bounds are also compared with keys counted from the tile's
-# start; so they are in dq on sm_100 (issue / tensor of the masked loop at D = 128: 1.23 -> 1.05), but not in the
-# forward there, which would spill.
+# start; so they are in dq of plain scores on sm_100 (issue / tensor of the masked loop at D = 128: 1.23 -> 1.05), but
+# not in the forward there, nor with shaped scores at D = 256, which would spill.
 MASKED_FIRST = frozenset({"sm_90", INTERPRETER})
-RELATIVE_DQ = MASKED_FIRST | {"sm_100"}
+PLAIN_DQ_RELATIVE = MASKED_FIRST | {"sm_100"}
 
 # float32 products are exact: fused multiply-adds, no tensor cores. Registers and shared memory bound their tiles.
 _EXACT = {
@@ -500,6 +500,7 @@ ATTENTION_TANGENT = {
         Row(2, 256, Tiling(64, 32, 8, 1)),  # 225 registers, 80 KiB, 1; 1.48, 1.78
         *_EXACT["tangent"],
     ),
+    "sm_100 listed": (Row(2, 128, Tiling(64, 32, 8, 2)),),  # 32 x 16: 2
     # With everything at once: window, soft cap, slopes, biases and their tangents, sinks, lengths and dropout.
     "shaped": (
         Row(2, 64, Tiling(64, 16, 8, 2)),  # 64 x 32: 4 to 146 spills

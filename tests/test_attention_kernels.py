@@ -37,7 +37,7 @@ def test_masked_keys_may_come_first_or_last(
     if ON_GPU:
         first = frozenset() if not first else frozenset({launch.family(None, torch.device("cuda", 0))})
     monkeypatch.setattr(launch, "MASKED_FIRST", first)
-    monkeypatch.setattr(launch, "RELATIVE_DQ", first)
+    monkeypatch.setattr(launch, "PLAIN_DQ_RELATIVE", first)
     check(Problem(heads=2, key_heads=1, queries=70, keys=97, window=window, causal=True, sinks=True), "triton")
 
 
