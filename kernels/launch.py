@@ -90,8 +90,8 @@ def look_up(table: dict[str, tuple[Row, ...]], family: str, bytes: int, width: i
     """The first row of the family's table that is wide enough; families not listed use sm_80's.
 
     Other kinds than "plain" have rows of their own that come first: "shaped" scores and "intervals" hold more
-    registers, "heavy" even more, a tile must not be larger than "listed" granules, and "tf32" and "tf32x3" products
-    of float32 run on tensor cores, on every family.
+    registers, "heavy" even more, a tile must not be larger than "listed" granules, and "tf32" and "tf32x3"
+    products of float32 run on tensor cores, on every family.
     """
     rows = table.get(family) or table["sm_80"]
     if family != INTERPRETER:
@@ -178,8 +178,8 @@ _INTERPRETED = {
 # Where the forward and dq walk the masked keys before the others. On sm_90, if the masked loop came second, ptxas
 # would make every asynchronous product of the kernel wait for the one before (its note C7515). Elsewhere the other
 # order takes fewer registers. Where they come first, bounds are also compared with keys counted from the tile's
-# start; so they are in dq of plain scores on sm_100 (issue / tensor of the masked loop at D = 128: 1.23 -> 1.05), but
-# not in the forward there, nor with shaped scores at D = 256, which would spill.
+# start; so they are in dq of plain scores on sm_100 (issue / tensor of the masked loop at D = 128: 1.23 -> 1.05),
+# but not in the forward there, nor with shaped scores at D = 256, which would spill.
 MASKED_FIRST = frozenset({"sm_90", INTERPRETER})
 PLAIN_DQ_RELATIVE = MASKED_FIRST | {"sm_100"}
 
