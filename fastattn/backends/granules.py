@@ -1,4 +1,4 @@
-"""Attention under a mask of lists, entry by entry, in plain PyTorch.
+"""Attention under a mask of lists, or of intervals, entry by entry, in plain PyTorch.
 
 Every entry of the lists is 64 queries that meet 64 keys. A batch of entries, of whatever rows, heads and patterns,
 is a few batched products of one shape; nothing else is computed. What the entries of a row give is summed, in a
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastattn.backends.layout import heads_last
-from fastattn.masks.lists import GRANULE, of_heads, unpack, unpacked
+from fastattn.masks.lists import GRANULE, by_row, of_heads, rows_of_intervals, unpack, unpacked
 from fastattn.spec import AttentionSpec, Gradients, ScoreTensors, lse_dtype
 
 LOG2E = math.log2(math.e)
@@ -29,13 +29,14 @@ LOG2E = math.log2(math.e)
 FEWEST_ELEMENTS, MOST_ELEMENTS = 2**17, 2**19
 # Entries that are looked up in the lists at once, for the batches to come.
 LOOKED_UP = 2**12
-_SERVED = ("mask", "key_lengths", "alibi_slopes", "sinks")
+_SERVED = ("mask", "intervals", "key_lengths", "alibi_slopes", "sinks")
 
 
 def serves(spec: AttentionSpec, tensors: ScoreTensors) -> bool:
-    """A mask of lists, and beside it no window and nothing that is given pair by pair."""
-    others = (t for name, t in tensors._asdict().items() if name not in _SERVED)
-    return tensors.mask is not None and spec.left is None and spec.right is None and all(t is None for t in others)
+    """A mask of lists or intervals, and beside it no window and nothing that is given pair by pair."""
+    if (tensors.mask is None and tensors.intervals is None) or (spec.left, spec.right) != (None, None):
+        return False
+    return all(t is None for name, t in tensors._asdict().items() if name not in _SERVED)
 
 
 def attention_forward(
@@ -140,8 +141,12 @@ class Call:
     """What a call asks for: its entries, batch by batch, and their scores."""
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, tensors: ScoreTensors) -> None:
-        assert tensors.mask is not None and spec.mask is not None
-        self.spec, self.tensors, self.lists = spec, tensors, unpacked(tensors.mask, spec.mask)
+        self.spec, self.tensors = spec, tensors
+        if tensors.intervals is not None:
+            self.lists = rows_of_intervals(tensors.intervals, q.shape[2])
+        else:
+            assert tensors.mask is not None and spec.mask is not None
+            self.lists = by_row(unpacked(tensors.mask, spec.mask))
         self.batch, self.heads, self.group = q.shape[0], q.shape[1], q.shape[1] // k.shape[1]
         self.rows, self.columns = (-(-t.shape[2] // GRANULE) for t in (q, k))
         self.shift = k.shape[2] - q.shape[2]

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 GRANULE = 64
@@ -95,6 +96,53 @@ class BlockLists(NamedTuple):
         return sum(t.nbytes for t in self if t is not None)
 
 
+class RowLists(NamedTuple):
+    """The part of BlockLists that is by row, with bit tiles of which some may be equal."""
+
+    full_offsets: Tensor
+    full_columns: Tensor
+    full_counts: Tensor | None
+    partial_offsets: Tensor
+    partial_columns: Tensor
+    partial_tiles: Tensor
+    partial_counts: Tensor | None
+    bit_tiles: Tensor
+    pattern: Tensor
+
+
+def by_row(lists: BlockLists) -> RowLists:
+    return RowLists._make(getattr(lists, name) for name in RowLists._fields)
+
+
+def rows_of_intervals(intervals: Tensor, queries: int) -> RowLists:
+    """The lists that intervals (B, 2, Lq + Lk), as `Lowered` has them, amount to: a pattern a batch element."""
+    batch, rows, device = intervals.shape[0], -(-queries // GRANULE), intervals.device
+    # Queries that do not exist see nothing, and begin nowhere.
+    start, stop = (
+        F.pad(t, (0, -queries % GRANULE), value=nowhere).view(batch * rows, GRANULE)
+        for t, nowhere in zip(intervals[:, :, :queries].long().unbind(1), (2**31, 0), strict=True)
+    )
+    begin, size = start.amin(1) // GRANULE, -(-stop.amax(1) // GRANULE)
+    size = (size - begin).clamp(min=0)
+    row = torch.repeat_interleave(size)
+    column = torch.arange(len(row), device=device) - (size.cumsum(0) - size - begin)[row]
+    first = column[:, None] * GRANULE
+    # From which to before which of a granule's keys each query sees.
+    low, high = (start[row] - first).clamp(0, GRANULE), (stop[row] - first).clamp(0, GRANULE)
+    is_full = (low == 0).all(1) & (high == GRANULE).all(1)
+    words = _below(high[~is_full]) & ~_below(low[~is_full])
+    offsets = [list_offsets(row[which], batch, rows) for which in (is_full, ~is_full)]
+    return RowLists(
+        offsets[0], column[is_full], None, offsets[1], column[~is_full],
+        torch.arange(len(words), device=device), None, words, torch.arange(batch, device=device)[:, None],
+    )  # fmt: skip
+
+
+def _below(count: Tensor) -> Tensor:
+    """Words of which so many lowest bits, up to 64, are set."""
+    return torch.where(count == GRANULE, -1, (1 << count.clamp(max=GRANULE - 1)) - 1)
+
+
 @contextmanager
 def outside_transforms() -> Iterator[None]:
     """Within, no transform of torch.func is under way: tensors that are kept must not belong to one."""
@@ -122,7 +170,7 @@ def packed(lists: BlockLists) -> tuple[Tensor, tuple[int, ...]]:
     for t in lists:
         if t is not None and t.dtype != torch.int64:
             t = t.flatten().view(torch.int32)
-            words.append(torch.nn.functional.pad(t, (0, -len(t) % 4)).view(torch.int64))
+            words.append(F.pad(t, (0, -len(t) % 4)).view(torch.int64))
     return torch.cat(words), layout
 
 
@@ -188,7 +236,7 @@ def columns_seen(lists: BlockLists, rows: range) -> list[int]:
     return torch.cat(found).unique().tolist()
 
 
-def of_heads(lists: BlockLists, values: Tensor, batch: int, heads: int) -> Tensor:
+def of_heads(lists: BlockLists | RowLists, values: Tensor, batch: int, heads: int) -> Tensor:
     """What belongs to each pattern (P, ...), for each batch entry and head: (batch or 1, heads or 1, ...).
 
     A batch that is a multiple of the mask's repeats it: torch.func.vmap puts samples beside one another.
