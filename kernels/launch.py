@@ -374,6 +374,11 @@ ATTENTION_FORWARD["sm_80 intervals"] = (
     *ATTENTION_FORWARD["sm_80 shaped"],
     Row(2, 256, Tiling(64, 32, 8, 2)),  # 64 x 64: 2
 )
+ATTENTION_DQ["sm_100 intervals"] = (
+    *ATTENTION_DQ["sm_100 shaped"],
+    Row(2, 128, Tiling(128, 64, 8, 2)),
+    Row(2, 256, Tiling(128, 32, 8, 1)),  # 128 x 64: 27
+)
 
 # Biases bring a pointer for each score, dropout makes its random numbers in registers: smaller tiles still.
 ATTENTION_FORWARD |= {
