@@ -49,7 +49,8 @@ def scaled_dot_product_attention(
         backend: as `fastattn.attention`'s.
 
     Returns:
-        (..., Hq, L, Ev) in query's dtype. A row that sees no key gives 0.
+        (..., Hq, L, Ev) in query's dtype. A row that sees no key gives 0. With four dimensions it is laid out
+        (B, L, Hq, Ev) in memory, so that heads are joined without a copy, with any other number contiguous.
 
     Example:
         >>> q, k, v = (torch.randn(2, 4, 10, 16) for _ in range(3))
@@ -71,7 +72,8 @@ def scaled_dot_product_attention(
     scale = None if scale is None else float(scale)
     leading, q, k, v, bias = _four_dimensions(query, key, value, mask, enable_gqa)
     out, _ = attend(q, k, v, bias=bias, causal=causal, dropout_p=dropout_p, scale=scale, backend=backend)
-    return out.reshape(*leading, *out.shape[2:])
+    out = out.reshape(*leading, *out.shape[2:])
+    return out if out.dim() == 4 else out.contiguous()
 
 
 def attend(
@@ -197,14 +199,19 @@ def _four_dimensions(
     """The leading dimensions of the result, and the inputs as (batch, heads, length, width)."""
     scores = _shape_of_scores(query, key, value, enable_gqa)
     assert scores is not None
-    leading, batches = scores[:-2], scores[:-3]
+    leading = scores[:-2]
+    # One leading dimension is a batch of single heads, whose result is contiguous and which may be empty.
+    single_heads = len(leading) == 1 and not enable_gqa
+    batches = leading if single_heads else leading[:-1]
     batch = math.prod(batches)
 
     def folded(t: Tensor) -> Tensor:
-        heads = t.shape[-3:-2] if enable_gqa else leading[-1:]
+        heads = t.shape[-3:-2] if enable_gqa else leading[len(batches) :]
         return t.expand(*batches, *heads, *t.shape[-2:]).reshape(batch, math.prod(heads), *t.shape[-2:])
 
-    if mask is not None and mask.dim() > 3:
+    if single_heads and mask is not None and mask.dim() == 3:
+        mask = mask[:, None]
+    elif mask is not None and mask.dim() > 3:
         mask = mask.expand(*batches, *mask.shape[-3:]).reshape(batch, *mask.shape[-3:])
     return leading, folded(query), folded(key), folded(value), mask
 

@@ -53,7 +53,8 @@ def test_torchs_samples_with_dropout_drop_what_the_generator_says():
         scores = sample.input @ key.mT * key.shape[-1] ** -0.5
         if sample.kwargs["is_causal"]:
             scores = scores.masked_fill(~torch.ones_like(scores, dtype=torch.bool).tril(), float("-inf"))
-        *batches, heads, queries, keys = scores.shape
+        *leading, queries, keys = scores.shape
+        *batches, heads = leading if len(leading) > 1 else (*leading, 1)
         torch.manual_seed(3)
         state = fastattn.dropout_state(torch.Size(batches).numel())
         keep = fastattn.dropout_mask(state, p, heads, queries, keys).view(scores.shape)
@@ -105,6 +106,40 @@ def test_any_shape_and_mask_that_torch_takes_gives_torchs_results_and_gradients(
         warnings.simplefilter("error")  # nothing is left to torch
         out = ours(query, key, value, **options)
         assert_same(out, theirs(query, key, value, **options), inputs, inputs)
+
+
+@pytest.mark.parametrize("mask", [None, torch.bool, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"leading": (0,)},
+        {"leading": (0, 4)},
+        {"leading": (2, 0, 4)},
+        {"queries": 0},
+        {"queries": 0, "leading": ()},
+        {"keys": 0},
+        {"keys": 0, "leading": (3,)},
+    ],
+    ids=str,
+)
+def test_nothing_to_attend_from_or_to_gives_what_torch_gives(sizes, mask):
+    inputs = query, key, _ = qkv(**sizes)
+    attn_mask = None if mask is None else torch.ones(*query.shape[:-1], key.shape[-2], dtype=mask)
+    assert_same(ours(*inputs, attn_mask), theirs(*inputs, attn_mask), inputs, inputs)
+
+
+@pytest.mark.parametrize("masked", [True, False], ids=["masked", "plain"])
+@pytest.mark.parametrize("leading", [(), (6,), (2, 3, 4)], ids=str)
+def test_results_of_other_than_four_dimensions_are_contiguous_as_torchs(leading, masked):
+    inputs = qkv(leading=leading)
+    attn_mask = torch.rand(*leading, 5, 9) < 0.7 if masked else None
+    assert theirs(*inputs, attn_mask).is_contiguous()
+    assert ours(*inputs, attn_mask).is_contiguous()
+
+
+def test_results_of_four_dimensions_have_their_heads_joined_without_a_copy():
+    out = ours(*qkv(leading=(2, 4)))
+    assert out.transpose(1, 2).flatten(2).data_ptr() == out.data_ptr()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

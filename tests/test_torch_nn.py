@@ -275,6 +275,16 @@ def test_weights_have_derivatives_in_both_modes_and_second_ones(average):
     assert torch.autograd.gradgradcheck(call, (x, mask))
 
 
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_an_empty_batch_gives_torchs_empty_results(batch_first):
+    ours, theirs = pair(MHA, 32, 4, batch_first=batch_first)
+    query, key = (torch.randn(0, n, 32, dtype=torch.float64, requires_grad=True) for n in (5, 7))
+    inputs = [t if batch_first else t.transpose(0, 1) for t in (query, key)]
+    masks = {"key_padding_mask": torch.zeros(0, 7).bool(), "attn_mask": torch.zeros(0, 5, 7).bool()}
+    out, expected = (module(*inputs, inputs[1], **masks) for module in (ours, theirs))
+    assert_same(out, expected, [query, key, *ours.parameters()], [query, key, *theirs.parameters()])
+
+
 @pytest.mark.parametrize("need_weights", [False, True])
 def test_rows_that_see_nothing_give_zero_not_nan(need_weights):
     module = MHA(32, 4, batch_first=True)
@@ -427,6 +437,16 @@ def test_masks_of_two_dtypes_bring_torchs_warning(ours):
             module(*[x] * (3 if isinstance(ours, MHA) else 1), **masks)
         texts.append(str(caught[0].message))
     assert texts[0] == texts[1]
+
+
+def test_a_bias_of_another_dtype_is_left_to_torch():
+    ours, theirs = pair(MHA, 32, 4, batch_first=True)
+    for module in (ours, theirs):
+        module.in_proj_bias = nn.Parameter(torch.linspace(-1, 1, 96).half())
+    x = torch.randn(2, 5, 32, dtype=torch.float64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that torch computes it
+        torch.testing.assert_close(ours(x, x, x), theirs(x, x, x), rtol=0, atol=0)
 
 
 def test_wider_heads_are_left_to_torch_and_a_warning_says_so_once(monkeypatch):

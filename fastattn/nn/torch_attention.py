@@ -205,7 +205,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             each = attn_mask.dim() == 3
             masks.append(attn_mask.unflatten(0, (-1, self.num_heads)) if each else attn_mask[None, None])
         if key_padding_mask is not None:
-            masks.append(key_padding_mask.reshape(q.shape[0], 1, 1, -1))
+            masks.append(key_padding_mask.reshape(q.shape[0], 1, 1, key_padding_mask.shape[-1]))
         if not masks:
             return None, causal
         if all(mask.dtype == torch.bool for mask in masks):
@@ -234,7 +234,9 @@ class MultiheadAttention(nn.MultiheadAttention):
         """Why this call is left to torch, which computes it or raises; None if it is served here."""
         if self.head_dim > MAX_HEAD_DIM:
             return f"the head width is {self.head_dim}, not 1 to {MAX_HEAD_DIM}"
-        if unserved := dtype_obstacle(query, key, value):
+        # Inputs of some layouts torch projects with a bias of another dtype.
+        projected = (query, key, value) if self.in_proj_bias is None else (query, key, value, self.in_proj_bias)
+        if unserved := dtype_obstacle(*projected):
             return unserved
         if not 0 <= self.dropout <= 1:
             return f"dropout is {self.dropout}"
