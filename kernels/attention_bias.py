@@ -95,17 +95,20 @@ def add_tile(
     as they are seen."""
     key_count = key_count_of(batch, shape, window)
     queries = start + tl.arange(0, BLOCK_M)
-    terms = terms_of(scores, dropout, batch, head)
     if lists is None:
         bounds = key_bounds(queries, batch, key_count, shape, window)
         begin, _full_begin, _full_end, end = key_ranges(start, bounds, key_count, shape, window, BLOCK_M, BLOCK_N)
         if (key_start < end) & (key_start + BLOCK_N > begin):
+            # Found once more here, they are found where they are used: without intervals only here.
+            bounds = key_bounds(queries, batch, key_count, shape, window)
+            terms = terms_of(scores, dropout, batch, head)
             total = tile_gradient(
                 total, batch, head, start, key_start, bounds, terms, q, k, v, dout, row_values, shape, padded_rows,
                 window, lists, scores, dropout,
                 HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, BLOCK_M, BLOCK_N, PRECISION,
             )  # fmt: skip
     else:
+        terms = terms_of(scores, dropout, batch, head)
         # Its granule may be in the row's lists: once, or once for each number of times that its keys count.
         place = list_of(lists, batch, head, start)
         granule = key_start // GRANULE

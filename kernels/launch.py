@@ -115,7 +115,7 @@ _KINDS = {
     "intervals": ("{} intervals", "{} shaped", "shaped"),
     "listed": ("{} listed", "{} shaped", "shaped"),
     "tf32": ("tf32",),
-    "tf32x3": ("tf32x3", "tf32"),
+    "tf32x3": ("{} tf32x3", "tf32x3", "tf32"),
 }
 
 
@@ -476,7 +476,8 @@ ATTENTION_BIAS["sm_100"] = ATTENTION_BIAS["sm_90"]
 # float32 on tensor cores: fragments of 32 bits, and of three products for tf32x3.
 ATTENTION_FORWARD |= {
     "tf32": (Row(4, 64, Tiling(64, 32, 4, 2)), Row(4, 256, Tiling(32, 16, 4, 1))),
-    "tf32x3": (Row(4, 64, Tiling(32, 16, 4, 1)), Row(4, 128, Tiling(16, 16, 4, 1))),  # 32 x 32, 32 x 16: 6 to 14
+    "tf32x3": (Row(4, 64, Tiling(32, 32, 4, 1)), Row(4, 128, Tiling(16, 16, 4, 1))),  # 64 x 32, 32 x 16: 6 to 14
+    "sm_90 tf32x3": (Row(4, 64, Tiling(64, 16, 4, 1)),),  # 32 x 32: 6
 }
 ATTENTION_DKDV["tf32"] = (Row(4, 64, Tiling(32, 32, 4, 1)), Row(4, 256, Tiling(16, 16, 4, 1)))
 ATTENTION_DQ |= {
