@@ -19,7 +19,7 @@ import triton.language as tl
 from . import launch
 from .attention_bias import bias_gradient, relative_bias_gradient
 from .attention_forward import counts_keys, empty_heads, kind_of, products, widths
-from .merge import leave_tile, merge, parts_of, sharing_of
+from .merge import argument, leave_tile, merge, parts_of, sharing_of
 from .scores import bend, dropout_of, kept, score_factor, score_gradient, scores_of, shape_scores, terms_of
 from .tiles import LARGEST_TILE, LOG2_E, head_of, load_row_values, load_tile, shape_of, tensor3, tensor4
 from .walk import (
@@ -148,7 +148,7 @@ def dkdv_step(
     values = shape_scores(bent, scores, terms, queries[None, :], keys[:, None], shape)
     lse = tl.load(row_values + queries)
     weights = tl.exp2(values * score_factor(scores) - lse[None, :])
-    if MASKED and lists is not None:
+    if MASKED and lists.full is not None:
         # The bounds are a word for each query, whose bits say which keys of the granule it sees.
         weights = tl.where(sees_bit(bounds[None, :], (keys % GRANULE)[:, None]), weights, 0.0)
     elif MASKED:
@@ -247,6 +247,7 @@ def dkdv_ranged(
     shape,
     padded_rows,
     window,
+    lists,
     splits,
     scores,
     dropout,
@@ -279,8 +280,8 @@ def dkdv_ranged(
     for _ in tl.range(low, high):
         tile = place[0] + tl.where(place[0] < diagonal, first, whole - diagonal)
         state = dkdv_step(
-            state, k_tile, v_tile, place, q, dout, padded_rows, tile * BLOCK_M, start, bounds, shape, window, None,
-            scores, dropout, terms_of(scores, dropout, batch, head + place[1]),
+            state, k_tile, v_tile, place, q, dout, padded_rows, tile * BLOCK_M, start, bounds, shape, window,
+            lists, scores, dropout, terms_of(scores, dropout, batch, head + place[1]),
             HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, True, BLOCK_M, BLOCK_N, PRECISION,
         )  # fmt: skip
         place = next_tile(place, masked, q, dout, padded_rows)
@@ -291,8 +292,8 @@ def dkdv_ranged(
     for _ in tl.range(low, high):
         tile = full + place[0]
         state = dkdv_step(
-            state, k_tile, v_tile, place, q, dout, padded_rows, tile * BLOCK_M, start, bounds, shape, window, None,
-            scores, dropout, terms_of(scores, dropout, batch, head + place[1]),
+            state, k_tile, v_tile, place, q, dout, padded_rows, tile * BLOCK_M, start, bounds, shape, window,
+            lists, scores, dropout, terms_of(scores, dropout, batch, head + place[1]),
             HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, False, BLOCK_M, BLOCK_N, PRECISION,
         )  # fmt: skip
         place = next_tile(place, whole - full, q, dout, padded_rows)
@@ -335,10 +336,10 @@ def attention_dkdv_kernel(
     v_tile = load_tile(head_of(v, batch, key_head), v, start, shape.keys, VALUE_DIM, BLOCK_N, VALUE_WIDTH, True)
     state = (tl.zeros([BLOCK_N, WIDTH], tl.float32), tl.zeros([BLOCK_N, VALUE_WIDTH], tl.float32))
     head = key_head * shape.group
-    if lists is None:
+    if lists.full is None:
         state = dkdv_ranged(
             state, k_tile, v_tile, q, dout, row_values, batch, head, start, work, shape, padded_rows, window,
-            splits, scores, dropout, HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, BLOCK_M, BLOCK_N, PRECISION,
+            lists, splits, scores, dropout, HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, BLOCK_M, BLOCK_N, PRECISION,
         )  # fmt: skip
     else:
         for member in tl.range(0, shape.group):
@@ -355,10 +356,13 @@ def attention_dkdv_kernel(
         exists = (keys < key_count_of(batch, shape, window))[:, None]
         dk_tile = tl.where(exists, dk_tile, 0.0)
         dv_tile = tl.where(exists, dv_tile, 0.0)
-    leave_tile(dk, dk_parts, dk_tile, batch, key_head, start, shape.keys, work, lists, HEAD_DIM, BLOCK_N, WIDTH)
     leave_tile(
-        dv, dv_parts, dv_tile, batch, key_head, start, shape.keys, work, lists, VALUE_DIM, BLOCK_N, VALUE_WIDTH
+        dk, dk_parts, dk_tile, batch, key_head, start, shape.keys, work, shape, lists, HEAD_DIM, BLOCK_N, WIDTH
     )
+    leave_tile(
+        dv, dv_parts, dv_tile, batch, key_head, start, shape.keys, work, shape, lists, VALUE_DIM, BLOCK_N,
+        VALUE_WIDTH,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -444,7 +448,7 @@ def attention_dq_kernel(
         HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, MASKED_FIRST, RELATIVE, BLOCK_M, BLOCK_N, PRECISION,
     )  # fmt: skip
     dq_tile *= tl.cast(scores.scale, tl.float32)
-    leave_tile(dq, parts, dq_tile, batch, head, start, shape.queries, work, lists, HEAD_DIM, BLOCK_M, WIDTH)
+    leave_tile(dq, parts, dq_tile, batch, head, start, shape.queries, work, shape, lists, HEAD_DIM, BLOCK_M, WIDTH)
 
 
 class Gradients(NamedTuple):
@@ -537,29 +541,29 @@ def attention_backward(
         common = {**width, "PRECISION": precision}
         if dv.numel():
             tiling = fit(launch.look_up(launch.ATTENTION_DKDV, *ask))
-            listed = None if lists is None else columns_of(lists)
+            listed = columns_of(lists)
             sharing = sharing_of(
                 listed, None if lists is None else lists.column_merges, keys, tiling.block_n, batch * key_heads,
                 triton.cdiv(queries, tiling.block_m) * (heads // key_heads), processors,
             )  # fmt: skip
             dk_parts, dv_parts = parts_of(sharing, dk), parts_of(sharing, dv)
             attention_dkdv_kernel[(sharing.programs * batch * key_heads,)](
-                q_, k_, v_, dout_, tensor4(dk), tensor4(dv), dk_parts, dv_parts, row_values, shape, padded_rows,
-                window, listed, sharing.splits, *weights,
+                q_, k_, v_, dout_, tensor4(dk), tensor4(dv), argument(dk_parts), argument(dv_parts), row_values,
+                shape, padded_rows, window, listed, sharing.splits, *weights,
                 launch.heads_per_section(q, dout, batch * key_heads), **common, **tiling.options(),
             )  # fmt: skip
             merge(sharing, dk_parts, dk)
             merge(sharing, dv_parts, dv)
         if dq.numel():
             tiling = fit(launch.look_up(launch.ATTENTION_DQ, *ask))
-            listed = None if lists is None else rows_of(lists)
+            listed = rows_of(lists)
             sharing = sharing_of(
                 listed, None if lists is None else lists.row_merges, queries, tiling.block_m, batch * heads,
                 triton.cdiv(keys, tiling.block_n), processors,
             )  # fmt: skip
             parts = parts_of(sharing, dq)
             attention_dq_kernel[(sharing.programs * batch * heads,)](
-                q_, k_, v_, dout_, tensor4(dq), parts, row_values, shape, padded_rows, window, listed,
+                q_, k_, v_, dout_, tensor4(dq), argument(parts), row_values, shape, padded_rows, window, listed,
                 sharing.splits, *weights,
                 launch.heads_per_section(k, v, batch * heads), **common, **tiling.options(),
                 MASKED_FIRST=family in launch.MASKED_FIRST,
@@ -567,7 +571,7 @@ def attention_backward(
             )  # fmt: skip
             merge(sharing, parts, dq)
         tiling = fit(launch.look_up(launch.ATTENTION_BIAS, *ask))
-        listed = None if lists is None else rows_of(lists, shared=False)
+        listed = rows_of(lists, shared=False)
         beside = (row_values, shape, padded_rows, window, listed, *weights)
         given = (q, k, (q_, k_, v_, dout_), beside, {**common, **tiling.options()})
         if want_bias and bias is not None:

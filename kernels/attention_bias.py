@@ -95,7 +95,7 @@ def add_tile(
     as they are seen."""
     key_count = key_count_of(batch, shape, window)
     queries = start + tl.arange(0, BLOCK_M)
-    if lists is None:
+    if lists.full is None:
         bounds = key_bounds(queries, batch, key_count, shape, window)
         begin, _full_begin, _full_end, end = key_ranges(start, bounds, key_count, shape, window, BLOCK_M, BLOCK_N)
         if (key_start < end) & (key_start + BLOCK_N > begin):

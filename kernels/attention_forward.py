@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from . import launch
-from .merge import leave_tile, leave_values, merge, parts_of, sharing_of
+from .merge import argument, leave_tile, leave_values, merge, parts_of, sharing_of
 from .scores import bend, dropout_of, kept, score_factor, scores_of, shape_scores, terms_of
 from .tiles import LN_2, LOG2_E, head_of, load_tile, online_softmax_update, shape_of, tensor3, tensor4
 from .walk import later_are_heavier, rows_of, walk_keys, window_of, within, work_of
@@ -66,6 +66,7 @@ def attention_forward_kernel(
     out,
     lse,
     parts,
+    lse_parts,
     shape,
     window,
     lists,
@@ -114,9 +115,10 @@ def attention_forward_kernel(
         growth = tl.cast(dropout.growth, tl.float32)
     accumulator = accumulator * (growth / row_sum)[:, None]
     leave_tile(
-        out, parts, accumulator, batch, head, start, shape.queries, work, lists, VALUE_DIM, BLOCK_M, VALUE_WIDTH
-    )
-    leave_values(lse, parts, row_lse, batch, head, start, shape.queries, work, lists, BLOCK_M)
+        out, parts, accumulator, batch, head, start, shape.queries, work, shape, lists, VALUE_DIM, BLOCK_M,
+        VALUE_WIDTH,
+    )  # fmt: skip
+    leave_values(lse, lse_parts, row_lse, batch, head, start, shape.queries, work, shape, lists, BLOCK_M)
 
 
 def empty_heads(batch: int, heads: int, rows: int, width: int, like: torch.Tensor) -> torch.Tensor:
@@ -217,19 +219,20 @@ def attention_forward(
         )
         if lists is not None:
             tiling = launch.within_granules(tiling)
-        rows = None if lists is None else rows_of(lists)
+        rows = rows_of(lists)
         sharing = sharing_of(
             rows, None if lists is None else lists.row_merges, queries, tiling.block_m, batch * heads,
             triton.cdiv(k.shape[2], tiling.block_n), launch.processors(family, q.device),
         )  # fmt: skip
-        parts = parts_of(sharing, out, lse)
+        parts, lse_parts = parts_of(sharing, out), parts_of(sharing, lse)
         attention_forward_kernel[(sharing.programs * batch * heads,)](
             tensor4(q),
             tensor4(k),
             tensor4(v),
             tensor4(out),
             tensor3(lse),
-            parts,
+            argument(parts),
+            argument(lse_parts),
             shape_of(q, k),
             window_of(left, right, causal, key_lengths, intervals),
             rows,
@@ -243,5 +246,5 @@ def attention_forward(
             PRECISION=precision,
             **tiling.options(),
         )
-        merge(sharing, parts, out, lse)
+        merge(sharing, parts, out, lse_parts, lse)
     return out, lse

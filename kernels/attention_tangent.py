@@ -241,7 +241,7 @@ def attention_tangent(
             tensor3(moved_lse),
             shape_of(q, k),
             window_of(left, right, causal, key_lengths, intervals),
-            None if lists is None else rows_of(lists, shared=False),
+            rows_of(lists, shared=False),
             scores_of(scale, softcap, alibi_slopes, bias, relative_bias, sinks, counts_keys(lists)),
             scores_of(scale, None, None, bias_tangent, relative_bias_tangent, None),
             dropout_of(dropout_state, dropout),

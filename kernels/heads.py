@@ -32,12 +32,13 @@ class Table(NamedTuple):
 
 
 class Rotation(NamedTuple):
-    """Cosines and sines, and the position of each batch entry's row 0; without offsets it is 0."""
+    """Cosines and sines, and the position of each batch entry's row 0; without offsets it is 0. Without rotation
+    all is None: Triton 3.6 cannot compare a tuple that holds None with None."""
 
-    cos: Table
-    sin: Table
-    offsets: torch.Tensor | None
-    positions: int
+    cos: Table | None = None
+    sin: Table | None = None
+    offsets: torch.Tensor | None = None
+    positions: int | None = None
 
 
 class Size(NamedTuple):
@@ -193,7 +194,7 @@ def heads_kernel(
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     exists = rows < size.rows
     one = tl.zeros((1,), tl.int32)
-    if rotation is not None:
+    if rotation.cos is not None:
         cos, sin = load_angles(rotation, batch, rows, exists, TURNED, PAIRS)
     for step in range(0, tl.minimum(BLOCK_N, size.heads - first_head)):
         head = first_head + step
@@ -208,7 +209,7 @@ def heads_kernel(
             weight_a, weight_b = load_pairs(line, one == 0, weight.column, WIDTH, TURNED, INTERLEAVED, PAIRS)
             a *= weight_a
             b *= weight_b
-        if rotation is not None:
+        if rotation.cos is not None:
             a, b = turn(a, b, cos, sin, WIDTH, TURNED)
         if scale is not None:
             factor = tl.load(head_of(scale, batch, head)).to(tl.float32)
@@ -244,13 +245,13 @@ def heads_gradient_kernel(
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     exists = rows < size.rows
     one = tl.zeros((1,), tl.int32)
-    if rotation is not None:
+    if rotation.cos is not None:
         cos, sin = load_angles(rotation, batch, rows, exists, TURNED, PAIRS)
     for step in range(0, tl.minimum(BLOCK_N, size.heads - first_head)):
         head = first_head + step
         source = row_pointers(dy, batch, head, rows)
         da, db = load_pairs(source, exists, dy.column, WIDTH, TURNED, INTERLEAVED, PAIRS)
-        if rotation is not None:
+        if rotation.cos is not None:
             da, db = turn(da, db, cos, -sin, WIDTH, TURNED)
         if eps is not None or partials is not None:
             source = row_pointers(x, batch, head, rows)
@@ -287,13 +288,11 @@ def table(t: torch.Tensor | None) -> Table | None:
     return None if t is None else Table(t, *t.stride())
 
 
-def rotation_of(
-    cos: torch.Tensor | None, sin: torch.Tensor | None, offsets: torch.Tensor | None
-) -> Rotation | None:
+def rotation_of(cos: torch.Tensor | None, sin: torch.Tensor | None, offsets: torch.Tensor | None) -> Rotation:
     """Tables (B, positions, pairs) and offsets as a kernel argument, if there are any; offsets are copied if
     expanded."""
     if cos is None or sin is None:
-        return None
+        return Rotation()
     offsets = None if offsets is None else offsets.contiguous()
     return Rotation(Table(cos, *cos.stride()), Table(sin, *sin.stride()), offsets, cos.shape[1])
 

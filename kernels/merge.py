@@ -31,17 +31,11 @@ from .walk import GRANULE, Lists
 ROWS = 16  # of a program that merges
 
 
-class Parts(NamedTuple):
-    """What shares leave: part `slot` of batch entry b is entry slot x batches + b."""
-
-    tiles: Tensor4
-    rows: Tensor3 | None
-    batches: int
-
-
 class Sharing(NamedTuple):
     """How a launch shares its walks: programs for each head, shares of every walk (None: as the items say), slots
-    for parts, and where the parts of an item's row are (merges of a BlockLists; None: each row has all slots)."""
+    for parts, and where the parts of an item's row are (merges of a BlockLists; None: each row has all slots).
+
+    Part `slot` of batch entry b is entry slot x batches + b of a tensor of parts."""
 
     programs: int
     splits: int | None
@@ -50,7 +44,7 @@ class Sharing(NamedTuple):
 
 
 def sharing_of(
-    listed: Lists | None,
+    listed: Lists,
     merges: torch.Tensor | None,
     length: int,
     block: int,
@@ -59,57 +53,59 @@ def sharing_of(
     processors: int,
 ) -> Sharing:
     """For tiles of `block` of `length` rows, over `heads` heads, each walking up to `steps` tiles."""
-    if listed is not None and merges is not None:
+    if merges is not None:
         rows = listed.length - 1
         slots = listed.item_count - rows + len(merges)
         return Sharing(listed.item_count * (GRANULE.value // block), None, slots, merges)
     tiles = triton.cdiv(length, block)
-    splits = launch.splits(tiles * heads, steps, processors) if listed is None else 1
+    splits = launch.splits(tiles * heads, steps, processors)
     return Sharing(tiles * splits, None, 0, None) if splits == 1 else Sharing(tiles * splits, splits, splits, None)
 
 
-def parts_of(sharing: Sharing, result: torch.Tensor, values: torch.Tensor | None = None) -> Parts | None:
-    """Room for the parts of `result` (batch, heads, rows, width) and of a value a row; None if nothing is shared.
+def parts_of(sharing: Sharing, result: torch.Tensor) -> torch.Tensor | None:
+    """Room for the parts of `result` (batch, heads, rows[, width]); None if nothing is shared.
 
     A mask of lists always has it, if only for none, so that all masks run the same kernel."""
     if sharing.splits is None and sharing.merges is None:
         return None
-    batch, heads, rows, width = result.shape
-    shape = sharing.slots * batch, heads, rows if sharing.merges is None else GRANULE.value
-    room = torch.empty((*shape, width), dtype=torch.float32, device=result.device)
-    if values is not None:
-        values = torch.empty(shape, dtype=torch.float32, device=result.device)
-    return Parts(tensor4(room), None if values is None else tensor3(values), batch)
+    batch, heads, rows, *width = result.shape
+    rows = rows if sharing.merges is None else GRANULE.value
+    return torch.empty((sharing.slots * batch, heads, rows, *width), dtype=torch.float32, device=result.device)
+
+
+def argument(parts: torch.Tensor | None) -> Tensor4 | Tensor3 | None:
+    """Parts as a kernel argument."""
+    return None if parts is None else tensor4(parts) if parts.dim() == 4 else tensor3(parts)
 
 
 @triton.jit
 def leave_tile(
-    out, parts, tile, batch, head, start, length, work, lists,
+    out, parts, tile, batch, head, start, length, work, shape, lists,
     DIM: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Store a result, or its part where others share the walk."""
     if parts is None:
         store_tile(head_of(out, batch, head), out, start, length, DIM, tile, BLOCK, WIDTH)
     else:
-        pointer = head_of(parts.tiles, parts.batches * work[2] + batch, head)
-        if lists is None:
-            store_tile(pointer, parts.tiles, start, length, DIM, tile, BLOCK, WIDTH)
+        pointer = head_of(parts, shape.batches * work[2] + batch, head)
+        if lists.full is None:
+            store_tile(pointer, parts, start, length, DIM, tile, BLOCK, WIDTH)
         elif work[2] < 0:
             store_tile(head_of(out, batch, head), out, start, length, DIM, tile, BLOCK, WIDTH)
         else:
-            store_tile(pointer, parts.tiles, start % GRANULE, GRANULE, DIM, tile, BLOCK, WIDTH)
+            store_tile(pointer, parts, start % GRANULE, GRANULE, DIM, tile, BLOCK, WIDTH)
 
 
 @triton.jit
-def leave_values(out, parts, values, batch, head, start, length, work, lists, BLOCK: tl.constexpr):
+def leave_values(out, parts, values, batch, head, start, length, work, shape, lists, BLOCK: tl.constexpr):
     """Store a value a row, or its part."""
     rows = start + tl.arange(0, BLOCK)
     pointers = head_of(out, batch, head) + rows.to(tl.int64) * out.row
     if parts is None:
         tl.store(pointers, values, mask=rows < length)
     else:
-        pointer = head_of(parts.rows, parts.batches * work[2] + batch, head)
-        if lists is None:
+        pointer = head_of(parts, shape.batches * work[2] + batch, head)
+        if lists.full is None:
             tl.store(pointer + rows, values, mask=rows < length)
         elif work[2] < 0:
             tl.store(pointers, values, mask=rows < length)
@@ -119,7 +115,7 @@ def leave_values(out, parts, values, batch, head, start, length, work, lists, BL
 
 @triton.jit
 def merge_kernel(
-    parts, out, values, merges, slots, length, heads,
+    parts, value_parts, out, values, merges, slots, length, heads, batches,
     DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program merges BLOCK rows of one head: by the parts' log-sum-exps, if there are any, else adds them."""
@@ -138,9 +134,9 @@ def merge_kernel(
     total = tl.zeros([BLOCK], tl.float32)
     if values is not None:
         for number in tl.range(0, slots):
-            place = parts.batches * (slot + number) + batch
+            place = batches * (slot + number) + batch
             part = load_row_values(
-                head_of(parts.rows, place, head), parts.rows, row + offsets, rows, float("-inf")
+                head_of(value_parts, place, head), value_parts, row + offsets, rows, float("-inf")
             )
             new_most = tl.maximum(most, part)
             # A row that saw nothing so far pivots on 0: -inf minus -inf never happens.
@@ -154,32 +150,40 @@ def merge_kernel(
         total = tl.where(total == float("-inf"), 0.0, total)
     accumulator = tl.zeros([BLOCK, WIDTH], tl.float32)
     for number in tl.range(0, slots):
-        place = parts.batches * (slot + number) + batch
-        tile = load_tile(head_of(parts.tiles, place, head), parts.tiles, row, rows, DIM, BLOCK, WIDTH, True)
+        place = batches * (slot + number) + batch
+        tile = load_tile(head_of(parts, place, head), parts, row, rows, DIM, BLOCK, WIDTH, True)
         if values is not None:
             part = load_row_values(
-                head_of(parts.rows, place, head), parts.rows, row + offsets, rows, float("-inf")
+                head_of(value_parts, place, head), value_parts, row + offsets, rows, float("-inf")
             )
             tile *= tl.exp2((part - total) * LOG2_E)[:, None]
         accumulator += tile
     store_tile(head_of(out, batch, head), out, start, length, DIM, accumulator, BLOCK, WIDTH)
 
 
-def merge(sharing: Sharing, parts: Parts | None, out: torch.Tensor, values: torch.Tensor | None = None) -> None:
+def merge(
+    sharing: Sharing,
+    parts: torch.Tensor | None,
+    out: torch.Tensor,
+    value_parts: torch.Tensor | None = None,
+    values: torch.Tensor | None = None,
+) -> None:
     """Make `out` (batch, heads, rows, width) of its parts, where there are any, and the values (batch, heads,
-    rows), log-sum-exps, which weigh them."""
-    if parts is None or sharing.slots == 0:
+    rows) of theirs: log-sum-exps, which weigh the parts of `out`."""
+    if sharing.slots == 0:
         return
     batch, heads, rows, width = out.shape
     shared_rows = rows if sharing.merges is None else len(sharing.merges) * GRANULE.value
     merge_kernel[(triton.cdiv(shared_rows, ROWS), batch * heads)](
-        parts,
+        argument(parts),
+        argument(value_parts),
         tensor4(out),
         None if values is None else tensor3(values),
         sharing.merges,
         sharing.slots,
         rows,
         heads,
+        batch,
         DIM=width,
         WIDTH=launch.tile_width(width),
         BLOCK=ROWS,

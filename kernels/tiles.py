@@ -40,12 +40,14 @@ class Tensor2(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """The numbers a kernel needs: query heads, query heads per key head, rows and columns of the scores."""
+    """The numbers a kernel needs: query heads, query heads per key head, rows and columns of the scores, and batch
+    entries."""
 
     heads: int
     group: int
     queries: int
     keys: int
+    batches: int
 
 
 # No tile has more rows or columns than this; offsets within a tile are 32-bit.
@@ -72,7 +74,7 @@ def tensor2(t: torch.Tensor | None) -> Tensor2 | None:
 
 
 def shape_of(q: torch.Tensor, k: torch.Tensor) -> Shape:
-    return Shape(q.shape[1], q.shape[1] // max(k.shape[1], 1), q.shape[2], k.shape[2])
+    return Shape(q.shape[1], q.shape[1] // max(k.shape[1], 1), q.shape[2], k.shape[2], q.shape[0])
 
 
 @triton.jit

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .tiles import LOG2_E, Tensor3, heavy_first, tensor3
+from .tiles import LOG2_E, heavy_first
 
 # Lists say for each granule, 64 x 64 scores, who is seen.
 GRANULE: tl.constexpr = tl.constexpr(64)
@@ -27,28 +27,34 @@ class Window(NamedTuple):
     left: int | None
     right: int | None
     key_lengths: torch.Tensor | None
-    intervals: Tensor3 | None
+    intervals: torch.Tensor | None
+    interval_batch: int | None  # the stride of intervals
 
 
 class Lists(NamedTuple):
     """Which granules each row (or column) of granules has, as the mask's BlockLists have it: the full ones, the
     partial ones and their bit tiles, how often their keys count, and the pattern of each batch entry and head.
-    Items (row, share, of how many, slot) are what programs do, the heaviest first; None is one for each row."""
+    Items (row, share, of how many, slot) are what programs do, the heaviest first; None is one for each row.
 
-    full_offsets: torch.Tensor
-    full: torch.Tensor
-    partial_offsets: torch.Tensor
-    partial: torch.Tensor
-    partial_tiles: torch.Tensor
-    full_counts: torch.Tensor | None
-    partial_counts: torch.Tensor | None
-    tiles: torch.Tensor
-    pattern: torch.Tensor
-    batches: int
-    heads: int
-    length: int
-    items: torch.Tensor | None
-    item_count: int
+    Without lists all is None: Triton 3.6 cannot compare a tuple that holds None with None."""
+
+    full_offsets: torch.Tensor | None = None
+    full: torch.Tensor | None = None
+    partial_offsets: torch.Tensor | None = None
+    partial: torch.Tensor | None = None
+    partial_tiles: torch.Tensor | None = None
+    full_counts: torch.Tensor | None = None
+    partial_counts: torch.Tensor | None = None
+    tiles: torch.Tensor | None = None
+    pattern: torch.Tensor | None = None
+    batches: int | None = None
+    heads: int | None = None
+    length: int | None = None
+    items: torch.Tensor | None = None
+    item_count: int | None = None
+
+
+NO_LISTS = Lists()
 
 
 def window_of(
@@ -59,18 +65,23 @@ def window_of(
     intervals: torch.Tensor | None = None,
 ) -> Window:
     """A window as a kernel argument; causal is nothing to the right, known at compile time. Lengths are copied if
-    expanded."""
+    expanded, intervals if more than their batch is."""
     nothing_to_the_right = causal or right == 0
+    if intervals is not None and not intervals[:1].is_contiguous():
+        intervals = intervals.contiguous()
     return Window(
         left,
         tl.constexpr(0) if nothing_to_the_right else right,
         None if key_lengths is None else key_lengths.contiguous(),
-        None if intervals is None else tensor3(intervals),
+        intervals,
+        None if intervals is None else intervals.stride(0),
     )
 
 
 def rows_of(lists, shared: bool = True) -> Lists:
     """The lists by rows, of a BlockLists, as a kernel argument; `shared` says that programs may share a row."""
+    if lists is None:
+        return NO_LISTS
     items = lists.row_items if shared else None
     return Lists(
         *lists[:4], lists.partial_tiles, *lists[5:7], *_patterns(lists), *_lengths(lists.full_offsets, items)
@@ -79,6 +90,8 @@ def rows_of(lists, shared: bool = True) -> Lists:
 
 def columns_of(lists) -> Lists:
     """The lists by columns, of a BlockLists, as a kernel argument."""
+    if lists is None:
+        return NO_LISTS
     return Lists(*lists[7:14], *_patterns(lists), *_lengths(lists.column_full_offsets, lists.column_items))
 
 
@@ -95,15 +108,6 @@ def _lengths(offsets: torch.Tensor, items: torch.Tensor | None) -> tuple:
 
 
 @triton.jit
-def are_shared(lists):
-    """Whether items say which program does what of a row's list."""
-    if lists is None:
-        return False
-    else:
-        return lists.items is not None
-
-
-@triton.jit
 def work_of(length, heads, lists, splits, heads_per_section, DESCENDING: tl.constexpr, BLOCK: tl.constexpr):
     """This program's tile of `length` rows: its first row, batch entry and head, and, where walks are shared, its
     share, of how many, and the slot its part goes to (-1: the share is the whole).
@@ -117,11 +121,11 @@ def work_of(length, heads, lists, splits, heads_per_section, DESCENDING: tl.cons
         program, programs = program // splits, programs // splits
     tiles = tl.cdiv(length, BLOCK)
     parts: tl.constexpr = GRANULE // BLOCK
-    if are_shared(lists):
+    if lists.items is not None:
         tiles = lists.item_count * parts
     tile, flat_head = heavy_first(program, tiles, programs // tiles, heads_per_section, DESCENDING)
     start = tile * BLOCK
-    if are_shared(lists):
+    if lists.items is not None:
         item = lists.items + tile // parts * 4
         start = tl.load(item) * GRANULE + tile % parts * BLOCK
         share, shares, slot = tl.load(item + 1), tl.load(item + 2), tl.load(item + 3)
@@ -151,12 +155,10 @@ def key_count_of(batch, shape, window):
 
 
 @triton.jit
-def interval_of(window, batch, place):
+def interval_of(window, batch, place, shape):
     """First and stop of the interval at each place: queries, then keys."""
-    pointers = (
-        window.intervals.pointer + batch.to(tl.int64) * window.intervals.batch + place * window.intervals.row
-    )
-    return tl.load(pointers), tl.load(pointers + window.intervals.head)
+    pointers = window.intervals + batch.to(tl.int64) * window.interval_batch + place
+    return tl.load(pointers), tl.load(pointers + shape.queries + shape.keys)
 
 
 @triton.jit
@@ -164,7 +166,7 @@ def key_bounds(queries, batch, key_count, shape, window):
     """The keys each query may see: from the first to before the second. Without a left bound the first is 0 for
     all. By intervals, queries that do not exist see what the last one sees."""
     if window.intervals is not None:
-        first, stop = interval_of(window, batch, tl.minimum(queries, shape.queries - 1))
+        first, stop = interval_of(window, batch, tl.minimum(queries, shape.queries - 1), shape)
         return first, tl.minimum(stop, key_count)
     else:
         diagonal = queries + (shape.keys - shape.queries)
@@ -224,7 +226,7 @@ def shared_ranges(ranges, work, BLOCK_N: tl.constexpr):
 def query_bounds(keys, batch, shape, window):
     """With intervals: the queries that see each key, from the first to before the second."""
     if window.intervals is not None:
-        return interval_of(window, batch, shape.queries + tl.minimum(keys, shape.keys - 1))
+        return interval_of(window, batch, shape.queries + tl.minimum(keys, shape.keys - 1), shape)
     else:
         return 0, 0
 
@@ -274,7 +276,7 @@ def within(start, bounds, window, lists, BLOCK_N: tl.constexpr, RELATIVE: tl.con
     is a word for each query, whose bits say which keys of a granule it sees, the second is the keys' number."""
     columns = tl.arange(0, BLOCK_N)[None, :]
     first, stop = bounds
-    if lists is not None:
+    if lists.full is not None:
         inside = sees_bit((first >> (start % GRANULE))[:, None], columns)
         if window.key_lengths is not None:
             inside = inside & (start + columns < stop)
@@ -334,7 +336,7 @@ def first_at(others, begin, end, granule):
 @triton.jit
 def later_are_heavier(window, lists):
     """Whether later queries see more keys: the diagonal bounds them."""
-    return (lists is None) and (window.right is not None)
+    return (lists.full is None) and (window.right is not None)
 
 
 @triton.jit
@@ -368,7 +370,7 @@ def walk_keys(
     """
     queries = start + tl.arange(0, BLOCK_M)
     key_count = key_count_of(batch, shape, window)
-    if lists is None:
+    if lists.full is None:
         bounds = key_bounds(queries, batch, key_count, shape, window)
         ranges = key_ranges(start, bounds, key_count, shape, window, BLOCK_M, BLOCK_N)
         if splits is not None:
