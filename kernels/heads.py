@@ -23,7 +23,7 @@ from .tiles import head_of, tensor2, tensor4
 
 
 class Table(NamedTuple):
-    """A (batch, head, column) tensor, or (batch, position, pair): its pointer and strides in elements."""
+    """A (batch, head, column) tensor: its pointer and strides in elements."""
 
     pointer: torch.Tensor
     batch: int
@@ -32,11 +32,15 @@ class Table(NamedTuple):
 
 
 class Rotation(NamedTuple):
-    """Cosines and sines, and the position of each batch entry's row 0; without offsets it is 0. Without rotation
-    all is None: Triton 3.6 cannot compare a tuple that holds None with None."""
+    """Cosines and sines (batch, position, pair) and the strides of both, and the position of each batch entry's
+    row 0; without offsets it is 0. Without rotation all is None: Triton 3.6 cannot compare a tuple that holds None
+    with None, nor does it keep a stride of 1 two tuples deep."""
 
-    cos: Table | None = None
-    sin: Table | None = None
+    cos: torch.Tensor | None = None
+    sin: torch.Tensor | None = None
+    batch: int | None = None
+    position: int | None = None
+    pair: int | None = None
     offsets: torch.Tensor | None = None
     positions: int | None = None
 
@@ -143,12 +147,10 @@ def load_angles(rotation, batch, rows, exists, TURNED: tl.constexpr, PAIRS: tl.c
     known = exists & (positions < rotation.positions)
     pair = tl.arange(0, PAIRS)
     mask = known[:, None] & (pair < TURNED // 2)[None, :]
-    table = rotation.cos
-    pointers = head_of(table, batch, positions)[:, None] + pair[None, :] * table.column
-    cos = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
-    table = rotation.sin
-    pointers = head_of(table, batch, positions)[:, None] + pair[None, :] * table.column
-    sin = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+    places = batch.to(tl.int64) * rotation.batch + positions.to(tl.int64) * rotation.position
+    places = places[:, None] + pair[None, :] * rotation.pair
+    cos = tl.load(rotation.cos + places, mask=mask, other=0.0).to(tl.float32)
+    sin = tl.load(rotation.sin + places, mask=mask, other=0.0).to(tl.float32)
     if rotation.offsets is not None:
         # Nobody could read the offsets beforehand: what stands beyond the table must not look like a number.
         cos = tl.where((exists & (positions >= rotation.positions))[:, None], float("nan"), cos)
@@ -290,11 +292,13 @@ def table(t: torch.Tensor | None) -> Table | None:
 
 def rotation_of(cos: torch.Tensor | None, sin: torch.Tensor | None, offsets: torch.Tensor | None) -> Rotation:
     """Tables (B, positions, pairs) and offsets as a kernel argument, if there are any; offsets are copied if
-    expanded."""
+    expanded, tables if they lie differently."""
     if cos is None or sin is None:
         return Rotation()
+    if cos.stride() != sin.stride():
+        cos, sin = cos.contiguous(), sin.contiguous()
     offsets = None if offsets is None else offsets.contiguous()
-    return Rotation(Table(cos, *cos.stride()), Table(sin, *sin.stride()), offsets, cos.shape[1])
+    return Rotation(cos, sin, *cos.stride(), offsets, cos.shape[1])
 
 
 def tiling(kernel: object, x: torch.Tensor) -> launch.Tiling:
