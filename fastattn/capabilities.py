@@ -76,6 +76,12 @@ def _bias_dtype(request: Request) -> torch.dtype | None:
     return None if request.score_tensors.bias is None else request.score_tensors.bias.dtype
 
 
+def _has_other_widths(request: Request) -> bool:
+    """Whether heads of keys or of values are wider or narrower than the Triton kernels' tiles."""
+    q, _, v = request.tensors
+    return not (8 <= q.shape[3] <= 256 and 8 <= v.shape[3] <= 256)
+
+
 _Q, _K, _V = 0, 1, 2
 _HEADS, _LENGTH, _WIDTH = 1, 2, 3
 
@@ -103,7 +109,8 @@ FEATURES: tuple[Feature, ...] = (
     Feature("attention", "attention sinks, with gradient", lambda r: r.score_tensors.sinks is not None),
     Feature("attention", "lengths of their own for queries and keys", _differ(_LENGTH, _Q, _K)),
     Feature("attention", "grouped-query heads", _differ(_HEADS, _Q, _K)),
-    Feature("attention", "head widths 8 to 256", lambda r: True),
+    Feature("attention", "head widths 8 to 256", lambda r: not _has_other_widths(r)),
+    Feature("attention", "head widths below 8 or above 256", _has_other_widths, triton=frozenset()),
     Feature("attention", "a width of their own for values", _differ(_WIDTH, _Q, _V)),
     Feature("attention", "float16", _is(torch.float16)),
     Feature("attention", "bfloat16", _is(torch.bfloat16)),

@@ -103,7 +103,8 @@ def attention(
     Query i stands on the diagonal at key i + Lk - Lq (aligned bottom-right, as the last of a longer sequence).
 
     Args:
-        q: queries (B, Hq, Lq, D); any strides. D and Dv are 8 to 256.
+        q: queries (B, Hq, Lq, D); any strides. D and Dv may be any width from 1
+            up; the Triton kernels compute 8 to 256.
         k: keys (B, Hkv, Lk, D); query head h reads key head h // (Hq / Hkv).
         v: values (B, Hkv, Lk, Dv).
         causal: queries see keys up to the diagonal.

@@ -17,7 +17,6 @@ from fastattn.mlp_forms import Form, form_of, is_this_mlp, obstacle
 from fastattn.nn.norm import NORMS
 from fastattn.nn.torch_layers import COUNTERPARTS
 from fastattn.norm_forms import FusedNorm, names_of
-from fastattn.spec import MAX_HEAD_DIM
 from fastattn.swapping import WAS, swap
 
 
@@ -214,9 +213,6 @@ def _attention_obstacle(module: nn.Module) -> str | None:
         return f"{kind.__name__} is a subclass with code of its own"
     if reason := _instance_obstacle(module):
         return reason
-    attentions = [part for part in module.modules() if isinstance(part, nn.MultiheadAttention)]
-    if any(part.head_dim > MAX_HEAD_DIM for part in attentions):
-        return f"its heads are wider than {MAX_HEAD_DIM}"
     return None
 
 
@@ -362,8 +358,6 @@ def _bigbird_obstacle(module: Any) -> str | None:
         return ALREADY
     if type(module) not in bigbird.FUSED:
         return f"{_class_name(module)} is a subclass with code of its own"
-    if module.attention_head_size > MAX_HEAD_DIM:
-        return f"its heads are wider than {MAX_HEAD_DIM}"
     return _instance_obstacle(module)
 
 

@@ -21,8 +21,8 @@ from torch.nn import attention as registry
 
 from fastattn import backends
 from fastattn.dropout import dropout_state
-from fastattn.spec import FLOATING, MAX_HEAD_DIM, attention_spec, positive_scale, score_tensors
-from fastattn.torch_sdpa import BOTTOM_RIGHT, TOP_LEFT, align, attend, widened
+from fastattn.spec import FLOATING, attention_spec, positive_scale, score_tensors
+from fastattn.torch_sdpa import BOTTOM_RIGHT, TOP_LEFT, align, attend
 
 NAME = "fastattn"
 # The registry came into PyTorch in pieces.
@@ -217,28 +217,26 @@ class _Operators:
             return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
         scale = q.shape[3] ** -0.5 if scale is None else scale
         seen_k, seen_v, bias, aligned = align(q, k, v, bias, causal)
-        wide_q, wide_k, wide_v = (widened(t) for t in (q, seen_k, seen_v))
         spec = attention_spec(
-            wide_q, wide_k, wide_v, causal=aligned.get("causal", False), scale=scale,
+            q, seen_k, seen_v, causal=aligned.get("causal", False), scale=scale,
             window=aligned.get("window", (None, None)), dropout_p=dropout_p,
         )  # fmt: skip
-        scaled_q, positive = positive_scale(wide_q, spec)
-        tensors = score_tensors(wide_q, wide_k, bias=bias, dropout_state=state)
+        scaled_q, positive = positive_scale(q, spec)
+        tensors = score_tensors(q, seen_k, bias=bias, dropout_state=state)
         dq, dk, dv, *_ = torch.ops.fastattn.attention_backward(
-            widened(dout), scaled_q, wide_k, wide_v, widened(out), lse, None, False, False, *tensors,
+            dout, scaled_q, seen_k, seen_v, out, lse, None, False, False, *tensors,
             *positive.options, self.backend,
         )  # fmt: skip
-        if scaled_q is not wide_q:
+        if scaled_q is not q:
             dq = dq * (-1.0 if scale < 0 else 0.0)
         unseen = k.shape[2] - seen_k.shape[2]
         dk, dv = (F.pad(t, (0, 0, 0, unseen)) if unseen else t for t in (dk, dv))
-        return tuple(_heads_last(g[..., : t.shape[3]]) for g, t in ((dq, q), (dk, k), (dv, v)))
+        return tuple(_heads_last(t) for t in (dq, dk, dv))
 
 
 def _served(arguments: tuple[Any, ...]) -> bool:
     """Whether the tensors of a call have dtypes and widths of ours."""
-    width = arguments[0].shape[-1]
-    return arguments[0].dtype in FLOATING and 0 < width <= MAX_HEAD_DIM
+    return arguments[0].dtype in FLOATING and arguments[0].shape[-1] > 0
 
 
 def _state(words: Tensor, q: Tensor) -> Tensor:

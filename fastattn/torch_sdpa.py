@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastattn.functional import attention
-from fastattn.spec import FLOATING, MAX_HEAD_DIM, MIN_HEAD_DIM
+from fastattn.spec import FLOATING
 
 TOP_LEFT, BOTTOM_RIGHT = "top-left", "bottom-right"
 
@@ -33,8 +33,8 @@ def scaled_dot_product_attention(
 ) -> Tensor:
     """torch.nn.functional.scaled_dot_product_attention: the same arguments, the same result, no L x S tensor.
 
-    What torch refuses is refused in its words. What only torch has (head widths above 256, nested tensors, other
-    dtypes) torch computes, and a warning says so once.
+    What torch refuses is refused in its words. What only torch has (nested tensors, other dtypes) torch
+    computes, and a warning says so once.
 
     Args:
         query: (..., Hq, L, E); any leading dimensions, or none; those of query, key and value broadcast.
@@ -89,18 +89,16 @@ def attend(
     dropout_state: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`fastattn.attention` as torch's callers need it: heads narrower than 8, a dropout_p of 1, and causal masks
-    aligned TOP_LEFT or BOTTOM_RIGHT. Returns out and lse."""
-    value_width = v.shape[3]
+    """`fastattn.attention` as torch's callers need it: a dropout_p of 1, and causal masks aligned TOP_LEFT or
+    BOTTOM_RIGHT. Returns out and lse."""
     scale = q.shape[3] ** -0.5 if scale is None else scale
     k, v, bias, aligned = align(q, k, v, bias, causal)
     nothing_is_left = dropout_p == 1
     out, lse = attention(
-        *(widened(t) for t in (q, k, v)), **aligned, scale=scale, bias=bias, key_lengths=key_lengths,
+        q, k, v, **aligned, scale=scale, bias=bias, key_lengths=key_lengths,
         dropout_p=0.0 if nothing_is_left else dropout_p, dropout_state=dropout_state, return_lse=True,
         backend=backend,
     )  # fmt: skip
-    out = out[..., :value_width]
     return out * 0.0 if nothing_is_left else out, lse
 
 
@@ -121,11 +119,6 @@ def align(
     return k[:, :, :queries], v[:, :, :queries], bias, {"causal": True}
 
 
-def widened(t: Tensor) -> Tensor:
-    """Heads of at least the width that `fastattn.attention` has, zeros at their end: they change no score."""
-    return F.pad(t, (0, MIN_HEAD_DIM - t.shape[3])) if t.shape[3] < MIN_HEAD_DIM else t
-
-
 def _obstacle(
     query: Tensor,
     key: Tensor,
@@ -143,9 +136,8 @@ def _obstacle(
         return unserved
     if min(t.dim() for t in tensors) < (3 if enable_gqa else 2) or len({t.device for t in tensors}) > 1:
         return "the inputs do not fit together"
-    for width in (query.shape[-1], value.shape[-1]):
-        if not 0 < width <= MAX_HEAD_DIM:
-            return f"the head width is {width}, not 1 to {MAX_HEAD_DIM}"
+    if query.shape[-1] == 0 or value.shape[-1] == 0:
+        return "the head width is 0"
     if not 0 <= dropout_p <= 1:
         return f"dropout_p is {dropout_p}"
     scores = _shape_of_scores(query, key, value, enable_gqa)

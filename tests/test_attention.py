@@ -34,6 +34,7 @@ SAMPLES = {
     "lengths of their own for queries and keys": Problem(causal=True, queries=37, keys=90),
     "grouped-query heads": Problem(heads=6, key_heads=2, causal=True, queries=40, keys=40),
     "head widths 8 to 256": Problem(width=40, value_width=40, heads=1, key_heads=1),
+    "head widths below 8 or above 256": Problem(width=320, value_width=5, heads=1, key_heads=1),
     "a width of their own for values": Problem(width=24, value_width=56, heads=1, key_heads=1),
     "float16": Problem(dtype=torch.float16, causal=True, queries=70, keys=70),
     "bfloat16": Problem(dtype=torch.bfloat16, causal=True, queries=70, keys=70),
@@ -94,6 +95,28 @@ def test_head_widths(width: int, value_width: int, name: str) -> None:
     check(
         Problem(heads=1, key_heads=1, queries=35, keys=35, width=width, value_width=value_width, causal=True), name
     )
+
+
+@pytest.mark.parametrize("name", ["portable", "tiled", "reference"])
+@pytest.mark.parametrize(("width", "value_width"), [(1, 1), (3, 7), (5, 300), (320, 320), (512, 512), (513, 2)])
+def test_heads_narrower_and_wider_than_the_kernels_tiles(width: int, value_width: int, name: str) -> None:
+    check(
+        Problem(
+            heads=2, key_heads=1, queries=35, keys=40, width=width, value_width=value_width, causal=True,
+            lse_gradient=True,
+        ),
+        name,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("width", "value_width"), [(7, 8), (8, 7), (257, 8), (8, 257)])
+def test_the_triton_kernels_refuse_such_heads_and_say_so(width: int, value_width: int) -> None:
+    q, v = torch.zeros(1, 1, 4, width, device=DEVICE), torch.zeros(1, 1, 4, value_width, device=DEVICE)
+    with pytest.raises(
+        ValueError, match=r"backend 'triton' cannot compute .* no head widths below 8 or above 256"
+    ):
+        fastattn.attention(q, q, v, backend="triton")
+    assert fastattn.attention(q, q, v).shape == v.shape
 
 
 @pytest.mark.gpu
@@ -348,7 +371,7 @@ def beside_lengths(key_lengths) -> dict[str, object]:
         (tensors(v=torch.zeros(2, 4, 11, 16)), ValueError, r"v must have k's heads and length .* got \(4, 11\)"),
         (tensors(q=torch.zeros(2, 6, 10, 16)), ValueError, "q's heads must be a multiple of k's heads 4, got 6"),
         (tensors(q=torch.zeros(2, 4, 10, 32)), ValueError, "k must have q's head width 32, got 16"),
-        (tensors(v=torch.zeros(2, 4, 10, 4)), ValueError, "v's head width must be between 8 and 256, got 4"),
+        (tensors(v=torch.zeros(2, 4, 10, 0)), ValueError, "v's head width must be at least 1, got 0"),
         (tensors(causal=1), TypeError, "causal must be a bool, got int"),
         (tensors(scale="big"), TypeError, "scale must be a number or None, got str"),
         (tensors(scale=float("nan")), ValueError, "scale must be finite, got nan"),

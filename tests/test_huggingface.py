@@ -79,6 +79,15 @@ MODELS = {
                     decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48, max_source_positions=16,
                     max_target_positions=32, bos_token_id=1, suppress_tokens=None, begin_suppress_tokens=None,
                     **SEQ2SEQ),
+    # Heads wider than the Triton kernels', of one layer (Gemma 4), or with values of another width (DeepSeek).
+    "gpt2, one head of 512": tiny("GPT2LMHeadModel", "GPT2Config", vocab_size=VOCABULARY, n_positions=32,
+                                  n_embd=512, n_layer=1, n_head=1, eos_token_id=None),
+    "gemma4": tiny("Gemma4ForCausalLM", "Gemma4TextConfig", **DECODER | ALTERNATING | {"head_dim": 16},
+                   global_head_dim=512, vocab_size_per_layer_input=VOCABULARY, hidden_size_per_layer_input=8,
+                   num_kv_shared_layers=0),
+    "deepseek": tiny("DeepseekV3ForCausalLM", "DeepseekV3Config", **DECODER | {"num_key_value_heads": 4},
+                     qk_nope_head_dim=256, qk_rope_head_dim=64, v_head_dim=40, q_lora_rank=16, kv_lora_rank=16,
+                     first_k_dense_replace=2),
 }  # fmt: skip
 GENERATING = [
     "gpt2",

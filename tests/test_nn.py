@@ -555,7 +555,7 @@ def test_a_hook_replaces_what_flows_by_returning_a_tensor(point):
         (lambda: SelfAttention(30, 4), ValueError, "embed_dim must be a multiple .* embed_dim 30, num_heads 4"),
         (lambda: SelfAttention(32, 0), ValueError, "num_heads must be at least 1, got 0"),
         (lambda: SelfAttention(32.0, 4), TypeError, "embed_dim must be an int, got 32.0"),
-        (lambda: SelfAttention(16, 4), ValueError, "head_dim must be between 8 and 256, got 4"),
+        (lambda: SelfAttention(16, 4, head_dim=0), ValueError, "head_dim must be at least 1, got 0"),
         (lambda: SelfAttention(32, 4, num_kv_heads=3), ValueError, "num_heads 4, num_kv_heads 3"),
         (lambda: SelfAttention(32, 4, rotary=Rotary(16)), ValueError, "at most head_dim = 8 .* got 16"),
         (lambda: SelfAttention(32, 4, rotary="half"), TypeError, "rotary must be a .*Rotary or a bool, got str"),

@@ -495,7 +495,6 @@ LEFT = {
     "layers in two dtypes": (lambda: sequence(first=nn.Linear(8, 8).double()), "dtypes"),
     "another formula": (Doubled, "computes more than this MLP, or something else"),
     "another formula in training": (Noisy, "computes more than this MLP, or something else"),
-    "wide heads": (lambda: nn.MultiheadAttention(512, 1), "wider than 256"),
     "Hugging Face without dispatch": (lambda: hugging_face("BigBird").embeddings, None),
     "BigBird subclass": (own_bigbird, "OwnBigBirdAttention is a subclass"),
     "BigBird on meta": (lambda: on_meta(lambda: hugging_face("BigBird").encoder), "meta device"),

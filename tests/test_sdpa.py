@@ -230,13 +230,22 @@ def test_what_torch_refuses_is_refused_in_its_words(arguments):
 
 def test_what_only_torch_has_it_computes_and_a_warning_says_so_once(monkeypatch):
     monkeypatch.setattr(torch_sdpa, "_said", set())
-    inputs = qkv(width=300)
-    with pytest.warns(UserWarning, match="head width is 300, not 1 to 256; PyTorch's own function computes it"):
+    inputs = qkv()
+    inputs[:2] = (t[..., :0] for t in inputs[:2])
+    with pytest.warns(UserWarning, match="head width is 0; PyTorch's own function computes it"):
         out = ours(*inputs)
     assert torch.equal(out, theirs(*inputs))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ours(*inputs)
+
+
+@pytest.mark.parametrize("width", [1, 7, 320, 512])
+def test_heads_of_any_width_are_ours(width):
+    inputs = qkv(width=width)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert_same(ours(*inputs, is_causal=True), theirs(*inputs, is_causal=True), inputs, inputs)
 
 
 # The takeover.

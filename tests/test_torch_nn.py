@@ -449,12 +449,24 @@ def test_a_bias_of_another_dtype_is_left_to_torch():
         torch.testing.assert_close(ours(x, x, x), theirs(x, x, x), rtol=0, atol=0)
 
 
-def test_wider_heads_are_left_to_torch_and_a_warning_says_so_once(monkeypatch):
+@pytest.mark.parametrize(("width", "heads"), [(5, 5), (512, 1)])
+def test_heads_of_any_width_are_ours(width, heads):
+    ours, theirs = pair(MHA, width, heads)
+    x = torch.randn(3, 1, width, dtype=torch.float64)
+    with warnings.catch_warnings(), Operators() as operators:
+        warnings.simplefilter("error")
+        out = ours(x, x, x)
+    assert operators.ours
+    torch.testing.assert_close(out, theirs(x, x, x))
+
+
+def test_what_is_left_to_torch_a_warning_says_once(monkeypatch):
     monkeypatch.setattr(fastattn.torch_sdpa, "_said", set())
-    ours, theirs = pair(MHA, 300, 1)
-    x = torch.randn(3, 1, 300, dtype=torch.float64)
-    with pytest.warns(UserWarning, match="head width is 300, not 1 to 256; PyTorch's own module computes it"):
-        torch.testing.assert_close(ours(x, x, x), theirs(x, x, x), rtol=0, atol=0)
+    ours, _ = pair(MHA, 32, 4, batch_first=True)
+    ours.in_proj_bias = nn.Parameter(torch.zeros(96).half())
+    x = torch.randn(2, 5, 32, dtype=torch.float64)
+    with pytest.warns(UserWarning, match="the dtypes differ; PyTorch's own module computes it"):
+        ours(x, x, x)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ours(x, x, x)

@@ -32,7 +32,8 @@ def serves(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, tensors: ScoreT
     if tensors != NO_TENSORS or _hides_by_window(q, k, spec):
         return False
     half = q.dtype in (torch.float16, torch.bfloat16)
-    return half and q.shape[3] % 8 == 0 and torch.cuda.get_device_capability(q.device) >= (8, 0)
+    fits = q.shape[3] % 8 == 0 and q.shape[3] <= 256
+    return half and fits and torch.cuda.get_device_capability(q.device) >= (8, 0)
 
 
 def serves_backward(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, tensors: ScoreTensors) -> bool:

@@ -13,7 +13,7 @@ from transformers.models.big_bird.modeling_big_bird import (
 
 from fastattn import masks
 from fastattn.functional import attention
-from fastattn.integrations.huggingface import fastattn_attention, widened
+from fastattn.integrations.huggingface import fastattn_attention
 from fastattn.swapping import swap
 
 
@@ -36,14 +36,14 @@ class FusedBigBirdBlockSparseAttention(BigBirdBlockSparseAttention):
                 hidden_states, band_mask, from_mask, to_mask, from_blocked_mask, to_blocked_mask, **kwargs
             )
         width = self.attention_head_size
-        q, k, v = (widened(_heads(self, name, hidden_states)) for name in ("query", "key", "value"))
+        q, k, v = (_heads(self, name, hidden_states) for name in ("query", "key", "value"))
         mask = masks.bigbird(
             self.block_size, self.num_random_blocks, style="huggingface", seed=self.seed or 0,
             training=self.training, max_positions=self.max_seqlen,
         )  # fmt: skip
         out = attention(q, k, v, mask=mask, bias=to_mask.bool(), scale=width**-0.5)
         # Padded queries give 0, as there.
-        return (out[..., :width] * from_mask).transpose(1, 2).flatten(2), None
+        return (out * from_mask).transpose(1, 2).flatten(2), None
 
 
 class FusedBigBirdSelfAttention(BigBirdSelfAttention):

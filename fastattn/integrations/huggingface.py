@@ -25,7 +25,6 @@ from transformers.masking_utils import AttentionMaskInterface
 from fastattn import masks
 from fastattn.functional import attention
 from fastattn.masks.algebra import Values, smaller
-from fastattn.spec import MAX_HEAD_DIM, MIN_HEAD_DIM
 from fastattn.varlen import attention_varlen
 
 NAME = "fastattn"
@@ -371,7 +370,7 @@ def fastattn_attention(
     """
     if kwargs.get("output_attentions"):
         warnings.warn('attn_implementation="fastattn" computes no attention weights: use "eager"', stacklevel=2)
-    keys, width = key.shape[2], value.shape[3]
+    keys = key.shape[2]
     if attention_mask is not None and attention_mask.shape[-1] > keys:
         attention_mask = attention_mask[..., :keys]
     if attention_mask is None:
@@ -389,13 +388,12 @@ def fastattn_attention(
         "softcap": softcap, "sinks": s_aux, "dropout_p": dropout,
         "scale": query.shape[3] ** -0.5 if scaling is None else scaling,
     }  # fmt: skip
-    q, k, v = (widened(t) for t in (query, key, value))
     of_places = bias is None and isinstance(attention_mask, Mask) and attention_mask.is_of_places
     if of_places and cu_seq_lens_q is not None and cu_seq_lens_k is not None:
-        out = _of_sequences(q, k, v, cu_seq_lens_q, cu_seq_lens_k, **options)
+        out = _of_sequences(query, key, value, cu_seq_lens_q, cu_seq_lens_k, **options)
     else:
-        out = attention(q, k, v, bias=bias, **options)
-    return out[..., :width].transpose(1, 2).contiguous(), None
+        out = attention(query, key, value, bias=bias, **options)
+    return out.transpose(1, 2).contiguous(), None
 
 
 def _own_mask(module: nn.Module, query: Tensor, keys: int, is_causal: bool | None) -> Mask:
@@ -431,11 +429,6 @@ def _added(mask: Tensor | None, position_bias: Tensor | None) -> Tensor | None:
     if mask.dtype == torch.bool:
         return position_bias.masked_fill(~mask, float("-inf"))
     return position_bias + mask
-
-
-def widened(t: Tensor) -> Tensor:
-    """Heads of at least the width that `attention` has: zeros at their end change no score."""
-    return F.pad(t, (0, MIN_HEAD_DIM - t.shape[3])) if t.shape[3] < MIN_HEAD_DIM else t
 
 
 AttentionInterface.register(NAME, fastattn_attention)
@@ -480,7 +473,4 @@ def obstacle(model: Any) -> str | None:
         return f"the code of {type(model).__name__} does not dispatch its attention"
     if model.config.output_attentions:
         return "config.output_attentions asks for weights, which are never computed"
-    widths = [getattr(config, "head_dim", None) or 0 for config in _configurations(model)]
-    if max(widths) > MAX_HEAD_DIM:
-        return f"its heads are wider than {MAX_HEAD_DIM}"
     return None

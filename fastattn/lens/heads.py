@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fastattn.functional import attention
 from fastattn.nn import SelfAttention
-from fastattn.spec import MIN_HEAD_DIM, attention_spec, lse_dtype
+from fastattn.spec import attention_spec, lse_dtype
 
 KEY_TILE = 512
 TILE_SCORES = 2**21  # scores held at once, over batch and heads: 8 MiB in fp32
@@ -93,7 +93,7 @@ def even_scores(tokens: Tensor, *, causal: bool = True) -> HeadScores:
     batch, length = tokens.shape
     seen = torch.arange(1, length + 1) if causal else torch.full((length,), length)
     lse = seen.to(tokens.device, torch.float32).log().expand(batch, 1, length)
-    nothing = lse.new_zeros(batch, 1, length, MIN_HEAD_DIM)
+    nothing = lse.new_zeros(batch, 1, length, 1)
     return HeadScores(*(score[0] for score in head_scores(nothing, nothing, lse, tokens)))
 
 

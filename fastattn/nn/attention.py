@@ -11,7 +11,6 @@ from fastattn.functional import attention
 from fastattn.heads import prepare_heads
 from fastattn.nn.checks import check_count, check_stream
 from fastattn.nn.rotary import Rotary
-from fastattn.spec import MAX_HEAD_DIM, MIN_HEAD_DIM
 
 QK_NORM_EPS = 1e-6
 
@@ -206,7 +205,7 @@ def head_layout(embed_dim: int, num_heads: int, num_kv_heads: int | None, head_d
     """The number of key and value heads and the width of a head, checked.
 
     Raises:
-        ValueError, TypeError: sizes that are not positive integers, do not divide, or make no head we have.
+        ValueError, TypeError: sizes that are not positive integers, or do not divide.
     """
     check_count("embed_dim", embed_dim)
     check_count("num_heads", num_heads)
@@ -218,8 +217,6 @@ def head_layout(embed_dim: int, num_heads: int, num_kv_heads: int | None, head_d
             )
         head_dim = embed_dim // num_heads
     check_count("head_dim", head_dim)
-    if not MIN_HEAD_DIM <= head_dim <= MAX_HEAD_DIM:
-        raise ValueError(f"head_dim must be between {MIN_HEAD_DIM} and {MAX_HEAD_DIM}, got {head_dim}")
     if num_kv_heads is None:
         num_kv_heads = num_heads
     check_count("num_kv_heads", num_kv_heads)

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from fastattn.dropout import dropout_state
 from fastattn.nn.weights import Weighting, head_weights, mean_weights
-from fastattn.spec import MAX_HEAD_DIM
 from fastattn.torch_sdpa import TOP_LEFT, attend, dtype_obstacle, warn_once
 
 
@@ -19,8 +18,8 @@ class MultiheadAttention(nn.MultiheadAttention):
     """torch.nn.MultiheadAttention: the same arguments, parameters, state dict and results, in O(L) memory.
 
     Attention is fused in training and in eval mode. Averaged weights are computed one head at a time: beside the
-    result (N, L, S) no L x S tensor is kept. What torch refuses is refused in its words; what only torch has (head
-    widths above 256) torch computes, and a warning says so once.
+    result (N, L, S) no L x S tensor is kept. What torch refuses is refused in its words; what only torch has
+    (dtypes that differ) torch computes, and a warning says so once.
 
     What differs:
         Rows that may see nothing give 0 (and weights 0) where torch gives NaN.
@@ -232,8 +231,6 @@ class MultiheadAttention(nn.MultiheadAttention):
         self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None, attn_mask: Tensor | None
     ) -> str | None:
         """Why this call is left to torch, which computes it or raises; None if it is served here."""
-        if self.head_dim > MAX_HEAD_DIM:
-            return f"the head width is {self.head_dim}, not 1 to {MAX_HEAD_DIM}"
         # Inputs of some layouts torch projects with a bias of another dtype.
         projected = (query, key, value) if self.in_proj_bias is None else (query, key, value, self.in_proj_bias)
         if unserved := dtype_obstacle(*projected):
