@@ -29,7 +29,6 @@ from fastattn.spec import (
     mlp_spec,
     positive_scale,
     score_tensors,
-    window_that_hides,
 )
 
 
@@ -273,7 +272,7 @@ def _with_mask(
         key_lengths = (
             lengths if key_lengths is None else torch.minimum(check_key_lengths(key_lengths, q, k), lengths)
         )
-    window = window_that_hides((left, None if right == 0 else right), q.shape[2], k.shape[2])
+    window = left, None if right == 0 else right
     intervals = None if lowered.intervals is None else lowered.intervals.expand(q.shape[0], -1, -1)
     return _Masked(replace(spec, causal=right == 0, window=window), key_lengths, {"intervals": intervals})
 

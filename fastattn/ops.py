@@ -54,6 +54,7 @@ _MLP_FORWARD, _MLP_BACKWARD = "fastattn::mlp_forward", "fastattn::mlp_backward"
 
 def _forward(q, k, v, *rest) -> tuple[Tensor, Tensor]:
     tensors, spec, backend = _put_together(rest)
+    spec = spec.at(q.shape[2], k.shape[2])
     request = Request("attention", spec, (q, k, v), score_tensors=tensors)
     chosen = capabilities.choose(request, FORWARD, backend)
     return backends.load(chosen).attention_forward(q, k, v, spec, tensors)
@@ -61,6 +62,7 @@ def _forward(q, k, v, *rest) -> tuple[Tensor, Tensor]:
 
 def _backward(dout, q, k, v, out, lse, dlse, want_bias, want_relative_bias, *rest) -> tuple[Tensor, ...]:
     tensors, spec, backend = _put_together(rest)
+    spec = spec.at(q.shape[2], k.shape[2])
     wanted = Wanted(want_bias, want_relative_bias)
     request = Request("attention", spec, (q, k, v), lse_gradient=dlse is not None, score_tensors=tensors)
     chosen = capabilities.choose(request, BACKWARD, backend)
@@ -71,6 +73,7 @@ def _backward(dout, q, k, v, out, lse, dlse, want_bias, want_relative_bias, *res
 def _tangent(q, k, v, out, lse, *rest) -> tuple[Tensor, Tensor]:
     tangents = Tangents(*rest[: len(Tangents._fields)])
     tensors, spec, backend = _put_together(rest[len(tangents) :])
+    spec = spec.at(q.shape[2], k.shape[2])
     request = Request("attention", spec, (q, k, v), score_tensors=tensors)
     chosen = capabilities.choose(request, TANGENT, backend)
     return backends.load(chosen).attention_tangent(q, k, v, out, lse, tangents, spec, tensors)
@@ -326,7 +329,13 @@ class DualAttentionBackward(AttentionBackward):
 
 def attention(*arguments) -> tuple[Tensor, Tensor]:
     """Attention's arguments to (out, lse), differentiable."""
-    return (Attention if torch.compiler.is_compiling() else DualAttention).apply(*arguments)
+    if not torch.compiler.is_compiling():
+        return DualAttention.apply(*arguments)
+    q, k, v, *rest = arguments
+    # Dynamo refuses a tensor that is given to a Function twice, as in attention(x, x, x).
+    k = k.view_as(k) if k is q else k
+    v = v.view_as(v) if v is q or v is arguments[1] else v
+    return Attention.apply(q, k, v, *rest)
 
 
 def attention_backward(*arguments) -> tuple[Tensor, ...]:

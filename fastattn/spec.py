@@ -50,6 +50,14 @@ class AttentionSpec:
         """How many keys after the diagonal are seen, none if causal; None for all."""
         return 0 if self.causal else self.window[1]
 
+    def at(self, queries: int, keys: int) -> AttentionSpec:
+        """The same for so many queries and keys, without bounds that hide nothing there."""
+        bounds = self.left, self.right
+        left, right = window_that_hides(bounds, queries, keys)
+        if (left, right) == bounds:
+            return self
+        return replace(self, causal=right == 0, window=(left, None if right == 0 else right))
+
     @property
     def options(self) -> tuple[bool, float, int | None, int | None, float, float, str, tuple[int, ...] | None]:
         """As an operator takes them: causal, scale, window to the left and right, softcap, dropout, precision and
@@ -129,7 +137,8 @@ def attention_spec(
     """Check q, k, v and the options against each other; the default scale is 1/sqrt(D), the default precision
     PyTorch's own for float32 products.
 
-    A scale of zero or below is legal for the caller, but not in a spec: see `positive_scale`.
+    A scale of zero or below is legal for the caller, but not in a spec: see `positive_scale`. The window stays as
+    it is, whatever the lengths: a tracer may know no number for them. See `AttentionSpec.at`.
     """
     check_heads(q=q, k=k, v=v)
     if not isinstance(causal, bool):
@@ -150,7 +159,7 @@ def attention_spec(
     return AttentionSpec(
         causal,
         float(scale),
-        window_that_hides(window, q.shape[2], k.shape[2]),
+        (_bounded(window[0]), _bounded(window[1])),
         float(softcap),
         check_dropout(dropout_p),
         check_precision(precision, q),
@@ -191,13 +200,18 @@ def check_window(window: tuple[int | None, int | None]) -> None:
 def window_that_hides(
     window: tuple[int | None, int | None], queries: int, keys: int
 ) -> tuple[int | None, int | None]:
-    """The window without bounds that no query reaches: they hide nothing, and however large they are, sums of
-    positions and bounds stay within the kernels' 32 bits."""
+    """The window without bounds that hide nothing: the last query stands at the last key, the first one stands
+    `queries` - 1 keys before it. So sums of positions and bounds stay within the kernels' 32 bits, too."""
     left, right = window
     return (
-        None if left is None or left >= keys else left,
-        None if right is None or right >= queries else right,
+        None if left is None or left >= keys - 1 else left,
+        None if right is None or right >= queries - 1 else right,
     )
+
+
+def _bounded(side: int | None) -> int | None:
+    """A bound that an operator can take; one beyond all lengths is none."""
+    return None if side is None or side >= 2**31 else side
 
 
 def score_tensors(

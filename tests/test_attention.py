@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -11,10 +12,11 @@ from hardware import DEVICE, ON_GPU
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerance import assert_as_exact_as_eager
+from torch._dynamo.testing import CompileCounter
 
 import fastattn
 from fastattn import capabilities, masks, reference
-from fastattn.spec import Wanted
+from fastattn.spec import AttentionSpec, Wanted
 
 # One call for each row of the capability table; a row without one fails the test below.
 SAMPLES = {
@@ -321,7 +323,68 @@ def test_backward_of_a_part_is_exact_with_the_merged_state(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
-@pytest.mark.parametrize("bound", [39, 40, 2**31 - 1, 2**63 - 1])
+@pytest.mark.parametrize(
+    ("queries", "given", "same"),
+    [
+        (64, {"causal": True, "window": (63, None)}, {"causal": True}),
+        (64, {"window": (63, 0)}, {"causal": True}),
+        (64, {"mask": masks.causal() & masks.window(63)}, {"causal": True}),
+        (5, {"window": (63, 4)}, {}),
+        (1, {"causal": True}, {}),
+    ],
+)
+def test_a_window_that_hides_nothing_changes_no_bit(queries: int, given: dict, same: dict, name: str) -> None:
+    q, k, v = Problem(queries=queries, keys=64).inputs()
+    dout = torch.randn(1, 2, queries, 16, device=DEVICE)
+    with implementation(name) as backend:
+        results = (_out_and_gradients((q, k, v), dout, **options, backend=backend) for options in (given, same))
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_bounds_that_hide_nothing_are_left_out_and_no_others() -> None:
+    sides = [None, *range(7)]
+    for queries, keys, left, right in itertools.product(range(1, 6), range(1, 6), sides, sides):
+        given = AttentionSpec(window=(left, right))
+        least = given.at(queries, keys)
+        seen = reference.visible(queries, keys, given)
+        assert torch.equal(reference.visible(queries, keys, least), seen)
+        for side in ("left", "right"):
+            if getattr(least, side) is not None:
+                without = AttentionSpec(window=(None, least.right) if side == "left" else (least.left, None))
+                assert not reference.visible(queries, keys, without).equal(seen)
+
+
+class Windowed(torch.nn.Module):
+    def __init__(self, causal: bool, window: tuple) -> None:
+        super().__init__()
+        self.options = {"causal": causal, "window": window}
+
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return fastattn.attention(q, k, v, **self.options)
+
+
+@pytest.mark.parametrize(("causal", "window"), [(False, (5, 0)), (False, (5, 7)), (True, (5, None))])
+def test_one_exported_program_serves_lengths_on_both_sides_of_a_window(causal: bool, window: tuple) -> None:
+    module = Windowed(causal, window)
+    dims = {name: {2: torch.export.Dim(name, min=2, max=512)} for name in ("queries", "keys")}
+    shapes = (dims["queries"], dims["keys"], dims["keys"])
+    exported = torch.export.export(module, Problem(queries=11, keys=13).inputs(), dynamic_shapes=shapes).module()
+    for queries, keys in ((3, 4), (11, 13), (100, 90), (5, 300)):
+        inputs = Problem(queries=queries, keys=keys).inputs()
+        torch.testing.assert_close(exported(*inputs), module(*inputs))
+
+
+def test_a_compiled_window_is_compiled_once_for_all_lengths() -> None:
+    counter = CompileCounter()
+    compiled = torch.compile(Windowed(False, (5, 3)), backend=counter, dynamic=True, fullgraph=True)
+    for queries, keys in ((3, 4), (100, 90), (6, 6), (4, 6), (5, 300)):
+        q, k, v = Problem(queries=queries, keys=keys).inputs()
+        compiled(q.requires_grad_(), k, v).sum().backward()
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("bound", [39, 40, 2**200, 2**31 - 1, 2**63 - 1])
 def test_a_window_wider_than_everything_hides_nothing(bound: int, name: str) -> None:
     q, k, v = Problem(queries=20, keys=40).inputs()
     with implementation(name) as backend:

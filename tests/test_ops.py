@@ -92,6 +92,15 @@ def test_compiles_without_a_graph_break_and_gives_the_same(dynamic: bool, backen
             torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
 
 
+def test_one_tensor_may_be_queries_keys_and_values_of_a_compiled_call() -> None:
+    x = torch.randn(1, 2, 9, 8, requires_grad=True)
+    compiled = torch.compile(lambda x: fastattn.attention(x, x, x), backend="aot_eager", fullgraph=True)
+    (ours,), (expected,) = (
+        torch.autograd.grad(attend(x).sum(), x) for attend in (compiled, lambda x: fastattn.attention(x, x, x))
+    )
+    torch.testing.assert_close(ours, expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_lowers_to_its_dtype_and_returns_gradients_in_the_inputs_own(dtype: torch.dtype) -> None:
     q, k, v = (t.requires_grad_() for t in Problem(causal=True).inputs())
