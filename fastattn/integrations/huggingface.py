@@ -10,7 +10,6 @@ model hands on to the second.
 
 from __future__ import annotations
 
-import functools
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -25,6 +24,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from fastattn import masks
 from fastattn.functional import attention
 from fastattn.masks.algebra import Values, smaller
+from fastattn.modes import kept
 from fastattn.varlen import attention_varlen
 
 NAME = "fastattn"
@@ -416,7 +416,7 @@ def _of_sequences(
     return out.unflatten(0, (q.shape[0], q.shape[2])).transpose(1, 2)
 
 
-@functools.lru_cache(maxsize=4)
+@kept(4)
 def _read(starts: Values) -> Tensor:
     """On the CPU, where they are needed: on a GPU the first layer waits for them, the others do not."""
     return starts.tensor.cpu()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,8 +10,9 @@ import torch
 from torch import Tensor
 
 from fastattn.masks import pictures
-from fastattn.masks.lists import Lowered, Shape, outside_transforms, the_device
+from fastattn.masks.lists import Lowered, Shape, the_device
 from fastattn.masks.lowering import FULL, PARTIAL, Positions, Slab, build_lists
+from fastattn.modes import fake_mode, kept, lasts, outside_modes
 from fastattn.spec import window_that_hides
 
 COMPARED_BY_VALUE = 4096  # elements; larger tensors are equal if they are the same tensor
@@ -24,18 +24,22 @@ class Values:
     same tensor, unchanged."""
 
     def __init__(self, tensor: Tensor) -> None:
-        small = tensor.device.type == "cpu" and tensor.numel() <= COMPARED_BY_VALUE
-        own = small or tensor.is_inference()  # an inference tensor does not count its changes
-        self.tensor = tensor.detach().clone() if own else tensor
-        are_flags = tensor.dtype == torch.bool  # True equals 1, but says something else
-        self._value = (are_flags, tuple(tensor.shape), tuple(tensor.flatten().tolist())) if small else None
+        self.lasts = lasts(tensor)
+        self.tensor, self._value = tensor, None
+        small = self.lasts and tensor.device.type == "cpu" and tensor.numel() <= COMPARED_BY_VALUE
+        if small or tensor.is_inference():  # an inference tensor does not count its changes
+            with outside_modes():
+                self.tensor = tensor.detach().clone()
+                if small:
+                    are_flags = tensor.dtype == torch.bool  # True equals 1, but says something else
+                    self._value = are_flags, tuple(tensor.shape), tuple(self.tensor.flatten().tolist())
         self._hash = hash(self._value)
 
     @property
     def _key(self) -> tuple:
         if self._value is not None:
             return self._value
-        return id(self.tensor), 0 if self.tensor.is_inference() else self.tensor._version
+        return id(self.tensor), self.tensor._version
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Values) and self._key == other._key
@@ -44,7 +48,7 @@ class Values:
         return hash(self._key) if self._value is None else self._hash
 
     def __repr__(self) -> str:
-        if self.tensor.numel() <= 8 and self.tensor.device.type == "cpu":
+        if self._value is not None and self.tensor.numel() <= 8:
             return str(self.tensor.tolist())
         return f"<{' x '.join(map(str, self.tensor.shape))}>"
 
@@ -121,6 +125,11 @@ class Mask:
         own = tuple(value for value in vars(self).values() if isinstance(value, Values))
         return own + tuple(values for part in self.parts for values in part.held)
 
+    @property
+    def lasts(self) -> bool:
+        """Whether it holds no tensor that belongs to a mode of the caller: fake, traced, or of a transform."""
+        return all(values.lasts for values in self.held)
+
     def lowers_on(self, device: torch.device) -> torch.device:
         """Where its lists are built: on the CPU, unless it holds tensors of, or runs a function on, the device."""
         home = device if any(values.tensor.device == device for values in self.held) else torch.device("cpu")
@@ -154,8 +163,23 @@ class Mask:
         Raises:
             ValueError: if the mask is one for another batch size, head count, length or device.
         """
-        with outside_transforms():
-            return _lower(self, self._shape(batch, heads, queries, keys, device), closed_forms)
+        shape = self._shape(batch, heads, queries, keys, device)
+        if not self.lasts:
+            return self._lower_here(shape, closed_forms)
+        if fake_mode() is None:
+            return _lower(self, shape, closed_forms)
+        # Fake tensors have no values to look at: the lists are real, and become fake at the end.
+        return _lower(self, shape._replace(device=torch.device("cpu")), closed_forms).to(shape.device)
+
+    def _lower_here(self, shape: Shape, closed_forms: bool) -> Lowered:
+        """In the caller's mode, of tensors of it: what needs no look at their values."""
+        try:
+            return _lower(self, shape, closed_forms)
+        except (RuntimeError, NotImplementedError) as problem:
+            raise ValueError(
+                f"{self!r} holds a tensor without values to read (fake, or of a transform of torch.func); "
+                "lower it outside, where it has them"
+            ) from problem
 
     def density(
         self, batch: int, heads: int, queries: int, keys: int, device: torch.device | str = "cpu"
@@ -224,7 +248,9 @@ class Mask:
         for values in self.held:
             if values.tensor.device.type != "cpu" and values.tensor.device != shape.device:
                 raise ValueError(f"{self!r} must be on the CPU or on {shape.device}, got {values.tensor.device}")
-        self.check(shape)
+        if self.lasts:
+            with outside_modes():
+                self.check(shape)
         return shape
 
     def __and__(self, other: Mask) -> Mask:
@@ -240,8 +266,13 @@ class Mask:
         raise TypeError("a mask has no truth value: combine masks with & | ~, not with and, or, not")
 
 
-@lru_cache(maxsize=KEPT)
+@kept(KEPT)
 def _lower(mask: Mask, shape: Shape, closed_forms: bool) -> Lowered:
+    if 0 in shape[:4]:
+        # There is no pair to be hidden.
+        nothing = shape._replace(device=torch.device("cpu"))
+        lists = None if closed_forms else build_lists(_Everything(), nothing)
+        return Lowered(nothing, lists=lists).to(shape.device)
     form = mask.closed_form() if closed_forms else None
     if form is not None:
         left, right = window_that_hides((form.left, form.right), shape.queries, shape.keys)
@@ -250,8 +281,8 @@ def _lower(mask: Mask, shape: Shape, closed_forms: bool) -> Lowered:
     intervals = mask.intervals(home) if closed_forms else None
     both_ways = None if intervals is None else _both_ways(intervals, home)
     if both_ways is not None:
-        return Lowered(shape, intervals=both_ways.to(shape.device))
-    return Lowered(shape, lists=build_lists(mask, home).to(shape.device))
+        return Lowered(home, intervals=both_ways).to(shape.device)
+    return Lowered(home, lists=build_lists(mask, home)).to(shape.device)
 
 
 def _both_ways(intervals: Intervals, shape: Shape) -> Tensor | None:
@@ -276,6 +307,16 @@ def _least(lengths: tuple[Values, ...], shape: Shape) -> Tensor | None:
         here = values.on(shape.device).clamp(0, shape.keys).to(torch.int32).expand(shape.batch)
         least = here if least is None else torch.minimum(least, here)
     return None if least is None else least.contiguous()
+
+
+class _Everything(Mask):
+    """Every key."""
+
+    def sees(self, at: Positions) -> Tensor:
+        return torch.ones((), dtype=torch.bool, device=at.key.device)
+
+    def varies(self, shape: Shape) -> tuple[bool, bool]:
+        return False, False
 
 
 @dataclass(frozen=True, repr=False)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -13,6 +12,7 @@ from torch.nn import functional as F
 from fastattn.masks.algebra import ClosedForm, Intervals, Mask, Values
 from fastattn.masks.lists import GRANULE, Shape
 from fastattn.masks.lowering import FULL, Positions, Slab
+from fastattn.modes import kept
 from fastattn.spec import window_that_hides
 
 
@@ -149,11 +149,11 @@ class Documents(Mask):
         return f"documents({'cu_seqlens=' if self.boundaries else ''}{self.values})"
 
 
-@lru_cache(maxsize=8)
+@kept(8)
 def _document_ids(values: Values, boundaries: bool) -> Tensor:
     """The document of each token, (1 or B, N)."""
     if not boundaries:
-        return values.tensor.view(-1, values.tensor.shape[-1])
+        return _rows(values.tensor)
     sizes = values.tensor.diff()
     return torch.repeat_interleave(torch.arange(len(sizes), device=sizes.device), sizes)[None]
 
@@ -209,7 +209,7 @@ class PackedSequences(Mask):
         return f"packed_sequences({self.queries}, {self.keys}{causal}{bounds})"
 
 
-@lru_cache(maxsize=8)
+@kept(8)
 def _intervals(packed: PackedSequences) -> tuple[Tensor, Tensor]:
     """From the first key that each query sees to the one after the last; no further if it sees none."""
     starts, ends = packed.keys.tensor[:-1].long(), packed.keys.tensor[1:].long()
@@ -266,7 +266,7 @@ class GlobalTokens(Mask):
         """Whether each key is a global token, (1 or B, Lk)."""
         tensor = self.values.on(device)
         if self._are_flags:
-            return tensor.view(-1, tensor.shape[-1])
+            return _rows(tensor)
         return torch.zeros(1, shape.keys, dtype=torch.bool, device=device).index_fill_(1, tensor.long(), True)
 
     def _of_queries(self, flags: Tensor, shape: Shape) -> Tensor:
@@ -378,6 +378,11 @@ def state(*, some: Tensor, all: Tensor) -> Tensor:
 def pick(size: int, index: int | Tensor) -> int | Tensor:
     """The index into a dimension that may be 1 for all."""
     return 0 if size == 1 else index
+
+
+def _rows(t: Tensor) -> Tensor:
+    """(N,) as (1, N); (B, N) as it is."""
+    return t if t.dim() == 2 else t[None]
 
 
 def _of_batch(values: Tensor, batch: int | Tensor) -> Tensor:

@@ -8,14 +8,15 @@ tiles, and equal lists of different heads or batch elements, are stored once.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from fastattn.modes import fake_mode, outside_modes
 
 GRANULE = 64
 PAIRS = GRANULE * GRANULE
@@ -88,8 +89,8 @@ class BlockLists(NamedTuple):
     column_items: Tensor
     column_merges: Tensor
 
-    def to(self, device: torch.device | str) -> BlockLists:
-        return BlockLists._make(None if t is None else t.to(device) for t in self)
+    def each(self, function: Callable[[Tensor | None], Tensor | None]) -> BlockLists:
+        return BlockLists._make(map(function, self))  # type: ignore[arg-type]
 
     @property
     def nbytes(self) -> int:
@@ -143,19 +144,6 @@ def _below(count: Tensor) -> Tensor:
     return torch.where(count == GRANULE, -1, (1 << count.clamp(max=GRANULE - 1)) - 1)
 
 
-@contextmanager
-def outside_transforms() -> Iterator[None]:
-    """Within, no transform of torch.func is under way: tensors that are kept must not belong to one."""
-    layers = []
-    while torch._C._functorch.peek_interpreter_stack() is not None:
-        layers.append(torch._C._functorch.pop_dynamic_layer_stack())
-    try:
-        yield
-    finally:
-        for layer in reversed(layers):
-            torch._C._functorch.push_dynamic_layer_stack(layer)
-
-
 def packed(lists: BlockLists) -> tuple[Tensor, tuple[int, ...]]:
     """The lists as one 1-D int64 tensor, and the numbers that tell how to take it apart: what operators are given.
 
@@ -205,7 +193,7 @@ def log_counts(lists: BlockLists, rows: range, columns: range) -> Tensor:
     """How often each pair of some rows and columns of granules counts, as a logarithm: fp32 (P, 64 rows,
     64 columns), -inf for pairs that are not seen."""
     patterns, device = lists.full_offsets.shape[0], lists.pattern.device
-    counts = torch.zeros(patterns, len(rows), len(columns), GRANULE, GRANULE, device=device)
+    counts = torch.zeros(patterns, len(rows), len(columns), GRANULE, GRANULE, device=device, dtype=torch.float32)
     for offsets, others, tiles, logs in (
         (lists.full_offsets, lists.full_columns, None, lists.full_counts),
         (lists.partial_offsets, lists.partial_columns, lists.partial_tiles, lists.partial_counts),
@@ -218,8 +206,9 @@ def log_counts(lists: BlockLists, rows: range, columns: range) -> Tensor:
         here = (others[entries] >= columns.start) & (others[entries] < columns.stop)
         entries, own = entries[here], own[here]
         place = (own // len(rows), own % len(rows), others[entries].long() - columns.start)
-        times = torch.ones((), device=device) if logs is None else logs[entries].exp().round()[:, None, None]
-        seen = torch.ones((), device=device) if tiles is None else unpack(lists.bit_tiles[tiles[entries].long()])
+        one = torch.ones((), device=device, dtype=torch.float32)
+        times = one if logs is None else logs[entries].exp().round()[:, None, None]
+        seen = one if tiles is None else unpack(lists.bit_tiles[tiles[entries].long()])
         counts.index_put_(place, (seen * times).expand(len(own), GRANULE, GRANULE), accumulate=True)
     return counts.log().transpose(2, 3).reshape(patterns, len(rows) * GRANULE, len(columns) * GRANULE)
 
@@ -268,21 +257,26 @@ class Lowered:
     packed: tuple[Tensor, tuple[int, ...]] | None = field(init=False, repr=False, default=None)
 
     def __post_init__(self) -> None:
-        # Once, and here: within a transform of torch.func it would belong to the transform.
+        # Once, and here: made at a later call it would belong to whatever mode that call is in.
         object.__setattr__(self, "packed", None if self.lists is None else packed(self.lists))
 
     def to(self, device: torch.device | str) -> Lowered:
-        """The same mask on another device; itself if it is there already."""
-        device = the_device(device)
-        if device == self.shape.device:
+        """The same mask on another device; itself if it is there already. A FakeTensorMode gets fake tensors."""
+        device, mode = the_device(device), fake_mode()
+        if device == self.shape.device and mode is None:
             return self
-        return replace(
-            self,
-            shape=self.shape._replace(device=device),
-            key_lengths=None if self.key_lengths is None else self.key_lengths.to(device),
-            intervals=None if self.intervals is None else self.intervals.to(device),
-            lists=None if self.lists is None else self.lists.to(device),
-        )
+
+        def moved(t: Tensor | None) -> Tensor | None:
+            return None if t is None else (t if mode is None else mode.from_tensor(t)).to(device)
+
+        with outside_modes():
+            return replace(
+                self,
+                shape=self.shape._replace(device=device),
+                key_lengths=moved(self.key_lengths),
+                intervals=moved(self.intervals),
+                lists=None if self.lists is None else self.lists.each(moved),
+            )
 
     def check(self, batch: int, heads: int, queries: int, keys: int, device: torch.device | str) -> None:
         """A ValueError if this is the mask of another batch, head count, length or device."""
@@ -398,7 +392,9 @@ def decode(
         )
     patterns = lists.full_offsets.shape[0]
     rows, columns = -(-queries // GRANULE), -(-keys // GRANULE)
-    counts = torch.zeros(patterns, rows, columns, GRANULE, GRANULE, device=lists.pattern.device)
+    counts = torch.zeros(
+        patterns, rows, columns, GRANULE, GRANULE, device=lists.pattern.device, dtype=torch.float32
+    )
     for offsets, others, tiles, logs in (full, partial):
         for p in range(patterns):
             sizes = offsets[p].diff().long()

@@ -271,8 +271,10 @@ def distinct_rows(words: Tensor) -> tuple[Tensor, Tensor]:
     if not len(words):
         return words, words.new_zeros(0)
     # Sorting 64-bit hashes is much faster than sorting rows; rows that share a hash are compared.
-    generator = torch.Generator().manual_seed(0)
-    odd = (torch.randint(-(2**62), 2**62, (2, words.shape[1]), generator=generator) * 2 + 1).to(words.device)
+    generator = torch.Generator("cpu").manual_seed(0)
+    odd = (torch.randint(-(2**62), 2**62, (2, words.shape[1]), generator=generator, device="cpu") * 2 + 1).to(
+        words.device
+    )
     mixed = words * odd[0]
     hashes = ((mixed ^ mixed >> 31) * odd[1]).sum(1)
     unique, numbers = hashes.unique(return_inverse=True)

@@ -5,27 +5,27 @@ Tables are int64 (H or 1, rows, random); -1 stands for no block.
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
+
+from fastattn.modes import kept
 
 OLD_PLAN_LENGTHS = (1024, 3072, 4096)  # tokens
 OLD_PLAN_REACH = 1024  # tokens
 
 
-@lru_cache(maxsize=16)
+@kept(16)
 def paper_blocks(count: int, heads: int, random: int, edge: int, reach: int, seed: int) -> Tensor:
     """For each of `count` rows, `random` different blocks, neither among the first and last `edge` ones nor within
     `reach` of the row; all of them where fewer are left."""
-    row = torch.arange(count)
+    row = torch.arange(count, device="cpu")
     # What may be drawn are two intervals, one before and one after the window.
     before = (row - reach - edge).clamp(0, max(0, count - 2 * edge))
     resume = (row + reach + 1).clamp(min=edge)
     allowed = before + (count - edge - resume).clamp(min=0)
-    generator = torch.Generator().manual_seed(seed)
-    chance = torch.rand(heads, count, random, generator=generator, dtype=torch.float64)
-    drawn = torch.full((heads, count, random), -1)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    chance = torch.rand(heads, count, random, generator=generator, dtype=torch.float64, device="cpu")
+    drawn = torch.full((heads, count, random), -1, device="cpu")
     # Floyd's sampling without repetition: a number drawn before stands for the greatest of this turn.
     for turn in range(random):
         greatest = allowed - random + turn
@@ -36,7 +36,7 @@ def paper_blocks(count: int, heads: int, random: int, edge: int, reach: int, see
     return torch.where(drawn < 0, -1, column)
 
 
-@lru_cache(maxsize=64)
+@kept(64)
 def huggingface_blocks(
     count: int, block: int, heads: int, random: int, seed: int | None, max_positions: int
 ) -> Tensor:
@@ -45,11 +45,11 @@ def huggingface_blocks(
     seed: NumPy's, the layer's index; None for eval mode, in which every draw is block 0, for all heads.
     """
     if seed is None:
-        return torch.zeros(1, count, random, dtype=torch.int64)
+        return torch.zeros(1, count, random, dtype=torch.int64, device="cpu")
     import numpy  # the draws are NumPy's, nothing else needs it
 
     generator = numpy.random.RandomState(seed)
-    table = torch.full((heads, count, random), -1)
+    table = torch.full((heads, count, random), -1, device="cpu")
     if count * block in OLD_PLAN_LENGTHS:
         _fill_by_old_plan(table, generator, max_positions // block, block)
     else:
@@ -67,7 +67,7 @@ def _fill_by_plan(table: Tensor, generator) -> None:
         for head in range(heads):
             order = generator.permutation(end).tolist()
             if row < count - 1:
-                table[head, row] = torch.tensor([c for c in order if c not in excluded][:random])
+                table[head, row] = torch.tensor([c for c in order if c not in excluded][:random], device="cpu")
 
 
 def _fill_by_old_plan(table: Tensor, generator, planned: int, block: int) -> None:

@@ -1,0 +1,92 @@
+"""What is kept from call to call: made once, outside of whatever mode the caller is in, for every later one.
+
+A tensor made under `torch.inference_mode`, a FakeTensorMode, a transform of torch.func or another default device
+belongs to that mode. Kept, it would break, or silently spoil, calls outside of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache, wraps
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+from torch._ops import _len_torch_dispatch_stack_pre_dispatch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
+
+P, R = ParamSpec("P"), TypeVar("R")
+
+
+@contextmanager
+def outside_modes() -> Iterator[None]:
+    """Within, torch computes as at the start of a program: no inference mode, no gradients, no dispatch or
+    function mode (fake tensors, tracers, default devices), no transform of torch.func.
+
+    The default dtype stays: whoever makes a floating tensor here names its dtype.
+    """
+    if not _any_mode():
+        yield
+        return
+    layers = []
+    while torch._C._functorch.peek_interpreter_stack() is not None:
+        layers.append(torch._C._functorch.pop_dynamic_layer_stack())
+    try:
+        with (
+            torch._C.DisableTorchFunction(),
+            _disable_current_modes(),
+            torch.inference_mode(False),
+            torch.no_grad(),
+        ):
+            yield
+    finally:
+        for layer in reversed(layers):
+            torch._C._functorch.push_dynamic_layer_stack(layer)
+
+
+def _any_mode() -> bool:
+    return bool(
+        torch._C._len_torch_function_stack()
+        or torch._C._len_torch_dispatch_stack()
+        or _len_torch_dispatch_stack_pre_dispatch()
+        or torch.is_inference_mode_enabled()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )
+
+
+def kept(maxsize: int) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Keep the last `maxsize` results of a function that makes tensors; it is called outside of the caller's modes.
+
+    Arguments are hashed. One whose `lasts` is False holds a tensor of the caller's mode, whose values cannot be
+    read outside of it: then the function is called as it is, and nothing is kept.
+    """
+
+    def keep(function: Callable[P, R]) -> Callable[P, R]:
+        @lru_cache(maxsize=maxsize)
+        def made(*arguments: Any) -> R:
+            with outside_modes():
+                return function(*arguments)
+
+        @wraps(function)
+        def kept_or_made(*arguments: P.args, **_: P.kwargs) -> R:
+            if all(getattr(argument, "lasts", True) for argument in arguments):
+                return made(*arguments)
+            return function(*arguments)
+
+        return kept_or_made
+
+    return keep
+
+
+def lasts(t: Tensor) -> bool:
+    """Whether a tensor means the same in every mode: neither fake nor traced, nor of a torch.func transform."""
+    return isinstance(t, torch.nn.Parameter) or (
+        type(t) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(t)
+    )
+
+
+def fake_mode() -> FakeTensorMode | None:
+    """The FakeTensorMode that is active, whose operators take no other tensors."""
+    return next((m for m in reversed(_get_current_dispatch_mode_stack()) if isinstance(m, FakeTensorMode)), None)
