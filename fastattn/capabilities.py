@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn import backends
+from fastattn import arguments, backends
 from fastattn.spec import ACTIVATIONS, NO_TENSORS, ScoreTensors
 
 FORWARD, BACKWARD, SECOND, TANGENT = "forward", "backward", "second derivative", "forward mode"
@@ -170,6 +170,13 @@ def choose(request: Request, direction: str, backend: str | None = None) -> str:
     if lacking:
         raise ValueError(f"backend {asked!r} cannot compute this call ({direction}): {'; '.join(lacking)}")
     return asked
+
+
+def check_backend(backend: str | None) -> str | None:
+    """The backend that a caller names, None if no one; a TypeError or ValueError if there is none of that name."""
+    if backend is not None and not (isinstance(backend, str) and backend in backends.NAMES):
+        arguments.choice("backend", backend, backends.NAMES, or_none=True)
+    return backend
 
 
 def missing(request: Request, direction: str, backend: str) -> list[str]:

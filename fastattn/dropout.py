@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastattn import arguments
 from fastattn.spec import check_dropout
 
 ROUNDS = 7
@@ -27,6 +28,9 @@ def dropout_state(batch: int, device: torch.device | str | None = None) -> Tenso
     What `fastattn.attention` draws where it is given a dropout_p and no dropout_state; `torch.manual_seed` and
     activation checkpointing govern it as any random number.
     """
+    batch = arguments.integer("batch", batch, least=0, what="an integer, the number of batch entries")
+    if device is not None and not isinstance(device, torch.device | str | int):
+        raise TypeError(f"device must be a torch.device, its name or None, got {type(device).__name__}")
     seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device)
     return torch.stack((seed.expand(batch), torch.arange(batch, device=device)), 1)
 
@@ -39,6 +43,13 @@ def dropout_mask(state: Tensor, dropout_p: float, heads: int, queries: int, keys
         dropout_p: the probability of being dropped; rounded to a multiple of 2**-16. Kept weights are multiplied
             by 1 / (1 - the rounded dropout_p).
     """
+    arguments.tensor("state", state)
+    if state.dtype != torch.int64:
+        raise TypeError(f"state must be int64, got {state.dtype}")
+    if state.dim() != 2 or state.shape[1] != 2:
+        raise ValueError(f"state must have shape (batch, 2), got {tuple(state.shape)}")
+    sizes = (("heads", heads), ("queries", queries), ("keys", keys))
+    heads, queries, keys = (arguments.integer(name, value, least=0) for name, value in sizes)
     head = torch.arange(heads, device=state.device)[:, None, None]
     query = torch.arange(queries, device=state.device)[:, None]
     return kept(state[:, None, None, None], head, query, 0, keys, check_dropout(dropout_p))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple, overload
 
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor
 
 from fastattn import ops
+from fastattn.arguments import flag, integer, refuse_keywords, tensor
+from fastattn.capabilities import check_backend
 from fastattn.dropout import dropout_state as fresh_dropout_state
 from fastattn.heads import prepare_heads
 from fastattn.masks import Lowered, Mask
@@ -19,12 +22,14 @@ from fastattn.spec import (
     AttentionSpec,
     Gradients,
     MLPWeights,
+    Window,
     attention_spec,
     check_floating,
     check_gradients,
     check_heads,
     check_key_lengths,
     check_same,
+    check_scales,
     gated_mlp_spec,
     mlp_spec,
     positive_scale,
@@ -40,8 +45,8 @@ def attention(
     *,
     causal: bool = ...,
     scale: float | Tensor | None = ...,
-    window: tuple[int | None, int | None] = ...,
-    key_lengths: Tensor | None = ...,
+    window: Window = ...,
+    key_lengths: Tensor | Sequence[int] | None = ...,
     mask: Mask | Lowered | None = ...,
     bias: Tensor | None = ...,
     alibi_slopes: Tensor | None = ...,
@@ -62,8 +67,8 @@ def attention(
     *,
     causal: bool = ...,
     scale: float | Tensor | None = ...,
-    window: tuple[int | None, int | None] = ...,
-    key_lengths: Tensor | None = ...,
+    window: Window = ...,
+    key_lengths: Tensor | Sequence[int] | None = ...,
     mask: Mask | Lowered | None = ...,
     bias: Tensor | None = ...,
     alibi_slopes: Tensor | None = ...,
@@ -83,8 +88,8 @@ def attention(
     *,
     causal: bool = False,
     scale: float | Tensor | None = None,
-    window: tuple[int | None, int | None] = (None, None),
-    key_lengths: Tensor | None = None,
+    window: Window = None,
+    key_lengths: Tensor | Sequence[int] | None = None,
     mask: Mask | Lowered | None = None,
     bias: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
@@ -96,6 +101,7 @@ def attention(
     precision: str | None = None,
     return_lse: bool = False,
     backend: str | None = None,
+    **unknown: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """softmax(scale q k^T) v, fused: no N x N tensor is ever stored, forward or backward.
 
@@ -107,11 +113,13 @@ def attention(
         k: keys (B, Hkv, Lk, D); query head h reads key head h // (Hq / Hkv).
         v: values (B, Hkv, Lk, Dv).
         causal: queries see keys up to the diagonal.
-        scale: multiplier of the scores; 1/sqrt(D) by default. Or a tensor (Hq,) or (B, Hq), one for each head,
-            with gradient.
-        window: (left, right), how many keys before and after the diagonal are seen; None is unbounded. What
-            no query of a tile sees is not computed.
-        key_lengths: (B,) integers; keys from there on are not seen (right padding). The diagonal stays.
+        scale: multiplier of the scores; 1/sqrt(D) by default. Or a tensor (), (Hq,) or (B, Hq), one for all or
+            for each head, with gradient.
+        window: (left, right), how many keys before and after the diagonal are seen; None is unbounded. A number n
+            is (n, n), with causal (n, 0); a query sees n keys on a side beside its own. What no query of a tile
+            sees is not computed.
+        key_lengths: (B,) integers, a tensor or a sequence; keys from there on are not seen (right padding). The
+            diagonal stays.
         mask: which keys each query sees, a value of fastattn.masks or what its `lower` returned; seen is what
             causal, window and key_lengths show, too. Granules of 64 x 64 that nobody sees are not computed.
         bias: added to the scores; broadcasts to (B, Hq, Lq, Lk), any float dtype, with gradient, which is summed
@@ -154,11 +162,14 @@ def attention(
     Streaming Language Models with Attention Sinks (2024), section 3.3, learned as in gpt-oss (2025); relative
     bias: Raffel et al., Exploring the Limits of Transfer Learning (2020), section 2.1.
     """
+    if unknown:
+        refuse_keywords("attention", unknown)
+    return_lse, backend = flag("return_lse", return_lse), check_backend(backend)
     q, k, v = _autocast(q, k, v)
     if isinstance(scale, Tensor):
         # O(N) on the way in, and its gradient comes of q's.
         check_heads(q=q, k=k, v=v)
-        q, scale = prepare_heads(q, head_scale=scale, backend=backend), 1.0
+        q, scale = prepare_heads(q, head_scale=check_scales(scale, q), backend=backend), 1.0
     spec = attention_spec(
         q, k, v, causal=causal, scale=scale, window=window, softcap=softcap, dropout_p=dropout_p,
         precision=precision,
@@ -168,7 +179,7 @@ def attention(
     spec, key_lengths, masked = _with_mask(q, k, spec, key_lengths, mask)
     tensors = score_tensors(
         q, k, key_lengths=key_lengths, alibi_slopes=alibi_slopes, bias=bias, relative_bias=relative_bias,
-        sinks=sinks, dropout_state=dropout_state if spec.dropout else None,
+        sinks=sinks, dropout_state=dropout_state, drops=spec.dropout > 0,
     )._replace(**masked)  # fmt: skip
     q, spec = positive_scale(q, spec)
     out, lse = ops.attention(q, k, v, *tensors, *spec.options, backend)
@@ -186,8 +197,8 @@ def attention_backward(
     dlse: Tensor | None = None,
     causal: bool = False,
     scale: float | None = None,
-    window: tuple[int | None, int | None] = (None, None),
-    key_lengths: Tensor | None = None,
+    window: Window = None,
+    key_lengths: Tensor | Sequence[int] | None = None,
     mask: Mask | Lowered | None = None,
     bias: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
@@ -198,6 +209,7 @@ def attention_backward(
     dropout_state: Tensor | None = None,
     precision: str | None = None,
     backend: str | None = None,
+    **unknown: Any,
 ) -> tuple[Tensor, ...]:
     """The gradients (dq, dk, dv) of `attention`, and of what is given of bias, relative_bias and sinks in this
     order, with a batch dimension, for those who drive the backward themselves (rings, split keys).
@@ -209,6 +221,13 @@ def attention_backward(
         dlse: gradient of lse (B, Hq, Lq), or None.
         q, k, v and the rest: as given to `attention`.
     """
+    if unknown:
+        refuse_keywords("attention_backward", unknown)
+    backend = check_backend(backend)
+    if isinstance(scale, Tensor) and scale.dim() > 0:
+        raise TypeError(
+            "scale must be one number here, got a tensor of several: scale q by them, and dq, with prepare_heads"
+        )
     spec = attention_spec(
         q, k, v, causal=causal, scale=scale, window=window, softcap=softcap, dropout_p=dropout_p,
         precision=precision,
@@ -220,7 +239,7 @@ def attention_backward(
     spec, key_lengths, masked = _with_mask(q, k, spec, key_lengths, mask)
     tensors = score_tensors(
         q, k, key_lengths=key_lengths, alibi_slopes=alibi_slopes, bias=bias, relative_bias=relative_bias,
-        sinks=sinks, dropout_state=dropout_state if spec.dropout else None,
+        sinks=sinks, dropout_state=dropout_state, drops=spec.dropout > 0,
     )._replace(**masked)  # fmt: skip
     check_gradients(q, v, dout=dout, out=out, lse=lse, dlse=dlse)
     scaled_q, positive = positive_scale(q, spec)
@@ -240,18 +259,24 @@ class _Masked(NamedTuple):
     """What a mask beside them makes of the spec, the key lengths and the ScoreTensors that only a mask sets."""
 
     spec: AttentionSpec
-    key_lengths: Tensor | None
+    key_lengths: Tensor | Sequence[int] | None
     tensors: dict[str, Tensor | None]
 
 
 def _with_mask(
-    q: Tensor, k: Tensor, spec: AttentionSpec, key_lengths: Tensor | None, mask: Mask | Lowered | None
+    q: Tensor,
+    k: Tensor,
+    spec: AttentionSpec,
+    key_lengths: Tensor | Sequence[int] | None,
+    mask: Mask | Lowered | None,
 ) -> _Masked:
     """The call with a mask: as numbers, intervals or lists."""
     if mask is None:
         return _Masked(spec, key_lengths, {})
     if not isinstance(mask, Mask | Lowered):
-        raise TypeError(f"mask must be a value of fastattn.masks, lowered or not, got {type(mask).__name__}")
+        raise TypeError(
+            f"mask must be a value of fastattn.masks, lowered or not, got {type(mask).__name__}{_other_mask(mask)}"
+        )
     shape = (q.shape[0], q.shape[1], q.shape[2], k.shape[2], q.device)
     if isinstance(mask, Mask) and torch.compiler.is_compiling():
         raise ValueError("mask must be lowered before torch.compile: give mask.lower(B, Hq, Lq, Lk, device)")
@@ -277,6 +302,15 @@ def _with_mask(
     return _Masked(replace(spec, causal=right == 0, window=window), key_lengths, {"intervals": intervals})
 
 
+def _other_mask(mask: object) -> str:
+    """What to do with a mask of another kind."""
+    if isinstance(mask, Tensor):
+        return "; a tensor is given as bias= (bool, True is seen, or float, added) or as masks.from_dense(tensor)"
+    if type(mask).__name__ == "BlockMask":
+        return "; give its mask_mod as masks.from_function(mask_mod)"
+    return ""
+
+
 def t5_relative_bias(table: Tensor, *, max_distance: int = 128, bidirectional: bool = True) -> Tensor:
     """T5's relative position bias, as `attention(relative_bias=)` takes it: (Hq, 2 max_distance + 1).
 
@@ -288,8 +322,9 @@ def t5_relative_bias(table: Tensor, *, max_distance: int = 128, bidirectional: b
     Source: Raffel et al., Exploring the Limits of Transfer Learning (2020), section 2.1: half of the buckets hold
     one distance each, the others grow logarithmically.
     """
-    if not isinstance(table, Tensor):
-        raise TypeError(f"table must be a torch.Tensor, got {type(table).__name__}")
+    tensor("table", table)
+    check_floating("table", table)
+    max_distance, bidirectional = integer("max_distance", max_distance), flag("bidirectional", bidirectional)
     if table.dim() != 2 or table.shape[0] < (4 if bidirectional else 2):
         raise ValueError(f"table must have shape (buckets, heads), got {tuple(table.shape)}")
     buckets = table.shape[0] // 2 if bidirectional else table.shape[0]
@@ -323,8 +358,7 @@ def merge_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> 
     """
     for name, out, lse in (("a", out_a, lse_a), ("b", out_b, lse_b)):
         for argument, t in ((f"out_{name}", out), (f"lse_{name}", lse)):
-            if not isinstance(t, Tensor):
-                raise TypeError(f"{argument} must be a torch.Tensor, got {type(t).__name__}")
+            tensor(argument, t)
             check_floating(argument, t)
         if out.shape != out_a.shape or lse.shape != out.shape[:-1]:
             raise ValueError(
@@ -380,6 +414,7 @@ def mlp(
 
     Source: Vaswani et al., Attention Is All You Need (2017), section 3.3; Hendrycks and Gimpel, GELU (2016).
     """
+    backend = check_backend(backend)
     x, w1, b1, w2, b2 = _autocast(x, w1, b1, w2, b2)
     spec = mlp_spec(x, w1, b1, w2, b2, activation=activation)
     return _mlp(x, MLPWeights(w1, b1, None, None, w2, b2), spec.activation, backend)
@@ -415,6 +450,7 @@ def gated_mlp(
 
     Source: Shazeer, GLU Variants Improve Transformer (2020), section 2.
     """
+    backend = check_backend(backend)
     tensors = _autocast(x, w_gate, b_gate, w_up, b_up, w_down, b_down)
     spec = gated_mlp_spec(*tensors, activation=activation)
     return _mlp(tensors[0], MLPWeights(*tensors[1:]), spec.activation, backend)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastattn import arguments
 from fastattn.spec import check_beside, check_floating, lse_dtype
 
 # Below it float32 has no normal numbers, and a row of zeros would be divided by zero.
@@ -68,10 +69,8 @@ def heads_spec(
     """Check what `prepare_heads` is given against x, and give every tensor its batch dimension."""
     _check_x(x)
     batch, heads, _, width = x.shape
-    for name, flag in (("norm", norm), ("interleaved", interleaved)):
-        if not isinstance(flag, bool):
-            raise TypeError(f"{name} must be a bool, got {type(flag).__name__}")
-    check_eps(eps)
+    norm, interleaved = arguments.flag("norm", norm), arguments.flag("interleaved", interleaved)
+    eps = check_eps(eps)
     work = lse_dtype(x.dtype)
     if norm_weight is not None:
         check_beside("norm_weight", norm_weight, x, ((width,), (heads, width)), "x")
@@ -81,32 +80,30 @@ def heads_spec(
     if head_scale is not None:
         head_scale = _scale(x, head_scale).to(work).expand(batch, heads)
     turned = 0 if cos is None else 2 * cos.shape[-1]
-    spec = HeadsSpec(norm or norm_weight is not None, float(eps), turned, interleaved, head_scale is not None)
+    spec = HeadsSpec(norm or norm_weight is not None, eps, turned, interleaved, head_scale is not None)
     return spec, HeadTensors(norm_weight, cos, sin, starts, head_scale)
 
 
 def _check_x(x: Tensor) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
+    arguments.tensor("x", x)
     if x.dim() != 4 or x.shape[3] == 0:
         raise ValueError(f"x must have shape (batch, heads, length, width), width not 0; got {tuple(x.shape)}")
     check_floating("x", x)
 
 
-def check_eps(eps: float) -> None:
-    if isinstance(eps, bool) or not isinstance(eps, int | float):
-        raise TypeError(f"eps must be a number, got {type(eps).__name__}")
+def check_eps(eps: float) -> float:
+    eps = float(arguments.number("eps", eps))
     if not SMALLEST_EPS <= eps < math.inf:
         raise ValueError(f"eps must be finite and at least {SMALLEST_EPS:.1e}, got {eps}")
+    return eps
 
 
 def _scale(x: Tensor, head_scale: Tensor | float) -> Tensor:
     """A number for every head, or one for each, as a tensor."""
-    if isinstance(head_scale, bool) or not isinstance(head_scale, int | float | Tensor):
-        raise TypeError(f"head_scale must be a number or a torch.Tensor, got {type(head_scale).__name__}")
     if not isinstance(head_scale, Tensor):
+        head_scale = arguments.number("head_scale", head_scale, what="a number or a torch.Tensor")
         return x.new_full((1,), head_scale, dtype=lse_dtype(x.dtype))
-    check_beside("head_scale", head_scale, x, ((x.shape[1],), tuple(x.shape[:2])), "x")
+    check_beside("head_scale", head_scale, x, ((), (x.shape[1],), tuple(x.shape[:2])), "x")
     check_floating("head_scale", head_scale)
     return head_scale
 
@@ -118,20 +115,17 @@ def _tables(
     if cos is None or sin is None:
         if cos is not sin:
             raise ValueError(f"cos and sin must come together, got {'sin' if cos is None else 'cos'} alone")
-        if isinstance(offsets, Tensor) or offsets != 0:
-            raise ValueError("offsets must be 0 where there are no cos and sin")
+        _check_no_offsets(offsets, "where there are no cos and sin")
         return None, None, None
     batch, _, length, _ = x.shape
     _check_tables(x, cos, sin)
     if cos.dim() == 3:
-        if isinstance(offsets, Tensor) or offsets != 0:
-            raise ValueError("offsets must be 0 where cos and sin have a row for every row of x")
+        _check_no_offsets(offsets, "where cos and sin have a row for every row of x")
         return cos.expand(batch, -1, -1), sin.expand(batch, -1, -1), None
-    if isinstance(offsets, Tensor):
+    if isinstance(offsets, Tensor) and offsets.dim() > 0:
         starts = _starts(x, offsets, positions=cos.shape[0])
         return cos.expand(batch, *cos.shape), sin.expand(batch, *sin.shape), starts
-    if isinstance(offsets, bool) or not isinstance(offsets, int | torch.SymInt):
-        raise TypeError(f"offsets must be an int or a tensor of them, got {type(offsets).__name__}")
+    offsets = arguments.integer("offsets", offsets, what="an int or a tensor of them")
     if not 0 <= offsets <= cos.shape[0] - length:
         raise ValueError(
             f"offsets must be between 0 and {cos.shape[0] - length}, for {length} rows of x "
@@ -141,11 +135,16 @@ def _tables(
     return cos, sin, None
 
 
+def _check_no_offsets(offsets: int | Tensor, where: str) -> None:
+    several = isinstance(offsets, Tensor) and offsets.dim() > 0
+    if several or arguments.integer("offsets", offsets, what="an int or a tensor of them") != 0:
+        raise ValueError(f"offsets must be 0 {where}")
+
+
 def _check_tables(x: Tensor, cos: Tensor, sin: Tensor) -> None:
     batch, _, length, width = x.shape
     for name, t in (("cos", cos), ("sin", sin)):
-        if not isinstance(t, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor or None, got {type(t).__name__}")
+        arguments.tensor(name, t, or_none=True)
         check_floating(name, t)
         if t.device != x.device:
             raise ValueError(f"{name} must be on x's device {x.device}, got {t.device}")

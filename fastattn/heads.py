@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastattn.capabilities import check_backend
 from fastattn.head_ops import PrepareHeads, PrepareHeadsEagerly
 from fastattn.head_spec import heads_spec
 
@@ -61,5 +62,6 @@ def prepare_heads(
         x, norm_weight=norm_weight, norm=norm, eps=eps, cos=cos, sin=sin, interleaved=interleaved,
         offsets=offsets, head_scale=head_scale,
     )  # fmt: skip
+    backend = check_backend(backend)
     function = PrepareHeads if torch.compiler.is_compiling() else PrepareHeadsEagerly
     return function.apply(x, *tensors, *spec.options, backend)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache, wraps
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from torch._ops import _len_torch_dispatch_stack_pre_dispatch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
 
-P, R = ParamSpec("P"), TypeVar("R")
+R = TypeVar("R")
 
 
 @contextmanager
@@ -36,6 +36,8 @@ def outside_modes() -> Iterator[None]:
     try:
         with (
             torch._C.DisableTorchFunction(),
+            # functionalize leaves its key behind when its layer is taken off.
+            torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.Functionalize)),
             _disable_current_modes(),
             torch.inference_mode(False),
             torch.no_grad(),
@@ -56,25 +58,26 @@ def _any_mode() -> bool:
     )
 
 
-def kept(maxsize: int) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Keep the last `maxsize` results of a function that makes tensors; it is called outside of the caller's modes.
+def kept(maxsize: int) -> Callable[[Callable[..., R]], Callable[..., R]]:
+    """Keep the last `maxsize` results of a function that makes tensors, called outside of the caller's modes.
 
     Arguments are hashed. One whose `lasts` is False holds a tensor of the caller's mode, whose values cannot be
     read outside of it: then the function is called as it is, and nothing is kept.
     """
 
-    def keep(function: Callable[P, R]) -> Callable[P, R]:
+    def keep(function: Callable[..., R]) -> Callable[..., R]:
         @lru_cache(maxsize=maxsize)
         def made(*arguments: Any) -> R:
             with outside_modes():
                 return function(*arguments)
 
         @wraps(function)
-        def kept_or_made(*arguments: P.args, **_: P.kwargs) -> R:
+        def kept_or_made(*arguments: Any) -> R:
             if all(getattr(argument, "lasts", True) for argument in arguments):
                 return made(*arguments)
             return function(*arguments)
 
+        kept_or_made.forget = made.cache_clear  # type: ignore[attr-defined]
         return kept_or_made
 
     return keep

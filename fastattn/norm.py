@@ -74,6 +74,7 @@ def rms_norm(
 
     Source: Zhang and Sennrich, Root Mean Square Layer Normalization (2019), equation 4.
     """
+    backend = capabilities.check_backend(backend)
     x, weight, residual = _autocast(x, weight, residual)
     spec = norm_spec(x, weight, None, residual, centred=False, eps=eps, weight_offset=weight_offset)
     return _norm(x, weight, None, residual, spec, backend)
@@ -118,6 +119,7 @@ def layer_norm(
 
     Source: Ba, Kiros and Hinton, Layer Normalization (2016), equation 4.
     """
+    backend = capabilities.check_backend(backend)
     x, weight, bias, residual = _autocast(x, weight, bias, residual)
     spec = norm_spec(x, weight, bias, residual, centred=True, eps=eps)
     return _norm(x, weight, bias, residual, spec, backend)

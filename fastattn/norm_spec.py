@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from fastattn import arguments
 from fastattn.head_spec import check_eps
 from fastattn.spec import check_beside, check_floating, check_input, check_same, lse_dtype
 
@@ -59,8 +61,8 @@ def norm_spec(
         check_same("residual", residual, "x", x)
         if residual.shape != x.shape:
             raise ValueError(f"residual must have x's shape {tuple(x.shape)}, got {tuple(residual.shape)}")
-    if isinstance(weight_offset, bool) or not isinstance(weight_offset, int | float):
-        raise TypeError(f"weight_offset must be a number, got {type(weight_offset).__name__}")
-    eps = torch.finfo(lse_dtype(x.dtype)).eps if eps is None else eps
-    check_eps(eps)
-    return NormSpec(centred, float(eps), float(weight_offset), residual is not None)
+    weight_offset = float(arguments.number("weight_offset", weight_offset))
+    if not -math.inf < weight_offset < math.inf:
+        raise ValueError(f"weight_offset must be finite, got {weight_offset}")
+    eps = torch.finfo(lse_dtype(x.dtype)).eps if eps is None else check_eps(eps)
+    return NormSpec(centred, eps, weight_offset, residual is not None)

@@ -6,12 +6,17 @@ Everything below the front door takes a spec as given. Tensors travel beside it,
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastattn import arguments
+
+# What a caller may give: how many keys on both sides of the diagonal, or on each; None for all.
+Window = int | Sequence[int | None] | Tensor | None
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 PRECISIONS = ("ieee", "tf32x3", "tf32")
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "relu_squared", "silu")
@@ -129,7 +134,7 @@ def attention_spec(
     *,
     causal: bool,
     scale: float | None,
-    window: tuple[int | None, int | None] = (None, None),
+    window: Window = None,
     softcap: float | None = None,
     dropout_p: float = 0.0,
     precision: str | None = None,
@@ -141,35 +146,42 @@ def attention_spec(
     it is, whatever the lengths: a tracer may know no number for them. See `AttentionSpec.at`.
     """
     check_heads(q=q, k=k, v=v)
-    if not isinstance(causal, bool):
-        raise TypeError(f"causal must be a bool, got {type(causal).__name__}")
-    if scale is None:
-        scale = 1.0 / math.sqrt(q.shape[3])
-    if isinstance(scale, bool) or not isinstance(scale, int | float):
-        raise TypeError(f"scale must be a number or None, got {type(scale).__name__}")
-    if not -math.inf < scale < math.inf:
-        raise ValueError(f"scale must be finite, got {scale}")
-    check_window(window)
-    if softcap is None:
-        softcap = 0.0
-    if isinstance(softcap, bool) or not isinstance(softcap, int | float):
-        raise TypeError(f"softcap must be a number or None, got {type(softcap).__name__}")
-    if not 0 <= softcap < math.inf:
-        raise ValueError(f"softcap must be positive and finite, or None or 0 for no cap; got {softcap}")
+    left, right = check_window(window)
     return AttentionSpec(
-        causal,
-        float(scale),
-        (_bounded(window[0]), _bounded(window[1])),
-        float(softcap),
+        arguments.flag("causal", causal),
+        1.0 / math.sqrt(q.shape[3]) if scale is None else check_scale(scale),
+        (_bounded(left), _bounded(right)),
+        check_softcap(softcap),
         check_dropout(dropout_p),
         check_precision(precision, q),
     )
 
 
+def check_scale(scale: float, name: str = "scale") -> float:
+    scale = float(arguments.number(name, scale, what="a number or None"))
+    if not -math.inf < scale < math.inf:
+        raise ValueError(f"{name} must be finite, got {scale}")
+    return scale
+
+
+def check_scales(scale: Tensor, q: Tensor) -> Tensor:
+    """A scale for each head, (Hq,) or (B, Hq), of one for all or for each."""
+    check_beside("scale", scale, q, ((), (q.shape[1],), tuple(q.shape[:2])))
+    check_floating("scale", scale)
+    return scale.expand(q.shape[1]) if scale.dim() == 0 else scale
+
+
+def check_softcap(softcap: float | None) -> float:
+    """The cap; 0 for none."""
+    softcap = 0.0 if softcap is None else float(arguments.number("softcap", softcap, what="a number or None"))
+    if not 0 <= softcap < math.inf:
+        raise ValueError(f"softcap must be positive and finite, or None or 0 for no cap; got {softcap}")
+    return softcap
+
+
 def check_dropout(dropout_p: float) -> float:
     """The probability as the random numbers can tell it, in 2**16 steps."""
-    if isinstance(dropout_p, bool) or not isinstance(dropout_p, int | float):
-        raise TypeError(f"dropout_p must be a number, got {type(dropout_p).__name__}")
+    dropout_p = arguments.number("dropout_p", dropout_p)
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p must be at least 0 and below 1, got {dropout_p}")
     # What is asked for and is not nothing or everything does not become so by rounding.
@@ -179,22 +191,33 @@ def check_dropout(dropout_p: float) -> float:
 
 def check_precision(precision: str | None, q: Tensor) -> str:
     """How float32 products are made; PyTorch's global setting by default. Other dtypes have one way only."""
-    if precision is not None and precision not in PRECISIONS:
-        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)} or None, got {precision!r}")
+    if precision is not None:
+        arguments.choice("precision", precision, PRECISIONS, or_none=True)
     if q.dtype != torch.float32 or q.device.type != "cuda":
         return "ieee"
     return precision or ("tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee")
 
 
-def check_window(window: tuple[int | None, int | None]) -> None:
-    """A pair of None or numbers of keys."""
-    if not isinstance(window, tuple | list) or len(window) != 2:
-        raise TypeError(f"window must be a pair (left, right), got {window!r}")
-    for side in window:
-        if side is not None and (isinstance(side, bool) or not isinstance(side, int)):
-            raise TypeError(f"window must hold integers or None, got {window!r}")
-        if side is not None and side < 0:
-            raise ValueError(f"window must not be negative, None is unbounded; got {window!r}")
+def check_window(window: Window) -> tuple[int | None, int | None]:
+    """How many keys before and after the diagonal are seen; a single number stands for both sides."""
+    if window is None or (not isinstance(window, tuple | list) and getattr(window, "shape", ()) == ()):
+        side = check_side("window", window)
+        return side, side
+    left, right = arguments.pair("window", window)
+    return check_side("window", left), check_side("window", right)
+
+
+def check_side(name: str, side: Any) -> int | None:
+    """One side of a window."""
+    if side is None:
+        return None
+    side = arguments.integer(name, side, what="an integer or None" if name != "window" else _WINDOW)
+    if side < 0:
+        raise ValueError(f"{name} must not be negative, None is unbounded; got {side}")
+    return side
+
+
+_WINDOW = "an integer or None, or a pair (left, right) of them"
 
 
 def window_that_hides(
@@ -218,12 +241,13 @@ def score_tensors(
     q: Tensor,
     k: Tensor,
     *,
-    key_lengths: Tensor | None = None,
+    key_lengths: Tensor | Sequence[int] | None = None,
     alibi_slopes: Tensor | None = None,
     bias: Tensor | None = None,
     relative_bias: Tensor | None = None,
     sinks: Tensor | None = None,
     dropout_state: Tensor | None = None,
+    drops: bool = True,
 ) -> ScoreTensors:
     """Check the tensors that shape the scores, and give each of them a batch dimension.
 
@@ -259,11 +283,15 @@ def score_tensors(
         check_beside("dropout_state", dropout_state, q, ((batch, 2),))
         if dropout_state.dtype != torch.int64:
             raise TypeError(f"dropout_state must be int64, got {dropout_state.dtype}")
+        if not drops:
+            dropout_state = None
     return ScoreTensors(key_lengths, alibi_slopes, bias, relative_bias, sinks, dropout_state)
 
 
-def check_key_lengths(key_lengths: Tensor, q: Tensor, k: Tensor) -> Tensor:
+def check_key_lengths(key_lengths: Tensor | Sequence[int], q: Tensor, k: Tensor) -> Tensor:
     """Lengths (B,) as int32 from 0 to Lk."""
+    if not isinstance(key_lengths, Tensor):
+        key_lengths = arguments.integers("key_lengths", key_lengths, device=q.device)
     check_beside("key_lengths", key_lengths, q, ((q.shape[0],),))
     if key_lengths.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"key_lengths must be int32 or int64, got {key_lengths.dtype}")
@@ -285,8 +313,7 @@ def check_beside(
     name: str, t: Tensor, q: Tensor, shapes: tuple[tuple[int, ...], ...] | None, of: str = "q"
 ) -> None:
     """A tensor of one of these shapes, or of any, on the device of q, which the caller knows as `of`."""
-    if not isinstance(t, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
+    arguments.tensor(name, t)
     if shapes is not None and tuple(t.shape) not in shapes:
         raise ValueError(f"{name} must have shape {' or '.join(map(str, shapes))}, got {_shape(t)}")
     if t.device != q.device:
@@ -306,8 +333,7 @@ def positive_scale(q: Tensor, spec: AttentionSpec) -> tuple[Tensor, AttentionSpe
 def check_heads(*, q: Tensor, k: Tensor, v: Tensor) -> None:
     """q (B, Hq, Lq, D), k (B, Hkv, Lk, D), v (B, Hkv, Lk, Dv): ranks, dtypes, devices and sizes agree."""
     for name, t in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(t, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
+        arguments.tensor(name, t)
         if t.dim() != 4:
             raise ValueError(f"{name} must have 4 dimensions (batch, heads, length, width), got {_shape(t)}")
         check_floating(name, t)
@@ -330,14 +356,12 @@ def check_gradients(q: Tensor, v: Tensor, *, dout: Tensor, out: Tensor, lse: Ten
     """What `attention_backward` is given must be shaped like what `attention` returned."""
     rows = q.shape[:3]
     for name, t in (("dout", dout), ("out", out)):
-        if not isinstance(t, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
+        arguments.tensor(name, t)
         if t.shape != (*rows, v.shape[3]):
             raise ValueError(f"{name} must have shape {(*rows, v.shape[3])}, got {_shape(t)}")
         check_same(name, t, "q", q)
     for name, values in (("lse", lse),) if dlse is None else (("lse", lse), ("dlse", dlse)):
-        if not isinstance(values, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(values).__name__}")
+        arguments.tensor(name, values)
         if values.shape != rows:
             raise ValueError(f"{name} must have shape {tuple(rows)}, got {_shape(values)}")
         if values.dtype != lse_dtype(q.dtype):
@@ -412,8 +436,7 @@ def gated_mlp_spec(
 
 
 def check_input(x: Tensor) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
+    arguments.tensor("x", x)
     if x.dim() == 0:
         raise ValueError("x must have at least one dimension, (..., width), got ()")
     check_floating("x", x)
@@ -423,15 +446,13 @@ def check_linear(
     name: str, weight: Tensor, bias_name: str, bias: Tensor | None, x: Tensor, source: str, width: int
 ) -> None:
     """A torch.nn.Linear's weight (out, `width`) and bias (out,) or None, of x's dtype and device."""
-    if not isinstance(weight, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(weight).__name__}")
+    arguments.tensor(name, weight)
     if weight.dim() != 2 or weight.shape[1] != width:
         raise ValueError(f"{name} must have shape (out, {width}) ({source}), got {_shape(weight)}")
     check_same(name, weight, "x", x)
     if bias is None:
         return
-    if not isinstance(bias, Tensor):
-        raise TypeError(f"{bias_name} must be a torch.Tensor or None, got {type(bias).__name__}")
+    arguments.tensor(bias_name, bias, or_none=True)
     if bias.shape != weight.shape[:1]:
         raise ValueError(
             f"{bias_name} must have shape {tuple(weight.shape[:1])} ({name}'s rows), got {_shape(bias)}"
@@ -440,8 +461,7 @@ def check_linear(
 
 
 def check_activation(activation: str) -> None:
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    arguments.choice("activation", activation, ACTIVATIONS)
 
 
 def check_floating(name: str, t: Tensor) -> None:

@@ -11,6 +11,7 @@ from fastattn import masks
 from fastattn.functional import attention
 from fastattn.masks.kinds import PackedSequences
 from fastattn.masks.lists import Shape
+from fastattn.modes import outside_modes
 from fastattn.spec import check_beside
 
 
@@ -108,7 +109,8 @@ def attention_varlen(
     """
     mask = masks.packed_sequences(cu_seqlens_q, cu_seqlens_k, causal, window)
     q, k, v = (_heads_first(name, t) for name, t in (("q", q), ("k", k), ("v", v)))
-    mask.check(Shape(1, q.shape[1], q.shape[2], k.shape[2], q.device))
+    with outside_modes():
+        mask.check(Shape(1, q.shape[1], q.shape[2], k.shape[2], q.device))
     _check_per_head(q, sinks, alibi_slopes, mask.sequences)
     options: dict[str, Any] = {
         "scale": scale, "softcap": softcap, "sinks": sinks, "dropout_p": dropout_p, "precision": precision,

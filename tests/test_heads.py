@@ -467,7 +467,11 @@ turned = functools.partial(fastattn.prepare_heads, X, cos=COS, sin=COS)
             ValueError,
             "offsets must be 0 where cos and sin have a row for every row of x",
         ),
-        (lambda: prepare(head_scale=WEIGHT), ValueError, r"head_scale must have shape \(3,\) or \(2, 3\), got"),
+        (
+            lambda: prepare(head_scale=WEIGHT),
+            ValueError,
+            r"head_scale must have shape \(\) or \(3,\) or \(2, 3\), got",
+        ),
         (lambda: prepare(head_scale=True), TypeError, "head_scale must be a number or a torch.Tensor, got bool"),
         (lambda: prepare(backend="cuda"), ValueError, "backend must be one of .* got 'cuda'"),
     ],

@@ -18,7 +18,8 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
-from fastattn.masks.algebra import Mask, Values, check_integer
+from fastattn import arguments
+from fastattn.masks.algebra import Mask, Values
 from fastattn.masks.block_kinds import BigBird, Blocks, HuggingFaceBigBird
 from fastattn.masks.kinds import (
     Dense,
@@ -31,7 +32,8 @@ from fastattn.masks.kinds import (
     Window,
 )
 from fastattn.masks.lists import GRANULE, BlockLists, Lowered, decode
-from fastattn.spec import check_window
+from fastattn.modes import lasts, outside_modes
+from fastattn.spec import check_side, check_window
 
 INTEGERS = (torch.int32, torch.int64)
 
@@ -67,8 +69,7 @@ def window(left: int | None = None, right: int | None = None) -> Mask:
 
     A causal sliding window of 512 keys before the query, and itself, is `causal() & window(512)`.
     """
-    check_window((left, right))
-    return Window(left, right)
+    return Window(check_side("left", left), check_side("right", right))
 
 
 def key_lengths(lengths: Tensor | Sequence[int]) -> Mask:
@@ -77,7 +78,7 @@ def key_lengths(lengths: Tensor | Sequence[int]) -> Mask:
     Args:
         lengths: (B,), int32 or int64. Lengths beyond Lk count as Lk, negative ones as 0.
     """
-    return Lengths(_lengths("key_lengths", lengths), "key_lengths")
+    return Lengths(_lengths(lengths), "key_lengths")
 
 
 def prefix(lengths: int | Tensor | Sequence[int]) -> Mask:
@@ -85,7 +86,9 @@ def prefix(lengths: int | Tensor | Sequence[int]) -> Mask:
 
     A prefix language model, which sees its prefix in both directions, is `causal() | prefix(lengths)`.
     """
-    return Lengths(_lengths("prefix", [lengths] if isinstance(lengths, int) else lengths), "prefix")
+    if not isinstance(lengths, Iterable) or getattr(lengths, "shape", None) == ():
+        lengths = [arguments.integer("lengths", lengths, what="an integer, a tensor or a sequence of integers")]
+    return Lengths(_lengths(lengths), "prefix")
 
 
 def documents(
@@ -129,10 +132,9 @@ def packed_sequences(
             "cu_seqlens_q and cu_seqlens_k must be of as many sequences, "
             f"got {len(queries) - 1} and {len(keys) - 1}"
         )
-    check_window(window)
-    if not isinstance(causal, bool):
-        raise TypeError(f"causal must be a bool, got {type(causal).__name__}")
-    return PackedSequences(Values(queries), Values(keys), window[0], 0 if causal else window[1])
+    left, right = check_window(window)
+    right = 0 if arguments.flag("causal", causal) else right
+    return PackedSequences(Values(queries), Values(keys), left, right)
 
 
 def global_tokens(positions: Tensor | Iterable[int]) -> Mask:
@@ -142,20 +144,21 @@ def global_tokens(positions: Tensor | Iterable[int]) -> Mask:
         positions: key positions (n,), integers; or flags, bool (Lk,) or (B, Lk). The queries are those of the last
             Lq tokens.
     """
+    return _global_tokens("positions", positions)
+
+
+def _global_tokens(name: str, positions: Tensor | Iterable[int]) -> Mask:
     if isinstance(positions, Tensor) and positions.dtype == torch.bool:
+        arguments.tensor(name, positions)
         if positions.dim() not in (1, 2):
-            raise ValueError(f"positions must have shape (n,), (Lk,) or (B, Lk), got {tuple(positions.shape)}")
+            raise ValueError(f"{name} must have shape (n,), (Lk,) or (B, Lk), got {tuple(positions.shape)}")
         return GlobalTokens(Values(positions))
-    values = _integers("positions", positions, "(n,)", dims=(1,)).cpu()
-    if values.numel() and int(values.min()) < 0:
-        raise ValueError(f"positions must not be negative, got {int(values.min())}")
-    return GlobalTokens(Values(values))
+    return GlobalTokens(Values(_read(name, _integers(name, positions, "(n,)", dims=(1,)))))
 
 
 def dilated(step: int) -> Mask:
     """Keys at multiples of `step` from the diagonal, before and after it."""
-    check_integer("step", step, least=1)
-    return Dilated(step)
+    return Dilated(arguments.integer("step", step, least=1))
 
 
 def blocks(grid: Tensor, block: int = GRANULE) -> Mask:
@@ -165,14 +168,13 @@ def blocks(grid: Tensor, block: int = GRANULE) -> Mask:
         grid: (Lq / block, Lk / block), rounded up, with or without (B, H) in front, each possibly 1. Bool; or
             integers, how often a block's keys count in the softmax: such a mask combines with & only.
     """
-    check_integer("block", block, least=1)
+    block = arguments.integer("block", block, least=1)
     _check_tensor("grid", grid, (torch.bool, torch.uint8, *INTEGERS))
     if grid.dim() not in (2, 3, 4):
         raise ValueError(f"grid must have 2 to 4 dimensions ([[B,] H,] rows, columns), got {tuple(grid.shape)}")
     if grid.dtype == torch.bool:
         return Blocks(Values(grid), block, False)
-    if grid.numel() and int(grid.min()) < 0:
-        raise ValueError(f"grid must not be negative, got {int(grid.min())}")
+    _read("grid", grid)
     return Blocks(Values(grid), block, True)
 
 
@@ -204,21 +206,19 @@ def bigbird(
             1 + random times.
         max_positions: in the style of huggingface, the model's `max_position_embeddings`.
     """
-    for name, value, least in (
-        ("block", block, 1),
-        ("random", random, 0),
-        ("global_blocks", global_blocks, 0),
-        ("window_blocks", window_blocks, 1),
-        ("seed", seed, 0),
-        ("max_positions", max_positions, 1),
-    ):
-        check_integer(name, value, least=least)
+    block, random, seed = (
+        arguments.integer(name, value, least=least)
+        for name, value, least in (("block", block, 1), ("random", random, 0), ("seed", seed, 0))
+    )
+    global_blocks = arguments.integer("global_blocks", global_blocks, least=0)
+    window_blocks = arguments.integer("window_blocks", window_blocks, least=1)
+    max_positions = arguments.integer("max_positions", max_positions, least=1)
+    per_head, training = arguments.flag("per_head", per_head), arguments.flag("training", training)
+    arguments.choice("style", style, ("paper", "huggingface"))
     if window_blocks % 2 == 0:
         raise ValueError(f"window_blocks must be odd, got {window_blocks}")
     if style == "paper":
         return BigBird(block, random, global_blocks, window_blocks, seed, per_head)
-    if style != "huggingface":
-        raise ValueError(f"style must be 'paper' or 'huggingface', got {style!r}")
     if (global_blocks, window_blocks) != (1, 3):
         raise ValueError(
             "in the style of huggingface, global_blocks must be 1 and window_blocks 3, "
@@ -234,10 +234,10 @@ def longformer(window: int, global_positions: Tensor | Iterable[int] = ()) -> Ma
         window: even, as a Longformer's `attention_window`.
         global_positions: as `global_tokens` takes them.
     """
-    check_integer("window", window, least=0)
+    window = arguments.integer("window", window, least=0)
     if window % 2:
         raise ValueError(f"window must be even, got {window}")
-    return Window(window // 2, window // 2) | global_tokens(global_positions)
+    return Window(window // 2, window // 2) | _global_tokens("global_positions", global_positions)
 
 
 def from_function(function: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> Mask:
@@ -267,25 +267,22 @@ def from_dense(seen: Tensor) -> Mask:
 
 
 def _check_tensor(name: str, t: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
-    if not isinstance(t, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
+    arguments.tensor(name, t)
     if t.dtype not in dtypes:
         raise TypeError(
             f"{name} must be {' or '.join(str(d).removeprefix('torch.') for d in dtypes)}, got {t.dtype}"
         )
 
 
-def _lengths(name: str, lengths: Tensor | Sequence[int]) -> Values:
-    return Values(_integers(name, lengths, "(B,)", dims=(1,)))
+def _lengths(lengths: Tensor | Sequence[int]) -> Values:
+    return Values(_integers("lengths", lengths, "(B,)", dims=(1,)))
 
 
 def _integers(name: str, values: Tensor | Iterable[int] | None, shape: str, dims: tuple[int, ...]) -> Tensor:
     """An integer tensor of so many dimensions."""
     if not isinstance(values, Tensor):
-        values = list(values) if isinstance(values, Iterable) else values
-        if not isinstance(values, list) or not all(isinstance(v, int) and not isinstance(v, bool) for v in values):
-            raise TypeError(f"{name} must be a tensor or a sequence of integers, got {values!r}")
-        values = torch.tensor(values, dtype=torch.int64)
+        with outside_modes():
+            values = arguments.integers(name, values)
     _check_tensor(name, values, INTEGERS)
     if values.dim() not in dims:
         raise ValueError(f"{name} must have shape {shape}, got {tuple(values.shape)}")
@@ -294,10 +291,28 @@ def _integers(name: str, values: Tensor | Iterable[int] | None, shape: str, dims
 
 def _cu_seqlens(name: str, starts: Tensor | Sequence[int] | None, of: str) -> Tensor:
     """Where each of some sequences begins, and the end, on the CPU."""
-    starts = _integers(name, starts, f"({of} + 1,)", dims=(1,)).cpu()
-    if not len(starts) or int(starts[0]) != 0 or bool((starts.diff() < 0).any()):
-        raise ValueError(f"{name} must begin with 0 and be sorted, got {_shortened(starts)}")
+    starts = _integers(name, starts, f"({of} + 1,)", dims=(1,))
+    _must_be_readable(name, starts)
+    with outside_modes():
+        starts = starts.cpu()
+        if not len(starts) or int(starts[0]) != 0 or bool((starts.diff() < 0).any()):
+            raise ValueError(f"{name} must begin with 0 and be sorted, got {_shortened(starts)}")
     return starts
+
+
+def _read(name: str, values: Tensor) -> Tensor:
+    """On the CPU, if none is negative."""
+    _must_be_readable(name, values)
+    with outside_modes():
+        values = values.cpu()
+        if values.numel() and int(values.min()) < 0:
+            raise ValueError(f"{name} must not be negative, got {int(values.min())}")
+    return values
+
+
+def _must_be_readable(name: str, values: Tensor) -> None:
+    if not lasts(values) or values.is_meta:
+        raise ValueError(f"{name} holds no values to read (fake, meta, or of a transform of torch.func)")
 
 
 def _shortened(values: Tensor) -> str:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastattn.arguments import integer
 from fastattn.masks import pictures
 from fastattn.masks.lists import Lowered, Shape, the_device
 from fastattn.masks.lowering import FULL, PARTIAL, Positions, Slab, build_lists
@@ -242,9 +243,13 @@ class Mask:
         pictures.png(path, repr(self), lowered, at)
 
     def _shape(self, batch: int, heads: int, queries: int, keys: int, device: torch.device | str) -> Shape:
-        for name, value in (("batch", batch), ("heads", heads), ("queries", queries), ("keys", keys)):
-            check_integer(name, value, least=0)
-        shape = Shape(batch, heads, queries, keys, the_device(device))
+        shape = Shape(
+            integer("batch", batch, least=0),
+            integer("heads", heads, least=0),
+            integer("queries", queries, least=0),
+            integer("keys", keys, least=0),
+            the_device(device),
+        )
         for values in self.held:
             if values.tensor.device.type != "cpu" and values.tensor.device != shape.device:
                 raise ValueError(f"{self!r} must be on the CPU or on {shape.device}, got {values.tensor.device}")
@@ -271,7 +276,7 @@ def _lower(mask: Mask, shape: Shape, closed_forms: bool) -> Lowered:
     if 0 in shape[:4]:
         # There is no pair to be hidden.
         nothing = shape._replace(device=torch.device("cpu"))
-        lists = None if closed_forms else build_lists(_Everything(), nothing)
+        lists = None if closed_forms else build_lists(_Nothing(), nothing)
         return Lowered(nothing, lists=lists).to(shape.device)
     form = mask.closed_form() if closed_forms else None
     if form is not None:
@@ -309,11 +314,11 @@ def _least(lengths: tuple[Values, ...], shape: Shape) -> Tensor | None:
     return None if least is None else least.contiguous()
 
 
-class _Everything(Mask):
-    """Every key."""
+class _Nothing(Mask):
+    """No key."""
 
     def sees(self, at: Positions) -> Tensor:
-        return torch.ones((), dtype=torch.bool, device=at.key.device)
+        return torch.zeros((), dtype=torch.bool, device=at.key.device)
 
     def varies(self, shape: Shape) -> tuple[bool, bool]:
         return False, False
@@ -429,10 +434,3 @@ def _refuse_repeats(operator: str, *masks: Mask) -> None:
             raise ValueError(
                 f"a mask whose keys count several times combines with & only, got {operator} of {mask!r}"
             )
-
-
-def check_integer(name: str, value: int, *, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
