@@ -36,8 +36,6 @@ def outside_modes() -> Iterator[None]:
     try:
         with (
             torch._C.DisableTorchFunction(),
-            # functionalize leaves its key behind when its layer is taken off.
-            torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.Functionalize)),
             _disable_current_modes(),
             torch.inference_mode(False),
             torch.no_grad(),
