@@ -20,6 +20,7 @@ ROUNDS = 7
 _MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
 _WEYL = 0x9E3779B9, 0xBB67AE85
 _WORD = 0xFFFFFFFF
+_HIGHEST_BITS = 0x8000800080008000 - 2**64
 
 
 def dropout_state(batch: int, device: torch.device | str | None = None) -> Tensor:
@@ -59,22 +60,30 @@ def kept(state: Tensor, head: Tensor, query: Tensor, start: int, stop: int, drop
     """Whether the weights on the keys from `start` to before `stop` are kept: (..., stop - start), leading
     dimensions as state (..., 1, 2), head (..., 1) and query (..., 1) broadcast to."""
     groups = torch.arange(start // 8, -(-stop // 8), device=state.device)
-    words = philox((groups, query, head, state[..., 1]), state[..., 0])
-    numbers = torch.stack([half for word in words for half in (word & 0xFFFF, word >> 16)], -1).flatten(-2)
-    return numbers[..., start % 8 : start % 8 + stop - start] >= round(dropout_p * 2**16)
+    words = torch.broadcast_tensors(*philox((groups, query, head, state[..., 1]), state[..., 0]))
+    # Two words side by side are four of the numbers. Those are unsigned and int16 is not: turning the highest bit
+    # over makes it compare them in the same order.
+    pairs = torch.stack((words[0] | words[1] << 32, words[2] | words[3] << 32), -1).bitwise_xor_(_HIGHEST_BITS)
+    numbers = pairs.view(torch.int16).flatten(-2)
+    return numbers[..., start % 8 : start % 8 + stop - start] >= round(dropout_p * 2**16) - 2**15
 
 
 def philox(
     counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: Tensor, rounds: int = ROUNDS
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox-4x32: four random 32-bit words for each counter, held in int64; arguments broadcast."""
-    c0, c1, c2, c3 = torch.broadcast_tensors(*(c & _WORD for c in counter))
+    """Philox-4x32: four random 32-bit words for each counter, held in int64; arguments and results broadcast.
+
+    Each word stays as small as what it depends on. Of a counter whose numbers vary along one dimension each, the
+    first two rounds and half of the third are done without repetitions.
+    """
+    c0, c1, c2, c3 = (c & _WORD for c in counter)
     k0, k1 = seed & _WORD, (seed >> 32) & _WORD
     for _ in range(rounds):
-        # Products wrap around at 64 bits; both halves of them are right all the same.
+        # Products wrap around at 64 bits; both halves of them are right all the same. The lower ones are cut off
+        # only where a product needs it.
         first, second = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        c0 = ((second >> 32) & _WORD) ^ c1 ^ k0
-        c2 = ((first >> 32) & _WORD) ^ c3 ^ k1
-        c1, c3 = second & _WORD, first & _WORD
+        c0 = ((second >> 32) ^ (c1 ^ k0)) & _WORD
+        c2 = ((first >> 32) ^ (c3 ^ k1)) & _WORD
+        c1, c3 = second, first
         k0, k1 = (k0 + _WEYL[0]) & _WORD, (k1 + _WEYL[1]) & _WORD
-    return c0, c1, c2, c3
+    return c0, c1 & _WORD, c2, c3 & _WORD

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -647,6 +648,33 @@ def test_a_bigbird_computes_the_same_padded_and_is_restored(name: str, training:
     assert [sorted(module.__dict__) for module in ours.modules()] == [
         sorted(module.__dict__) for module in theirs.modules()
     ]
+
+
+@pytest.mark.parametrize("padding", ["none", "right", "left", "holes"])
+def test_a_bigbird_reads_its_padding_once_and_gives_no_bias_where_lengths_say_it(padding: str) -> None:
+    from fastattn.integrations import bigbird as fused
+
+    place = torch.arange(208)
+    seen = {"none": place >= 0, "right": place < 150, "left": place >= 30, "holes": place % 7 > 0}[padding]
+    seen = torch.stack((seen, place >= 0)).long()
+    theirs = bigbird().eval()
+    ours = copy.deepcopy(theirs)
+    fastattn.patch(ours, mlp=False, strict=True)
+    tokens = torch.randint(0, 50, (2, 208))
+    with (
+        mock.patch.object(fused, "attention", wraps=fused.attention) as calls,
+        mock.patch.object(fused, "_lengths", wraps=fused._lengths) as reads,
+    ):
+        with torch.inference_mode():
+            ours(tokens, attention_mask=seen)
+        reads.reset_mock(), calls.reset_mock()
+        out = ours(tokens, attention_mask=seen)[0]
+    beside = {"none": set(), "right": {"key_lengths"}}.get(padding, {"bias"})
+    assert [set(call.kwargs) - {"mask", "scale"} for call in calls.call_args_list] == [beside] * 2
+    assert reads.call_count == 1
+    out.sum().backward()  # what was read in inference mode serves training
+    where = seen.bool()
+    torch.testing.assert_close(out[where], theirs(tokens, attention_mask=seen)[0][where], rtol=0, atol=1e-4)
 
 
 def test_a_bigbird_decoder_attends_across_and_generates_the_same_with_its_cache(calls: dict[str, int]) -> None:

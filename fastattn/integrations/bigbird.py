@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.models.big_bird.modeling_big_bird import (
     BigBirdAttention,
@@ -41,7 +43,8 @@ class FusedBigBirdBlockSparseAttention(BigBirdBlockSparseAttention):
             self.block_size, self.num_random_blocks, style="huggingface", seed=self.seed or 0,
             training=self.training, max_positions=self.max_seqlen,
         )  # fmt: skip
-        out = attention(q, k, v, mask=mask, bias=to_mask.bool(), scale=width**-0.5)
+        padding = _padding(kwargs.get("uncast_to_mask", to_mask))
+        out = attention(q, k, v, mask=mask, scale=width**-0.5, **padding)
         # Padded queries give 0, as there.
         return (out * from_mask).transpose(1, 2).flatten(2), None
 
@@ -89,6 +92,9 @@ class FusedBigBirdAttention(BigBirdAttention):
         """As transformers calls it; weights may be asked for by the configuration."""
         if self.config.output_attentions:
             kwargs["output_attentions"] = True
+        if isinstance(self.self, FusedBigBirdBlockSparseAttention) and "to_mask" in kwargs:
+            # Transformers casts it anew for each layer. The tensor that all layers share has to be read only once.
+            kwargs["uncast_to_mask"] = kwargs["to_mask"]
         return super().forward(*args, **kwargs)
 
     def set_attention_type(self, value: str, layer_idx: int | None = None) -> None:
@@ -108,3 +114,41 @@ def _heads(module: Any, projection: str, states: Tensor) -> Tensor:
     """The queries, keys or values of states (B, L, E), as (B, H, L, D)."""
     heads = getattr(module, projection)(states)
     return heads.unflatten(-1, (module.num_attention_heads, module.attention_head_size)).transpose(1, 2)
+
+
+def _padding(to_mask: Tensor) -> dict[str, Tensor]:
+    """The padding (B, 1, 1, L), which is seen where it is not 0, as `fastattn.attention`'s arguments: nothing if
+    all is seen, lengths if the padding is on the right, else a bias."""
+    if type(to_mask) is not Tensor or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return {"bias": to_mask.bool()}  # a tracer has no values to read
+    lengths = _read(to_mask)
+    if lengths is None:
+        return {"bias": to_mask.bool()}
+    if all(length == to_mask.shape[3] for length in lengths):
+        return {}
+    return {"key_lengths": torch.tensor(lengths, dtype=torch.int32, device=to_mask.device)}
+
+
+# The last padding that was read: the tensor, its version, and its lengths. A model hands all its layers the same
+# tensor, and reading it waits for a GPU. Numbers are kept rather than a tensor, which would belong to the mode
+# (inference, a functional transform) in which it was made.
+_last_read: tuple[weakref.ref[Tensor], int, list[int] | None] | None = None
+
+
+def _read(to_mask: Tensor) -> list[int] | None:
+    """How many keys each batch element sees if the rest is padding on the right; None if it is elsewhere."""
+    global _last_read
+    if to_mask.is_inference():
+        return _lengths(to_mask)  # such a tensor does not count its changes
+    last, version = _last_read, to_mask._version
+    if last is None or last[0]() is not to_mask or last[1] != version:
+        last = _last_read = (weakref.ref(to_mask), version, _lengths(to_mask))
+    return last[2]
+
+
+def _lengths(to_mask: Tensor) -> list[int] | None:
+    seen = to_mask[:, 0, 0].bool()
+    lengths = seen.sum(-1)
+    on_the_right = (seen == (torch.arange(seen.shape[1], device=seen.device) < lengths[:, None])).all()
+    *found, right = torch.cat((lengths, on_the_right[None].long())).tolist()
+    return found if right else None
