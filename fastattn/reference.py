@@ -206,7 +206,13 @@ def sum_by_distance(dscores: Tensor, relative_bias: Tensor, shift: int) -> Tenso
         return torch.zeros_like(relative_bias)
     skewed = F.pad(dscores.flip(2), (0, rows)).flatten(2)[..., :-rows]
     sums = skewed.unflatten(2, (rows, columns + rows - 1)).sum(2, dtype=relative_bias.dtype)
-    nearest, farthest = shift - rows + 1, shift + columns - 1
+    return of_distances(sums, shift - rows + 1, radius)
+
+
+def of_distances(sums: Tensor, nearest: int, radius: int) -> Tensor:
+    """The gradient of a relative bias (B, H, 2 R + 1) from the sums (B, H, distances) of what each distance gets,
+    the first being `nearest`. Those of R and more, either way, go to the ends."""
+    farthest = nearest + sums.shape[2] - 1
     sums = F.pad(sums, (max(0, nearest + radius), max(0, radius - farthest)))
     if radius == 0:
         return sums.sum(2, keepdim=True)

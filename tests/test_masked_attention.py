@@ -15,7 +15,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import fastattn
 from fastattn import masks, reference
-from fastattn.backends import granules
+from fastattn.backends import granules, portable, tiles
 from fastattn.kernels import attention_backward, attention_forward, launch
 from fastattn.kernels import merge as kernels_merge
 from fastattn.measure import peak_memory
@@ -263,7 +263,7 @@ def test_every_head_reads_its_own_list(kind: str) -> None:
 @settings(max_examples=40 if not ON_GPU else 100)
 @given(
     entries=st.sampled_from([1, 3, 1000]),
-    kind=st.sampled_from([*IN_ENTRIES, *MASKS]),
+    kind=st.sampled_from(["intervals", *IN_ENTRIES, *MASKS]),
     group=st.integers(1, 3),
     keys=st.integers(129, 144),
     batch=st.integers(1, 2),
@@ -279,11 +279,16 @@ def test_every_head_reads_its_own_list(kind: str) -> None:
     lengths=st.booleans(),
     alibi=st.booleans(),
     sinks=st.booleans(),
+    bias=st.none() | st.tuples(*[st.integers(0, 1)] * 4),
+    masked=st.booleans(),
+    radius=st.none() | st.integers(0, 140),
+    dropout=st.sampled_from([0.0, 0.3]),
 )
 def test_batches_of_entries_are_exact_wherever_they_cut(
     entries: int, kind: str, group: int, keys: int, **given_: object
 ) -> None:
-    problem = Problem(heads=group * given_["key_heads"], lists=kind, keys=keys, **given_)
+    mask = {"intervals": True} if kind == "intervals" else {"lists": kind}
+    problem = Problem(heads=group * given_["key_heads"], keys=keys, **mask, **given_)
     if kind == "bigbird":
         problem = replace(problem, keys=problem.queries)
     if problem.dtype == torch.float64:
@@ -344,22 +349,36 @@ def test_rows_of_entries_that_see_nothing_give_zero_and_zero_gradients(backend: 
     assert all(torch.isfinite(t).all() for t in (out, dq, dk, dv))
 
 
-@pytest.mark.parametrize("beside", ["bias", "relative_bias", "dropout_state", "causal", "nothing else"])
-def test_what_is_given_pair_by_pair_is_left_to_tiles(beside: str) -> None:
-    problem = Problem(
-        lists="documents",
-        queries=70,
-        keys=70,
-        alibi=True,
-        sinks=True,
-        lengths=True,
-        causal=beside == "causal",
-        bias=(0, 0, 0, 0) if beside == "bias" else None,
-        radius=3 if beside == "relative_bias" else None,
-        dropout=0.3 if beside == "dropout_state" else 0.0,
-    )
-    assert granules.serves(problem.spec, problem.score_tensors()) == (beside == "nothing else")
-    assert not granules.serves(replace(problem, lists="").spec, replace(problem, lists="").score_tensors())
+BESIDE = {
+    "bias": {"bias": (0, 0, 0, 0)},
+    "bias of keys": {"bias": (0, 1, 1, 0)},
+    "mask of keys": {"bias": (0, 1, 1, 0), "masked": True},
+    "bias of queries, for all": {"bias": (1, 1, 0, 1)},
+    "relative bias": {"radius": 3},
+    "dropout": {"dropout": 0.3},
+    "all": {"bias": (0, 0, 0, 0), "radius": 200, "dropout": 0.3, "softcap": 2.0, "alibi": True, "sinks": True},
+}
+
+
+@pytest.mark.parametrize("mask", [{"lists": "documents"}, {"intervals": True}], ids=["lists", "intervals"])
+@pytest.mark.parametrize("beside", BESIDE)
+def test_whatever_stands_beside_the_mask_no_tile_that_nobody_sees_is_computed(beside: str, mask: dict) -> None:
+    problem = Problem(queries=140, keys=150, lengths=True, lse_gradient=True, batch=2, **mask, **BESIDE[beside])
+    unused = mock.patch.object(tiles, "Scores", side_effect=AssertionError("computed tile by tile"))
+    with unused, mock.patch.object(portable, "Scores", tiles.Scores):
+        check(problem, "portable")
+
+
+@pytest.mark.parametrize("name", ["triton", "portable"])
+@pytest.mark.parametrize("bias", [(0, 0, 0, 0), (1, 0, 0, 0), (0, 1, 0, 0)])
+def test_hidden_pairs_have_no_gradient_of_the_bias_to_the_bit(bias: tuple, name: str) -> None:
+    problem = Problem(batch=2, queries=140, keys=150, lists="documents", bias=bias, dropout=0.3)
+    inputs, tensors = problem.inputs(), problem.score_tensors()
+    leaf = tensors.bias.requires_grad_()
+    given = problem.arguments(tensors) | {"backend": name}
+    fastattn.attention(*inputs, **given).square().sum().backward()
+    seen = MASKS["documents"].dense(2, 2, 140, 150, DEVICE).expand(2, 2, -1, -1)
+    assert not leaf.grad[~seen[: leaf.shape[0], : leaf.shape[1]]].any() and leaf.grad.any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])

@@ -12,7 +12,7 @@ Exponents have base 2: exp2 takes 0.4 of the time of exp on a CPU.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -20,8 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastattn.backends.layout import heads_last
+from fastattn.dropout import kept_in
 from fastattn.masks.lists import GRANULE, by_row, of_heads, rows_of_intervals, unpack, unpacked
-from fastattn.spec import AttentionSpec, Gradients, ScoreTensors, lse_dtype
+from fastattn.reference import of_distances, relative_index
+from fastattn.spec import AttentionSpec, Gradients, ScoreTensors, Wanted, lse_dtype
 
 LOG2E = math.log2(math.e)
 # Elements of an intermediate result of a batch, of which there are four and a sum: up to a quarter of the queries,
@@ -29,14 +31,11 @@ LOG2E = math.log2(math.e)
 FEWEST_ELEMENTS, MOST_ELEMENTS = 2**17, 2**19
 # Entries that are looked up in the lists at once, for the batches to come.
 LOOKED_UP = 2**12
-_SERVED = ("mask", "intervals", "key_lengths", "alibi_slopes", "sinks")
 
 
 def serves(spec: AttentionSpec, tensors: ScoreTensors) -> bool:
-    """A mask of lists or intervals, and beside it no window and nothing that is given pair by pair."""
-    if (tensors.mask is None and tensors.intervals is None) or (spec.left, spec.right) != (None, None):
-        return False
-    return all(t is None for name, t in tensors._asdict().items() if name not in _SERVED)
+    """A mask of lists or intervals, beside which there is no window."""
+    return (tensors.mask is not None or tensors.intervals is not None) and (spec.left, spec.right) == (None, None)
 
 
 def attention_forward(
@@ -55,11 +54,13 @@ def attention_forward(
         pivot = highest.masked_fill(highest == -math.inf, 0.0)
         shrink = torch.exp2(before - pivot)
         weights = logits.sub_(rows.of_entries(pivot)[..., None]).exp2_()
-        given = space.product("left", weights, space.gather("right", values, entries.columns))
         row_max[rows.which] = highest
         row_sum[rows.which] = row_sum[rows.which] * shrink + rows.reduce(weights.sum(-1))
+        if (dropped := call.dropped(entries)) is not None:
+            weights.masked_fill_(dropped, 0.0)
+        given = space.product("left", weights, space.gather("right", values, entries.columns))
         total[rows.which] = total[rows.which] * shrink[..., None] + rows.reduce(given)
-    total /= row_sum.masked_fill(row_sum == 0, 1.0)[..., None]
+    total /= row_sum.masked_fill(row_sum == 0, 1.0).mul_(1.0 - spec.dropout)[..., None]
     lse = (row_max + row_sum.log2()) / LOG2E
     return joined(total, q, q.dtype), joined(lse[..., None], q, lse.dtype)[..., 0].contiguous()
 
@@ -74,6 +75,7 @@ def attention_backward(
     dlse: Tensor | None,
     spec: AttentionSpec,
     tensors: ScoreTensors,
+    wanted: Wanted,
 ) -> Gradients:
     """With P = exp(S - lse), dP = dout v^T and delta = rowsum(dout * out) - dlse, dS = P * (dP - delta)."""
     delta = (dout.to(lse.dtype) * out).sum(-1)
@@ -82,7 +84,13 @@ def attention_backward(
     # Rows that saw nothing: exp(-inf - inf) is 0 and so is everything that follows.
     empty = lse == -math.inf
     lse, delta = lse.masked_fill(empty, math.inf), delta.masked_fill(empty, 0.0)
-    dq, dk, dv = _gradients(Call(q, k, v, spec, tensors), dout, q, k, v, lse, delta)
+    call = Call(q, k, v, spec, tensors)
+    dbias = BiasGradient(call, tensors.bias) if wanted.bias and tensors.bias is not None else None
+    drelative = None
+    if wanted.relative_bias and tensors.relative_bias is not None:
+        drelative = RelativeBiasGradient(call, tensors.relative_bias)
+    beside = [gradient for gradient in (dbias, drelative) if gradient is not None]
+    dq, dk, dv = _gradients(call, dout, q, k, v, lse, delta, beside)
     dsinks = None
     if tensors.sinks is not None:
         dsinks = -(torch.exp(tensors.sinks[..., None] - lse) * delta).sum(-1)
@@ -90,13 +98,21 @@ def attention_backward(
     dq = joined(dq, q, q.dtype)
     dk = joined(dk, k, k.dtype)
     dv = joined(dv, v, v.dtype)
-    return Gradients(dq, dk, dv, sinks=dsinks)
+    results = [None if gradient is None else gradient.result() for gradient in (dbias, drelative)]
+    return Gradients(dq, dk, dv, results[0], results[1], dsinks)
 
 
 def _gradients(
-    call: Call, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor
+    call: Call,
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    beside: Sequence[BiasGradient | RelativeBiasGradient],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk and dv in granules."""
+    """dq, dk and dv in granules; those of `beside` are given the gradient of every batch of scores."""
     space = Space(lse.dtype, lse.device)
     queries, keys, values, upstream = (Granules(t) for t in (q, k, v, dout))
     lse_rows, delta_rows = (rows_of(t)[..., None] for t in (lse * LOG2E, delta))
@@ -105,10 +121,17 @@ def _gradients(
         rows, columns = Owners(entries.rows), Owners(entries.columns)
         logits, slope = call.logits(entries, queries, keys, space)
         weights = logits.sub_(lse_rows[entries.rows]).exp2_()
-        dout_tiles = space.gather("left", upstream, entries.rows)
+        dout_tiles = space.gather("left", upstream, entries.rows).mul_(1.0 / (1.0 - call.spec.dropout))
         v_tiles = space.gather("right", values, entries.columns)
-        columns.add_to(dv, space.product("given", weights.mT, dout_tiles))
-        dscores = space.product("given", dout_tiles, v_tiles.mT).sub_(delta_rows[entries.rows]).mul_(weights)
+        dscores, dropped = space.product("given", dout_tiles, v_tiles.mT), call.dropped(entries)
+        if dropped is not None:
+            dscores.masked_fill_(dropped, 0.0)
+        dscores.sub_(delta_rows[entries.rows]).mul_(weights)
+        if dropped is not None:
+            weights.masked_fill_(dropped, 0.0)
+        columns.add_to(dv, space.product("right", weights.mT, dout_tiles))
+        for gradient in beside:
+            gradient.add(entries, dscores)
         if slope is not None:
             dscores.mul_(slope)
         # Queries and keys are gathered once more: it takes little, and to keep them would take space.
@@ -213,7 +236,8 @@ class Call:
         return logits, slope
 
     def _added(self, entries: Entries, space: Space) -> Iterator[Tensor]:
-        """What multiplicity, bits, slopes and key lengths add to the scores; each broadcasts to (E, 64, 64)."""
+        """What multiplicity, bits, slopes, biases and key lengths add to the scores; each broadcasts to
+        (E, 64, 64)."""
         if entries.counts is not None:
             yield entries.counts.to(self.work)[:, None, None] * LOG2E
         if entries.tiles is not None:
@@ -228,6 +252,54 @@ class Call:
             unseen = self._positions(entries.columns, self.columns) >= ends[:, None]
             yield torch.where(unseen, -math.inf, 0.0)[:, None]
 
+        if self.tensors.bias is not None:
+            yield self._bias(self.tensors.bias, entries)
+        if self.tensors.relative_bias is not None:
+            yield self._relative_bias(self.tensors.relative_bias, entries)
+
+    def _bias(self, bias: Tensor, entries: Entries) -> Tensor:
+        """What falls on the entries, (E, 64 or 1, 64 or 1): a dimension of size 1 stays. Hidden is -inf."""
+        batch, head = self.head_of(entries)
+        batch, head = (n if size > 1 else n * 0 for n, size in zip((batch, head), bias.shape[:2], strict=True))
+        # What is beyond the end is hidden, and the last position stands in for it.
+        i, j = (
+            self._positions(numbers, of_a_head).clamp_(max=size - 1) if size > 1 else batch.new_zeros(1, 1)
+            for numbers, of_a_head, size in zip(
+                entries[:2], (self.rows, self.columns), bias.shape[2:], strict=True
+            )
+        )
+        found = bias[batch[:, None, None], head[:, None, None], i[:, :, None], j[:, None]]
+        return torch.where(found, 0.0, -math.inf) if bias.dtype == torch.bool else found.to(self.work) * LOG2E
+
+    def _relative_bias(self, relative_bias: Tensor, entries: Entries) -> Tensor:
+        """(E, 64, 64). A granule has 127 distances, of which each query reads 64 in a row."""
+        first = (self.diagonal_of(entries) * GRANULE - self.shift)[:, None]
+        distance = first + torch.arange(1 - GRANULE, GRANULE, device=self.device)
+        index = relative_index(distance, relative_bias.shape[2] // 2)
+        found = relative_bias.flatten(0, 1).to(self.work)[(entries.rows // self.rows)[:, None], index] * LOG2E
+        return found.unfold(1, GRANULE, 1).flip(1)
+
+    def head_of(self, entries: Entries) -> tuple[Tensor, Tensor]:
+        """The batch element and the query head of each entry."""
+        number = entries.rows // self.rows
+        return number // self.heads, number % self.heads
+
+    def diagonal_of(self, entries: Entries) -> Tensor:
+        """How many granules each entry's column is after its row."""
+        return entries.columns % self.columns - entries.rows % self.rows
+
+    def dropped(self, entries: Entries) -> Tensor | None:
+        """Which weights dropout makes 0, (E, 64, 64); None without dropout."""
+        if self.tensors.dropout_state is None:
+            return None
+        batch, head = self.head_of(entries)
+        groups = (entries.columns % self.columns * (GRANULE // 8))[:, None] + torch.arange(
+            GRANULE // 8, device=self.device
+        )
+        queries = self._positions(entries.rows, self.rows)[..., None]
+        state = self.tensors.dropout_state[batch][:, None, None]
+        return kept_in(groups[:, None], state, head[:, None, None], queries, self.spec.dropout).logical_not_()
+
     def _positions(self, numbers: Tensor, of_a_head: int) -> Tensor:
         """Where the queries or keys of granules stand: (E, 64)."""
         return (numbers % of_a_head * GRANULE)[:, None] + torch.arange(GRANULE, device=self.device)
@@ -237,6 +309,61 @@ class Call:
         octets = self.lists.bit_tiles[tiles].view(torch.uint8).flatten().int()
         found = torch.index_select(self._of_octets, 0, octets, out=space.empty("hidden", len(octets), 8))
         return found.view(len(tiles), GRANULE, GRANULE)
+
+
+class BiasGradient:
+    """The gradient of a bias, in granules of 64, or of 1 where the bias has size 1. Pairs without an
+    entry get 0."""
+
+    def __init__(self, call: Call, bias: Tensor) -> None:
+        self.call, self.bias = call, bias
+        sizes = (call.rows, call.columns)
+        self.counts = tuple(count if size > 1 else 1 for count, size in zip(sizes, bias.shape[2:], strict=True))
+        self.tile = tuple(GRANULE if size > 1 else 1 for size in bias.shape[2:])
+        number = bias.shape[0] * bias.shape[1] * math.prod(self.counts)
+        self.total = torch.zeros(number, *self.tile, dtype=call.work, device=call.device)
+
+    def add(self, entries: Entries, dscores: Tensor) -> None:
+        batch, head = self.call.head_of(entries)
+        place = (batch, head, entries.rows % self.call.rows, entries.columns % self.call.columns)
+        sizes = (*self.bias.shape[:2], *self.counts)
+        owner = torch.zeros_like(batch)
+        for number, size in zip(place, sizes, strict=True):
+            owner = owner * size + (number if size > 1 else 0)
+        alone = [dim + 1 for dim, size in enumerate(self.tile) if size == 1]
+        Owners(owner).add_to(self.total, dscores.sum(alone, keepdim=True) if alone else dscores)
+
+    def result(self) -> Tensor:
+        whole = self.total.view(*self.bias.shape[:2], *self.counts, *self.tile).transpose(3, 4)
+        whole = whole.reshape(*self.bias.shape[:2], *(c * t for c, t in zip(self.counts, self.tile, strict=True)))
+        return whole[:, :, : self.bias.shape[2], : self.bias.shape[3]].to(self.bias.dtype).contiguous()
+
+
+class RelativeBiasGradient:
+    """The gradient of a relative bias: sums along the 127 diagonals of granules, for each diagonal of granules."""
+
+    def __init__(self, call: Call, relative_bias: Tensor) -> None:
+        self.call, self.like = call, relative_bias
+        self.diagonals = call.rows + call.columns - 1
+        number = call.batch * call.heads * max(0, self.diagonals)
+        self.total = torch.zeros(number, 2 * GRANULE - 1, dtype=call.work, device=call.device)
+
+    def add(self, entries: Entries, dscores: Tensor) -> None:
+        # Every row is shifted by one against the one below, and the columns are summed.
+        skewed = F.pad(dscores.flip(1), (0, GRANULE)).flatten(1)[:, :-GRANULE]
+        sums = skewed.unflatten(1, (GRANULE, 2 * GRANULE - 1)).sum(1)
+        diagonal = self.call.diagonal_of(entries) + self.call.rows - 1
+        Owners(entries.rows // self.call.rows * self.diagonals + diagonal).add_to(self.total, sums)
+
+    def result(self) -> Tensor:
+        if not self.total.numel():
+            return torch.zeros_like(self.like)
+        total = self.total.view(*self.like.shape[:2], self.diagonals, 2 * GRANULE - 1)
+        # Neighbouring diagonals of granules overlap: the upper 63 distances of one are the lower of the next.
+        lower, upper = total[..., :GRANULE].flatten(2), F.pad(total[..., GRANULE:], (0, 1)).flatten(2)
+        sums = F.pad(lower, (0, GRANULE)) + F.pad(upper, (GRANULE, 0))
+        nearest = 1 - self.call.rows * GRANULE - self.call.shift
+        return of_distances(sums, nearest, self.like.shape[2] // 2).to(self.like.dtype)
 
 
 class Granules:

@@ -63,7 +63,7 @@ def attention_backward(
             dq, dk, dv = torch_flash.backward(dout, q, k, v, out, lse, spec, tensors)
             return Gradients(heads_last(dq), heads_last(dk), heads_last(dv))
         if granules.serves(spec, tensors):
-            return granules.attention_backward(dout, q, k, v, out, lse, dlse, spec, tensors)
+            return granules.attention_backward(dout, q, k, v, out, lse, dlse, spec, tensors, wanted)
         return _tiled_backward(dout, q, k, v, out, lse, dlse, spec, tensors, wanted)
 
 

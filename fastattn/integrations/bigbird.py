@@ -116,7 +116,7 @@ def _heads(module: Any, projection: str, states: Tensor) -> Tensor:
     return heads.unflatten(-1, (module.num_attention_heads, module.attention_head_size)).transpose(1, 2)
 
 
-def _padding(to_mask: Tensor) -> dict[str, Tensor]:
+def _padding(to_mask: Tensor) -> dict[str, Any]:
     """The padding (B, 1, 1, L), which is seen where it is not 0, as `fastattn.attention`'s arguments: nothing if
     all is seen, lengths if the padding is on the right, else a bias."""
     if type(to_mask) is not Tensor or torch.compiler.is_compiling() or torch.jit.is_tracing():
