@@ -21,7 +21,7 @@ from .attention_bias import bias_gradient, relative_bias_gradient
 from .attention_forward import counts_keys, empty_heads, kind_of, products, widths
 from .merge import argument, leave_tile, merge, parts_of, sharing_of
 from .scores import bend, dropout_of, kept, score_factor, score_gradient, scores_of, shape_scores, terms_of
-from .tiles import LARGEST_TILE, LOG2_E, head_of, load_row_values, load_tile, shape_of, tensor3, tensor4
+from .tiles import LARGEST_TILE, LOG2_E, coalesced, head_of, load_row_values, load_tile, shape_of, tensor3, tensor4
 from .walk import (
     GRANULE,
     columns_of,
@@ -56,9 +56,10 @@ def attention_delta_kernel(
 ):
     """Per row: its lse in log2 units and its delta. Rows that saw nothing, and the padding up to a whole
     number of the largest tiles, get +inf and 0: their weights come out as exp2(-inf) = 0 with no mask."""
-    flat_head = tl.program_id(1)
+    tiles = padded_rows // BLOCK_M
+    flat_head = tl.program_id(0) // tiles
     batch, head = flat_head // shape.heads, flat_head % shape.heads
-    start = tl.program_id(0) * BLOCK_M
+    start = tl.program_id(0) % tiles * BLOCK_M
     rows = start + tl.arange(0, BLOCK_M)
     row_lse = load_row_values(head_of(lse, batch, head), lse, rows, shape.queries, float("-inf"))
     out_tile = load_tile(
@@ -498,6 +499,7 @@ def attention_backward(
     dq = empty_heads(batch, heads, queries, head_dim, q)
     dk = empty_heads(batch, key_heads, keys, head_dim, k)
     dv = empty_heads(batch, key_heads, keys, value_dim, v)
+    dout = coalesced(dout)
     shape = shape_of(q, k)
     padded_rows = triton.cdiv(queries, LARGEST_TILE) * LARGEST_TILE
     row_values = torch.empty((batch, heads, 2, padded_rows), dtype=torch.float32, device=q.device)
@@ -524,11 +526,11 @@ def attention_backward(
         )
         fit = (lambda tiling: tiling) if lists is None else launch.within_granules
         if row_values.numel():
-            attention_delta_kernel[(padded_rows // 64, batch * heads)](
+            attention_delta_kernel[(padded_rows // 64 * batch * heads,)](
                 tensor4(out),
                 dout_,
                 tensor3(lse),
-                None if dlse is None else tensor3(dlse),
+                None if dlse is None else tensor3(dlse.contiguous()),
                 row_values,
                 shape,
                 padded_rows,
@@ -575,7 +577,7 @@ def attention_backward(
         beside = (row_values, shape, padded_rows, window, listed, *weights)
         given = (q, k, (q_, k_, v_, dout_), beside, {**common, **tiling.options()})
         if want_bias and bias is not None:
-            dbias = bias_gradient(bias, *given)
+            dbias = bias_gradient(bias, *given, processors)
         if want_relative_bias and relative_bias is not None:
             drelative = relative_bias_gradient(relative_bias, *given)
     dsinks = None if sinks is None else sink_gradient(sinks, row_values)

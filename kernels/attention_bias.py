@@ -1,8 +1,8 @@
 """Attention, backward: what a bias, or a bias by distance, is to blame for.
 
 The gradient of the scores, dS = P * (dP - delta), summed over all that shares one element of the bias. Each
-program owns its elements and walks the tiles that share them in a fixed order: no atomics, and nothing larger than
-the bias is stored.
+program owns its elements, or its share of what they add up, and walks the tiles in a fixed order: no atomics, and
+nothing larger than the bias is stored but the parts of a small one.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
+from . import launch
 from .scores import score_gradient, terms_of
-from .tiles import Tensor4, head_of, load_tile
+from .tiles import head_of, load_tile, tensor4
 from .walk import GRANULE, counting, first_at, key_bounds, key_count_of, key_ranges, list_of, words_of
 
 
@@ -151,9 +152,11 @@ def bias_gradient_kernel(
     lists,
     scores,
     dropout,
+    bias_batches,
     bias_heads,
     batches,
     heads,
+    shares,
     SHARED_ROWS: tl.constexpr,
     SHARED_COLUMNS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -164,21 +167,24 @@ def bias_gradient_kernel(
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One program a tile of the bias, which `batches` batch entries, `heads` heads and, where they are SHARED, all
-    tiles of rows and columns use."""
+    """A tile of the bias, which `batches` batch entries, `heads` heads and, where they are SHARED, all tiles of
+    rows and columns use: they are its members. Each of `shares` programs adds up some of them in a fixed order and
+    stores its part at batch entry share x `bias_batches` + the bias's."""
     row_tiles, column_tiles = tl.cdiv(shape.queries, BLOCK_M), tl.cdiv(shape.keys, BLOCK_N)
     own_rows, own_columns, rows, columns = row_tiles, column_tiles, 1, 1
     if SHARED_ROWS:
         own_rows, rows = 1, row_tiles
     if SHARED_COLUMNS:
         own_columns, columns = 1, column_tiles
-    program = tl.program_id(0)
+    share, program = tl.program_id(0) % shares, tl.program_id(0) // shares
     column, row = program % own_columns, program // own_columns % own_rows
     bias_head = program // (own_columns * own_rows) % bias_heads
     bias_batch = program // (own_columns * own_rows) // bias_heads
 
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for member in tl.range(0, batches * heads * rows * columns):
+    members = batches * heads * rows * columns
+    most = tl.cdiv(members, shares)
+    for member in tl.range(share * most, tl.minimum((share + 1) * most, members)):
         of_column, of_row = member % columns, member // columns % rows
         head, batch = member // (columns * rows) % heads, member // (columns * rows) // heads
         total = add_tile(
@@ -187,7 +193,7 @@ def bias_gradient_kernel(
             HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, BLOCK_M, BLOCK_N, PRECISION,
         )  # fmt: skip
 
-    pointer = head_of(dbias, bias_batch, bias_head)
+    pointer = head_of(dbias, share * bias_batches + bias_batch, bias_head)
     i = row * BLOCK_M + tl.arange(0, BLOCK_M)
     j = column * BLOCK_N + tl.arange(0, BLOCK_N)
     row_offsets, column_offsets = i.to(tl.int64) * dbias.row, j.to(tl.int64) * dbias.column
@@ -229,8 +235,9 @@ def diagonal_sums_kernel(
     hold the same distances in each."""
     tl.static_assert(BLOCK_M == BLOCK_N, "tiles must be square")
     row_tiles, column_tiles = tl.cdiv(shape.queries, BLOCK_M), tl.cdiv(shape.keys, BLOCK_N)
-    ahead = tl.program_id(0) - (row_tiles - 1)
-    flat_head = tl.program_id(1)
+    diagonals = row_tiles + column_tiles - 1
+    ahead = tl.program_id(0) % diagonals - (row_tiles - 1)
+    flat_head = tl.program_id(0) // diagonals
     batch, head = flat_head // shape.heads, flat_head % shape.heads
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for tile in tl.range(tl.maximum(0, -ahead), tl.minimum(row_tiles, column_tiles - ahead)):
@@ -239,18 +246,26 @@ def diagonal_sums_kernel(
             q, k, v, dout, row_values, shape, padded_rows, window, lists, scores, dropout,
             HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, BLOCK_M, BLOCK_N, PRECISION,
         )  # fmt: skip
-    places = sums + (flat_head.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * 2 * BLOCK_M
+    places = sums + tl.program_id(0).to(tl.int64) * 2 * BLOCK_M
     distance = tl.arange(0, BLOCK_N)[None, :] - tl.arange(0, BLOCK_M)[:, None] + (BLOCK_M - 1)
     for diagonal in tl.range(0, 2 * BLOCK_M):
         tl.store(places + diagonal, tl.sum(tl.sum(tl.where(distance == diagonal, total, 0.0), 1), 0))
 
 
 def bias_gradient(
-    bias: torch.Tensor, q: torch.Tensor, k: torch.Tensor, operands: tuple, beside: tuple, options: dict
+    bias: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    operands: tuple,
+    beside: tuple,
+    options: dict,
+    processors: int,
 ) -> torch.Tensor:
     """The gradient of `bias` (B or 1, Hq or 1, Lq or 1, Lk or 1), in its shape and dtype.
 
-    `operands` are q, k, v and dout, `beside` what every backward kernel takes, `options` the constexprs.
+    `operands` are q, k, v and dout, `beside` what every backward kernel takes, `options` the constexprs. A bias
+    that broadcasts has few elements and much to add up for each: then several programs share a tile, as many as
+    keep `processors` multiprocessors busy, and their float32 parts are added in a second pass.
     """
     dbias = torch.empty(bias.shape, dtype=bias.dtype, device=bias.device)
     batch, heads, queries, keys = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
@@ -259,13 +274,19 @@ def bias_gradient(
     # A dimension of size 1 belongs to the one program that has it, be it shared or all there is.
     rows = 1 if bias.shape[2] == 1 else triton.cdiv(queries, options["BLOCK_M"])
     columns = 1 if bias.shape[3] == 1 else triton.cdiv(keys, options["BLOCK_N"])
+    tiles = rows * columns * bias.shape[0] * bias.shape[1]
+    all_tiles = triton.cdiv(queries, options["BLOCK_M"]) * triton.cdiv(keys, options["BLOCK_N"]) * batch * heads
+    shares = launch.splits(tiles, all_tiles // tiles, processors)
+    parts = dbias
+    if shares > 1:
+        parts = torch.empty((shares * bias.shape[0], *bias.shape[1:]), dtype=torch.float32, device=bias.device)
     row_values, *rest = beside
-    bias_gradient_kernel[(rows * columns * bias.shape[0] * bias.shape[1],)](
-        *operands, Tensor4(dbias, *dbias.stride()), row_values, *rest, bias.shape[1],
-        batch // bias.shape[0], heads // bias.shape[1],
+    bias_gradient_kernel[(tiles * shares,)](
+        *operands, tensor4(parts), row_values, *rest, *bias.shape[:2],
+        batch // bias.shape[0], heads // bias.shape[1], shares,
         SHARED_ROWS=bias.shape[2] == 1, SHARED_COLUMNS=bias.shape[3] == 1, **options,
     )  # fmt: skip
-    return dbias
+    return dbias if shares == 1 else dbias.copy_(parts.view(shares, *bias.shape).sum(0))
 
 
 def relative_bias_gradient(
@@ -279,7 +300,7 @@ def relative_bias_gradient(
     row_tiles = triton.cdiv(queries, block)
     diagonals = row_tiles + triton.cdiv(keys, block) - 1
     sums = torch.empty((batch, heads, diagonals, 2 * block), dtype=torch.float32, device=q.device)
-    diagonal_sums_kernel[(diagonals, batch * heads)](*operands, sums, *beside, **options)
+    diagonal_sums_kernel[(diagonals * batch * heads,)](*operands, sums, *beside, **options)
     # Neighbouring diagonals of tiles share distances: the second half of one is the first of the next.
     first, second = sums[..., :block].flatten(2), sums[..., block:].flatten(2)
     by_distance = F.pad(first, (0, block)) + F.pad(second, (block, 0))

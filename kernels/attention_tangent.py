@@ -6,11 +6,10 @@ plus bias':
   lse' = rowsum(P * S'), a sink's weight times its tangent included
   out' = (P * S') v + P v' - lse' out
 (the product rule on out = P v, with P' = P * (S' - lse')). Tangents that are None are absent at compile time.
+They are arguments of their own: of a tuple that also holds None, Triton 3.6 cannot compare a field with None.
 """
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 import triton
@@ -22,8 +21,6 @@ from .scores import bend, dropout_of, kept, score_factor, scores_of, shape_score
 from .tiles import (
     LN_2,
     LOG2_E,
-    Tensor2,
-    Tensor4,
     head_of,
     load_row_values,
     load_tile,
@@ -34,15 +31,6 @@ from .tiles import (
     tensor4,
 )
 from .walk import later_are_heavier, rows_of, walk_keys, window_of, within, work_of
-
-
-class Moved(NamedTuple):
-    """The tangents, but for the biases': those are what is done to S', as scores."""
-
-    q: Tensor4 | None
-    k: Tensor4 | None
-    v: Tensor4 | None
-    sinks: Tensor2 | None
 
 
 @triton.jit
@@ -67,16 +55,30 @@ def tangent_step(
     PRECISION: tl.constexpr,
 ):
     """Add what the keys from `start` on give to (out' + lse' out, lse')."""
-    q_tile, moved_q_tile, lse, pointers, k, v, moved, scores, moved_scores, dropout, moved_terms = given
+    (
+        q_tile,
+        moved_q_tile,
+        lse,
+        pointers,
+        k,
+        v,
+        moved_q,
+        moved_k,
+        moved_v,
+        scores,
+        moved_scores,
+        dropout,
+        moved_terms,
+    ) = given
     accumulator, dlse = state
     k_pointer, v_pointer, moved_k_pointer, moved_v_pointer = pointers
     k_tile = load_tile(k_pointer, k, start, shape.keys, HEAD_DIM, BLOCK_N, WIDTH, MASKED)
     products = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
     dproducts = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    if moved.q is not None:
+    if moved_q is not None:
         dproducts = tl.dot(moved_q_tile, tl.trans(k_tile), dproducts, input_precision=PRECISION)
-    if moved.k is not None:
-        moved_k_tile = load_tile(moved_k_pointer, moved.k, start, shape.keys, HEAD_DIM, BLOCK_N, WIDTH, MASKED)
+    if moved_k is not None:
+        moved_k_tile = load_tile(moved_k_pointer, moved_k, start, shape.keys, HEAD_DIM, BLOCK_N, WIDTH, MASKED)
         dproducts = tl.dot(q_tile, tl.trans(moved_k_tile), dproducts, input_precision=PRECISION)
     keys = start + tl.arange(0, BLOCK_N)[None, :]
     bent = bend(products, scores)
@@ -94,9 +96,9 @@ def tangent_step(
         weights, dweights = tl.where(keep, weights, 0.0), tl.where(keep, dweights, 0.0)
     v_tile = load_tile(v_pointer, v, start, shape.keys, VALUE_DIM, BLOCK_N, VALUE_WIDTH, MASKED)
     accumulator = tl.dot(dweights.to(v_tile.dtype), v_tile, accumulator, input_precision=PRECISION)
-    if moved.v is not None:
+    if moved_v is not None:
         moved_v_tile = load_tile(
-            moved_v_pointer, moved.v, start, shape.keys, VALUE_DIM, BLOCK_N, VALUE_WIDTH, MASKED
+            moved_v_pointer, moved_v, start, shape.keys, VALUE_DIM, BLOCK_N, VALUE_WIDTH, MASKED
         )
         accumulator = tl.dot(weights.to(v_tile.dtype), moved_v_tile, accumulator, input_precision=PRECISION)
     return accumulator, dlse
@@ -109,7 +111,10 @@ def attention_tangent_kernel(
     v,
     out,
     lse,
-    moved,
+    moved_q,
+    moved_k,
+    moved_v,
+    moved_sinks,
     moved_out,
     moved_lse,
     shape,
@@ -137,13 +142,13 @@ def attention_tangent_kernel(
 
     q_tile = load_tile(head_of(q, batch, head), q, start, shape.queries, HEAD_DIM, BLOCK_M, WIDTH, True)
     moved_q_tile, moved_k_pointer, moved_v_pointer = 0, 0, 0
-    if moved.q is not None:
-        moved_q_pointer = head_of(moved.q, batch, head)
-        moved_q_tile = load_tile(moved_q_pointer, moved.q, start, shape.queries, HEAD_DIM, BLOCK_M, WIDTH, True)
-    if moved.k is not None:
-        moved_k_pointer = head_of(moved.k, batch, key_head)
-    if moved.v is not None:
-        moved_v_pointer = head_of(moved.v, batch, key_head)
+    if moved_q is not None:
+        moved_q_pointer = head_of(moved_q, batch, head)
+        moved_q_tile = load_tile(moved_q_pointer, moved_q, start, shape.queries, HEAD_DIM, BLOCK_M, WIDTH, True)
+    if moved_k is not None:
+        moved_k_pointer = head_of(moved_k, batch, key_head)
+    if moved_v is not None:
+        moved_v_pointer = head_of(moved_v, batch, key_head)
     pointers = head_of(k, batch, key_head), head_of(v, batch, key_head), moved_k_pointer, moved_v_pointer
     terms = terms_of(scores, dropout, batch, head)
     moved_terms = terms_of(moved_scores, None, batch, head)
@@ -152,12 +157,13 @@ def attention_tangent_kernel(
     row_lse = tl.where(row_lse == float("-inf"), float("inf"), row_lse * LOG2_E)
 
     dlse = tl.zeros([BLOCK_M], tl.float32)
-    if moved.sinks is not None:
+    if moved_sinks is not None:
         sink = tl.load(head_of(scores.sinks, batch, head)) * LOG2_E
-        dlse += tl.exp2(sink - row_lse) * tl.load(head_of(moved.sinks, batch, head))
+        dlse += tl.exp2(sink - row_lse) * tl.load(head_of(moved_sinks, batch, head))
     accumulator, dlse = walk_keys(
         tangent_step, (tl.zeros([BLOCK_M, VALUE_WIDTH], tl.float32), dlse),
-        (q_tile, moved_q_tile, row_lse, pointers, k, v, moved, scores, moved_scores, dropout, moved_terms), terms,
+        (q_tile, moved_q_tile, row_lse, pointers, k, v, moved_q, moved_k, moved_v, scores, moved_scores, dropout,
+         moved_terms), terms,
         start, batch, head, work, shape, window, lists, None,
         HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, MASKED_FIRST, RELATIVE, BLOCK_M, BLOCK_N, PRECISION,
     )  # fmt: skip
@@ -236,7 +242,8 @@ def attention_tangent(
             tensor4(v),
             tensor4(out),
             tensor3(lse),
-            Moved(*moved, tensor2(sinks_tangent)),
+            *moved,
+            tensor2(sinks_tangent),
             tensor4(moved_out),
             tensor3(moved_lse),
             shape_of(q, k),

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from . import launch
-from .tiles import head_of, tensor2, tensor4
+from .tiles import coalesced, head_of, tensor2, tensor4
 
 
 class Table(NamedTuple):
@@ -377,7 +377,7 @@ def prepare_heads_backward(
     interleaved: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """dx, and dnorm_weight (B, H, D) and dhead_scale (B, H) where they are given, of `prepare_heads`."""
-    dx = empty_heads(x)
+    dx, dy = empty_heads(x), coalesced(dy)
     tile = tiling(heads_gradient_kernel, x)
     size = size_of(x, tile)
     partials = None

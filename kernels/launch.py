@@ -71,8 +71,10 @@ def family_of(backend: str, arch: int | str) -> str:
 
 
 @functools.cache
-def _family_of_device(index: int | None) -> str:
-    target = driver.active.get_current_target()
+def _family_of_device(device: torch.device) -> str:
+    """Asked once for each GPU, with that GPU current: a process may hold two kinds."""
+    with torch.cuda.device(device if device.type == "cuda" else -1):
+        target = driver.active.get_current_target()
     return family_of(target.backend, target.arch)
 
 
@@ -82,8 +84,8 @@ def interpreted(kernel: object) -> bool:
 
 
 def family(kernel: object, device: torch.device) -> str:
-    """The table family that serves `kernel` on `device`; call with `device` current."""
-    return INTERPRETER if interpreted(kernel) else _family_of_device(device.index)
+    """The table family that serves `kernel` on `device`, whichever device is current."""
+    return INTERPRETER if interpreted(kernel) else _family_of_device(device)
 
 
 def look_up(table: dict[str, tuple[Row, ...]], family: str, bytes: int, width: int, kind: str = "plain") -> Tiling:

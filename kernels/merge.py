@@ -119,14 +119,15 @@ def merge_kernel(
     DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program merges BLOCK rows of one head: by the parts' log-sum-exps, if there are any, else adds them."""
-    flat_head = tl.program_id(1)
+    tiles = tl.num_programs(0) // (batches * heads)
+    place, flat_head = tl.program_id(0) % tiles, tl.program_id(0) // tiles
     batch, head = flat_head // heads, flat_head % heads
-    start = tl.program_id(0) * BLOCK
+    start = place * BLOCK
     slot, row, rows = 0, start, length
     if merges is not None:
         pieces: tl.constexpr = GRANULE // BLOCK
-        merge = merges + tl.program_id(0) // pieces * 3
-        row, rows = tl.program_id(0) % pieces * BLOCK, GRANULE
+        merge = merges + place // pieces * 3
+        row, rows = place % pieces * BLOCK, GRANULE
         start = tl.load(merge) * GRANULE + row
         slot, slots = tl.load(merge + 1), tl.load(merge + 2)
     offsets = tl.arange(0, BLOCK)
@@ -174,7 +175,7 @@ def merge(
         return
     batch, heads, rows, width = out.shape
     shared_rows = rows if sharing.merges is None else len(sharing.merges) * GRANULE.value
-    merge_kernel[(triton.cdiv(shared_rows, ROWS), batch * heads)](
+    merge_kernel[(triton.cdiv(shared_rows, ROWS) * batch * heads,)](
         argument(parts),
         argument(value_parts),
         tensor4(out),

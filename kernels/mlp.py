@@ -279,18 +279,19 @@ def hidden_kernel(
     hidden,
     size,
     ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr,
     WHOLE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """hidden = act(x @ first), gated act(x @ first) * (x @ second); what is activated goes to `saved`, or None."""
+    """hidden = act(x @ first), or if GATED act(x @ first) * (x @ second); what is activated goes to `saved`, or
+    None. GATED says whether `second` is there: Triton 3.6 cannot compare a Linear without bias with None."""
     tile_row, tile_column = grouped_tile(
         tl.program_id(0), tl.cdiv(size.tokens, BLOCK_M), tl.cdiv(size.hidden, BLOCK_N)
     )
     row = tile_row * BLOCK_M
     column = tile_column * BLOCK_N
-    GATED: tl.constexpr = second is not None
     second_weight = second.weight if GATED else None
     second_bias = second.bias if GATED else None
     total, up = products(x, first.weight, second_weight, row, column, size, BLOCK_M, BLOCK_N, BLOCK_K, WHOLE)
@@ -423,6 +424,12 @@ def activation_gradient_kernel(
     differentiate(tile, saved, hidden, dpre, partials, tile_row, column, size, ACTIVATION, GATED)
 
 
+def as_operand(dy: torch.Tensor) -> torch.Tensor:
+    """A gradient from above as products take it, by rows or by columns; that of a sum, one number, is written out
+    once instead of at each of its three uses."""
+    return dy if 1 in dy.stride() else dy.contiguous()
+
+
 def inner_tile(dtype: torch.dtype) -> int:
     """BLOCK_K: 128 bytes of a row, the widest line that shared memory is swizzled in."""
     return 128 // dtype.itemsize
@@ -493,6 +500,7 @@ def fused_hidden(x, linears, hidden, saved, size, activation) -> None:
         matrix(hidden),
         size,
         ACTIVATION=activation,
+        GATED=bool(rest),
         WHOLE=size.inner % step == 0,
         BLOCK_K=step,
         **tile.options(),
@@ -662,7 +670,7 @@ def mlp_backward(
     fused: bool | None = None,
 ) -> Gradients:
     """dx, dw1, db1, dw2, db2 of `mlp_forward`; None where not wanted (see Wanted)."""
-    wanted = Wanted(*wanted)
+    wanted, dy = Wanted(*wanted), as_operand(dy)
     hidden, dpre, db1 = hidden_backward(dy, w2, saved, False, activation, wanted.second, wanted.first_bias, fused)
     dw2 = torch.mm(dy.t(), hidden) if wanted.second else None
     del hidden
@@ -704,7 +712,7 @@ def gated_mlp_backward(
 
     dw and db hold gate's gradient and then up's: one product serves both weights.
     """
-    wanted = Wanted(*wanted)
+    wanted, dy = Wanted(*wanted), as_operand(dy)
     hidden, dpre, db = hidden_backward(
         dy, w_down, saved, True, activation, wanted.second, wanted.first_bias, fused
     )

@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 
 from . import launch
+from .tiles import coalesced
 
 
 class Rows(NamedTuple):
@@ -297,10 +298,11 @@ def norm_sums_kernel(
 ):
     """dweight and dbias (B, programs, W), one of which may be None, of rows wider than a tile: one tile of columns
     of every size.programs-th tile of rows."""
-    line = tl.program_id(0)
+    column_tiles: tl.constexpr = (WIDTH + BLOCK_N - 1) // BLOCK_N
+    line = tl.program_id(0) // column_tiles
     batch = line // size.programs
     program = line % size.programs
-    columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    columns = tl.program_id(0) % column_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     weight_sum = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     bias_sum = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for step in range(0, tl.cdiv(size.tiles - program, size.programs)):
@@ -398,12 +400,12 @@ def norm_backward(
     `norm_forward` gives them.
     """
     batch, _, width = x.shape
+    dy, dtotal = coalesced(dy), None if dtotal is None else coalesced(dtotal)
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     if x.numel() == 0:
         nothing = x.new_zeros((batch, width), dtype=torch.float32)
         return dx, nothing if want_weight else None, nothing.clone() if want_bias else None
-    with launch.on_device(x):
-        family = launch.family(norm_gradient_kernel, x.device)
+    family = launch.family(norm_gradient_kernel, x.device)
     tile = launch.look_up(launch.NORM_BACKWARD, family, x.element_size(), width)
     programs = launch.norm_programs(family, tile)
     within = width <= tile.block_n
@@ -430,7 +432,7 @@ def norm_backward(
             **tile.options(),
         )
         if not within and (want_weight or want_bias):
-            norm_sums_kernel[(batch * lines.programs, triton.cdiv(width, tile.block_n))](
+            norm_sums_kernel[(batch * lines.programs * triton.cdiv(width, tile.block_n),)](
                 rows_of(dy), rows_of(x), dweight, dbias, moments, lines, WIDTH=width, **tile.options()
             )
     return dx, *(None if partials is None else partials.sum(1) for partials in (dweight, dbias))

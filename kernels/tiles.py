@@ -54,6 +54,15 @@ class Shape(NamedTuple):
 LARGEST_TILE = 256
 
 
+def coalesced(t: torch.Tensor) -> torch.Tensor:
+    """`t` with neighbouring columns side by side in memory; copied if they are not.
+
+    For gradients that come from above. That of a sum is one number, expanded to all: kernels that read it so are
+    compiled a second time and load value by value, more than once, where the copy is written once.
+    """
+    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
+
+
 def tensor4(t: torch.Tensor) -> Tensor4:
     """`t` as a kernel argument; copied first if offsets within one tile would pass 32 bits."""
     if (abs(t.stride(2)) + abs(t.stride(3))) * LARGEST_TILE >= 2**31:
