@@ -1,0 +1,448 @@
+"""Every public call with every feature, on whatever device is current: forward, backward and forward mode.
+
+Sizes are small and odd; what matters is what is launched. A call that launches nothing says so (`launches`).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+import fastattn
+from fastattn import masks
+from tests.pretended_gpu.tensors import numbered
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of the library; `launches`: it has something to compute."""
+
+    name: str
+    run: Callable[[], object]
+    launches: bool = True
+
+
+def tensor(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Numbers on the current GPU; which ones does not matter."""
+    return torch.zeros(shape, dtype=dtype, device="cuda")
+
+
+# ---- attention ----
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of an attention call; `layout` is how q, k and v lie in memory."""
+
+    batch: int = 2
+    heads: int = 4
+    key_heads: int = 2
+    queries: int = 113
+    keys: int = 203
+    width: int = 64
+    value_width: int | None = None
+    dtype: str = "bf16"
+    layout: str = "blhd"
+
+    def heads_of(self, heads: int, length: int, width: int) -> Tensor:
+        dtype = DTYPES[self.dtype]
+        if self.layout == "strided":
+            return tensor(self.batch, heads, length, 3, width * 2, dtype=dtype)[:, :, :, 1, ::2]
+        if self.layout == "columns":
+            return tensor(self.batch, heads, width, length, dtype=dtype).transpose(2, 3)
+        if self.layout == "expanded":
+            return tensor(1, 1, length, width, dtype=dtype).expand(self.batch, heads, -1, -1)
+        if self.layout == "misaligned":
+            return tensor(self.batch * length * heads * width + 1, dtype=dtype)[1:].view(
+                self.batch, heads, length, width
+            )
+        return tensor(self.batch, length, heads, width, dtype=dtype).transpose(1, 2)
+
+    def qkv(self) -> tuple[Tensor, Tensor, Tensor]:
+        return (
+            self.heads_of(self.heads, self.queries, self.width),
+            self.heads_of(self.key_heads, self.keys, self.width),
+            self.heads_of(self.key_heads, self.keys, self.value_width or self.width),
+        )
+
+    def scores(self, *, broadcast: str = "", dtype: str | None = None) -> Tensor:
+        """A tensor like the scores, of size 1 in the dimensions that `broadcast` names."""
+        named = zip("bhqk", (self.batch, self.heads, self.queries, self.keys), strict=True)
+        shape = [1 if name in broadcast else size for name, size in named]
+        return tensor(*shape, dtype=DTYPES[dtype or self.dtype])
+
+
+def _learned(t: Tensor) -> Tensor:
+    return t.requires_grad_()
+
+
+# What attention takes beside q, k and v. With requires_grad: a gradient is asked, and a tangent in forward mode.
+FEATURES: dict[str, Callable[[Sizes], dict[str, Any]]] = {
+    "full": lambda s: {},
+    "causal": lambda s: {"causal": True},
+    "window": lambda s: {"window": (40, 7)},
+    "window to the left": lambda s: {"causal": True, "window": (40, None)},
+    "key lengths": lambda s: {"key_lengths": torch.arange(s.batch, device="cuda") * 50},
+    "soft cap": lambda s: {"softcap": 30.0},
+    "slopes": lambda s: {"alibi_slopes": tensor(s.heads)},
+    "slopes of each batch": lambda s: {"alibi_slopes": tensor(s.batch, s.heads)},
+    "sinks": lambda s: {"sinks": _learned(tensor(s.heads))},
+    "bias": lambda s: {"bias": _learned(s.scores())},
+    "bias in float32": lambda s: {"bias": _learned(s.scores(dtype="fp32"))},
+    "bias that lies by columns": lambda s: {
+        "bias": _learned(s.scores().transpose(2, 3).contiguous().transpose(2, 3))
+    },
+    "bias for all of a row": lambda s: {"bias": _learned(s.scores(broadcast="bhq"))},
+    "bias for each head": lambda s: {"bias": _learned(s.scores(broadcast="bqk"))},
+    "bias for each query": lambda s: {"bias": _learned(s.scores(broadcast="k"))},
+    "bias without gradient": lambda s: {"bias": s.scores(broadcast="b")},
+    "one bias": lambda s: {"bias": _learned(s.scores(broadcast="bhqk"))},
+    "bool mask": lambda s: {"bias": s.scores() == 0},
+    "padding as bool mask": lambda s: {"bias": s.scores(broadcast="hq") == 0},
+    "relative bias": lambda s: {"relative_bias": _learned(tensor(s.heads, 65))},
+    "dropout": lambda s: {"dropout_p": 0.1},
+    "lists": lambda s: {"mask": masks.from_function(lambda b, h, i, j: (i * 7 + j * 13 + h) % 11 < 4)},
+    "lists that share rows": lambda s: {
+        "mask": masks.global_tokens([3]) | masks.from_function(lambda b, h, i, j: i // 64 == j // 64)
+    },
+    "lists that count": lambda s: {"mask": masks.bigbird(block=16, random=1)},
+    "documents": lambda s: {"mask": masks.documents(torch.arange(s.keys, device="cuda")[None] // 40)},
+    "sequences": lambda s: {"mask": masks.packed_sequences([0, 30, s.queries], [0, 60, s.keys], True)},
+    "scale for each head": lambda s: {"scale": _learned(tensor(s.heads))},
+    "negative scale": lambda s: {"scale": -0.5},
+}
+# Features whose masks need as many queries as keys.
+SQUARE = ("lists that count", "documents")
+TOGETHER = ("window", "key lengths", "soft cap", "slopes", "sinks", "bias", "relative bias", "dropout")
+
+
+def features(sizes: Sizes, *names: str) -> dict[str, Any]:
+    given: dict[str, Any] = {}
+    for name in names:
+        given |= FEATURES[name](sizes)
+    return given
+
+
+def forward(sizes: Sizes, *names: str) -> None:
+    """Without gradients."""
+    fastattn.attention(*sizes.qkv(), **features(sizes, *names), return_lse=True)
+
+
+def backward(sizes: Sizes, *names: str, lse: bool = False, summed: bool = False) -> None:
+    """With gradients of all there is; `summed`: upstream is one number for all, as of a loss that is a sum."""
+    given = features(sizes, *names)
+    q, k, v = (t.detach().requires_grad_() for t in sizes.qkv())
+    out, row_lse = fastattn.attention(q, k, v, **given, return_lse=True)
+    results = [out, row_lse] if lse else [out]
+    leaves = [q, k, v, *(t for t in given.values() if isinstance(t, Tensor) and t.requires_grad)]
+    if summed:
+        torch.autograd.grad(out.sum(), leaves)
+    else:
+        torch.autograd.grad(results, leaves, [torch.ones_like(t) for t in results])
+
+
+def forward_mode(sizes: Sizes, *names: str, moved: str = "qkv", beside: bool = True) -> None:
+    """With tangents of those of q, k and v that `moved` names and, if `beside`, of all that is learned."""
+    given = features(sizes, *names)
+    with forward_ad.dual_level():
+
+        def dual(t: Tensor) -> Tensor:
+            return forward_ad.make_dual(t.detach(), torch.ones_like(t))
+
+        inputs = [dual(t) if name in moved else t for name, t in zip("qkv", sizes.qkv(), strict=True)]
+        for name, value in given.items():
+            if isinstance(value, Tensor) and value.requires_grad:
+                given[name] = dual(value) if beside else value.detach()
+        fastattn.attention(*inputs, **given, return_lse=True)
+
+
+def attention_calls() -> Iterator[Call]:
+    plain, long = Sizes(), Sizes(queries=1024, keys=1024)
+
+    def of(title: str, function: Callable, *arguments: Any, launches: bool = True, **keywords: Any) -> Call:
+        return Call(f"attention, {title}", lambda: function(*arguments, **keywords), launches)
+
+    for name in FEATURES:
+        sizes = Sizes(queries=203) if name in SQUARE else long if name == "lists that share rows" else plain
+        yield of(f"{name}, backward", backward, sizes, name)
+        yield of(f"{name}, forward mode", forward_mode, sizes, name)
+    for dtype, width in itertools.product(DTYPES, (8, 40, 64, 80, 128, 256)):
+        sizes = Sizes(width=width, dtype=dtype)
+        yield of(f"{dtype} D={width}, backward", backward, sizes, "causal", lse=True)
+        if dtype != "fp32" or width <= 128:
+            yield of(f"{dtype} D={width}, forward mode", forward_mode, sizes, "causal")
+    for dtype, width in itertools.product(("bf16", "fp32"), (64, 128, 256)):
+        sizes = Sizes(width=width, dtype=dtype, queries=203)
+        for name in ("window", "bias", "bool mask", "relative bias", "dropout", "lists", "documents"):
+            if (dtype, width) != ("bf16", 64):
+                yield of(f"{dtype} D={width} {name}, backward", backward, sizes, name)
+        if dtype == "bf16":
+            yield of(f"D={width}, together, backward", backward, sizes, *TOGETHER, lse=True)
+            yield of(f"D={width}, together, forward mode", forward_mode, sizes, *TOGETHER)
+    for precision, width in itertools.product(("tf32", "tf32x3", "ieee"), (64, 128, 256)):
+        sizes = Sizes(width=width, dtype="fp32")
+        yield of(f"{precision} D={width}", _with_precision, sizes, precision)
+    yield of("widths 192 and 128", backward, Sizes(width=192, value_width=128), "causal")
+    yield of("widths 24 and 111", backward, Sizes(width=24, value_width=111))
+    for layout in ("strided", "columns", "expanded", "misaligned"):
+        sizes = Sizes(layout=layout)
+        yield of(f"{layout}, backward", backward, sizes, "bias", summed=True)
+        yield of(f"{layout}, forward mode", forward_mode, sizes, "bias")
+    yield of("summed loss", backward, plain, "causal", summed=True)
+    # Forward mode: of any of its tangents, any may be missing.
+    for count in range(4):
+        for moved in itertools.combinations("qkv", count):
+            for name in ("full", "sinks", "bias", "relative bias"):
+                if moved or name != "full":
+                    chosen = "".join(moved)
+                    title = f"{name}, tangents of {chosen or 'nothing else'}"
+                    yield of(title, forward_mode, plain, name, moved=chosen, launches=True)
+    yield of("no tangents beside q's", forward_mode, plain, *TOGETHER, moved="q", beside=False)
+    # Walks that several programs share: few queries, many keys.
+    for name in ("full", "key lengths", "bias", "sinks"):
+        yield of(f"one query, {name}, forward", forward, Sizes(batch=1, queries=1, keys=5000), name)
+    yield of("few queries, backward", backward, Sizes(batch=1, queries=7, keys=3000), lse=True)
+    yield of("few keys, backward", backward, Sizes(batch=1, queries=3000, keys=7), lse=True)
+    # More batch entries times heads than a grid has in y and z.
+    many = Sizes(batch=8209, heads=8, key_heads=8, queries=5, keys=5, width=16)
+    for name in ("full", "bias for each head", "relative bias"):
+        yield of(f"65,672 heads, {name}, backward", backward, many, name)
+    yield of("65,672 heads, forward mode", forward_mode, many)
+    yield of(
+        "65,672 heads, lists that share rows",
+        backward,
+        Sizes(batch=65672, heads=1, key_heads=1, queries=770, keys=770, width=8, layout="expanded"),
+        "lists that share rows",
+    )
+    for what in ("batch", "heads", "queries", "keys"):
+        empty = {what: 0} | ({"key_heads": 0} if what == "heads" else {})
+        for name in ("full", *TOGETHER, "lists"):
+            sizes = Sizes(**empty)
+            # Without keys there is a result: zeros, and the sinks' log-sum-exp.
+            yield of(f"no {what}, {name}, backward", backward, sizes, name, launches=what == "keys")
+            yield of(f"no {what}, {name}, forward mode", forward_mode, sizes, name, launches=what == "keys")
+
+
+def _with_precision(sizes: Sizes, precision: str) -> None:
+    q, k, v = (t.detach().requires_grad_() for t in sizes.qkv())
+    fastattn.attention(q, k, v, precision=precision, causal=True).backward(torch.ones_like(q))
+
+
+# ---- MLPs ----
+
+
+def mlp(activation: str, biases: str, *, gated: bool, dtype: str, tokens: int = 77, d: int = 128, h: int = 256):
+    """Forward in inference and in training, backward, and forward mode; `biases` names those that are there."""
+    kind = DTYPES[dtype]
+    x, first = tensor(tokens, d, dtype=kind), tensor(h, d, dtype=kind)
+    second = tensor(d, h, dtype=kind)
+    widths = {"b_gate": h, "b_up": h, "b_down": d} if gated else {"b1": h, "b2": d}
+    given = {name: tensor(width, dtype=kind) if name in biases.split() else None for name, width in widths.items()}
+    if gated:
+        given |= {"w_gate": first, "w_up": first.clone(), "w_down": second}
+    else:
+        given |= {"w1": first, "w2": second}
+    function = fastattn.gated_mlp if gated else fastattn.mlp
+    function(x, **given, activation=activation)
+    leaves = [t.requires_grad_() for t in (x, *given.values()) if t is not None]
+    torch.autograd.grad(function(x, **given, activation=activation).sum(), leaves)
+
+
+def mlp_calls() -> Iterator[Call]:
+    def of(title: str, *arguments: Any, **keywords: Any) -> Call:
+        kind = "gated_mlp" if keywords["gated"] else "mlp"
+        return Call(f"{kind}, {title}", lambda: mlp(*arguments, **keywords), keywords.get("tokens") != 0)
+
+    for gated in (False, True):
+        names = ("b_gate", "b_up", "b_down") if gated else ("b1", "b2")
+        for activation in fastattn.spec.ACTIVATIONS:
+            yield of(activation, activation, " ".join(names), gated=gated, dtype="bf16")
+        for count in range(len(names)):
+            for chosen in itertools.combinations(names, count):
+                title = f"biases: {' '.join(chosen) or 'none'}"
+                yield of(title, "silu" if gated else "gelu", " ".join(chosen), gated=gated, dtype="bf16")
+        for dtype in DTYPES:
+            yield of(dtype, "gelu", "", gated=gated, dtype=dtype)
+        yield of("odd widths", "gelu", " ".join(names), gated=gated, dtype="bf16", d=111, h=203)
+        yield of("wide", "gelu", "", gated=gated, dtype="bf16", d=8192, h=256)
+        yield of("many tokens", "gelu", "", gated=gated, dtype="bf16", tokens=40000)
+        yield of("no tokens", "gelu", "", gated=gated, dtype="bf16", tokens=0)
+
+
+# ---- heads and norms ----
+
+
+def heads(
+    *, dtype: str = "bf16", width: int = 64, turned: int = 0, interleaved: bool = False, norm: bool = False,
+    weight: str = "", offsets: bool = False, scale: str = "", batch: int = 2, table: str = "fp32",
+) -> None:  # fmt: skip
+    """prepare_heads, forward and backward; `weight` and `scale` name the dimensions that they have."""
+    sizes = {"b": batch, "h": 4, "d": width}
+    x = tensor(batch, 77, 4, width, dtype=DTYPES[dtype]).transpose(1, 2).detach().requires_grad_()
+    given: dict[str, Any] = {"norm": norm, "interleaved": interleaved}
+    if turned:
+        given["cos"] = given["sin"] = tensor(200, turned // 2, dtype=DTYPES[table])
+    if offsets:
+        given["offsets"] = torch.zeros(batch, dtype=torch.int64, device="cuda")
+    if weight:
+        given["norm_weight"] = _learned(tensor(*(sizes[name] for name in weight)))
+    if scale:
+        given["head_scale"] = _learned(tensor(*(sizes[name] for name in scale)))
+    y = fastattn.prepare_heads(x, **given)
+    learned = [t for t in given.values() if isinstance(t, Tensor) and t.requires_grad]
+    torch.autograd.grad(y.sum(), [x, *learned])
+
+
+def heads_calls() -> Iterator[Call]:
+    def of(title: str, **keywords: Any) -> Call:
+        return Call(f"prepare_heads, {title}", lambda: heads(**keywords), keywords.get("batch") != 0)
+
+    yield of("rotation", turned=64)
+    yield of("part of a rotation, interleaved", turned=32, interleaved=True)
+    yield of("rotation in half precision, with offsets", turned=64, table="bf16", offsets=True)
+    yield of("norm", norm=True)
+    yield of("norm and weight", norm=True, weight="d")
+    yield of("norm and weights of each head", norm=True, weight="hd")
+    yield of("scale", scale="h")
+    yield of("scale of each batch entry", scale="bh")
+    yield of("nothing in the batch", batch=0, turned=64, norm=True, weight="d")
+    everything = {"turned": 32, "norm": True, "weight": "d", "offsets": True, "scale": "h"}
+    for dtype, width in itertools.product(DTYPES, (40, 64, 111, 128, 256)):
+        yield of(f"all, {dtype} D={width}", dtype=dtype, width=width, **everything)
+
+
+def norm(
+    *, dtype: str = "bf16", width: int = 256, centred: bool = True, weight: bool = True, bias: bool = True,
+    residual: bool = False, rows: int = 77, offset: float = 0.0,
+) -> None:  # fmt: skip
+    kind = DTYPES[dtype]
+    x = tensor(2, rows, width, dtype=kind).requires_grad_()
+    given: dict[str, Any] = {}
+    if weight:
+        given["weight"] = _learned(tensor(width, dtype=kind))
+    if bias and centred:
+        given["bias"] = _learned(tensor(width, dtype=kind))
+    if residual:
+        given["residual"] = _learned(tensor(2, rows, width, dtype=kind))
+    if not centred:
+        given["weight_offset"] = offset
+    results = (fastattn.layer_norm if centred else fastattn.rms_norm)(x, **given)
+    total = sum(t.sum() for t in results) if residual else results.sum()
+    learned = [t for t in given.values() if isinstance(t, Tensor) and t.requires_grad]
+    torch.autograd.grad(total, [x, *learned])
+
+
+def norm_calls() -> Iterator[Call]:
+    def of(title: str, **keywords: Any) -> Call:
+        return Call(f"norm, {title}", lambda: norm(**keywords), keywords.get("rows") != 0)
+
+    for centred, *there in itertools.product((True, False), repeat=4):
+        parts = dict(zip(("weight", "bias", "residual"), there, strict=True))
+        if centred or not parts["bias"]:
+            title = " ".join(name for name, is_there in parts.items() if is_there) or "nothing"
+            yield of(f"{'layer' if centred else 'RMS'} norm with {title}", centred=centred, **parts)
+    for dtype, width in itertools.product(DTYPES, (64, 111, 1024, 4096, 9000, 20000)):
+        yield of(f"{dtype} W={width}", dtype=dtype, width=width)
+    yield of("weight kept less one", centred=False, offset=1.0)
+    yield of("no rows", rows=0)
+    yield of("many rows", rows=70000, width=64)
+
+
+# ---- everything else that is public ----
+
+
+@dataclass
+class _Module:
+    """A module of ours by name, its arguments, and what it is called with."""
+
+    name: str
+    make: Callable[[], torch.nn.Module]
+    inputs: Callable[[], tuple] = field(default=lambda: (tensor(2, 50, 128, dtype=torch.bfloat16),))
+
+    def run(self) -> None:
+        module = self.make()
+        # Parameters one by one: Module.to keeps the class of a parameter's data, which is ours here.
+        for owner in module.modules():
+            for name, parameter in list(owner.named_parameters(recurse=False)):
+                on_gpu = parameter.detach().to(numbered(torch.device("cuda")), torch.bfloat16).requires_grad_()
+                owner.register_parameter(name, torch.nn.Parameter(on_gpu))
+        out = module(*self.inputs())
+        (out[0] if isinstance(out, tuple) else out).float().sum().backward()
+
+
+def other_calls() -> Iterator[Call]:
+    half = torch.bfloat16
+    q = lambda *shape: tensor(*shape, dtype=half)  # noqa: E731
+
+    def varlen(**given: Any) -> None:
+        starts = torch.tensor([0, 5, 40, 40, 77], dtype=torch.int32, device="cuda")
+        t = q(77, 4, 64).requires_grad_()
+        k = q(77, 2, 64).requires_grad_()
+        torch.autograd.grad(fastattn.attention_varlen(t, k, k, starts, **given).sum(), [t, k])
+
+    def sdpa(**given: Any) -> None:
+        t = q(2, 4, 50, 64).requires_grad_()
+        fastattn.scaled_dot_product_attention(t, t, t, **given).sum().backward()
+
+    def explicit_backward() -> None:
+        sizes = Sizes()
+        inputs = sizes.qkv()
+        out, lse = fastattn.attention(*inputs, causal=True, return_lse=True)
+        fastattn.attention_backward(out, *inputs, out, lse, causal=True)
+
+    def second_derivative() -> None:
+        t = Sizes(dtype="fp32").qkv()
+        leaves = [x.detach().requires_grad_() for x in t]
+        out = fastattn.attention(*leaves, causal=True)
+        first = torch.autograd.grad(out.square().sum(), leaves, create_graph=True)
+        torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
+
+    def mapped() -> None:
+        t = q(3, 2, 4, 50, 64)
+        torch.func.vmap(lambda x: fastattn.attention(x, x, x, causal=True))(t)
+
+    def flash(**given: Any) -> None:
+        from fastattn import flash_attn
+
+        t = q(2, 50, 4, 64).requires_grad_()
+        flash_attn.flash_attn_func(t, t, t, **given).sum().backward()
+
+    yield Call("attention_varlen", varlen)
+    yield Call("attention_varlen, causal and window", lambda: varlen(causal=True, window=(10, None)))
+    yield Call("attention_varlen, sinks and slopes", lambda: varlen(sinks=tensor(4), alibi_slopes=tensor(4)))
+    yield Call("attention_varlen, dropout", lambda: varlen(dropout_p=0.1))
+    yield Call("scaled_dot_product_attention", lambda: sdpa(is_causal=True))
+    yield Call("scaled_dot_product_attention, mask", lambda: sdpa(attn_mask=q(1, 1, 50, 50) == 0))
+    yield Call("scaled_dot_product_attention, bias", lambda: sdpa(attn_mask=q(50, 50)))
+    yield Call("attention_backward", explicit_backward)
+    yield Call("second derivative", second_derivative)
+    yield Call("vmap", mapped)
+    yield Call("flash_attn_func", lambda: flash(causal=True))
+    yield Call("flash_attn_func, window", lambda: flash(window_size=(10, 0), softcap=5.0))
+    nn = fastattn.nn
+    for module in (
+        _Module("nn.SelfAttention", lambda: nn.SelfAttention(128, 4, causal=True)),
+        _Module("nn.MLP", lambda: nn.MLP(128, 256)),
+        _Module("nn.GatedMLP", lambda: nn.GatedMLP(128, 256)),
+        _Module("nn.RMSNorm", lambda: nn.RMSNorm(128)),
+        _Module("nn.LayerNorm", lambda: nn.LayerNorm(128)),
+        _Module(
+            "nn.MultiheadAttention",
+            lambda: nn.MultiheadAttention(128, 4, batch_first=True),
+            lambda: (q(2, 50, 128),) * 3,
+        ),
+        _Module("nn.TransformerEncoderLayer", lambda: nn.TransformerEncoderLayer(128, 4, 256, batch_first=True)),
+    ):
+        yield Call(module.name, module.run)
+
+
+def all_calls() -> list[Call]:
+    return [*attention_calls(), *mlp_calls(), *heads_calls(), *norm_calls(), *other_calls()]

@@ -1,0 +1,178 @@
+"""Every public call, through Triton's real binder, compiler and launcher, on GPUs that are not there."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+from tests import pretended_gpu
+
+ROOT = Path(__file__).parents[1]
+SHARES = 8
+
+
+def cache() -> Path:
+    """Compiled kernels of earlier runs: $XDG_CACHE_HOME/fastattn/pretended_gpu, by default below ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastattn" / "pretended_gpu"
+
+
+def run(*words: str) -> subprocess.CompletedProcess[str]:
+    """A Python process of its own, in which kernels are compiled, not interpreted."""
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(cache()), "FASTATTN_BACKEND": "triton"}
+    environment |= {"PYTHONPATH": str(ROOT)}
+    del environment["TRITON_INTERPRET"]
+    return subprocess.run([sys.executable, *words], cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+@pytest.fixture(autouse=True)
+def _skip_where_no_gpu_can_be_pretended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET")
+    if reason := pretended_gpu.obstacle():
+        pytest.skip(f"no GPU can be pretended: {reason}")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+
+PRELUDE = """
+import warnings; warnings.simplefilter("ignore")
+import torch, triton, triton.language as tl
+import fastattn
+from fastattn.kernels import launch
+from fastattn.kernels.attention_forward import attention_forward, attention_forward_kernel
+from tests.pretended_gpu import GPUS, pretended_gpus
+
+@triton.jit
+def touch(pointer):
+    tl.store(pointer, 0.0)
+
+def refusal(launched):
+    try:
+        launched()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "launched"
+"""
+
+
+@pytest.fixture
+def printed(tmp_path: Path) -> Callable[[str], list[str]]:
+    """The lines that a script prints. It stands in a file: Triton reads a kernel's source there."""
+
+    def lines(script: str) -> list[str]:
+        file = tmp_path / "script.py"
+        file.write_text(PRELUDE + script)
+        done = run(str(file))
+        assert done.returncode == 0, done.stderr
+        return done.stdout.splitlines()
+
+    return lines
+
+
+def test_the_pretended_driver_refuses_what_a_real_one_refuses(printed) -> None:
+    assert printed("""
+with pretended_gpus(GPUS["H100"], GPUS["RTX 4090"]) as driver:
+    here, there = (torch.empty(4, device=f"cuda:{n}") for n in (0, 1))
+    print(refusal(lambda: touch[(2**31 - 1,)](here)), driver.launches(), *driver.last_launch().grid)
+    print(refusal(lambda: touch[(1, 65536)](here)))
+    print(refusal(lambda: touch[(1, 1, 65536)](here)))
+    print(refusal(lambda: touch[(1,)](torch.empty(4))))
+    print(refusal(lambda: touch[(1,)](there)).split(":")[0])
+""") == [
+        "launched 1 2147483647 1 1",
+        "RuntimeError: Triton Error [CUDA]: invalid argument",
+        "RuntimeError: Triton Error [CUDA]: invalid argument",
+        "ValueError: Pointer argument cannot be accessed from Triton (cpu tensor?)",
+        "RuntimeError",
+    ]
+
+
+def test_each_gpu_of_a_process_gets_the_rows_of_its_own_family(printed) -> None:
+    assert printed("""
+gpus = [GPUS[name] for name in ("H100", "RTX 4090", "A100")]
+with pretended_gpus(*gpus) as driver:
+    for number in (2, 1, 0):
+        print(launch.family(attention_forward_kernel, torch.device("cuda", number)), driver.device())
+    for number in (1, 0):
+        # The H100's row would not fit the RTX 4090's shared memory.
+        q = torch.empty(1, 64, 512, 64, dtype=torch.bfloat16, device=f"cuda:{number}", requires_grad=True)
+        fastattn.prepare_heads(q, norm=True).sum().backward()
+        out = fastattn.attention(q.detach(), q, q)
+        print(driver.last_launch().shared // 1024, out.device, driver.device())
+        out.sum().backward()
+""") == ["sm_80 0", "sm_86 0", "sm_90 0", "48 cuda:1 0", "112 cuda:0 0"]
+
+
+def test_no_grid_grows_in_y_or_z(printed) -> None:
+    """There may be more batch entries times heads than the 65,535 that fit there: Swin's windows, triangles."""
+    assert printed("""
+with pretended_gpus(GPUS["H100"]) as driver:
+    grids, run = set(), triton.runtime.jit.JITFunction.run
+    def recorded(kernel, *arguments, grid, **keywords):
+        grids.add((kernel.__name__, len(grid)))
+        return run(kernel, *arguments, grid=grid, **keywords)
+    triton.runtime.jit.JITFunction.run = recorded
+    q = torch.empty(8209, 8, 5, 16, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+    relative = torch.empty(8, 9, device="cuda", requires_grad=True)
+    fastattn.attention(q, q, q, relative_bias=relative).sum().backward()
+    mask = fastattn.masks.global_tokens([3]) | fastattn.masks.from_function(lambda b, h, i, j: i // 64 == j // 64)
+    lists = mask.lower(1, 1, 800, 800, torch.device("cuda", 0)).lists
+    q = torch.empty(1, 1, 800, 8, dtype=torch.bfloat16, device="cuda").expand(66000, -1, -1, -1)
+    attention_forward(q, q, q, scale=1.0, lists=lists)
+    x = torch.empty(2, 9000, device="cuda", requires_grad=True)
+    fastattn.layer_norm(x, torch.empty(9000, device="cuda", requires_grad=True)).sum().backward()
+    print(*sorted(name for name, sides in grids), *{sides for name, sides in grids})
+""") == [
+        "attention_delta_kernel attention_dkdv_kernel attention_dq_kernel attention_forward_kernel "
+        "diagonal_sums_kernel merge_kernel norm_gradient_kernel norm_kernel norm_sums_kernel 1"
+    ]
+
+
+def test_a_summed_loss_compiles_nothing_that_another_loss_does_not(printed) -> None:
+    """The gradient that comes to a sum is one number, expanded: kernels must not be specialised for it."""
+    assert printed("""
+from fastattn.kernels import mlp
+with pretended_gpus(GPUS["H100"]) as driver:
+    compiled = []
+    compile_one = triton.runtime.jit.JITFunction._do_compile
+    def counted(kernel, *arguments):
+        compiled.append(kernel.__name__)
+        return compile_one(kernel, *arguments)
+    triton.runtime.jit.JITFunction._do_compile = counted
+    half = {"dtype": torch.bfloat16, "device": "cuda"}
+    q = torch.empty(1, 2, 128, 64, **half).requires_grad_()
+    x, weight = torch.empty(128, 128, **half).requires_grad_(), torch.empty(128, 128, **half)
+    calls = {
+        "attention": lambda: fastattn.attention(q, q, q, return_lse=True),
+        "heads": lambda: [fastattn.prepare_heads(q, norm=True)],
+        "norm": lambda: fastattn.rms_norm(x, weight[0], residual=x),
+        "mlp": lambda: [fastattn.mlp(x, weight, None, weight, None)],
+    }
+    for name, call in calls.items():
+        results = call()
+        torch.autograd.backward(results, [torch.empty_like(t) for t in results])
+        before = len(compiled)
+        sum(t.sum() for t in call()).backward()
+        print(name, before > 0, compiled[before:])
+""") == [f"{name} True []" for name in ("attention", "heads", "norm", "mlp")]
+
+
+def test_the_gradient_of_a_bias_that_broadcasts_is_shared_out(printed) -> None:
+    assert printed("""
+with pretended_gpus(GPUS["H100"]) as driver:
+    grids, run = {}, triton.runtime.jit.JITFunction.run
+    def recorded(kernel, *arguments, grid, **keywords):
+        grids[kernel.__name__] = grid
+        return run(kernel, *arguments, grid=grid, **keywords)
+    triton.runtime.jit.JITFunction.run = recorded
+    q = torch.empty(2, 8, 1024, 64, dtype=torch.bfloat16, device="cuda")
+    for shape in ((1, 1, 1, 1), (1, 8, 1, 1), (2, 8, 1, 1), (1, 1, 1024, 1024)):
+        bias = torch.empty(shape, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+        fastattn.attention(q, q, q, bias=bias).sum().backward()
+        print(*grids["bias_gradient_kernel"], tuple(bias.grad.shape) == shape)
+""") == ["132 True", "128 True", "128 True", "256 True"]
