@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("triton")
 pytest.importorskip("rich")
 
-from benchmarks.compile_report import baseline, disassembly
+from benchmarks.compile_report import baseline, disassembly, hazards
 from benchmarks.compile_report.rows import Loop, Row, main_loops, resident_programs
 from benchmarks.compile_report.targets import TARGETS
 
@@ -74,6 +74,76 @@ def test_asynchronous_products_that_wait_for_one_another_are_noticed(waits: int,
     ] * waits
     sass = "".join(f"        /*{16 * n:04x}*/     {line} ;  /* 0x0 */\n" for n, line in enumerate(lines))
     assert disassembly.are_serialised(disassembly.parse(sass)) == serialised
+
+
+def code(*lines: str) -> list[disassembly.Instruction]:
+    """SASS of these instructions; an address in them is 16 times a line's number."""
+    return disassembly.parse(
+        "".join(f"        /*{16 * n:04x}*/     {line} ;  /* 0x0 */\n" for n, line in enumerate(lines))
+    )
+
+
+PRODUCT = "HGMMA.64x128x16.F32.BF16 R24, R4, gdesc[UR12], R24"
+
+
+@pytest.mark.parametrize(
+    ("lines", "lost"),
+    [
+        # Written before the wait: by one register, by the second half of two, by a load of four, by a product.
+        ((f"{PRODUCT}, gsb0", "MUFU.EX2 R5, R100"), "MUFU writes R5"),
+        ((f"{PRODUCT}, gsb0", "IMAD.WIDE R6, R100, R101, R102"), "IMAD writes R6, R7"),
+        ((f"{PRODUCT}, gsb0", "LDS.128 R4, [R100]"), "LDS writes R4, R5, R6, R7"),
+        ((f"{PRODUCT}, gsb0", "SHFL.BFLY PT, R7, R100, 0x1, 0x1f"), "SHFL writes R7"),
+        ((PRODUCT, "HGMMA.64x16x16.F32.BF16 R0, gdesc[UR12], R0, gsb0"), "HGMMA writes R4, R5, R6, R7"),
+        # The wait is for all but the last group: the first may be written, the last not.
+        ((f"{PRODUCT}, gsb0", PRODUCT.replace("R4", "R8") + ", gsb0", "WARPGROUP.DEPBAR.LE gsb0, 0x1",
+          "MUFU.EX2 R4, R4", "MUFU.EX2 R9, R9"), "MUFU writes R9"),
+        # In a loop: what its end leaves in flight, its beginning overwrites.
+        (("MUFU.EX2 R4, R100", f"{PRODUCT}, gsb0", "@P0 BRA 0x0", "EXIT"), "MUFU writes R4"),
+        # As it should be.
+        ((f"{PRODUCT}, gsb0", "MUFU.EX2 R8, R4", "STG.E [R4.64], R100", "WARPGROUP.DEPBAR.LE gsb0, 0x0",
+          "MUFU.EX2 R4, R100"), ""),
+        (("MUFU.EX2 R4, R100", f"{PRODUCT}, gsb0", "WARPGROUP.DEPBAR.LE gsb0, 0x0", "@P0 BRA 0x0", "EXIT"), ""),
+        (("HGMMA.64x128x16.F32.BF16 R24, gdesc[UR12], R24, gsb0", "MUFU.EX2 R4, R100"), ""),
+    ],
+)  # fmt: skip
+def test_registers_of_products_in_flight_must_not_be_written(lines: tuple[str, ...], lost: str) -> None:
+    found = hazards.overwritten_fragments(code(*lines))
+    assert [sentence.split(", which")[0] for sentence in found] == [lost] * bool(lost)
+
+
+@pytest.mark.parametrize(
+    ("lines", "places"),
+    [
+        (("DEPBAR.LE SB0, 0x1", "LDGSTS.E.BYPASS.128 [R4], [R6.64]"), ["0x10"]),
+        (("WARPGROUP.DEPBAR.LE gsb0, 0x0", "LDGSTS.E.BYPASS.128 [R4], [R6.64]"), ["0x10"]),
+        (("DEPBAR.LE SB0, 0x1", "BAR.SYNC.DEFER_BLOCKING 0x0", "LDGSTS.E.BYPASS.128 [R4], [R6.64]"), []),
+        (("DEPBAR.LE SB5, 0x1", "LDGSTS.E.BYPASS.128 [R4], [R6.64]"), []),
+        # One way around the barrier is enough, and so is the loop's way back.
+        (("DEPBAR.LE SB0, 0x1", "@P0 BRA 0x30", "BAR.SYNC 0x0", "LDGSTS.E.128 [R4], [R6.64]"), ["0x30"]),
+        (("LDGSTS.E.128 [R4], [R6.64]", "BAR.SYNC 0x0", "DEPBAR.LE SB0, 0x1", "@P0 BRA 0x0", "EXIT"), ["0x0"]),
+    ],
+)
+def test_a_copy_after_a_wait_needs_a_barrier(lines: tuple[str, ...], places: list[str]) -> None:
+    found = hazards.copies_without_barrier(code(*lines))
+    assert [sentence.split(" at ")[1] for sentence in found] == places
+
+
+TURNED = """
+  %s = tt.dot %a, %b, %c, inputPrecision = ieee : tensor<16x64xbf16> * tensor<64x16xbf16> -> tensor<16x16xf32> loc(#1)
+  %x:2 = scf.for %i = %0 to %n step %1 iter_args(%y = %s, %p = %q) -> (tensor<16x16xf32>, i32)  : i32 {
+    %k = tt.load %p : tensor<16x16x!tt.ptr<bf16>> loc(#2)
+    %h = arith.truncf WHAT : tensor<16x16xf32> to tensor<16x16xbf16> loc(#2)
+    %t = tt.trans %h {order = array<i32: 1, 0>} : tensor<16x16xbf16> -> tensor<16x16xbf16> loc(#2)
+    %u = tt.dot %k, %t, %d, inputPrecision = ieee : tensor<16x16xbf16> * tensor<16x16xbf16> -> tensor<16x16xf32> loc(#3)
+    scf.yield %u, %p : tensor<16x16xf32>, i32 loc(#4)
+  } loc(#5)
+"""  # noqa: E501
+
+
+@pytest.mark.parametrize(("operand", "wrong"), [("%y", 1), ("%s", 1), ("%k", 0)])
+def test_a_product_must_not_take_a_transposed_product(operand: str, wrong: int) -> None:
+    assert len(hazards.transposed_products(TURNED.replace("WHAT", operand))) == wrong
 
 
 TTIR = """
@@ -174,6 +244,7 @@ def test_a_sound_row_has_nothing_to_complain_about() -> None:
         ({"shared": 4096}, "4096 bytes of shared memory of 2048"),
         ({"tensor_memory": 640}, "640 columns of tensor memory"),
         ({"serialised": True}, "asynchronous products wait for one another"),
+        ({"hazards": ("LDGSTS after a wait without a barrier at 0x40",)}, "LDGSTS after a wait without a barrier"),
         ({"error": "CompilationError"}, "CompilationError"),
     ],
 )

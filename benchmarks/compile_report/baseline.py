@@ -48,6 +48,7 @@ def resource_complaints(row: Row) -> list[str]:
         found.append(f"{row.name}: {row.spills} spill instructions ({row.tile})")
     if row.serialised:
         found.append(f"{row.name}: asynchronous products wait for one another, ptxas C7515 ({row.tile})")
+    found += [f"{row.name}: {hazard} ({row.tile})" for hazard in row.hazards]
     if row.shared > row.shared_limit:
         found.append(f"{row.name}: {row.shared} bytes of shared memory of {row.shared_limit} ({row.tile})")
     if row.tensor_memory > MOST_TENSOR_MEMORY_COLUMNS:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
-from benchmarks.compile_report import disassembly
+from benchmarks.compile_report import disassembly, hazards
 from benchmarks.compile_report.compiling import Compiled, catching
 from benchmarks.compile_report.disassembly import Instruction, TensorOperation
 from benchmarks.compile_report.launches import Call
@@ -63,6 +63,7 @@ class Row:
     tensor_operations: tuple[str, ...] = ()
     loops: tuple[Loop, ...] = field(default=())
     serialised: bool = False
+    hazards: tuple[str, ...] = ()  # see hazards.py
     error: str = ""
 
     @property
@@ -86,7 +87,8 @@ class Row:
     def from_json(values: dict[str, Any]) -> Row:
         names = [field.name for field in fields(Loop)]
         loops = tuple(Loop(*(loop[name] for name in names)) for loop in values["loops"])
-        return Row(**{**values, "loops": loops, "tensor_operations": tuple(values["tensor_operations"])})
+        lists = {name: tuple(values[name]) for name in ("tensor_operations", "hazards")}
+        return Row(**{**values, "loops": loops, **lists})
 
 
 FULL, MASKED = "full tile", "masked"
@@ -106,6 +108,7 @@ def rows_of(call: Call, target: Target, only: str | None = None) -> list[Row]:
 
 
 def row_of(compiled: Compiled, call: str, target: Target) -> Row:
+    found_wrong = hazards.transposed_products(compiled.artefacts["ttir"])
     if target.backend == "hip":
         found = disassembly.amd_resources(compiled.artefacts["amdgcn"])
         registers, spills, loops, serialised = found.registers, found.spills, (), False
@@ -117,6 +120,7 @@ def row_of(compiled: Compiled, call: str, target: Target) -> Row:
         flops = disassembly.loop_flops(compiled.artefacts["ttir"])
         loops = main_loops(instructions, tensor, flops, compiled.warps, target)
         serialised = disassembly.are_serialised(instructions)
+        found_wrong += hazards.of_sass(instructions)
         operations = sorted({str(operation) for operation in tensor.values()})
     shared = compiled.metadata.shared
     return Row(
@@ -133,6 +137,7 @@ def row_of(compiled: Compiled, call: str, target: Target) -> Row:
         tuple(operations),
         loops,
         serialised,
+        tuple(found_wrong),
     )
 
 

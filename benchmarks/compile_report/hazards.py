@@ -1,0 +1,211 @@
+"""What compilers have got wrong on Hopper before, looked for in what they make of our kernels.
+
+- ptxas (12.9) gave a register that an asynchronous product still reads to another value before the product's wait.
+- Triton before 3.7.1 computed a product of a transposed product wrongly.
+- An asynchronous copy after a wait needs a barrier between them: a wait speaks for one warp, or one warp group,
+  and others may still read the buffer that the copy fills.
+
+Each scan returns sentences, one for each place; none is as it should be.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Hashable, Iterator
+
+from benchmarks.compile_report.disassembly import Instruction, basic_blocks, successors
+
+# A fragment of 64 x 16 halves (64 x 8 tf32) over a warp group's 128 threads.
+FRAGMENT_REGISTERS = 4
+
+
+def of_sass(instructions: list[Instruction]) -> list[str]:
+    """What is wrong with a kernel's machine code."""
+    return [*overwritten_fragments(instructions), *copies_without_barrier(instructions)]
+
+
+def along_every_path(
+    instructions: list[Instruction],
+    start: Hashable,
+    step: Callable[[Hashable, Instruction], tuple[Hashable, str]],
+) -> list[str]:
+    """Walk the control-flow graph with a state that `step` changes; its complaints, in order of addresses."""
+    blocks = basic_blocks(instructions)
+    edges = successors(blocks)
+    found: dict[int, str] = {}
+    todo, seen = [(0, start)], {(0, start)}
+    while todo:
+        number, state = todo.pop()
+        for instruction in blocks[number]:
+            state, complaint = step(state, instruction)
+            if complaint:
+                found[instruction.address] = f"{complaint} at {instruction.address:#x}"
+        for following in edges[number]:
+            if (following, state) not in seen:
+                seen.add((following, state))
+                todo.append((following, state))
+    return [found[address] for address in sorted(found)]
+
+
+# ---- registers that an asynchronous product reads ----
+
+
+def overwritten_fragments(instructions: list[Instruction]) -> list[str]:
+    """Registers that are an operand of a product in flight, written before the wait for it.
+
+    Products in flight are kept in groups; a product that carries gsb0 closes one, and WARPGROUP.DEPBAR.LE gsb0, n
+    waits until only the last n are in flight.
+    """
+
+    def step(groups: tuple[frozenset[int], ...], instruction: Instruction):
+        # groups[-1] is open.
+        if instruction.opcode.startswith("WARPGROUP.DEPBAR"):
+            closed, most = groups[:-1], int(instruction.operands.split(",")[1], 16)
+            return (*closed[max(0, len(closed) - most) :], groups[-1]), ""
+        written = destinations(instruction)
+        lost = written & frozenset().union(*groups)
+        complaint = ""
+        if lost:
+            names = ", ".join(f"R{number}" for number in sorted(lost))
+            complaint = f"{instruction.name} writes {names}, which a product in flight reads,"
+        if instruction.name == "HGMMA":
+            groups = (*groups[:-1], groups[-1] | fragment(instruction))
+            if "gsb0" in instruction.operands:
+                groups = (*groups, frozenset())
+        return groups, complaint
+
+    return along_every_path(instructions, (frozenset(),), step)
+
+
+def fragment(product: Instruction) -> frozenset[int]:
+    """The registers of an HGMMA's left operand; none where that lies in shared memory."""
+    found = re.match(r"R\d+, R(\d+)\b", product.operands)
+    return _registers(int(found[1]), FRAGMENT_REGISTERS) if found else frozenset()
+
+
+# Instructions whose first register is read.
+_READ_ONLY = frozenset(
+    (
+        "ST",
+        "STG",
+        "STS",
+        "STL",
+        "STSM",
+        "RED",
+        "R2UR",
+        "LDGSTS",
+        "BAR",
+        "MEMBAR",
+        "DEPBAR",
+        "SYNCS",
+        "BRA",
+        "EXIT",
+        "RET",
+    )
+)
+
+
+def destinations(instruction: Instruction) -> frozenset[int]:
+    """The registers that an instruction writes."""
+    if instruction.name in _READ_ONLY:
+        return frozenset()
+    # Predicates may come first: SHFL.BFLY PT, R5, ...
+    found = re.match(r"(?:!?U?P[T\d]+,\s*)*R(\d+)\b", instruction.operands)
+    if not found:
+        return frozenset()
+    return _registers(int(found[1]), _width(instruction))
+
+
+def _width(instruction: Instruction) -> int:
+    """How many registers it writes, one after the other."""
+    opcode = instruction.opcode
+    if instruction.name == "HGMMA":
+        rows, columns, _ = re.search(r"\.(\d+)x(\d+)x(\d+)\.", opcode).groups()
+        return int(rows) * int(columns) // 128
+    if instruction.name == "LDSM":
+        last = opcode.split(".")[-1]
+        return int(last) if last.isdigit() else 1
+    if instruction.name == "HMMA" or ".128" in opcode:
+        return 4
+    return 2 if ".64" in opcode or ".WIDE" in opcode or instruction.name in ("DADD", "DMUL", "DFMA") else 1
+
+
+def _registers(first: int, count: int) -> frozenset[int]:
+    return frozenset(range(first, first + count))
+
+
+# ---- asynchronous copies ----
+
+
+def copies_without_barrier(instructions: list[Instruction]) -> list[str]:
+    """Asynchronous copies that follow a wait, for copies or for products, with no barrier between."""
+
+    def step(waited: bool, instruction: Instruction):
+        if instruction.name == "BAR":
+            return False, ""
+        if instruction.opcode.startswith("WARPGROUP.DEPBAR") or _waits_for_copies(instruction):
+            return True, ""
+        late = waited and instruction.name == "LDGSTS"
+        return waited, "LDGSTS after a wait without a barrier" if late else ""
+
+    return along_every_path(instructions, False, step)
+
+
+def _waits_for_copies(instruction: Instruction) -> bool:
+    return instruction.name == "DEPBAR" and instruction.operands.startswith("SB0")
+
+
+# ---- products of transposed products ----
+
+
+def transposed_products(ttir: str) -> list[str]:
+    """Products that take a transposed product, or anything made of one, as an operand, in Triton's own
+    representation."""
+    lines = [line.split(" loc(")[0].strip() for line in ttir.splitlines()]
+    operations = list(_operations(lines))
+    products: set[str] = set()  # and what is made of them
+    turned: set[str] = set()
+    before = -1
+    # Until nothing changes: loops carry values back to lines above.
+    while before != len(products) + len(turned):
+        before = len(products) + len(turned)
+        for results, operator, operands in operations:
+            if operator == "tt.load":  # what is loaded is made of no product, whatever its address is made of
+                continue
+            if operator == "tt.dot" or products.intersection(operands):
+                products |= results
+            if turned.intersection(operands) or (operator == "tt.trans" and products.intersection(operands)):
+                turned |= results
+    return [
+        f"a product takes a transposed product: {', '.join(results)} = tt.dot {', '.join(operands[:2])}"
+        for results, operator, operands in operations
+        if operator == "tt.dot" and turned.intersection(operands[:2])
+    ]
+
+
+_NAME = re.compile(r"%\w+")
+
+
+def _operations(lines: list[str]) -> Iterator[tuple[set[str], str, list[str]]]:
+    """(results, operator, operands) of each line. What a region yields goes to the results of the loop or branch
+    around it; what a loop carries is made of what it begins with, too."""
+    around: list[set[str]] = []
+    for line in lines:
+        left, found, right = line.partition(" = ")
+        assigns = bool(found) and left.startswith("%")
+        body = right if assigns else line
+        results, operands = set(_NAME.findall(left)) if assigns else set(), _NAME.findall(body)
+        carried: set[str] = set()
+        if "iter_args(" in body:
+            pairs = re.findall(r"(%\w+) = (%\w+)", body.split("iter_args(")[1])
+            for inner, outer in pairs:
+                yield {inner}, "carry", [outer]
+            carried = {inner for inner, _ in pairs}
+        elif body.startswith("scf.yield"):
+            yield around[-1] if around else set(), "yield", operands
+        elif not line.startswith("}"):
+            yield results, body.split(" ")[0], operands
+        if line.startswith("}") and not line.endswith("{") and around:
+            around.pop()
+        elif line.endswith("{") and not line.startswith("}"):
+            around.append(results | carried)
