@@ -693,8 +693,8 @@ ERRORS: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "float function": (lambda: masks.from_function(lambda *at: at[2] * 1.0).dense(1, 1, 2, 2), TypeError, "bool"),
     "function of 5 dimensions": (
         lambda: masks.from_function(lambda *at: (at[2] > at[3]).expand(2, 1, 1, 2, 2)).dense(1, 1, 2, 2),
-        ValueError,
-        "must return what broadcasts to",
+        TypeError,
+        "must return one bool for a pair",
     ),
     "even window of blocks": (lambda: masks.bigbird(window_blocks=2), ValueError, "window_blocks must be odd"),
     "unknown style": (

@@ -59,17 +59,30 @@ __all__ = [
 ]
 
 
-def causal() -> Mask:
-    """Keys up to the diagonal."""
-    return Window(None, 0)
+def causal(*, align: str = "bottom-right") -> Mask:
+    """Keys up to the diagonal.
+
+    Args:
+        align: "bottom-right", where the last query stands at the last key, or "top-left", where query i stands at
+            key i. They differ where there are more keys than queries, or fewer.
+    """
+    return Window(None, 0, _is_top_left(align))
 
 
-def window(left: int | None = None, right: int | None = None) -> Mask:
+def window(left: int | None = None, right: int | None = None, *, align: str = "bottom-right") -> Mask:
     """Keys from `left` before the diagonal to `right` after it, both included; None is unbounded.
 
     A causal sliding window of 512 keys before the query, and itself, is `causal() & window(512)`.
+
+    Args:
+        align: as `causal`'s.
     """
-    return Window(check_side("left", left), check_side("right", right))
+    return Window(check_side("left", left), check_side("right", right), _is_top_left(align))
+
+
+def _is_top_left(align: str) -> bool:
+    arguments.choice("align", align, ("bottom-right", "top-left"))
+    return align == "top-left"
 
 
 def key_lengths(lengths: Tensor | Sequence[int]) -> Mask:
@@ -114,7 +127,10 @@ def packed_sequences(
     cu_seqlens_q: Tensor | Sequence[int],
     cu_seqlens_k: Tensor | Sequence[int],
     causal: bool = False,
-    window: tuple[int | None, int | None] = (None, None),
+    window: int | Sequence[int | None] | Tensor | None = None,
+    *,
+    key_lengths: Tensor | Sequence[int] | None = None,
+    align: str = "bottom-right",
 ) -> PackedSequences:
     """Keys of the query's own sequence, where sequences lie one after another and have queries and keys of any
     number, none included.
@@ -122,8 +138,11 @@ def packed_sequences(
     Args:
         cu_seqlens_q, cu_seqlens_k: where the queries and the keys of each sequence begin, and the end:
             (sequences + 1,), from 0 up to Lq and Lk. They are read here, which on a GPU waits for it.
-        causal, window: as `causal()` and `window()`, counted from each sequence's own diagonal: its last query
-            stands at its last key.
+        causal, window: as `attention`'s, counted from each sequence's own diagonal: its last query stands at its
+            last key.
+        key_lengths: (sequences,), how many keys of each sequence there are, where its room for keys is larger (a
+            cache): the rest of the room is not seen, and the last query stands at the last of these keys.
+        align: "bottom-right", as said, or "top-left": the first query of a sequence stands at its first key.
     """
     queries = _cu_seqlens("cu_seqlens_q", cu_seqlens_q, "sequences")
     keys = _cu_seqlens("cu_seqlens_k", cu_seqlens_k, "sequences")
@@ -134,7 +153,23 @@ def packed_sequences(
         )
     left, right = check_window(window)
     right = 0 if arguments.flag("causal", causal) else right
-    return PackedSequences(Values(queries), Values(keys), left, right)
+    if key_lengths is not None:
+        queries, keys = _without_rest(queries, keys, key_lengths)
+    return PackedSequences(Values(queries), Values(keys), left, right, _is_top_left(align))
+
+
+def _without_rest(queries: Tensor, keys: Tensor, key_lengths: Tensor | Sequence[int]) -> tuple[Tensor, Tensor]:
+    """cu_seqlens in which the rest of each sequence's room is a sequence of its own, without queries."""
+    lengths = _read("key_lengths", _integers("key_lengths", key_lengths, "(sequences,)", dims=(1,)))
+    with outside_modes():
+        room = keys.diff()
+        if len(lengths) != len(room) or bool((lengths > room).any()):
+            raise ValueError(
+                f"key_lengths must have shape ({len(room)},), each at most the room for its sequence's keys, "
+                f"{_shortened(room)}; got {_shortened(lengths)}"
+            )
+        ends = torch.stack((keys[:-1] + lengths, keys[1:]), 1).flatten().to(keys.dtype)
+        return torch.cat((queries[:1], queries[1:].repeat_interleave(2))), torch.cat((keys[:1], ends))
 
 
 def global_tokens(positions: Tensor | Iterable[int]) -> Mask:
@@ -241,13 +276,18 @@ def longformer(window: int, global_positions: Tensor | Iterable[int] = ()) -> Ma
 
 
 def from_function(function: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> Mask:
-    """What a vectorised predicate says.
+    """What a predicate says.
 
     Args:
-        function: called with int64 tensors that broadcast against each other, (batch, head, query, key); returns a
-            bool tensor that broadcasts to all of them. Only where its answer has more than one batch element or
-            head is it looked at for each of them. It is evaluated on the device the mask is asked for, a few
-            megabytes at a time. Masks from equal functions are equal, so keep the function to keep its lists.
+        function: given int64 tensors (batch, head, query, key) of one pair each, returns a bool tensor (), as
+            flex_attention's mask_mods do; torch.vmap asks it of many pairs at once. What torch.vmap cannot run is
+            asked with tensors that broadcast against each other. Only where its answer depends on the batch
+            element or the head is it looked at for each of them. It is evaluated on the device the mask is asked
+            for, a few megabytes at a time. Masks from equal functions are equal, so keep the function to keep its
+            lists. It decides with & | ~ and torch.where, not with Python's and, or, not, if.
+
+    Raises:
+        TypeError, ValueError: when it is evaluated, naming the function: it fails, or returns something else.
     """
     if not callable(function):
         raise TypeError(f"function must be callable, got {type(function).__name__}")

@@ -103,7 +103,7 @@ class Mask:
         for part in self.parts:
             part.check(shape)
 
-    def closed_form(self) -> ClosedForm | None:
+    def closed_form(self, shape: Shape) -> ClosedForm | None:
         """The whole mask in numbers, where that is possible."""
         return None
 
@@ -139,6 +139,8 @@ class Mask:
     def dense(self, batch: int, heads: int, queries: int, keys: int, device: torch.device | str = "cpu") -> Tensor:
         """The mask itself, bool (1 or B, 1 or H, Lq, Lk), True where a query may see a key: the definition."""
         shape = self._shape(batch, heads, queries, keys, device)
+        if 0 in shape[:4]:
+            return torch.zeros(min(batch, 1), min(heads, 1), queries, keys, dtype=torch.bool, device=shape.device)
         indices = (torch.arange(n, device=shape.device) for n in shape[:4])
         at = Positions(shape, *(t.view([-1 if i == n else 1 for i in range(4)]) for n, t in enumerate(indices)))
         seen = self.sees(at)
@@ -278,7 +280,7 @@ def _lower(mask: Mask, shape: Shape, closed_forms: bool) -> Lowered:
         nothing = shape._replace(device=torch.device("cpu"))
         lists = None if closed_forms else build_lists(_Nothing(), nothing)
         return Lowered(nothing, lists=lists).to(shape.device)
-    form = mask.closed_form() if closed_forms else None
+    form = mask.closed_form(shape) if closed_forms else None
     if form is not None:
         left, right = window_that_hides((form.left, form.right), shape.queries, shape.keys)
         return Lowered(shape, left, right, _least(form.lengths, shape))
@@ -350,8 +352,8 @@ class And(_Pair):
     def counts(self, at: Positions) -> Tensor:
         return self.first.counts(at) * self.second.counts(at)
 
-    def closed_form(self) -> ClosedForm | None:
-        first, second = self.first.closed_form(), self.second.closed_form()
+    def closed_form(self, shape: Shape) -> ClosedForm | None:
+        first, second = self.first.closed_form(shape), self.second.closed_form(shape)
         if first is None or second is None:
             return None
         left, right = smaller(first.left, second.left), smaller(first.right, second.right)

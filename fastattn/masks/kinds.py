@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -12,16 +13,20 @@ from torch.nn import functional as F
 from fastattn.masks.algebra import ClosedForm, Intervals, Mask, Values
 from fastattn.masks.lists import GRANULE, Shape
 from fastattn.masks.lowering import FULL, Positions, Slab
-from fastattn.modes import kept
+from fastattn.modes import kept, lasts
 from fastattn.spec import window_that_hides
 
 
 @dataclass(frozen=True, repr=False)
 class Window(Mask):
-    """Keys from `left` before the diagonal to `right` after it; None is unbounded."""
+    """Keys from `left` before the diagonal to `right` after it; None is unbounded.
+
+    top_left: whether query i stands at key i, rather than the last query at the last key.
+    """
 
     left: int | None
     right: int | None
+    top_left: bool = False
 
     def sees(self, at: Positions) -> Tensor:
         distance = at.key - at.diagonal
@@ -40,8 +45,10 @@ class Window(Mask):
             states = torch.minimum(states, state(some=least <= right, all=most <= right))
         return states
 
-    def closed_form(self) -> ClosedForm:
-        return ClosedForm(self.left, self.right)
+    def closed_form(self, shape: Shape) -> ClosedForm | None:
+        left, right = self._bounds(shape)
+        # Kernels count a window's sides from the diagonal that ends at the last key, on both sides of it.
+        return None if min(left or 0, right or 0) < 0 else ClosedForm(left, right)
 
     def intervals(self, shape: Shape) -> Intervals:
         diagonal = torch.arange(shape.queries, device=shape.device)[None] + shape.offset
@@ -53,13 +60,20 @@ class Window(Mask):
         return True
 
     def _bounds(self, shape: Shape) -> tuple[int | None, int | None]:
-        return window_that_hides((self.left, self.right), shape.queries, shape.keys)
+        """The sides as counted from the diagonal that ends at the last key; negative if they lie beyond it."""
+        left, right = self.left, self.right
+        if self.top_left:
+            left = None if left is None else left + shape.offset
+            right = None if right is None else right - shape.offset
+        return window_that_hides((left, right), shape.queries, shape.keys)
 
     def __repr__(self) -> str:
         if (self.left, self.right) == (None, 0):
-            return "causal"
-        sides = () if self.left is None and self.right is None else (self.left, self.right)
-        return f"window({', '.join(str(side) for side in (sides if self.right is not None else sides[:1]))})"
+            return "causal(align='top-left')" if self.top_left else "causal"
+        sides = [self.left, self.right] if self.right is not None else [self.left]
+        words = [] if sides == [None] else [str(side) for side in sides]
+        words += ["align='top-left'"] if self.top_left else []
+        return f"window({', '.join(words)})"
 
 
 @dataclass(frozen=True, repr=False)
@@ -83,7 +97,7 @@ class Lengths(Mask):
     def check(self, shape: Shape) -> None:
         _check_batch(self.name, self.lengths.tensor.numel(), shape)
 
-    def closed_form(self) -> ClosedForm:
+    def closed_form(self, shape: Shape) -> ClosedForm:
         return ClosedForm(lengths=(self.lengths,))
 
     def intervals(self, shape: Shape) -> Intervals:
@@ -167,6 +181,7 @@ class PackedSequences(Mask):
     keys: Values
     left: int | None
     right: int | None
+    top_left: bool = False
 
     def sees(self, at: Positions) -> Tensor:
         start, stop = (t.to(at.key.device) for t in _intervals(self))
@@ -185,8 +200,8 @@ class PackedSequences(Mask):
             if int(values.tensor[-1]) != length:
                 raise ValueError(f"cu_seqlens_{name} ends with {int(values.tensor[-1])}, expected {length} tokens")
 
-    def closed_form(self) -> ClosedForm | None:
-        return ClosedForm(self.left, self.right) if self.sequences == 1 else None
+    def closed_form(self, shape: Shape) -> ClosedForm | None:
+        return Window(self.left, self.right, self.top_left).closed_form(shape) if self.sequences == 1 else None
 
     def intervals(self, shape: Shape) -> Intervals:
         start, stop = _intervals(self)
@@ -206,7 +221,8 @@ class PackedSequences(Mask):
         causal = ", causal=True" if self.right == 0 else ""
         window = (self.left, None if causal else self.right)
         bounds = "" if window == (None, None) else f", window={window}"
-        return f"packed_sequences({self.queries}, {self.keys}{causal}{bounds})"
+        align = ", align='top-left'" if self.top_left else ""
+        return f"packed_sequences({self.queries}, {self.keys}{causal}{bounds}{align})"
 
 
 @kept(8)
@@ -214,10 +230,12 @@ def _intervals(packed: PackedSequences) -> tuple[Tensor, Tensor]:
     """From the first key that each query sees to the one after the last; no further if it sees none."""
     starts, ends = packed.keys.tensor[:-1].long(), packed.keys.tensor[1:].long()
     sequence = torch.repeat_interleave(packed.queries.tensor.diff())
-    # The last query of a sequence stands at its last key.
-    diagonal = torch.arange(len(sequence), device=starts.device) + (ends - packed.queries.tensor[1:])[sequence]
+    # The last query of a sequence stands at its last key; aligned top-left, its first one at its first key.
+    shift = starts - packed.queries.tensor[:-1] if packed.top_left else ends - packed.queries.tensor[1:]
+    diagonal = torch.arange(len(sequence), device=starts.device) + shift[sequence]
     start, stop = starts[sequence], ends[sequence]
-    left, right = window_that_hides((packed.left, packed.right), len(sequence), int(packed.keys.tensor[-1]))
+    longest = max(len(sequence), int(packed.keys.tensor[-1]))
+    left, right = window_that_hides((packed.left, packed.right), longest + 1, longest + 1)
     if left is not None:
         start = torch.maximum(start, diagonal - left)
     if right is not None:
@@ -337,37 +355,93 @@ class Function(Mask):
     function: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
     def sees(self, at: Positions) -> Tensor:
-        seen = self.function(at.batch, at.head, at.query, at.key)
+        whole = torch.broadcast_shapes(*(t.shape for t in at[1:]))
+        if 0 in whole:
+            return torch.zeros(whole, dtype=torch.bool, device=at.key.device)
+        try:
+            seen = self._of_each(at[1:], whole)
+        except _WrongResult:
+            raise
+        except Exception as problem:
+            seen = self._of_all(at[1:], whole, problem)
+        if not lasts(seen):
+            raise TypeError(f"{self!r} must return a plain tensor, got a {type(seen).__name__} of another mode")
+        return seen
+
+    def _of_each(self, pairs: Sequence[Tensor], whole: torch.Size) -> Tensor:
+        """What the function says of each pair, by itself: by torch.vmap, as flex_attention asks its mask_mods."""
+        function, long = self._asked, [d for d, size in enumerate(whole) if size > 1]
+        for d in reversed(long):
+            function = torch.vmap(function, in_dims=tuple(0 if t.shape[d] > 1 else None for t in pairs))
+        seen = function(*(t.reshape([size for size in t.shape if size > 1]) for t in pairs))
+        if seen.shape != tuple(whole[d] for d in long):
+            raise _WrongResult(
+                f"{self!r} must return one bool for a pair, got shape {tuple(seen.shape[len(long) :])}"
+            )
+        return seen.reshape(whole)
+
+    def _of_all(self, pairs: Sequence[Tensor], whole: torch.Size, problem: Exception) -> Tensor:
+        """What the function says of all pairs at once, if there is something that vmap cannot do, but not Python's
+        decisions on a tensor: of all pairs, they are others than of each."""
+        failure = ValueError(f"{self!r} {_failure(problem)}")
+        if any(words in str(problem) for words in _DECISIONS):
+            raise failure from problem
+        try:
+            seen = self._asked(*pairs)
+            return seen.expand(whole)
+        except Exception:
+            raise failure from problem
+
+    def _asked(self, *pair: Tensor) -> Tensor:
+        seen = self.function(*pair)
         if not isinstance(seen, Tensor) or seen.dtype != torch.bool:
             got = seen.dtype if isinstance(seen, Tensor) else type(seen).__name__
-            raise TypeError(f"{self!r} must return a bool tensor, got {got}")
-        whole = torch.broadcast_shapes(*(t.shape for t in at[1:]))
-        try:
-            fits = torch.broadcast_shapes(seen.shape, whole) == whole
-        except RuntimeError:
-            fits = False
-        if not fits:
-            raise ValueError(f"{self!r} must return what broadcasts to {tuple(whole)}, got {tuple(seen.shape)}")
+            raise _WrongResult(f"{self!r} must return a bool tensor, got {got}")
         return seen
 
     def varies(self, shape: Shape) -> tuple[bool, bool]:
-        """It does if its answer to all batch elements and heads is more than one answer."""
+        """It does if its answer depends on the batch element, or on the head."""
         if 0 in shape[:4]:
             return False, False
-        batch, head = (
-            torch.arange(shape.batch, device=shape.device),
-            torch.arange(shape.heads, device=shape.device),
-        )
-        zero = batch.new_zeros(1, 1, 1, 1)
-        seen = self.sees(Positions(shape, batch.view(-1, 1, 1, 1), head.view(1, -1, 1, 1), zero, zero))
-        batches, heads, _, _ = (1,) * (4 - seen.dim()) + tuple(seen.shape)
-        return batches > 1, heads > 1
+        return self._depends_on(0, shape.batch, shape), self._depends_on(1, shape.heads, shape)
+
+    def _depends_on(self, which: int, size: int, shape: Shape) -> bool:
+        zero, depends = torch.zeros((), dtype=torch.int64, device=shape.device), True
+
+        def asked(index: Tensor) -> Tensor:
+            nonlocal depends
+            seen = self._asked(*(index if i == which else zero for i in range(4)))
+            depends = torch._C._functorch.is_batchedtensor(seen)
+            return seen
+
+        # What vmap cannot do may depend on it. What is wrong with the function, `sees` tells.
+        with suppress(Exception):
+            torch.vmap(asked)(torch.arange(size, device=shape.device))
+        return depends and size > 1
 
     def lowers_on(self, device: torch.device) -> torch.device:
         return device
 
     def __repr__(self) -> str:
         return f"from_function({getattr(self.function, '__qualname__', repr(self.function))})"
+
+
+# How torch says that Python decides by a tensor's value.
+_DECISIONS = ("control flow", ".item()", "Boolean value of Tensor")
+
+
+class _WrongResult(TypeError):
+    """A mask function returned something else than a bool tensor."""
+
+
+def _failure(problem: Exception) -> str:
+    """What went wrong in a user's function, and what to do."""
+    if any(words in str(problem) for words in _DECISIONS):
+        return (
+            "uses Python's and, or, not, if, numbers or a chain of comparisons on tensors: write & | ~, "
+            "torch.where, and (a <= b) & (b <= c)"
+        )
+    return f"failed: {type(problem).__name__}: {problem}"
 
 
 def state(*, some: Tensor, all: Tensor) -> Tensor:
