@@ -1,4 +1,4 @@
-"""What a worker does for a case: warm, peers, correctness, ceilings, sweep. Each returns rows of plain data."""
+"""What a worker does for a case, by the case's kind. Each returns rows of plain data."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu import correctness, sweep
+from benchmarks.gpu import correctness, features, kinds, rehearsal, sweep
 from fastattn import measure
 from fastattn.peers import DIRECTIONS, MLPProblem, problem_from
 
@@ -33,6 +33,8 @@ def compare_peers(case: Case, device: torch.device, notify: Notify) -> Rows:
 
 def warm(case: Case, device: torch.device, notify: Notify) -> Rows:
     """Compile what a later case will launch, into the caches on disk; nothing is timed and nothing is said."""
+    if "sizes" in case:
+        return _warm_call(case, device, notify)
     problem = problem_from(case["problem"])
     torch.compiler.reset()
     inputs = problem.inputs(device)
@@ -46,6 +48,22 @@ def warm(case: Case, device: torch.device, notify: Notify) -> Rows:
     if device.type == "cuda":
         torch.cuda.empty_cache()
     return []
+
+
+def _warm_call(case: Case, device: torch.device, notify: Notify) -> Rows:
+    call = kinds.build(kinds.Sizes(**case["sizes"]), device)
+    rivals = features.rivals(kinds.Sizes(**case["sizes"]), device)
+    builders = {features.OURS: lambda: lambda *tensors: call.function("triton", *tensors), **rivals}
+    for peer in case["peers"]:
+        notify(peer)
+        with contextlib.suppress(Exception):  # the measurement will meet it again, and report it
+            for direction in DIRECTIONS:
+                features.direct(builders[peer](), call.tensors, direction)()
+    return []
+
+
+def check_kernel(case: Case, device: torch.device, notify: Notify) -> Rows:
+    return correctness.check_kernel(kinds.Sizes(**case["sizes"]), device, notify)
 
 
 def ceilings(case: Case, device: torch.device, notify: Notify) -> Rows:
@@ -100,6 +118,10 @@ def family(case: Case, device: torch.device, notify: Notify) -> Rows:
 HANDLERS: dict[str, Callable[[Case, torch.device, Notify], Rows]] = {
     "peers": compare_peers,
     "warm": warm,
+    "kernel": check_kernel,
+    "feature": features.compare,
+    "small call": features.compare,
+    "launch": rehearsal.launch,
     "ceilings": ceilings,
     "check attention": check_attention,
     "check mlp": check_mlp,

@@ -18,7 +18,7 @@ def describe_environment(device: str) -> dict[str, Any]:
     """What results.json says about where it was made."""
     gpu = torch.cuda.get_device_properties(0) if device == "cuda" else None
     return {
-        "device": gpu.name if gpu else "CPU",
+        "device": gpu.name if gpu else f"{device} GPU",
         "multiprocessors": gpu.multi_processor_count if gpu else None,
         "memory_gib": round(gpu.total_memory / 2**30, 1) if gpu else None,
         "driver": _driver() if gpu else None,

@@ -1,16 +1,18 @@
 """Which cases, the most important first: what the deadline cuts off is the end of a list.
 
-A `Plan` holds the real sizes or, for --dry-run, tiny ones that run every part on a CPU in seconds.
+A `Plan` is the run's or, for --dry-run, that of its rehearsal on a pretended GPU.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from benchmarks.gpu import sweep
+from benchmarks.gpu import features, sweep
+from benchmarks.gpu.kernel_cases import kernel_cases
+from benchmarks.gpu.kinds import Sizes
 from fastattn.peers import (
     BACKWARD,
     FORWARD,
@@ -41,79 +43,91 @@ TOKENS = 16384
 class Plan:
     """Everything that differs between the run and its rehearsal. Times in seconds."""
 
-    device: str
-    total: float
+    device: str  # cuda, or pretended
+    budget: float
     step_limit: float
     suite: tuple[str, ...]
-    suite_processes: int
-    warmers: int
+    processes: int
+    kernels: tuple[Case, ...]
     correctness: tuple[Case, ...]
+    ceilings: Case
     attention: tuple[Case, ...]
     mlp: tuple[Case, ...]
-    ceilings: Case
+    features: tuple[Case, ...]
+    small_calls: tuple[Case, ...]
     candidates: int
     sweeps: int
     rounds: int
     environment: tuple[tuple[str, str], ...] = ()
 
+    @property
+    def rehearsal(self) -> bool:
+        return self.device == "pretended"
+
+    def of(self, families: list[str]) -> Plan:
+        """Only what is about these families."""
+
+        def chosen(cases: tuple[Case, ...]) -> tuple[Case, ...]:
+            return tuple(case for case in cases if case["family"] in families)
+
+        lists = ("kernels", "correctness", "attention", "mlp", "features", "small_calls")
+        return replace(self, **{name: chosen(getattr(self, name)) for name in lists})
+
+
+BUDGET = 540.0  # a machine may be lent in commands of ten minutes
+
 
 def real_plan() -> Plan:
-    """One GPU, nine minutes."""
+    """One GPU, nine minutes a call."""
     timing = {"rounds": 7, "seconds": 0.01}
     return Plan(
         device="cuda",
-        total=525.0,
-        step_limit=45.0,
+        budget=BUDGET,
+        step_limit=60.0,
         suite=("tests",),
-        suite_processes=max(1, min(8, (os.cpu_count() or 2) // 2)),
-        warmers=max(1, min(5, (os.cpu_count() or 2) // 3)),
+        processes=max(1, min(16, os.cpu_count() or 1)),
+        kernels=tuple(kernel_case(sizes) for sizes in kernel_cases()),
         correctness=tuple(correctness_cases()),
+        ceilings={"kind": "ceilings", "side": 8192, "bytes": 2**31, "rounds": 9, "seconds": 0.02},
         attention=tuple(attention_cases(timing)),
         mlp=tuple(mlp_cases(timing)),
-        ceilings={"kind": "ceilings", "side": 8192, "bytes": 2**31, "rounds": 9, "seconds": 0.02},
-        # Several workers compile at once: a pool of a few processes each is enough.
-        environment=(("TORCHINDUCTOR_COMPILE_THREADS", "4"), ("TRITON_INTERPRET", "0")),
+        features=tuple(features.cases(timing, ABSENT)),
+        small_calls=tuple(features.small_calls({"rounds": 7, "calls": 200}, ABSENT)),
         candidates=sweep.CANDIDATES,
         sweeps=6,
         rounds=7,
+        # Several workers compile at once: a pool of a few processes each is enough.
+        environment=(("TORCHINDUCTOR_COMPILE_THREADS", "4"), ("TRITON_INTERPRET", "0"), ("OMP_NUM_THREADS", "1")),
     )
 
 
 def dry_plan() -> Plan:
-    """Every part on a CPU, tiny. The portable backend stands in for the kernels, except in the sweep, which puts
-    rows into the interpreter's table; its times mean nothing."""
-    timing = {"rounds": 2, "seconds": 0.0}
-    attention = AttentionProblem(1, 2, 32, 16, True, None, "float32")
-    mlp = [MLPProblem(16, 16, 32, gated, "float32") for gated in (False, True)]
-    peers = ["fastattn portable", "SDPA flash", "eager"]
-    return Plan(
-        device="cpu",
-        total=240.0,
-        step_limit=30.0,
-        suite=("tests/test_bench.py", "-k", "json or median"),
-        suite_processes=1,
-        warmers=1,
-        correctness=(
-            attention_check(1, 2, 1, 48, 64, 16, True, "float16", "portable"),
-            mlp_check(mlp[0], "portable"),
-        ),
-        attention=tuple(peers_case(attention, d, peers, timing) for d in (FORWARD, BACKWARD)),
-        mlp=tuple(
-            peers_case(p, d, ["fastattn portable", "plain GEMMs", "eager"], timing)
-            for p in mlp
-            for d in (FORWARD, TRAINING)
-        ),
-        ceilings={"kind": "ceilings", "side": 64, "bytes": 2**16, **timing},
+    """The same cases, launched on a pretended GPU: of the proofs one of each kind, of the test suite one quick
+    file. (tests/test_pretended_gpu.py launches every dtype and width.)"""
+    real = real_plan()
+    one_of_each = {(case["family"], case["sizes"]["kind"]): case for case in reversed(real.kernels)}
+    return replace(
+        real,
+        kernels=tuple(reversed(one_of_each.values())),
+        device="pretended",
+        budget=1500.0,
+        step_limit=300.0,
+        suite=("tests/test_capabilities.py",),
+        processes=max(1, min(16, os.cpu_count() or 1)),
         candidates=2,
-        sweeps=1,
-        rounds=1,
-        environment=(("TRITON_INTERPRET", "1"), ("OMP_NUM_THREADS", "1")),
+        sweeps=2,
     )
+
+
+def kernel_case(sizes: Sizes) -> Case:
+    return {"kind": "kernel", "family": sizes.family, "label": f"{sizes.family}: {sizes.label}",
+            "sizes": sizes.as_json()}  # fmt: skip
 
 
 def peers_case(problem: Problem, direction: str, peers: list[str], timing: dict[str, Any]) -> Case:
     return {
         "kind": "peers",
+        "family": problem.family,
         "problem": describe(problem),
         "label": problem.label,
         "direction": direction,
@@ -174,11 +188,13 @@ def attention_check(
     }
     mask = "causal" if causal else "full"
     label = f"{mask} B{batch} H{heads}/{key_heads} {queries} x {keys} D{width} {dtype}"
-    return {"kind": "check attention", "label": label, "sizes": sizes, "backend": backend}
+    kind = {"kind": "check attention", "family": "attention"}
+    return {**kind, "label": label, "sizes": sizes, "backend": backend}
 
 
 def mlp_check(problem: MLPProblem, backend: str) -> Case:
-    return {"kind": "check mlp", "label": problem.label, "problem": describe(problem), "backend": backend}
+    kind = {"kind": "check mlp", "family": "mlp"}
+    return {**kind, "label": problem.label, "problem": describe(problem), "backend": backend}
 
 
 def correctness_cases() -> list[Case]:
@@ -218,4 +234,7 @@ def warm_cases(plan: Plan) -> list[Case]:
             key = tuple(problem.values())
         if key not in chosen:
             chosen[key] = {"kind": "warm", "label": case["label"], "problem": problem, "peers": peers}
+    for case in (*plan.features, *plan.small_calls):
+        peers = [p for p in case["peers"] if p in (features.OURS, "flex_attention", "compiled eager")]
+        chosen.setdefault(case["label"], {**case, "kind": "warm", "peers": peers})
     return list(chosen.values())

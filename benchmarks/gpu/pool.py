@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import queue
+import signal
 import subprocess
 import sys
 import tempfile
@@ -16,6 +17,8 @@ from typing import Any
 
 from benchmarks.gpu.paths import ROOT, clean, python_path
 
+# Signals by which a process ends through its own fault; others come from outside, such as for want of memory.
+CRASHES = {signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGILL, signal.SIGFPE}
 START_LIMIT = 120.0  # importing torch and making a CUDA context, on a busy machine
 
 
@@ -27,6 +30,7 @@ class Answer:
     step: str = ""
     note: str = ""
     out_of_time: bool = False  # the section ended, through no fault of the case
+    failed: bool = False  # it raised, crashed its process or lost the device; not so if it hung or was killed
 
     @property
     def went_wrong(self) -> bool:
@@ -82,9 +86,10 @@ class Worker:
                 return self._lost(step)
             if "lost" in message:
                 self.close()
-                return Answer(step=message["lost"], note=f"the device was lost: {clean(message['note'])}")
+                note = f"the device was lost: {clean(message['note'])}"
+                return Answer(step=message["lost"], note=note, failed=True)
             if "failed" in message:
-                return Answer(step=message["failed"], note=clean(message["note"]))
+                return Answer(step=message["failed"], note=clean(message["note"]), failed=True)
             step = message.get("step", step)
             rows = message.get("rows")
         return Answer(rows=rows)
@@ -129,7 +134,8 @@ class Worker:
         last = (self.log.read().strip().splitlines() or [""])[-1]
         self.close()
         how = f"signal {-code}" if code < 0 else f"exit code {code}"
-        return Answer(step=step, note=clean(f"the process died ({how}) {last}".strip())[:200])
+        note = clean(f"the process died ({how}) {last}".strip())[:200]
+        return Answer(step=step, note=note, failed=code > 0 or -code in CRASHES)
 
 
 def _forward_lines(pipe: int, messages: queue.Queue) -> None:
@@ -160,9 +166,10 @@ def compare_survivors(
         if not answer.went_wrong:
             return rows + [{**row, "note": clean(row["note"])} for row in answer.rows]
         if answer.step not in peers or time.monotonic() >= deadline:
-            return rows + [failed_row(case, peer, answer.note) for peer in peers]
+            failed = {"failed": answer.failed}
+            return rows + [failed_row(case, peer, answer.note) | failed for peer in peers]
         offences[answer.step] = offences.get(answer.step, 0) + 1
-        rows.append(failed_row(case, answer.step, answer.note))
+        rows.append({**failed_row(case, answer.step, answer.note), "failed": answer.failed})
         peers.remove(answer.step)
     return rows
 
@@ -171,7 +178,7 @@ def failed_row(case: dict[str, Any], peer: str, note: str) -> dict[str, Any]:
     """A row like measure.as_json's, of someone who has no time to show."""
     nothing = dict.fromkeys(("seconds", "spread", "tflops", "peak_bytes", "error", "ratio"))
     return {
-        "problem": case["problem"],
+        "problem": case["problem"] if "problem" in case else case["sizes"],
         "label": case["label"],
         "direction": case["direction"],
         "peer": peer,

@@ -1,6 +1,7 @@
 """A pytest plugin that notes every outcome as it comes, so that a run cut short still tells what it saw.
 
-One JSON line an event, appended to the file named by FASTATTN_TEST_RECORD. Works with and without pytest-xdist.
+One JSON line an event, appended to the file named by FASTATTN_TEST_RECORD. While collecting, the events are the
+tests found and the files that could not be read.
 """
 
 from __future__ import annotations
@@ -10,13 +11,33 @@ import os
 
 import pytest
 
+from benchmarks.gpu import compilations
+
 _path = os.environ.get("FASTATTN_TEST_RECORD")
+LOST_DEVICE = 86  # the exit code of a process whose GPU no longer answers
 
 
 def _note(**event: str | float) -> None:
     if _path:
         with open(_path, "a") as file:
             file.write(json.dumps(event) + "\n")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    compilations.listen()
+
+
+def pytest_collectreport(report: pytest.CollectReport) -> None:
+    if report.outcome == "failed":
+        _note(test=report.nodeid, outcome="unreadable", text=report.longreprtext)
+    elif report.outcome == "skipped":
+        _note(test=report.nodeid, outcome="skipped", seconds=0.0, text=_text(report))
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    if session.config.option.collectonly:
+        for item in session.items:
+            _note(test=item.nodeid, outcome="found")
 
 
 def pytest_runtest_logstart(nodeid: str) -> None:
@@ -28,7 +49,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
         _note(test=report.nodeid, outcome=report.outcome, seconds=report.duration, text=_text(report))
 
 
-def _text(report: pytest.TestReport) -> str:
+def _text(report: pytest.TestReport | pytest.CollectReport) -> str:
     """The failure, with the inputs hypothesis found and what the test printed; the reason of a skip."""
     if isinstance(report.longrepr, tuple):
         return str(report.longrepr[2])
@@ -38,12 +59,12 @@ def _text(report: pytest.TestReport) -> str:
 
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
-    """After an illegal address no test of this process can pass any more: end it, pytest-xdist starts another."""
+    """After an illegal address no test of this process can pass any more: end it, the others get a new one."""
     outcome = yield
     report = outcome.get_result()
-    if report.outcome == "failed" and "PYTEST_XDIST_WORKER" in os.environ and _device_is_lost():
+    if _path and report.outcome == "failed" and _device_is_lost():
         _note(test=report.nodeid, outcome="failed", seconds=report.duration, text=_text(report))
-        os._exit(1)
+        os._exit(LOST_DEVICE)
 
 
 def _device_is_lost() -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -18,14 +19,19 @@ def write_report(folder: Path) -> None:
     results = json.loads((folder / "results.json").read_text())
     plots = _plots(results, folder)
     parts = [
+        _verdict(results),
         _head(results),
+        _proofs(results),
         _glance(results["speed"]),
         _sections(results),
+        _compilations(results.get("compilations")),
         _suite(results["suite"]),
         _correctness(results["correctness"]),
         _ceilings(results["ceilings"]),
         _attention(results, plots),
         _mlp(results, plots),
+        _features(results),
+        _small_calls(results["small_calls"]),
         _sweep(results),
     ]
     (folder / "report.md").write_text("\n\n".join(part for part in parts if part) + "\n")
@@ -41,15 +47,56 @@ def table(headings: Iterable[str], lines: Iterable[Iterable[Any]]) -> str:
 # ---- the parts ----
 
 
+def _verdict(results: dict[str, Any]) -> str:
+    """The first line says whether this run proves anything; then all that failed or was not run."""
+    verdict = results.get("verdict") or {"line": "INCOMPLETE: the run was cut off.", "failures": [], "missing": []}
+    text = f"**{verdict['line']}**"
+    for title, sentences in (("Failed", verdict["failures"]), ("Not run to its end", verdict["missing"])):
+        if sentences:
+            text += f"\n\n<details><summary>{title}: {len(sentences)}</summary>\n\n"
+            text += "\n".join(f"- {sentence}" for sentence in sentences) + "\n</details>"
+    return text
+
+
+def _proofs(results: dict[str, Any]) -> str:
+    """How much of each family is proven; every record is in results.json."""
+    proofs = results.get("proofs") or []
+    text = "## What is proven\n\n"
+    if not proofs:
+        return text + "Nothing."
+    complete = "Every kernel test ran and passed." if results["proven"] else (
+        "The kernels as a whole are not proven: that takes every case and every kernel test, run and passed."
+    )  # fmt: skip
+    text += f"{complete} A combination of kind, dtype and width is proven if its case passed.\n\n"
+    lines = []
+    for family in dict.fromkeys(proof["family"] for proof in proofs):
+        mine = [proof for proof in proofs if proof["family"] == family]
+        states = Counter(proof["state"] for proof in mine)
+        bad = [f"{p['kind']} {p['dtype']} {p['width']}" for p in mine if p["state"] in ("failed", "incomplete")]
+        tests = results["suite"].get("families", {}).get(family, {})
+        said = ", ".join(f"{n} {outcome}" for outcome, n in sorted(tests.items()))
+        lines.append((family, ", ".join(f"{n} {s}" for s, n in states.items()), "; ".join(bad), said))
+    return text + table(("family", "combinations", "failed or incomplete", "tests"), lines)
+
+
+def _compilations(counted: dict[str, Any] | None) -> str:
+    if not counted:
+        return ""
+    return (
+        f"Compiled: {counted['compiled']} kernels ({counted['different']} different ones) in"
+        f" {counted['seconds']:.0f} s of processor time; {counted['from_cache']} came from the cache on disk."
+    )
+
+
 def _head(results: dict[str, Any]) -> str:
     where = results["environment"]
     title = f"# {where['device']}, {where['date']}"
     facts = [f"{name} {value}" for name, value in where.items() if value and name not in ("device", "date")]
     text = f"{title}\n\n{', '.join(facts)}."
     if results["dry_run"]:
-        text += "\n\n**A rehearsal on a CPU with tiny sizes: no figure below means anything.**"
-    if results.get("interrupted"):
-        text += "\n\n**The run was interrupted: what follows is what it had by then.**"
+        text += "\n\n**A rehearsal on a pretended GPU: everything was launched, nothing was computed or timed.**"
+    if results.get("only"):
+        text += f"\n\nAsked were only: {', '.join(results['only'])}."
     if results.get("absent"):
         text += f"\n\nNot installed here, so not compared: {', '.join(results['absent'])}."
     return text + (
@@ -98,8 +145,8 @@ def _suite(suite: dict[str, Any]) -> str:
         return "## Test suite\n\nDid not run."
     counts = ", ".join(f"{n} {outcome}" for outcome, n in sorted(suite["counts"].items())) or "no outcomes"
     text = f"## Test suite\n\n{counts}, {suite.get('seconds', 0):.0f} s."
-    if suite.get("note"):
-        text += f"\n\n```\n{suite['note']}\n```"
+    if suite.get("skipped"):
+        text += "\n\nSkipped: " + "; ".join(f"{n} x {reason}" for reason, n in suite["skipped"].items()) + "."
     for failure in suite["failures"]:
         text += f"\n\n<details><summary>{failure['test']}</summary>\n\n```\n{failure['text']}\n```\n</details>"
     for title, names in (("More failures", suite.get("more_failures")), ("Never ended", suite.get("unfinished"))):
@@ -230,8 +277,51 @@ def _without(heading: str, headings: tuple[str, ...], lines: list[tuple]) -> tup
     ]
 
 
+def _features(results: dict[str, Any]) -> str:
+    """A line for each call and direction: ours, who is fastest, and everyone's time over ours."""
+    rows = results["features"]
+    if not rows:
+        return "## Masks, scores, packed sequences, norms and heads\n\nNot reached."
+    return (
+        "## Masks, scores, packed sequences, norms and heads\n\nTime over ours: above 1 we are faster. Who is not"
+        " named lacks the feature.\n\n" + _against_ours(rows, 1e3, "ms")
+    )
+
+
+def _small_calls(rows: Rows) -> str:
+    if not rows:
+        return "## Small calls\n\nNot reached."
+    return (
+        "## Small calls\n\nBy the wall, many calls in a row: Python and launches take the time.\n\n"
+        + _against_ours(rows, 1e6, "us")
+    )
+
+
+def _against_ours(rows: Rows, unit: float, name: str) -> str:
+    lines, notes = [], []
+    for label, direction in dict.fromkeys((row["label"], row["direction"]) for row in rows):
+        here = [row for row in rows if (row["label"], row["direction"]) == (label, direction)]
+        ours = next((row for row in here if row["peer"].startswith("fastattn")), None)
+        notes += [f"- {label}, {direction}, {row['peer']}: {row['note']}" for row in here if row["note"]]
+        if ours is None or not ours["seconds"]:
+            lines.append(
+                (label, direction, "launched" if ours and ours.get("launched") else None, None, None, None)
+            )
+            continue
+        rivals = sorted(
+            (row for row in here if row["seconds"] and row is not ours), key=lambda row: row["seconds"]
+        )
+        others = ", ".join(f"{row['peer']} {row['seconds'] / ours['seconds']:.2f}" for row in rivals)
+        best = None if ours["ratio"] is None else f"{ours['ratio']:.2f}"
+        lines.append((label, direction, f"{ours['seconds'] * unit:.4g}", f"{ours['spread']:.1%}", best, others))
+    text = table(("call", "direction", f"ours, {name}", "spread", "x best", "others' time over ours"), lines)
+    if notes:
+        text += "\n\n<details><summary>Who could not be measured</summary>\n\n" + "\n".join(notes) + "\n</details>"
+    return text
+
+
 def _sweep(results: dict[str, Any]) -> str:
-    text = "## Launch configurations\n\n"
+    text = "## Launch configurations\n\nThe row in the table is marked (now).\n\n"
     if not results["sweep"]:
         return text + "Not reached."
     text += "Tile rows x columns x warps x stages; or our kernel (fused) against the library's product.\n\n"

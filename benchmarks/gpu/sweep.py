@@ -20,7 +20,10 @@ from fastattn.peers import BACKWARD, FORWARD, TRAINING, AttentionProblem, MLPPro
 
 # A candidate has to win by more than this to be proposed.
 WORTHWHILE = 0.03
-CANDIDATES = 14
+CANDIDATES = 24
+FARTHEST = 3  # steps from the table's row to a candidate
+# Candidates whatever the distance: two programs fit on a multiprocessor.
+SMALL = ((64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 4, 2), (64, 128, 4, 2), (64, 32, 4, 2))
 FUSED = "MLP_FUSED_UP_TO"
 
 
@@ -61,7 +64,8 @@ def targets(rows: list[dict[str, Any]], family: str, limit: int) -> list[dict[st
     worst: dict[tuple[Any, ...], tuple[float, dict[str, Any]]] = {}
     choices = []
     for row in rows:
-        if not row["peer"].startswith("fastattn") or row["ratio"] is None:
+        ratio = 1.0 if row.get("launched") else row["ratio"]  # a rehearsal has no times
+        if not row["peer"].startswith("fastattn") or ratio is None:
             continue
         problem = problem_from(row["problem"])
         key = key_of(problem)
@@ -69,9 +73,9 @@ def targets(rows: list[dict[str, Any]], family: str, limit: int) -> list[dict[st
             serving = current(table, family, key)
             variants = [{"tiling": tiling} for tiling in candidates(tuple(serving.tiling), CANDIDATES)]
             name = (table, *serving)
-            if name not in worst or row["ratio"] < worst[name][0]:
+            if name not in worst or ratio < worst[name][0]:
                 target = _target(row, table, family, key, variants)
-                worst[name] = (row["ratio"], {**target, "row": (serving.bytes, serving.width)})
+                worst[name] = (ratio, {**target, "row": (serving.bytes, serving.width)})
         if isinstance(problem, MLPProblem):
             now = fused_now(problem, family)
             choices.append(_target(row, FUSED, family, key, [{"fused": now}, {"fused": not now}]))
@@ -111,7 +115,8 @@ def _target(
 
 
 def candidates(tiling: tuple[int, int, int, int], limit: int) -> list[tuple[int, int, int, int]]:
-    """The current tiling first, then those one or two steps away, near ones first; at most `limit`."""
+    """The current tiling first, then the small ones, then those up to three steps away, near ones first; at most
+    `limit`."""
     sides, warps, stages = (16, 32, 64, 128, 256), (2, 4, 8), (1, 2, 3, 4)
     choices = (sides, sides, warps, stages)
     here = [choice.index(value) for choice, value in zip(choices, tiling, strict=True)]
@@ -122,9 +127,10 @@ def candidates(tiling: tuple[int, int, int, int], limit: int) -> list[tuple[int,
                 for s in range(len(stages)):
                     distance = sum(abs(a - b) for a, b in zip((m, n, w, s), here, strict=True))
                     fits = 2**11 <= sides[m] * sides[n] <= 2**15
-                    if distance == 0 or (distance <= 2 and fits):
+                    if distance == 0 or (distance <= FARTHEST and fits):
                         found.append((distance, (sides[m], sides[n], warps[w], stages[s])))
-    return [candidate for _, candidate in sorted(found)][:limit]
+    (_, now), *near = sorted(found)
+    return list(dict.fromkeys((now, *SMALL, *(candidate for _, candidate in near))))[:limit]
 
 
 @contextlib.contextmanager

@@ -1,12 +1,13 @@
 """A process that runs cases: JSON lines in on stdin, JSON lines out on a pipe of its own.
 
-Usage: python -m benchmarks.gpu.worker PIPE DEVICE HANDLERS. Before each step it says what it is about to do, so
-that the parent knows whom to blame for a silence. After an error that leaves the device unusable (an illegal
-address poisons the whole CUDA context) it says so and ends.
+Usage: python -m benchmarks.gpu.worker PIPE DEVICE HANDLERS; DEVICE is cpu, cuda or pretended. Before each step it
+says what it is about to do, so that the parent knows whom to blame for a silence. After an error that leaves the
+device unusable (an illegal address poisons the whole CUDA context) it says so and ends.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.gpu import compilations, rehearsal
 from fastattn.measure import one_line, synchronize
 
 
@@ -66,12 +68,16 @@ class Session:
 
 def main() -> None:
     pipe, device, module = sys.argv[1:]
-    session = Session(int(pipe), torch.device(device))
-    handlers = importlib.import_module(module).HANDLERS
-    session.send(ready=True)
-    for line in sys.stdin:
-        case = json.loads(line)
-        session.run(handlers[case["kind"]], case)
+    compilations.listen()
+    with contextlib.ExitStack() as stack:
+        if device == "pretended":
+            stack.enter_context(rehearsal.pretended())
+        session = Session(int(pipe), torch.device("cuda:0" if device == "pretended" else device))
+        handlers = importlib.import_module(module).HANDLERS
+        session.send(ready=True)
+        for line in sys.stdin:
+            case = json.loads(line)
+            session.run(handlers[case["kind"]], case)
 
 
 if __name__ == "__main__":

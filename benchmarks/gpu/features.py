@@ -1,0 +1,414 @@
+"""What is timed beside plain attention and MLPs: masks, scores, packed sequences, norms, heads; and small calls.
+
+A rival takes the tensors of the call (see kinds) and gives what ours gives first. Every rival's output is held
+against the definition before it is timed.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import itertools
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.gpu import kinds
+from benchmarks.gpu.kinds import Sizes
+from fastattn import measure
+from fastattn.measure import one_line
+from fastattn.peers import BACKWARD, FORWARD, TRAINING, Unavailable
+
+OURS = "fastattn triton"
+Rival = Callable[..., Tensor]
+Notify = Callable[[str], None]
+
+
+# ---- who else can compute it ----
+
+
+def rivals(sizes: Sizes, device: torch.device) -> dict[str, Callable[[], Rival]]:
+    """Functions that build a rival, by name; building may raise what it lacks."""
+    if sizes.family in ("attention", "masks", "scores"):
+        return _attention_rivals(sizes, device)
+    if sizes.family == "varlen":
+        return {
+            "torch varlen_attn": lambda: _torch_varlen(sizes, device),
+            "flash-attn 4": lambda: _flash_attention_4_varlen(sizes, device),
+            "eager": lambda: _eager_varlen(sizes),
+        }
+    eager = {"norm": _eager_norm, "heads": _eager_heads}[sizes.family]
+    return {
+        "eager": lambda: eager(sizes, device),
+        "compiled eager": lambda: torch.compile(eager(sizes, device), dynamic=False),
+    }
+
+
+def _attention_rivals(sizes: Sizes, device: torch.device) -> dict[str, Callable[[], Rival]]:
+    found: dict[str, Callable[[], Rival]] = {}
+    for name, backend in (("flash", "FLASH_ATTENTION"), ("cuDNN", "CUDNN_ATTENTION"),
+                          ("memory-efficient", "EFFICIENT_ATTENTION")):  # fmt: skip
+        found[f"SDPA {name}"] = functools.partial(_sdpa, sizes, device, backend)
+    found["flex_attention"] = lambda: _flex(sizes, device)
+    found["flash-attn 4"] = lambda: _flash_attention_4(sizes)
+    found["eager"] = lambda: _eager_attention(sizes, device)
+    return found
+
+
+def _dense_mask(sizes: Sizes, device: torch.device, given: dict[str, Any]) -> Tensor | None:
+    """Which keys are seen, as SDPA takes it; None if all are, or causality says it."""
+    if "key_lengths" in given:
+        return torch.arange(sizes.length, device=device) < given["key_lengths"][:, None, None, None]
+    if "window" in given:
+        i, j = torch.arange(sizes.length, device=device)[:, None], torch.arange(sizes.length, device=device)
+        return (j <= i) & (i - j <= given["window"][0])
+    if "mask" in given:
+        return given["mask"].dense(sizes.batch, sizes.heads, sizes.length, sizes.length, device)
+    bias = given.get("bias")
+    return bias if bias is not None and bias.dtype == torch.bool else None
+
+
+def _sdpa(sizes: Sizes, device: torch.device, backend: str) -> Rival:
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    if set(kinds.options(sizes, device)) & {"softcap", "alibi_slopes", "sinks", "relative_bias"}:
+        raise Unavailable("has no such argument")
+    torch.manual_seed(0)
+    given = kinds.options(sizes, device)
+    mask = _dense_mask(sizes, device, given)
+    causal = bool(given.get("causal")) and mask is None
+    chosen = getattr(SDPBackend, backend)
+
+    def call(q: Tensor, k: Tensor, v: Tensor, *bias: Tensor) -> Tensor:
+        seen = bias[0].expand(sizes.batch, sizes.heads, sizes.length, -1) if bias else mask
+        with sdpa_kernel(chosen):
+            return F.scaled_dot_product_attention(
+                q, k, v, attn_mask=seen, is_causal=causal, dropout_p=given.get("dropout_p", 0.0), enable_gqa=True
+            )
+
+    return call
+
+
+def _flex(sizes: Sizes, device: torch.device) -> Rival:
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    given = kinds.options(sizes, device)
+    if "dropout_p" in given:
+        raise Unavailable("has no dropout")
+    if "sinks" in given:
+        raise Unavailable("has no sinks")
+    torch.manual_seed(0)
+    given = kinds.options(sizes, device)
+    dense, slopes, length = _dense_mask(sizes, device, given), given.get("alibi_slopes"), sizes.length
+    block_mask = None
+    if dense is not None:
+        seen = dense.expand(sizes.batch, sizes.heads, length, length)
+        shape = (sizes.batch if seen.stride(0) else None, sizes.heads if seen.stride(1) else None)
+        block_mask = create_block_mask(lambda b, h, i, j: seen[b, h, i, j], *shape, length, length, device=device)
+    elif given.get("causal"):
+        block_mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, length, length, device=device)
+
+    def call(q: Tensor, k: Tensor, v: Tensor, *learned: Tensor) -> Tensor:
+        def score(s: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            if "softcap" in given:
+                s = given["softcap"] * torch.tanh(s / given["softcap"])
+            if slopes is not None:
+                s = s - slopes[h] * (i - j)
+            if learned and sizes.kind == "bias":
+                s = s + learned[0][0, h, i, j]
+            if learned and sizes.kind == "padding bias":
+                s = s + learned[0][b, 0, 0, j]
+            if learned and sizes.kind == "relative bias":
+                s = s + learned[0][h, (j - i).clamp(-128, 128) + 128]
+            return s
+
+        return flex_attention(q, k, v, score_mod=score, block_mask=block_mask, enable_gqa=True)
+
+    return torch.compile(call, dynamic=False)
+
+
+def _flash_attention_4(sizes: Sizes) -> Rival:
+    flash = _imported("flash_attn.cute", "flash_attn_func")
+    asked: dict[str, Any] = {
+        "full": {}, "causal": {"causal": True}, "softcap": {"causal": True, "softcap": 30.0},
+        "window": {"window_size": (sizes.length // 8, 0)},
+    }.get(sizes.kind)  # fmt: skip
+    if asked is None:
+        raise Unavailable("not asked for this kind")
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        result = flash(*(t.transpose(1, 2) for t in (q, k, v)), **asked)
+        return (result[0] if isinstance(result, tuple) else result).transpose(1, 2)
+
+    return call
+
+
+def _eager_attention(sizes: Sizes, device: torch.device) -> Rival:
+    """What one writes without a library: every intermediate stored."""
+    torch.manual_seed(0)
+    given = kinds.options(sizes, device)
+    mask = _dense_mask(sizes, device, given)
+    if mask is None and given.get("causal"):
+        mask = torch.ones(sizes.length, sizes.length, dtype=torch.bool, device=device).tril()
+    distance = torch.arange(sizes.length, device=device) - torch.arange(sizes.length, device=device)[:, None]
+    if sizes.kind == "everything":
+        raise Unavailable("nobody writes this by hand")
+
+    def call(q: Tensor, k: Tensor, v: Tensor, *learned: Tensor) -> Tensor:
+        k, v = (t.repeat_interleave(sizes.heads // sizes.key_heads, 1) for t in (k, v))
+        scores = q @ k.mT * sizes.width**-0.5
+        if "softcap" in given:
+            scores = given["softcap"] * torch.tanh(scores / given["softcap"])
+        if "alibi_slopes" in given:
+            scores = scores + (given["alibi_slopes"][:, None, None] * distance).to(q.dtype)
+        if learned and sizes.kind in ("bias", "padding bias"):
+            scores = scores + learned[0]
+        if learned and sizes.kind == "relative bias":
+            scores = scores + learned[0][:, distance.clamp(-128, 128) + 128].to(q.dtype)
+        if mask is not None:
+            scores = scores.masked_fill(~mask, float("-inf"))
+        if learned and sizes.kind == "sinks":
+            sink = learned[0].to(q.dtype)[:, None, None].expand(*scores.shape[:3], 1)
+            scores = torch.cat((scores, sink), -1)
+        weights = torch.softmax(scores, -1)[..., : sizes.length]
+        return F.dropout(weights, given.get("dropout_p", 0.0)) @ v
+
+    return call
+
+
+def _torch_varlen(sizes: Sizes, device: torch.device) -> Rival:
+    varlen = _imported("torch.nn.attention.varlen", "varlen_attn")
+    starts = kinds.starts_of(sizes).to(device)
+    longest = int(starts.diff().max())
+    causal = sizes.kind == "causal"
+    group = sizes.heads // sizes.key_heads
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        k, v = (t.repeat_interleave(group, 1) if group > 1 else t for t in (k, v))
+        asked = {"window_size": (-1, 0)} if causal else {}
+        return varlen(q, k, v, starts, starts, longest, longest, **asked)
+
+    return call
+
+
+def _flash_attention_4_varlen(sizes: Sizes, device: torch.device) -> Rival:
+    flash = _imported("flash_attn.cute", "flash_attn_varlen_func")
+    starts = kinds.starts_of(sizes).to(device)
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        result = flash(q, k, v, cu_seqlens_q=starts, cu_seqlens_k=starts, causal=sizes.kind == "causal")
+        return result[0] if isinstance(result, tuple) else result
+
+    return call
+
+
+def _eager_varlen(sizes: Sizes) -> Rival:
+    """A loop over the sequences, each with SDPA's default."""
+    starts = kinds.starts_of(sizes).tolist()
+
+    def call(*tensors: Tensor) -> Tensor:
+        parts = []
+        for begin, end in itertools.pairwise(starts):
+            q, k, v = (t[begin:end].transpose(0, 1)[None] for t in tensors)
+            causal = sizes.kind == "causal"
+            part = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True) if end > begin else q
+            parts.append(part[0].transpose(0, 1))
+        return torch.cat(parts)
+
+    return call
+
+
+def _eager_norm(sizes: Sizes, device: torch.device) -> Rival:
+    form = sizes.kind.split()[0]
+
+    def call(x: Tensor, weight: Tensor, *others: Tensor) -> Tensor:
+        others_left = list(others)
+        bias = others_left.pop(0) if form == "layer" else None
+        total = x + others_left[0] if others_left else x
+        if form == "layer":
+            return F.layer_norm(total, total.shape[-1:], weight, bias, 1e-6)
+        return F.rms_norm(total, total.shape[-1:], weight, 1e-6)
+
+    return call
+
+
+def _eager_heads(sizes: Sizes, device: torch.device) -> Rival:
+    """As models write it: norm, then x cos + rotate_half(x) sin."""
+    steps = sizes.kind.split()
+    cos, sin = (torch.cat((t, t), -1).to(getattr(torch, sizes.dtype)) for t in kinds.angles_of(sizes, device))
+
+    def call(x: Tensor, *others: Tensor) -> Tensor:
+        left = list(others)
+        y = F.rms_norm(x, x.shape[-1:], left.pop(0).to(x.dtype), 1e-6) if "norm" in steps else x
+        if "rotary" in steps:
+            first, second = y.chunk(2, -1)
+            y = y * cos + torch.cat((-second, first), -1) * sin
+        return y * left[0].to(y.dtype)[:, None, None] if left else y
+
+    return call
+
+
+def _imported(module: str, name: str) -> Any:
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise Unavailable(f"{module} is not here") from error
+
+
+# ---- timing ----
+
+
+def compare(case: dict[str, Any], device: torch.device, notify: Notify) -> list[dict[str, Any]]:
+    """Everyone at one call in one direction: a row each, measured or with a note why not."""
+    sizes = Sizes(**case["sizes"])
+    torch.compiler.reset()
+    call = kinds.build(sizes, device)
+    ours = functools.partial(_first, call, "triton")
+    builders: dict[str, Callable[[], Rival]] = {OURS: lambda: ours, **rivals(sizes, device)}
+    with torch.no_grad():
+        notify("definition")
+        expected = _first(call, "reference", *call.tensors).float()
+    thunks: dict[str, Callable[[], Any]] = {}
+    rows = {}
+    for peer in case["peers"]:
+        notify(peer)
+        rows[peer] = _row(case, sizes, peer)
+        try:
+            thunk = direct(builders[peer](), call.tensors, case["direction"])
+            with torch.no_grad():
+                error = relative_error(builders[peer]()(*call.tensors).float(), expected, sizes, peer)
+            rows[peer]["error"] = error
+            if not error < measure.WRONG:
+                raise ArithmeticError(f"wrong: relative error {error:.2g}")
+            thunk()
+            thunks[peer] = thunk
+        except Exception as problem:
+            rows[peer] |= {"note": one_line(problem), "failed": peer == OURS}
+            problem.__traceback__ = None
+    del expected
+    clock = wall_clock if case["kind"] == "small call" else device_clock
+    for peer, timing in clock(thunks, device, case, notify).items():
+        rows[peer] |= {"seconds": timing.median, "spread": timing.spread, "rounds": list(timing.rounds)}
+    _add_ratios(list(rows.values()))
+    return list(rows.values())
+
+
+def relative_error(found: Tensor, expected: Tensor, sizes: Sizes, peer: str) -> float:
+    """Distance from the definition; others drop other weights than we do, so only their size is compared."""
+    if sizes.kind == "dropout" and peer != OURS:
+        return float((found.norm() - expected.norm()).abs() / expected.norm())
+    return float((found - expected).norm() / expected.norm())
+
+
+def _first(call: kinds.Call, backend: str, *tensors: Tensor) -> Tensor:
+    result = call.function(backend, *tensors)
+    return result[0] if isinstance(result, tuple) else result
+
+
+def direct(function: Rival, tensors: tuple[Tensor, ...], direction: str) -> Callable[[], Any]:
+    """The call to time in this direction, as fastattn.measure makes it."""
+    if direction == FORWARD:
+        return torch.no_grad()(functools.partial(function, *tensors))
+    leaves = [t.detach().requires_grad_() for t in tensors]
+    output = function(*leaves)
+    upstream = torch.randn_like(output)
+    if direction == BACKWARD:
+        return lambda: torch.autograd.grad(output, leaves, upstream, retain_graph=True)
+    return lambda: torch.autograd.grad(function(*leaves), leaves, upstream)
+
+
+def device_clock(
+    thunks: dict[str, Callable[[], Any]], device: torch.device, case: dict[str, Any], notify: Notify
+) -> dict[str, measure.Timing]:
+    return measure.measure(thunks, device, rounds=case["rounds"], seconds=case["seconds"], notify=notify)
+
+
+def wall_clock(
+    thunks: dict[str, Callable[[], Any]], device: torch.device, case: dict[str, Any], notify: Notify
+) -> dict[str, measure.Timing]:
+    """Seconds a call by the wall, many calls in a row: of small calls the processor's time is the longer one."""
+    taken: dict[str, list[float]] = {peer: [] for peer in thunks}
+    for number in range(case["rounds"]):
+        for peer in thunks if number % 2 == 0 else reversed(list(thunks)):
+            notify(peer)
+            measure.synchronize(device)
+            start = time.perf_counter()
+            for _ in range(case["calls"]):
+                thunks[peer]()
+            measure.synchronize(device)
+            taken[peer].append((time.perf_counter() - start) / case["calls"])
+    return {peer: measure.Timing(tuple(rounds)) for peer, rounds in taken.items()}
+
+
+def _row(case: dict[str, Any], sizes: Sizes, peer: str) -> dict[str, Any]:
+    nothing = dict.fromkeys(("seconds", "spread", "error", "ratio"))
+    return {
+        "problem": {"family": sizes.family, **sizes.as_json()},
+        "label": case["label"],
+        "direction": case["direction"],
+        "peer": peer,
+        **nothing,
+        "rounds": [],
+        "note": "",
+    }
+
+
+def _add_ratios(rows: list[dict[str, Any]]) -> None:
+    times = [row["seconds"] for row in rows if row["seconds"] and row["peer"] != OURS]
+    for row in rows:
+        row["ratio"] = min(times) / row["seconds"] if times and row["seconds"] else None
+
+
+# ---- which ----
+
+
+def cases(timing: dict[str, Any], absent: list[str]) -> list[dict[str, Any]]:
+    """Every kind once at the sizes that are trained most, families in turn, so that each gets its part."""
+    many = {"batch": 2, "heads": 16, "key_heads": 4, "length": 4096, "width": 128}
+    groups = [
+        [Sizes("masks", kind, **many) for kind in kinds.MASK_KINDS if kind != "random lists"],
+        [Sizes("scores", kind, **many) for kind in kinds.SCORE_KINDS if kind != "everything"],
+        [
+            Sizes("norm", kind, length=8192, width=width)
+            for width in (1024, 4096)
+            for kind in ("rms residual", "layer")
+        ],
+        [Sizes("varlen", kind, **{**many, "batch": 1, "length": 16384}) for kind in ("causal", "full")],
+        [Sizes("heads", kind, length=4096, heads=32, width=128) for kind in ("norm rotary", "rotary")],
+    ]
+    longest = max(map(len, groups))
+    in_turn = [group[n] for n in range(longest) for group in groups if n < len(group)]
+    found = []
+    for sizes in in_turn:
+        gradient = TRAINING if sizes.family in ("norm", "heads") else BACKWARD
+        found += [case_of(sizes, d, "feature", absent, **timing) for d in (FORWARD, gradient)]
+    return found
+
+
+def small_calls(timing: dict[str, Any], absent: list[str]) -> list[dict[str, Any]]:
+    """Calls so short that Python and the launch are what is timed."""
+    small = {"batch": 1, "heads": 8, "key_heads": 8, "length": 128, "width": 64}
+    found = []
+    for sizes in (
+        Sizes("attention", "causal", **small),
+        Sizes("masks", "key lengths", **small),
+        Sizes("scores", "bias", **small),
+        Sizes("norm", "rms", batch=1, length=128, width=1024),
+        Sizes("heads", "rotary", **small),
+    ):
+        found += [case_of(sizes, d, "small call", absent, **timing) for d in (FORWARD, TRAINING)]
+    return found
+
+
+def case_of(sizes: Sizes, direction: str, kind: str, absent: list[str], **timing: Any) -> dict[str, Any]:
+    peers = [OURS, *(peer for peer in rivals(sizes, torch.device("cpu")) if peer not in absent)]
+    if kind == "small call":
+        peers = [peer for peer in peers if peer not in ("flex_attention", "compiled eager")]
+    return {
+        "kind": kind, "family": sizes.family, "label": f"{sizes.family}: {sizes.label}", "direction": direction,
+        "sizes": sizes.as_json(), "peers": peers, **timing,
+    }  # fmt: skip

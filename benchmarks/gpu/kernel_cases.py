@@ -1,0 +1,88 @@
+"""The proofs that need torch and triton only: each family's kernels, every kind and dtype, the important first."""
+
+from __future__ import annotations
+
+from benchmarks.gpu.kinds import MASK_KINDS, SCORE_KINDS, Sizes
+
+HALF, SINGLE = ("bfloat16", "float16"), "float32"
+# Queries, keys, width, value width.
+ODD = (
+    (113, 203, 80, None),
+    (203, 113, 40, None),
+    (1023, 1024, 128, None),
+    (257, 257, 192, 128),
+    (1, 777, 64, None),
+)
+DTYPES = (*HALF, SINGLE)
+
+
+def kernel_cases() -> list[Sizes]:
+    """In the order in which they are proven."""
+    return [*attention(), *masks_and_scores(), *mlps(), *norms(), *heads(), *tangents(), *packed(), *many_heads()]
+
+
+def attention() -> list[Sizes]:
+    plain = [
+        Sizes("attention", kind, dtype, width=width)
+        for dtype in DTYPES
+        for width in (128, 64, 256)
+        for kind in ("causal", "full")
+    ]
+    odd = [
+        Sizes("attention", "causal", dtype, length=length, keys=keys, width=width, value_width=value_width)
+        for dtype in ("bfloat16", "float16")
+        for length, keys, width, value_width in ODD
+    ]
+    return [*plain, *odd]
+
+
+def masks_and_scores() -> list[Sizes]:
+    """Every kind where it is used most; then in the dtypes and at the widths that have rows of their own."""
+    kinds = [*(("masks", kind) for kind in MASK_KINDS), *(("scores", kind) for kind in SCORE_KINDS)]
+    forms = (("bfloat16", 128), ("bfloat16", 64), ("float16", 128), ("bfloat16", 256), ("float32", 64))
+    return [Sizes(family, kind, dtype, width=width) for dtype, width in forms for family, kind in kinds]
+
+
+def mlps() -> list[Sizes]:
+    kinds = ("gelu_tanh biases", "silu gated", "gelu", "relu", "relu_squared", "silu biases", "gelu gated biases")
+    regular = [Sizes("mlp", kind, dtype, width=256, hidden=1024) for dtype in DTYPES for kind in kinds]
+    odd = [Sizes("mlp", kind, dtype, width=111, hidden=250) for dtype in DTYPES for kind in kinds[:2]]
+    return [*regular, *odd]
+
+
+def norms() -> list[Sizes]:
+    kinds = ("rms", "layer", "rms residual", "layer residual")
+    widths = (128, 1024, 4096, 111, 16384, 40000)
+    return [
+        Sizes("norm", kind, dtype, length=150, width=width)
+        for width in widths
+        for dtype in DTYPES
+        for kind in kinds
+    ]
+
+
+def heads() -> list[Sizes]:
+    kinds = ("norm rotary scale", "rotary", "norm", "norm interleaved")
+    return [
+        Sizes("heads", kind, dtype, width=width) for width in (128, 64, 80) for dtype in DTYPES for kind in kinds
+    ]
+
+
+def tangents() -> list[Sizes]:
+    kinds = ("causal", "full", "sinks", "bias", "bigbird", "dropout")
+    forms = (("bfloat16", 64), ("bfloat16", 128), ("float32", 64))
+    return [Sizes("tangent", kind, dtype, width=width) for dtype, width in forms for kind in kinds]
+
+
+def packed() -> list[Sizes]:
+    return [
+        Sizes("varlen", kind, dtype, batch=1, length=1600, width=width)
+        for dtype, width in (("bfloat16", 128), ("bfloat16", 64), ("float16", 64), ("float32", 64))
+        for kind in ("causal", "full")
+    ]
+
+
+def many_heads() -> list[Sizes]:
+    """More heads than a launch's second dimension has room for, as windows of images have."""
+    many = {"batch": 8200, "heads": 8, "key_heads": 8, "length": 49, "width": 32}
+    return [Sizes("attention", "full", **many), Sizes("scores", "bias", **many)]

@@ -1,0 +1,256 @@
+"""Calls of every family and kind, as plain data: what the proofs check and the measurements time.
+
+A `Sizes` names a call. `build` makes its tensors and a function `call(backend, *tensors)`; with the backend
+"reference" that function is the definition, so whoever checks or times it needs nothing else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fastattn
+from fastattn import masks
+
+MASK_KINDS = ("window", "documents", "bigbird", "prefix", "random lists", "key lengths", "boolean mask")
+SCORE_KINDS = ("softcap", "alibi", "sinks", "bias", "padding bias", "relative bias", "dropout", "everything")
+# Kinds whose extra tensors have gradients: these get them.
+LEARNED = ("bias", "relative_bias", "sinks")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """A call: attention of `heads` on `key_heads`; an MLP, norm or heads of batch * length rows `width` wide."""
+
+    family: str  # attention, masks, scores, varlen, tangent, mlp, norm or heads
+    kind: str
+    dtype: str = "bfloat16"
+    batch: int = 2
+    heads: int = 4
+    key_heads: int = 2
+    length: int = 333
+    keys: int | None = None
+    width: int = 64
+    value_width: int | None = None
+    hidden: int = 0
+
+    @property
+    def label(self) -> str:
+        heads = f"{self.heads}/{self.key_heads}"
+        lengths = f"{self.length}" if self.keys is None else f"{self.length} x {self.keys}"
+        width = f"{self.width}" if self.value_width is None else f"{self.width}/{self.value_width}"
+        if self.family == "mlp":
+            return f"{self.kind} T{self.batch * self.length} d{width} h{self.hidden} {self.dtype}"
+        if self.family == "norm":
+            return f"{self.kind} {self.batch * self.length} x {width} {self.dtype}"
+        return f"{self.kind} B{self.batch} H{heads} L{lengths} D{width} {self.dtype}"
+
+    def as_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True)
+class Call:
+    """`function(backend, *tensors)` gives a tensor or several; all tensors but `fixed` ones have gradients."""
+
+    function: Callable[..., Tensor | tuple[Tensor, ...]]
+    tensors: tuple[Tensor, ...]
+    names: tuple[str, ...]
+
+
+def build(sizes: Sizes, device: torch.device) -> Call:
+    """The same tensors each time."""
+    torch.manual_seed(0)
+    return BUILDERS[sizes.family](sizes, device)
+
+
+def random(sizes: Sizes, device: torch.device, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+    return torch.randn(shape, device=device).to(dtype or getattr(torch, sizes.dtype))
+
+
+# ---- attention ----
+
+
+def heads_of(sizes: Sizes, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v as a linear layer leaves them: (batch, length, heads, width) in memory."""
+    keys = sizes.keys or sizes.length
+    shapes = (
+        (sizes.length, sizes.heads, sizes.width),
+        (keys, sizes.key_heads, sizes.width),
+        (keys, sizes.key_heads, sizes.value_width or sizes.width),
+    )
+    q, k, v = (random(sizes, device, sizes.batch, *shape).transpose(1, 2) for shape in shapes)
+    return q, k, v
+
+
+def options(sizes: Sizes, device: torch.device) -> dict[str, Any]:
+    """What attention of this kind is called with, beside q, k and v."""
+    batch, heads, length = sizes.batch, sizes.heads, sizes.length
+    keys = sizes.keys or length
+    positions = torch.arange(max(length, keys))
+    made: dict[str, Callable[[], dict[str, Any]]] = {
+        "full": lambda: {},
+        "causal": lambda: {"causal": True},
+        "window": lambda: {"causal": True, "window": (keys // 8, None)},
+        "documents": lambda: {"mask": masks.documents(positions[:keys] * 8 // keys) & masks.causal()},
+        "bigbird": lambda: {"mask": masks.bigbird(block=64 if keys >= 1024 else 16)},
+        "prefix": lambda: {"mask": masks.prefix(keys // 4)},
+        "random lists": lambda: {"mask": masks.from_function(lambda b, h, i, j: (i * 7 + j * 13 + b) % 11 < 4)},
+        "key lengths": lambda: {"key_lengths": lengths_of(sizes, device)},
+        "boolean mask": lambda: {"bias": torch.rand(1, 1, length, keys, device=device) < 0.8},
+        "softcap": lambda: {"causal": True, "softcap": 30.0},
+        "alibi": lambda: {"causal": True, "alibi_slopes": slopes_of(sizes, device)},
+        "sinks": lambda: {"causal": True, "sinks": torch.randn(heads, device=device)},
+        "bias": lambda: {"bias": random(sizes, device, 1, heads, length, keys)},
+        "padding bias": lambda: {"bias": random(sizes, device, batch, 1, 1, keys)},
+        "relative bias": lambda: {"relative_bias": torch.randn(heads, 257, device=device)},
+        "dropout": lambda: {
+            "causal": True, "dropout_p": 0.125, "dropout_state": fastattn.dropout_state(batch, device)
+        },
+    }  # fmt: skip
+    if sizes.kind == "everything":
+        together = ("window", "key lengths", "softcap", "alibi", "sinks", "relative bias", "bias", "dropout")
+        return {name: value for kind in together for name, value in made[kind]().items()}
+    return made[sizes.kind]()
+
+
+def lengths_of(sizes: Sizes, device: torch.device) -> Tensor:
+    """From a half of the keys to all of them."""
+    keys, batch = sizes.keys or sizes.length, sizes.batch
+    return torch.tensor([keys - keys * b // (2 * batch) for b in range(batch)], dtype=torch.int32, device=device)
+
+
+def slopes_of(sizes: Sizes, device: torch.device) -> Tensor:
+    return torch.tensor([2.0 ** (-8 * (h + 1) / sizes.heads) for h in range(sizes.heads)], device=device)
+
+
+def attention_call(sizes: Sizes, device: torch.device) -> Call:
+    given = options(sizes, device)
+    learned = {n: t for n in LEARNED if (t := given.get(n)) is not None and t.is_floating_point()}
+    given = {name: value for name, value in given.items() if name not in learned}
+    if "mask" in given:
+        keys = sizes.keys or sizes.length
+        given["mask"] = given["mask"].lower(sizes.batch, sizes.heads, sizes.length, keys, device)
+
+    def function(backend: str, q: Tensor, k: Tensor, v: Tensor, *others: Tensor) -> tuple[Tensor, Tensor]:
+        asked = {**given, **dict(zip(learned, others, strict=True))}
+        return fastattn.attention(q, k, v, **asked, return_lse=True, backend=backend)
+
+    return Call(function, (*heads_of(sizes, device), *learned.values()), ("q", "k", "v", *learned))
+
+
+def tangent_call(sizes: Sizes, device: torch.device) -> Call:
+    """Forward mode: the derivative of out along one direction of q, k and v."""
+    base = attention_call(sizes, device)
+    directions = tuple(torch.randn_like(t) for t in base.tensors)
+
+    def function(backend: str, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+        along = tuple(d.to(t.dtype) for d, t in zip(directions, tensors, strict=True))
+        return torch.func.jvp(lambda *t: base.function(backend, *t)[0], tensors, along)
+
+    return Call(function, base.tensors, base.names)
+
+
+def varlen_call(sizes: Sizes, device: torch.device) -> Call:
+    """Packed sequences of unequal lengths, one of them empty; `kind` is full or causal."""
+    starts = starts_of(sizes).to(device)
+    shapes = ((sizes.length, n, sizes.width) for n in (sizes.heads, sizes.key_heads, sizes.key_heads))
+
+    def function(backend: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        causal = sizes.kind == "causal"
+        return fastattn.attention_varlen(q, k, v, starts, starts, causal=causal, backend=backend)
+
+    return Call(function, tuple(random(sizes, device, *shape) for shape in shapes), ("q", "k", "v"))
+
+
+def starts_of(sizes: Sizes) -> Tensor:
+    fractions = (0, 1, 1, 3, 6, 10, 16)
+    return torch.tensor([sizes.length * n // 16 for n in fractions], dtype=torch.int32)
+
+
+# ---- the others ----
+
+
+def mlp_call(sizes: Sizes, device: torch.device) -> Call:
+    """`kind` is an activation, then "gated" and "biases" where they are."""
+    activation, *more = sizes.kind.split()
+    gated, biases = "gated" in more, "biases" in more
+    into, out = (sizes.hidden, sizes.width), (sizes.width, sizes.hidden)
+
+    def weight(*shape: int) -> Tensor:
+        return random(sizes, device, *shape) * shape[-1] ** -0.5
+
+    firsts = ["gate", "up"] if gated else ["1"]
+    tensors = {"x": random(sizes, device, sizes.batch * sizes.length, sizes.width)}
+    tensors |= {f"w_{name}": weight(*into) for name in firsts} | {"w_down": weight(*out)}
+    if biases:
+        tensors |= {f"b_{name}": random(sizes, device, sizes.hidden) for name in firsts}
+        tensors |= {"b_down": random(sizes, device, sizes.width)}
+    names = tuple(tensors)
+
+    def function(backend: str, *given: Tensor) -> Tensor:
+        t = dict(zip(names, given, strict=True))
+        asked = {"activation": activation, "backend": backend}
+        if gated:
+            asked |= {name: t[name] for name in ("b_gate", "b_up", "b_down") if name in t}
+            return fastattn.gated_mlp(t["x"], t["w_gate"], t["w_up"], t["w_down"], **asked)
+        return fastattn.mlp(t["x"], t["w_1"], t.get("b_1"), t["w_down"], t.get("b_down"), **asked)
+
+    return Call(function, tuple(tensors.values()), names)
+
+
+def norm_call(sizes: Sizes, device: torch.device) -> Call:
+    """`kind` is "rms" or "layer", then "residual" where one is added."""
+    form, *more = sizes.kind.split()
+    x = random(sizes, device, sizes.batch, sizes.length, sizes.width)
+    tensors = {"x": x, "weight": random(sizes, device, sizes.width)}
+    tensors |= {"bias": random(sizes, device, sizes.width)} if form == "layer" else {}
+    tensors |= {"residual": torch.randn_like(x)} if "residual" in more else {}
+    names = tuple(tensors)
+    norm = {"rms": fastattn.rms_norm, "layer": fastattn.layer_norm}[form]
+
+    def function(backend: str, *given: Tensor) -> Tensor | tuple[Tensor, ...]:
+        return norm(**dict(zip(names, given, strict=True)), eps=1e-6, backend=backend)
+
+    return Call(function, tuple(tensors.values()), names)
+
+
+def heads_call(sizes: Sizes, device: torch.device) -> Call:
+    """`kind` is some of "norm", "rotary" or "interleaved", and "scale"."""
+    steps = sizes.kind.split()
+    x = random(sizes, device, sizes.batch, sizes.length, sizes.heads, sizes.width).transpose(1, 2)
+    tensors = {"x": x}
+    tensors |= {"norm_weight": torch.randn(sizes.width, device=device)} if "norm" in steps else {}
+    tensors |= {"head_scale": torch.randn(sizes.heads, device=device)} if "scale" in steps else {}
+    names, fixed = tuple(tensors), {}
+    if "rotary" in steps or "interleaved" in steps:
+        cos, sin = angles_of(sizes, device)
+        fixed = {"cos": cos, "sin": sin, "interleaved": "interleaved" in steps}
+
+    def function(backend: str, *given: Tensor) -> Tensor:
+        return fastattn.prepare_heads(**dict(zip(names, given, strict=True)), **fixed, backend=backend)
+
+    return Call(function, tuple(tensors.values()), names)
+
+
+def angles_of(sizes: Sizes, device: torch.device) -> tuple[Tensor, Tensor]:
+    half = sizes.width // 2
+    angles = torch.outer(torch.arange(float(sizes.length)), 10_000 ** (-torch.arange(half) / half))
+    return angles.cos().to(device), angles.sin().to(device)
+
+
+BUILDERS: dict[str, Callable[[Sizes, torch.device], Call]] = {
+    "attention": attention_call,
+    "masks": attention_call,
+    "scores": attention_call,
+    "varlen": varlen_call,
+    "tangent": tangent_call,
+    "mlp": mlp_call,
+    "norm": norm_call,
+    "heads": heads_call,
+}
