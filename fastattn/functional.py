@@ -119,9 +119,12 @@ def attention(
             is (n, n), with causal (n, 0); a query sees n keys on a side beside its own. What no query of a tile
             sees is not computed.
         key_lengths: (B,) integers, a tensor or a sequence; keys from there on are not seen (right padding). The
-            diagonal stays.
+            diagonal stays. What lies there in k, v and a bias is not read: it may be NaN, as in a cache that was never
+            written. Keys that a mask, a window or a bias hides before it are read: NaN there reaches every query
+            whose tile of queries meets the key's tile of keys, since 0 x NaN is NaN.
         mask: which keys each query sees, a value of fastattn.masks or what its `lower` returned; seen is what
             causal, window and key_lengths show, too. Granules of 64 x 64 that nobody sees are not computed.
+            What lies behind a `masks.key_lengths` in it is not read.
         bias: added to the scores; broadcasts to (B, Hq, Lq, Lk), any float dtype, with gradient, which is summed
             over what is broadcast. -inf hides. Or a bool tensor: True is seen, as scaled_dot_product_attention
             has it.
@@ -288,15 +291,15 @@ def _with_mask(
             raise ValueError("mask is lowered: join causal and window to it with & before it is")
         lowered = (mask & window_mask(*bounds)).lower(*shape)
         bounds = None, None
-    if lowered.packed is not None:
-        words, layout = lowered.packed
-        return _Masked(replace(spec, causal=False, window=bounds, mask=layout), key_lengths, {"mask": words})
-    left, right = (smaller(a, b) for a, b in zip(bounds, (lowered.left, lowered.right), strict=True))
     if lowered.key_lengths is not None:
         lengths = lowered.key_lengths
         key_lengths = (
             lengths if key_lengths is None else torch.minimum(check_key_lengths(key_lengths, q, k), lengths)
         )
+    if lowered.packed is not None:
+        words, layout = lowered.packed
+        return _Masked(replace(spec, causal=False, window=bounds, mask=layout), key_lengths, {"mask": words})
+    left, right = (smaller(a, b) for a, b in zip(bounds, (lowered.left, lowered.right), strict=True))
     window = left, None if right == 0 else right
     intervals = None if lowered.intervals is None else lowered.intervals.expand(q.shape[0], -1, -1)
     return _Masked(replace(spec, causal=right == 0, window=window), key_lengths, {"intervals": intervals})

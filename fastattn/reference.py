@@ -59,6 +59,7 @@ def attention(
     q (B, Hq, Lq, D), k (B, Hkv, Lk, D), v (B, Hkv, Lk, Dv); query head h reads key head h // (Hq / Hkv).
     Returns out (B, Hq, Lq, Dv) and lse (B, Hq, Lq). A row that sees no key and has no sink gives 0 and -inf.
     """
+    k, v = (keys_there(t, tensors.key_lengths) for t in (k, v))
     scores = _scores(q, k, spec, tensors)
     if tensors.sinks is not None:
         # One more key, whose value is zero.
@@ -85,6 +86,7 @@ def attention_backward(
 
     A row that sees no key has lse -inf whatever the inputs: its weights and its gradients are 0.
     """
+    k, v = (keys_there(t, tensors.key_lengths) for t in (k, v))
     empty = (lse == float("-inf"))[..., None]
     scores = _scores(q, k, spec, tensors)
     safe_lse = lse[..., None].masked_fill(empty, float("inf"))
@@ -97,7 +99,8 @@ def attention_backward(
     dscores = weights * (dweights - delta)
     dbias = drelative = dsinks = None
     if wanted.bias and tensors.bias is not None:
-        dbias = dscores.sum_to_size(tensors.bias.shape).to(tensors.bias.dtype)
+        hidden = scores == float("-inf")
+        dbias = dscores.masked_fill(hidden, 0.0).sum_to_size(tensors.bias.shape).to(tensors.bias.dtype)
     if wanted.relative_bias and tensors.relative_bias is not None:
         drelative = sum_by_distance(dscores, tensors.relative_bias, q.shape[2] - k.shape[2])
     if tensors.sinks is not None:
@@ -125,13 +128,16 @@ def attention_tangent(
     tensors: ScoreTensors = NO_TENSORS,
 ) -> tuple[Tensor, Tensor]:
     """The tangents of what `attention` returned, from those of what it was given; written out, as the backward."""
+    k, v = (keys_there(t, tensors.key_lengths) for t in (k, v))
+    dk, dv = (None if t is None else keys_there(t, tensors.key_lengths) for t in (tangents.k, tangents.v))
     safe_lse = lse[..., None].masked_fill((lse == float("-inf"))[..., None], float("inf"))
-    weights = torch.exp(_scores(q, k, spec, tensors) - safe_lse).to(q.dtype)
+    scores = _scores(q, k, spec, tensors)
+    weights = torch.exp(scores - safe_lse).to(q.dtype)
     dscores = torch.zeros_like(weights)
     if tangents.q is not None:
         dscores = dscores + tangents.q @ _every_head(k, q).transpose(2, 3) * spec.scale
-    if tangents.k is not None:
-        dscores = dscores + q @ _every_head(tangents.k, q).transpose(2, 3) * spec.scale
+    if dk is not None:
+        dscores = dscores + q @ _every_head(dk, q).transpose(2, 3) * spec.scale
     if spec.softcap:
         products = q @ _every_head(k, q).transpose(2, 3) * spec.scale
         dscores = dscores * (1.0 - torch.tanh(products / spec.softcap).square())
@@ -139,15 +145,25 @@ def attention_tangent(
         dscores = dscores + tangents.bias.to(dscores.dtype)
     if tangents.relative_bias is not None:
         dscores = dscores + _by_distance(tangents.relative_bias, q.shape[2], k.shape[2]).to(dscores.dtype)
-    dweights = weights * dscores
+    # The tangent of a bias may be anything where it is hidden.
+    dweights = weights * dscores.masked_fill(scores == float("-inf"), 0.0)
     dlse = dweights.sum(-1, dtype=lse.dtype)
     if tangents.sinks is not None and tensors.sinks is not None:
         sink_weights = torch.exp(tensors.sinks[:, :, None] - safe_lse[..., 0])
         dlse = dlse + (sink_weights * tangents.sinks[:, :, None]).to(lse.dtype)
     dout = _dropped(dweights, spec, tensors) @ _every_head(v, q) - dlse[..., None].to(out.dtype) * out
-    if tangents.v is not None:
-        dout = dout + _dropped(weights, spec, tensors) @ _every_head(tangents.v, q)
+    if dv is not None:
+        dout = dout + _dropped(weights, spec, tensors) @ _every_head(dv, q)
     return dout, dlse
+
+
+def keys_there(t: Tensor, key_lengths: Tensor | None) -> Tensor:
+    """Keys, values or their like (B, H, Lk, W), zeros from each batch entry's length on: what lies there may be
+    anything, and 0 x NaN is NaN."""
+    if key_lengths is None:
+        return t
+    there = torch.arange(t.shape[2], device=t.device) < key_lengths[:, None]
+    return torch.where(there[:, None, :, None], t, 0.0)
 
 
 def _dropped(weights: Tensor, spec: AttentionSpec, tensors: ScoreTensors) -> Tensor:
@@ -175,7 +191,7 @@ def _scores(q: Tensor, k: Tensor, spec: AttentionSpec, tensors: ScoreTensors) ->
             seen = seen & tensors.bias
         else:
             # Filled in below, so that no gradient comes of an infinity.
-            seen = seen & (tensors.bias > float("-inf"))
+            seen = seen & (tensors.bias != float("-inf"))
             scores = scores + tensors.bias.to(scores.dtype)
     if tensors.mask is not None and spec.mask is not None:
         seen_here, counts = decode(unpacked(tensors.mask, spec.mask), q.shape[0], q.shape[1], queries, keys)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal, overload
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastattn import masks
@@ -85,8 +86,8 @@ def attention_varlen(
         k: keys (total keys, Hkv, D).
         v: values (total keys, Hkv, Dv).
         cu_seqlens_q, cu_seqlens_k: where each sequence begins, and the end: (sequences + 1,) int32 or int64, from
-            0 up to the total. They are read here, which on a GPU waits for it; the intervals of keys made of them
-            are kept, so that further layers find them.
+            0 up to the total or less. They are read here, which on a GPU waits for it; the intervals of keys made
+            of them are kept, so that further layers find them. Tokens behind the last sequence may hold anything.
         max_seqlen_q, max_seqlen_k: the longest of each, for those who have them; nothing depends on them.
         causal, window: counted from each sequence's own diagonal: its last query stands at its last key.
         alibi_slopes: (Hq,) or (sequences, Hq). Where sequences differ in their slopes, or in how many more keys
@@ -96,7 +97,8 @@ def attention_varlen(
 
     Returns:
         out (total queries, Hq, Dv) in the inputs' dtype; with `return_lse` also lse (Hq, total queries) in nats,
-        fp32 (fp64 for fp64 inputs). Queries of a sequence without keys give 0 and -inf, or the sink's score.
+        fp32 (fp64 for fp64 inputs). Queries of a sequence without keys give 0 and -inf, or the sink's score; those
+        behind the last sequence 0 and -inf.
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what was expected, before anything runs.
@@ -110,6 +112,11 @@ def attention_varlen(
     mask = masks.packed_sequences(cu_seqlens_q, cu_seqlens_k, causal, window)
     q, k, v = (_heads_first(name, t) for name, t in (("q", q), ("k", k), ("v", v)))
     with outside_modes():
+        # What lies behind the last sequence is not read.
+        ends = [min(int(cu.tensor[-1]), t.shape[2]) for cu, t in ((mask.queries, q), (mask.keys, k))]
+    behind = q.shape[2] - ends[0]
+    q, k, v = q[:, :, : ends[0]], k[:, :, : ends[1]], v[:, :, : ends[1]]
+    with outside_modes():
         mask.check(Shape(1, q.shape[1], q.shape[2], k.shape[2], q.device))
     _check_per_head(q, sinks, alibi_slopes, mask.sequences)
     options: dict[str, Any] = {
@@ -120,8 +127,10 @@ def attention_varlen(
         out, lse = attention(q, k, v, mask=mask, alibi_slopes=alibi_slopes, return_lse=True, **options)
     else:
         out, lse = _by_sequence(q, k, v, mask, alibi_slopes, causal=causal, window=window, **options)
-    out = out[0].transpose(0, 1)
-    return (out, lse[0]) if return_lse else out
+    out, lse = out[0].transpose(0, 1), lse[0]
+    if behind:
+        out, lse = F.pad(out, (0, 0, 0, 0, 0, behind)), F.pad(lse, (0, behind), value=float("-inf"))
+    return (out, lse) if return_lse else out
 
 
 def _by_sequence(

@@ -333,8 +333,9 @@ def attention_dkdv_kernel(
         shape.keys, shape.heads // shape.group, lists, splits, heads_per_section, False, BLOCK_N
     )
     keys = start + tl.arange(0, BLOCK_N)
-    k_tile = load_tile(head_of(k, batch, key_head), k, start, shape.keys, HEAD_DIM, BLOCK_N, WIDTH, True)
-    v_tile = load_tile(head_of(v, batch, key_head), v, start, shape.keys, VALUE_DIM, BLOCK_N, VALUE_WIDTH, True)
+    key_count = key_count_of(batch, shape, window)
+    k_tile = load_tile(head_of(k, batch, key_head), k, start, key_count, HEAD_DIM, BLOCK_N, WIDTH, True)
+    v_tile = load_tile(head_of(v, batch, key_head), v, start, key_count, VALUE_DIM, BLOCK_N, VALUE_WIDTH, True)
     state = (tl.zeros([BLOCK_N, WIDTH], tl.float32), tl.zeros([BLOCK_N, VALUE_WIDTH], tl.float32))
     head = key_head * shape.group
     if lists.full is None:
@@ -354,7 +355,7 @@ def attention_dkdv_kernel(
     if dropout is not None:
         dv_tile *= tl.cast(dropout.growth, tl.float32)
     if window.key_lengths is not None:
-        exists = (keys < key_count_of(batch, shape, window))[:, None]
+        exists = (keys < key_count)[:, None]
         dk_tile = tl.where(exists, dk_tile, 0.0)
         dv_tile = tl.where(exists, dv_tile, 0.0)
     leave_tile(
@@ -374,6 +375,7 @@ def dq_step(
     start,
     queries,
     bounds,
+    key_count,
     shape,
     window,
     lists,
@@ -389,8 +391,8 @@ def dq_step(
 ):
     """Add what the keys from `start` on give to dq."""
     q_tile, dout_tile, lse, delta, k_pointer, v_pointer, k, v, scores, dropout = given
-    k_tile = load_tile(k_pointer, k, start, shape.keys, HEAD_DIM, BLOCK_N, WIDTH, MASKED)
-    v_tile = load_tile(v_pointer, v, start, shape.keys, VALUE_DIM, BLOCK_N, VALUE_WIDTH, MASKED)
+    k_tile = load_tile(k_pointer, k, start, key_count, HEAD_DIM, BLOCK_N, WIDTH, MASKED)
+    v_tile = load_tile(v_pointer, v, start, key_count, VALUE_DIM, BLOCK_N, VALUE_WIDTH, MASKED)
     dscores, bent = score_gradient(
         q_tile, dout_tile, lse, delta, k_tile, v_tile, start, queries, bounds, shape, window, lists, scores,
         dropout, terms, MASKED, RELATIVE, BLOCK_N, PRECISION,

@@ -53,10 +53,9 @@ def tile_gradient(
         head_of(dout, batch, head), dout, start, shape.queries, VALUE_DIM, BLOCK_M, VALUE_WIDTH, True
     )
     key_head = head // shape.group
-    k_tile = load_tile(head_of(k, batch, key_head), k, key_start, shape.keys, HEAD_DIM, BLOCK_N, WIDTH, True)
-    v_tile = load_tile(
-        head_of(v, batch, key_head), v, key_start, shape.keys, VALUE_DIM, BLOCK_N, VALUE_WIDTH, True
-    )
+    key_count = key_count_of(batch, shape, window)
+    k_tile = load_tile(head_of(k, batch, key_head), k, key_start, key_count, HEAD_DIM, BLOCK_N, WIDTH, True)
+    v_tile = load_tile(head_of(v, batch, key_head), v, key_start, key_count, VALUE_DIM, BLOCK_N, VALUE_WIDTH, True)
     values = row_values + (batch * shape.heads + head).to(tl.int64) * 2 * padded_rows + queries
     lse, delta = tl.load(values), tl.load(values + padded_rows)
     dscores, _bent = score_gradient(

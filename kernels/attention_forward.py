@@ -25,6 +25,7 @@ def forward_step(
     start,
     queries,
     bounds,
+    key_count,
     shape,
     window,
     lists,
@@ -41,7 +42,7 @@ def forward_step(
     """Fold the keys from `start` on into (accumulator, running maximum, running sum)."""
     q_tile, k_pointer, v_pointer, k, v, scores, dropout = given
     accumulator, row_max, row_sum = state
-    k_tile = load_tile(k_pointer, k, start, shape.keys, HEAD_DIM, BLOCK_N, WIDTH, MASKED)
+    k_tile = load_tile(k_pointer, k, start, key_count, HEAD_DIM, BLOCK_N, WIDTH, MASKED)
     products = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
     keys = start + tl.arange(0, BLOCK_N)[None, :]
     values = shape_scores(bend(products, scores), scores, terms, queries[:, None], keys, shape)
@@ -52,7 +53,7 @@ def forward_step(
     )
     if dropout is not None:
         weights = tl.where(kept(dropout, terms, queries, start, BLOCK_N, False), weights, 0.0)
-    v_tile = load_tile(v_pointer, v, start, shape.keys, VALUE_DIM, BLOCK_N, VALUE_WIDTH, MASKED)
+    v_tile = load_tile(v_pointer, v, start, key_count, VALUE_DIM, BLOCK_N, VALUE_WIDTH, MASKED)
     accumulator *= shrink[:, None]
     accumulator = tl.dot(weights.to(v_tile.dtype), v_tile, accumulator, input_precision=PRECISION)
     return accumulator, row_max, row_sum

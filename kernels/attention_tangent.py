@@ -41,6 +41,7 @@ def tangent_step(
     start,
     queries,
     bounds,
+    key_count,
     shape,
     window,
     lists,
@@ -72,13 +73,13 @@ def tangent_step(
     ) = given
     accumulator, dlse = state
     k_pointer, v_pointer, moved_k_pointer, moved_v_pointer = pointers
-    k_tile = load_tile(k_pointer, k, start, shape.keys, HEAD_DIM, BLOCK_N, WIDTH, MASKED)
+    k_tile = load_tile(k_pointer, k, start, key_count, HEAD_DIM, BLOCK_N, WIDTH, MASKED)
     products = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
     dproducts = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     if moved_q is not None:
         dproducts = tl.dot(moved_q_tile, tl.trans(k_tile), dproducts, input_precision=PRECISION)
     if moved_k is not None:
-        moved_k_tile = load_tile(moved_k_pointer, moved_k, start, shape.keys, HEAD_DIM, BLOCK_N, WIDTH, MASKED)
+        moved_k_tile = load_tile(moved_k_pointer, moved_k, start, key_count, HEAD_DIM, BLOCK_N, WIDTH, MASKED)
         dproducts = tl.dot(q_tile, tl.trans(moved_k_tile), dproducts, input_precision=PRECISION)
     keys = start + tl.arange(0, BLOCK_N)[None, :]
     bent = bend(products, scores)
@@ -90,15 +91,18 @@ def tangent_step(
         dproducts *= 1.0 - bent * bent
     dscores = shape_scores(dproducts, moved_scores, moved_terms, queries[:, None], keys, shape)
     dweights = weights * (dscores * (score_factor(moved_scores) * LN_2))
+    if MASKED and (moved_scores.bias is not None or moved_scores.relative is not None):
+        # The tangent of a bias may be anything where it is hidden.
+        dweights = tl.where(weights == 0.0, 0.0, dweights)
     dlse += tl.sum(dweights, 1)
     if dropout is not None:
         keep = kept(dropout, terms, queries, start, BLOCK_N, False)
         weights, dweights = tl.where(keep, weights, 0.0), tl.where(keep, dweights, 0.0)
-    v_tile = load_tile(v_pointer, v, start, shape.keys, VALUE_DIM, BLOCK_N, VALUE_WIDTH, MASKED)
+    v_tile = load_tile(v_pointer, v, start, key_count, VALUE_DIM, BLOCK_N, VALUE_WIDTH, MASKED)
     accumulator = tl.dot(dweights.to(v_tile.dtype), v_tile, accumulator, input_precision=PRECISION)
     if moved_v is not None:
         moved_v_tile = load_tile(
-            moved_v_pointer, moved_v, start, shape.keys, VALUE_DIM, BLOCK_N, VALUE_WIDTH, MASKED
+            moved_v_pointer, moved_v, start, key_count, VALUE_DIM, BLOCK_N, VALUE_WIDTH, MASKED
         )
         accumulator = tl.dot(weights.to(v_tile.dtype), moved_v_tile, accumulator, input_precision=PRECISION)
     return accumulator, dlse

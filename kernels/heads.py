@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from . import launch
-from .tiles import coalesced, head_of, tensor2, tensor4
+from .tiles import coalesced, head_of, near, tensor2, tensor4
 
 
 class Table(NamedTuple):
@@ -287,7 +287,10 @@ def heads_gradient_kernel(
 
 def table(t: torch.Tensor | None) -> Table | None:
     """`t` as a kernel argument, if it is there."""
-    return None if t is None else Table(t, *t.stride())
+    if t is None:
+        return None
+    t = near(t, 1)
+    return Table(t, *t.stride())
 
 
 def rotation_of(cos: torch.Tensor | None, sin: torch.Tensor | None, offsets: torch.Tensor | None) -> Rotation:
@@ -295,6 +298,7 @@ def rotation_of(cos: torch.Tensor | None, sin: torch.Tensor | None, offsets: tor
     expanded, tables if they lie differently."""
     if cos is None or sin is None:
         return Rotation()
+    cos, sin = near(cos, 1), near(sin, 1)
     if cos.stride() != sin.stride():
         cos, sin = cos.contiguous(), sin.contiguous()
     offsets = None if offsets is None else offsets.contiguous()

@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 
 from . import launch
-from .tiles import LARGEST_TILE, tile_pointers
+from .tiles import near, tile_pointers
 
 INVERSE_SQRT_2_PI: tl.constexpr = tl.constexpr(0.3989422804014327)
 MINUS_HALF_LOG2_E: tl.constexpr = tl.constexpr(-0.7213475204444817)
@@ -66,9 +66,8 @@ class Size(NamedTuple):
 
 
 def matrix(t: torch.Tensor) -> Matrix:
-    """`t` as a kernel argument; copied first if offsets within one tile would pass 32 bits."""
-    if (abs(t.stride(0)) + abs(t.stride(1))) * LARGEST_TILE >= 2**31:
-        t = t.contiguous()
+    """`t` as a kernel argument."""
+    t = near(t, 2)
     return Matrix(t, *t.stride())
 
 

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 from . import launch
-from .tiles import coalesced
+from .tiles import coalesced, near
 
 
 class Rows(NamedTuple):
@@ -318,17 +318,19 @@ def norm_sums_kernel(
 
 
 def rows_of(t: torch.Tensor | None) -> Rows | None:
-    """`t` (B, R, W) as a kernel argument, if it is there; copied if offsets within a row would pass 32 bits."""
+    """`t` (B, R, W) as a kernel argument, if it is there."""
     if t is None:
         return None
-    if t.stride(2) * t.shape[2] >= 2**31:
-        t = t.contiguous()
+    t = near(t, 1, None)
     return Rows(t, *t.stride())
 
 
 def line_of(t: torch.Tensor | None) -> Line | None:
     """`t` (B, W) as a kernel argument, if it is there."""
-    return None if t is None else Line(t, *t.stride())
+    if t is None:
+        return None
+    t = near(t, 1, None)
+    return Line(t, *t.stride())
 
 
 def size_of(x: torch.Tensor, tile: launch.Tiling, programs: int) -> Size:

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .tiles import LOG2_E, Tensor2, Tensor3, Tensor4, head_of, tensor2, tensor3
+from .tiles import LOG2_E, Tensor2, Tensor3, Tensor4, head_of, near, tensor2, tensor3
 from .walk import within
 
 
@@ -47,7 +47,7 @@ def scores_of(
     """What is done to the scores as a kernel argument. The bias (B or 1, H or 1, Lq or 1, Lk or 1) repeats itself
     where it has size 1."""
     if bias is not None:
-        bias = bias.view(torch.uint8) if bias.dtype == torch.bool else bias
+        bias = near(bias.view(torch.uint8) if bias.dtype == torch.bool else bias, 2)
         strides = (0 if size == 1 else stride for size, stride in zip(bias.shape, bias.stride(), strict=True))
     relative, radius = None, None
     if relative_bias is not None:

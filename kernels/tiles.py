@@ -63,22 +63,34 @@ def coalesced(t: torch.Tensor) -> torch.Tensor:
     return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
 
 
+def near(t: torch.Tensor, inner: int, extent: int | None = LARGEST_TILE) -> torch.Tensor:
+    """`t`, for a kernel that adds up 32-bit offsets over its last `inner` dimensions, up to `extent` elements of each
+    (None: all). Copied first if they would pass 32 bits; what is repeated stays repeated.
+
+    Every tensor that a kernel takes with strides goes through here.
+    """
+    sizes, strides = t.shape[-inner:], t.stride()[-inner:]
+    reach = (size if extent is None else min(size, extent) for size in sizes)
+    if sum((size - 1) * stride for size, stride in zip(reach, strides, strict=True)) < 2**31:
+        return t
+    once = t[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in t.stride())]
+    return once.contiguous().expand(t.shape)
+
+
 def tensor4(t: torch.Tensor) -> Tensor4:
-    """`t` as a kernel argument; copied first if offsets within one tile would pass 32 bits."""
-    if (abs(t.stride(2)) + abs(t.stride(3))) * LARGEST_TILE >= 2**31:
-        t = t.contiguous()
+    """`t` as a kernel argument."""
+    t = near(t, 2)
     return Tensor4(t, *t.stride())
 
 
 def tensor3(t: torch.Tensor) -> Tensor3:
-    """`t` as a kernel argument; copied first if offsets within one tile would pass 32 bits."""
-    if abs(t.stride(2)) * LARGEST_TILE >= 2**31:
-        t = t.contiguous()
+    """`t` as a kernel argument."""
+    t = near(t, 1, None)
     return Tensor3(t, *t.stride())
 
 
 def tensor2(t: torch.Tensor | None) -> Tensor2 | None:
-    """`t` as a kernel argument, if it is there."""
+    """`t` as a kernel argument, if it is there; its offsets are 64-bit."""
     return None if t is None else Tensor2(t, *t.stride())
 
 

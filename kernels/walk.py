@@ -379,7 +379,7 @@ def walk_keys(
         if has_first(window):
             for key_start in tl.range(begin, tl.minimum(full_begin, end), BLOCK_N):
                 state = step(
-                    state, given, terms, key_start, queries, bounds, shape, window, lists,
+                    state, given, terms, key_start, queries, bounds, key_count, shape, window, lists,
                     HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, True, RELATIVE, BLOCK_M, BLOCK_N, PRECISION,
                 )  # fmt: skip
         for part in tl.static_range(2):
@@ -389,7 +389,7 @@ def walk_keys(
                 BLOCK_N,
             ):
                 state = step(
-                    state, given, terms, key_start, queries, bounds, shape, window, lists,
+                    state, given, terms, key_start, queries, bounds, key_count, shape, window, lists,
                     HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, (part == 0) == MASKED_FIRST, RELATIVE, BLOCK_M,
                     BLOCK_N, PRECISION,
                 )  # fmt: skip
@@ -404,8 +404,8 @@ def walk_keys(
             key_start = tl.load(lists.partial + entry) * GRANULE + (number - entry * parts) * BLOCK_N
             bounds = words_of(lists, entry, queries), key_count
             state = step(
-                state, given, counting(terms, lists.partial_counts, entry), key_start, queries, bounds, shape,
-                window, lists,
+                state, given, counting(terms, lists.partial_counts, entry), key_start, queries, bounds, key_count,
+                shape, window, lists,
                 HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, True, RELATIVE, BLOCK_M, BLOCK_N, PRECISION,
             )  # fmt: skip
         low, high = share_of(tl.load(full), tl.load(full + 1), work, lists.items)
@@ -415,8 +415,8 @@ def walk_keys(
             # Key lengths may end within a full granule.
             bounds = tl.full([BLOCK_M], -1, tl.int64), key_count
             state = step(
-                state, given, counting(terms, lists.full_counts, entry), key_start, queries, bounds, shape,
-                window, lists,
+                state, given, counting(terms, lists.full_counts, entry), key_start, queries, bounds, key_count,
+                shape, window, lists,
                 HEAD_DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, window.key_lengths is not None, RELATIVE, BLOCK_M,
                 BLOCK_N, PRECISION,
             )  # fmt: skip

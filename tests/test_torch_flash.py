@@ -115,14 +115,15 @@ def mask_of(keys: int, queries: int | None = None, batch: int = 1, **options) ->
 def test_the_mask_has_no_more_elements_than_what_was_given_or_than_a_tile_of_scores() -> None:
     lengths = torch.tensor([5000, 9000], dtype=torch.int32)
     assert mask_of(9000, batch=2, causal=True) is None
-    assert mask_of(9000, batch=2, causal=True, key_lengths=lengths).shape == (2, 1, 1, 9000)
+    # Each batch entry is a call of its own, with its own keys.
+    assert mask_of(9000, batch=2, causal=True, key_lengths=lengths) is None
     padding = (torch.arange(9000) < 7000)[None, None, None]
     assert mask_of(9000, bias=padding).shape == (1, 1, 1, 9000)
     assert mask_of(9000, bias=padding.expand(1, 2, 9000, 9000)).shape == (1, 1, 1, 9000)
-    # The window alone would be 9000 x 9000, and so would be a row beside a column.
+    # The window alone would be 9000 x 9000.
     assert mask_of(9000, window=(6000, 6000)) is False
     assert mask_of(9000, window=(None, 0), queries=8000) is False
-    assert mask_of(9000, batch=2, bias=torch.ones(1, 1, 9000, 1), key_lengths=lengths) is False
+    assert mask_of(9000, batch=2, bias=torch.ones(1, 1, 9000, 1), key_lengths=lengths).shape == (1, 1, 9000, 1)
     assert mask_of(400, batch=4, alibi_slopes=torch.ones(4, 2)) is False
     most = tiles.QUERY_TILE * tiles.KEY_TILE * 2
     assert mask_of(512, window=(300, 300)).numel() <= most

@@ -152,7 +152,7 @@ TEN = torch.zeros(10, 4, 16)
 ERRORS = {
     "four dimensions": ((TEN[None], TEN, TEN, [0, 10], [0, 10]), {}, ValueError, r"q must have 3 dimensions"),
     "no tensor": ((TEN, 3, TEN, [0, 10], [0, 10]), {}, TypeError, "k must be a torch.Tensor, got int"),
-    "other queries": ((TEN, TEN, TEN, [0, 9], [0, 10]), {}, ValueError, "cu_seqlens_q ends with 9, expected 10"),
+    "other queries": ((TEN, TEN, TEN, [0, 11], [0, 10]), {}, ValueError, "cu_seqlens_q ends with 11, expected 10"),
     "other keys": ((TEN, TEN, TEN, [0, 10], [0, 11]), {}, ValueError, "cu_seqlens_k ends with 11, expected 10"),
     "other counts": ((TEN, TEN, TEN, [0, 10], [0, 5, 10]), {}, ValueError, "as many sequences, got 1 and 2"),
     "other sinks": ((TEN, TEN, TEN, [0, 10], [0, 10]), {"sinks": torch.zeros(2)}, ValueError, "sinks must have"),

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastattn.backends.layout import heads_last
+from fastattn.backends.tiles import key_counts
 from fastattn.dropout import kept_in
 from fastattn.masks.lists import GRANULE, by_row, of_heads, rows_of_intervals, unpack, unpacked
 from fastattn.reference import of_distances, relative_index
@@ -42,7 +43,7 @@ def attention_forward(
     q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, tensors: ScoreTensors
 ) -> tuple[Tensor, Tensor]:
     call, space = Call(q, k, v, spec, tensors), Space(lse_dtype(q.dtype), q.device)
-    queries, keys, values = (Granules(t) for t in (q, k, v))
+    queries, keys, values = Granules(q), Granules(k, tensors.key_lengths), Granules(v, tensors.key_lengths)
     row_max, row_sum = call.beginning()
     total = row_max.new_zeros(*row_max.shape, v.shape[3])
     for entries in call.batches():
@@ -114,7 +115,8 @@ def _gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk and dv in granules; those of `beside` are given the gradient of every batch of scores."""
     space = Space(lse.dtype, lse.device)
-    queries, keys, values, upstream = (Granules(t) for t in (q, k, v, dout))
+    lengths = call.tensors.key_lengths
+    queries, keys, values, upstream = Granules(q), Granules(k, lengths), Granules(v, lengths), Granules(dout)
     lse_rows, delta_rows = (rows_of(t)[..., None] for t in (lse * LOG2E, delta))
     dq, dk, dv = (t.zeros(space.dtype) for t in (queries, keys, values))
     for entries in call.batches():
@@ -189,7 +191,7 @@ class Call:
     ) -> Iterator[Entries]:
         first, last = self._of_heads(offsets[:, 0].long()), self._of_heads(offsets[:, -1].long())
         # The heads' lists are put one after the other, head h's from head_ends[h - 1] to before head_ends[h].
-        head_ends, row_ends = (last - first).cumsum(0), offsets[:, 1:].flatten()
+        head_ends, row_ends = (last - first).cumsum(0), offsets[:, 1:].flatten().contiguous()
         total = int(head_ends[-1]) if len(head_ends) else 0
         for start in range(0, total, LOOKED_UP):
             place = torch.arange(start, min(start + LOOKED_UP, total), device=self.device)
@@ -231,31 +233,37 @@ class Call:
         if cap:
             slope = 1.0 - logits.tanh_().square()
             logits.mul_(cap * LOG2E)
-        for added in self._added(entries, space):
+        for added in self._added(entries):
             logits.add_(added)
+        self._hide(logits, entries, space)
         return logits, slope
 
-    def _added(self, entries: Entries, space: Space) -> Iterator[Tensor]:
-        """What multiplicity, bits, slopes, biases and key lengths add to the scores; each broadcasts to
-        (E, 64, 64)."""
+    def _added(self, entries: Entries) -> Iterator[Tensor]:
+        """What multiplicity, slopes and biases add to the scores; each broadcasts to (E, 64, 64)."""
         if entries.counts is not None:
             yield entries.counts.to(self.work)[:, None, None] * LOG2E
-        if entries.tiles is not None:
-            yield self._hidden(entries.tiles, space)
         if self.tensors.alibi_slopes is not None:
             queries = self._positions(entries.rows, self.rows) + self.shift
             distance = (self._positions(entries.columns, self.columns)[:, None] - queries[..., None]).abs()
             slopes = self.tensors.alibi_slopes.flatten()[entries.rows // self.rows] * -LOG2E
             yield distance * slopes[:, None, None]
-        if self.tensors.key_lengths is not None:
-            ends = self.tensors.key_lengths[entries.rows // (self.rows * self.heads)]
-            unseen = self._positions(entries.columns, self.columns) >= ends[:, None]
-            yield torch.where(unseen, -math.inf, 0.0)[:, None]
-
         if self.tensors.bias is not None:
             yield self._bias(self.tensors.bias, entries)
         if self.tensors.relative_bias is not None:
             yield self._relative_bias(self.tensors.relative_bias, entries)
+
+    def _hide(self, logits: Tensor, entries: Entries, space: Space) -> None:
+        """-inf where bits or key lengths hide; last, because a bias may be anything there."""
+        if entries.tiles is not None:
+            hidden = self._hidden(entries.tiles, space)
+            if self.tensors.bias is None:
+                logits.add_(hidden)
+            else:
+                logits.masked_fill_(hidden < 0, -math.inf)
+        if self.tensors.key_lengths is not None:
+            ends = self.tensors.key_lengths[entries.rows // (self.rows * self.heads)]
+            unseen = self._positions(entries.columns, self.columns) >= ends[:, None]
+            logits.masked_fill_(unseen[:, None], -math.inf)
 
     def _bias(self, bias: Tensor, entries: Entries) -> Tensor:
         """What falls on the entries, (E, 64 or 1, 64 or 1): a dimension of size 1 stays. Hidden is -inf."""
@@ -368,9 +376,10 @@ class RelativeBiasGradient:
 
 class Granules:
     """The granules (64, W) of a tensor (B, H, L, W), numbered by batch element, head and position. In the last one
-    of a head, the last position stands in for those beyond the end."""
+    of a head, the last position stands in for those beyond the end; beyond the length of a batch element, if there
+    are lengths, rows are zeros, whatever lies there."""
 
-    def __init__(self, t: Tensor) -> None:
+    def __init__(self, t: Tensor, lengths: Tensor | None = None) -> None:
         batch, heads, length, self.width = t.shape
         if t.stride(3) != 1 or any(stride % self.width for stride in t.stride()[:3]):
             t = t.contiguous()
@@ -384,6 +393,9 @@ class Granules:
         )
         extent = last + 1 if t.numel() else 0
         self.memory = t.as_strided((extent, self.width), (self.width, 1))
+        self.unseen = None
+        if lengths is not None and key_counts(lengths, length)[0] < length:
+            self.unseen = (numbers[2] >= lengths[:, None]).repeat_interleave(heads, 0).view(-1, GRANULE)
 
     def zeros(self, dtype: torch.dtype) -> Tensor:
         return self.memory.new_zeros(len(self.places), GRANULE, self.width, dtype=dtype)
@@ -440,6 +452,8 @@ class Space:
         else:
             rounded = self.empty("rounded", *rows.shape, dtype=granules.memory.dtype)
             rows.copy_(torch.index_select(granules.memory, 0, places, out=rounded))
+        if granules.unseen is not None:
+            rows.masked_fill_(granules.unseen.index_select(0, numbers).view(-1, 1), 0.0)
         return rows.view(len(numbers), GRANULE, granules.width)
 
     def product(self, name: str, a: Tensor, b: Tensor) -> Tensor:

@@ -98,7 +98,7 @@ def _tiled_forward(
         for tile in scores.tiles_of(rows):
             if tile.columns.start == tile.columns.stop:
                 continue
-            k_tile, v_tile = (t[:, :, tile.columns].to(work) for t in (k, v))
+            k_tile, v_tile = (scores.part_of(t, "columns", tile).to(work) for t in (k, v))
             part = None if bias is None else tiles.part_of(bias, "scores", tile).to(work)
             values, _ = scores.of(tile, q_tile, k_tile, part, relative_bias)
             new_max = torch.maximum(row_max, values.amax(-1, keepdim=True))

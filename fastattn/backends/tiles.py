@@ -48,18 +48,11 @@ class Scores:
         self.batch, self.queries, self.keys = q.shape[0], q.shape[2], k.shape[2]
         self.shift = self.keys - self.queries
         self.heads, self.key_heads, self.group = q.shape[1], k.shape[1], q.shape[1] // k.shape[1]
-        self.longest = self._longest(tensors.key_lengths)
+        self.shortest, self.longest = key_counts(tensors.key_lengths, self.keys)
         # A tracer has nothing to read, and is shown every tile.
         intervals = tensors.intervals
         self.bounds = None if type(intervals) is not Tensor else intervals[:, :, : self.queries]
         self.lists = None if tensors.mask is None or spec.mask is None else unpacked(tensors.mask, spec.mask)
-
-    def _longest(self, lengths: Tensor | None) -> int:
-        """Keys from there on are seen by nobody. Reading it waits for the device; this backend launches hundreds
-        of products anyway. A tracer has nothing to read."""
-        if lengths is None or not lengths.numel() or type(lengths) is not Tensor:
-            return self.keys
-        return int(lengths.max())
 
     def rows(self) -> Iterator[slice]:
         return _spans(0, self.queries, QUERY_TILE if self.lists is None else LISTED_QUERY_TILE)
@@ -84,6 +77,14 @@ class Scores:
         start = 0 if left is None else max(0, rows.start + self.shift - left)
         stop = self.longest if right is None else min(self.longest, rows.stop + self.shift + right)
         return start, max(start, stop)
+
+    def part_of(self, t: Tensor, falls: str, tile: Tile) -> Tensor:
+        """What of a tensor falls on a tile; zeros for the keys behind a batch entry's length."""
+        part = part_of(t, falls, tile)
+        lengths = self.tensors.key_lengths
+        if falls != "columns" or lengths is None or tile.columns.stop <= self.shortest:
+            return part
+        return reference.keys_there(part, lengths - tile.columns.start)
 
     def of(
         self, tile: Tile, q: Tensor, k: Tensor, bias: Tensor | None, relative_bias: Tensor | None
@@ -196,7 +197,7 @@ class TileSum:
             for rows in scores.rows():
                 for tile in scores.tiles_of(rows):
                     parts = (
-                        None if t is None else part_of(t, falls, tile).to(work)
+                        None if t is None else scores.part_of(t, falls, tile).to(work)
                         for t, falls in zip(inputs, self.falls, strict=True)
                     )
                     given = self.function(tile, *parts)
@@ -260,7 +261,9 @@ def _gradients_of_tile(
         times(weights, keep).mT @ dout_rows,
     ]
     if "bias" in names:
-        results.append(ungrouped(dscores, scores.heads).sum_to_size(bias.shape))
+        # What comes back to a bias, in a second derivative, may be anything where it is hidden.
+        seen = dscores.masked_fill(values == float("-inf"), 0.0)
+        results.append(ungrouped(seen, scores.heads).sum_to_size(bias.shape))
     if "relative_bias" in names:
         shift = tile.columns.start - tile.rows.start - scores.shift
         results.append(reference.sum_by_distance(ungrouped(dscores, scores.heads), relative_bias, shift))
@@ -285,7 +288,9 @@ def _tangent_of_tile(
         moved.append(grouped(dq, scores.key_heads) @ k.mT * slope)
     if dk is not None:
         moved.append(q_rows @ dk.mT * slope)
-    dweights = weights * sum(moved)
+    # The tangent of a bias may be anything where it is hidden.
+    change = sum(moved, torch.zeros_like(values)).masked_fill(values == float("-inf"), 0.0)
+    dweights = weights * change
     dlse = ungrouped(dweights.sum(-1, keepdim=True), scores.heads)
     dout = times(dweights, keep) @ v
     if dv is not None:
@@ -296,6 +301,17 @@ def _tangent_of_tile(
 
 
 # ---- pieces ----
+
+
+def key_counts(lengths: Tensor | None, keys: int) -> tuple[int, int]:
+    """How many keys every batch entry has, and from which on none has any. Reading it waits for the device; this
+    backend launches hundreds of products anyway. A tracer has nothing to read."""
+    if lengths is None or not lengths.numel():
+        return keys, keys
+    if type(lengths) is not Tensor:
+        return 0, keys
+    shortest, longest = torch.stack(lengths.aminmax()).tolist()
+    return shortest, longest
 
 
 def learned(tensors: ScoreTensors) -> tuple[ScoreTensors, tuple[Tensor | None, Tensor | None, Tensor | None]]:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastattn.backends.tiles import KEY_TILE, QUERY_TILE
+from fastattn.backends.tiles import KEY_TILE, QUERY_TILE, key_counts
 from fastattn.spec import NO_TENSORS, AttentionSpec, ScoreTensors, lse_dtype
 
 _aten = torch.ops.aten
@@ -50,7 +52,11 @@ def forward(
     if q.device.type != "cpu":
         out, lse, *_ = _aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, scale=spec.scale)
         return out, lse.contiguous()
+    if _entries_differ(k, tensors):
+        return _by_entry(forward, (q, k, v), spec, tensors)
     seen = _keys_seen(q, k, spec, tensors)
+    if seen.start == seen.stop:
+        return torch.zeros_like(q), q.new_full(q.shape[:3], _HIDDEN, dtype=lse_dtype(q.dtype))
     mask = _mask(q, k, spec, tensors, seen)
     out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(
         q, k[:, :, seen], v[:, :, seen], 0.0, causal, attn_mask=mask, scale=spec.scale
@@ -74,7 +80,11 @@ def backward(
     dout, q, k, v, out = (_unit_stride(t) for t in (dout, q, k, v, out))
     causal = _is_causal(q, k, spec)
     if q.device.type == "cpu":
+        if _entries_differ(k, tensors):
+            return _by_entry(backward, (dout, q, k, v, out, lse), spec, tensors)
         seen = _keys_seen(q, k, spec, tensors)
+        if seen.start == seen.stop:
+            return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
         # Where all scores are -inf, any finite number makes exp(score - lse) zero; -inf would make it NaN.
         dq, dk, dv = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
             dout, q, k[:, :, seen], v[:, :, seen], out, lse.masked_fill(lse == _HIDDEN, 0.0), 0.0, causal,
@@ -87,6 +97,30 @@ def backward(
     return _aten._scaled_dot_product_flash_attention_backward(
         dout, q, k, v, out, lse, None, None, q.shape[2], k.shape[2], 0.0, causal, unused, unused, scale=spec.scale
     )
+
+
+# ---- lengths, one for each batch entry ----
+
+
+def _entries_differ(k: Tensor, tensors: ScoreTensors) -> bool:
+    """Whether batch entries have different lengths. Then each is a call of its own, that reads and computes
+    nothing but its own keys."""
+    shortest, longest = key_counts(tensors.key_lengths, k.shape[2])
+    return shortest != longest
+
+
+def _by_entry(function: Callable, inputs: tuple[Tensor, ...], spec: AttentionSpec, tensors: ScoreTensors) -> Any:
+    """What `function` returns, batch entry by batch entry."""
+    batch = inputs[0].shape[0]
+
+    def entry(t: Tensor | None, b: int) -> Tensor | None:
+        return t if t is None or t.shape[0] != batch else t[b : b + 1]
+
+    results = (
+        function(*(t[b : b + 1] for t in inputs), spec, ScoreTensors(*(entry(t, b) for t in tensors)))
+        for b in range(batch)
+    )
+    return tuple(torch.cat(column) for column in zip(*results, strict=True))
 
 
 # ---- the mask of the CPU's operator ----
@@ -109,7 +143,6 @@ def _is_small(q: Tensor, k: Tensor, spec: AttentionSpec, tensors: ScoreTensors) 
     """Whether the mask has no more elements than a bias or key lengths have anyway, or than a tile of scores."""
     (batch, heads, queries, _), keys = q.shape, k.shape[2]
     given = [] if tensors.bias is None else [tuple(_unexpanded(tensors.bias).shape)]
-    given += [] if tensors.key_lengths is None else [(batch, 1, 1, keys)]
     made = [(1, 1, queries, keys)] if _hides_by_window(q, k, spec) else []
     made += [] if tensors.alibi_slopes is None else [(*_unexpanded(tensors.alibi_slopes).shape, queries, keys)]
     if not given + made:
@@ -129,11 +162,11 @@ def _hides_by_window(q: Tensor, k: Tensor, spec: AttentionSpec) -> bool:
 
 
 def _keys_seen(q: Tensor, k: Tensor, spec: AttentionSpec, tensors: ScoreTensors) -> slice:
-    """The keys that any query may see, one at least: what lies beyond them is not read, whatever it holds."""
+    """The keys that any query may see: what lies beyond them is not read, whatever it holds."""
     queries, keys = q.shape[2], k.shape[2]
     start = 0 if spec.left is None else max(0, keys - queries - spec.left)
-    stop = keys if tensors.key_lengths is None else int(tensors.key_lengths.max())
-    return slice(start, max(stop, start + 1))
+    _, stop = key_counts(tensors.key_lengths, keys)
+    return slice(start, max(stop, start))
 
 
 def _mask(q: Tensor, k: Tensor, spec: AttentionSpec, tensors: ScoreTensors, keys: slice) -> Tensor | None:
@@ -145,8 +178,6 @@ def _mask(q: Tensor, k: Tensor, spec: AttentionSpec, tensors: ScoreTensors, keys
         bias = _unexpanded(tensors.bias)
         bias = bias[..., keys] if bias.shape[-1] > 1 else bias
         (seen if bias.dtype == torch.bool else added).append(bias)
-    if tensors.key_lengths is not None:
-        seen.append(place < tensors.key_lengths[:, None, None, None])
     if _hides_by_window(q, k, spec):
         seen += [] if spec.left is None else [_distance(q, k, place) >= -spec.left]
         seen += [] if spec.right is None else [_distance(q, k, place) <= spec.right]

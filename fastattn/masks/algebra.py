@@ -58,11 +58,10 @@ class Values:
 
 
 class ClosedForm(NamedTuple):
-    """A window around the diagonal and the lengths that bound the keys: the least of them holds."""
+    """A window around the diagonal, within the mask's `key_ends`."""
 
     left: int | None = None
     right: int | None = None
-    lengths: tuple[Values, ...] = ()
 
 
 class Intervals(NamedTuple):
@@ -105,6 +104,11 @@ class Mask:
 
     def closed_form(self, shape: Shape) -> ClosedForm | None:
         """The whole mask in numbers, where that is possible."""
+        return None
+
+    def key_ends(self, device: torch.device) -> Tensor | None:
+        """Integers (1 or B,): keys from there on nobody sees, whatever is done about the others. None if the mask
+        says no such number; it may be negative, or beyond all keys."""
         return None
 
     def intervals(self, shape: Shape) -> Intervals | None:
@@ -283,13 +287,13 @@ def _lower(mask: Mask, shape: Shape, closed_forms: bool) -> Lowered:
     form = mask.closed_form(shape) if closed_forms else None
     if form is not None:
         left, right = window_that_hides((form.left, form.right), shape.queries, shape.keys)
-        return Lowered(shape, left, right, _least(form.lengths, shape))
+        return Lowered(shape, left, right, _key_lengths(mask, shape))
     home = shape._replace(device=mask.lowers_on(shape.device))
     intervals = mask.intervals(home) if closed_forms else None
     both_ways = None if intervals is None else _both_ways(intervals, home)
     if both_ways is not None:
-        return Lowered(home, intervals=both_ways).to(shape.device)
-    return Lowered(home, lists=build_lists(mask, home)).to(shape.device)
+        return Lowered(home, intervals=both_ways, key_lengths=_key_lengths(mask, home)).to(shape.device)
+    return Lowered(home, lists=build_lists(mask, home), key_lengths=_key_lengths(mask, home)).to(shape.device)
 
 
 def _both_ways(intervals: Intervals, shape: Shape) -> Tensor | None:
@@ -307,13 +311,10 @@ def _both_ways(intervals: Intervals, shape: Shape) -> Tensor | None:
     return torch.stack((torch.cat((start, first), 1), torch.cat((stop, last), 1)), 1).int()
 
 
-def _least(lengths: tuple[Values, ...], shape: Shape) -> Tensor | None:
-    """The smallest length of each batch element, int32 (B,)."""
-    least = None
-    for values in lengths:
-        here = values.on(shape.device).clamp(0, shape.keys).to(torch.int32).expand(shape.batch)
-        least = here if least is None else torch.minimum(least, here)
-    return None if least is None else least.contiguous()
+def _key_lengths(mask: Mask, shape: Shape) -> Tensor | None:
+    """From which key on nobody sees any, for each batch element, int32 (B,)."""
+    ends = mask.key_ends(shape.device)
+    return None if ends is None else ends.clamp(0, shape.keys).to(torch.int32).expand(shape.batch).contiguous()
 
 
 class _Nothing(Mask):
@@ -356,8 +357,11 @@ class And(_Pair):
         first, second = self.first.closed_form(shape), self.second.closed_form(shape)
         if first is None or second is None:
             return None
-        left, right = smaller(first.left, second.left), smaller(first.right, second.right)
-        return ClosedForm(left, right, first.lengths + second.lengths)
+        return ClosedForm(smaller(first.left, second.left), smaller(first.right, second.right))
+
+    def key_ends(self, device: torch.device) -> Tensor | None:
+        first, second = self.first.key_ends(device), self.second.key_ends(device)
+        return second if first is None else first if second is None else torch.minimum(first, second)
 
     def intervals(self, shape: Shape) -> Intervals | None:
         first, second = self.first.intervals(shape), self.second.intervals(shape)
@@ -383,6 +387,10 @@ class Or(_Pair):
 
     def states(self, slab: Slab) -> Tensor:
         return torch.maximum(self.first.states(slab), self.second.states(slab))
+
+    def key_ends(self, device: torch.device) -> Tensor | None:
+        first, second = self.first.key_ends(device), self.second.key_ends(device)
+        return None if first is None or second is None else torch.maximum(first, second)
 
     def intervals(self, shape: Shape) -> Intervals | None:
         """Where each query's two intervals touch, or one is empty, they are one."""

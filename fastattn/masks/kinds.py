@@ -98,7 +98,10 @@ class Lengths(Mask):
         _check_batch(self.name, self.lengths.tensor.numel(), shape)
 
     def closed_form(self, shape: Shape) -> ClosedForm:
-        return ClosedForm(lengths=(self.lengths,))
+        return ClosedForm()
+
+    def key_ends(self, device: torch.device) -> Tensor:
+        return self.lengths.on(device)
 
     def intervals(self, shape: Shape) -> Intervals:
         stop = self.lengths.on(shape.device).long()[:, None].expand(-1, shape.queries)

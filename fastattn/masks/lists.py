@@ -241,10 +241,11 @@ class Lowered:
     """A mask for one shape and device: closed forms as numbers or intervals, or block lists.
 
     left, right: how many keys before and after the diagonal are seen; None for all. Causal is right = 0.
-    key_lengths: int32 (B,), between 0 and Lk; keys from there on are not seen.
+    key_lengths: int32 (B,), between 0 and Lk; keys from there on are not seen, and not read.
     intervals: int32 (1 or B, 2, Lq + Lk); query i sees the keys from intervals[:, 0, i] to before [:, 1, i], and
-        key j is seen by the queries from [:, 0, Lq + j] to before [:, 1, Lq + j]. If not None, the whole mask.
-    lists: if not None, they are the whole mask.
+        key j is seen by the queries from [:, 0, Lq + j] to before [:, 1, Lq + j]. If not None, the whole mask, but
+        for what lies behind the key lengths.
+    lists: if not None, they are the whole mask, key lengths included.
     packed: the lists as operators take them.
     """
 
@@ -335,9 +336,8 @@ class Lowered:
 
     @property
     def _repetitions(self) -> int:
-        differ = [
-            t for t in (self.key_lengths, self.intervals) if t is not None and t.shape[0] == self.shape.batch
-        ]
+        rows = self.key_lengths if self.intervals is None else self.intervals
+        differ = rows is not None and rows.shape[0] == self.shape.batch
         return self.shape.heads * (1 if differ else self.shape.batch)
 
     def _interval(self, step: int) -> tuple[Tensor, Tensor]:
