@@ -119,9 +119,9 @@ def attention(
             is (n, n), with causal (n, 0); a query sees n keys on a side beside its own. What no query of a tile
             sees is not computed.
         key_lengths: (B,) integers, a tensor or a sequence; keys from there on are not seen (right padding). The
-            diagonal stays. What lies there in k, v and a bias is not read: it may be NaN, as in a cache that was never
-            written. Keys that a mask, a window or a bias hides before it are read: NaN there reaches every query
-            whose tile of queries meets the key's tile of keys, since 0 x NaN is NaN.
+            diagonal stays. What lies there in k, v and a bias is not read: it may be NaN, as in a cache that was
+            never written. Keys that a mask, a window or a bias hides before it are read: NaN there reaches every
+            query whose tile of queries meets the key's tile of keys, since 0 x NaN is NaN.
         mask: which keys each query sees, a value of fastattn.masks or what its `lower` returned; seen is what
             causal, window and key_lengths show, too. Granules of 64 x 64 that nobody sees are not computed.
             What lies behind a `masks.key_lengths` in it is not read.
