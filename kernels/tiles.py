@@ -64,8 +64,8 @@ def coalesced(t: torch.Tensor) -> torch.Tensor:
 
 
 def near(t: torch.Tensor, inner: int, extent: int | None = LARGEST_TILE) -> torch.Tensor:
-    """`t`, for a kernel that adds up 32-bit offsets over its last `inner` dimensions, up to `extent` elements of each
-    (None: all). Copied first if they would pass 32 bits; what is repeated stays repeated.
+    """`t`, for a kernel that adds up 32-bit offsets over its last `inner` dimensions, up to `extent` elements of
+    each (None: all). Copied first if they would pass 32 bits; what is repeated stays repeated.
 
     Every tensor that a kernel takes with strides goes through here.
     """
