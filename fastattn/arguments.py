@@ -80,7 +80,17 @@ def tensor(name: str, value: Any, *, or_none: bool = False) -> None:
         raise TypeError(f"{name} must be a plain tensor, got a MaskedTensor; hide keys with mask= or bias=")
 
 
-def integers(name: str, values: Any, *, device: torch.device | str | None = None) -> Tensor:
+def device(name: str, value: Any) -> torch.device:
+    """The argument as a device: one already, its name or its number."""
+    if not isinstance(value, torch.device | str | int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a torch.device or its name, got {_kind(value)}")
+    try:
+        return torch.device(value)
+    except RuntimeError as problem:
+        raise ValueError(f"{name} must be a torch.device or its name, got {value!r}") from problem
+
+
+def integers(name: str, values: Any, *, on: torch.device | None = None) -> Tensor:
     """The argument as a tensor: one already, an array of integers, or integers one by one."""
     if isinstance(values, Tensor):
         tensor(name, values)
@@ -89,11 +99,11 @@ def integers(name: str, values: Any, *, device: torch.device | str | None = None
         values = torch.as_tensor(values, device="cpu")
         if values.dtype in (torch.uint8, torch.int8, torch.int16):
             values = values.to(torch.int64)
-        return values if device is None else values.to(device)
+        return values if on is None else values.to(on)
     if not isinstance(values, Iterable) or isinstance(values, str | bytes | dict):
         raise TypeError(f"{name} must be a tensor or a sequence of integers, got {_kind(values)}")
     what = "a tensor or a sequence of integers"
-    return torch.tensor([integer(name, v, what=what) for v in values], dtype=torch.int64, device=device or "cpu")
+    return torch.tensor([integer(name, v, what=what) for v in values], dtype=torch.int64, device=on or "cpu")
 
 
 # What other libraries call the arguments of `attention`.

@@ -30,8 +30,7 @@ def dropout_state(batch: int, device: torch.device | str | None = None) -> Tenso
     activation checkpointing govern it as any random number.
     """
     batch = arguments.integer("batch", batch, least=0, what="an integer, the number of batch entries")
-    if device is not None and not isinstance(device, torch.device | str | int):
-        raise TypeError(f"device must be a torch.device, its name or None, got {type(device).__name__}")
+    device = None if device is None else arguments.device("device", device)
     seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device)
     return torch.stack((seed.expand(batch), torch.arange(batch, device=device)), 1)
 

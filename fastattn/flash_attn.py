@@ -10,11 +10,14 @@ that see no key give a log-sum-exp of -inf, where flash-attn gives +inf, and 0.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
+from fastattn import arguments, masks
 from fastattn.functional import attention
+from fastattn.spec import check_floating, check_scale
 from fastattn.varlen import attention_varlen
 
 Result = Tensor | tuple[Tensor, Tensor, None]
@@ -27,7 +30,7 @@ def flash_attn_func(
     dropout_p: float = 0.0,
     softmax_scale: float | None = None,
     causal: bool = False,
-    window_size: tuple[int, int] = (-1, -1),
+    window_size: Sequence[int] | Tensor = (-1, -1),
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
@@ -38,6 +41,7 @@ def flash_attn_func(
     alibi_slopes: (Hq,) or (B, Hq).
     deterministic: without effect, gradients are.
     """
+    return_attn_probs = _check_flags(deterministic, return_attn_probs)
     _check_shape(4, "(batch, length, heads, width)", q=q, k=k, v=v)
     out, lse = attention(
         *(t.transpose(1, 2) for t in (q, k, v)),
@@ -53,13 +57,14 @@ def flash_attn_kvpacked_func(
     dropout_p: float = 0.0,
     softmax_scale: float | None = None,
     causal: bool = False,
-    window_size: tuple[int, int] = (-1, -1),
+    window_size: Sequence[int] | Tensor = (-1, -1),
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
 ) -> Result:
     """`flash_attn_func` of q (B, Lq, Hq, D) and keys and values in one tensor kv (B, Lk, 2, Hkv, D)."""
+    _check_shape(4, "(batch, length, heads, width)", q=q)
     k, v = _unpacked("kv", kv, "(batch, length, 2, heads, width)")
     return flash_attn_func(
         q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
@@ -72,7 +77,7 @@ def flash_attn_qkvpacked_func(
     dropout_p: float = 0.0,
     softmax_scale: float | None = None,
     causal: bool = False,
-    window_size: tuple[int, int] = (-1, -1),
+    window_size: Sequence[int] | Tensor = (-1, -1),
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
@@ -97,7 +102,7 @@ def flash_attn_varlen_func(
     dropout_p: float = 0.0,
     softmax_scale: float | None = None,
     causal: bool = False,
-    window_size: tuple[int, int] = (-1, -1),
+    window_size: Sequence[int] | Tensor = (-1, -1),
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
@@ -109,6 +114,7 @@ def flash_attn_varlen_func(
     alibi_slopes: (Hq,) or (sequences, Hq).
     block_table: must be None, paged keys are not supported.
     """
+    return_attn_probs = _check_flags(deterministic, return_attn_probs)
     if block_table is not None:
         raise ValueError("block_table must be None: keys and values in pages are not supported, got a table")
     out, lse = attention_varlen(
@@ -129,13 +135,14 @@ def flash_attn_varlen_kvpacked_func(
     dropout_p: float = 0.0,
     softmax_scale: float | None = None,
     causal: bool = False,
-    window_size: tuple[int, int] = (-1, -1),
+    window_size: Sequence[int] | Tensor = (-1, -1),
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
 ) -> Result:
     """`flash_attn_varlen_func` of packed q (total queries, Hq, D) and kv (total keys, 2, Hkv, D)."""
+    _check_shape(3, "(tokens, heads, width)", q=q)
     k, v = _unpacked("kv", kv, "(tokens, 2, heads, width)")
     return flash_attn_varlen_func(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal,
@@ -150,7 +157,7 @@ def flash_attn_varlen_qkvpacked_func(
     dropout_p: float = 0.0,
     softmax_scale: float | None = None,
     causal: bool = False,
-    window_size: tuple[int, int] = (-1, -1),
+    window_size: Sequence[int] | Tensor = (-1, -1),
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
@@ -158,6 +165,9 @@ def flash_attn_varlen_qkvpacked_func(
 ) -> Result:
     """`flash_attn_varlen_func` of queries, keys and values in one packed tensor qkv (tokens, 3, H, D)."""
     q, k, v = _unpacked("qkv", qkv, "(tokens, 3, heads, width)")
+    masks.check_cu_seqlens("cu_seqlens", cu_seqlens, tokens=len(qkv))
+    if max_seqlen is not None:
+        arguments.integer("max_seqlen", max_seqlen, least=0, what="an integer or None")
     return flash_attn_varlen_func(
         q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, dropout_p, softmax_scale, causal, window_size,
         softcap, alibi_slopes, deterministic, return_attn_probs,
@@ -168,19 +178,21 @@ def _options(
     dropout_p: float,
     softmax_scale: float | None,
     causal: bool,
-    window_size: tuple[int, int],
+    window_size: Sequence[int] | Tensor,
     softcap: float,
     alibi_slopes: Tensor | None,
 ) -> dict[str, Any]:
     """As our functions name them."""
-    if not isinstance(window_size, tuple | list) or len(window_size) != 2:
-        raise TypeError(f"window_size must be a pair (left, right), got {window_size!r}")
-    if any(isinstance(side, int) and side < -1 for side in window_size):
+    sides = [
+        -1 if side is None else arguments.integer("window_size", side, what="a pair (left, right) of integers")
+        for side in arguments.pair("window_size", window_size)
+    ]
+    if min(sides) < -1:
         raise ValueError(f"window_size must not be below -1, which is unbounded; got {window_size!r}")
-    left, right = (None if side == -1 else side for side in window_size)
+    left, right = (None if side == -1 else side for side in sides)
     return {
         "dropout_p": dropout_p,
-        "scale": softmax_scale,
+        "scale": None if softmax_scale is None else check_scale(softmax_scale, "softmax_scale"),
         "causal": causal,
         "window": (left, right),
         "softcap": softcap,
@@ -190,6 +202,12 @@ def _options(
 
 def _result(out: Tensor, lse: Tensor, return_attn_probs: bool) -> Result:
     return (out, lse, None) if return_attn_probs else out
+
+
+def _check_flags(deterministic: bool, return_attn_probs: bool) -> bool:
+    """Whether attention's log-sum-exp is asked for; gradients are deterministic in any case."""
+    arguments.flag("deterministic", deterministic)
+    return arguments.flag("return_attn_probs", return_attn_probs)
 
 
 def _unpacked(name: str, t: Tensor, shape: str) -> tuple[Tensor, ...]:
@@ -203,7 +221,7 @@ def _unpacked(name: str, t: Tensor, shape: str) -> tuple[Tensor, ...]:
 
 def _check_shape(dimensions: int, shape: str, **tensors: Tensor) -> None:
     for name, t in tensors.items():
-        if not isinstance(t, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
+        arguments.tensor(name, t)
+        check_floating(name, t)
         if t.dim() != dimensions:
             raise ValueError(f"{name} must have shape {shape}, got {tuple(t.shape)}")

@@ -291,7 +291,7 @@ def score_tensors(
 def check_key_lengths(key_lengths: Tensor | Sequence[int], q: Tensor, k: Tensor) -> Tensor:
     """Lengths (B,) as int32 from 0 to Lk."""
     if not isinstance(key_lengths, Tensor):
-        key_lengths = arguments.integers("key_lengths", key_lengths, device=q.device)
+        key_lengths = arguments.integers("key_lengths", key_lengths, on=q.device)
     check_beside("key_lengths", key_lengths, q, ((q.shape[0],),))
     if key_lengths.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"key_lengths must be int32 or int64, got {key_lengths.dtype}")

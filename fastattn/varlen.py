@@ -9,11 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastattn import masks
+from fastattn.arguments import flag, integer, refuse_keywords, tensor
 from fastattn.functional import attention
 from fastattn.masks.kinds import PackedSequences
 from fastattn.masks.lists import Shape
 from fastattn.modes import outside_modes
-from fastattn.spec import check_beside
+from fastattn.spec import Window, check_beside, check_floating
 
 
 @overload
@@ -28,7 +29,7 @@ def attention_varlen(
     *,
     causal: bool = ...,
     scale: float | None = ...,
-    window: tuple[int | None, int | None] = ...,
+    window: Window = ...,
     softcap: float | None = ...,
     alibi_slopes: Tensor | None = ...,
     sinks: Tensor | None = ...,
@@ -49,7 +50,7 @@ def attention_varlen(
     *,
     causal: bool = ...,
     scale: float | None = ...,
-    window: tuple[int | None, int | None] = ...,
+    window: Window = ...,
     softcap: float | None = ...,
     alibi_slopes: Tensor | None = ...,
     sinks: Tensor | None = ...,
@@ -69,7 +70,7 @@ def attention_varlen(
     *,
     causal: bool = False,
     scale: float | None = None,
-    window: tuple[int | None, int | None] = (None, None),
+    window: Window = None,
     softcap: float | None = None,
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
@@ -77,6 +78,7 @@ def attention_varlen(
     precision: str | None = None,
     return_lse: bool = False,
     backend: str | None = None,
+    **unknown: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`attention` of each sequence on its own; sequences lie one after another, with queries and keys of any
     number, none included.
@@ -109,6 +111,12 @@ def attention_varlen(
         >>> attention_varlen(q, k, v, cu_seqlens, cu_seqlens, causal=True).shape
         torch.Size([10, 4, 64])
     """
+    if unknown:
+        refuse_keywords("attention_varlen", unknown)
+    for name, longest in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
+        if longest is not None:
+            integer(name, longest, least=0, what="an integer or None")
+    return_lse = flag("return_lse", return_lse)
     mask = masks.packed_sequences(cu_seqlens_q, cu_seqlens_k, causal, window)
     q, k, v = (_heads_first(name, t) for name, t in (("q", q), ("k", k), ("v", v)))
     with outside_modes():
@@ -123,10 +131,12 @@ def attention_varlen(
         "scale": scale, "softcap": softcap, "sinks": sinks, "dropout_p": dropout_p, "precision": precision,
         "backend": backend,
     }  # fmt: skip
-    if alibi_slopes is None or (alibi_slopes.dim() == 1 and mask.shares_diagonal):
-        out, lse = attention(q, k, v, mask=mask, alibi_slopes=alibi_slopes, return_lse=True, **options)
+    if not mask.sequences or alibi_slopes is None or (alibi_slopes.dim() == 1 and mask.shares_diagonal):
+        slopes = alibi_slopes if mask.sequences else None
+        out, lse = attention(q, k, v, mask=mask, alibi_slopes=slopes, return_lse=True, **options)
     else:
-        out, lse = _by_sequence(q, k, v, mask, alibi_slopes, causal=causal, window=window, **options)
+        window = mask.left, mask.right
+        out, lse = _by_sequence(q, k, v, mask, alibi_slopes, window=window, **options)
     out, lse = out[0].transpose(0, 1), lse[0]
     if behind:
         out, lse = F.pad(out, (0, 0, 0, 0, 0, behind)), F.pad(lse, (0, behind), value=float("-inf"))
@@ -148,8 +158,8 @@ def _by_sequence(
 
 def _heads_first(name: str, t: Tensor) -> Tensor:
     """(tokens, heads, width) as attention takes it, (1, heads, tokens, width)."""
-    if not isinstance(t, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
+    tensor(name, t)
+    check_floating(name, t)
     if t.dim() != 3:
         raise ValueError(f"{name} must have 3 dimensions (tokens, heads, width), got {tuple(t.shape)}")
     return t.transpose(0, 1)[None]

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastattn.arguments import flag, tensor
 from fastattn.functional import attention
 from fastattn.nn import SelfAttention
 from fastattn.spec import attention_spec, lse_dtype
@@ -90,9 +91,13 @@ def even_scores(tokens: Tensor, *, causal: bool = True) -> HeadScores:
 
     Returns four tensors (), fp32. Text that repeats a few tokens gives even such a head high scores.
     """
+    tensor("tokens", tokens)
+    if tokens.dim() != 2:
+        raise ValueError(f"tokens must have shape (batch, length), got {tuple(tokens.shape)}")
+    causal = flag("causal", causal)
     batch, length = tokens.shape
-    seen = torch.arange(1, length + 1) if causal else torch.full((length,), length)
-    lse = seen.to(tokens.device, torch.float32).log().expand(batch, 1, length)
+    every = torch.arange(1, length + 1, device=tokens.device)
+    lse = (every if causal else torch.full_like(every, length)).to(torch.float32).log().expand(batch, 1, length)
     nothing = lse.new_zeros(batch, 1, length, 1)
     return HeadScores(*(score[0] for score in head_scores(nothing, nothing, lse, tokens)))
 
@@ -210,8 +215,7 @@ def _spans(stop: int, step: int) -> Iterator[slice]:
 
 
 def _check_lse(lse: Tensor, q: Tensor) -> None:
-    if not isinstance(lse, Tensor):
-        raise TypeError(f"lse must be a torch.Tensor, got {type(lse).__name__}")
+    tensor("lse", lse)
     if lse.dtype != lse_dtype(q.dtype):
         raise TypeError(f"lse must be {lse_dtype(q.dtype)} for q of {q.dtype}, got {lse.dtype}")
     if lse.shape != q.shape[:3]:
@@ -221,8 +225,7 @@ def _check_lse(lse: Tensor, q: Tensor) -> None:
 
 
 def _check_tokens(tokens: Tensor, q: Tensor, k: Tensor) -> None:
-    if not isinstance(tokens, Tensor):
-        raise TypeError(f"tokens must be a torch.Tensor, got {type(tokens).__name__}")
+    tensor("tokens", tokens)
     if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
         raise TypeError(f"tokens must be integers, got {tokens.dtype}")
     if tokens.shape != (k.shape[0], k.shape[2]):

@@ -340,6 +340,13 @@ def _cu_seqlens(name: str, starts: Tensor | Sequence[int] | None, of: str) -> Te
     return starts
 
 
+def check_cu_seqlens(name: str, starts: Tensor | Sequence[int], tokens: int) -> None:
+    """Boundaries as `attention_varlen` takes them, of so many tokens at most."""
+    end = int(_cu_seqlens(name, starts, "sequences")[-1])
+    if end > tokens:
+        raise ValueError(f"{name} ends with {end}, expected at most {tokens} tokens")
+
+
 def _read(name: str, values: Tensor) -> Tensor:
     """On the CPU, if none is negative."""
     _must_be_readable(name, values)

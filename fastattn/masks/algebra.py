@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastattn.arguments import integer
+from fastattn.arguments import flag, integer
 from fastattn.masks import pictures
 from fastattn.masks.lists import Lowered, Shape, the_device
 from fastattn.masks.lowering import FULL, PARTIAL, Positions, Slab, build_lists
@@ -170,6 +170,7 @@ class Mask:
         Raises:
             ValueError: if the mask is one for another batch size, head count, length or device.
         """
+        closed_forms = flag("closed_forms", closed_forms)
         shape = self._shape(batch, heads, queries, keys, device)
         if not self.lasts:
             return self._lower_here(shape, closed_forms)

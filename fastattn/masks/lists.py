@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastattn import arguments
 from fastattn.modes import fake_mode, outside_modes
 
 GRANULE = 64
@@ -367,7 +368,7 @@ def pooled(values: Tensor, step: int) -> Tensor:
 
 def the_device(device: torch.device | str) -> torch.device:
     """With its index, as tensors name it."""
-    return torch.empty(0, device=device).device
+    return torch.empty(0, device=arguments.device("device", device)).device
 
 
 def decode(
