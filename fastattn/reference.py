@@ -26,6 +26,9 @@ from fastattn.spec import (
     lse_dtype,
 )
 
+# Below it float32 rounds a log-sum-exp by more than 1e-3: where all keys of a row have a bias of -1e9, or of finfo.min.
+LOWEST_EXACT = -(2.0**13)
+
 
 def visible(
     queries: int,
@@ -90,7 +93,10 @@ def attention_backward(
     empty = (lse == float("-inf"))[..., None]
     scores = _scores(q, k, spec, tensors)
     safe_lse = lse[..., None].masked_fill(empty, float("inf"))
-    weights = torch.exp(scores - safe_lse).to(q.dtype)
+    weights = torch.exp(scores - safe_lse)
+    # Scores so low that their log-sum-exp rounds to their maximum: weights add up to more than 1.
+    low = (safe_lse < LOWEST_EXACT) & ~empty
+    weights = (weights / weights.sum(-1, keepdim=True).masked_fill(~low, 1.0)).to(q.dtype)
     delta = (dout * out).sum(-1, keepdim=True)
     if dlse is not None:
         delta = delta - dlse[..., None]

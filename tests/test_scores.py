@@ -60,6 +60,40 @@ def test_boolean_masks_mean_what_they_mean_to_scaled_dot_product_attention(name:
     same(ours, out_and_gradients(lambda *t: F.scaled_dot_product_attention(*t, attn_mask=mask), leaves, weight))
 
 
+@pytest.mark.parametrize("name", ["portable", "tiled", "reference"])
+@pytest.mark.parametrize("relative", [False, True])
+@pytest.mark.parametrize("low", [-1e9, torch.finfo(torch.float32).min])
+def test_rows_of_the_lowest_numbers_are_eagers_in_result_and_gradients(
+    low: float, relative: bool, name: str
+) -> None:
+    q, k, v = (t.requires_grad_() for t in Problem(queries=6, keys=6).inputs())
+    added = torch.zeros(6, 6, device=DEVICE)
+    added[0], added[1, :4] = low, low
+    by_distance = torch.zeros(2, 3, device=DEVICE)
+    if relative:
+        added, by_distance = torch.zeros_like(added), torch.full_like(by_distance, low)
+    with implementation(name) as backend:
+        out = fastattn.attention(q, k, v, bias=added, relative_bias=by_distance, backend=backend)
+    expected = torch.softmax(q @ k.mT / 4 + added + by_distance[0, 0], -1) @ v
+    torch.testing.assert_close(out, expected)
+    ours, theirs = (torch.autograd.grad(t.sin().sum(), (q, k, v)) for t in (out, expected))
+    for a, e in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, e)
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("behind", [torch.nan, torch.inf, -torch.inf])
+def test_a_bias_may_be_anything_behind_the_diagonal(behind: float, name: str) -> None:
+    q, k, v = (t.requires_grad_() for t in Problem(queries=9, keys=9).inputs())
+    bias = torch.zeros(9, 9, device=DEVICE).masked_fill(torch.ones(9, 9, device=DEVICE).triu(1) > 0, behind)
+    with implementation(name) as backend:
+        out = fastattn.attention(q, k, v, bias=bias, causal=True, backend=backend)
+        expected = fastattn.attention(q, k, v, causal=True, backend=backend)
+    ours, theirs = (torch.autograd.grad(t.sin().sum(), (q, k, v)) for t in (out, expected))
+    for a, e in zip((out, *ours), (expected, *theirs), strict=True):
+        torch.testing.assert_close(a, e)
+
+
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 @pytest.mark.parametrize("masked", [False, True])
 def test_rows_whose_bias_hides_all_give_zero_and_no_nan(masked: bool, name: str) -> None:

@@ -58,6 +58,10 @@ def attention_backward(
     tensors: ScoreTensors,
     wanted: Wanted,
 ) -> Gradients:
+    if (sums := _sums_of_low_rows(q, k, v, out, lse, spec, tensors)) is not None:
+        # Gradients are linear in the weights of a row, and in what comes from above.
+        dout = (dout / sums[..., None]).to(dout.dtype)
+        dlse = None if dlse is None else dlse / sums
     with product_precision(q, spec):
         if dlse is None and not wanted.bias and torch_flash.serves_backward(q, k, v, spec, tensors):
             dq, dk, dv = torch_flash.backward(dout, q, k, v, out, lse, spec, tensors)
@@ -80,6 +84,26 @@ def attention_tangent(
     fixed, learned = tiles.learned(tensors)
     dout, dlse = tiles.tangent(spec)(fixed, (q, k, v, out, lse, *tangents, *learned))
     return dout, dlse
+
+
+def _sums_of_low_rows(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, spec: AttentionSpec, tensors: ScoreTensors
+) -> Tensor | None:
+    """What the weights exp(score - lse) of each row (B, Hq, Lq) add up to, where that is not 1: where scores are
+    so low that their log-sum-exp rounds to their maximum. None if there are no such rows.
+
+    That sum is how the log-sum-exp moves when all scores do.
+    """
+    _, (bias, relative_bias, _) = tiles.learned(tensors)
+    if bias is None and relative_bias is None:
+        return None
+    low = (lse < reference.LOWEST_EXACT) & (lse > float("-inf"))
+    if not bool(low.any()):
+        return None
+    moved = {"bias": bias} if bias is not None else {"relative_bias": relative_bias}
+    tangents = Tangents(**{name: torch.ones_like(t) for name, t in moved.items() if t is not None})
+    _, sums = attention_tangent(q, k, v, out, lse, tangents, spec, tensors)
+    return sums.masked_fill(~low, 1.0)
 
 
 def _tiled_forward(

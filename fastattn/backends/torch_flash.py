@@ -178,6 +178,9 @@ def _mask(q: Tensor, k: Tensor, spec: AttentionSpec, tensors: ScoreTensors, keys
         bias = _unexpanded(tensors.bias)
         bias = bias[..., keys] if bias.shape[-1] > 1 else bias
         (seen if bias.dtype == torch.bool else added).append(bias)
+    # A bias may be anything where the operator's own causal mask hides it, too: NaN added to -inf is NaN.
+    if added and min(added[0].shape[-2:]) > 1 and _is_causal(q, k, spec):
+        seen.append(_distance(q, k, place) <= 0)
     if _hides_by_window(q, k, spec):
         seen += [] if spec.left is None else [_distance(q, k, place) >= -spec.left]
         seen += [] if spec.right is None else [_distance(q, k, place) <= spec.right]
