@@ -26,7 +26,7 @@ from fastattn.spec import (
     lse_dtype,
 )
 
-# Below it float32 rounds a log-sum-exp by more than 1e-3: where all keys of a row have a bias of -1e9, or of finfo.min.
+# Below it float32 rounds a log-sum-exp by more than 1e-3: where all keys of a row have a bias of -1e9, say.
 LOWEST_EXACT = -(2.0**13)
 
 
