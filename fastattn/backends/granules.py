@@ -57,8 +57,8 @@ def attention_forward(
         weights = logits.sub_(rows.of_entries(pivot)[..., None]).exp2_()
         row_max[rows.which] = highest
         row_sum[rows.which] = row_sum[rows.which] * shrink + rows.reduce(weights.sum(-1))
-        if (dropped := call.dropped(entries)) is not None:
-            weights.masked_fill_(dropped, 0.0)
+        if (keep := call.kept(entries)) is not None:
+            weights.mul_(keep)
         given = space.product("left", weights, space.gather("right", values, entries.columns))
         total[rows.which] = total[rows.which] * shrink[..., None] + rows.reduce(given)
     total /= row_sum.masked_fill(row_sum == 0, 1.0).mul_(1.0 - spec.dropout)[..., None]
@@ -125,12 +125,12 @@ def _gradients(
         weights = logits.sub_(lse_rows[entries.rows]).exp2_()
         dout_tiles = space.gather("left", upstream, entries.rows).mul_(1.0 / (1.0 - call.spec.dropout))
         v_tiles = space.gather("right", values, entries.columns)
-        dscores, dropped = space.product("given", dout_tiles, v_tiles.mT), call.dropped(entries)
-        if dropped is not None:
-            dscores.masked_fill_(dropped, 0.0)
+        dscores, keep = space.product("given", dout_tiles, v_tiles.mT), call.kept(entries)
+        if keep is not None:
+            dscores.mul_(keep)
         dscores.sub_(delta_rows[entries.rows]).mul_(weights)
-        if dropped is not None:
-            weights.masked_fill_(dropped, 0.0)
+        if keep is not None:
+            weights.mul_(keep)
         columns.add_to(dv, space.product("right", weights.mT, dout_tiles))
         for gradient in beside:
             gradient.add(entries, dscores)
@@ -296,8 +296,8 @@ class Call:
         """How many granules each entry's column is after its row."""
         return entries.columns % self.columns - entries.rows % self.rows
 
-    def dropped(self, entries: Entries) -> Tensor | None:
-        """Which weights dropout makes 0, (E, 64, 64); None without dropout."""
+    def kept(self, entries: Entries) -> Tensor | None:
+        """1 for weights that dropout keeps, else 0: (E, 64, 64); None without dropout."""
         if self.tensors.dropout_state is None:
             return None
         batch, head = self.head_of(entries)
@@ -306,7 +306,7 @@ class Call:
         )
         queries = self._positions(entries.rows, self.rows)[..., None]
         state = self.tensors.dropout_state[batch][:, None, None]
-        return kept_in(groups[:, None], state, head[:, None, None], queries, self.spec.dropout).logical_not_()
+        return kept_in(groups[:, None], state, head[:, None, None], queries, self.spec.dropout, self.work)
 
     def _positions(self, numbers: Tensor, of_a_head: int) -> Tensor:
         """Where the queries or keys of granules stand: (E, 64)."""

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastattn import reference
-from fastattn.backends import granules, tiles, torch_flash, torch_norms
+from fastattn.backends import granules, tiles, torch_flash, torch_norms, whole_rows
 from fastattn.backends import reference as definition
 from fastattn.backends.layout import heads_last, zero_heads
 
@@ -43,6 +43,8 @@ def attention_forward(
             return heads_last(out), lse
         if granules.serves(spec, tensors):
             return granules.attention_forward(q, k, v, spec, tensors)
+        if whole_rows.serves(q, k, spec, tensors):
+            return whole_rows.attention_forward(q, k, v, spec, tensors)
         return _tiled_forward(q, k, v, spec, tensors)
 
 
@@ -68,6 +70,8 @@ def attention_backward(
             return Gradients(heads_last(dq), heads_last(dk), heads_last(dv))
         if granules.serves(spec, tensors):
             return granules.attention_backward(dout, q, k, v, out, lse, dlse, spec, tensors, wanted)
+        if not wanted.bias and whole_rows.serves(q, k, spec, tensors):
+            return whole_rows.attention_backward(dout, q, k, v, out, lse, dlse, spec, tensors)
         return _tiled_backward(dout, q, k, v, out, lse, dlse, spec, tensors, wanted)
 
 

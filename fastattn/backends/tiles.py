@@ -125,8 +125,9 @@ class Scores:
         head = torch.arange(self.heads, device=state.device)[:, None, None]
         query = torch.arange(tile.rows.start, tile.rows.stop, device=state.device)[:, None]
         dropout = self.spec.dropout
-        keep = kept(state[:, None, None, None], head, query, tile.columns.start, tile.columns.stop, dropout)
-        return grouped(keep.to(self.work), self.key_heads) * (1.0 / (1.0 - dropout))
+        span = tile.columns.start, tile.columns.stop
+        keep = kept(state[:, None, None, None], head, query, *span, dropout, self.work)
+        return grouped(keep.mul_(1.0 / (1.0 - dropout)), self.key_heads)
 
     def per_row(self, values: Tensor, rows: int) -> Tensor:
         """A value for each query head (B, Hq), for each of the grouped rows: (B, Hkv, rows, 1)."""
