@@ -11,329 +11,23 @@ model hands on to the second.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel, masking_utils
+from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
-from fastattn import masks
 from fastattn.functional import attention
-from fastattn.masks.algebra import Values, smaller
-from fastattn.modes import kept
+from fastattn.integrations.huggingface_mask import Mask, Pattern, declared_pattern, fastattn_mask, known_pattern
+from fastattn.integrations.huggingface_models import NAME, Before, check_keywords, obstacle
+from fastattn.masks.algebra import Values
 from fastattn.varlen import attention_varlen
 
-NAME = "fastattn"
-
-
-@dataclass(frozen=True, eq=False)
-class Mask:
-    """Which keys each query sees, without a tensor of queries x keys; where a tensor is needed, it becomes one.
-
-    As transformers' masks for scaled_dot_product_attention it stands for a bool tensor (batch, 1, queries, keys),
-    True is seen: indexed, or given to a function of torch's, it behaves as that tensor.
-
-    Attributes:
-        shape: (batch, 1, queries, keys).
-        offset: the key at which query 0 stands.
-        causal: a query sees keys up to its own.
-        window: how many keys before and after its own it sees; None is all.
-        padding: (batch, keys), True is seen; or None.
-        key_lengths: (batch,) int32, keys from there on are hidden; or None.
-        documents: (batch, keys) on the CPU, a number for each sequence packed into a row: a query sees keys of its
-            own; or None. There are then as many queries as keys.
-        lowered: with documents, all but the padding as `fastattn.attention` takes it, for all layers.
-        device: where the tensor would be.
-    """
-
-    shape: torch.Size
-    device: torch.device
-    offset: int = 0
-    causal: bool = False
-    window: tuple[int | None, int | None] = (None, None)
-    padding: Tensor | None = None
-    key_lengths: Tensor | None = None
-    documents: Tensor | None = None
-    lowered: masks.Lowered | None = None
-
-    dtype = torch.bool
-    ndim = 4
-
-    def dim(self) -> int:
-        return 4
-
-    def size(self, dim: int | None = None) -> Any:
-        return self.shape if dim is None else self.shape[dim]
-
-    def to(self, *args: Any, **kwargs: Any) -> Mask | Tensor:
-        """Elsewhere: another Mask; in another dtype: the tensor."""
-        device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
-        if dtype not in (None, torch.bool):
-            return self.dense().to(*args, **kwargs)
-        moved = {
-            name: t.to(device) for name in ("padding", "key_lengths") if (t := getattr(self, name)) is not None
-        }
-        lowered = None if self.lowered is None else self.lowered.to(device or self.device)
-        return replace(self, device=device or self.device, lowered=lowered, **moved)
-
-    @property
-    def end(self) -> int:
-        """Keys from there on are seen by none."""
-        return min(self.offset + self.shape[2], self.shape[3]) if self.causal else self.shape[3]
-
-    @property
-    def bias(self) -> Tensor | None:
-        """The padding as `fastattn.attention`'s bias."""
-        return None if self.padding is None else self.padding[:, None, None]
-
-    @property
-    def is_of_places(self) -> bool:
-        """Whether nothing matters but how far the key is from the query."""
-        return self.padding is None and self.key_lengths is None and self.documents is None
-
-    def options(self, heads: int) -> dict[str, Any]:
-        """All but the padding, as `fastattn.attention`'s arguments."""
-        if self.documents is not None:
-            return {"mask": self.of_heads(heads)}
-        beside = {} if self.key_lengths is None else {"key_lengths": self.key_lengths}
-        return {"causal": self.causal, "window": self.window, **beside}
-
-    def of_heads(self, heads: int) -> masks.Lowered:
-        """Of a mask with documents, all but the padding, for so many heads."""
-        if self.lowered is not None and self.lowered.shape.heads == heads:
-            return self.lowered
-        assert self.documents is not None
-        left, right = self.window
-        mask = masks.documents(self.documents) & masks.window(left, 0 if self.causal else right)
-        if self.key_lengths is not None:
-            mask = mask & masks.key_lengths(self.key_lengths)
-        batch, _, queries, keys = self.shape
-        return mask.lower(batch, heads, queries, keys, self.device)
-
-    def dense(self) -> Tensor:
-        """The bool tensor (batch, 1, queries, keys)."""
-        batch, _, queries, keys = self.shape
-        key = torch.arange(keys, device=self.device)
-        distance = key - torch.arange(queries, device=self.device)[:, None] - self.offset
-        seen = torch.ones_like(distance, dtype=torch.bool)
-        left, right = self.window
-        right = 0 if self.causal else right
-        if left is not None:
-            seen &= distance >= -left
-        if right is not None:
-            seen &= distance <= right
-        seen = seen.expand(batch, 1, queries, keys)
-        if self.padding is not None:
-            seen = seen & self.padding[:, None, None]
-        if self.key_lengths is not None:
-            seen = seen & (key < self.key_lengths[:, None])[:, None, None]
-        if self.documents is not None:
-            documents = self.documents.to(self.device)
-            seen = seen & (documents[:, :, None] == documents[:, None])[:, None]
-        return seen
-
-    def __getitem__(self, index: Any) -> Tensor:
-        return self.dense()[index]
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return getattr(self.dense(), name)
-
-    @classmethod
-    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        args, kwargs = torch.utils._pytree.tree_map_only(cls, cls.dense, (args, kwargs or {}))
-        return function(*args, **kwargs)
-
-
-def fastattn_mask(
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    q_offset: int | Tensor = 0,
-    kv_offset: int = 0,
-    mask_function: Callable = masking_utils.causal_mask_function,
-    attention_mask: Tensor | Mask | None = None,
-    device: torch.device | str = "cpu",
-    **kwargs: Any,
-) -> Mask | Tensor:
-    """A `Mask` where the pattern is causal, a window or all, with or without padding, in rows of one or of several
-    sequences; else the bool tensor.
-
-    Args:
-        batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, device: as
-            transformers calls its mask functions (masking_utils.sdpa_mask); attention_mask is the padding
-            (batch, keys seen so far), True or 1 is seen.
-    """
-    if isinstance(attention_mask, Mask):
-        # It was made before, as generate does for all the layers at once.
-        return attention_mask
-    compiling = torch.compiler.is_compiling()
-    pattern = declared_pattern(mask_function, **kwargs) if compiling else known_pattern(mask_function)
-    # The offset of a static cache is a tensor: reading it would break a graph, and for one query the row is small.
-    unread = isinstance(q_offset, Tensor) and (q_length == 1 or compiling)
-    if pattern is not None and not unread:
-        documents = None if pattern.documents is None else pattern.documents.cpu()
-        mask = Mask(
-            torch.Size((batch_size, 1, q_length, kv_length)), torch.device(device), int(q_offset) - kv_offset,
-            pattern.causal, pattern.window, *_padding(attention_mask, kv_length, kv_offset), documents,
-        )  # fmt: skip
-        if _is_servable(mask) and _has_its_places(pattern):
-            return mask if documents is None else replace(mask, lowered=mask.of_heads(_heads(kwargs)))
-    offset: Any = q_offset
-    dense = masking_utils.sdpa_mask(
-        batch_size, q_length, kv_length, offset, kv_offset, mask_function, attention_mask,
-        allow_is_causal_skip=False, allow_is_bidirectional_skip=False, device=device,
-        use_vmap=kwargs.get("use_vmap", False),
-    )  # fmt: skip
-    assert dense is not None, "no skip was allowed"
-    return dense
-
-
-def _heads(options: dict[str, Any]) -> int:
-    """The model's query heads, as far as its configuration tells; layers with others lower a mask again."""
-    return getattr(options.get("config"), "num_attention_heads", None) or 1
-
-
-def _is_servable(mask: Mask) -> bool:
-    """Whether `fastattn.attention` has this alignment: there the last query stands at the last key."""
-    _, _, queries, keys = mask.shape
-    if mask.documents is not None:
-        return mask.offset == 0 and queries == keys and mask.documents.shape == (mask.shape[0], keys)
-    if not mask.causal and mask.window == (None, None):
-        return True
-    beyond = keys - queries - mask.offset
-    # Keys after the last query (of a static cache, not yet written) are cut off where nothing sees them.
-    return beyond == 0 or (mask.causal and beyond > 0)
-
-
-class Pattern(NamedTuple):
-    """What a mask function of transformers shows, without the padding.
-
-    causal, window: as `Mask`'s.
-    documents: (batch, tokens), which of the sequences in a row each token is from; or None.
-    positions: (batch, tokens), by which causal and window go, if not by the token's place in the row; or None.
-    """
-
-    causal: bool = False
-    window: tuple[int | None, int | None] = (None, None)
-    documents: Tensor | None = None
-    positions: Tensor | None = None
-
-
-def _has_its_places(pattern: Pattern) -> bool:
-    """Whether tokens of one sequence are as far apart in the row as their positions say.
-
-    transformers finds the sequences by their positions, so they are; a mask function of other origin may differ.
-    """
-    if pattern.positions is None:
-        return True
-    if pattern.documents is None or pattern.documents.shape != pattern.positions.shape:
-        return False
-    step = pattern.documents.diff(dim=-1)
-    return bool(((step > 0) | ((step == 0) & (pattern.positions.diff(dim=-1) == 1))).all())
-
-
-def _inside(function: Callable) -> dict[str, Any]:
-    """What a mask function of transformers holds, by name."""
-    cells = function.__closure__ or ()
-    return {name: cell.cell_contents for name, cell in zip(function.__code__.co_freevars, cells, strict=True)}
-
-
-# transformers' mask functions with a parameter are closures: known by their code.
-_AND = masking_utils.and_masks().__code__
-_LEFT = masking_utils.sliding_window_overlay(1).__code__
-_BOTH = masking_utils.sliding_window_bidirectional_overlay(1).__code__
-_PACKED = masking_utils.packed_sequence_mask_function(torch.empty(0)).__code__
-_BY_POSITION = masking_utils.remap_positions_for_packed_sequence(_inside, torch.empty(0)).__code__
-
-
-def known_pattern(function: Callable) -> Pattern | None:
-    """What one of transformers' mask functions shows; None for all other functions."""
-    if function is masking_utils.causal_mask_function:
-        return Pattern(causal=True)
-    if function is masking_utils.bidirectional_mask_function:
-        return Pattern()
-    code = getattr(function, "__code__", None)
-    if code is _LEFT:
-        # The window counts the query's own key.
-        return Pattern(window=(_inside(function)["sliding_window"] - 1, None))
-    if code is _BOTH:
-        size = _inside(function)["sliding_window"]
-        return Pattern(window=(size, size))
-    if code is _PACKED:
-        return Pattern(documents=_inside(function)["packed_sequence_mask"])
-    if code is _BY_POSITION:
-        held = _inside(function)
-        inner = known_pattern(held["mask_function"])
-        simple = inner is not None and inner.documents is None and inner.positions is None
-        return inner._replace(positions=held["position_ids"]) if inner is not None and simple else None
-    if code is _AND:
-        together: Pattern | None = Pattern()
-        for part in _inside(function)["mask_functions"]:
-            together = _both(together, known_pattern(part))
-        return together
-    return None
-
-
-def declared_pattern(
-    function: Callable,
-    local_size: int | None = None,
-    allow_is_causal_skip: bool = False,
-    allow_is_bidirectional_skip: bool = False,
-    use_vmap: bool = False,
-    config: Any = None,
-    **kwargs: Any,
-) -> Pattern | None:
-    """As `known_pattern`, from the arguments beside the function: dynamo does not look into closures.
-
-    transformers allows its skips where nothing but local_size (a window, or the size of chunks) shapes the mask.
-    """
-    if function in (masking_utils.causal_mask_function, masking_utils.bidirectional_mask_function):
-        return known_pattern(function)
-    if use_vmap or local_size is None or local_size == getattr(config, "attention_chunk_size", None):
-        return None
-    if allow_is_causal_skip:
-        return Pattern(causal=True, window=(local_size - 1, None))
-    return Pattern(window=(local_size, local_size)) if allow_is_bidirectional_skip else None
-
-
-def _both(first: Pattern | None, second: Pattern | None) -> Pattern | None:
-    """What both let through; None if that is not one pattern."""
-    if first is None or second is None:
-        return None
-    tensors = []
-    for one, other in ((first.documents, second.documents), (first.positions, second.positions)):
-        if one is not None and other is not None and one is not other:
-            return None
-        tensors.append(other if one is None else one)
-    left, right = (smaller(a, b) for a, b in zip(first.window, second.window, strict=True))
-    return Pattern(first.causal or second.causal, (left, right), *tensors)
-
-
-def _padding(attention_mask: Tensor | None, kv_length: int, kv_offset: int) -> tuple[Tensor | None, Tensor | None]:
-    """The padding of these keys (batch, keys), and key lengths where they say the same.
-
-    Its values are read, once a forward, as transformers reads them for scaled_dot_product_attention: no padding
-    need cost nothing, and padding on the right hides whole tiles. Not while compiling.
-    """
-    if attention_mask is None:
-        return None, None
-    # The keys of a static cache that are not written yet.
-    unwritten = max(0, kv_offset + kv_length - attention_mask.shape[-1])
-    padding = F.pad(attention_mask.bool(), (0, unwritten))[:, kv_offset : kv_offset + kv_length]
-    if torch.compiler.is_compiling():
-        return padding, None
-    lengths = padding.sum(-1, dtype=torch.int32)
-    on_the_right = padding == (torch.arange(kv_length, device=padding.device) < lengths[:, None])
-    none, only_right = torch.stack((padding.all(), on_the_right.all())).tolist()
-    if none:
-        return None, None
-    return (None, lengths) if only_right else (padding, None)
+__all__ = [
+    "NAME", "Before", "Mask", "Pattern", "declared_pattern", "fastattn_attention", "fastattn_mask",
+    "known_pattern", "obstacle",
+]  # fmt: skip
 
 
 def fastattn_attention(
@@ -347,9 +41,13 @@ def fastattn_attention(
     is_causal: bool | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    sinks: Tensor | None = None,
     position_bias: Tensor | None = None,
+    indices: Tensor | None = None,
+    block_indices: Tensor | None = None,
     cu_seq_lens_q: Tensor | None = None,
     cu_seq_lens_k: Tensor | None = None,
+    output_attentions: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attend, as transformers calls its attention functions.
@@ -359,22 +57,39 @@ def fastattn_attention(
         query: (B, Hq, Lq, D); key (B, Hkv, Lk, D); value (B, Hkv, Lk, Dv), heads not repeated.
         attention_mask: what `fastattn_mask` made; or a tensor (B, 1 or Hq, Lq, Lk), bool (True is seen) or added.
         dropout, scaling, softcap: as `fastattn.attention`'s dropout_p, scale and softcap.
-        s_aux: (Hq,), the sinks.
-        position_bias: (1 or B, Hq, Lq, Lk), added to the scores.
+        s_aux, sinks: one name or the other: (Hq,) the sinks of heads, or (B, Hq, Lq, 1) those of queries.
+        position_bias: (1 or B, 1 or Hq, Lq, Lk), added to the scores.
+        indices: (B, Lq, n), the keys that a query may see at most, in any order.
+        block_indices: (B, groups of heads, Lq, n), the blocks of keys that it may see at most, -1 is none; the
+            size of a block is that of the module's indexer.
         cu_seq_lens_q, cu_seq_lens_k: (sequences + 1,), as transformers passes on for flash-attn: where each of the
-            sequences packed into the batch begins, and the end. A mask that hides more than what is before or
-            after the query goes first, as it does there.
+            sequences packed into the batch begins, and the end. The mask holds as well.
+        kwargs: what changes no result (`huggingface_models.HARMLESS`).
 
     Returns:
         (B, Lq, Hq, Dv), and None for the weights, which are never computed.
+
+    Raises:
+        ValueError: for a keyword that is not known, naming it.
     """
-    if kwargs.get("output_attentions"):
+    if kwargs:
+        check_keywords(module, kwargs)
+    if output_attentions:
         warnings.warn('attn_implementation="fastattn" computes no attention weights: use "eager"', stacklevel=2)
     keys = key.shape[2]
     if attention_mask is not None and attention_mask.shape[-1] > keys:
-        attention_mask = attention_mask[..., :keys]
+        compact = isinstance(attention_mask, Mask)
+        attention_mask = attention_mask.first_keys(keys) if compact else attention_mask[..., :keys]
     if attention_mask is None:
         attention_mask = _own_mask(module, query, keys, is_causal)
+    for kept in (_kept(indices, keys), _kept_blocks(module, block_indices, query.shape[1], keys)):
+        attention_mask = attention_mask if kept is None else _restricted(attention_mask, kept)
+    packed = cu_seq_lens_q is not None and cu_seq_lens_k is not None
+    by_sequence = (
+        packed and position_bias is None and isinstance(attention_mask, Mask) and attention_mask.is_of_places
+    )
+    if packed and not by_sequence:
+        attention_mask = _of_boundaries(attention_mask, cu_seq_lens_q, cu_seq_lens_k)
     end = keys
     if isinstance(attention_mask, Mask):
         options, bias, end = attention_mask.options(query.shape[1]), attention_mask.bias, attention_mask.end
@@ -384,16 +99,93 @@ def fastattn_attention(
     if end < keys:
         key, value = key[:, :, :end], value[:, :, :end]
         bias = bias if bias is None or bias.shape[-1] == 1 else bias[..., :end]
+    if sinks is None:
+        sinks = s_aux
+    by_query = sinks is not None and sinks.dim() == 4
     options |= {
-        "softcap": softcap, "sinks": s_aux, "dropout_p": dropout,
+        "softcap": softcap, "sinks": None if by_query else sinks, "dropout_p": dropout, "return_lse": by_query,
         "scale": query.shape[3] ** -0.5 if scaling is None else scaling,
     }  # fmt: skip
-    of_places = bias is None and isinstance(attention_mask, Mask) and attention_mask.is_of_places
-    if of_places and cu_seq_lens_q is not None and cu_seq_lens_k is not None:
+    if by_sequence and not by_query:
+        del options["return_lse"]
         out = _of_sequences(query, key, value, cu_seq_lens_q, cu_seq_lens_k, **options)
+    elif by_sequence:
+        raise ValueError(
+            "cu_seq_lens_q with sinks for each query is not computed: give the packed sequences by position_ids"
+        )
     else:
         out = attention(query, key, value, bias=bias, **options)
+    if by_query:
+        out, lse = out
+        # The sink takes its share of each row's sum: exp(lse) of exp(lse) + exp(sink) remain.
+        out = (out * torch.sigmoid(lse[..., None] - sinks.to(lse.dtype))).to(out.dtype)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _kept(indices: Tensor | None, keys: int) -> Tensor | None:
+    """A bool mask (B, 1, Lq, Lk) of the keys whose indices (B, Lq, n) are given."""
+    if indices is None:
+        return None
+    kept = torch.zeros(*indices.shape[:-1], keys + 1, dtype=torch.bool, device=indices.device)
+    # Indices beyond the keys, or -1, say that there is no such key.
+    inside = torch.where((indices >= 0) & (indices < keys), indices, keys).long()
+    return kept.scatter(-1, inside, True)[:, None, :, :keys]
+
+
+def _kept_blocks(module: Any, block_indices: Tensor | None, heads: int, keys: int) -> Tensor | None:
+    """A bool mask (B, Hq, Lq, Lk) of the blocks of keys whose indices (B, groups of heads, Lq, n) are given."""
+    if block_indices is None:
+        return None
+    size = getattr(getattr(module, "indexer", None), "block_size", None)
+    if not isinstance(size, int):
+        raise ValueError(
+            f"block_indices needs {type(module).__name__}.indexer.block_size, the size of a block of keys"
+        )
+    groups = block_indices.shape[1]
+    blocks = -(-keys // size)
+    kept = torch.cat([_kept(row, blocks) for row in block_indices.unbind(1)], 1)  # type: ignore[misc]
+    return kept.repeat_interleave(size, -1)[..., :keys].repeat_interleave(heads // groups, 1)
+
+
+def _restricted(mask: Mask | Tensor, kept: Tensor) -> Tensor:
+    """A mask that also hides what is not kept."""
+    seen = mask.dense() if isinstance(mask, Mask) else mask
+    return seen & kept if seen.dtype == torch.bool else seen.masked_fill(~kept, float("-inf"))
+
+
+@torch.compiler.disable  # It reads the boundaries.
+def _of_boundaries(mask: Mask | Tensor, cu_seq_lens_q: Tensor, cu_seq_lens_k: Tensor) -> Mask | Tensor:
+    """A mask that hides more than places, and also what lies beyond the boundaries of packed sequences."""
+    batch, _, queries, keys = mask.shape
+    sequences = []
+    for name, starts, length in (
+        ("q", _read(Values(cu_seq_lens_q)), queries),
+        ("k", _read(Values(cu_seq_lens_k)), keys),
+    ):
+        if starts[-1] != batch * length and not (batch == 1 and starts[-1] <= length):
+            if isinstance(mask, Mask) and _is_of_the_padding(mask, starts):
+                return mask
+            raise ValueError(
+                f"cu_seq_lens_{name} must end at the {batch} x {length} tokens of the batch beside an attention "
+                f"mask, got {starts[-1]}"
+            )
+        tokens = torch.arange(batch * length)
+        sequences.append(
+            torch.searchsorted(torch.tensor(starts), tokens, right=True).view(batch, length).to(mask.device)
+        )
+    same = (sequences[0][:, :, None] == sequences[1][:, None])[:, None]
+    return _restricted(mask, same)
+
+
+def _is_of_the_padding(mask: Mask, starts: tuple[int, ...]) -> bool:
+    """Whether these are the boundaries between a padded batch's rows without their padding."""
+    if mask.padding is not None:
+        lengths = mask.padding.sum(-1)
+    elif mask.key_lengths is not None:
+        lengths = mask.key_lengths
+    else:
+        return False
+    return starts == (0, *lengths.cumsum(0).tolist())
 
 
 def _own_mask(module: nn.Module, query: Tensor, keys: int, is_causal: bool | None) -> Mask:
@@ -411,15 +203,21 @@ def _of_sequences(
 ) -> Tensor:
     """`attention` of each of the sequences that lie one after another in the batch."""
     queries, keys, values = (t.transpose(1, 2).flatten(0, 1) for t in (q, k, v))
-    starts_q, starts_k = (_read(Values(cu_seq_lens)) for cu_seq_lens in (cu_seq_lens_q, cu_seq_lens_k))
+    starts_q, starts_k = (
+        torch.tensor(_read(Values(cu_seq_lens)), dtype=torch.int32, device="cpu")
+        for cu_seq_lens in (cu_seq_lens_q, cu_seq_lens_k)
+    )
     out = attention_varlen(queries, keys, values, starts_q, starts_k, **options)
     return out.unflatten(0, (q.shape[0], q.shape[2])).transpose(1, 2)
 
 
-@kept(4)
-def _read(starts: Values) -> Tensor:
-    """On the CPU, where they are needed: on a GPU the first layer waits for them, the others do not."""
-    return starts.tensor.cpu()
+@functools.lru_cache(maxsize=4)
+def _read(starts: Values) -> tuple[int, ...]:
+    """The boundaries as numbers: on a GPU the first layer waits for them, the others do not.
+
+    No tensor is kept: it would belong to the mode that it was made in (inference, fake tensors).
+    """
+    return tuple(starts.tensor.tolist())
 
 
 def _added(mask: Tensor | None, position_bias: Tensor | None) -> Tensor | None:
@@ -433,44 +231,5 @@ def _added(mask: Tensor | None, position_bias: Tensor | None) -> Tensor | None:
 
 AttentionInterface.register(NAME, fastattn_attention)
 AttentionMaskInterface.register(NAME, fastattn_mask)
-
-
-@dataclass(frozen=True)
-class Before:
-    """The attention implementations of a model's configurations, to be restored; of a copy's too.
-
-    That its class stands here makes unpickling a patched model register "fastattn".
-    """
-
-    implementations: tuple[str | None, ...]
-
-    @classmethod
-    def of(cls, model: Any) -> Before:
-        return cls(tuple(config._attn_implementation_internal for config in _configurations(model)))
-
-    def restore(self, model: Any) -> None:
-        for config, implementation in zip(_configurations(model), self.implementations, strict=True):
-            config._attn_implementation_internal = implementation
-
-
-def _configurations(model: Any) -> list[Any]:
-    """Every configuration object in the model, each once, always in the same order."""
-    waiting: list[Any] = [part.config for part in model.modules() if isinstance(part, PreTrainedModel)]
-    found: dict[int, Any] = {}
-    while waiting:
-        config = waiting.pop(0)
-        if config is not None and id(config) not in found:
-            found[id(config)] = config
-            waiting += [getattr(config, name, None) for name in config.sub_configs]
-    return list(found.values())
-
-
-def obstacle(model: Any) -> str | None:
-    """Why this model's attention is not to be set to "fastattn"; None if it can be."""
-    if model.config._attn_implementation == NAME:
-        return 'attn_implementation is "fastattn" already'
-    if not model._can_set_attn_implementation():
-        return f"the code of {type(model).__name__} does not dispatch its attention"
-    if model.config.output_attentions:
-        return "config.output_attentions asks for weights, which are never computed"
-    return None
+# Unpickling a patched model then imports this module, and with it registers "fastattn".
+Before.__module__ = __name__
