@@ -278,7 +278,7 @@ def test_the_boundaries_that_flash_attn_is_given_are_kept(name: str, request: py
     assert_same_results(result(model, dict(batch), torch.ones(1, LENGTH).bool()), alone)
 
 
-def test_boundaries_may_run_through_a_batch_and_padding_goes_before_them() -> None:
+def test_boundaries_may_run_through_a_batch_and_hold_beside_every_mask() -> None:
     q, k, v = (torch.randn(2, 2, 7, 8) for _ in range(3))
     starts = torch.tensor([0, 3, 7, 12, 14], dtype=torch.int32)
     boundaries = {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts}
@@ -287,9 +287,23 @@ def test_boundaries_may_run_through_a_batch_and_padding_goes_before_them() -> No
     alone = [attend(module, q[i : i + 1, :, a:b], k[i : i + 1, :, a:b], v[i : i + 1, :, a:b], None)[0]
              for i, a, b in ((0, 0, 3), (0, 3, 7), (1, 0, 5), (1, 5, 7))]  # fmt: skip
     torch.testing.assert_close(out.flatten(0, 1), torch.cat([part[0] for part in alone]))
+    same = (
+        torch.block_diag(torch.ones(3, 3), torch.ones(4, 4)),
+        torch.block_diag(torch.ones(5, 5), torch.ones(2, 2)),
+    )
     for padding in ([0] + 6 * [1], 6 * [1] + [0]):
         padded = fastattn_mask(2, 7, 7, attention_mask=torch.tensor([padding, 7 * [1]]))
-        torch.testing.assert_close(*(attend(module, q, k, v, padded, **more)[0] for more in ({}, boundaries)))
+        both = padded.dense() & torch.stack(same)[:, None].bool()
+        added = torch.zeros(2, 1, 7, 7).masked_fill(~padded.dense(), -torch.inf)
+        for mask in (padded, padded.dense(), added):
+            torch.testing.assert_close(
+                attend(module, q, k, v, mask, **boundaries)[0], attend(module, q, k, v, both)[0]
+            )
+    # Boundaries between the rows' own tokens say what the padding says.
+    tokens = dict.fromkeys(boundaries, torch.tensor([0, 6, 13]))
+    torch.testing.assert_close(*(attend(module, q, k, v, padded, **more)[0] for more in ({}, tokens)))
+    with pytest.raises(ValueError, match="cu_seq_lens_q must end at the 2 x 7 tokens"):
+        attend(module, q, k, v, padded, **dict.fromkeys(boundaries, torch.tensor([0, 5, 13])))
     with pytest.raises(ValueError, match="cu_seqlens_q ends with 14, expected 7"):
         attend(module, q[:1], k[:1], v[:1], None, **boundaries)
 
@@ -424,6 +438,34 @@ def test_a_mask_of_packed_rows_shows_what_transformers_own_mask_shows_and_attend
         torch.testing.assert_close(out.transpose(1, 2), fastattn.attention(q, k, v, mask=exact), rtol=0, atol=1e-5)
 
 
+WRONG_FOR_THIS_MASK = {
+    "added to scores": lambda mask: torch.zeros(1, 1, 6, 6) + mask,
+    "added in place": lambda mask: torch.zeros(1, 1, 6, 6).add_(mask),
+    "subtracted": lambda mask: 1.0 - mask,
+    "multiplied": lambda mask: mask * -1e9,
+    "compared": lambda mask: mask == 0,
+    "ordered": lambda mask: mask < 0,
+    "inverted": lambda mask: ~mask,
+    "and": lambda mask: mask & torch.ones(6, 6, dtype=torch.bool),
+    "negated": lambda mask: mask.logical_not(),
+    "filled": lambda mask: mask.masked_fill(mask, 0.0),
+    "filled by it": lambda mask: torch.zeros(1, 1, 6, 6).masked_fill(mask, 0.0),
+    "floats": lambda mask: mask.to(torch.float32),
+    "float": lambda mask: mask.float(),
+    "bool": lambda mask: bool(mask),
+    "indexing by it": lambda mask: torch.zeros(1, 1, 6, 6)[mask],
+    "joined": lambda mask: torch.cat([mask, mask]),
+    "written": lambda mask: mask.__setitem__(0, True),
+}
+
+
+@pytest.mark.parametrize("use", WRONG_FOR_THIS_MASK)
+def test_a_mask_refuses_to_be_computed_with(use: str) -> None:
+    mask = fastattn_mask(1, 6, 6)
+    with pytest.raises((TypeError, AttributeError), match="no tensor to compute with"):
+        WRONG_FOR_THIS_MASK[use](mask)
+
+
 def test_a_mask_is_small_and_whoever_needs_a_tensor_gets_one() -> None:
     seen = torch.ones(2, 4096, dtype=torch.bool)
     seen[0, :7] = False
@@ -437,10 +479,7 @@ def test_a_mask_is_small_and_whoever_needs_a_tensor_gets_one() -> None:
     for other in (copy.deepcopy(mask), pickle.loads(pickle.dumps(mask)), mask.to("cpu"), mask.to(torch.bool)):
         assert isinstance(other, Mask) and torch.equal(other.dense(), dense)
     assert torch.equal(mask[:, :, :, :3], dense[..., :3])
-    assert torch.equal(mask.to(torch.float32), dense.float())
-    assert torch.equal(mask.logical_not(), ~dense)
     assert torch.equal(torch.where(mask, 0.0, -1.0), torch.where(dense, 0.0, -1.0))
-    assert torch.equal(torch.zeros(1) + torch.cat([mask, dense]), torch.cat([dense, dense]).float())
     assert fastattn_mask(2, 6, 6, attention_mask=mask) is mask
 
     mask = fastattn_mask(

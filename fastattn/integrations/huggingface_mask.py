@@ -122,6 +122,11 @@ class Mask:
             seen = seen & (documents[:, :, None] == documents[:, None])[:, None]
         return seen
 
+    def contiguous(self) -> Mask:
+        return self
+
+    clone = detach = contiguous
+
     def first_keys(self, keys: int) -> Mask | Tensor:
         """The mask of the first keys alone."""
         if self.documents is not None:
@@ -138,6 +143,9 @@ class Mask:
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.where and isinstance(args[0], cls):
+            # As a condition it can only mean what is seen.
+            return function(args[0].dense(), *args[1:], **(kwargs or {}))
         raise TypeError(f"{getattr(function, '__name__', function)}: {_NO_TENSOR}")
 
 

@@ -27,37 +27,54 @@ SERVED = frozenset({
     "cu_seq_lens_q", "cu_seq_lens_k", "indices", "block_indices", "output_attentions",
 })  # fmt: skip
 
-_IN_THE_MASK = "the mask says the same"
-_OF_THE_MODEL = "the model's other code uses it; no eager attention reads it"
-_OF_A_KERNEL = "a hint to another kernel that changes no result"
-
-# Keywords that change nothing in an attention function, each with the reason.
-HARMLESS = {
-    "query": "the query, by name",
-    "key": "the key, by name",
-    "value": "the value, by name",
-    "sliding_window": _IN_THE_MASK,
-    "attention_chunk_size": _IN_THE_MASK,
-    "max_length_q": "cu_seq_lens_q says the same",
-    "max_length_k": "cu_seq_lens_k says the same",
-    "seq_idx": "for the convolutions and recurrences of hybrid models; attention goes by cu_seq_lens and the mask",
-    "position_ids": "applied to query and key before, and the mask says which tokens are packed together",
-    "deterministic": _OF_A_KERNEL,
-    "kernel_options": _OF_A_KERNEL,
-} | dict.fromkeys(
-    (
-        "hidden_states", "position_embeddings", "inputs_embeds", "input_ids", "labels", "num_items_in_batch",
-        "past_key_values", "past_key_value", "use_cache", "cache_position", "encoder_hidden_states",
-        "output_hidden_states", "output_router_logits", "return_dict", "layer_idx", "logits_to_keep",
+# Keywords that change nothing in an attention function, by the reason. That eager attention reads none of them is
+# tested with all of transformers' modelling code.
+_HARMLESS_BECAUSE = {
+    "given by position as well": ("query", "key", "value"),
+    "the mask says the same": (
+        "sliding_window", "attention_chunk_size", "encoder_attention_mask", "decoder_attention_mask", "padding_mask",
+        "merged_attention_mask", "mask", "prompt_mask", "prompt_cross_attn_mask", "text_cross_attn_mask",
+        "vision_cross_attn_mask", "query_length",
     ),
-    _OF_THE_MODEL,
-)  # fmt: skip
+    "cu_seq_lens_q and cu_seq_lens_k say the same": ("max_length_q", "max_length_k"),
+    "applied to query and key before; the mask says which tokens are packed together": (
+        "position_ids", "decoder_position_ids", "position_embeddings", "spatial_position_embeddings",
+        "relative_position_embeddings", "query_position_embeddings", "object_queries_position_embeddings",
+        "vision_pos_encoding", "query_pos", "freqs_ci", "image_position_ids", "video_position_ids",
+    ),
+    "of the convolutions, recurrences or deformable samplings beside attention": (
+        "seq_idx", "cache_params", "padding_cache", "conv_mask", "conv_attention_mask", "sub_sampled_lengths",
+        "reference_points", "spatial_shapes", "spatial_shapes_list", "level_start_index", "is_first", "t_cond",
+    ),
+    "a hint to another kernel that changes no result": ("deterministic", "kernel_options"),
+    "the model splits its sequences by it before it attends": ("cu_seqlens", "max_seqlen", "grid_thw"),
+    "query, key and value were computed from it": (
+        "hidden_state", "hidden_states", "key_hidden_states", "value_hidden_states", "key_value_states",
+        "encoder_hidden_states", "encoder_outputs", "token_hidden_states", "global_hidden_states",
+        "shared_kv_states", "text_features", "vision_feats", "vision_features", "prompt_feats",
+        "past_key_values", "past_key_value", "use_cache", "cache_position",
+    ),
+    "an input or an option of the whole model": (
+        "input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds", "labels", "num_items_in_batch",
+        "output_hidden_states", "output_router_logits", "return_dict", "layer_idx", "logits_to_keep",
+        "token_type_ids", "mm_token_type_ids", "mm_encoder_outputs", "interpolate_pos_encoding", "pixel_values",
+        "pixel_values_videos", "pixel_mask", "image_sizes", "image_grid_thw", "video_grid_thw", "image_embeds",
+        "image_embeds_position_mask", "flattened_patches", "num_frames_per_video", "input_features",
+        "input_features_mask", "feature_attention_mask", "audio_feature_lengths", "chunk_sample_lengths",
+        "audio_input_ids", "audio_input_ids_mask", "use_audio_in_video", "video_second_per_grid",
+        "protein_input_ids", "protein_attention_mask", "pair_attention_mask",
+    ),
+}  # fmt: skip
+HARMLESS = {name: reason for reason, names in _HARMLESS_BECAUSE.items() for name in names}
 
 # Keywords that change the result and are not computed, each with what to do.
 REFUSED = {
     "cache": 'continuous batching keeps keys in pages: use attn_implementation="sdpa" there',
     "head_mask": 'a factor for each head is not computed: use attn_implementation="eager"',
-}
+} | dict.fromkeys(
+    ("band_mask", "from_mask", "to_mask", "from_blocked_mask", "to_blocked_mask"),
+    "BigBird's sparse attention: fastattn.patch swaps BigBird's own modules",
+)
 
 
 def check_keywords(module: Any, keywords: dict[str, Any]) -> None:
