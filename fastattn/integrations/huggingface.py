@@ -10,6 +10,7 @@ model hands on to the second.
 
 from __future__ import annotations
 
+import functools
 import warnings
 from typing import Any
 
@@ -78,8 +79,10 @@ def fastattn_attention(
         warnings.warn('attn_implementation="fastattn" computes no attention weights: use "eager"', stacklevel=2)
     keys = key.shape[2]
     if attention_mask is not None and attention_mask.shape[-1] > keys:
-        compact = isinstance(attention_mask, Mask)
-        attention_mask = attention_mask.first_keys(keys) if compact else attention_mask[..., :keys]
+        if isinstance(attention_mask, Mask):
+            attention_mask = attention_mask.first_keys(keys)
+        else:
+            attention_mask = attention_mask[..., :keys]
     if attention_mask is None:
         attention_mask = _own_mask(module, query, keys, is_causal)
     for kept in (_kept(indices, keys), _kept_blocks(module, block_indices, query.shape[1], keys)):
@@ -101,24 +104,23 @@ def fastattn_attention(
         bias = bias if bias is None or bias.shape[-1] == 1 else bias[..., :end]
     if sinks is None:
         sinks = s_aux
-    by_query = sinks is not None and sinks.dim() == 4
+    by_query = sinks if sinks is not None and sinks.dim() == 4 else None
     options |= {
-        "softcap": softcap, "sinks": None if by_query else sinks, "dropout_p": dropout, "return_lse": by_query,
+        "softcap": softcap, "sinks": sinks if by_query is None else None, "dropout_p": dropout,
         "scale": query.shape[3] ** -0.5 if scaling is None else scaling,
     }  # fmt: skip
-    if by_sequence and not by_query:
-        del options["return_lse"]
-        out = _of_sequences(query, key, value, cu_seq_lens_q, cu_seq_lens_k, **options)
-    elif by_sequence:
+    if by_sequence and by_query is not None:
         raise ValueError(
             "cu_seq_lens_q with sinks for each query is not computed: give the packed sequences by position_ids"
         )
+    if by_sequence:
+        out = _of_sequences(query, key, value, cu_seq_lens_q, cu_seq_lens_k, **options)  # type: ignore[arg-type]
+    elif by_query is not None:
+        without, lse = attention(query, key, value, bias=bias, return_lse=True, **options)
+        # The sink takes its share of each row's sum: exp(lse) of exp(lse) + exp(sink) remain.
+        out = (without * torch.sigmoid(lse[..., None] - by_query.to(lse.dtype))).to(without.dtype)
     else:
         out = attention(query, key, value, bias=bias, **options)
-    if by_query:
-        out, lse = out
-        # The sink takes its share of each row's sum: exp(lse) of exp(lse) + exp(sink) remain.
-        out = (out * torch.sigmoid(lse[..., None] - sinks.to(lse.dtype))).to(out.dtype)
     return out.transpose(1, 2).contiguous(), None
 
 

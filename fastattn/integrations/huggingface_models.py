@@ -32,9 +32,9 @@ SERVED = frozenset({
 _HARMLESS_BECAUSE = {
     "given by position as well": ("query", "key", "value"),
     "the mask says the same": (
-        "sliding_window", "attention_chunk_size", "encoder_attention_mask", "decoder_attention_mask", "padding_mask",
-        "merged_attention_mask", "mask", "prompt_mask", "prompt_cross_attn_mask", "text_cross_attn_mask",
-        "vision_cross_attn_mask", "query_length",
+        "sliding_window", "attention_chunk_size", "encoder_attention_mask", "decoder_attention_mask",
+        "padding_mask", "merged_attention_mask", "mask", "prompt_mask", "prompt_cross_attn_mask",
+        "text_cross_attn_mask", "vision_cross_attn_mask", "query_length",
     ),
     "cu_seq_lens_q and cu_seq_lens_k say the same": ("max_length_q", "max_length_k"),
     "applied to query and key before; the mask says which tokens are packed together": (
@@ -113,7 +113,7 @@ def obstacle(model: Any) -> str | None:
         return "config.output_attentions asks for weights, which are never computed"
     parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
     for kind in dict.fromkeys(type(part) for part in parts):
-        if reason := obstacle_of_class(kind):
+        if reason := obstacle_of_class(kind):  # type: ignore[arg-type]
             return reason
     if not any("ALL_ATTENTION_FUNCTIONS" in _source(type(part).__module__) for part in model.modules()):
         return f"nothing in {type(model).__name__} attends through transformers' attention interface"
@@ -121,7 +121,7 @@ def obstacle(model: Any) -> str | None:
 
 
 @functools.cache
-def obstacle_of_class(kind: type[PreTrainedModel]) -> str | None:
+def obstacle_of_class(kind: Any) -> str | None:
     """Why a class of models cannot use "fastattn", as far as its code tells; None if nothing speaks against it."""
     name, source = kind.__name__, _source(kind.__module__)
     if not kind._can_set_attn_implementation():
@@ -159,7 +159,7 @@ def _that_refuses(check: Callable) -> Callable:
     def get_correct_attn_implementation(
         self: Any, requested_attention: str | None, *args: Any, **kwargs: Any
     ) -> str:
-        if requested_attention == NAME and (reason := obstacle_of_class(type(self))):
+        if requested_attention == NAME and (reason := obstacle_of_class(type(self))):  # type: ignore[arg-type]
             raise ValueError(
                 f'{type(self).__name__} cannot use attn_implementation="fastattn": {reason}. Make it with '
                 'attn_implementation="eager"; fastattn.patch(model) then swaps what can be swapped, and says what '
