@@ -6,6 +6,8 @@ and state dict stay the same objects.
 
 from __future__ import annotations
 
+import functools
+from types import FunctionType
 from typing import Any
 
 from torch import nn
@@ -33,8 +35,18 @@ def fused_class(form: type[Fused], own: type[nn.Module], names: Any) -> type[nn.
     key = (form, own, names)
     if key not in _made:
         members = {"form": form, "own": own, "names": names, "__module__": __name__, "__doc__": own.__doc__}
+        if getattr(form, "method", "forward") == "forward":
+            members["forward"] = _called_like(own.forward, form.forward)
         _made[key] = type(f"Fused{own.__name__}", (form, own), members)
     return _made[key]
+
+
+def _called_like(own: Any, method: Any) -> Any:
+    """The method, with the other's signature for who asks for it: torch.fx makes its inputs after it."""
+    named = FunctionType(
+        method.__code__, method.__globals__, method.__name__, method.__defaults__, method.__closure__
+    )
+    return functools.update_wrapper(named, own)
 
 
 def _blank(form: type[Fused], own: type[nn.Module], names: Any) -> nn.Module:

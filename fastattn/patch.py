@@ -5,19 +5,23 @@ from __future__ import annotations
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
 
-from fastattn import mlp_forms
+from fastattn import mlp_forms, mlp_search
 from fastattn.fused_classes import fused_class
-from fastattn.mlp_forms import Form, form_of, is_this_mlp, obstacle
+from fastattn.likeness import ATTENDS, attends, is_norm, may_be_norm
+from fastattn.likeness import NORMS as LIKE_NORM
+from fastattn.mlp_forms import Form, FusedForward, Names, obstacle
 from fastattn.nn.norm import NORMS
 from fastattn.nn.torch_layers import COUNTERPARTS
 from fastattn.norm_forms import FusedNorm, names_of
-from fastattn.swapping import WAS, swap
+from fastattn.swapping import WAS, restore_class, swap
+
+MLP_NAMES = re.compile(r"mlp|ffn|feed_?forward|glu|expert", re.I)
 
 
 @dataclass(frozen=True)
@@ -27,7 +31,7 @@ class Row:
     Attributes:
         name: its name in the model, "" for the model itself.
         kind: "attention", "mlp" or "norm".
-        was: its class, or what computed its attention, before.
+        was: its class, or what computed its attention, before; with its module if two classes share the name.
         now: what does now; None if it was left as it is.
         why: why it was left, or when its own code still computes.
     """
@@ -44,7 +48,7 @@ class Report:
 
     Attributes:
         model: the model.
-        rows: one `Row` for each module that was swapped, or could have been.
+        rows: one `Row` for each module that was swapped, or looks as if it could have been.
     """
 
     def __init__(self, model: nn.Module, rows: list[Row]) -> None:
@@ -75,7 +79,7 @@ class Report:
 
     def __str__(self) -> str:
         if not self.rows:
-            return "Nothing in this model is attention, an MLP or a norm that was to be swapped."
+            return "Nothing in this model looks like attention, an MLP or a norm that was to be swapped."
         lines = [("module", "kind", "was", "now", "why"), *self.table()]
         widths = [max(len(line[i]) for line in lines) for i in range(5)]
         padded = ("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines)
@@ -100,20 +104,25 @@ def patch(
 
     torch.nn's MultiheadAttention, TransformerEncoderLayer and TransformerDecoderLayer get their counterparts'
     classes; Hugging Face models get attn_implementation="fastattn", in their configuration (another model that
-    shares the configuration object shares this); MLPs are known by their parts: Linear, activation, Linear in an
-    nn.Sequential, torch's layers, and Hugging Face's plain and gated ones, each tried on an input first. Only
-    instances change, no class. An optimiser made before goes on; deepcopy, pickle, torch.save, torch.compile,
-    autocast and gradient checkpointing work. Patch before `fully_shard`.
+    shares the configuration object shares this); MLPs are found by their parts, whatever their names: two
+    or three linear layers and an activation, plain or gated, gate and up apart or packed. Each is tried on inputs,
+    with random weights, before it is believed. Only instances change, no class. An optimiser made before goes on;
+    deepcopy, pickle, torch.save, torch.compile, torch.export, torch.fx, torch.jit.trace, autocast and gradient
+    checkpointing work. Patch before `fully_shard`; use torch.jit.script before `patch`, or after `unpatch`.
+
+    What looks like attention, an MLP or a norm and was left has a row in the report, with the reason. In training,
+    dropout between the layers of an MLP is left to its own code. A layer with hooks, an adapter, a parametrization
+    or weights that are no plain tensors is called as before.
 
     Args:
         model: any module, on its device.
         attention, mlp: what to swap.
-        norm: swap the norms, too: torch.nn's LayerNorm and RMSNorm get their counterparts' classes; modules whose
-            class is called ...RMSNorm or ...LayerNorm are tried on an input first. Not by default, for it pays
+        norm: swap the norms, too: torch.nn's LayerNorm and RMSNorm get their counterparts' classes; modules with
+            a weight and nothing else, by whatever name, are tried on an input first. Not by default, for it pays
             where the Triton kernels compute. Elsewhere PyTorch's norms still do, some ten microseconds later (RMS
             norms of half a million elements and more gain on a CPU), and under torch.compile the compiler fuses a
             module's own code anyway. Results are rounded once; Llama's norms also round before the weight.
-        strict: raise if anything is left, and leave everything.
+        strict: raise if anything of what was asked for is left, and leave everything.
 
     Returns:
         A `Report`: print it. `with fastattn.patch(model): ...` is taken back after the block.
@@ -131,22 +140,70 @@ def patch(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     before = [(module, type(module), module.__dict__.get(WAS)) for module in model.modules()]
+    classes = {name: _class_of(module) for name, module in model.named_modules()}
     rows: list[Row] = []
     if attention:
         rows += _swap_huggingface(model)
-        rows += [row for name, module in model.named_modules() if (row := _swap_bigbird(name, module))]
-        rows += [row for name, module in model.named_modules() if (row := _swap_attention(name, module))]
+        hugging_face = [row.name for row in rows]
+        rows += _each(model, "attention", _swap_bigbird)
+        rows += _each(model, "attention", _swap_attention)
+        rows += _attention_left(model, rows, hugging_face)
     if mlp:
-        rows += [row for name, module in model.named_modules() if (row := _swap_mlp(name, module))]
+        rows += _innermost(_each(model, "mlp", _swap_mlp))
     if norm:
-        rows += [row for name, module in model.named_modules() if (row := _swap_norm(name, module))]
-    report = Report(model, rows)
+        rows += _each(model, "norm", _swap_norm)
+    report = Report(model, _with_full_names(rows, classes))
     if strict and report.left:
         for module, kind, was in before:
             _undo(module, kind, was)
         left = "\n".join(f"  {row.name or '(the model)'}: {row.why}" for row in report.left)
         raise ValueError(f"strict=True, and these would be left as they are:\n{left}")
     return report
+
+
+def _each(model: nn.Module, kind: str, swap_one: Callable[[str, Any], Row | None]) -> list[Row]:
+    """A row for each module that is of this kind. A module that cannot even be looked at is left."""
+    rows = []
+    for name, module in model.named_modules():
+        try:
+            row = swap_one(name, module)
+        except Exception as error:
+            what = _class_name(module)
+            looks = {"attention": ATTENDS, "mlp": MLP_NAMES, "norm": LIKE_NORM}[kind].search(what)
+            reason = f"looking at it raised {type(error).__name__}: {error}"
+            row = Row(name, kind, what, None, reason) if looks else None
+        if row is not None:
+            rows.append(row)
+    return rows
+
+
+def _innermost(rows: list[Row]) -> list[Row]:
+    """Without modules that were left, but in which others are: those are the MLPs."""
+    names = [row.name for row in rows]
+    return [row for row in rows if row.now or row.why == ALREADY or not _holds_another(row.name, names)]
+
+
+def _holds_another(name: str, names: list[str]) -> bool:
+    """Whether a module of one of these names is inside the module of this name."""
+    return any(other != name and other.startswith(_prefix(name)) for other in names)
+
+
+def _prefix(name: str) -> str:
+    return f"{name}." if name else ""
+
+
+def _with_full_names(rows: list[Row], classes: dict[str, Any]) -> list[Row]:
+    """Rows whose class shares its name with another class in the model say where it is from."""
+    of_name: dict[str, set[Any]] = {}
+    for row in rows:
+        kind = classes.get(row.name)
+        if kind is not None and kind.__name__ == row.was:
+            of_name.setdefault(row.was, set()).add(kind)
+    return [
+        replace(row, was=f"{classes[row.name].__module__}.{classes[row.name].__qualname__}")
+        if len(of_name.get(row.was, ())) > 1 else row
+        for row in rows
+    ]  # fmt: skip
 
 
 def unpatch(model: nn.Module) -> None:
@@ -162,16 +219,18 @@ def unpatch(model: nn.Module) -> None:
     for _, module in patched:
         was = module.__dict__.pop(WAS)
         if isinstance(was, type):
-            module.__class__ = was
+            restore_class(module, was)
         else:
             was.restore(module)
 
 
 def _undo(module: nn.Module, kind: type[nn.Module], was: Any) -> None:
     """Make the module again what it was before this call of `patch`."""
-    module.__class__ = kind
-    if was is None and (new := module.__dict__.pop(WAS, None)) and not isinstance(new, type):
-        new.restore(module)
+    if was is None and (new := module.__dict__.pop(WAS, None)):
+        if isinstance(new, type):
+            restore_class(module, kind)
+        else:
+            new.restore(module)
 
 
 ALREADY = "already patched"
@@ -228,39 +287,62 @@ def _instance_obstacle(module: nn.Module) -> str | None:
     return None
 
 
+def _attention_left(model: nn.Module, rows: list[Row], hugging_face: list[str]) -> list[Row]:
+    """Rows for what attends in code of its own: the innermost modules that look so, outside of those with rows."""
+    known = [row.name for row in rows]
+    inside = tuple(_prefix(name) for name in (*hugging_face, *(row.name for row in rows if row.now)))
+
+    def look(name: str, module: nn.Module) -> Row | None:
+        if name in known or (inside and f"{name}.".startswith(inside)) or (reason := attends(module)) is None:
+            return None
+        return Row(name, "attention", _class_name(module), None, reason)
+
+    left = _each(model, "attention", look)
+    names = [*known, *(row.name for row in left)]
+    return [row for row in left if not _holds_another(row.name, names)]
+
+
 def _swap_mlp(name: str, module: nn.Module) -> Row | None:
     """Swap a module for one that computes its MLP fused; None if there is no MLP in it."""
-    if type(module).__module__.startswith("fastattn.") and WAS not in module.__dict__:
+    kind, was = type(module), _class_name(module)
+    if kind.__module__.startswith("fastattn.") and WAS not in module.__dict__:
         return None
     if isinstance(module, Form):
-        return Row(name, "mlp", _class_name(module), None, ALREADY)
-    known = form_of(module)
-    if known is None:
-        return None
-    form, names = known
-    if form is mlp_forms.FusedSequential:
+        return Row(name, "mlp", was, None, ALREADY)
+    if isinstance(module, nn.Sequential):
         return _swap_sequential(name, module)
-    parts = names.read(module)
+    if known := mlp_search.known_form(module):
+        form, ways = known[0], [known[1]]
+    else:
+        form, ways = FusedForward, [] if ATTENDS.search(was) else mlp_search.candidates(module)
+    if not ways:
+        reason = None if attends(module) else mlp_search.why_left(module)
+        return None if reason is None else Row(name, "mlp", was, None, reason)
+    parts = ways[0].read(module)
     assert parts is not None
-    was, reason = _class_name(module), obstacle(parts)
-    in_training = mlp_forms.dropout_obstacle(parts)
+    reason, in_training = obstacle(parts), mlp_forms.dropout_obstacle(parts)
+    found: Names | None = None
     if "forward" in module.__dict__:
         reason = "its forward was replaced on the instance"
-    elif reason == in_training and not is_this_mlp(module, form, names):
+    elif reason == in_training:
+        found = mlp_search.found_way(module, form, ways)
         reason = "its own code computes more than this MLP, or something else"
-    if reason != in_training:
-        return Row(name, "mlp", was, None, reason or "")
-    swap(module, fused_class(form, type(module), names))
-    return Row(name, "mlp", was, _now(module), _training_note([parts]))
+    if found is None:
+        looks = known or ways[0].activation or MLP_NAMES.search(was) or mlp_search.why_left(module)
+        return Row(name, "mlp", was, None, reason or "") if looks and not attends(module) else None
+    swap(module, fused_class(form, kind, found))
+    believed = found.read(module)
+    assert believed is not None
+    return Row(name, "mlp", was, _now(module), _training_note([believed]))
 
 
-def _swap_sequential(name: str, module: nn.Module) -> Row | None:
+def _swap_sequential(name: str, module: nn.Sequential) -> Row | None:
     modules = list(module.children())
     candidates = [run for i in range(len(modules)) if (run := mlp_forms.run_at(modules, i))]
     if not candidates:
         return None
     was, good = _class_name(module), mlp_forms.runs(module)
-    if type(module) is not nn.Sequential:
+    if type(module).forward is not nn.Sequential.forward:
         return Row(name, "mlp", was, None, f"{was} is a subclass with code of its own")
     if "forward" in module.__dict__:
         return Row(name, "mlp", was, None, "its forward was replaced on the instance")
@@ -275,12 +357,19 @@ def _now(module: nn.Module) -> str:
 
 
 def _class_name(module: nn.Module) -> str:
-    return module.__dict__.get(WAS, type(module)).__name__
+    return _class_of(module).__name__
+
+
+def _class_of(module: nn.Module) -> type[nn.Module]:
+    """The module's class, or the one it had before `patch`."""
+    was = module.__dict__.get(WAS)
+    return was if isinstance(was, type) else type(module)
 
 
 def _training_note(found: list[mlp_forms.Parts]) -> str:
     """When the module's own code still computes, although swapped."""
-    rates = {run.dropout.p for run in found if isinstance(run.dropout, nn.Dropout) and run.dropout.p > 0}
+    dropouts = [dropout for run in found for dropout in run.dropouts if isinstance(dropout, nn.Dropout)]
+    rates = {dropout.p for dropout in dropouts if dropout.p > 0}
     if not rates:
         return ""
     listed = ", ".join(f"{p:g}" for p in sorted(rates))
@@ -370,8 +459,8 @@ def _meta_obstacle(module: nn.Module) -> str | None:
 def _swap_norm(name: str, module: nn.Module) -> Row | None:
     """Swap a norm for its counterpart of torch's, or for one that computes it fused; None if it is no norm."""
     kind, ours = type(module), module.__dict__.get(WAS)
-    by_name = kind.__name__.endswith(("RMSNorm", "LayerNorm")) and not any(True for _ in module.children())
-    if not isinstance(module, tuple(NORMS)) and not by_name:
+    named = isinstance(module, tuple(NORMS)) or is_norm(module)
+    if not named and not may_be_norm(module):
         return None
     was, reason = _class_name(module), _instance_obstacle(module)
     names = None
@@ -384,6 +473,6 @@ def _swap_norm(name: str, module: nn.Module) -> Row | None:
     elif reason is None and (names := names_of(module)) is None:
         reason = "its own code computes another norm, or something else"
     if reason:
-        return Row(name, "norm", was, None, reason)
+        return Row(name, "norm", was, None, reason) if named or ours is not None else None
     swap(module, NORMS[kind] if names is None else fused_class(FusedNorm, kind, names))
     return Row(name, "norm", was, f"fastattn.nn.{kind.__name__}" if names is None else _now(module))

@@ -62,9 +62,34 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         )
         if self.norm_first:
             between = src + attend(self.norm1(src))
-            return between + self._ff_block(self.norm2(between))
-        between = self.norm1(src + attend(src))
-        return self.norm2(between + self._ff_block(between))
+            out = between + self._ff_block(self.norm2(between))
+        else:
+            between = self.norm1(src + attend(src))
+            out = self.norm2(between + self._ff_block(between))
+        if torch.is_autocast_enabled("cpu") and out.dtype == torch.float32 and _torch_fuses(self, src):
+            return out.to(torch.get_autocast_dtype("cpu"))
+        return out
+
+
+def _torch_fuses(layer: nn.TransformerEncoderLayer, src: Tensor) -> bool:
+    """Whether torch's layer would run its operator for inference, which gives autocast's dtype on a CPU."""
+    attention, parameters = layer.self_attn, list(layer.parameters())
+    return (
+        torch.backends.mha.get_fastpath_enabled()
+        and src.device.type == "cpu"
+        and src.dim() == 3
+        and not layer.training
+        and attention.batch_first
+        and attention.in_proj_bias is not None
+        and attention._qkv_same_embed_dim
+        and attention.num_heads % 2 == 0
+        and bool(layer.activation_relu_or_gelu)
+        and layer.norm1.eps == layer.norm2.eps
+        and not torch.is_autocast_enabled("cuda")
+        and not (torch.is_grad_enabled() and any(t.requires_grad for t in (src, *parameters)))
+        and not any(part._forward_hooks or part._forward_pre_hooks for part in layer.modules())
+        and not torch.overrides.has_torch_function((src, *parameters))
+    )
 
 
 class TransformerDecoderLayer(nn.TransformerDecoderLayer):
