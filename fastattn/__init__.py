@@ -2,7 +2,7 @@
 
 import sys
 
-from fastattn import lens, masks, nn
+from fastattn import flash_attn, lens, masks, nn
 from fastattn.dropout import dropout_mask, dropout_state
 from fastattn.functional import (
     attention,
@@ -30,6 +30,7 @@ __all__ = [
     "attention_varlen",
     "dropout_mask",
     "dropout_state",
+    "flash_attn",
     "gated_mlp",
     "layer_norm",
     "lens",

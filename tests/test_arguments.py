@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import inspect
 import re
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -220,3 +223,8 @@ def test_a_nested_tensor_is_told_of_attention_varlen() -> None:
         fastattn.attention(nested, Q, Q)
     with pytest.raises(TypeError, match=r"k must be a dense tensor .*, got one of layout torch.sparse_coo"):
         fastattn.attention(Q, Q.to_sparse(), Q)
+
+
+def test_flash_attns_functions_are_there_without_an_import_of_their_own() -> None:
+    code = "import fastattn; fastattn.flash_attn.flash_attn_func"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
