@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastattn.functional import attention
+from fastattn.masks import Lowered, Mask
 from fastattn.spec import FLOATING
 
 TOP_LEFT, BOTTOM_RIGHT = "top-left", "bottom-right"
@@ -23,7 +24,7 @@ def scaled_dot_product_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attn_mask: Tensor | None = None,
+    attn_mask: Tensor | Mask | Lowered | None = None,
     dropout_p: float = 0.0,
     is_causal: bool = False,
     *,
@@ -40,7 +41,9 @@ def scaled_dot_product_attention(
         query: (..., Hq, L, E); any leading dimensions, or none; those of query, key and value broadcast.
         key, value: (..., H, S, E) and (..., H, S, Ev).
         attn_mask: broadcasts to (..., Hq, L, S). Bool: True is seen. Float: added to the scores, with gradient. Or
-            a torch.nn.attention.bias.CausalBias.
+            a torch.nn.attention.bias.CausalBias. Or a value of fastattn.masks, or what its `lower` returned: its
+            batch is all leading dimensions but the heads', and it keeps its own alignment, bottom-right, so that
+            on L != S `masks.causal()` is not what is_causal is.
         dropout_p: the probability of dropping a weight, to 16 bits; seeded by torch's generator, but other
             numbers than torch's own.
         is_causal: query i sees keys up to key i (aligned top-left, unlike `fastattn.attention`'s).
@@ -52,18 +55,25 @@ def scaled_dot_product_attention(
         (..., Hq, L, Ev) in query's dtype. A row that sees no key gives 0. With four dimensions it is laid out
         (B, L, Hq, Ev) in memory, so that heads are joined without a copy, with any other number contiguous.
 
+    Raises:
+        ValueError: a value of fastattn.masks beside is_causal=True, of another shape, or beside what only torch has.
+
     Example:
         >>> q, k, v = (torch.randn(2, 4, 10, 16) for _ in range(3))
         >>> scaled_dot_product_attention(q, k, v, is_causal=True).shape
         torch.Size([2, 4, 10, 16])
     """
-    mask, causal = attn_mask, TOP_LEFT if is_causal else None
+    mask, ours, causal = attn_mask, None, TOP_LEFT if is_causal else None
+    if isinstance(attn_mask, Mask | Lowered):
+        mask, ours = None, mask_alone("attn_mask", attn_mask, "is_causal", is_causal)
     # A torch.nn.attention.bias.CausalBias, known by its attribute: importing the class would import dynamo.
     variant = getattr(attn_mask, "variant", None)
     if variant is not None and not is_causal:
         mask, causal = None, BOTTOM_RIGHT if variant.name == "LOWER_RIGHT" else TOP_LEFT
     obstacle = _obstacle(query, key, value, mask, dropout_p, causal, enable_gqa)
     if obstacle:
+        if ours is not None:
+            raise ValueError(f"attn_mask must be a tensor or None for what PyTorch computes: {obstacle}")
         out = F.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
@@ -71,7 +81,7 @@ def scaled_dot_product_attention(
         return out
     scale = None if scale is None else float(scale)
     leading, q, k, v, bias = _four_dimensions(query, key, value, mask, enable_gqa)
-    out, _ = attend(q, k, v, bias=bias, causal=causal, dropout_p=dropout_p, scale=scale, backend=backend)
+    out, _ = attend(q, k, v, bias=bias, mask=ours, causal=causal, dropout_p=dropout_p, scale=scale, backend=backend)
     out = out.reshape(*leading, *out.shape[2:])
     return out if out.dim() == 4 else out.contiguous()
 
@@ -83,6 +93,7 @@ def attend(
     *,
     bias: Tensor | None = None,
     key_lengths: Tensor | None = None,
+    mask: Mask | Lowered | None = None,
     causal: str | None = None,
     scale: float | None = None,
     dropout_p: float = 0.0,
@@ -90,16 +101,27 @@ def attend(
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`fastattn.attention` as torch's callers need it: a dropout_p of 1, and causal masks aligned TOP_LEFT or
-    BOTTOM_RIGHT. Returns out and lse."""
+    BOTTOM_RIGHT, which stand beside no `mask`. Returns out and lse."""
     scale = q.shape[3] ** -0.5 if scale is None else scale
     k, v, bias, aligned = align(q, k, v, bias, causal)
     nothing_is_left = dropout_p == 1
     out, lse = attention(
-        q, k, v, **aligned, scale=scale, bias=bias, key_lengths=key_lengths,
+        q, k, v, **aligned, scale=scale, bias=bias, key_lengths=key_lengths, mask=mask,
         dropout_p=0.0 if nothing_is_left else dropout_p, dropout_state=dropout_state, return_lse=True,
         backend=backend,
     )  # fmt: skip
     return out * 0.0 if nothing_is_left else out, lse
+
+
+def mask_alone(name: str, mask: Mask | Lowered, hint: str, is_causal: bool) -> Mask | Lowered:
+    """The mask, a value of fastattn.masks, unless torch's flag `hint` stands beside it: the two may be aligned
+    differently."""
+    if is_causal:
+        raise ValueError(
+            f"{hint} must be False where {name} is a value of fastattn.masks, which says all that is seen: "
+            f"join masks.causal() to it with &; got {hint}=True"
+        )
+    return mask
 
 
 def align(

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastattn.dropout import dropout_state
-from fastattn.nn.weights import Weighting, head_weights, mean_weights
-from fastattn.torch_sdpa import TOP_LEFT, attend, dtype_obstacle, warn_once
+from fastattn.masks import Lowered, Mask
+from fastattn.nn.weights import Weighting, head_weights, joined, mask_as_bias, mean_weights
+from fastattn.torch_sdpa import TOP_LEFT, attend, dtype_obstacle, mask_alone, warn_once
+
+
+class _Seen(NamedTuple):
+    """What the masks of a call become: a bias as `fastattn.attention` takes it, a value of fastattn.masks beside it,
+    and whether a causal mask, aligned top-left, stands for attn_mask."""
+
+    bias: Tensor | None = None
+    mask: Mask | Lowered | None = None
+    causal: bool = False
 
 
 class MultiheadAttention(nn.MultiheadAttention):
@@ -28,6 +37,8 @@ class MultiheadAttention(nn.MultiheadAttention):
         without key_padding_mask and need_weights). Without attn_mask it raises in eval mode too.
         Nested tensors work in training too.
         TorchScript cannot compile it.
+        attn_mask may be a value of fastattn.masks, which no L x S tensor is made of unless weights are asked for.
+        The output projection is called, where torch's module reads its weight: hooks on it fire.
 
     Args:
         embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype: as
@@ -72,7 +83,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         value: Tensor,
         key_padding_mask: Tensor | None = None,
         need_weights: bool = True,
-        attn_mask: Tensor | None = None,
+        attn_mask: Tensor | Mask | Lowered | None = None,
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
@@ -82,22 +93,31 @@ class MultiheadAttention(nn.MultiheadAttention):
             query (N, L, E), key (N, S, kdim), value (N, S, vdim) with batch_first, else (L, N, E) and so on; or
                 unbatched (L, E), (S, kdim), (S, vdim); or one nested tensor (N, lengths, E) for all three.
             key_padding_mask: (N, S) or (S,); bool, True is hidden, or float, added to the scores.
-            attn_mask: (L, S) or (N * num_heads, L, S); likewise, with gradient if float.
+            attn_mask: (L, S) or (N * num_heads, L, S); likewise, with gradient if float. Or a value of
+                fastattn.masks, or what its `lower` returned for N, num_heads, L and S (N is 1 if unbatched): what
+                it shows is seen, and it is aligned bottom-right.
             need_weights: also return the weights, after dropout; differentiable.
             average_attn_weights: their mean over heads, (N, L, S), rather than (N, num_heads, L, S).
-            is_causal: attn_mask is the causal one.
+            is_causal: attn_mask is the causal one, aligned top-left. Not beside a value of fastattn.masks.
 
         Returns:
             The output, shaped as query, and the weights or None.
+
+        Raises:
+            ValueError: a value of fastattn.masks for another shape, or where it cannot stand.
         """
         check_mask("key_padding_mask", key_padding_mask, "attn_mask", attn_mask)
         check_mask("attn_mask", attn_mask)
+        if isinstance(attn_mask, Mask | Lowered):
+            mask_alone("attn_mask", attn_mask, "is_causal", is_causal)
         if is_causal and attn_mask is None:
             raise RuntimeError(
                 "Need attn_mask if specifying the is_causal hint. You may use the Transformer module method "
                 "`generate_square_subsequent_mask` to create this mask."
             )
         obstacle = self._obstacle(query, key, value, key_padding_mask, attn_mask)
+        if obstacle and isinstance(attn_mask, Mask | Lowered):
+            raise ValueError(f"attn_mask must be a tensor or None for what PyTorch computes: {obstacle}")
         if obstacle:
             results = super().forward(
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
@@ -108,10 +128,10 @@ class MultiheadAttention(nn.MultiheadAttention):
             return self._nested(query, need_weights, average_attn_weights)
         unbatched = query.dim() == 2
         q, k, v = (self._heads(t) for t in self._project(query, key, value))
-        bias, causal = self._bias(q, key_padding_mask, attn_mask, is_causal)
+        seen = self._seen(q, k, key_padding_mask, attn_mask, is_causal)
         k, v = self._appended(k, v)
         average = average_attn_weights if need_weights else None
-        z, weights = self._attend(q, k, v, bias=bias, causal=causal, average=average)
+        z, weights = self._attend(q, k, v, seen, average=average)
         if unbatched:
             return self._out(z[0].transpose(0, 1)), None if weights is None else weights[0]
         return self._out(z.transpose(1, 2) if self.batch_first else z.permute(2, 0, 1, 3)), weights
@@ -121,9 +141,8 @@ class MultiheadAttention(nn.MultiheadAttention):
         q: Tensor,
         k: Tensor,
         v: Tensor,
+        seen: _Seen = _Seen(),  # noqa: B008 (immutable)
         *,
-        bias: Tensor | None = None,
-        causal: bool = False,
         key_lengths: Tensor | None = None,
         average: bool | None,
     ) -> tuple[Tensor, Tensor | None]:
@@ -131,12 +150,15 @@ class MultiheadAttention(nn.MultiheadAttention):
         dropout_p = self.dropout if self.training else 0.0
         state = dropout_state(q.shape[0], q.device) if 0 < dropout_p < 1 else None
         scale = self.head_dim**-0.5
+        bias, mask, causal = seen
         z, lse = attend(
-            q, k, v, bias=bias, key_lengths=key_lengths, causal=TOP_LEFT if causal else None, scale=scale,
-            dropout_p=dropout_p, dropout_state=state, backend=self.backend,
+            q, k, v, bias=bias, key_lengths=key_lengths, mask=mask, causal=TOP_LEFT if causal else None,
+            scale=scale, dropout_p=dropout_p, dropout_state=state, backend=self.backend,
         )  # fmt: skip
         if average is None:
             return z, None
+        if mask is not None:
+            bias = joined(bias, mask_as_bias(mask, q, k))
         if key_lengths is not None:
             keys = torch.arange(k.shape[2], device=k.device)
             bias = (keys < key_lengths[:, None])[:, None, None]
@@ -176,7 +198,7 @@ class MultiheadAttention(nn.MultiheadAttention):
 
     def _out(self, z: Tensor) -> Tensor:
         """The output projection of (..., H, D)."""
-        return F.linear(z.flatten(-2), self.out_proj.weight, self.out_proj.bias)
+        return self.out_proj(z.flatten(-2))
 
     def _appended(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values with the learned one and the zero one at their end, where the module has them."""
@@ -189,30 +211,35 @@ class MultiheadAttention(nn.MultiheadAttention):
             k, v = (F.pad(t, (0, 0, 0, 1)) for t in (k, v))
         return k, v
 
-    def _bias(
-        self, q: Tensor, key_padding_mask: Tensor | None, attn_mask: Tensor | None, is_causal: bool
-    ) -> tuple[Tensor | None, bool]:
-        """torch's masks as `fastattn.attention`'s bias, and whether a causal mask stands for attn_mask.
+    def _seen(
+        self,
+        q: Tensor,
+        k: Tensor,
+        key_padding_mask: Tensor | None,
+        attn_mask: Tensor | Mask | Lowered | None,
+        is_causal: bool,
+    ) -> _Seen:
+        """torch's masks and ours, of the keys as they are before any is appended.
 
-        The two become one tensor of L x S only if both must be read.
+        The two of torch's become one tensor of L x S only if both must be read.
         """
         appended = (self.bias_k is not None) + self.add_zero_attn
         # Keys at the end that every query sees are no causal mask.
         causal = is_causal and not appended
-        masks = []
-        if attn_mask is not None and not causal:
+        bias, mask = None, None
+        if isinstance(attn_mask, Mask | Lowered):
+            # Appended keys would move its diagonal.
+            bias, mask = (mask_as_bias(attn_mask, q, k), None) if appended else (None, attn_mask)
+        elif attn_mask is not None and not causal:
             each = attn_mask.dim() == 3
-            masks.append(attn_mask.unflatten(0, (-1, self.num_heads)) if each else attn_mask[None, None])
+            bias = _shown(attn_mask.unflatten(0, (-1, self.num_heads)) if each else attn_mask[None, None])
         if key_padding_mask is not None:
-            masks.append(key_padding_mask.reshape(q.shape[0], 1, 1, key_padding_mask.shape[-1]))
-        if not masks:
-            return None, causal
-        if all(mask.dtype == torch.bool for mask in masks):
-            bias = ~functools.reduce(torch.logical_or, masks)
-        else:
-            bias = functools.reduce(torch.add, (_added(mask, q.dtype) for mask in masks))
-        # 1 is seen, 0 is nothing added.
-        return (F.pad(bias, (0, appended), value=float(bias.dtype == torch.bool)) if appended else bias), causal
+            padding = key_padding_mask.reshape(q.shape[0], 1, 1, key_padding_mask.shape[-1])
+            bias = joined(bias, _shown(padding))
+        if bias is not None and appended:
+            # 1 is seen, 0 is nothing added.
+            bias = F.pad(bias, (0, appended), value=float(bias.dtype == torch.bool))
+        return _Seen(bias, mask, causal)
 
     def _nested(self, x: Tensor, need_weights: bool, average: bool) -> tuple[Tensor, Tensor | None]:
         """Self-attention of a nested tensor: as of padded sequences, whose padding is not computed."""
@@ -271,15 +298,23 @@ class MultiheadAttention(nn.MultiheadAttention):
         return same and plain and unmasked and query.layout == torch.strided and query.size(-1) == self.embed_dim
 
 
-def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A mask as what is added to the scores."""
-    if mask.dtype != torch.bool:
-        return mask
-    return torch.zeros_like(mask, dtype=dtype).masked_fill(mask, float("-inf"))
+def _shown(mask: Tensor) -> Tensor:
+    """A mask of torch's as `fastattn.attention`'s bias: a bool says what is seen, not what is hidden."""
+    return ~mask if mask.dtype == torch.bool else mask
 
 
-def check_mask(name: str, mask: Tensor | None, other_name: str = "", other: Tensor | None = None) -> None:
-    """Raise and warn of a mask's dtype as torch does, without its float copy of the mask."""
+def check_mask(name: str, mask: Any, other_name: str = "", other: Any = None) -> None:
+    """Raise and warn of a mask's dtype as torch does, without its float copy of the mask; values of fastattn.masks
+    have none."""
+    if isinstance(mask, Mask | Lowered):
+        if name.endswith("key_padding_mask"):
+            raise TypeError(
+                f"{name} must be a tensor, got a value of fastattn.masks: give it as {other_name}, joined to what "
+                "else hides keys with &"
+            )
+        return
+    if isinstance(other, Mask | Lowered):
+        other = None
     if mask is not None:
         F._canonical_mask(
             mask.new_empty(0), name, F._none_or_dtype(other), other_name, torch.float32, other is not None

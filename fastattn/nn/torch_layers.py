@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastattn.masks import Lowered, Mask
 from fastattn.nn.torch_attention import MultiheadAttention, check_mask
+from fastattn.torch_sdpa import mask_alone
 
 
 class TransformerEncoderLayer(nn.TransformerEncoderLayer):
@@ -50,7 +52,7 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
     def forward(
         self,
         src: Tensor,
-        src_mask: Tensor | None = None,
+        src_mask: Tensor | Mask | Lowered | None = None,
         src_key_padding_mask: Tensor | None = None,
         is_causal: bool = False,
     ) -> Tensor:
@@ -149,6 +151,21 @@ class TransformerEncoder(nn.TransformerEncoder):
         super().__init__(encoder_layer, num_layers, norm, enable_nested_tensor, mask_check)
         adopt(self.layers, backend)
 
+    def forward(
+        self,
+        src: Tensor,
+        mask: Tensor | Mask | Lowered | None = None,
+        src_key_padding_mask: Tensor | None = None,
+        is_causal: bool | None = None,
+    ) -> Tensor:
+        """As torch's; mask may be what `fastattn.nn.MultiheadAttention` takes."""
+        if not isinstance(mask, Mask | Lowered):
+            return super().forward(src, mask, src_key_padding_mask, is_causal)
+        mask_alone("mask", mask, "is_causal", bool(is_causal))
+        for layer in self.layers:
+            src = layer(src, src_mask=mask, src_key_padding_mask=src_key_padding_mask)
+        return src if self.norm is None else self.norm(src)
+
 
 class TransformerDecoder(nn.TransformerDecoder):
     """torch.nn.TransformerDecoder: the same arguments, parameters, state dict and results.
@@ -170,6 +187,26 @@ class TransformerDecoder(nn.TransformerDecoder):
     ) -> None:
         super().__init__(decoder_layer, num_layers, norm)
         adopt(self.layers, backend)
+
+    def forward(
+        self,
+        tgt: Tensor,
+        memory: Tensor,
+        tgt_mask: Tensor | Mask | Lowered | None = None,
+        memory_mask: Tensor | Mask | Lowered | None = None,
+        tgt_key_padding_mask: Tensor | None = None,
+        memory_key_padding_mask: Tensor | None = None,
+        tgt_is_causal: bool | None = None,
+        memory_is_causal: bool = False,
+    ) -> Tensor:
+        """As torch's; tgt_mask and memory_mask may be what `fastattn.nn.MultiheadAttention` takes."""
+        if isinstance(tgt_mask, Mask | Lowered):
+            # torch would compare it with a causal tensor.
+            tgt_is_causal = bool(tgt_is_causal)
+        return super().forward(
+            tgt, memory, tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask, tgt_is_causal,
+            memory_is_causal,
+        )  # type: ignore[arg-type]  # fmt: skip
 
 
 class Transformer(nn.Transformer):

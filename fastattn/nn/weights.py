@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from fastattn.dropout import dropout_mask, kept
-from fastattn.spec import check_dropout, lse_dtype
+from fastattn.masks import Lowered, Mask, decode
+from fastattn.reference import visible
+from fastattn.spec import AttentionSpec, check_dropout, lse_dtype
 
 
 class Weighting(NamedTuple):
@@ -144,3 +146,30 @@ def _keep(h: int, q: Tensor, k: Tensor, how: Weighting) -> Tensor | float:
     query = torch.arange(q.shape[2], device=q.device)[:, None]
     keep = kept(how.dropout_state[:, None, None], head, query, 0, k.shape[2], dropout_p)
     return keep * (1.0 / (1.0 - dropout_p))
+
+
+def mask_as_bias(mask: Mask | Lowered, q: Tensor, k: Tensor) -> Tensor:
+    """A mask as `fastattn.attention`'s bias (1 or B, 1 or H, L, S): bool, True is seen, or, where keys may count
+    several times, what is added to their scores."""
+    shape = (*q.shape[:3], k.shape[2], q.device)
+    lowered = mask.lower(*shape) if isinstance(mask, Mask) else mask
+    lowered.check(*shape)
+    if lowered.lists is None:
+        spec = AttentionSpec(window=(lowered.left, lowered.right))
+        seen = visible(q.shape[2], k.shape[2], spec, q.device, lowered.key_lengths, lowered.intervals)
+        return seen[(None,) * (4 - seen.dim())]
+    # Heads that share a pattern share its tensor.
+    seen, added = decode(lowered.lists, *lowered.lists.pattern.shape, q.shape[2], k.shape[2])
+    return seen if lowered.lists.full_counts is None else added
+
+
+def joined(bias: Tensor | None, other: Tensor) -> Tensor:
+    """Two biases of `fastattn.attention` as one: what both show, with what they add."""
+    if bias is None:
+        return other
+    if bias.dtype == torch.bool and other.dtype == torch.bool:
+        return bias & other
+    if bias.dtype != torch.bool and other.dtype != torch.bool:
+        return bias + other
+    seen, added = (bias, other) if bias.dtype == torch.bool else (other, bias)
+    return torch.where(seen, added, float("-inf"))
