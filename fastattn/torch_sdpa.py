@@ -56,7 +56,8 @@ def scaled_dot_product_attention(
         (B, L, Hq, Ev) in memory, so that heads are joined without a copy, with any other number contiguous.
 
     Raises:
-        ValueError: a value of fastattn.masks beside is_causal=True, of another shape, or beside what only torch has.
+        ValueError: a value of fastattn.masks beside is_causal=True, for another shape, or with inputs that only
+            torch takes.
 
     Example:
         >>> q, k, v = (torch.randn(2, 4, 10, 16) for _ in range(3))
@@ -73,7 +74,7 @@ def scaled_dot_product_attention(
     obstacle = _obstacle(query, key, value, mask, dropout_p, causal, enable_gqa)
     if obstacle:
         if ours is not None:
-            raise ValueError(f"attn_mask must be a tensor or None for what PyTorch computes: {obstacle}")
+            raise ValueError(refusal_of_mask("attn_mask", obstacle))
         out = F.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
@@ -81,7 +82,9 @@ def scaled_dot_product_attention(
         return out
     scale = None if scale is None else float(scale)
     leading, q, k, v, bias = _four_dimensions(query, key, value, mask, enable_gqa)
-    out, _ = attend(q, k, v, bias=bias, mask=ours, causal=causal, dropout_p=dropout_p, scale=scale, backend=backend)
+    out, _ = attend(
+        q, k, v, bias=bias, mask=ours, causal=causal, dropout_p=dropout_p, scale=scale, backend=backend
+    )
     out = out.reshape(*leading, *out.shape[2:])
     return out if out.dim() == 4 else out.contiguous()
 
@@ -122,6 +125,11 @@ def mask_alone(name: str, mask: Mask | Lowered, hint: str, is_causal: bool) -> M
             f"join masks.causal() to it with &; got {hint}=True"
         )
     return mask
+
+
+def refusal_of_mask(name: str, obstacle: str) -> str:
+    """Says that a call with a value of fastattn.masks cannot be left to torch."""
+    return f"{name} must be a tensor or None where PyTorch computes the call: {obstacle}; got a fastattn mask"
 
 
 def align(

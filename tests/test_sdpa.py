@@ -24,7 +24,7 @@ from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 from torch_samples import assert_same, gradients, leaves, sdpa_samples
 
 import fastattn
-from fastattn import takeover, torch_sdpa
+from fastattn import masks, takeover, torch_sdpa
 
 ours, theirs = fastattn.scaled_dot_product_attention, F.scaled_dot_product_attention
 
@@ -182,6 +182,40 @@ def test_dropping_everything_gives_zero_output_and_zero_gradients():
 def test_torchs_causal_biases_are_known_by_their_alignment(bias, queries, keys):
     inputs = qkv(queries=queries, keys=keys)
     assert_same(ours(*inputs, bias(queries, keys)), theirs(*inputs, bias(queries, keys)), inputs, inputs)
+
+
+@pytest.mark.parametrize("queries, keys", [(6, 6), (5, 9), (9, 5)])
+@pytest.mark.parametrize("leading", [(), (4,), (2, 4), (2, 3, 4)], ids=str)
+@pytest.mark.parametrize("lowered", [False, True], ids=["mask", "lowered"])
+def test_fastattns_masks_serve_at_their_own_alignment(queries, keys, leading, lowered):
+    inputs = query, key, value = qkv(leading=leading, queries=queries, keys=keys)
+    # torch takes a single leading dimension for the batch.
+    batches, heads = (leading[:-1], leading[-1]) if len(leading) > 1 else (leading, 1)
+    batch = torch.Size(batches).numel()
+    seen = torch.rand(heads, queries, keys) < 0.6
+    for mask in (masks.causal(), masks.window(2, 1), masks.from_dense(seen) | masks.window(0, 0)):
+        given = mask.lower(batch, heads, queries, keys) if lowered else mask
+        dense = mask.dense(batch, heads, queries, keys)
+        out = ours(query, key, value, given)
+        assert_same(out, ours(query, key, value, dense[0] if len(leading) > 1 else dense[0, 0]), inputs, inputs)
+    if queries <= keys:
+        bottom_right = ours(query, key, value, causal_lower_right(queries, keys))
+        torch.testing.assert_close(ours(query, key, value, masks.causal()), bottom_right)
+    if queries == keys:
+        torch.testing.assert_close(ours(query, key, value, is_causal=True), bottom_right)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda q, k, v: ours(q, k, v, masks.causal(), is_causal=True), "is_causal must be False .* attn_mask"),
+        (lambda q, k, v: ours(q, k, v, masks.causal(), dropout_p=2.0), "attn_mask .* PyTorch .* dropout_p is 2"),
+        (lambda q, k, v: ours(q, k, v, masks.causal().lower(2, 4, 3, 3)), "mask was lowered for .* 3 queries"),
+    ],
+)
+def test_fastattns_masks_that_cannot_stand_here_are_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(*qkv())
 
 
 def test_autocast_casts_as_it_does_for_torch():

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch_samples import assert_same, gradients, leaves, module_samples, tensors
 
 import fastattn
+from fastattn import masks
 from fastattn.nn.torch_layers import COUNTERPARTS, adopt
 
 MHA, LAYER = fastattn.nn.MultiheadAttention, fastattn.nn.TransformerEncoderLayer
@@ -124,7 +125,7 @@ def test_any_call_of_multihead_attention_gives_torchs_results_and_gradients(call
         value = key
         if inputs == "self" and kdim == embed:
             query = key
-    masks = {
+    given = {
         "key_padding_mask": mask_of(padding, *([batch, keys] if batched else [keys])),
         "attn_mask": mask_of(form, *([batch * heads] if each else []), queries, keys),
     }
@@ -132,10 +133,10 @@ def test_any_call_of_multihead_attention_gives_torchs_results_and_gradients(call
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's, of masks of two dtypes
         with Operators() as operators:
-            out = ours(query, key, value, **masks, **options)
-        expected = theirs(query, key, value, **masks, **options)
+            out = ours(query, key, value, **given, **options)
+        expected = theirs(query, key, value, **given, **options)
     assert operators.ours  # and not left to torch
-    wanted = list({id(t): t for t in leaves(query, key, value, *masks.values())}.values())
+    wanted = list({id(t): t for t in leaves(query, key, value, *given.values())}.values())
     assert_same(out, expected, [*wanted, *ours.parameters()], [*wanted, *theirs.parameters()])
 
 
@@ -230,6 +231,125 @@ def test_the_hint_without_a_mask_raises_in_torchs_words(training):
     with pytest.raises(RuntimeError) as raised, torch.no_grad():
         ours.train(training)(x, x, x, is_causal=True)
     assert str(raised.value) == str(expected.value)
+
+
+# fastattn's masks. They are aligned bottom-right, here as everywhere: on a rectangle, causal() is not is_causal.
+
+BATCH, HEADS = 2, 4
+SHARED, EACH = (torch.rand(8, 8, generator=torch.Generator().manual_seed(i)) < 0.6 for i in (0, 1))
+MASKS = {
+    "causal": lambda queries, keys: masks.causal(),
+    "window": lambda queries, keys: masks.window(2, 1),
+    "lengths": lambda queries, keys: masks.key_lengths([2, 3]),
+    "prefix": lambda queries, keys: masks.causal() | masks.prefix([1, 3]),
+    "dense": lambda queries, keys: masks.from_dense(SHARED[:queries, :keys]),
+    "of heads": lambda queries, keys: masks.from_dense(
+        torch.stack([SHARED, EACH, ~EACH, ~SHARED])[None, :, :queries, :keys]
+    ),
+    "counted": lambda queries, keys: masks.blocks(
+        torch.tensor([[1, 2], [3, 1]])[: -(-queries // 4), : -(-keys // 4)], 4
+    ),
+}
+
+
+def as_torchs(mask, queries, keys):
+    """A float tensor (N * H, L, S) that says the same to torch's modules."""
+    lists = mask.lower(BATCH, HEADS, queries, keys, closed_forms=False).lists
+    _, added = masks.decode(lists, BATCH, HEADS, queries, keys)
+    return added.double().reshape(BATCH * HEADS, queries, keys)
+
+
+@pytest.mark.parametrize("queries, keys", [(6, 6), (4, 7), (7, 4)])
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize(
+    "build", [{"batch_first": True}, {}, {"add_bias_kv": True, "add_zero_attn": True}], ids=str
+)
+@pytest.mark.parametrize("lowered", [False, True], ids=["mask", "lowered"])
+def test_fastattns_masks_serve_multihead_attention_with_all_that_stands_beside_them(
+    mask, queries, keys, build, lowered
+):
+    module = MHA(8 * HEADS, HEADS, dtype=torch.float64, **build)
+    inputs = [torch.randn(BATCH, n, 32, dtype=torch.float64, requires_grad=True) for n in (queries, keys)]
+    query, key = inputs if module.batch_first else [t.transpose(0, 1) for t in inputs]
+    mask = MASKS[mask](queries, keys)
+    given = mask.lower(BATCH, HEADS, queries, keys) if lowered else mask
+    for padding in (None, torch.arange(keys).expand(2, -1) == torch.tensor([[1], [2]])):
+        added = None if padding is None else torch.zeros(BATCH, keys).double().masked_fill(padding, float("-inf"))
+        for options in ({}, {"average_attn_weights": False}, {"need_weights": False}):
+            out = module(query, key, key, padding, attn_mask=given, **options)
+            expected = module(query, key, key, added, attn_mask=as_torchs(mask, queries, keys), **options)
+            wanted = [*inputs, *module.parameters()]
+            assert_same(out, expected, wanted, wanted)
+
+
+def test_a_causal_mask_of_fastattns_is_torchs_hint_on_a_square_and_bottom_right_on_a_rectangle():
+    module = MHA(32, HEADS, batch_first=True, dtype=torch.float64)
+    x, y = torch.randn(BATCH, 4, 32, dtype=torch.float64), torch.randn(BATCH, 7, 32, dtype=torch.float64)
+    hint = {"attn_mask": causal_mask(4), "is_causal": True}
+    torch.testing.assert_close(module(x, x, x, attn_mask=masks.causal()), module(x, x, x, **hint))
+    bottom_right = torch.ones(4, 7, dtype=torch.bool).triu(4)
+    out = module(x, y, y, attn_mask=masks.causal())
+    torch.testing.assert_close(out, module(x, y, y, attn_mask=bottom_right))
+    unbatched = module(x[0], y[0], y[0], attn_mask=masks.causal())
+    torch.testing.assert_close(unbatched, tuple(t[0] for t in out))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_fastattns_masks_serve_every_mask_of_torchs_layers_and_stacks(training):
+    queries, keys = 5, 7
+    options = {"dropout": 0.0, "batch_first": True, "dtype": torch.float64}
+    model = fastattn.nn.Transformer(32, HEADS, 2, 2, 64, **options).train(training)
+    source, target = (torch.randn(BATCH, n, 32, dtype=torch.float64, requires_grad=True) for n in (keys, queries))
+    ours = {"src_mask": masks.window(2, 2), "tgt_mask": masks.causal(), "memory_mask": masks.window(1, 3)}
+    theirs = {
+        name: as_torchs(mask, *{"s": (keys, keys), "t": (queries, queries), "m": (queries, keys)}[name[0]])
+        for name, mask in ours.items()
+    }
+    padding = torch.arange(keys).expand(2, -1) >= torch.tensor([[7], [5]])
+    added = torch.zeros(BATCH, keys).double().masked_fill(padding, float("-inf"))
+    out = model(source, target, **ours, src_key_padding_mask=padding, memory_key_padding_mask=padding)
+    expected = model(source, target, **theirs, src_key_padding_mask=added, memory_key_padding_mask=added)
+    wanted = [source, target, *model.parameters()]
+    assert_same(out, expected, wanted, wanted)
+    lowered = ours["src_mask"].lower(BATCH, HEADS, keys, keys)
+    torch.testing.assert_close(model.encoder(source, lowered), model.encoder(source, theirs["src_mask"]))
+    layer = model.encoder.layers[0]
+    torch.testing.assert_close(layer(source, lowered), layer(source, theirs["src_mask"]))
+
+
+def test_fastattns_masks_serve_modules_that_patch_swapped_and_compiled_ones():
+    layer = nn.TransformerEncoderLayer(32, HEADS, 64, 0.0, batch_first=True)
+    fastattn.patch(layer)
+    x, mask = torch.randn(BATCH, 6, 32), masks.causal() & masks.dilated(2)
+    expected = layer(x, as_torchs(mask, 6, 6).float())
+    torch.testing.assert_close(layer(x, mask), expected)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, mask.lower(BATCH, HEADS, 6, 6)), expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"attn_mask": masks.causal(), "is_causal": True}, ValueError, "is_causal must be False .* attn_mask"),
+        (
+            {"key_padding_mask": masks.key_lengths([3, 4])},
+            TypeError,
+            "key_padding_mask must be a tensor.*attn_mask",
+        ),
+        ({"attn_mask": masks.causal().lower(2, 4, 5, 5)}, ValueError, "mask was lowered for .* 5 queries"),
+        ({"attn_mask": masks.key_lengths([3, 4, 5])}, ValueError, "3"),
+    ],
+)
+def test_fastattns_masks_that_cannot_stand_here_are_refused(options, error, message):
+    x = torch.randn(2, 6, 32)
+    with pytest.raises(error, match=message):
+        MHA(32, 4, batch_first=True)(x, x, x, **options)
+
+
+def test_an_encoder_refuses_the_hint_beside_a_fastattn_mask():
+    encoder = fastattn.nn.TransformerEncoder(LAYER(32, 4, 64, batch_first=True), 1)
+    with pytest.raises(ValueError, match="is_causal must be False"):
+        encoder(torch.randn(2, 6, 32), masks.causal(), is_causal=True)
 
 
 # Weights.

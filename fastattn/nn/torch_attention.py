@@ -11,12 +11,16 @@ from torch import Tensor, nn
 from fastattn.dropout import dropout_state
 from fastattn.masks import Lowered, Mask
 from fastattn.nn.weights import Weighting, head_weights, joined, mask_as_bias, mean_weights
-from fastattn.torch_sdpa import TOP_LEFT, attend, dtype_obstacle, mask_alone, warn_once
+from fastattn.torch_sdpa import TOP_LEFT, attend, dtype_obstacle, mask_alone, refusal_of_mask, warn_once
 
 
 class _Seen(NamedTuple):
-    """What the masks of a call become: a bias as `fastattn.attention` takes it, a value of fastattn.masks beside it,
-    and whether a causal mask, aligned top-left, stands for attn_mask."""
+    """What the masks of a call become.
+
+    bias: as `fastattn.attention` takes it.
+    mask: a value of fastattn.masks beside it.
+    causal: whether a causal mask, aligned top-left, stands for attn_mask.
+    """
 
     bias: Tensor | None = None
     mask: Mask | Lowered | None = None
@@ -117,7 +121,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             )
         obstacle = self._obstacle(query, key, value, key_padding_mask, attn_mask)
         if obstacle and isinstance(attn_mask, Mask | Lowered):
-            raise ValueError(f"attn_mask must be a tensor or None for what PyTorch computes: {obstacle}")
+            raise ValueError(refusal_of_mask("attn_mask", obstacle))
         if obstacle:
             results = super().forward(
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
@@ -285,7 +289,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         padding = (batches[0], keys) if batched else (keys,)
         each = ((queries, keys), (batches[0] * self.num_heads, queries, keys))
         return (key_padding_mask is None or tuple(key_padding_mask.shape) == padding) and (
-            attn_mask is None or tuple(attn_mask.shape) in each
+            attn_mask is None or isinstance(attn_mask, Mask | Lowered) or tuple(attn_mask.shape) in each
         )
 
     def _nested_fits(
