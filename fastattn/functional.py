@@ -287,9 +287,10 @@ def _with_mask(
     lowered.check(*shape)
     bounds = spec.left, spec.right
     if not lowered.is_window and bounds != (None, None):
-        if isinstance(mask, Lowered):
+        if isinstance(mask, Mask):
+            lowered = (mask & window_mask(*bounds)).lower(*shape)
+        elif not mask.is_within(*bounds):
             raise ValueError("mask is lowered: join causal and window to it with & before it is")
-        lowered = (mask & window_mask(*bounds)).lower(*shape)
         bounds = None, None
     if lowered.key_lengths is not None:
         lengths = lowered.key_lengths

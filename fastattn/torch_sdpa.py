@@ -64,9 +64,11 @@ def scaled_dot_product_attention(
         >>> scaled_dot_product_attention(q, k, v, is_causal=True).shape
         torch.Size([2, 4, 10, 16])
     """
-    mask, ours, causal = attn_mask, None, TOP_LEFT if is_causal else None
+    ours = None
     if isinstance(attn_mask, Mask | Lowered):
-        mask, ours = None, mask_alone("attn_mask", attn_mask, "is_causal", is_causal)
+        ours = mask_alone("attn_mask", attn_mask, "is_causal", is_causal)
+        attn_mask = None
+    mask, causal = attn_mask, TOP_LEFT if is_causal else None
     # A torch.nn.attention.bias.CausalBias, known by its attribute: importing the class would import dynamo.
     variant = getattr(attn_mask, "variant", None)
     if variant is not None and not is_causal:

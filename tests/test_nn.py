@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
+import operator
 import pickle
 import subprocess
 import sys
@@ -12,8 +14,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tolerance import assert_as_exact_as_eager
+from torch import nn
+from torch.nn.utils import parametrizations, prune
 from torch.utils.checkpoint import checkpoint
 
+from fastattn import masks
 from fastattn.nn import (
     MLP,
     CrossAttention,
@@ -546,6 +551,313 @@ def test_a_hook_replaces_what_flows_by_returning_a_tensor(point):
     assert torch.equal(model(tokens), logits)
 
 
+# What is seen: a call's mask, window and lengths join what the module was built with.
+
+
+def eager_seen(module, x, seen):
+    """Self-attention by torch's own function over the pairs that are seen, bool (B or 1, 1, L, L)."""
+    q, k, v = module.project(x)
+    group = q.shape[1] // k.shape[1]
+    k, v = (t.repeat_interleave(group, 1) for t in (k, v))
+    z = F.scaled_dot_product_attention(q, k, v, seen)
+    return module.out_proj(z.transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("own", [(None, None), (3, 1)], ids=str)
+@pytest.mark.parametrize(
+    "call",
+    [
+        {},
+        {"window": (2, None)},
+        {"key_lengths": torch.tensor([9, 4])},
+        {"mask": masks.dilated(2)},
+        {"mask": masks.documents([0, 0, 0, 1, 1, 1, 1, 2, 2]), "window": (4, 2)},
+        {"mask": masks.dilated(2) | masks.global_tokens([0]), "key_lengths": torch.tensor([9, 4])},
+    ],
+    ids=lambda call: ", ".join(call) or "nothing",
+)
+def test_what_a_call_shows_joins_what_the_module_was_built_with(causal, own, call):
+    module = SelfAttention(32, 4, num_kv_heads=2, causal=causal, window=own, rotary=True, dtype=torch.float64)
+    x = normal(2, 9, 32).requires_grad_()
+    parts = [masks.window(*own), masks.window(*call.get("window", ())), call.get("mask", masks.window())]
+    parts += [masks.causal()] if causal else []
+    parts += [masks.key_lengths(call["key_lengths"])] if "key_lengths" in call else []
+    seen = functools.reduce(operator.and_, parts).dense(2, 1, 9, 9)
+    expected, out = eager_seen(module, x, seen), module(x, **call)
+    assert_equal_to(expected, out)
+    wanted = [x, *module.parameters()]
+    for a, b in zip(*(torch.autograd.grad(y.square().sum(), wanted) for y in (expected, out)), strict=True):
+        assert_equal_to(a, b, 1e-11)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_padded_batch_gives_what_its_sequences_give_alone(causal):
+    model, tokens, lengths = small_model(causal=causal, window=(5, None)), some_tokens(3), [13, 1, 6]
+    logits = model(tokens, key_lengths=torch.tensor(lengths))
+    for row, length in enumerate(lengths):
+        assert_equal_to(model(tokens[row : row + 1, :length]), logits[row : row + 1, :length])
+
+
+def test_documents_in_one_row_give_what_each_gives_alone():
+    model, tokens = small_model(positions="rotary"), some_tokens(1)
+    logits = model(tokens, mask=masks.documents(cu_seqlens=[0, 4, 13]))
+    alone = [model(tokens[:, :4]), model(tokens[:, 4:])]
+    assert_equal_to(torch.cat(alone, 1), logits)
+
+
+def test_a_block_passes_each_attention_what_it_sees():
+    cross = CrossAttention(32, 4, dtype=torch.float64)
+    block = TransformerBlock(SelfAttention(32, 4, dtype=torch.float64), cross_attention=cross, dtype=torch.float64)
+    x, context, lengths = normal(2, 6, 32), normal(2, 9, 32), torch.tensor([2, 7])
+    expected = [
+        block(x[i : i + 1], context[i : i + 1, :n], mask=masks.window(1, 1))
+        for i, n in enumerate(lengths.tolist())
+    ]
+    out = block(x, context, mask=masks.window(1, 1), context_key_lengths=lengths)
+    assert_equal_to(torch.cat(expected), out)
+    shown = block(x, context, mask=masks.window(1, 1), context_mask=masks.key_lengths(lengths))
+    assert torch.equal(shown, out)
+    assert_equal_to(
+        out, checkpoint(block, x, context, use_reentrant=False, window=(1, 1), context_key_lengths=lengths)
+    )
+
+
+def test_a_window_of_the_configuration_is_every_layers_and_survives_json_and_copies():
+    config = TransformerConfig(**SMALL, window=[4, None])
+    assert config.window == (4, None) and hash(config)
+    model = TransformerModel(config, dtype=torch.float64)
+    plain = TransformerModel(TransformerConfig(**SMALL), dtype=torch.float64)
+    plain.load_state_dict(model.state_dict())
+    tokens = some_tokens()
+    assert_equal_to(plain(tokens, window=(4, None)), model(tokens))
+    assert torch.equal(copy.deepcopy(model)(tokens), model(tokens))
+    assert "window=(4, None)" in repr(model) and "window" not in repr(plain)
+
+
+def test_compiled_it_takes_lengths_and_a_lowered_mask_within_its_own():
+    model, tokens, lengths = small_model(torch.float32), some_tokens(), torch.tensor([13, 5])
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert_equal_to(model(tokens, key_lengths=lengths), compiled(tokens, key_lengths=lengths), 1e-6)
+    for mask in (masks.causal() & masks.documents([0] * 6 + [1] * 7), masks.dilated(2) & masks.causal()):
+        lowered = mask.lower(2, 4, 13, 13)
+        expected = model(tokens, mask=mask)
+        assert_equal_to(expected, model(tokens, mask=lowered), 1e-6)
+        assert_equal_to(expected, compiled(tokens, mask=lowered), 1e-6)
+
+
+# Parts that are not what they were built as.
+
+
+class Adapted(nn.Module):
+    """A linear layer with a low-rank adapter around it, as PEFT has it."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base_layer = base.requires_grad_(False)
+        self.a = nn.Linear(base.in_features, 2, bias=False, dtype=base.weight.dtype)
+        self.b = nn.Linear(2, base.out_features, bias=False, dtype=base.weight.dtype)
+
+    @property
+    def weight(self):
+        return self.base_layer.weight
+
+    @property
+    def bias(self):
+        return self.base_layer.bias
+
+    def forward(self, x):
+        return self.base_layer(x) + self.b(self.a(x))
+
+
+class Louder(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) * 2
+
+
+def louder(owner, name):
+    part = getattr(owner, name)
+    part.__class__ = Louder
+
+
+def adapted(owner, name):
+    setattr(owner, name, Adapted(getattr(owner, name)))
+
+
+def replaced(owner, name):
+    part = getattr(owner, name)
+    forward = part.forward
+    part.forward = lambda x: forward(x) * 2
+
+
+def offloaded(owner, name):
+    """The weights lie elsewhere, and a hook brings them for the call."""
+    part = getattr(owner, name)
+    kept = {n: nn.Parameter(p.detach().clone()) for n, p in part.named_parameters()}
+    part.to("meta")
+
+    def bring(part, _):
+        for n, p in kept.items():
+            part._parameters[n] = p
+
+    part.register_forward_pre_hook(bring)
+
+
+def quantised(owner, name):
+    made = torch.ao.quantization.quantize_dynamic(nn.Sequential(getattr(owner, name)), {nn.Linear}, torch.qint8)
+    setattr(owner, name, made[0])
+
+
+ALTERATIONS = {
+    "adapter": adapted,
+    "subclass": louder,
+    "forward of its own": replaced,
+    "forward hook": lambda owner, name: getattr(owner, name).register_forward_hook(lambda m, i, o: o * 2),
+    "pre-hook": lambda owner, name: getattr(owner, name).register_forward_pre_hook(lambda m, i: (i[0] * 2,)),
+    "offloading": offloaded,
+    "pruning": lambda owner, name: prune.random_unstructured(getattr(owner, name), "weight", 0.5),
+    "weight norm": lambda owner, name: parametrizations.weight_norm(getattr(owner, name)),
+    "spectral norm": lambda owner, name: parametrizations.spectral_norm(getattr(owner, name).eval()),
+    "orthogonal": lambda owner, name: parametrizations.orthogonal(getattr(owner, name)),
+    "quantisation": quantised,
+}
+PARTS = [(MLP, "up"), (MLP, "down"), (GatedMLP, "gate"), (GatedMLP, "up"), (GatedMLP, "down")]
+QUANTISERS = pytest.mark.filterwarnings("ignore:.*(quantization|quantized|TypedStorage)")
+
+
+@QUANTISERS
+@pytest.mark.parametrize(
+    ("kind", "name", "alteration", "compiled"),
+    [(*part, alteration, False) for part in PARTS for alteration in ALTERATIONS]
+    + [(MLP, "down", alteration, True) for alteration in ("adapter", "forward hook", "pruning", "weight norm")],
+    ids=lambda p: getattr(p, "__name__", None),
+)
+def test_an_mlp_calls_its_parts_where_one_is_not_what_it_was_built_as(kind, name, alteration, compiled):
+    dtype = torch.float32 if alteration == "quantisation" else torch.float64
+    module, x = shaken(kind(24, 16, activation="silu", dtype=dtype)), normal(3, 24, dtype=dtype)
+    before = module(x)
+    ALTERATIONS[alteration](module, name)
+    run = torch.compile(module, fullgraph=True, backend="aot_eager") if compiled else module
+    out, expected = run(x), eager_mlp(module, x)
+    assert_equal_to(expected, out, 1e-6 if dtype == torch.float32 else 1e-12)
+    if alteration not in ("offloading", "weight norm"):
+        with torch.no_grad():
+            if alteration == "adapter":
+                nn.init.normal_(getattr(module, name).b.weight)
+        assert (module(x) - before).abs().max() > 1e-4
+    trained = [p for p in module.parameters() if p.requires_grad and not p.is_meta]
+    for actual, wanted in zip(
+        *(
+            torch.autograd.grad(y.square().sum(), trained, allow_unused=True)
+            for y in (run(x), eager_mlp(module, x))
+        ),
+        strict=True,
+    ):
+        if wanted is not None:
+            assert_equal_to(wanted, actual, 1e-6 if dtype == torch.float32 else 1e-11)
+
+
+def test_adapters_on_an_mlp_of_a_model_train():
+    model, tokens = TransformerModel(**SMALL), some_tokens()
+    for block in model.blocks:
+        for name in ("up", "down"):
+            adapted(block.mlp, name)
+    adapters = {n: p for n, p in model.named_parameters() if n.endswith((".a.weight", ".b.weight"))}
+    for p in adapters.values():
+        nn.init.normal_(p)
+    found = torch.autograd.grad(next_token_loss(model(tokens), tokens), list(adapters.values()))
+    assert len(found) == 8 and all(g.abs().max() > 0 for g in found)
+
+
+def observations(module, call):
+    """What every sort of hook is told during a forward and a backward, as (sort, shapes or sums)."""
+    told = []
+
+    def note(sort):
+        def hook(_, *tensors):
+            flat = [t for group in tensors for t in (group if isinstance(group, tuple) else (group,))]
+            told.append((sort, [t.detach().clone() for t in flat if isinstance(t, torch.Tensor)]))
+
+        return hook
+
+    handles = [
+        module.register_forward_pre_hook(note("pre")),
+        module.register_forward_hook(note("forward")),
+        module.register_full_backward_pre_hook(note("backward pre")),
+        module.register_full_backward_hook(note("backward")),
+    ]
+    call().square().sum().backward()
+    for handle in handles:
+        handle.remove()
+    return told
+
+
+@pytest.mark.parametrize(
+    ("make", "points", "eagerly"),
+    [
+        (lambda: MLP(24, 16), ("up", "down"), eager_mlp),
+        (lambda: GatedMLP(24, 16), ("gate", "up", "down"), eager_mlp),
+        (
+            lambda: SelfAttention(24, 2, rotary=True, qk_norm=True),
+            ("q_norm", "k_norm", "qkv_proj", "out_proj", "rotary", "hook_q", "hook_k", "hook_v", "hook_z"),
+            None,
+        ),
+        (lambda: CrossAttention(24, 2), ("q_proj", "kv_proj", "out_proj"), None),
+    ],
+)
+def test_every_sort_of_hook_fires_on_every_point_with_what_flows_there(make, points, eagerly):
+    module = shaken(make()).double()
+    x = normal(2, 5, 24).requires_grad_()
+    inputs = (x, x) if isinstance(module, CrossAttention) else (x,)
+    for point in points:
+        told = observations(module.get_submodule(point), lambda: module(*inputs))
+        times = 2 if point == "rotary" else 1
+        assert sorted(sort for sort, _ in told) == sorted(["pre", "forward", "backward pre", "backward"] * times)
+        if eagerly is not None:
+            expected = observations(module.get_submodule(point), lambda: eagerly(module, *inputs))
+            for (sort, ours), (_, theirs) in zip(told, expected, strict=True):
+                torch.testing.assert_close(ours, theirs, msg=lambda m, sort=sort: f"{sort}: {m}")
+
+
+def test_hooks_on_all_modules_fire_in_the_parts():
+    module, seen = MLP(24, 16), set()
+    with nn.modules.module.register_module_forward_hook(lambda m, *_: seen.add(m)):
+        module(normal(2, 24, dtype=torch.float32))
+    assert seen == {module, module.up, module.down}
+
+
+@pytest.mark.parametrize("name", ["q_norm", "k_norm"])
+@pytest.mark.parametrize("alteration", ["forward of its own", "forward hook", "another epsilon", "another norm"])
+def test_attention_calls_its_norms_where_one_is_not_what_it_was_built_as(name, alteration):
+    module = shaken(SelfAttention(32, 4, num_kv_heads=2, rotary=True, qk_norm=True, dtype=torch.float64))
+    x = normal(2, 6, 32)
+    before = module(x)
+    if alteration == "another epsilon":
+        getattr(module, name).eps = 0.5
+    elif alteration == "another norm":
+        setattr(module, name, nn.RMSNorm(8, elementwise_affine=False, dtype=torch.float64))
+    else:
+        ALTERATIONS[alteration](module, name)
+    out = module(x)
+    assert_equal_to(eager_self_attention(module, x), out)
+    assert (out - before).abs().max() > 1e-4
+
+
+def test_a_rotation_that_was_changed_is_called():
+    module, x = SelfAttention(32, 4, causal=True, rotary=True, dtype=torch.float64), normal(2, 6, 32)
+    module.rotary.register_forward_hook(lambda m, i, o: i[0])
+    still = SelfAttention(32, 4, causal=True, dtype=torch.float64)
+    still.load_state_dict(module.state_dict())
+    assert_equal_to(still(x), module(x))
+
+
+def test_an_unembedding_of_its_own_is_called():
+    model = small_model(tied=False)
+    before = model(some_tokens())
+    model.unembedding.register_forward_hook(lambda m, i, o: o * 2)
+    assert torch.equal(model(some_tokens()), before * 2)
+
+
 # Bad input.
 
 
@@ -553,6 +865,8 @@ def test_a_hook_replaces_what_flows_by_returning_a_tensor(point):
     ("make", "error", "message"),
     [
         (lambda: SelfAttention(30, 4), ValueError, "embed_dim must be a multiple .* embed_dim 30, num_heads 4"),
+        (lambda: SelfAttention(32, 4, window=(1,)), TypeError, "window must be a pair"),
+        (lambda: TransformerConfig(**SMALL, window=(-1, 0)), ValueError, "window must not be negative"),
         (lambda: SelfAttention(32, 0), ValueError, "num_heads must be at least 1, got 0"),
         (lambda: SelfAttention(32.0, 4), TypeError, "embed_dim must be an int, got 32.0"),
         (lambda: SelfAttention(16, 4, head_dim=0), ValueError, "head_dim must be at least 1, got 0"),
@@ -591,6 +905,7 @@ def test_modules_that_cannot_be_are_refused(make, error, message):
 ATTENTION = SelfAttention(32, 4)
 CROSS_ATTENTION = CrossAttention(32, 4, context_dim=20)
 MODEL = TransformerModel(TransformerConfig(**SMALL))
+SMALL_X = torch.zeros(2, 6, 32)
 
 
 @pytest.mark.parametrize(
@@ -600,6 +915,20 @@ MODEL = TransformerModel(TransformerConfig(**SMALL))
         (lambda: ATTENTION.project(normal(2, 6, 30)), ValueError, r"x must .* got \(2, 6, 30\)"),
         (lambda: CROSS_ATTENTION(normal(2, 6, 32), normal(2, 6, 32)), ValueError, "context must .* 20"),
         (lambda: CROSS_ATTENTION(normal(2, 6, 32), normal(3, 6, 20)), ValueError, "context must .* batch size"),
+        (lambda: ATTENTION(SMALL_X, key_lengths=torch.ones(3).long()), ValueError, r"key_lengths .* \(2,\)"),
+        (lambda: ATTENTION(SMALL_X, mask=masks.causal().lower(2, 4, 5, 5)), ValueError, "mask was lowered for"),
+        (lambda: ATTENTION(SMALL_X, window=(1, 2, 3)), TypeError, "window must be a pair"),
+        (lambda: MODEL(torch.zeros(1, 5).long(), mask=1), TypeError, "mask must be a value of fastattn.masks"),
+        (
+            lambda: SelfAttention(32, 4, causal=True)(SMALL_X, mask=masks.dilated(2).lower(2, 4, 6, 6)),
+            ValueError,
+            "mask is lowered",
+        ),
+        (
+            lambda: MODEL.blocks[0](SMALL_X, context_key_lengths=torch.ones(2).long()),
+            ValueError,
+            "context_key_lengths must be None for a block without cross_attention",
+        ),
         (lambda: MLP(8)(normal(4, 7)), ValueError, r"x must have shape \(..., 8\), got \(4, 7\)"),
         (lambda: Rotary(16)(normal(1, 2, 3, 8)), ValueError, "x must have shape .*at least 16"),
         (lambda: MODEL.blocks[0](normal(6, 32)), ValueError, r"x must .* got \(6, 32\)"),

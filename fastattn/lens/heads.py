@@ -141,14 +141,15 @@ def _observe(layer: SelfAttention, tokens: Tensor, scores: list[HeadScores]) -> 
     def keep(name: str):
         return lambda _module, _inputs, output: seen.__setitem__(name, output)
 
-    def score(_module, _inputs, _output) -> None:
+    def score(_module, _inputs, options, _output) -> None:
         q, k, v = (seen.pop(name) for name in "qkv")
-        _, lse = attention(q, k, v, causal=layer.causal, return_lse=True, backend=layer.backend)
+        shown = {name: value for name, value in options.items() if name in ("mask", "window", "key_lengths")}
+        _, lse = attention(q, k, v, **layer.options(**shown), return_lse=True)
         scores.append(head_scores(q, k, lse, tokens))
 
     points = {"q": layer.hook_q, "k": layer.hook_k, "v": layer.hook_v}
     handles = [point.register_forward_hook(keep(name)) for name, point in points.items()]
-    return [*handles, layer.register_forward_hook(score)]
+    return [*handles, layer.register_forward_hook(score, with_kwargs=True)]
 
 
 def _weights_of_one_key(q: Tensor, keys: Tensor, lse: Tensor, scale: float) -> Tensor:

@@ -115,6 +115,12 @@ class Mask:
         """The keys that each query sees, where that is one interval for every query."""
         return None
 
+    @property
+    def bounds(self) -> tuple[int | None, int | None]:
+        """How far before and after the diagonal any key is seen, as far as that is known; None for no bound."""
+        form = self.closed_form()
+        return (None, None) if form is None else (form.left, form.right)
+
     def of_distance(self) -> bool:
         """Whether nothing matters but the distance of the key from the diagonal."""
         return False
@@ -293,8 +299,11 @@ def _lower(mask: Mask, shape: Shape, closed_forms: bool) -> Lowered:
     intervals = mask.intervals(home) if closed_forms else None
     both_ways = None if intervals is None else _both_ways(intervals, home)
     if both_ways is not None:
-        return Lowered(home, intervals=both_ways, key_lengths=_key_lengths(mask, home)).to(shape.device)
-    return Lowered(home, lists=build_lists(mask, home), key_lengths=_key_lengths(mask, home)).to(shape.device)
+        lowered = Lowered(home, intervals=both_ways, key_lengths=_key_lengths(mask, home), bounds=mask.bounds)
+    else:
+        lists = build_lists(mask, home)
+        lowered = Lowered(home, lists=lists, key_lengths=_key_lengths(mask, home), bounds=mask.bounds)
+    return lowered.to(shape.device)
 
 
 def _both_ways(intervals: Intervals, shape: Shape) -> Tensor | None:
@@ -363,6 +372,11 @@ class And(_Pair):
     def key_ends(self, device: torch.device) -> Tensor | None:
         first, second = self.first.key_ends(device), self.second.key_ends(device)
         return second if first is None else first if second is None else torch.minimum(first, second)
+
+    @property
+    def bounds(self) -> tuple[int | None, int | None]:
+        (left, right), (other_left, other_right) = self.first.bounds, self.second.bounds
+        return smaller(left, other_left), smaller(right, other_right)
 
     def intervals(self, shape: Shape) -> Intervals | None:
         first, second = self.first.intervals(shape), self.second.intervals(shape)

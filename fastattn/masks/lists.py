@@ -247,6 +247,7 @@ class Lowered:
         key j is seen by the queries from [:, 0, Lq + j] to before [:, 1, Lq + j]. If not None, the whole mask, but
         for what lies behind the key lengths.
     lists: if not None, they are the whole mask, key lengths included.
+    bounds: how far before and after the diagonal intervals and lists reach, as far as that is known.
     packed: the lists as operators take them.
     """
 
@@ -256,6 +257,7 @@ class Lowered:
     key_lengths: Tensor | None = None
     intervals: Tensor | None = None
     lists: BlockLists | None = None
+    bounds: tuple[int | None, int | None] = (None, None)
     packed: tuple[Tensor, tuple[int, ...]] | None = field(init=False, repr=False, default=None)
 
     def __post_init__(self) -> None:
@@ -285,6 +287,11 @@ class Lowered:
         wanted = Shape(batch, heads, queries, keys, the_device(device))
         if wanted != self.shape:
             raise ValueError(f"mask was lowered for {self.shape}, expected one for {wanted}")
+
+    def is_within(self, left: int | None, right: int | None) -> bool:
+        """Whether a window of these bounds is known to hide none of what intervals and lists show."""
+        pairs = zip(self.bounds, (left, right), strict=True)
+        return all(bound is None or (own is not None and own <= bound) for own, bound in pairs)
 
     @property
     def is_window(self) -> bool:

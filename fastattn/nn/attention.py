@@ -9,16 +9,24 @@ from torch import nn
 
 from fastattn.functional import attention
 from fastattn.heads import prepare_heads
+from fastattn.intact import alteration
+from fastattn.masks import Lowered, Mask
+from fastattn.masks.algebra import smaller
 from fastattn.nn.checks import check_count, check_stream
 from fastattn.nn.rotary import Rotary
+from fastattn.spec import check_window
 
 QK_NORM_EPS = 1e-6
+
+Window = tuple[int | None, int | None]
+UNBOUNDED: Window = (None, None)
 
 
 class _Attention(nn.Module):
     """What self- and cross-attention share: the heads, the way in and out of them, the points to hook."""
 
     out_proj: nn.Linear
+    window: Window = UNBOUNDED  # on the class too, for modules that were pickled without one
 
     def __init__(
         self,
@@ -46,14 +54,40 @@ class _Attention(nn.Module):
         """(B, L, heads * head_dim) seen as (B, heads, L, head_dim), without a copy."""
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
-    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def attend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        mask: Mask | Lowered | None = None,
+        window: Window = UNBOUNDED,
+        key_lengths: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """What the heads read with q, k, v as `project` gives them, written out: (B, L, embed_dim)."""
-        z = attention(q, k, v, causal=self.causal, backend=self.backend)
+        z = attention(q, k, v, **self.options(mask=mask, window=window, key_lengths=key_lengths))
         return self.out_proj(self.hook_z(z).transpose(1, 2).flatten(2))
+
+    def options(
+        self,
+        *,
+        mask: Mask | Lowered | None = None,
+        window: Window = UNBOUNDED,
+        key_lengths: torch.Tensor | None = None,
+    ) -> dict[str, Any]:
+        """What `fastattn.attention` is asked for: a key is seen where the module and the call both show it."""
+        return {
+            "causal": self.causal,
+            "window": narrower(self.window, window),
+            "mask": mask,
+            "key_lengths": key_lengths,
+            "backend": self.backend,
+        }
 
     def extra_repr(self) -> str:
         heads = f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, head_dim={self.head_dim}"
-        return f"{heads}, causal={self.causal}, backend={self.backend!r}"
+        window = "" if self.window == UNBOUNDED else f", window={self.window}"
+        return f"{heads}, causal={self.causal}{window}, backend={self.backend!r}"
 
 
 class SelfAttention(_Attention):
@@ -63,6 +97,9 @@ class SelfAttention(_Attention):
     without an L x L matrix, and the output projection. To compute something else from the heads, call
     `project`; to read or replace tensors in place, hook `hook_q`, `hook_k`, `hook_v` or `hook_z`.
 
+    A call may narrow what is seen, by a mask, a window and the lengths of a padded batch. All that is given
+    holds together, and beside what the module was built with: a key is seen if nothing hides it.
+
     Args:
         embed_dim: width of the sequence.
         num_heads: query heads.
@@ -71,6 +108,8 @@ class SelfAttention(_Attention):
         head_dim: width of a head; None for embed_dim / num_heads.
         bias: whether the projections have biases.
         causal: whether position i attends to positions <= i only.
+        window: (left, right), how many positions before and after its own each one attends to; None is
+            unbounded.
         rotary: the rotation of queries and keys by position, True for one of the whole head width.
         qk_norm: whether each query and key is divided by its root mean square and multiplied by a weight, before
             the rotation, as in Qwen 3 and Gemma 3.
@@ -92,6 +131,7 @@ class SelfAttention(_Attention):
         head_dim: int | None = None,
         bias: bool = True,
         causal: bool = False,
+        window: Window = UNBOUNDED,
         rotary: Rotary | bool | None = None,
         qk_norm: bool = False,
         backend: str | None = None,
@@ -99,9 +139,10 @@ class SelfAttention(_Attention):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(embed_dim, num_heads, num_kv_heads, head_dim, causal, backend)
+        self.window = narrower(UNBOUNDED, window)
         placed = {"bias": bias, "device": device, "dtype": dtype}
         self.rotary = rotary_for(self.head_dim, rotary)
-        # They hold weights; the norm itself happens in the pass that also turns.
+        # The norm itself happens in the pass that also turns, unless these are not what they were built as.
         self.q_norm = self._norm_of_heads(device, dtype) if qk_norm else None
         self.k_norm = self._norm_of_heads(device, dtype) if qk_norm else None
         all_heads = self.num_heads + 2 * self.num_kv_heads
@@ -117,31 +158,63 @@ class SelfAttention(_Attention):
         """
         check_stream("x", x, self.embed_dim)
         qkv = self.heads(self.qkv_proj(x))
-        if self.rotary is None and self.q_norm is None:
+        if self.rotary is None and self.q_norm is None and self.k_norm is None:
             q, k, v = qkv.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
         else:
             # Queries and keys turn by the same angles: one call for both.
             qk, v = qkv.split([self.num_heads + self.num_kv_heads, self.num_kv_heads], dim=1)
-            q, k = self._prepared(qk).split([self.num_heads, self.num_kv_heads], dim=1)
+            q, k = self._prepared(qk)
         return self.hook_q(q), self.hook_k(k), self.hook_v(v)
 
     def _norm_of_heads(self, device: Any, dtype: torch.dtype | None) -> Any:
         return nn.RMSNorm(self.head_dim, eps=QK_NORM_EPS, device=device, dtype=dtype)
 
-    def _prepared(self, qk: torch.Tensor) -> torch.Tensor:
-        """Queries and, below them, keys (B, heads, L, head_dim), normalised and turned in one pass."""
+    def _prepared(self, qk: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Queries and, below them, keys (B, heads, L, head_dim), normalised and turned: in one pass, but for norms
+        and a rotation that must be called."""
+        heads = [self.num_heads, self.num_kv_heads]
+        norms = [norm for norm in (self.q_norm, self.k_norm) if norm is not None]
+        fused_norms = len(norms) == 2 and norms[0].eps == norms[1].eps and all(map(_is_plain_norm, norms))
+        if norms and not fused_norms:
+            parts = zip((self.q_norm, self.k_norm), qk.split(heads, dim=1), strict=True)
+            qk = torch.cat([t if norm is None else norm(t).to(t.dtype) for norm, t in parts], dim=1)
         asked: dict[str, Any] = {}
-        if self.q_norm is not None and self.k_norm is not None:
-            heads = ((self.q_norm, self.num_heads), (self.k_norm, self.num_kv_heads))
-            asked["norm_weight"] = torch.cat([norm.weight.expand(count, -1) for norm, count in heads])
-            asked["eps"] = QK_NORM_EPS
-        if self.rotary is not None:
-            asked["cos"], asked["sin"] = self.rotary.tables(qk)
-        return prepare_heads(qk, **asked, backend=self.backend)
+        if fused_norms:
+            weights = zip(norms, heads, strict=True)
+            asked["norm_weight"] = torch.cat([norm.weight.expand(count, -1) for norm, count in weights])
+            asked["eps"] = norms[0].eps
+        turn = self.rotary
+        if turn is not None and not alteration(turn, Rotary, qk):
+            asked["cos"], asked["sin"] = turn.tables(qk)
+            turn = None
+        qk = prepare_heads(qk, **asked, backend=self.backend) if asked else qk
+        q, k = qk.split(heads, dim=1)
+        return (q, k) if turn is None else (turn(q), turn(k))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Attend from x (B, L, embed_dim) to itself; same shape."""
-        return self.attend(*self.project(x))
+    def forward(
+        self,
+        x: torch.Tensor,
+        *,
+        mask: Mask | Lowered | None = None,
+        window: Window = UNBOUNDED,
+        key_lengths: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attend from x (B, L, embed_dim) to itself; same shape.
+
+        Args:
+            mask: a value of fastattn.masks, or what its `lower` returned for B, num_heads, L, L and x's device. A
+                lowered one that is not within the module's own causal mask and window is refused: join them to
+                it with & before it is lowered.
+            window: as the module's own.
+            key_lengths: (B,) integers, how many positions of each sequence there are: those from there on are
+                not seen (right padding). What stands at them in the result means nothing.
+        """
+        return self.attend(*self.project(x), mask=mask, window=window, key_lengths=key_lengths)
+
+
+def _is_plain_norm(norm: nn.Module) -> bool:
+    """Whether it may be computed without a call."""
+    return not alteration(norm, nn.RMSNorm) and norm.weight is not None and norm.eps is not None
 
 
 class CrossAttention(_Attention):
@@ -196,9 +269,41 @@ class CrossAttention(_Attention):
         k, v = self.heads(self.kv_proj(context)).chunk(2, dim=1)
         return self.hook_q(self.heads(self.q_proj(x))), self.hook_k(k), self.hook_v(v)
 
-    def forward(self, x: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
-        """Attend from x (B, Lq, embed_dim) to context (B, Lk, context_dim); shaped as x."""
-        return self.attend(*self.project(x, context))
+    def forward(
+        self,
+        x: torch.Tensor,
+        context: torch.Tensor,
+        *,
+        mask: Mask | Lowered | None = None,
+        window: Window = UNBOUNDED,
+        key_lengths: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attend from x (B, Lq, embed_dim) to context (B, Lk, context_dim); shaped as x.
+
+        Args:
+            mask: a value of fastattn.masks, or what its `lower` returned for B, num_heads, Lq, Lk and x's device.
+            window: (left, right), how many keys before and after the diagonal are seen, on which query i
+                stands at key i + Lk - Lq; None is unbounded.
+            key_lengths: (B,) integers, how many rows of each context there are (right padding).
+        """
+        return self.attend(*self.project(x, context), mask=mask, window=window, key_lengths=key_lengths)
+
+
+def asked_for(**options: Any) -> dict[str, Any]:
+    """The options that a caller gave: a layer that takes none of them is called as it always was."""
+    return {name: value for name, value in options.items() if value is not None and value is not UNBOUNDED}
+
+
+def narrower(window: Window, other: Window) -> Window:
+    """What two windows show."""
+    left, right = checked_window(other)
+    return smaller(window[0], left), smaller(window[1], right)
+
+
+def checked_window(window: Window) -> Window:
+    """The pair (left, right), each None or a number of keys."""
+    check_window(window)
+    return window[0], window[1]
 
 
 def head_layout(embed_dim: int, num_heads: int, num_kv_heads: int | None, head_dim: int | None) -> tuple[int, int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fastattn.nn.attention import head_layout, rotary_for
+from fastattn.nn.attention import UNBOUNDED, Window, checked_window, head_layout, rotary_for
 from fastattn.nn.checks import check_choice, check_count
 from fastattn.nn.rotary import Rotary
 from fastattn.spec import ACTIVATIONS
@@ -24,6 +24,7 @@ class TransformerConfig:
         max_length: the longest sequence; required by learned and zero positions, no limit otherwise.
         positions: "learned"; "zero", learned and initialised at zero; "rotary"; None, no positions.
         causal: True for a decoder, False for an encoder.
+        window: of every layer, as for `SelfAttention`.
         num_kv_heads, head_dim: as for `SelfAttention`.
         rotary_width: how many leading components of a head turn, None for all; only with "rotary".
         rotary_base: as for `Rotary`; only with "rotary".
@@ -51,6 +52,7 @@ class TransformerConfig:
     max_length: int | None = None
     positions: str | None = "learned"
     causal: bool = True
+    window: Window = UNBOUNDED
     num_kv_heads: int | None = None
     head_dim: int | None = None
     rotary_width: int | None = None
@@ -85,6 +87,8 @@ class TransformerConfig:
             raise ValueError(f"dropout must be at least 0 and below 1, got {self.dropout}")
         if not self.embedding_std >= 0:
             raise ValueError(f"embedding_std must not be negative, got {self.embedding_std}")
+        # A tuple, also if a list came, as from JSON.
+        object.__setattr__(self, "window", checked_window(self.window))
         self._check_heads()
 
     def _check_heads(self) -> None:

@@ -8,7 +8,9 @@ import torch
 from torch import nn
 
 from fastattn import functional
+from fastattn.intact import alteration
 from fastattn.nn.checks import check_choice, check_count, check_width
+from fastattn.reference import activate
 from fastattn.spec import ACTIVATIONS
 
 
@@ -55,6 +57,8 @@ class MLP(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (..., embed_dim); same shape."""
         check_width("x", x, self.embed_dim)
+        if _altered(x, self.up, self.down):
+            return self.down(activate(self.up(x), self.activation))
         return functional.mlp(
             x,
             self.up.weight,
@@ -116,6 +120,8 @@ class GatedMLP(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (..., embed_dim); same shape."""
         check_width("x", x, self.embed_dim)
+        if _altered(x, self.gate, self.up, self.down):
+            return self.down(activate(self.gate(x), self.activation) * self.up(x))
         return functional.gated_mlp(
             x,
             self.gate.weight,
@@ -130,3 +136,8 @@ class GatedMLP(nn.Module):
 
     def extra_repr(self) -> str:
         return f"activation={self.activation!r}, backend={self.backend!r}"
+
+
+def _altered(x: torch.Tensor, *layers: nn.Module) -> bool:
+    """Whether one of the layers must be called: then it may do more than multiply by its weight."""
+    return any(alteration(layer, nn.Linear, x) for layer in layers)

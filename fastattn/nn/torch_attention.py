@@ -120,9 +120,9 @@ class MultiheadAttention(nn.MultiheadAttention):
                 "`generate_square_subsequent_mask` to create this mask."
             )
         obstacle = self._obstacle(query, key, value, key_padding_mask, attn_mask)
-        if obstacle and isinstance(attn_mask, Mask | Lowered):
-            raise ValueError(refusal_of_mask("attn_mask", obstacle))
         if obstacle:
+            if isinstance(attn_mask, Mask | Lowered):
+                raise ValueError(refusal_of_mask("attn_mask", obstacle))
             results = super().forward(
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             )
@@ -259,7 +259,12 @@ class MultiheadAttention(nn.MultiheadAttention):
         return torch.nested.as_nested_tensor([o[:n] for o, n in zip(out, lengths.tolist(), strict=True)]), weights
 
     def _obstacle(
-        self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None, attn_mask: Tensor | None
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None,
+        attn_mask: Tensor | Mask | Lowered | None,
     ) -> str | None:
         """Why this call is left to torch, which computes it or raises; None if it is served here."""
         # Inputs of some layouts torch projects with a bias of another dtype.
@@ -272,7 +277,12 @@ class MultiheadAttention(nn.MultiheadAttention):
         return None if fits(query, key, value, key_padding_mask, attn_mask) else "the inputs do not fit together"
 
     def _fits(
-        self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None, attn_mask: Tensor | None
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None,
+        attn_mask: Tensor | Mask | Lowered | None,
     ) -> bool:
         """Whether ranks and sizes are what torch asks for."""
         tensors = (query, key, value)
@@ -293,7 +303,12 @@ class MultiheadAttention(nn.MultiheadAttention):
         )
 
     def _nested_fits(
-        self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None, attn_mask: Tensor | None
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None,
+        attn_mask: Tensor | Mask | Lowered | None,
     ) -> bool:
         """Whether this is self-attention of a nested tensor as torch's fast path takes it."""
         same = query is key and key is value and self._qkv_same_embed_dim

@@ -59,8 +59,9 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         """src (N, L, E), (L, N, E) or (L, E), or nested; masks and hint as `fastattn.nn.MultiheadAttention`'s."""
         check_mask("src_key_padding_mask", src_key_padding_mask, "src_mask", src_mask)
         check_mask("src_mask", src_mask)
+        block: Any = self._sa_block  # torch's types know tensors alone
         attend = functools.partial(
-            self._sa_block, attn_mask=src_mask, key_padding_mask=src_key_padding_mask, is_causal=is_causal
+            block, attn_mask=src_mask, key_padding_mask=src_key_padding_mask, is_causal=is_causal
         )
         if self.norm_first:
             between = src + attend(self.norm1(src))
@@ -203,10 +204,16 @@ class TransformerDecoder(nn.TransformerDecoder):
         if isinstance(tgt_mask, Mask | Lowered):
             # torch would compare it with a causal tensor.
             tgt_is_causal = bool(tgt_is_causal)
+        masks: dict[str, Any] = {"tgt_mask": tgt_mask, "memory_mask": memory_mask}
         return super().forward(
-            tgt, memory, tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask, tgt_is_causal,
-            memory_is_causal,
-        )  # type: ignore[arg-type]  # fmt: skip
+            tgt,
+            memory,
+            **masks,
+            tgt_key_padding_mask=tgt_key_padding_mask,
+            memory_key_padding_mask=memory_key_padding_mask,
+            tgt_is_causal=tgt_is_causal,
+            memory_is_causal=memory_is_causal,
+        )
 
 
 class Transformer(nn.Transformer):

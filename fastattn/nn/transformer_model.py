@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastattn.nn.attention import CrossAttention, SelfAttention
+from fastattn.masks import Lowered, Mask
+from fastattn.nn.attention import UNBOUNDED, CrossAttention, SelfAttention, Window, asked_for
 from fastattn.nn.checks import check_choice, check_stream, check_tensor
 from fastattn.nn.config import GPT2_STD, NORMS, TransformerConfig
 from fastattn.nn.gpt2 import copy_gpt2, gpt2_config, gpt2_state
@@ -75,20 +76,41 @@ class TransformerBlock(nn.Module):
         self.hook_resid_post = nn.Identity()
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
-        """x (B, L, embed_dim), context (B, Lk, context_dim) for the cross-attention; shaped as x."""
+    def forward(
+        self,
+        x: torch.Tensor,
+        context: torch.Tensor | None = None,
+        *,
+        mask: Mask | Lowered | None = None,
+        window: Window = UNBOUNDED,
+        key_lengths: torch.Tensor | None = None,
+        context_mask: Mask | Lowered | None = None,
+        context_key_lengths: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """x (B, L, embed_dim), context (B, Lk, context_dim) for the cross-attention; shaped as x.
+
+        Args:
+            mask, window, key_lengths: as for `SelfAttention`.
+            context_mask, context_key_lengths: as the mask and key_lengths of `CrossAttention`.
+        """
         check_stream("x", x, self.embed_dim)
-        self._check_context(context)
+        seen = asked_for(mask=mask, window=window, key_lengths=key_lengths)
+        seen_of_context = asked_for(mask=context_mask, key_lengths=context_key_lengths)
+        self._check_context(context, seen_of_context)
         x = self.hook_resid_pre(x)
-        x = x + self.dropout(self.attention(self.attention_norm(x)))
+        x = x + self.dropout(self.attention(self.attention_norm(x), **seen))
         if self.cross_attention is not None:
-            x = x + self.dropout(self.cross_attention(self.cross_attention_norm(x), context))
+            read = self.cross_attention(self.cross_attention_norm(x), context, **seen_of_context)
+            x = x + self.dropout(read)
         if self.mlp is not None:
             x = self.hook_resid_mid(x)
             x = x + self.dropout(self.mlp(self.mlp_norm(x)))
         return self.hook_resid_post(x)
 
-    def _check_context(self, context: torch.Tensor | None) -> None:
+    def _check_context(self, context: torch.Tensor | None, seen_of_context: dict[str, Any]) -> None:
+        if self.cross_attention is None and seen_of_context:
+            name = f"context_{next(iter(seen_of_context))}"
+            raise ValueError(f"{name} must be None for a block without cross_attention")
         if self.cross_attention is None and context is not None:
             raise ValueError("context must be None for a block without cross_attention, got a tensor")
         if self.cross_attention is not None and context is None:
@@ -144,15 +166,29 @@ class TransformerModel(nn.Module):
             self.unembedding = nn.Linear(config.embed_dim, config.vocab_size, bias=False, **placed)
         self.reset_parameters()
 
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        *,
+        mask: Mask | Lowered | None = None,
+        window: Window = UNBOUNDED,
+        key_lengths: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Logits (B, L, vocab_size) for tokens (B, L), int64 or int32.
 
+        Args:
+            mask, window, key_lengths: what every layer's attention sees, within the model's own causal mask and
+                window, as for `SelfAttention`. A padded batch is `key_lengths=lengths`, several documents in a row
+                `mask=fastattn.masks.documents(ids)`.
+
         Raises:
-            ValueError, TypeError: tokens of another rank or dtype, or longer than max_length.
+            ValueError, TypeError: tokens of another rank or dtype, or longer than max_length; a mask, a window or
+                lengths that do not fit them.
         """
+        seen = asked_for(mask=mask, window=window, key_lengths=key_lengths)
         x = self.embed(tokens)
         for block in self.blocks:
-            x = block(x)
+            x = block(x, **seen)
         return self.unembed(x)
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -165,7 +201,8 @@ class TransformerModel(nn.Module):
 
     def unembed(self, x: torch.Tensor) -> torch.Tensor:
         """Logits (..., vocab_size) of a residual stream (..., embed_dim): final norm, then unembedding."""
-        return F.linear(self.final_norm(x), self.unembedding_weight)
+        x = self.final_norm(x)
+        return F.linear(x, self.unembedding_weight) if self.unembedding is None else self.unembedding(x)
 
     @property
     def unembedding_weight(self) -> torch.Tensor:
@@ -245,6 +282,7 @@ def make_block(config: TransformerConfig, **placed: Any) -> TransformerBlock:
         head_dim=config.head_dim,
         bias=config.bias,
         causal=config.causal,
+        window=config.window,
         rotary=config.rotary(),
         qk_norm=config.qk_norm,
         backend=config.backend,

@@ -159,7 +159,8 @@ def mask_as_bias(mask: Mask | Lowered, q: Tensor, k: Tensor) -> Tensor:
         seen = visible(q.shape[2], k.shape[2], spec, q.device, lowered.key_lengths, lowered.intervals)
         return seen[(None,) * (4 - seen.dim())]
     # Heads that share a pattern share its tensor.
-    seen, added = decode(lowered.lists, *lowered.lists.pattern.shape, q.shape[2], k.shape[2])
+    batch, heads = lowered.lists.pattern.shape
+    seen, added = decode(lowered.lists, batch, heads, q.shape[2], k.shape[2])
     return seen if lowered.lists.full_counts is None else added
 
 
