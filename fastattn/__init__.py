@@ -1,6 +1,8 @@
 """fastattn: fused attention and MLP for PyTorch, exact, drop-in, open to look into."""
 
+import importlib
 import sys
+from typing import Any
 
 from fastattn import flash_attn, lens, masks, nn
 from fastattn.dropout import dropout_mask, dropout_state
@@ -46,3 +48,16 @@ __all__ = [
     "t5_relative_bias",
     "unpatch",
 ]
+
+# Imported when they are first asked for.
+_LATER = ("flash_attn", "integrations")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LATER:
+        return importlib.import_module(f"fastattn.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LATER})

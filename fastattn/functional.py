@@ -474,7 +474,8 @@ def _mlp(x: Tensor, weights: MLPWeights, activation: str, backend: str | None) -
 def _autocast(*tensors: Any) -> tuple[Any, ...]:
     """Under autocast, floating tensors in its dtype, as torch does for its own attention; fp64 stays."""
     device = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
-    if not torch.is_autocast_enabled(device):
+    # torch has no autocast for tensors without values, and raises when asked.
+    if device == "meta" or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     eligible = (torch.float16, torch.bfloat16, torch.float32)

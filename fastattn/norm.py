@@ -177,7 +177,7 @@ def _torch_is_shorter(x: Tensor, weight: Tensor | None, bias: Tensor | None, spe
 def _autocast(*tensors: Tensor | None) -> tuple:
     """Under autocast, floating tensors in float32 where torch casts what its own norms take; fp64 stays."""
     device = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
-    if device == "cpu" or not torch.is_autocast_enabled(device):
+    if device in ("cpu", "meta") or not torch.is_autocast_enabled(device):
         return tensors
     halves = (torch.float16, torch.bfloat16)
     return tuple(t.float() if isinstance(t, Tensor) and t.dtype in halves else t for t in tensors)

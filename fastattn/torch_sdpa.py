@@ -187,7 +187,8 @@ def dtype_obstacle(*tensors: Tensor) -> str | None:
     dtypes = {t.dtype for t in tensors}
     if not dtypes <= set(FLOATING):
         return f"the dtype is {tensors[0].dtype}"
-    if len(dtypes) > 1 and not torch.is_autocast_enabled(tensors[0].device.type):
+    device = tensors[0].device.type
+    if len(dtypes) > 1 and (device == "meta" or not torch.is_autocast_enabled(device)):
         return "the dtypes differ"
     return None
 

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import venv
 from pathlib import Path
 
@@ -50,7 +51,9 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The files git would hand out, so that building leaves the checkout alone."""
     folder = tmp_path_factory.mktemp("source") / "fastattn"
     folder.mkdir()
-    names = ["pyproject.toml", "README.md", "LICENSE", "MANIFEST.in", "fastattn", "kernels", "tests"]
+    names = ["pyproject.toml", "LICENSE", "MANIFEST.in", "Makefile", "constraints.txt", ".ci"]
+    names += ["README.md", "CHANGELOG.md", "CONTRIBUTING.md", "MIGRATION.md"]
+    names += ["fastattn", "kernels", "tests", "benchmarks"]
     run("cp", "-a", *(CHECKOUT / n for n in names if (CHECKOUT / n).exists()), folder)
     return folder
 
@@ -80,6 +83,42 @@ def test_installed_fastattn_imports_and_computes_outside_the_checkout(
     where = run(python, "-c", PROGRAM, cwd=tmp_path, env=clean).strip()
     assert Path(where).is_relative_to(source if way == "editable" else tmp_path / "venv")
     assert run(python.parent / "fastattn", "--version", cwd=tmp_path, env=clean).split()[-1] == "0.1.0"
+
+
+@pytest.mark.slow
+def test_the_tests_run_in_an_unpacked_sdist(source: Path, tmp_path: Path) -> None:
+    pytest.importorskip("build")
+    run(sys.executable, "-m", "build", "--no-isolation", "--sdist", "--outdir", tmp_path / "dist", source)
+    (archive,) = (tmp_path / "dist").iterdir()
+    with tarfile.open(archive) as files:
+        files.extractall(tmp_path, filter="data")
+    unpacked = tmp_path / archive.name.removesuffix(".tar.gz")
+    for folder in ("tests", "benchmarks"):
+        names = {p.relative_to(CHECKOUT) for p in (CHECKOUT / folder).rglob("*.py")}
+        assert not [name for name in sorted(names) if not (unpacked / name).exists()]
+    for name in ("Makefile", "constraints.txt", "CHANGELOG.md", "CONTRIBUTING.md", "MIGRATION.md", "LICENSE"):
+        assert (unpacked / name).exists(), name
+    assert "Project-URL: Changelog, https://" in (unpacked / "PKG-INFO").read_text()
+    clean = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    where = run(sys.executable, "-c", "import fastattn; print(fastattn.__file__)", cwd=unpacked, env=clean)
+    assert Path(where.strip()).is_relative_to(unpacked)
+    few = ["tests/test_packaging.py", "tests/test_attention_kernels.py", "tests/test_ops.py"]
+    run(
+        sys.executable, "-m", "pytest", "-q", "-x", "-o", "pythonpath=", "-p", "no:cacheprovider", *few,
+        "-k", "package_list or kernels_import or asked_for or visits_every_tile or autocast_lowers",
+        cwd=unpacked, env=clean,
+    )  # fmt: skip
+
+
+def test_what_is_imported_when_asked_for_is_there_without_an_import_of_its_own() -> None:
+    program = """
+import sys, fastattn
+assert "fastattn.flash_attn" not in sys.modules
+assert fastattn.flash_attn.flash_attn_func and fastattn.integrations and fastattn.lens.head_scores
+assert "flash_attn" in dir(fastattn) and not hasattr(fastattn, "flash_atn")
+assert "transformers" not in sys.modules
+"""
+    run(sys.executable, "-c", program, cwd=CHECKOUT)
 
 
 def test_the_package_list_is_complete() -> None:

@@ -415,7 +415,8 @@ def decode(
                 else unpack(lists.bit_tiles[tiles[entries].long()])
             )
             times = 1.0 if logs is None else logs[entries].exp().round()[:, None, None]
-            counts[p].index_put_(place, seen * times, accumulate=True)
+            # A bool times a Python number has torch's default dtype, whatever that is.
+            counts[p].index_put_(place, (seen * times).to(counts.dtype), accumulate=True)
     counts = counts.transpose(2, 3).reshape(patterns, rows * GRANULE, columns * GRANULE)[:, :queries, :keys]
     counts = of_heads(lists, counts, batch, heads).expand(batch, heads, queries, keys)
     return counts > 0, counts.log()

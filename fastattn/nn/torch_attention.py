@@ -294,7 +294,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         length, batch = (1, 0) if self.batch_first and batched else (0, 1)
         batches = tuple(t.shape[batch] if batched else 1 for t in tensors)
         queries, keys = query.shape[length], key.shape[length]
-        if len(set(batches)) > 1 or value.shape[length] != keys:
+        if any(size != batches[0] for size in batches) or value.shape[length] != keys:
             return False
         padding = (batches[0], keys) if batched else (keys,)
         each = ((queries, keys), (batches[0] * self.num_heads, queries, keys))
