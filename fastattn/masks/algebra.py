@@ -115,10 +115,9 @@ class Mask:
         """The keys that each query sees, where that is one interval for every query."""
         return None
 
-    @property
-    def bounds(self) -> tuple[int | None, int | None]:
+    def bounds(self, shape: Shape) -> tuple[int | None, int | None]:
         """How far before and after the diagonal any key is seen, as far as that is known; None for no bound."""
-        form = self.closed_form()
+        form = self.closed_form(shape)
         return (None, None) if form is None else (form.left, form.right)
 
     def of_distance(self) -> bool:
@@ -299,10 +298,10 @@ def _lower(mask: Mask, shape: Shape, closed_forms: bool) -> Lowered:
     intervals = mask.intervals(home) if closed_forms else None
     both_ways = None if intervals is None else _both_ways(intervals, home)
     if both_ways is not None:
-        lowered = Lowered(home, intervals=both_ways, key_lengths=_key_lengths(mask, home), bounds=mask.bounds)
+        lowered = Lowered(home, intervals=both_ways, key_lengths=_key_lengths(mask, home), bounds=mask.bounds(home))
     else:
         lists = build_lists(mask, home)
-        lowered = Lowered(home, lists=lists, key_lengths=_key_lengths(mask, home), bounds=mask.bounds)
+        lowered = Lowered(home, lists=lists, key_lengths=_key_lengths(mask, home), bounds=mask.bounds(home))
     return lowered.to(shape.device)
 
 
@@ -373,9 +372,8 @@ class And(_Pair):
         first, second = self.first.key_ends(device), self.second.key_ends(device)
         return second if first is None else first if second is None else torch.minimum(first, second)
 
-    @property
-    def bounds(self) -> tuple[int | None, int | None]:
-        (left, right), (other_left, other_right) = self.first.bounds, self.second.bounds
+    def bounds(self, shape: Shape) -> tuple[int | None, int | None]:
+        (left, right), (other_left, other_right) = self.first.bounds(shape), self.second.bounds(shape)
         return smaller(left, other_left), smaller(right, other_right)
 
     def intervals(self, shape: Shape) -> Intervals | None:
