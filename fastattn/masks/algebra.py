@@ -297,11 +297,9 @@ def _lower(mask: Mask, shape: Shape, closed_forms: bool) -> Lowered:
     home = shape._replace(device=mask.lowers_on(shape.device))
     intervals = mask.intervals(home) if closed_forms else None
     both_ways = None if intervals is None else _both_ways(intervals, home)
-    if both_ways is not None:
-        lowered = Lowered(home, intervals=both_ways, key_lengths=_key_lengths(mask, home), bounds=mask.bounds(home))
-    else:
-        lists = build_lists(mask, home)
-        lowered = Lowered(home, lists=lists, key_lengths=_key_lengths(mask, home), bounds=mask.bounds(home))
+    lists = build_lists(mask, home) if both_ways is None else None
+    lengths = _key_lengths(mask, home)
+    lowered = Lowered(home, key_lengths=lengths, intervals=both_ways, lists=lists, bounds=mask.bounds(home))
     return lowered.to(shape.device)
 
 

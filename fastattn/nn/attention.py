@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,19 +15,18 @@ from fastattn.masks import Lowered, Mask
 from fastattn.masks.algebra import smaller
 from fastattn.nn.checks import check_count, check_stream
 from fastattn.nn.rotary import Rotary
-from fastattn.spec import check_window
+from fastattn.spec import Window, check_window
 
 QK_NORM_EPS = 1e-6
 
-Window = tuple[int | None, int | None]
-UNBOUNDED: Window = (None, None)
+UNBOUNDED = (None, None)
 
 
 class _Attention(nn.Module):
     """What self- and cross-attention share: the heads, the way in and out of them, the points to hook."""
 
     out_proj: nn.Linear
-    window: Window = UNBOUNDED  # on the class too, for modules that were pickled without one
+    window: tuple[int | None, int | None] = UNBOUNDED  # for modules that were pickled without one
 
     def __init__(
         self,
@@ -61,8 +61,8 @@ class _Attention(nn.Module):
         v: torch.Tensor,
         *,
         mask: Mask | Lowered | None = None,
-        window: Window = UNBOUNDED,
-        key_lengths: torch.Tensor | None = None,
+        window: Window = None,
+        key_lengths: torch.Tensor | Sequence[int] | None = None,
     ) -> torch.Tensor:
         """What the heads read with q, k, v as `project` gives them, written out: (B, L, embed_dim)."""
         z = attention(q, k, v, **self.options(mask=mask, window=window, key_lengths=key_lengths))
@@ -72,8 +72,8 @@ class _Attention(nn.Module):
         self,
         *,
         mask: Mask | Lowered | None = None,
-        window: Window = UNBOUNDED,
-        key_lengths: torch.Tensor | None = None,
+        window: Window = None,
+        key_lengths: torch.Tensor | Sequence[int] | None = None,
     ) -> dict[str, Any]:
         """What `fastattn.attention` is asked for: a key is seen where the module and the call both show it."""
         return {
@@ -108,8 +108,8 @@ class SelfAttention(_Attention):
         head_dim: width of a head; None for embed_dim / num_heads.
         bias: whether the projections have biases.
         causal: whether position i attends to positions <= i only.
-        window: (left, right), how many positions before and after its own each one attends to; None is
-            unbounded.
+        window: (left, right), how many positions before and after its own each one attends to, or one number
+            for both; None is unbounded.
         rotary: the rotation of queries and keys by position, True for one of the whole head width.
         qk_norm: whether each query and key is divided by its root mean square and multiplied by a weight, before
             the rotation, as in Qwen 3 and Gemma 3.
@@ -131,7 +131,7 @@ class SelfAttention(_Attention):
         head_dim: int | None = None,
         bias: bool = True,
         causal: bool = False,
-        window: Window = UNBOUNDED,
+        window: Window = None,
         rotary: Rotary | bool | None = None,
         qk_norm: bool = False,
         backend: str | None = None,
@@ -196,8 +196,8 @@ class SelfAttention(_Attention):
         x: torch.Tensor,
         *,
         mask: Mask | Lowered | None = None,
-        window: Window = UNBOUNDED,
-        key_lengths: torch.Tensor | None = None,
+        window: Window = None,
+        key_lengths: torch.Tensor | Sequence[int] | None = None,
     ) -> torch.Tensor:
         """Attend from x (B, L, embed_dim) to itself; same shape.
 
@@ -275,8 +275,8 @@ class CrossAttention(_Attention):
         context: torch.Tensor,
         *,
         mask: Mask | Lowered | None = None,
-        window: Window = UNBOUNDED,
-        key_lengths: torch.Tensor | None = None,
+        window: Window = None,
+        key_lengths: torch.Tensor | Sequence[int] | None = None,
     ) -> torch.Tensor:
         """Attend from x (B, Lq, embed_dim) to context (B, Lk, context_dim); shaped as x.
 
@@ -291,19 +291,13 @@ class CrossAttention(_Attention):
 
 def asked_for(**options: Any) -> dict[str, Any]:
     """The options that a caller gave: a layer that takes none of them is called as it always was."""
-    return {name: value for name, value in options.items() if value is not None and value is not UNBOUNDED}
+    return {name: value for name, value in options.items() if value is not None}
 
 
-def narrower(window: Window, other: Window) -> Window:
+def narrower(window: tuple[int | None, int | None], other: Window) -> tuple[int | None, int | None]:
     """What two windows show."""
-    left, right = checked_window(other)
+    left, right = check_window(other)
     return smaller(window[0], left), smaller(window[1], right)
-
-
-def checked_window(window: Window) -> Window:
-    """The pair (left, right), each None or a number of keys."""
-    check_window(window)
-    return window[0], window[1]
 
 
 def head_layout(embed_dim: int, num_heads: int, num_kv_heads: int | None, head_dim: int | None) -> tuple[int, int]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fastattn.nn.attention import UNBOUNDED, Window, checked_window, head_layout, rotary_for
+from fastattn.nn.attention import head_layout, rotary_for
 from fastattn.nn.checks import check_choice, check_count
 from fastattn.nn.rotary import Rotary
-from fastattn.spec import ACTIVATIONS
+from fastattn.spec import ACTIVATIONS, Window, check_window
 
 POSITIONS = ("learned", "zero", "rotary", None)
 MLPS = ("plain", "gated", None)
@@ -52,7 +52,7 @@ class TransformerConfig:
     max_length: int | None = None
     positions: str | None = "learned"
     causal: bool = True
-    window: Window = UNBOUNDED
+    window: Window = None
     num_kv_heads: int | None = None
     head_dim: int | None = None
     rotary_width: int | None = None
@@ -87,8 +87,8 @@ class TransformerConfig:
             raise ValueError(f"dropout must be at least 0 and below 1, got {self.dropout}")
         if not self.embedding_std >= 0:
             raise ValueError(f"embedding_std must not be negative, got {self.embedding_std}")
-        # A tuple, also if a list came, as from JSON.
-        object.__setattr__(self, "window", checked_window(self.window))
+        # A tuple, also if a number or a list came, as from JSON.
+        object.__setattr__(self, "window", check_window(self.window))
         self._check_heads()
 
     def _check_heads(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastattn.masks import Lowered, Mask
-from fastattn.nn.attention import UNBOUNDED, CrossAttention, SelfAttention, Window, asked_for
+from fastattn.nn.attention import CrossAttention, SelfAttention, asked_for
 from fastattn.nn.checks import check_choice, check_stream, check_tensor
 from fastattn.nn.config import GPT2_STD, NORMS, TransformerConfig
 from fastattn.nn.gpt2 import copy_gpt2, gpt2_config, gpt2_state
 from fastattn.nn.mlp import MLP, GatedMLP
+from fastattn.spec import Window
 
 
 class TransformerBlock(nn.Module):
@@ -82,10 +83,10 @@ class TransformerBlock(nn.Module):
         context: torch.Tensor | None = None,
         *,
         mask: Mask | Lowered | None = None,
-        window: Window = UNBOUNDED,
-        key_lengths: torch.Tensor | None = None,
+        window: Window = None,
+        key_lengths: torch.Tensor | Sequence[int] | None = None,
         context_mask: Mask | Lowered | None = None,
-        context_key_lengths: torch.Tensor | None = None,
+        context_key_lengths: torch.Tensor | Sequence[int] | None = None,
     ) -> torch.Tensor:
         """x (B, L, embed_dim), context (B, Lk, context_dim) for the cross-attention; shaped as x.
 
@@ -171,8 +172,8 @@ class TransformerModel(nn.Module):
         tokens: torch.Tensor,
         *,
         mask: Mask | Lowered | None = None,
-        window: Window = UNBOUNDED,
-        key_lengths: torch.Tensor | None = None,
+        window: Window = None,
+        key_lengths: torch.Tensor | Sequence[int] | None = None,
     ) -> torch.Tensor:
         """Logits (B, L, vocab_size) for tokens (B, L), int64 or int32.
 
