@@ -50,7 +50,7 @@ __all__ = [
 ]
 
 # Imported when they are first asked for.
-_LATER = ("flash_attn", "integrations")
+_LATER = ("integrations",)
 
 
 def __getattr__(name: str) -> Any:

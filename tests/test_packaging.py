@@ -113,9 +113,8 @@ def test_the_tests_run_in_an_unpacked_sdist(source: Path, tmp_path: Path) -> Non
 def test_what_is_imported_when_asked_for_is_there_without_an_import_of_its_own() -> None:
     program = """
 import sys, fastattn
-assert "fastattn.flash_attn" not in sys.modules
 assert fastattn.flash_attn.flash_attn_func and fastattn.integrations and fastattn.lens.head_scores
-assert "flash_attn" in dir(fastattn) and not hasattr(fastattn, "flash_atn")
+assert "integrations" in dir(fastattn) and not hasattr(fastattn, "flash_atn")
 assert "transformers" not in sys.modules
 """
     run(sys.executable, "-c", program, cwd=CHECKOUT)
