@@ -1,0 +1,134 @@
+"""Every causal architecture of transformers that a small configuration can build equals eager, or is refused."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fastattn
+
+transformers = pytest.importorskip("transformers")
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING  # noqa: E402
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES  # noqa: E402
+
+import fastattn.integrations.huggingface  # noqa: E402
+
+LARGEST = 4_000_000
+SMALL: dict[str, Any] = {
+    name: value
+    for value, names in {
+        99: "vocab_size vocab_size_per_layer_input",
+        64: "max_position_embeddings n_positions n_ctx",
+        48: "intermediate_size hidden_dim ffn_dim d_ff encoder_ffn_dim decoder_ffn_dim n_inner d_inner "
+            "intermediate_size_mlp",
+        32: "hidden_size n_embd d_model dim word_embed_proj_dim embedding_size encoder_hidden_dim",
+        16: "moe_intermediate_size shared_expert_intermediate_size q_lora_rank kv_lora_rank mamba_d_head "
+            "mamba_head_dim global_head_dim index_head_dim",
+        8: "head_dim d_kv qk_rope_head_dim qk_nope_head_dim v_head_dim mamba_d_state ssm_state_size state_size "
+           "linear_key_head_dim linear_value_head_dim hidden_size_per_layer_input query_pre_attn_scalar",
+        5: "sliding_window attention_chunk_size",
+        4: "num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads "
+           "num_local_experts num_experts n_routed_experts moe_num_experts rotary_dim mamba_n_heads mamba_num_heads "
+           "mamba_d_conv conv_kernel mamba_chunk_size chunk_size linear_num_value_heads index_n_heads index_topk "
+           "attention_window num_codebooks",
+        2: "num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers num_decoder_layers "
+           "num_encoder_layers num_key_value_heads num_experts_per_tok moe_k mamba_expand expand "
+           "linear_num_key_heads num_global_key_value_heads eos_token_id",
+        1: "n_shared_experts n_group topk_group first_k_dense_replace mamba_n_groups n_groups bos_token_id",
+        0: "pad_token_id",
+        0.0: "attention_dropout hidden_dropout resid_pdrop embd_pdrop attn_pdrop dropout",
+    }.items()
+    for name in names.split()
+}  # fmt: skip
+# 0 and 0.0 are one key of a dictionary.
+SMALL |= {"pad_token_id": 0}
+LATENT = [
+    "axk1",
+    "axk2",
+    "glm4_moe_lite",
+    "glm_moe_dsa",
+    "longcat_flash",
+    "minicpm3",
+    "youtu",
+    "deepseek_v32",
+    "deepseek_v3",
+    "mistral4",
+]
+EXTRA: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1]},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "zaya": {"num_experts_per_tok": 1},
+    **{name: {"num_key_value_heads": 4} for name in LATENT},
+    **{name: {"num_hidden_layers": 4} for name in ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")},
+}
+
+
+def small_config(kind: type, options: dict[str, Any]) -> Any:
+    names = set(inspect.signature(kind.__init__).parameters).union(
+        *(getattr(c, "__annotations__", {}) for c in kind.__mro__)
+    )
+    renamed = getattr(kind, "attribute_map", {})
+    given = {k: v for k, v in SMALL.items() if k in names and renamed.get(k) not in SMALL}
+    return kind(**given | options)
+
+
+def small_model(model_type: str) -> nn.Module:
+    """In eval mode with eager attention, its weights large enough that masks show."""
+    config = small_config(CONFIG_MAPPING[model_type], EXTRA.get(model_type, {}))
+    name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]
+    kind = getattr(transformers, name if isinstance(name, str) else name[0])
+    with torch.device("meta"):
+        size = sum(p.numel() for p in kind(copy.deepcopy(config)).parameters())
+    if size > LARGEST:
+        raise ValueError(f"{size} parameters")
+    torch.manual_seed(0)
+    model = kind._from_config(config, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * (0.2 if parameter.dim() > 1 else 0.1))
+    return model
+
+
+IDS = torch.randint(5, 90, (3, 12), generator=torch.Generator().manual_seed(0))
+SEEN = torch.ones_like(IDS)
+SEEN[1, :4] = SEEN[2, -4:] = 0
+
+
+def result(model: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
+    """The logits of a row without padding, one padded on the left, one on the right, and every gradient."""
+    model.zero_grad()
+    inputs = {"decoder_input_ids": IDS[:, :5]} if model.config.is_encoder_decoder else {}
+    out = model(input_ids=IDS, attention_mask=SEEN, **inputs)[0]
+    out = out[SEEN.bool()] if out.shape[:2] == SEEN.shape else out
+    (out * torch.randn(out.shape, generator=torch.Generator().manual_seed(3))).mean().backward()
+    return out.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+def test_a_causal_architecture_equals_eager_or_is_refused(model_type: str) -> None:
+    try:
+        model = small_model(model_type)
+        logits, gradients = result(model)
+    except Exception as error:
+        pytest.skip(f"no small generic configuration: {error}")
+    rows = [row for row in fastattn.patch(model, mlp=False).rows if row.kind == "attention"]
+    if not any(row.now for row in rows):
+        assert all(row.why for row in rows)
+        if rows and "does not dispatch" in rows[0].why:
+            with pytest.raises(ValueError, match=r"fastattn\.patch"):
+                type(model)._from_config(model.config, attn_implementation="fastattn")
+        return
+    actual, actual_gradients = result(model)
+    assert (actual - logits).abs().max() <= 1e-4 * logits.abs().max()
+    largest = max(g.abs().max() for g in gradients.values())
+    assert gradients.keys() == actual_gradients.keys()
+    for name, gradient in gradients.items():
+        error = (actual_gradients[name] - gradient).abs().max()
+        assert error <= 2e-3 * gradient.abs().max() + 1e-6 * largest, name
