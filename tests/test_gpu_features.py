@@ -1,4 +1,4 @@
-"""What the GPU run times: every rival computes what the definition says, and every call can be judged and timed."""
+"""What the GPU run times: every rival computes what the definition says, and every call is judged and timed."""
 
 from __future__ import annotations
 

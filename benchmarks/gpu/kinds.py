@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 import fastattn
 from fastattn import masks
@@ -100,7 +101,7 @@ def options(sizes: Sizes, device: torch.device) -> dict[str, Any]:
         "documents": lambda: {"mask": masks.documents(positions[:keys] * 8 // keys) & masks.causal()},
         "bigbird": lambda: {"mask": masks.bigbird(block=64 if keys >= 1024 else 16)},
         "prefix": lambda: {"mask": masks.prefix(keys // 4)},
-        "random lists": lambda: {"mask": masks.from_function(lambda b, h, i, j: (i * 7 + j * 13 + b) % 11 < 4)},
+        "random lists": lambda: {"mask": masks.from_dense(scattered(length, keys))},
         "key lengths": lambda: {"key_lengths": lengths_of(sizes, device)},
         "boolean mask": lambda: {"bias": torch.rand(1, 1, length, keys, device=device) < 0.8},
         "softcap": lambda: {"causal": True, "softcap": 30.0},
@@ -117,6 +118,11 @@ def options(sizes: Sizes, device: torch.device) -> dict[str, Any]:
         together = ("window", "key lengths", "softcap", "alibi", "sinks", "relative bias", "bias", "dropout")
         return {name: value for kind in together for name, value in made[kind]().items()}
     return made[sizes.kind]()
+
+
+def scattered(queries: int, keys: int) -> Tensor:
+    """A mask of no pattern that a closed form could say: bool (queries, keys)."""
+    return (torch.arange(queries)[:, None] * 7 + torch.arange(keys) * 13) % 11 < 4
 
 
 def lengths_of(sizes: Sizes, device: torch.device) -> Tensor:
@@ -150,8 +156,10 @@ def tangent_call(sizes: Sizes, device: torch.device) -> Call:
     directions = tuple(torch.randn_like(t) for t in base.tensors)
 
     def function(backend: str, *tensors: Tensor) -> tuple[Tensor, Tensor]:
-        along = tuple(d.to(t.dtype) for d, t in zip(directions, tensors, strict=True))
-        return torch.func.jvp(lambda *t: base.function(backend, *t)[0], tensors, along)
+        with forward_ad.dual_level():
+            pairs = zip(tensors, directions, strict=True)
+            duals = [forward_ad.make_dual(t.detach(), direction.to(t.dtype)) for t, direction in pairs]
+            return tuple(forward_ad.unpack_dual(base.function(backend, *duals)[0]))
 
     return Call(function, base.tensors, base.names)
 

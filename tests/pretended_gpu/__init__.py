@@ -25,7 +25,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -132,6 +132,7 @@ def build(folder: Path) -> Path:
 @contextlib.contextmanager
 def pretended_gpus(*gpus: Gpu, folder: Path | None = None) -> Iterator[Driver]:
     """Within, torch and Triton believe that this machine has these GPUs; `folder` keeps the built driver."""
+    from fastattn import modes
     from tests.pretended_gpu.tensors import OnGpu, made_on_host
 
     if reason := obstacle():
@@ -153,8 +154,17 @@ def pretended_gpus(*gpus: Gpu, folder: Path | None = None) -> Iterator[Driver]:
         cuda = CudaDriver()
         cuda.get_current_stream = lambda device=None: (driver.device() if device is None else device) + 1
         triton_driver.set_active(cuda)
+        # What fastattn makes outside of the caller's modes lies on the GPU, too.
+        off = modes._disable_current_modes
+        stack.enter_context(mock.patch.object(modes, "_disable_current_modes", lambda: _still(off, OnGpu)))
         stack.enter_context(OnGpu())
         yield driver
+
+
+@contextlib.contextmanager
+def _still(modes_off: Any, mode: Any) -> Iterator[None]:
+    with modes_off(), mode():
+        yield
 
 
 def _torch_cuda(driver: Driver) -> dict[str, object]:
