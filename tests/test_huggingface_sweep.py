@@ -33,32 +33,21 @@ SMALL: dict[str, Any] = {
            "linear_key_head_dim linear_value_head_dim hidden_size_per_layer_input query_pre_attn_scalar",
         5: "sliding_window attention_chunk_size",
         4: "num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads "
-           "num_local_experts num_experts n_routed_experts moe_num_experts rotary_dim mamba_n_heads mamba_num_heads "
-           "mamba_d_conv conv_kernel mamba_chunk_size chunk_size linear_num_value_heads index_n_heads index_topk "
+           "num_local_experts num_experts n_routed_experts moe_num_experts rotary_dim mamba_n_heads "
+           "mamba_num_heads mamba_d_conv conv_kernel mamba_chunk_size chunk_size linear_num_value_heads index_n_heads index_topk "
            "attention_window num_codebooks",
         2: "num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers num_decoder_layers "
            "num_encoder_layers num_key_value_heads num_experts_per_tok moe_k mamba_expand expand "
            "linear_num_key_heads num_global_key_value_heads eos_token_id",
         1: "n_shared_experts n_group topk_group first_k_dense_replace mamba_n_groups n_groups bos_token_id",
-        0: "pad_token_id",
         0.0: "attention_dropout hidden_dropout resid_pdrop embd_pdrop attn_pdrop dropout",
     }.items()
     for name in names.split()
 }  # fmt: skip
-# 0 and 0.0 are one key of a dictionary.
-SMALL |= {"pad_token_id": 0}
-LATENT = [
-    "axk1",
-    "axk2",
-    "glm4_moe_lite",
-    "glm_moe_dsa",
-    "longcat_flash",
-    "minicpm3",
-    "youtu",
-    "deepseek_v32",
-    "deepseek_v3",
-    "mistral4",
-]
+SMALL["pad_token_id"] = 0
+# Attention with latent keys has as many heads of keys as of queries.
+LATENT = ("axk1", "axk2", "glm4_moe_lite", "glm_moe_dsa", "longcat_flash", "minicpm3", "youtu", "deepseek_v32",
+          "deepseek_v3", "mistral4")  # fmt: skip
 EXTRA: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
