@@ -128,7 +128,8 @@ class Worker:
         return ready is not None
 
     def _lost(self, step: str) -> Answer:
-        assert self.process
+        if self.process is None:  # closed by the end of the run, while this case was under way
+            return Answer(step=step, note="stopped at the run's end", out_of_time=True)
         code = self.process.wait()
         self.log.seek(0)
         last = (self.log.read().strip().splitlines() or [""])[-1]
