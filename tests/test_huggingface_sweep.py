@@ -34,7 +34,8 @@ SMALL: dict[str, Any] = {
         5: "sliding_window attention_chunk_size",
         4: "num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads "
            "num_local_experts num_experts n_routed_experts moe_num_experts rotary_dim mamba_n_heads "
-           "mamba_num_heads mamba_d_conv conv_kernel mamba_chunk_size chunk_size linear_num_value_heads index_n_heads index_topk "
+           "mamba_num_heads mamba_d_conv conv_kernel mamba_chunk_size chunk_size linear_num_value_heads "
+           "index_n_heads index_topk "
            "attention_window num_codebooks",
         2: "num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers num_decoder_layers "
            "num_encoder_layers num_key_value_heads num_experts_per_tok moe_k mamba_expand expand "
