@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := $(BIN)/python
 
-.PHONY: demo test lint gpu report bench clean
+.PHONY: demo test lint gpu pretended report bench clean
 
 demo: $(VENV)/.installed
 	$(BIN)/fastattn demo
@@ -23,6 +23,25 @@ bench: $(VENV)/.installed
 gpu:
 	$(if $(wildcard $(RUN)),$(RUN),$(PYTHON)) -m benchmarks.gpu
 
+# Every public call on pretended GPUs, under the oldest Triton we serve and the newest; compiled kernels are kept.
+OLDEST := 3.6.0
+NEWEST := 3.9.0
+CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/fastattn/pretended_gpu
+
+pretended: $(VENV)-triton-$(OLDEST)/.installed $(VENV)-triton-$(NEWEST)/.installed
+	for version in $(OLDEST) $(NEWEST); do for share in 1/2 2/2; do \
+		TRITON_CACHE_DIR=$(CACHE)-$$version $(VENV)-triton-$$version/bin/python -m tests.pretended_gpu \
+			--each-on-one --share $$share & \
+	jobs="$$jobs $$!"; done; for job in $$jobs; do wait $$job || exit 1; done; jobs=; done
+
+# That Triton alone; all else, torch included, is $(VENV)'s.
+$(VENV)-triton-%/.installed: $(VENV)/.installed
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --no-deps triton==$*
+	$(RUN) -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+		> $$($(@D)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/rest.pth
+	touch $@
+
 report: $(VENV)/.installed
 	$(RUN) -m benchmarks.compile_report
 
@@ -34,4 +53,4 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(VENV)-triton-* build dist *.egg-info

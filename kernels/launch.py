@@ -457,6 +457,46 @@ ATTENTION_DQ |= {
     ),
 }
 
+# sm_86 and sm_120: 99 KiB of shared memory bound these tiles before registers do. Where sm_120 has no rows of its
+# own, it takes sm_86's.
+ATTENTION_FORWARD |= {
+    "sm_86 shaped": (
+        Row(2, 64, Tiling(128, 64, 8, 3)),
+        Row(2, 128, Tiling(128, 64, 8, 2)),  # 3 stages: 8 to 11 spills
+    ),
+    "sm_86 intervals": (
+        Row(2, 64, Tiling(128, 64, 8, 3)),
+        Row(2, 128, Tiling(64, 64, 4, 3)),  # 128 x 64: 26
+    ),
+    "sm_86 heavy": (
+        Row(2, 64, Tiling(128, 64, 8, 2)),  # 3 stages: 112 KiB
+        Row(2, 128, Tiling(64, 64, 8, 2)),  # 128 x 64: 128 KiB with 3 stages, 203 spills with 2
+    ),
+    "sm_86 listed": (
+        Row(2, 64, Tiling(64, 64, 4, 3)),
+        Row(2, 128, Tiling(64, 64, 8, 2)),  # 4 warps: 13
+    ),
+}
+ATTENTION_DKDV["sm_86 heavy"] = (
+    Row(2, 128, Tiling(64, 32, 8, 2)),  # D = 64: 64 x 128 228, 64 x 64 217; D = 128: 64 x 64 4
+    Row(2, 256, Tiling(32, 32, 8, 2)),  # 4 warps: 9
+)
+ATTENTION_DQ |= {
+    "sm_86 heavy": (Row(2, 128, Tiling(128, 32, 8, 2)),),  # D = 64: 128 x 64 36
+    "sm_86 listed": (Row(2, 64, Tiling(64, 64, 8, 2)),),  # 4 warps: 5
+}
+for _table in (ATTENTION_FORWARD, ATTENTION_DKDV, ATTENTION_DQ):
+    _table |= {key.replace("86", "120"): rows for key, rows in _table.items() if key.startswith("sm_86 ")}
+ATTENTION_FORWARD["sm_120 heavy"] = (
+    Row(2, 64, Tiling(64, 64, 8, 2)),  # 128 x 64: 5
+    Row(2, 128, Tiling(64, 32, 4, 2)),  # 64 x 64: 11
+)
+ATTENTION_DKDV["sm_120 shaped"] = (Row(2, 64, Tiling(64, 32, 8, 2)),)  # 64 x 128: 9
+ATTENTION_DQ["sm_120 heavy"] = (
+    Row(2, 64, Tiling(128, 32, 8, 2)),
+    Row(2, 128, Tiling(64, 64, 8, 2)),  # 128 x 32: 14
+)
+
 # Gradients of biases: square tiles, two products, and a sum that stays in registers.
 _BIAS_EXACT = (Row(4, 64, Tiling(32, 32, 4, 1)), Row(4, 256, Tiling(16, 16, 4, 1)))
 ATTENTION_BIAS = {
@@ -509,6 +549,7 @@ ATTENTION_TANGENT = {
         *_EXACT["tangent"],
     ),
     "sm_100 listed": (Row(2, 128, Tiling(64, 32, 8, 2)),),  # 32 x 16: 2
+    "sm_120 shaped": (Row(2, 64, Tiling(64, 16, 8, 2)), Row(2, 128, Tiling(64, 32, 8, 2))),  # 32 x 16: 7 to 8
     # With everything at once: window, soft cap, slopes, biases and their tangents, sinks, lengths and dropout.
     "shaped": (
         Row(2, 64, Tiling(64, 16, 8, 2)),  # 64 x 32: 4 to 146 spills

@@ -39,6 +39,14 @@ def _skip_where_no_gpu_can_be_pretended(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("TRITON_INTERPRET", "1")
 
 
+@pytest.mark.parametrize("share", range(1, SHARES + 1))
+def test_every_public_call_is_launched(share: int) -> None:
+    """Each on one of an H100, an A100, an RTX 4090 and a B200, by turns; `make pretended` makes them under the
+    oldest and the newest Triton, too."""
+    done = run("-m", "tests.pretended_gpu", "--each-on-one", "--share", f"{share}/{SHARES}")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 PRELUDE = """
 import warnings; warnings.simplefilter("ignore")
 import torch, triton, triton.language as tl
