@@ -281,7 +281,7 @@ ATTENTION_DKDV = {
     "sm_120": (
         Row(2, 64, Tiling(64, 128, 8, 2)),  # 250 registers, 48 KiB, 1; 0.22, 0.26
         Row(2, 128, Tiling(64, 64, 8, 2)),  # 174 registers, 72 KiB, 1; 0.20, 0.23
-        Row(2, 256, Tiling(32, 32, 4, 1)),  # 254 registers, 80 KiB, 1; 0.19, 0.25; 4 spills
+        Row(2, 256, Tiling(32, 32, 8, 2)),  # 158 registers, 66 KiB, 1; 4 warps: 4 spills
         *_EXACT["dkdv"],
     ),
     "gfx942": (
@@ -487,10 +487,17 @@ ATTENTION_DQ |= {
 }
 for _table in (ATTENTION_FORWARD, ATTENTION_DKDV, ATTENTION_DQ):
     _table |= {key.replace("86", "120"): rows for key, rows in _table.items() if key.startswith("sm_86 ")}
-ATTENTION_FORWARD["sm_120 heavy"] = (
-    Row(2, 64, Tiling(64, 64, 8, 2)),  # 128 x 64: 5
-    Row(2, 128, Tiling(64, 32, 4, 2)),  # 64 x 64: 11
-)
+ATTENTION_FORWARD |= {
+    "sm_120 heavy": (
+        Row(2, 64, Tiling(64, 64, 8, 2)),  # 128 x 64: 5
+        Row(2, 128, Tiling(64, 32, 4, 2)),  # 64 x 64: 11
+    ),
+    "sm_120 intervals": (
+        Row(2, 64, Tiling(128, 64, 8, 3)),
+        Row(2, 128, Tiling(64, 64, 8, 2)),  # 4 warps: 53
+    ),
+    "sm_120 listed": (Row(2, 128, Tiling(64, 64, 8, 2)),),  # D = 64, 4 warps: 24
+}
 ATTENTION_DKDV["sm_120 shaped"] = (Row(2, 64, Tiling(64, 32, 8, 2)),)  # 64 x 128: 9
 ATTENTION_DQ["sm_120 heavy"] = (
     Row(2, 64, Tiling(128, 32, 8, 2)),

@@ -195,7 +195,8 @@ def attention_calls() -> Iterator[Call]:
     for layout in ("strided", "columns", "expanded", "misaligned"):
         sizes = Sizes(layout=layout)
         yield of(f"{layout}, backward", backward, sizes, "bias", summed=True)
-        yield of(f"{layout}, forward mode", forward_mode, sizes, "bias")
+        if layout != "expanded":  # torch takes no expanded tensor as one with a tangent
+            yield of(f"{layout}, forward mode", forward_mode, sizes, "bias")
     yield of("summed loss", backward, plain, "causal", summed=True)
     # Forward mode: of any of its tangents, any may be missing.
     for count in range(4):
@@ -222,8 +223,8 @@ def attention_calls() -> Iterator[Call]:
         Sizes(batch=65672, heads=1, key_heads=1, queries=770, keys=770, width=8, layout="expanded"),
         "lists that share rows",
     )
-    for what in ("batch", "heads", "queries", "keys"):
-        empty = {what: 0} | ({"key_heads": 0} if what == "heads" else {})
+    for what in ("batch", "queries", "keys"):
+        empty = {what: 0}
         for name in ("full", *TOGETHER, "lists"):
             sizes = Sizes(**empty)
             # Without keys there is a result: zeros, and the sinks' log-sum-exp.
@@ -386,7 +387,7 @@ def other_calls() -> Iterator[Call]:
         starts = torch.tensor([0, 5, 40, 40, 77], dtype=torch.int32, device="cuda")
         t = q(77, 4, 64).requires_grad_()
         k = q(77, 2, 64).requires_grad_()
-        torch.autograd.grad(fastattn.attention_varlen(t, k, k, starts, **given).sum(), [t, k])
+        torch.autograd.grad(fastattn.attention_varlen(t, k, k, starts, starts, **given).sum(), [t, k])
 
     def sdpa(**given: Any) -> None:
         t = q(2, 4, 50, 64).requires_grad_()
