@@ -21,6 +21,7 @@ import hashlib
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -133,7 +134,7 @@ def build(folder: Path) -> Path:
 def pretended_gpus(*gpus: Gpu, folder: Path | None = None) -> Iterator[Driver]:
     """Within, torch and Triton believe that this machine has these GPUs; `folder` keeps the built driver."""
     from fastattn import modes
-    from tests.pretended_gpu.tensors import OnGpu, made_on_host
+    from tests.pretended_gpu.tensors import GpuTensor, OnGpu, made_on_host
 
     if reason := obstacle():
         raise RuntimeError(reason)
@@ -157,6 +158,10 @@ def pretended_gpus(*gpus: Gpu, folder: Path | None = None) -> Iterator[Driver]:
         # What fastattn makes outside of the caller's modes lies on the GPU, too.
         off = modes._disable_current_modes
         stack.enter_context(mock.patch.object(modes, "_disable_current_modes", lambda: _still(off, OnGpu)))
+        # A tensor on the pretended GPU may be kept, as one on a real GPU may.
+        plain = modes.lasts
+        for module in [m for m in sys.modules.values() if getattr(m, "lasts", None) is plain]:
+            stack.enter_context(mock.patch.object(module, "lasts", lambda t: isinstance(t, GpuTensor) or plain(t)))
         stack.enter_context(OnGpu())
         yield driver
 
