@@ -176,101 +176,75 @@ def row_mean(firsts, seconds, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def heads_kernel(
-    x,
-    y,
-    weight,
-    rotation,
-    scale,
-    size,
-    eps,
-    WIDTH: tl.constexpr,
-    TURNED: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    PAIRS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+def heads_kernel(x, y, weight, rotation, scale, size, eps, tile: tl.constexpr):
     """y = scale * rotate(norm(x) * weight). No norm if `eps` is None; weight, rotation and scale may be None."""
-    batch, tile, first_head = place(size, BLOCK_M, BLOCK_N)
-    rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    batch, number, first_head = place(size, tile.BLOCK_M, tile.BLOCK_N)
+    rows = number * tile.BLOCK_M + tl.arange(0, tile.BLOCK_M)
     exists = rows < size.rows
     one = tl.zeros((1,), tl.int32)
     if rotation.cos is not None:
-        cos, sin = load_angles(rotation, batch, rows, exists, TURNED, PAIRS)
-    for step in range(0, tl.minimum(BLOCK_N, size.heads - first_head)):
+        cos, sin = load_angles(rotation, batch, rows, exists, tile.TURNED, tile.PAIRS)
+    for step in range(0, tl.minimum(tile.BLOCK_N, size.heads - first_head)):
         head = first_head + step
         source = row_pointers(x, batch, head, rows)
-        a, b = load_pairs(source, exists, x.column, WIDTH, TURNED, INTERLEAVED, PAIRS)
+        a, b = load_pairs(source, exists, x.column, tile.WIDTH, tile.TURNED, tile.INTERLEAVED, tile.PAIRS)
         if eps is not None:
-            factor = tl.rsqrt(row_mean(a * a, b * b, WIDTH) + tl.cast(eps, tl.float32))
+            factor = tl.rsqrt(row_mean(a * a, b * b, tile.WIDTH) + tl.cast(eps, tl.float32))
             a *= factor
             b *= factor
         if weight is not None:
             line = head_of(weight, batch, head) + one
-            weight_a, weight_b = load_pairs(line, one == 0, weight.column, WIDTH, TURNED, INTERLEAVED, PAIRS)
+            weight_a, weight_b = load_pairs(
+                line, one == 0, weight.column, tile.WIDTH, tile.TURNED, tile.INTERLEAVED, tile.PAIRS
+            )
             a *= weight_a
             b *= weight_b
         if rotation.cos is not None:
-            a, b = turn(a, b, cos, sin, WIDTH, TURNED)
+            a, b = turn(a, b, cos, sin, tile.WIDTH, tile.TURNED)
         if scale is not None:
             factor = tl.load(head_of(scale, batch, head)).to(tl.float32)
             a *= factor
             b *= factor
         target = row_pointers(y, batch, head, rows)
-        store_pairs(target, exists, y.column, a, b, WIDTH, TURNED, INTERLEAVED, PAIRS)
+        store_pairs(target, exists, y.column, a, b, tile.WIDTH, tile.TURNED, tile.INTERLEAVED, tile.PAIRS)
 
 
 @triton.jit
-def heads_gradient_kernel(
-    dy,
-    x,
-    dx,
-    partials,
-    weight,
-    rotation,
-    scale,
-    size,
-    eps,
-    WIDTH: tl.constexpr,
-    TURNED: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    PAIRS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+def heads_gradient_kernel(dy, x, dx, partials, weight, rotation, scale, size, eps, tile: tl.constexpr):
     """dx, and in `partials` (B, tiles, H, D) the sums over a tile's rows of dy, turned back, times norm(x).
 
     `x` is not read where neither the norm nor the partials need it, which are None then.
     """
-    batch, tile, first_head = place(size, BLOCK_M, BLOCK_N)
-    rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    batch, number, first_head = place(size, tile.BLOCK_M, tile.BLOCK_N)
+    rows = number * tile.BLOCK_M + tl.arange(0, tile.BLOCK_M)
     exists = rows < size.rows
     one = tl.zeros((1,), tl.int32)
     if rotation.cos is not None:
-        cos, sin = load_angles(rotation, batch, rows, exists, TURNED, PAIRS)
-    for step in range(0, tl.minimum(BLOCK_N, size.heads - first_head)):
+        cos, sin = load_angles(rotation, batch, rows, exists, tile.TURNED, tile.PAIRS)
+    for step in range(0, tl.minimum(tile.BLOCK_N, size.heads - first_head)):
         head = first_head + step
         source = row_pointers(dy, batch, head, rows)
-        da, db = load_pairs(source, exists, dy.column, WIDTH, TURNED, INTERLEAVED, PAIRS)
+        da, db = load_pairs(source, exists, dy.column, tile.WIDTH, tile.TURNED, tile.INTERLEAVED, tile.PAIRS)
         if rotation.cos is not None:
-            da, db = turn(da, db, cos, -sin, WIDTH, TURNED)
+            da, db = turn(da, db, cos, -sin, tile.WIDTH, tile.TURNED)
         if eps is not None or partials is not None:
             source = row_pointers(x, batch, head, rows)
-            a, b = load_pairs(source, exists, x.column, WIDTH, TURNED, INTERLEAVED, PAIRS)
+            a, b = load_pairs(source, exists, x.column, tile.WIDTH, tile.TURNED, tile.INTERLEAVED, tile.PAIRS)
         if eps is not None:
-            factor = tl.rsqrt(row_mean(a * a, b * b, WIDTH) + tl.cast(eps, tl.float32))
+            factor = tl.rsqrt(row_mean(a * a, b * b, tile.WIDTH) + tl.cast(eps, tl.float32))
             a *= factor
             b *= factor
         if partials is not None:
-            line = (tl.cast(batch, tl.int64) * size.tiles + tile) * size.heads + head
-            target = partials + line * WIDTH + one
+            line = (tl.cast(batch, tl.int64) * size.tiles + number) * size.heads + head
+            target = partials + line * tile.WIDTH + one
             sum_a = tl.sum(da * a, 0)[None, :]
             sum_b = tl.sum(db * b, 0)[None, :]
-            store_pairs(target, one == 0, 1, sum_a, sum_b, WIDTH, TURNED, INTERLEAVED, PAIRS)
+            store_pairs(target, one == 0, 1, sum_a, sum_b, tile.WIDTH, tile.TURNED, tile.INTERLEAVED, tile.PAIRS)
         if weight is not None:
             line = head_of(weight, batch, head) + one
-            weight_a, weight_b = load_pairs(line, one == 0, weight.column, WIDTH, TURNED, INTERLEAVED, PAIRS)
+            weight_a, weight_b = load_pairs(
+                line, one == 0, weight.column, tile.WIDTH, tile.TURNED, tile.INTERLEAVED, tile.PAIRS
+            )
             da *= weight_a
             db *= weight_b
         if scale is not None:
@@ -278,11 +252,11 @@ def heads_gradient_kernel(
             da *= head_scale
             db *= head_scale
         if eps is not None:
-            along = row_mean(da * a, db * b, WIDTH)
+            along = row_mean(da * a, db * b, tile.WIDTH)
             da = (da - a * along) * factor
             db = (db - b * along) * factor
         target = row_pointers(dx, batch, head, rows)
-        store_pairs(target, exists, dx.column, da, db, WIDTH, TURNED, INTERLEAVED, PAIRS)
+        store_pairs(target, exists, dx.column, da, db, tile.WIDTH, tile.TURNED, tile.INTERLEAVED, tile.PAIRS)
 
 
 def table(t: torch.Tensor | None) -> Table | None:
@@ -362,8 +336,8 @@ def prepare_heads(
             tensor2(head_scale),
             size,
             eps,
-            **constants(x, cos, interleaved),
-            **tile.options(),
+            tile=tile.tile(**constants(x, cos, interleaved)),
+            **tile.compiler_options(),
         )
     return y
 
@@ -399,8 +373,8 @@ def prepare_heads_backward(
                 tensor2(head_scale),
                 size,
                 eps,
-                **constants(x, cos, interleaved),
-                **tile.options(),
+                tile=tile.tile(**constants(x, cos, interleaved)),
+                **tile.compiler_options(),
             )
     return dx, *gradients_beside(partials, norm_weight, head_scale)
 

@@ -16,6 +16,8 @@ import triton
 from triton.runtime import driver
 from triton.runtime.interpreter import InterpretedFunction
 
+from .tile import Tile, tile_of
+
 # The compiler's own default changes with its version (off from 3.10 on), and the softmax is built of
 # multiply-subtracts that round once.
 COMPILER_OPTIONS = {"enable_fp_fusion": True}
@@ -29,15 +31,13 @@ class Tiling(NamedTuple):
     warps: int
     stages: int
 
-    def options(self) -> dict[str, object]:
-        """Launch keywords: the constexprs BLOCK_M and BLOCK_N and the compiler's options."""
-        return {
-            "BLOCK_M": self.block_m,
-            "BLOCK_N": self.block_n,
-            "num_warps": self.warps,
-            "num_stages": self.stages,
-            **COMPILER_OPTIONS,
-        }
+    def tile(self, **choices: object) -> Tile:
+        """The compile-time choices of a launch: the tile's sides and what else the kernel asks for."""
+        return tile_of(BLOCK_M=self.block_m, BLOCK_N=self.block_n, **choices)
+
+    def compiler_options(self) -> dict[str, object]:
+        """Launch keywords: the compiler's options."""
+        return {"num_warps": self.warps, "num_stages": self.stages, **COMPILER_OPTIONS}
 
 
 class Row(NamedTuple):
@@ -212,6 +212,9 @@ _EXACT = {
 # Beside each row, as Triton 3.7.1 compiles it for bf16 of just that width (the worse of causal and not, where they
 # differ): registers a thread, shared memory, programs a multiprocessor; then issue over tensor-core cycles of the
 # full-tile loop and of the causal diagonal's. Nothing spills unless said. Not yet measured.
+# The pass that makes delta of out and its gradient: bounded by memory.
+ATTENTION_DELTA = Tiling(64, 64, 8, 3)
+
 ATTENTION_FORWARD = {
     INTERPRETER: _INTERPRETED["forward"],
     "sm_80": (

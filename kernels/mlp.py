@@ -270,36 +270,35 @@ def finish(
 
 
 @triton.jit
-def hidden_kernel(
-    x,
-    first,
-    second,
-    saved,
-    hidden,
-    size,
-    ACTIVATION: tl.constexpr,
-    GATED: tl.constexpr,
-    WHOLE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+def hidden_kernel(x, first, second, saved, hidden, size, tile: tl.constexpr):
     """hidden = act(x @ first), or if GATED act(x @ first) * (x @ second); what is activated goes to `saved`, or
     None. GATED says whether `second` is there: Triton 3.6 cannot compare a Linear without bias with None."""
     tile_row, tile_column = grouped_tile(
-        tl.program_id(0), tl.cdiv(size.tokens, BLOCK_M), tl.cdiv(size.hidden, BLOCK_N)
+        tl.program_id(0), tl.cdiv(size.tokens, tile.BLOCK_M), tl.cdiv(size.hidden, tile.BLOCK_N)
     )
-    row = tile_row * BLOCK_M
-    column = tile_column * BLOCK_N
-    second_weight = second.weight if GATED else None
-    second_bias = second.bias if GATED else None
-    total, up = products(x, first.weight, second_weight, row, column, size, BLOCK_M, BLOCK_N, BLOCK_K, WHOLE)
+    row = tile_row * tile.BLOCK_M
+    column = tile_column * tile.BLOCK_N
+    second_weight = second.weight if tile.GATED else None
+    second_bias = second.bias if tile.GATED else None
+    total, up = products(
+        x, first.weight, second_weight, row, column, size, tile.BLOCK_M, tile.BLOCK_N, tile.BLOCK_K, tile.WHOLE
+    )
     totals = quarters(total)
     ups = quarters(up)
     for part in tl.static_range(4):
-        start = column + part * (BLOCK_N // 4)
+        start = column + part * (tile.BLOCK_N // 4)
         finish(
-            totals[part], ups[part], first.bias, second_bias, saved, hidden, row, start, size, ACTIVATION, GATED
+            totals[part],
+            ups[part],
+            first.bias,
+            second_bias,
+            saved,
+            hidden,
+            row,
+            start,
+            size,
+            tile.ACTIVATION,
+            tile.GATED,
         )
 
 
@@ -346,81 +345,61 @@ def differentiate(
 
 
 @triton.jit
-def hidden_gradient_kernel(
-    dy,
-    weight,
-    saved,
-    hidden,
-    dpre,
-    partials,
-    size,
-    ACTIVATION: tl.constexpr,
-    GATED: tl.constexpr,
-    WHOLE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+def hidden_gradient_kernel(dy, weight, saved, hidden, dpre, partials, size, tile: tl.constexpr):
     """dh = dy @ weight, and in its epilogue everything that follows from dh element by element."""
     tile_row, tile_column = grouped_tile(
-        tl.program_id(0), tl.cdiv(size.tokens, BLOCK_M), tl.cdiv(size.hidden, BLOCK_N)
+        tl.program_id(0), tl.cdiv(size.tokens, tile.BLOCK_M), tl.cdiv(size.hidden, tile.BLOCK_N)
     )
-    column = tile_column * BLOCK_N
-    dh, _ = products(dy, weight, None, tile_row * BLOCK_M, column, size, BLOCK_M, BLOCK_N, BLOCK_K, WHOLE)
+    column = tile_column * tile.BLOCK_N
+    dh, _ = products(
+        dy,
+        weight,
+        None,
+        tile_row * tile.BLOCK_M,
+        column,
+        size,
+        tile.BLOCK_M,
+        tile.BLOCK_N,
+        tile.BLOCK_K,
+        tile.WHOLE,
+    )
     parts = quarters(dh)
     for part in tl.static_range(4):
-        start = column + part * (BLOCK_N // 4)
-        differentiate(parts[part], saved, hidden, dpre, partials, tile_row, start, size, ACTIVATION, GATED)
+        start = column + part * (tile.BLOCK_N // 4)
+        differentiate(
+            parts[part], saved, hidden, dpre, partials, tile_row, start, size, tile.ACTIVATION, tile.GATED
+        )
 
 
 @triton.jit
-def activation_kernel(
-    saved,
-    hidden,
-    size,
-    ACTIVATION: tl.constexpr,
-    GATED: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+def activation_kernel(saved, hidden, size, tile: tl.constexpr):
     """hidden = act(saved), gated act(gate) * up, after the library's product; may work in place."""
     tile_row, tile_column = grouped_tile(
-        tl.program_id(0), tl.cdiv(size.tokens, BLOCK_M), tl.cdiv(size.hidden, BLOCK_N)
+        tl.program_id(0), tl.cdiv(size.tokens, tile.BLOCK_M), tl.cdiv(size.hidden, tile.BLOCK_N)
     )
-    row = tile_row * BLOCK_M
-    column = tile_column * BLOCK_N
-    rows = (row + tl.arange(0, BLOCK_M) < size.tokens)[:, None]
-    mask = rows & (column + tl.arange(0, BLOCK_N) < size.hidden)[None, :]
-    pre = tl.load(block(saved, row, column, BLOCK_M, BLOCK_N), mask=mask, other=0.0)
+    row = tile_row * tile.BLOCK_M
+    column = tile_column * tile.BLOCK_N
+    rows = (row + tl.arange(0, tile.BLOCK_M) < size.tokens)[:, None]
+    mask = rows & (column + tl.arange(0, tile.BLOCK_N) < size.hidden)[None, :]
+    pre = tl.load(block(saved, row, column, tile.BLOCK_M, tile.BLOCK_N), mask=mask, other=0.0)
     up = None
-    if GATED:
-        up = tl.load(block(saved, row, size.hidden + column, BLOCK_M, BLOCK_N), mask=mask, other=0.0)
-    store_hidden(pre, up, hidden, row, column, mask, ACTIVATION)
+    if tile.GATED:
+        up = tl.load(block(saved, row, size.hidden + column, tile.BLOCK_M, tile.BLOCK_N), mask=mask, other=0.0)
+    store_hidden(pre, up, hidden, row, column, mask, tile.ACTIVATION)
 
 
 @triton.jit
-def activation_gradient_kernel(
-    dh,
-    saved,
-    hidden,
-    dpre,
-    partials,
-    size,
-    ACTIVATION: tl.constexpr,
-    GATED: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+def activation_gradient_kernel(dh, saved, hidden, dpre, partials, size, tile: tl.constexpr):
     """What `hidden_gradient_kernel` does after its product, where the library has computed dh; also in place."""
     tile_row, tile_column = grouped_tile(
-        tl.program_id(0), tl.cdiv(size.tokens, BLOCK_M), tl.cdiv(size.hidden, BLOCK_N)
+        tl.program_id(0), tl.cdiv(size.tokens, tile.BLOCK_M), tl.cdiv(size.hidden, tile.BLOCK_N)
     )
-    row = tile_row * BLOCK_M
-    column = tile_column * BLOCK_N
-    rows = (row + tl.arange(0, BLOCK_M) < size.tokens)[:, None]
-    mask = rows & (column + tl.arange(0, BLOCK_N) < size.hidden)[None, :]
-    tile = tl.load(block(dh, row, column, BLOCK_M, BLOCK_N), mask=mask, other=0.0).to(tl.float32)
-    differentiate(tile, saved, hidden, dpre, partials, tile_row, column, size, ACTIVATION, GATED)
+    row = tile_row * tile.BLOCK_M
+    column = tile_column * tile.BLOCK_N
+    rows = (row + tl.arange(0, tile.BLOCK_M) < size.tokens)[:, None]
+    mask = rows & (column + tl.arange(0, tile.BLOCK_N) < size.hidden)[None, :]
+    dh_tile = tl.load(block(dh, row, column, tile.BLOCK_M, tile.BLOCK_N), mask=mask, other=0.0).to(tl.float32)
+    differentiate(dh_tile, saved, hidden, dpre, partials, tile_row, column, size, tile.ACTIVATION, tile.GATED)
 
 
 def as_operand(dy: torch.Tensor) -> torch.Tensor:
@@ -498,11 +477,8 @@ def fused_hidden(x, linears, hidden, saved, size, activation) -> None:
         None if saved is None else matrix(saved),
         matrix(hidden),
         size,
-        ACTIVATION=activation,
-        GATED=bool(rest),
-        WHOLE=size.inner % step == 0,
-        BLOCK_K=step,
-        **tile.options(),
+        tile=tile.tile(ACTIVATION=activation, GATED=bool(rest), WHOLE=size.inner % step == 0, BLOCK_K=step),
+        **tile.compiler_options(),
     )
 
 
@@ -515,9 +491,8 @@ def library_hidden(x, linears, hidden, saved, size, activation) -> None:
         matrix(saved),
         matrix(hidden),
         size,
-        ACTIVATION=activation,
-        GATED=len(linears) == 2,
-        **tile.options(),
+        tile=tile.tile(ACTIVATION=activation, GATED=len(linears) == 2),
+        **tile.compiler_options(),
     )
 
 
@@ -565,11 +540,8 @@ def fused_gradient(dy, weight, saved, hidden, dpre, size, gated, bias, activatio
         matrix(dpre),
         partials,
         size,
-        ACTIVATION=activation,
-        GATED=gated,
-        WHOLE=size.inner % step == 0,
-        BLOCK_K=step,
-        **tile.options(),
+        tile=tile.tile(ACTIVATION=activation, GATED=gated, WHOLE=size.inner % step == 0, BLOCK_K=step),
+        **tile.compiler_options(),
     )
     return partials
 
@@ -586,9 +558,8 @@ def library_gradient(dy, weight, saved, hidden, dpre, size, gated, bias, activat
         matrix(dpre),
         partials,
         size,
-        ACTIVATION=activation,
-        GATED=gated,
-        **tile.options(),
+        tile=tile.tile(ACTIVATION=activation, GATED=gated),
+        **tile.compiler_options(),
     )
     return partials
 

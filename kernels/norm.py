@@ -124,10 +124,9 @@ def merged(mean, squares, more_mean, more_squares, start, more):
 
 
 @triton.jit
-def write_norm(
-    stream, mean, inverse, weight, bias, offset, y, total, batch, rows, exists, columns, WIDTH: tl.constexpr
-):
-    """One tile of results."""
+def write_norm(stream, mean, inverse, affine, y, total, batch, rows, exists, columns, WIDTH: tl.constexpr):
+    """One tile of results; `affine` are weight, bias and what is added to the weight."""
+    weight, bias, offset = affine
     if total is not None:
         store_rows(total, stream, batch, rows, exists, columns, WIDTH)
     tile = weighted((stream - mean) * inverse, weight, offset, batch, columns, WIDTH)
@@ -137,48 +136,34 @@ def write_norm(
 
 
 @triton.jit
-def norm_kernel(
-    x,
-    residual,
-    weight,
-    bias,
-    y,
-    total,
-    moments,
-    size,
-    eps,
-    offset,
-    CENTRED: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+def norm_kernel(x, residual, weight, bias, y, total, moments, size, eps, offset, tile: tl.constexpr):
     """y of BLOCK_M rows, in `total` their sum with `residual`, and their moments.
 
     The first tile of columns stays in registers; those beyond it, if there are any, are loaded twice.
     """
     program = tl.program_id(0)
     batch = program // size.tiles
-    rows = program % size.tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows = program % size.tiles * tile.BLOCK_M + tl.arange(0, tile.BLOCK_M)
     exists = rows < size.rows
-    columns = tl.arange(0, BLOCK_N)
-    first = load_stream(x, residual, batch, rows, exists, columns, WIDTH)
-    mean, squares = moments_of(first, 0, columns, WIDTH, CENTRED)
-    for start in range(BLOCK_N, WIDTH, BLOCK_N):
-        stream = load_stream(x, residual, batch, rows, exists, start + columns, WIDTH)
-        more_mean, more_squares = moments_of(stream, start, start + columns, WIDTH, CENTRED)
-        more = tl.minimum(BLOCK_N, WIDTH - start)
+    columns = tl.arange(0, tile.BLOCK_N)
+    first = load_stream(x, residual, batch, rows, exists, columns, tile.WIDTH)
+    mean, squares = moments_of(first, 0, columns, tile.WIDTH, tile.CENTRED)
+    for start in range(tile.BLOCK_N, tile.WIDTH, tile.BLOCK_N):
+        stream = load_stream(x, residual, batch, rows, exists, start + columns, tile.WIDTH)
+        more_mean, more_squares = moments_of(stream, start, start + columns, tile.WIDTH, tile.CENTRED)
+        more = tl.minimum(tile.BLOCK_N, tile.WIDTH - start)
         mean, squares = merged(mean, squares, more_mean, more_squares, start, more)
-    inverse = tl.rsqrt(squares * (1.0 / WIDTH) + tl.cast(eps, tl.float32))
+    inverse = tl.rsqrt(squares * (1.0 / tile.WIDTH) + tl.cast(eps, tl.float32))
     line = tl.cast(batch, tl.int64) * size.rows + rows[:, None]
     if moments.mean is not None:
         tl.store(moments.mean + line, mean, mask=exists[:, None])
     tl.store(moments.inverse + line, inverse, mask=exists[:, None])
-    write_norm(first, mean, inverse, weight, bias, offset, y, total, batch, rows, exists, columns, WIDTH)
-    for start in range(BLOCK_N, WIDTH, BLOCK_N):
+    affine = (weight, bias, offset)
+    write_norm(first, mean, inverse, affine, y, total, batch, rows, exists, columns, tile.WIDTH)
+    for start in range(tile.BLOCK_N, tile.WIDTH, tile.BLOCK_N):
         more = start + columns
-        stream = load_stream(x, residual, batch, rows, exists, more, WIDTH)
-        write_norm(stream, mean, inverse, weight, bias, offset, y, total, batch, rows, exists, more, WIDTH)
+        stream = load_stream(x, residual, batch, rows, exists, more, tile.WIDTH)
+        write_norm(stream, mean, inverse, affine, y, total, batch, rows, exists, more, tile.WIDTH)
 
 
 @triton.jit
@@ -230,22 +215,7 @@ def store_sums(weight_sum, bias_sum, dweight, dbias, line, columns, WIDTH: tl.co
 
 
 @triton.jit
-def norm_gradient_kernel(
-    dy,
-    dtotal,
-    x,
-    weight,
-    dx,
-    dweight,
-    dbias,
-    moments,
-    size,
-    offset,
-    CENTRED: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+def norm_gradient_kernel(dy, dtotal, x, weight, dx, dweight, dbias, moments, size, offset, tile: tl.constexpr):
     """dx of every size.programs-th tile of rows; `dtotal` is the gradient of the sum.
 
     In dweight and dbias (B, programs, W) what the weight and bias get from these rows; None unless a row fits in
@@ -254,67 +224,61 @@ def norm_gradient_kernel(
     line = tl.program_id(0)
     batch = line // size.programs
     program = line % size.programs
-    columns = tl.arange(0, BLOCK_N)
-    weight_sum = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    bias_sum = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    columns = tl.arange(0, tile.BLOCK_N)
+    weight_sum = tl.zeros((tile.BLOCK_M, tile.BLOCK_N), tl.float32)
+    bias_sum = tl.zeros((tile.BLOCK_M, tile.BLOCK_N), tl.float32)
     for step in range(0, tl.cdiv(size.tiles - program, size.programs)):
-        rows = (program + step * size.programs) * BLOCK_M + tl.arange(0, BLOCK_M)
+        rows = (program + step * size.programs) * tile.BLOCK_M + tl.arange(0, tile.BLOCK_M)
         exists = rows < size.rows
         mean, inverse = load_moments(moments, size, batch, rows, exists)
-        first, normalised = load_pair(dy, x, mean, inverse, batch, rows, exists, columns, WIDTH)
+        first, normalised = load_pair(dy, x, mean, inverse, batch, rows, exists, columns, tile.WIDTH)
         if dweight is not None:
             weight_sum += first * normalised
         if dbias is not None:
             bias_sum += first
-        first = weighted(first, weight, offset, batch, columns, WIDTH)
-        along, level = projections(first, normalised, WIDTH, CENTRED)
-        for start in range(BLOCK_N, WIDTH, BLOCK_N):
+        first = weighted(first, weight, offset, batch, columns, tile.WIDTH)
+        along, level = projections(first, normalised, tile.WIDTH, tile.CENTRED)
+        for start in range(tile.BLOCK_N, tile.WIDTH, tile.BLOCK_N):
             more = start + columns
-            tile, direction = load_pair(dy, x, mean, inverse, batch, rows, exists, more, WIDTH)
-            tile = weighted(tile, weight, offset, batch, more, WIDTH)
-            more_along, more_level = projections(tile, direction, WIDTH, CENTRED)
+            part, direction = load_pair(dy, x, mean, inverse, batch, rows, exists, more, tile.WIDTH)
+            part = weighted(part, weight, offset, batch, more, tile.WIDTH)
+            more_along, more_level = projections(part, direction, tile.WIDTH, tile.CENTRED)
             along += more_along
             level += more_level
-        write_gradient(first, normalised, along, level, inverse, dtotal, dx, batch, rows, exists, columns, WIDTH)
-        for start in range(BLOCK_N, WIDTH, BLOCK_N):
+        write_gradient(
+            first, normalised, along, level, inverse, dtotal, dx, batch, rows, exists, columns, tile.WIDTH
+        )
+        for start in range(tile.BLOCK_N, tile.WIDTH, tile.BLOCK_N):
             more = start + columns
-            tile, direction = load_pair(dy, x, mean, inverse, batch, rows, exists, more, WIDTH)
-            tile = weighted(tile, weight, offset, batch, more, WIDTH)
-            write_gradient(tile, direction, along, level, inverse, dtotal, dx, batch, rows, exists, more, WIDTH)
-    store_sums(weight_sum, bias_sum, dweight, dbias, line, columns, WIDTH)
+            part, direction = load_pair(dy, x, mean, inverse, batch, rows, exists, more, tile.WIDTH)
+            part = weighted(part, weight, offset, batch, more, tile.WIDTH)
+            write_gradient(
+                part, direction, along, level, inverse, dtotal, dx, batch, rows, exists, more, tile.WIDTH
+            )
+    store_sums(weight_sum, bias_sum, dweight, dbias, line, columns, tile.WIDTH)
 
 
 @triton.jit
-def norm_sums_kernel(
-    dy,
-    x,
-    dweight,
-    dbias,
-    moments,
-    size,
-    WIDTH: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+def norm_sums_kernel(dy, x, dweight, dbias, moments, size, tile: tl.constexpr):
     """dweight and dbias (B, programs, W), one of which may be None, of rows wider than a tile: one tile of columns
     of every size.programs-th tile of rows."""
-    column_tiles: tl.constexpr = (WIDTH + BLOCK_N - 1) // BLOCK_N
+    column_tiles: tl.constexpr = (tile.WIDTH + tile.BLOCK_N - 1) // tile.BLOCK_N
     line = tl.program_id(0) // column_tiles
     batch = line // size.programs
     program = line % size.programs
-    columns = tl.program_id(0) % column_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
-    weight_sum = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    bias_sum = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    columns = tl.program_id(0) % column_tiles * tile.BLOCK_N + tl.arange(0, tile.BLOCK_N)
+    weight_sum = tl.zeros((tile.BLOCK_M, tile.BLOCK_N), tl.float32)
+    bias_sum = tl.zeros((tile.BLOCK_M, tile.BLOCK_N), tl.float32)
     for step in range(0, tl.cdiv(size.tiles - program, size.programs)):
-        rows = (program + step * size.programs) * BLOCK_M + tl.arange(0, BLOCK_M)
+        rows = (program + step * size.programs) * tile.BLOCK_M + tl.arange(0, tile.BLOCK_M)
         exists = rows < size.rows
         mean, inverse = load_moments(moments, size, batch, rows, exists)
-        tile, normalised = load_pair(dy, x, mean, inverse, batch, rows, exists, columns, WIDTH)
+        part, normalised = load_pair(dy, x, mean, inverse, batch, rows, exists, columns, tile.WIDTH)
         if dweight is not None:
-            weight_sum += tile * normalised
+            weight_sum += part * normalised
         if dbias is not None:
-            bias_sum += tile
-    store_sums(weight_sum, bias_sum, dweight, dbias, line, columns, WIDTH)
+            bias_sum += part
+    store_sums(weight_sum, bias_sum, dweight, dbias, line, columns, tile.WIDTH)
 
 
 def rows_of(t: torch.Tensor | None) -> Rows | None:
@@ -377,9 +341,8 @@ def norm_forward(
                 size,
                 eps,
                 offset,
-                CENTRED=centred,
-                WIDTH=width,
-                **tile.options(),
+                tile=tile.tile(CENTRED=centred, WIDTH=width),
+                **tile.compiler_options(),
             )
     return y, total, *moments
 
@@ -429,12 +392,18 @@ def norm_backward(
             moments,
             size,
             offset,
-            CENTRED=mean is not None,
-            WIDTH=width,
-            **tile.options(),
+            tile=tile.tile(CENTRED=mean is not None, WIDTH=width),
+            **tile.compiler_options(),
         )
         if not within and (want_weight or want_bias):
             norm_sums_kernel[(batch * lines.programs * triton.cdiv(width, tile.block_n),)](
-                rows_of(dy), rows_of(x), dweight, dbias, moments, lines, WIDTH=width, **tile.options()
+                rows_of(dy),
+                rows_of(x),
+                dweight,
+                dbias,
+                moments,
+                lines,
+                tile=tile.tile(WIDTH=width),
+                **tile.compiler_options(),
             )
     return dx, *(None if partials is None else partials.sum(1) for partials in (dweight, dbias))

@@ -168,15 +168,15 @@ def load_row_values(pointer, tensor, rows, row_count, other):
 def online_softmax_update(scores, scale, row_max, row_sum, MASKED: tl.constexpr):
     """Fold one tile of raw scores into the running softmax, in powers of two.
 
-    Returns the tile's weights, the factor by which what was accumulated before shrinks, and the new running
+    Returns the tile's weights, the factor that rescales what was accumulated before, and the new running
     maximum (scaled, in log2 units) and sum. Only a masked tile can leave a row without a maximum: it pivots
     on 0, so that -inf minus -inf never happens.
     """
     new_max = tl.maximum(row_max, tl.max(scores, 1) * scale)
     pivot = tl.where(new_max == float("-inf"), 0.0, new_max) if MASKED else new_max
     weights = tl.exp2(scores * scale - pivot[:, None])
-    shrink = tl.exp2(row_max - pivot)
-    return weights, shrink, new_max, row_sum * shrink + tl.sum(weights, 1)
+    rescale = tl.exp2(row_max - pivot)
+    return weights, rescale, new_max, row_sum * rescale + tl.sum(weights, 1)
 
 
 @triton.jit

@@ -16,8 +16,8 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 import fastattn
 from fastattn import masks, reference
 from fastattn.backends import granules, portable, tiles
-from fastattn.kernels import attention_backward, attention_forward, launch
-from fastattn.kernels import merge as kernels_merge
+from fastattn.kernels import launch
+from fastattn.kernels.attention import backward, forward, splits
 from fastattn.measure import peak_memory
 
 
@@ -83,8 +83,8 @@ FEW = {
 @pytest.mark.parametrize("few", FEW)
 def test_few_programs_share_their_walks(few: str, monkeypatch: pytest.MonkeyPatch) -> None:
     merged = []
-    merge = kernels_merge.merge
-    for module in (attention_forward, attention_backward):
+    merge = splits.merge
+    for module in (forward, backward):
         monkeypatch.setattr(module, "merge", lambda *given: (merged.append(given[0].slots), merge(*given)))
     monkeypatch.setattr(launch, "INTERPRETED_PROCESSORS", 12)
     check(Problem(**{"heads": 1, "key_heads": 1, "lse_gradient": True, **FEW[few]}), "triton")

@@ -23,7 +23,7 @@ outs = [fastattn.attention(q, k, v, causal=True, backend=b) for b in ("triton", 
 for out in outs:
     torch.testing.assert_close(out, outs[-1], rtol=0, atol=1e-5)
     out.sum().backward()
-from fastattn.kernels import attention_forward
+from fastattn.kernels.attention import forward as attention_forward
 assert "tl.dot" in inspect.getsource(attention_forward)
 import fastattn.cli, fastattn.lens, fastattn.nn
 print(fastattn.__file__)
@@ -123,7 +123,8 @@ assert "transformers" not in sys.modules
 def test_the_package_list_is_complete() -> None:
     text = (CHECKOUT / "pyproject.toml").read_text()
     for folder in sorted(
-        {p.parent for p in (CHECKOUT / "fastattn").rglob("*.py")} | {CHECKOUT / "fastattn/kernels"}
+        {p.parent for p in (CHECKOUT / "fastattn").rglob("*.py")}
+        | {CHECKOUT / "fastattn/kernels", CHECKOUT / "fastattn/kernels/attention"}
     ):
         package = ".".join(folder.relative_to(CHECKOUT).parts)
         assert f'"{package}"' in text, f"{package} is missing from packages in pyproject.toml"

@@ -52,7 +52,8 @@ import warnings; warnings.simplefilter("ignore")
 import torch, triton, triton.language as tl
 import fastattn
 from fastattn.kernels import launch
-from fastattn.kernels.attention_forward import attention_forward, attention_forward_kernel
+from fastattn.kernels.attention.forward import attention_forward, attention_forward_kernel
+from fastattn.spec import AttentionSpec, ScoreTensors
 from tests.pretended_gpu import GPUS, pretended_gpus
 
 @triton.jit
@@ -131,7 +132,7 @@ with pretended_gpus(GPUS["H100"]) as driver:
     mask = fastattn.masks.global_tokens([3]) | fastattn.masks.from_function(lambda b, h, i, j: i // 64 == j // 64)
     lists = mask.lower(1, 1, 800, 800, torch.device("cuda", 0)).lists
     q = torch.empty(1, 1, 800, 8, dtype=torch.bfloat16, device="cuda").expand(66000, -1, -1, -1)
-    attention_forward(q, q, q, scale=1.0, lists=lists)
+    attention_forward(q, q, q, AttentionSpec(), ScoreTensors(), lists)
     x = torch.empty(2, 9000, device="cuda", requires_grad=True)
     fastattn.layer_norm(x, torch.empty(9000, device="cuda", requires_grad=True)).sum().backward()
     print(*sorted(name for name, sides in grids), *{sides for name, sides in grids})

@@ -72,7 +72,8 @@ def catching(target: Target, only: str | None = None) -> Iterator[list[Compiled]
 
 def tile_of(keywords: dict[str, Any]) -> str:
     """ "128x64, 8 warps, 2 stages", from a launch's keywords."""
-    sides = [str(keywords[side]) for side in ("BLOCK_M", "BLOCK_N", "BLOCK_K") if side in keywords]
+    given = {**keywords["tile"].values(), **keywords} if "tile" in keywords else keywords
+    sides = [str(given[side]) for side in ("BLOCK_M", "BLOCK_N", "BLOCK_K") if side in given]
     parts = ["x".join(sides)]
     parts += [f"{keywords[name]} {word}" for name, word in _HARDWARE.items() if name in keywords]
     return ", ".join(part for part in parts if part)

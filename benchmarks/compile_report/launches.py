@@ -7,13 +7,14 @@ from dataclasses import dataclass
 import torch
 
 from benchmarks.compile_report.targets import Target
-from fastattn.kernels.attention_backward import attention_backward
-from fastattn.kernels.attention_forward import attention_forward
-from fastattn.kernels.attention_tangent import attention_tangent
+from fastattn.kernels.attention.backward import attention_backward
+from fastattn.kernels.attention.forward import attention_forward
+from fastattn.kernels.attention.tangent import attention_tangent
 from fastattn.kernels.heads import prepare_heads, prepare_heads_backward
 from fastattn.kernels.mlp import gated_mlp_backward, gated_mlp_forward, mlp_backward, mlp_forward
 from fastattn.kernels.norm import norm_backward, norm_forward
 from fastattn.masks import BlockLists
+from fastattn.spec import AttentionSpec, ScoreTensors, Tangents, Wanted
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -24,7 +25,7 @@ def _heads() -> torch.Tensor:
 
 # What attention may do to its scores, one by one and all at once.
 SHAPES: dict[str, dict] = {
-    "window": {"left": 512},
+    "window": {"window": (512, None)},
     "softcap": {"softcap": 30.0},
     "alibi": {"alibi_slopes": _heads()},
     "sinks and lengths": {"sinks": _heads(), "key_lengths": torch.empty(4, dtype=torch.int32, device="meta")},
@@ -78,9 +79,16 @@ class AttentionCall:
         q = self.heads(16, self.head_dim)
         k = self.heads(4, self.head_dim)
         v = self.heads(4, self.value_dim or self.head_dim)
-        ask = {"causal": self.causal, "scale": self.head_dim**-0.5, **SHAPES.get(self.shaped, {})}
-        out, lse = attention_forward(q, k, v, **ask)
-        attention_backward(out, q, k, v, out, lse, None, **ask, want_bias=True, want_relative_bias=True)
+        spec, tensors, lists = self.asked()
+        out, lse = attention_forward(q, k, v, spec, tensors, lists)
+        attention_backward(out, q, k, v, out, lse, None, spec, tensors, Wanted(True, True), lists)
+
+    def asked(self) -> tuple[AttentionSpec, ScoreTensors, BlockLists | None]:
+        """The call's options, the tensors that shape its scores, and its block lists."""
+        ask = dict(SHAPES.get(self.shaped, {}))
+        lists = ask.pop("lists", None)
+        tensors = ScoreTensors(**{name: ask.pop(name) for name in ScoreTensors._fields if name in ask})
+        return AttentionSpec(**{"causal": self.causal, "scale": self.head_dim**-0.5, **ask}), tensors, lists
 
     def heads(self, heads: int, width: int) -> torch.Tensor:
         """As a linear layer leaves them: (batch, tokens, heads, width), seen as (batch, heads, tokens, width)."""
@@ -99,8 +107,8 @@ class TangentCall(AttentionCall):
     def run(self) -> None:
         q, k = self.heads(16, self.head_dim), self.heads(4, self.head_dim)
         lse = torch.empty((4, 16, 4096), device="meta")
-        ask = {"causal": self.causal, "scale": self.head_dim**-0.5, **SHAPES.get(self.shaped, {})}
-        attention_tangent(q, k, k, q, lse, q_tangent=q, k_tangent=k, v_tangent=k, **ask)
+        spec, tensors, lists = self.asked()
+        attention_tangent(q, k, k, q, lse, Tangents(q, k, k), spec, tensors, lists)
 
 
 @dataclass(frozen=True)

@@ -109,10 +109,11 @@ def try_tiling(case: Case, device: torch.device, notify: Notify) -> Rows:
 
 def family(case: Case, device: torch.device, notify: Notify) -> Rows:
     """Which family's table serves this device."""
-    from fastattn.kernels import attention_forward, launch
+    from fastattn.kernels import launch
+    from fastattn.kernels.attention import forward
 
     with launch.on_device(torch.empty(0, device=device)):
-        return [{"family": launch.family(attention_forward.attention_forward_kernel, device)}]
+        return [{"family": launch.family(forward.attention_forward_kernel, device)}]
 
 
 HANDLERS: dict[str, Callable[[Case, torch.device, Notify], Rows]] = {

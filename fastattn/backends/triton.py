@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor
 
 from fastattn.head_spec import HeadsSpec, HeadTensors
-from fastattn.kernels import attention_backward as _backward
-from fastattn.kernels import attention_forward as _forward
-from fastattn.kernels import attention_tangent as _tangent
 from fastattn.kernels import heads as _heads
 from fastattn.kernels import mlp as _mlp
 from fastattn.kernels import norm as _norm
+from fastattn.kernels.attention import backward as _backward
+from fastattn.kernels.attention import forward as _forward
+from fastattn.kernels.attention import tangent as _tangent
+from fastattn.masks import BlockLists
 from fastattn.masks.lists import unpacked
 from fastattn.norm_spec import NormSpec
 from fastattn.spec import AttentionSpec, Gradients, MLPSpec, MLPWeights, ScoreTensors, Tangents, Wanted
@@ -22,7 +22,7 @@ from fastattn.spec import AttentionSpec, Gradients, MLPSpec, MLPWeights, ScoreTe
 def attention_forward(
     q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, tensors: ScoreTensors
 ) -> tuple[Tensor, Tensor]:
-    return _forward.attention_forward(q, k, v, **_options(spec, tensors))
+    return _forward.attention_forward(q, k, v, spec, tensors, _lists(spec, tensors))
 
 
 def attention_backward(
@@ -37,11 +37,8 @@ def attention_backward(
     tensors: ScoreTensors,
     wanted: Wanted,
 ) -> Gradients:
-    gradients = _backward.attention_backward(
-        dout, q, k, v, out, lse, dlse, **_options(spec, tensors), want_bias=wanted.bias,
-        want_relative_bias=wanted.relative_bias,
-    )  # fmt: skip
-    return Gradients(*gradients)
+    lists = _lists(spec, tensors)
+    return Gradients(*_backward.attention_backward(dout, q, k, v, out, lse, dlse, spec, tensors, wanted, lists))
 
 
 def attention_tangent(
@@ -54,25 +51,15 @@ def attention_tangent(
     spec: AttentionSpec,
     tensors: ScoreTensors,
 ) -> tuple[Tensor, Tensor]:
-    moved = {f"{name}_tangent": t for name, t in tangents._asdict().items()}
-    return _tangent.attention_tangent(q, k, v, out, lse, **moved, **_options(spec, tensors))
+    lists = _lists(spec, tensors)
+    return _tangent.attention_tangent(q, k, v, out, lse, tangents, spec, tensors, lists)
 
 
-def _options(spec: AttentionSpec, tensors: ScoreTensors) -> dict[str, Any]:
-    """A spec and its tensors as the launchers take them; None for what is not asked."""
-    given = tensors._asdict()
-    words = given.pop("mask")
-    if words is not None and spec.mask is not None:
-        given["lists"] = unpacked(words, spec.mask)
-    return {
-        "left": spec.left,
-        "right": spec.right,
-        "scale": spec.scale,
-        "softcap": spec.softcap or None,
-        "dropout": spec.dropout,
-        "precision": spec.precision,
-        **given,
-    }
+def _lists(spec: AttentionSpec, tensors: ScoreTensors) -> BlockLists | None:
+    """The mask's block lists, if it has any."""
+    if tensors.mask is None or spec.mask is None:
+        return None
+    return unpacked(tensors.mask, spec.mask)
 
 
 def mlp_forward(x: Tensor, weights: MLPWeights, spec: MLPSpec, save: bool) -> tuple[Tensor, Tensor]:

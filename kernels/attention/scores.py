@@ -8,8 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .tiles import LOG2_E, Tensor2, Tensor3, Tensor4, head_of, near, tensor2, tensor3
-from .walk import within
+from ..tiles import LOG2_E, Tensor2, Tensor3, Tensor4, head_of, near, tensor2, tensor3
+from .loops import is_visible
 
 
 class Scores(NamedTuple):
@@ -97,7 +97,7 @@ def is_plain(scores):
 
 @triton.jit
 def score_factor(scores):
-    """What makes `shape_scores` log2 units."""
+    """What makes `finish_scores` log2 units."""
     if is_plain(scores):
         return tl.cast(scores.scale, tl.float32) * LOG2_E
     else:
@@ -105,7 +105,7 @@ def score_factor(scores):
 
 
 @triton.jit
-def bend(products, scores):
+def cap(products, scores):
     """From q k^T to the tanh of a soft cap; without one the products as they are."""
     if scores.softcap is not None:
         return tanh(products * (tl.cast(scores.scale, tl.float32) / tl.cast(scores.softcap, tl.float32)))
@@ -114,8 +114,8 @@ def bend(products, scores):
 
 
 @triton.jit
-def shape_scores(bent, scores, terms, queries, keys, shape):
-    """From what `bend` returns to scores, up to `score_factor`.
+def finish_scores(capped, scores, terms, queries, keys, shape):
+    """From what `cap` returns to scores, up to `score_factor`.
 
     Without cap and biases they are the products as they are, so that maximum and exponential take the scale in
     their own multiply-adds. `queries` and `keys` broadcast to the tile; those that do not exist read the last
@@ -123,17 +123,17 @@ def shape_scores(bent, scores, terms, queries, keys, shape):
     """
     slope, bias, relative = terms[0], terms[1], terms[2]
     if scores.softcap is not None:
-        bent = bent * (tl.cast(scores.softcap, tl.float32) * LOG2_E)
+        capped = capped * (tl.cast(scores.softcap, tl.float32) * LOG2_E)
     elif not is_plain(scores):
-        bent = bent * (tl.cast(scores.scale, tl.float32) * LOG2_E)
+        capped = capped * (tl.cast(scores.scale, tl.float32) * LOG2_E)
     if scores.counted is not None:
-        bent += terms[6]
+        capped += terms[6]
     if scores.slopes is not None:
-        bent -= (slope * LOG2_E) * tl.abs(keys - queries - (shape.keys - shape.queries)).to(tl.float32)
+        capped -= (slope * LOG2_E) * tl.abs(keys - queries - (shape.keys - shape.queries)).to(tl.float32)
     if scores.relative is not None:
         distance = keys - queries - (shape.keys - shape.queries)
         place = tl.minimum(tl.maximum(distance, -scores.radius), scores.radius) + scores.radius
-        bent += tl.load(relative + place * scores.relative.row) * LOG2_E
+        capped += tl.load(relative + place * scores.relative.row) * LOG2_E
     if scores.bias is not None:
         # 32-bit offsets from the tile's first row and column: half the registers.
         first_row, first_column = tl.min(queries), tl.min(keys)
@@ -142,14 +142,14 @@ def shape_scores(bent, scores, terms, queries, keys, shape):
         bias += first_row.to(tl.int64) * scores.bias.row + first_column.to(tl.int64) * scores.bias.column
         values = tl.load(bias + (rows + columns))
         if scores.bias.pointer.dtype.element_ty == tl.uint8:
-            bent = tl.where(values != 0, bent, float("-inf"))
+            capped = tl.where(values != 0, capped, float("-inf"))
         else:
-            bent += values.to(tl.float32) * LOG2_E
-    return bent
+            capped += values.to(tl.float32) * LOG2_E
+    return capped
 
 
 @triton.jit
-def terms_of(scores, dropout, batch, head):
+def score_terms(scores, dropout, batch, head):
     """What one head's scores and weights take from memory: its slope, where its biases begin, its number, and
     the seed and offset of its random numbers; 0 for what is not asked, and for how often keys count."""
     slope, bias, relative, seed, offset = 0.0, 0, 0, 0, 0
@@ -165,7 +165,7 @@ def terms_of(scores, dropout, batch, head):
 
 
 @triton.jit
-def kept(dropout, terms, queries, first_key, KEYS: tl.constexpr, KEYS_DOWN: tl.constexpr):
+def keep_mask(dropout, terms, queries, first_key, KEYS: tl.constexpr, KEYS_DOWN: tl.constexpr):
     """Which weights of a tile dropout keeps: (queries, KEYS), or (KEYS, queries) if KEYS_DOWN.
 
     Eight neighbouring keys share a call of Philox-4x32 with seven rounds (Salmon et al. 2011, table 2) for the
@@ -189,37 +189,22 @@ def kept(dropout, terms, queries, first_key, KEYS: tl.constexpr, KEYS_DOWN: tl.c
 
 @triton.jit
 def score_gradient(
-    q_tile,
-    dout_tile,
-    lse,
-    delta,
-    k_tile,
-    v_tile,
-    start,
-    queries,
-    bounds,
-    shape,
-    window,
-    lists,
-    scores,
-    dropout,
-    terms,
-    MASKED: tl.constexpr,
-    RELATIVE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr,
+    operands, k_tile, v_tile, start, queries, bounds, terms, problem, tile: tl.constexpr, MASKED: tl.constexpr
 ):
-    """The gradient of a tile of scores, queries down, and what `bend` made of the products."""
+    """The gradient of a tile of scores, queries down, and what `cap` made of the products. Operands are the
+    queries' q and dout, their log-sum-exps in log2 units and their deltas."""
+    q_tile, dout_tile, lse, delta = operands
+    scores, dropout = problem.scores, problem.dropout
     # Both products first: the second one runs while the weights are made from the first.
-    products = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
-    dweights = tl.dot(dout_tile, tl.trans(v_tile), input_precision=PRECISION)
-    keys = start + tl.arange(0, BLOCK_N)[None, :]
-    bent = bend(products, scores)
-    values = shape_scores(bent, scores, terms, queries[:, None], keys, shape)
+    products = tl.dot(q_tile, tl.trans(k_tile), input_precision=tile.PRECISION)
+    dweights = tl.dot(dout_tile, tl.trans(v_tile), input_precision=tile.PRECISION)
+    keys = start + tl.arange(0, tile.BLOCK_N)[None, :]
+    capped = cap(products, scores)
+    values = finish_scores(capped, scores, terms, queries[:, None], keys, problem.shape)
     weights = tl.exp2(values * score_factor(scores) - lse[:, None])
     if MASKED:
-        weights = tl.where(within(start, bounds, window, lists, BLOCK_N, RELATIVE), weights, 0.0)
+        weights = tl.where(is_visible(start, bounds, problem, tile), weights, 0.0)
     if dropout is not None:
-        keep = kept(dropout, terms, queries, start, BLOCK_N, False)
+        keep = keep_mask(dropout, terms, queries, start, tile.BLOCK_N, False)
         dweights = tl.where(keep, dweights * tl.cast(dropout.growth, tl.float32), 0.0)
-    return weights * (dweights - delta[:, None]), bent
+    return weights * (dweights - delta[:, None]), capped

@@ -1,0 +1,129 @@
+"""Attention, forward: one program computes BLOCK_M rows of softmax(scale q k^T) v and their log-sum-exp.
+
+The online softmax of FlashAttention-2 (Dao 2023, algorithm 1). Which keys a tile visits says loops.py; where
+several programs split a loop, splits.py makes one result of theirs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from .. import launch
+from ..tiles import LN_2, LOG2_E, head_of, load_tile, online_softmax_update, tensor3, tensor4
+from .loops import is_visible, later_are_heavier, loop_over_keys, position_of, rows_of
+from .problem import Call, empty_heads
+from .scores import cap, finish_scores, keep_mask, score_factor, score_terms
+from .splits import argument, merge, partials_of, splits_of, store_result, store_row_values
+
+
+@triton.jit
+def forward_step(
+    state, operands, terms, start, queries, bounds, key_count, problem, tile: tl.constexpr, MASKED: tl.constexpr
+):
+    """Fold the keys from `start` on into (accumulator, running maximum, running sum)."""
+    q_tile, k_pointer, v_pointer, k, v = operands
+    scores = problem.scores
+    accumulator, row_max, row_sum = state
+    k_tile = load_tile(k_pointer, k, start, key_count, tile.HEAD_DIM, tile.BLOCK_N, tile.WIDTH, MASKED)
+    products = tl.dot(q_tile, tl.trans(k_tile), input_precision=tile.PRECISION)
+    columns = start + tl.arange(0, tile.BLOCK_N)[None, :]
+    values = finish_scores(cap(products, scores), scores, terms, queries[:, None], columns, problem.shape)
+    if MASKED:
+        values = tl.where(is_visible(start, bounds, problem, tile), values, float("-inf"))
+    weights, rescale, row_max, row_sum = online_softmax_update(
+        values, score_factor(scores), row_max, row_sum, MASKED or scores.bias is not None
+    )
+    if problem.dropout is not None:
+        keep = keep_mask(problem.dropout, terms, queries, start, tile.BLOCK_N, False)
+        weights = tl.where(keep, weights, 0.0)
+    v_tile = load_tile(v_pointer, v, start, key_count, tile.VALUE_DIM, tile.BLOCK_N, tile.VALUE_WIDTH, MASKED)
+    accumulator *= rescale[:, None]
+    accumulator = tl.dot(weights.to(v_tile.dtype), v_tile, accumulator, input_precision=tile.PRECISION)
+    return accumulator, row_max, row_sum
+
+
+@triton.jit
+def attention_forward_kernel(q, k, v, out, lse, partials, lse_partials, problem, tile: tl.constexpr):
+    shape, scores = problem.shape, problem.scores
+    position = position_of(shape.queries, shape.heads, problem, later_are_heavier(problem), tile.BLOCK_M)
+    start, batch, head, split = position
+    k_pointer = head_of(k, batch, head // shape.group)
+    v_pointer = head_of(v, batch, head // shape.group)
+    q_pointer = head_of(q, batch, head)
+    q_tile = load_tile(q_pointer, q, start, shape.queries, tile.HEAD_DIM, tile.BLOCK_M, tile.WIDTH, True)
+    terms = score_terms(scores, problem.dropout, batch, head)
+
+    accumulator = tl.zeros([tile.BLOCK_M, tile.VALUE_WIDTH], tl.float32)
+    row_max = tl.full([tile.BLOCK_M], float("-inf"), tl.float32)
+    row_sum = tl.zeros([tile.BLOCK_M], tl.float32)
+    if scores.sinks is not None:
+        # One more key, seen by all, whose value is zero; of several splits the first has it.
+        sink = tl.load(head_of(scores.sinks, batch, head)) * LOG2_E
+        row_max = tl.zeros([tile.BLOCK_M], tl.float32) + tl.where(split[0] == 0, sink, float("-inf"))
+        row_sum += tl.where(split[0] == 0, 1.0, 0.0)
+    operands = (q_tile, k_pointer, v_pointer, k, v)
+    accumulator, row_max, row_sum = loop_over_keys(
+        forward_step, (accumulator, row_max, row_sum), operands, terms, position, problem, tile
+    )
+
+    # A row that saw nothing has sum 0: output 0, lse -inf.
+    empty = row_sum == 0.0
+    row_sum = tl.where(empty, 1.0, row_sum)
+    row_lse = tl.where(empty, float("-inf"), (row_max + tl.log2(row_sum)) * LN_2)
+    growth = 1.0
+    if problem.dropout is not None:
+        growth = tl.cast(problem.dropout.growth, tl.float32)
+    accumulator = accumulator * (growth / row_sum)[:, None]
+    store_result(
+        out,
+        partials,
+        accumulator,
+        position,
+        shape.queries,
+        problem,
+        tile.VALUE_DIM,
+        tile.BLOCK_M,
+        tile.VALUE_WIDTH,
+    )
+    store_row_values(lse, lse_partials, row_lse, position, shape.queries, problem, tile.BLOCK_M)
+
+
+def attention_forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: Any, tensors: Any, lists: Any = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """softmax(scale q k^T) v and its row-wise log-sum-exp.
+
+    q (B, Hq, Lq, D), k (B, Hkv, Lk, D), v (B, Hkv, Lk, Dv), any strides, one dtype of fp16, bf16, fp32; the rest
+    as `Call` says. Returns out (B, Hq, Lq, Dv) in the inputs' dtype and lse (B, Hq, Lq) in nats, fp32.
+    """
+    batch, heads, queries, _ = q.shape
+    out = empty_heads(batch, heads, queries, v.shape[3], q)
+    lse = torch.empty((batch, heads, queries), dtype=torch.float32, device=q.device)
+    if lse.numel() == 0:
+        return out, lse
+    with launch.on_device(q):
+        call = Call(attention_forward_kernel, q, k, v, spec, tensors, lists)
+        tiling, rows = call.tiling(launch.ATTENTION_FORWARD), rows_of(lists)
+        splits = splits_of(
+            rows, None if lists is None else lists.row_merges, queries, tiling.block_m, batch * heads,
+            triton.cdiv(k.shape[2], tiling.block_n), call.processors,
+        )  # fmt: skip
+        partials, lse_partials = partials_of(splits, out), partials_of(splits, lse)
+        attention_forward_kernel[(splits.programs * batch * heads,)](
+            tensor4(q),
+            tensor4(k),
+            tensor4(v),
+            tensor4(out),
+            tensor3(lse),
+            argument(partials),
+            argument(lse_partials),
+            call.problem(rows, splits.count, launch.heads_per_section(k, v, batch * heads), sinks=True),
+            tile=call.tile(tiling),
+            **tiling.compiler_options(),
+        )
+        merge(splits, partials, out, lse_partials, lse)
+    return out, lse

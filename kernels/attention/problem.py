@@ -1,0 +1,123 @@
+"""What an attention kernel is asked for: a call's values in one argument, its compile-time choices in another."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+from .. import launch
+from ..tile import Tile, tile_of
+from ..tiles import Shape, shape_of
+from .loops import Lists, Window, window_of
+from .scores import Dropout, Scores, dropout_of, scores_of
+
+
+class Problem(NamedTuple):
+    """The values that every program of a launch reads: sizes, which scores are seen, what is done to them, over
+    how many programs each loop is split (None: over one), how many heads take turns (see tiles.heavy_first), and
+    in forward mode what is done to the scores' tangents."""
+
+    shape: Shape
+    window: Window
+    lists: Lists
+    scores: Scores
+    dropout: Dropout | None
+    splits: int | None
+    heads_per_section: int
+    score_tangents: Scores | None = None
+
+
+class Call:
+    """What the launches of one call have in common. To be made where the tensors' device is current.
+
+    `spec` has the options of a call (causal, scale, left, right, softcap, dropout, precision), `tensors` what
+    shapes the scores, None for what is not asked: key_lengths (B,) int32 in [0, Lk]; alibi_slopes and sinks
+    (B, Hq) fp32; bias (B or 1, Hq or 1, Lq or 1, Lk or 1), float or bool; relative_bias (B, Hq, 2 R + 1) fp32;
+    dropout_state (B, 2) int64; intervals (B, 2, Lq + Lk) int32, see loops.Window. `lists` are BlockLists or None.
+    """
+
+    def __init__(
+        self,
+        kernel: object,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        spec: Any,
+        tensors: Any,
+        lists: Any,
+    ) -> None:
+        self.q, self.k, self.v = q, k, v
+        self.spec, self.tensors, self.lists = spec, tensors, lists
+        self.family = launch.family(kernel, q.device)
+        self.processors = launch.processors(self.family, q.device)
+        self.width, self.value_width = (launch.tile_width(t.shape[3]) for t in (q, v))
+        self.precision = products(spec.precision, q.element_size(), self.widest)
+        self.shape = shape_of(q, k)
+        self.window = window_of(spec.left, spec.right, spec.right == 0, tensors.key_lengths, tensors.intervals)
+        self.dropout = dropout_of(tensors.dropout_state, spec.dropout)
+
+    @property
+    def widest(self) -> int:
+        return max(self.width, self.value_width)
+
+    @property
+    def kind(self) -> str:
+        """Which of a table's rows its launches need, see `launch.look_up`."""
+        if self.precision != "ieee":
+            return self.precision
+        tensors = self.tensors
+        if any(t is not None for t in (tensors.bias, tensors.relative_bias, tensors.dropout_state)):
+            return "heavy"
+        if self.lists is not None:
+            return "listed"
+        if tensors.intervals is not None:
+            return "intervals"
+        shaped = self.spec.left is not None or self.spec.softcap or tensors.alibi_slopes is not None
+        return "shaped" if shaped else "plain"
+
+    def tiling(self, table: dict) -> launch.Tiling:
+        """The table's row for this call."""
+        row = launch.look_up(table, self.family, self.q.element_size(), self.widest, self.kind)
+        return row if self.lists is None else launch.within_granules(row)
+
+    def tile(self, tiling: launch.Tiling, relative: bool | None = None) -> Tile:
+        """The compile-time choices of a launch. `relative`: bounds are compared with keys that are counted from
+        the tile's start; None is as launch.MASKED_FIRST says."""
+        masked_first = self.family in launch.MASKED_FIRST
+        return tile_of(
+            HEAD_DIM=self.q.shape[3],
+            VALUE_DIM=self.v.shape[3],
+            WIDTH=self.width,
+            VALUE_WIDTH=self.value_width,
+            BLOCK_M=tiling.block_m,
+            BLOCK_N=tiling.block_n,
+            PRECISION=self.precision,
+            MASKED_FIRST=masked_first,
+            RELATIVE=masked_first if relative is None else relative,
+        )
+
+    def scores(self, sinks: bool = False) -> Scores:
+        """What is done to the scores; with the sinks where a kernel reads them."""
+        tensors, counted = self.tensors, self.lists is not None and self.lists.full_counts is not None
+        return scores_of(
+            self.spec.scale, self.spec.softcap or None, tensors.alibi_slopes, tensors.bias, tensors.relative_bias,
+            tensors.sinks if sinks else None, counted,
+        )  # fmt: skip
+
+    def problem(
+        self, lists: Lists, splits: int | None = None, heads_per_section: int = 1, sinks: bool = False
+    ) -> Problem:
+        """The values of a launch that goes by these lists."""
+        return Problem(self.shape, self.window, lists, self.scores(sinks), self.dropout, splits, heads_per_section)
+
+
+def products(precision: str, element_size: int, width: int) -> str:
+    """tl.dot's input precision. IEEE where the fragments of tf32x3's three products do not fit in registers."""
+    return "ieee" if element_size < 4 or (precision == "tf32x3" and width > 128) else precision
+
+
+def empty_heads(batch: int, heads: int, rows: int, width: int, like: torch.Tensor) -> torch.Tensor:
+    """An empty (batch, heads, rows, width) tensor laid out (batch, rows, heads, width), so that merging the
+    heads for the next linear layer costs no copy."""
+    return torch.empty((batch, rows, heads, width), dtype=like.dtype, device=like.device).transpose(1, 2)

@@ -1,0 +1,197 @@
+"""Split loops: over how many programs, where each leaves its partial result, and how these become one.
+
+Where a launch has fewer programs than the GPU has multiprocessors, as with few queries and many keys, each loop is
+split over several programs (split-KV). Where a mask of lists has rows much longer than the others (a global
+token's), its items split those. Partial results are float32. They are merged by their log-sum-exps (forward) or
+added up (backward), in a fixed order.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from .. import launch
+from ..tiles import (
+    LN_2,
+    LOG2_E,
+    Tensor3,
+    Tensor4,
+    head_of,
+    load_row_values,
+    load_tile,
+    store_tile,
+    tensor3,
+    tensor4,
+)
+from .loops import GRANULE, Lists
+
+ROWS = 16  # of a program that merges
+
+
+class Splits(NamedTuple):
+    """How a launch splits its loops: programs for each head, splits of every loop (None: as the items say), slots
+    for partial results, and where those of an item's row are (merges of a BlockLists; None: each row has all
+    slots).
+
+    The partial result in `slot` of batch entry b is entry slot x batches + b of a tensor of them."""
+
+    programs: int
+    count: int | None
+    slots: int
+    merges: torch.Tensor | None
+
+
+def splits_of(
+    listed: Lists,
+    merges: torch.Tensor | None,
+    length: int,
+    block: int,
+    heads: int,
+    steps: int,
+    processors: int,
+) -> Splits:
+    """For tiles of `block` of `length` rows, over `heads` heads, each looping over up to `steps` tiles."""
+    if merges is not None:
+        rows = listed.length - 1
+        slots = listed.item_count - rows + len(merges)
+        return Splits(listed.item_count * (GRANULE.value // block), None, slots, merges)
+    tiles = triton.cdiv(length, block)
+    count = launch.splits(tiles * heads, steps, processors)
+    return Splits(tiles * count, None, 0, None) if count == 1 else Splits(tiles * count, count, count, None)
+
+
+def partials_of(splits: Splits, result: torch.Tensor) -> torch.Tensor | None:
+    """Room for the partial results of `result` (batch, heads, rows[, width]); None if nothing is split.
+
+    A mask of lists always has it, if only for none, so that all masks run the same kernel."""
+    if splits.count is None and splits.merges is None:
+        return None
+    batch, heads, rows, *width = result.shape
+    rows = rows if splits.merges is None else GRANULE.value
+    return torch.empty((splits.slots * batch, heads, rows, *width), dtype=torch.float32, device=result.device)
+
+
+def argument(partials: torch.Tensor | None) -> Tensor4 | Tensor3 | None:
+    """Partial results as a kernel argument."""
+    return None if partials is None else tensor4(partials) if partials.dim() == 4 else tensor3(partials)
+
+
+@triton.jit
+def store_result(
+    out, partials, values, position, length, problem, DIM: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr
+):
+    """Store a tile of a result, or of this split's partial result."""
+    start, batch, head, split = position
+    if partials is None:
+        store_tile(head_of(out, batch, head), out, start, length, DIM, values, BLOCK, WIDTH)
+    else:
+        pointer = head_of(partials, problem.shape.batches * split[2] + batch, head)
+        if problem.lists.full is None:
+            store_tile(pointer, partials, start, length, DIM, values, BLOCK, WIDTH)
+        elif split[2] < 0:
+            store_tile(head_of(out, batch, head), out, start, length, DIM, values, BLOCK, WIDTH)
+        else:
+            store_tile(pointer, partials, start % GRANULE, GRANULE, DIM, values, BLOCK, WIDTH)
+
+
+@triton.jit
+def store_row_values(out, partials, values, position, length, problem, BLOCK: tl.constexpr):
+    """Store a value a row, or this split's part of it."""
+    start, batch, head, split = position
+    rows = start + tl.arange(0, BLOCK)
+    pointers = head_of(out, batch, head) + rows.to(tl.int64) * out.row
+    if partials is None:
+        tl.store(pointers, values, mask=rows < length)
+    else:
+        pointer = head_of(partials, problem.shape.batches * split[2] + batch, head)
+        if problem.lists.full is None:
+            tl.store(pointer + rows, values, mask=rows < length)
+        elif split[2] < 0:
+            tl.store(pointers, values, mask=rows < length)
+        else:
+            tl.store(pointer + rows % GRANULE, values)
+
+
+@triton.jit
+def merge_kernel(
+    partials, value_partials, out, values, merges, slots, length, heads, batches,
+    DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program merges BLOCK rows of one head: by the log-sum-exps of the partial results, if there are any,
+    else it adds them."""
+    tiles = tl.num_programs(0) // (batches * heads)
+    place, flat_head = tl.program_id(0) % tiles, tl.program_id(0) // tiles
+    batch, head = flat_head // heads, flat_head % heads
+    start = place * BLOCK
+    slot, row, rows = 0, start, length
+    if merges is not None:
+        pieces: tl.constexpr = GRANULE // BLOCK
+        merge = merges + place // pieces * 3
+        row, rows = place % pieces * BLOCK, GRANULE
+        start = tl.load(merge) * GRANULE + row
+        slot, slots = tl.load(merge + 1), tl.load(merge + 2)
+    offsets = tl.arange(0, BLOCK)
+    most = tl.full([BLOCK], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
+    if values is not None:
+        for number in tl.range(0, slots):
+            entry = batches * (slot + number) + batch
+            part = load_row_values(
+                head_of(value_partials, entry, head), value_partials, row + offsets, rows, float("-inf")
+            )
+            new_most = tl.maximum(most, part)
+            # A row that saw nothing so far pivots on 0: -inf minus -inf never happens.
+            pivot = tl.where(new_most == float("-inf"), 0.0, new_most) * LOG2_E
+            total = total * tl.exp2(most * LOG2_E - pivot) + tl.exp2(part * LOG2_E - pivot)
+            most = new_most
+        empty = total == 0.0
+        total = tl.where(empty, float("-inf"), most + tl.log2(tl.where(empty, 1.0, total)) * LN_2)
+        exists = start + offsets < length
+        tl.store(head_of(values, batch, head) + (start + offsets).to(tl.int64) * values.row, total, mask=exists)
+        total = tl.where(total == float("-inf"), 0.0, total)
+    accumulator = tl.zeros([BLOCK, WIDTH], tl.float32)
+    for number in tl.range(0, slots):
+        entry = batches * (slot + number) + batch
+        tile = load_tile(head_of(partials, entry, head), partials, row, rows, DIM, BLOCK, WIDTH, True)
+        if values is not None:
+            part = load_row_values(
+                head_of(value_partials, entry, head), value_partials, row + offsets, rows, float("-inf")
+            )
+            tile *= tl.exp2((part - total) * LOG2_E)[:, None]
+        accumulator += tile
+    store_tile(head_of(out, batch, head), out, start, length, DIM, accumulator, BLOCK, WIDTH)
+
+
+def merge(
+    splits: Splits,
+    partials: torch.Tensor | None,
+    out: torch.Tensor,
+    value_partials: torch.Tensor | None = None,
+    values: torch.Tensor | None = None,
+) -> None:
+    """Make `out` (batch, heads, rows, width) of its partial results, where there are any, and the values (batch,
+    heads, rows) of theirs: log-sum-exps, which weigh those of `out`."""
+    if splits.slots == 0:
+        return
+    batch, heads, rows, width = out.shape
+    shared_rows = rows if splits.merges is None else len(splits.merges) * GRANULE.value
+    merge_kernel[(triton.cdiv(shared_rows, ROWS) * batch * heads,)](
+        argument(partials),
+        argument(value_partials),
+        tensor4(out),
+        None if values is None else tensor3(values),
+        splits.merges,
+        splits.slots,
+        rows,
+        heads,
+        batch,
+        DIM=width,
+        WIDTH=launch.tile_width(width),
+        BLOCK=ROWS,
+        num_warps=4,
+        **launch.COMPILER_OPTIONS,
+    )
