@@ -38,13 +38,13 @@ def number(name: str, value: Any, *, what: str = "a number") -> float:
     return value
 
 
-def flag(name: str, value: Any) -> bool:
+def flag(name: str, value: Any, *, what: str = "a bool") -> bool:
     """The argument as a bool."""
     if isinstance(value, bool):
         return value
-    plain = _plain(name, value, "a bool")
+    plain = _plain(name, value, what)
     if not isinstance(plain, bool):
-        raise TypeError(f"{name} must be a bool, got {_kind(value)}")
+        raise TypeError(f"{name} must be {what}, got {_kind(value)}")
     return plain
 
 
@@ -88,6 +88,15 @@ def device(name: str, value: Any) -> torch.device:
         return torch.device(value)
     except RuntimeError as problem:
         raise ValueError(f"{name} must be a torch.device or its name, got {value!r}") from problem
+
+
+def floating_dtype(name: str, value: Any) -> torch.dtype:
+    """The argument as a dtype of real numbers with a fraction."""
+    if not isinstance(value, torch.dtype):
+        raise TypeError(f"{name} must be a torch.dtype or None, got {_kind(value)}")
+    if not value.is_floating_point:
+        raise ValueError(f"{name} must be a floating dtype, got {value}")
+    return value
 
 
 def integers(name: str, values: Any, *, on: torch.device | None = None) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastattn import arguments, masks
 from fastattn.functional import attention
-from fastattn.spec import check_floating, check_scale
+from fastattn.spec import check_floating, check_same, check_scale
 from fastattn.varlen import attention_varlen
 
 Result = Tensor | tuple[Tensor, Tensor, None]
@@ -66,6 +66,7 @@ def flash_attn_kvpacked_func(
     """`flash_attn_func` of q (B, Lq, Hq, D) and keys and values in one tensor kv (B, Lk, 2, Hkv, D)."""
     _check_shape(4, "(batch, length, heads, width)", q=q)
     k, v = _unpacked("kv", kv, "(batch, length, 2, heads, width)")
+    _check_packed_keys(q, kv)
     return flash_attn_func(
         q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
         return_attn_probs,
@@ -144,6 +145,7 @@ def flash_attn_varlen_kvpacked_func(
     """`flash_attn_varlen_func` of packed q (total queries, Hq, D) and kv (total keys, 2, Hkv, D)."""
     _check_shape(3, "(tokens, heads, width)", q=q)
     k, v = _unpacked("kv", kv, "(tokens, 2, heads, width)")
+    _check_packed_keys(q, kv)
     return flash_attn_varlen_func(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal,
         window_size, softcap, alibi_slopes, deterministic, return_attn_probs,
@@ -216,7 +218,20 @@ def _unpacked(name: str, t: Tensor, shape: str) -> tuple[Tensor, ...]:
     _check_shape(dimensions, shape, **{name: t})
     if t.shape[-3] != parts:
         raise ValueError(f"{name} must have shape {shape}, got {tuple(t.shape)}")
+    if 0 in t.shape[-2:]:
+        raise ValueError(f"{name} must have at least one head, and heads at least 1 wide, got {tuple(t.shape)}")
     return t.unbind(-3)
+
+
+def _check_packed_keys(q: Tensor, kv: Tensor) -> None:
+    """What `fastattn.attention` would say of k and v, which the caller does not know, is said of kv."""
+    check_same("kv", kv, "q", q)
+    if kv.dim() == 5 and kv.shape[0] != q.shape[0]:
+        raise ValueError(f"kv must have q's batch size {q.shape[0]}, got {kv.shape[0]}")
+    if q.shape[-2] % kv.shape[-2]:
+        raise ValueError(f"q's heads must be a multiple of kv's heads {kv.shape[-2]}, got {q.shape[-2]}")
+    if kv.shape[-1] != q.shape[-1]:
+        raise ValueError(f"kv must have q's head width {q.shape[-1]}, got {kv.shape[-1]}")
 
 
 def _check_shape(dimensions: int, shape: str, **tensors: Tensor) -> None:

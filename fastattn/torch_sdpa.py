@@ -13,9 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastattn.arguments import flag, number, tensor
+from fastattn.capabilities import check_backend
 from fastattn.functional import attention
 from fastattn.masks import Lowered, Mask
-from fastattn.spec import FLOATING
+from fastattn.spec import FLOATING, check_scale
 
 TOP_LEFT, BOTTOM_RIGHT = "top-left", "bottom-right"
 
@@ -64,6 +66,10 @@ def scaled_dot_product_attention(
         >>> scaled_dot_product_attention(q, k, v, is_causal=True).shape
         torch.Size([2, 4, 10, 16])
     """
+    is_causal, enable_gqa = flag("is_causal", is_causal), flag("enable_gqa", enable_gqa)
+    dropout_p, backend = number("dropout_p", dropout_p), check_backend(backend)
+    scale = None if scale is None else check_scale(scale)
+    _check_mask(attn_mask, query)
     ours = None
     if isinstance(attn_mask, Mask | Lowered):
         ours = mask_alone("attn_mask", attn_mask, "is_causal", is_causal)
@@ -82,13 +88,22 @@ def scaled_dot_product_attention(
         )
         warn_once(f"scaled_dot_product_attention: {obstacle}; PyTorch's own function computes it")
         return out
-    scale = None if scale is None else float(scale)
     leading, q, k, v, bias = _four_dimensions(query, key, value, mask, enable_gqa)
     out, _ = attend(
         q, k, v, bias=bias, mask=ours, causal=causal, dropout_p=dropout_p, scale=scale, backend=backend
     )
     out = out.reshape(*leading, *out.shape[2:])
     return out if out.dim() == 4 else out.contiguous()
+
+
+def _check_mask(attn_mask: Any, query: Any) -> None:
+    """Refuse what is no plain tensor on query's device: torch's error would not name attn_mask."""
+    if attn_mask is None or isinstance(attn_mask, Mask | Lowered):
+        return
+    tensor("attn_mask", attn_mask, or_none=True)
+    # A CausalBias is made of nothing, on no device.
+    if isinstance(query, Tensor) and attn_mask.device != query.device and not hasattr(attn_mask, "variant"):
+        raise ValueError(f"attn_mask must be on query's device {query.device}, got {attn_mask.device}")
 
 
 def attend(

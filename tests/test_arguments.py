@@ -15,7 +15,9 @@ import pytest
 import torch
 
 import fastattn
-from fastattn import flash_attn, lens, masks
+from fastattn import flash_attn, lens, masks, nn
+from fastattn.nn.norm import NORMS
+from fastattn.nn.torch_layers import COUNTERPARTS
 
 X = torch.randn(1, 8, 2, 16)
 Q = X.transpose(1, 2)
@@ -84,7 +86,8 @@ def test_a_scale_without_dimensions_keeps_its_gradient() -> None:
 
 
 LONGEST = {"max_seqlen_q": 5, "max_seqlen_k": 5}
-# Every public function, with arguments that it takes.
+SMALL: dict[str, Any] = dict(vocab_size=9, embed_dim=8, num_heads=2, num_layers=1, max_length=8)
+# Every public function and module, with arguments that it takes.
 CALLS: dict[str, tuple[Callable, dict[str, Any]]] = {
     "attention": (fastattn.attention, dict(q=Q, k=Q, v=Q)),
     "attention with dropout": (fastattn.attention, dict(q=Q, k=Q, v=Q, dropout_p=0.1)),
@@ -142,6 +145,26 @@ CALLS: dict[str, tuple[Callable, dict[str, Any]]] = {
     "masks.longformer": (masks.longformer, dict(window=2)),
     "masks.from_function": (masks.from_function, dict(function=print)),
     "masks.from_dense": (masks.from_dense, dict(seen=torch.ones(1, 1, dtype=torch.bool))),
+    "scaled_dot_product_attention": (fastattn.scaled_dot_product_attention, dict(query=Q, key=Q, value=Q)),
+    "nn.SelfAttention": (nn.SelfAttention, dict(embed_dim=8, num_heads=2)),
+    "nn.SelfAttention of x": (nn.SelfAttention(16, 2), dict(x=PACKED)),
+    "nn.CrossAttention": (nn.CrossAttention, dict(embed_dim=8, num_heads=2)),
+    "nn.CrossAttention of x": (nn.CrossAttention(16, 2), dict(x=PACKED, context=PACKED)),
+    "nn.MLP": (nn.MLP, dict(embed_dim=8)),
+    "nn.MLP of x": (nn.MLP(16), dict(x=PACKED)),
+    "nn.GatedMLP": (nn.GatedMLP, dict(embed_dim=8)),
+    "nn.GatedMLP of x": (nn.GatedMLP(16), dict(x=PACKED)),
+    "nn.Rotary": (nn.Rotary, dict(width=8)),
+    "nn.Rotary of x": (nn.Rotary(8), dict(x=Q)),
+    "nn.TransformerConfig": (nn.TransformerConfig, SMALL),
+    "nn.TransformerConfig that turns": (nn.TransformerConfig, {**SMALL, "positions": "rotary"}),
+    "nn.TransformerBlock": (nn.TransformerBlock, dict(attention=nn.SelfAttention(8, 2))),
+    "nn.TransformerBlock of x": (
+        nn.TransformerBlock(nn.SelfAttention(16, 2), cross_attention=nn.CrossAttention(16, 2)),
+        dict(x=PACKED, context=PACKED),
+    ),
+    "nn.TransformerModel": (nn.TransformerModel, dict(config=nn.TransformerConfig(**SMALL))),
+    "nn.TransformerModel of tokens": (nn.TransformerModel(**SMALL), dict(tokens=torch.zeros(1, 8).long())),
     "lens.head_scores": (lens.head_scores, dict(q=Q, k=Q, lse=LSE, tokens=torch.zeros(1, 8).long())),
 }  # fmt: skip
 JUNK = {
@@ -155,20 +178,27 @@ JUNK = {
     "a list of objects": [object()],
     "NaN": float("nan"),
 }
+# Where scaled_dot_product_attention leaves the error to torch, which raises RuntimeError.
+TORCHS_WORDS = ("query", "key", "value", "attn_mask")
 # (function, argument): junk that is none there.
 NO_JUNK = {("rms_norm", "x"): {"six dimensions"}, ("layer_norm", "x"): {"six dimensions"}}
-TAKES_IT = [
-    (name, argument)
-    for name, (function, _) in CALLS.items()
-    for argument in inspect.signature(function).parameters
-]
+
+
+def arguments_of(function: Callable) -> list[str]:
+    """Of a module, what its forward takes."""
+    function = function.forward if isinstance(function, torch.nn.Module) else function
+    parameters = inspect.signature(function).parameters.values()
+    return [p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+
+
+TAKES_IT = [(name, argument) for name, (function, _) in CALLS.items() for argument in arguments_of(function)]
 
 
 @pytest.mark.parametrize("junk", JUNK)
 def test_whatever_is_passed_wrongly_is_refused_by_the_name_of_the_argument(junk: str) -> None:
     problems = []
     for name, argument in TAKES_IT:
-        if argument == "unknown" or junk in NO_JUNK.get((name, argument), ()):
+        if junk in NO_JUNK.get((name, argument), ()):
             continue
         function, given = CALLS[name]
         try:
@@ -178,13 +208,66 @@ def test_whatever_is_passed_wrongly_is_refused_by_the_name_of_the_argument(junk:
             if not re.search(rf"\b{argument}\b", str(problem)):
                 problems.append(f"{name}({argument}={junk}): {problem}")
         except Exception as problem:
+            if name == "scaled_dot_product_attention" and argument in TORCHS_WORDS:
+                continue
             problems.append(f"{name}({argument}={junk}): {type(problem).__name__}: {problem}")
     assert not problems, "\n" + "\n".join(problems)
 
 
+@pytest.mark.parametrize("eight", [np.int64(8), np.array(8), torch.tensor(8)])
+def test_modules_take_integers_of_any_library_as_pythons(eight: Any) -> None:
+    true = np.bool_(True)
+    made = {
+        "rotary": nn.SelfAttention(eight, eight // 4, head_dim=eight, causal=true, rotary=true, qk_norm=true),
+        "context": nn.CrossAttention(eight, eight // 4, context_dim=eight, bias=true),
+        "mlp": nn.MLP(eight, eight),
+        "gated": nn.GatedMLP(eight, bias=true),
+        "turn": nn.Rotary(eight, base=np.float32(100.0)),
+        "model": nn.TransformerModel(vocab_size=eight, embed_dim=eight, num_heads=eight // 4, num_layers=1,
+                                     max_length=eight, dropout=np.float32(0.1), causal=true),
+    }  # fmt: skip
+    for module in made.values():
+        for part in module.modules():
+            kept = {k: v for k, v in vars(part).items() if not k.startswith("_") and k != "config"}
+            assert not [k for k, v in kept.items() if isinstance(v, np.generic | np.ndarray | torch.Tensor)]
+    config = made["model"].config
+    assert type(config.embed_dim) is int and type(config.causal) is bool
+    assert hash(config) == hash(nn.TransformerConfig(**dict(SMALL, vocab_size=8, dropout=float(np.float32(0.1)))))
+
+
+def test_scaled_dot_product_attention_names_what_is_wrong_as_the_caller_does() -> None:
+    with pytest.raises(ValueError, match=r"^attn_mask must be on query's device cpu, got meta"):
+        fastattn.scaled_dot_product_attention(Q, Q, Q, torch.ones(8, 8, device="meta"))
+    with pytest.raises(TypeError, match=r"^dropout_p must be a number, got str"):
+        fastattn.scaled_dot_product_attention(Q, Q, Q, dropout_p="0.1")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"^scale must be a number or None, got str"):
+        fastattn.scaled_dot_product_attention(Q, Q, Q, scale="0.1")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("kv", "message"),
+    [
+        (torch.ones(2, 8, 2, 2, 16), "^kv must have q's batch size 1, got 2"),
+        (torch.ones(1, 8, 2, 3, 16), "^q's heads must be a multiple of kv's heads 3, got 2"),
+        (torch.ones(1, 8, 2, 2, 8), "^kv must have q's head width 16, got 8"),
+        (torch.ones(1, 8, 2, 0, 16), "^kv must have at least one head"),
+        (torch.ones(1, 8, 2, 2, 16).double(), "^kv must "),
+        (torch.ones(1, 8, 2, 2, 16, device="meta"), "^kv must be on "),
+    ],
+)
+def test_keys_and_values_in_one_tensor_are_named_as_the_caller_has_them(kv: torch.Tensor, message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        flash_attn.flash_attn_kvpacked_func(X, kv)
+    if "batch" not in message:
+        with pytest.raises((TypeError, ValueError), match=message):
+            flash_attn.flash_attn_varlen_kvpacked_func(X[0], kv[0], STARTS, STARTS, 5, 5)
+
+
 def test_every_public_function_is_tried() -> None:
     functions = {n for n in fastattn.__all__ if inspect.isfunction(getattr(fastattn, n))}
-    assert functions - {"patch", "unpatch", "scaled_dot_product_attention"} <= set(CALLS)
+    assert functions - {"patch", "unpatch"} <= set(CALLS)
+    ours = {n for n in nn.__all__ if not issubclass(getattr(nn, n), tuple(COUNTERPARTS | NORMS))}
+    assert {f"nn.{n}" for n in ours} <= set(CALLS)
     kinds = {n for n in masks.__all__ if inspect.isfunction(getattr(masks, n))} - {"decode"}
     assert {f"masks.{n}" for n in kinds} <= set(CALLS)
 

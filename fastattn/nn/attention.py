@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastattn.arguments import flag, integer
+from fastattn.capabilities import check_backend
 from fastattn.functional import attention
 from fastattn.heads import prepare_heads
 from fastattn.intact import alteration
 from fastattn.masks import Lowered, Mask
 from fastattn.masks.algebra import smaller
-from fastattn.nn.checks import check_count, check_stream
+from fastattn.nn.checks import check_placed, check_stream
 from fastattn.nn.rotary import Rotary
 from fastattn.spec import Window, check_window
 
@@ -38,11 +40,10 @@ class _Attention(nn.Module):
         backend: str | None,
     ) -> None:
         super().__init__()
-        self.embed_dim = embed_dim
-        self.num_heads = num_heads
-        self.num_kv_heads, self.head_dim = head_layout(embed_dim, num_heads, num_kv_heads, head_dim)
-        self.causal = causal
-        self.backend = backend
+        self.embed_dim, self.num_heads = _sizes(embed_dim, num_heads)
+        self.num_kv_heads, self.head_dim = head_layout(self.embed_dim, self.num_heads, num_kv_heads, head_dim)
+        self.causal = flag("causal", causal)
+        self.backend = check_backend(backend)
         # Nothing happens here; a forward hook on one of them reads, or by returning a tensor replaces,
         # queries, keys and values as attention takes them and what each head read: (B, heads, L, head_dim).
         self.hook_q = nn.Identity()
@@ -140,14 +141,15 @@ class SelfAttention(_Attention):
     ) -> None:
         super().__init__(embed_dim, num_heads, num_kv_heads, head_dim, causal, backend)
         self.window = narrower(UNBOUNDED, window)
-        placed = {"bias": bias, "device": device, "dtype": dtype}
+        placed = {"bias": flag("bias", bias), **check_placed(device, dtype)}
         self.rotary = rotary_for(self.head_dim, rotary)
         # The norm itself happens in the pass that also turns, unless these are not what they were built as.
+        qk_norm = flag("qk_norm", qk_norm)
         self.q_norm = self._norm_of_heads(device, dtype) if qk_norm else None
         self.k_norm = self._norm_of_heads(device, dtype) if qk_norm else None
         all_heads = self.num_heads + 2 * self.num_kv_heads
-        self.qkv_proj = nn.Linear(embed_dim, all_heads * self.head_dim, **placed)
-        self.out_proj = nn.Linear(num_heads * self.head_dim, embed_dim, **placed)
+        self.qkv_proj = nn.Linear(self.embed_dim, all_heads * self.head_dim, **placed)
+        self.out_proj = nn.Linear(self.num_heads * self.head_dim, self.embed_dim, **placed)
 
     def project(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries, keys and values of x (B, L, embed_dim), after norm and rotary, as attention takes them.
@@ -249,12 +251,12 @@ class CrossAttention(_Attention):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(embed_dim, num_heads, num_kv_heads, head_dim, False, backend)
-        placed = {"bias": bias, "device": device, "dtype": dtype}
-        self.context_dim = embed_dim if context_dim is None else context_dim
-        check_count("context_dim", self.context_dim)
-        self.q_proj = nn.Linear(embed_dim, num_heads * self.head_dim, **placed)
+        placed = {"bias": flag("bias", bias), **check_placed(device, dtype)}
+        context_dim = self.embed_dim if context_dim is None else context_dim
+        self.context_dim = integer("context_dim", context_dim, least=1)
+        self.q_proj = nn.Linear(self.embed_dim, self.num_heads * self.head_dim, **placed)
         self.kv_proj = nn.Linear(self.context_dim, 2 * self.num_kv_heads * self.head_dim, **placed)
-        self.out_proj = nn.Linear(num_heads * self.head_dim, embed_dim, **placed)
+        self.out_proj = nn.Linear(self.num_heads * self.head_dim, self.embed_dim, **placed)
 
     def project(self, x: torch.Tensor, context: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries of x (B, Lq, embed_dim), keys and values of context (B, Lk, context_dim).
@@ -306,8 +308,7 @@ def head_layout(embed_dim: int, num_heads: int, num_kv_heads: int | None, head_d
     Raises:
         ValueError, TypeError: sizes that are not positive integers, or do not divide.
     """
-    check_count("embed_dim", embed_dim)
-    check_count("num_heads", num_heads)
+    embed_dim, num_heads = _sizes(embed_dim, num_heads)
     if head_dim is None:
         if embed_dim % num_heads:
             raise ValueError(
@@ -315,10 +316,8 @@ def head_layout(embed_dim: int, num_heads: int, num_kv_heads: int | None, head_d
                 f"got embed_dim {embed_dim}, num_heads {num_heads}"
             )
         head_dim = embed_dim // num_heads
-    check_count("head_dim", head_dim)
-    if num_kv_heads is None:
-        num_kv_heads = num_heads
-    check_count("num_kv_heads", num_kv_heads)
+    head_dim = integer("head_dim", head_dim, least=1)
+    num_kv_heads = num_heads if num_kv_heads is None else integer("num_kv_heads", num_kv_heads, least=1)
     if num_heads % num_kv_heads:
         raise ValueError(
             f"num_heads must be a multiple of num_kv_heads; got num_heads {num_heads}, num_kv_heads {num_kv_heads}"
@@ -326,14 +325,16 @@ def head_layout(embed_dim: int, num_heads: int, num_kv_heads: int | None, head_d
     return num_kv_heads, head_dim
 
 
+def _sizes(embed_dim: Any, num_heads: Any) -> tuple[int, int]:
+    return integer("embed_dim", embed_dim, least=1), integer("num_heads", num_heads, least=1)
+
+
 def rotary_for(head_dim: int, rotary: Rotary | bool | None) -> Rotary | None:
     """The rotation that `rotary` asks for, checked against the width of a head."""
-    if rotary is None or rotary is False:
+    if rotary is None:
         return None
-    if rotary is True:
-        return Rotary(head_dim)
     if not isinstance(rotary, Rotary):
-        raise TypeError(f"rotary must be a fastattn.nn.Rotary or a bool, got {type(rotary).__name__}")
+        return Rotary(head_dim) if flag("rotary", rotary, what="a fastattn.nn.Rotary or a bool") else None
     if rotary.width > head_dim:
         raise ValueError(f"rotary must turn at most head_dim = {head_dim} components, got {rotary.width}")
     return rotary

@@ -2,41 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import math
 from typing import Any
 
-import torch
+from fastattn import arguments
+from fastattn.spec import check_floating
 
 
-def check_count(name: str, value: Any, least: int = 1) -> None:
-    """Raise unless `value` is an integer >= `least`."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {value!r} of type {type(value).__name__}")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
+def check_not_negative(name: str, value: Any) -> float:
+    """The argument as a finite number, not below 0."""
+    value = float(arguments.number(name, value))
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{name} must be finite and not negative, got {value}")
+    return value
 
 
-def check_choice(name: str, value: Any, choices: Collection[Any]) -> None:
-    """Raise unless `value` is one of `choices`."""
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
+def check_dropout(value: Any) -> float:
+    """The argument `dropout` as a probability below 1."""
+    value = float(arguments.number("dropout", value))
+    if not 0 <= value < 1:
+        raise ValueError(f"dropout must be at least 0 and below 1, got {value}")
+    return value
+
+
+def check_placed(device: Any, dtype: Any) -> dict[str, Any]:
+    """Where parameters are made and of which dtype, as torch's modules take it; None is torch's default."""
+    return {
+        "device": None if device is None else arguments.device("device", device),
+        "dtype": None if dtype is None else arguments.floating_dtype("dtype", dtype),
+    }
 
 
 def check_stream(name: str, value: Any, width: int) -> None:
-    """Raise unless `value` is a tensor (batch, length, `width`)."""
+    """Raise unless `value` is a floating tensor (batch, length, `width`)."""
     check_tensor(name, value)
     if value.dim() != 3 or value.shape[-1] != width:
         raise ValueError(f"{name} must have shape (batch, length, {width}), got {tuple(value.shape)}")
 
 
 def check_width(name: str, value: Any, width: int) -> None:
-    """Raise unless `value` is a tensor (..., `width`)."""
+    """Raise unless `value` is a floating tensor (..., `width`)."""
     check_tensor(name, value)
     if value.dim() == 0 or value.shape[-1] != width:
         raise ValueError(f"{name} must have shape (..., {width}), got {tuple(value.shape)}")
 
 
 def check_tensor(name: str, value: Any) -> None:
-    """Raise unless `value` is a tensor."""
-    if not isinstance(value, torch.Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    """Raise unless `value` is a floating tensor."""
+    arguments.tensor(name, value)
+    check_floating(name, value)

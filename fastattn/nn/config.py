@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+from fastattn.arguments import choice, flag, integer
+from fastattn.capabilities import check_backend
 from fastattn.nn.attention import head_layout, rotary_for
-from fastattn.nn.checks import check_choice, check_count
-from fastattn.nn.rotary import Rotary
+from fastattn.nn.checks import check_dropout, check_not_negative
+from fastattn.nn.rotary import Rotary, check_base
 from fastattn.spec import ACTIVATIONS, Window, check_window
 
 POSITIONS = ("learned", "zero", "rotary", None)
@@ -70,26 +73,32 @@ class TransformerConfig:
     backend: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "embed_dim", "num_heads", "num_layers"):
-            check_count(name, getattr(self, name))
-        check_choice("positions", self.positions, POSITIONS)
-        check_choice("mlp", self.mlp, MLPS)
-        check_choice("norm", self.norm, NORMS)
-        if self.max_length is not None:
-            check_count("max_length", self.max_length)
-        elif self.positions in ("learned", "zero"):
+        # Numbers of numpy's and of torch's become Python's, a window a pair: the value may be hashed and written.
+        for name, value in self._checked().items():
+            object.__setattr__(self, name, value)
+        if self.max_length is None and self.positions in ("learned", "zero"):
             raise ValueError(f"max_length must be given for positions={self.positions!r}, got None")
-        if self.hidden_dim is not None:
-            check_count("hidden_dim", self.hidden_dim, least=0)
-        if self.activation is not None:
-            check_choice("activation", self.activation, ACTIVATIONS)
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be at least 0 and below 1, got {self.dropout}")
-        if not self.embedding_std >= 0:
-            raise ValueError(f"embedding_std must not be negative, got {self.embedding_std}")
-        # A tuple, also if a number or a list came, as from JSON.
-        object.__setattr__(self, "window", check_window(self.window))
         self._check_heads()
+
+    def _checked(self) -> dict[str, Any]:
+        """The fields that are numbers, flags or a window, as Python's; the others are checked."""
+        choice("positions", self.positions, [p for p in POSITIONS if p], or_none=True)
+        choice("mlp", self.mlp, [m for m in MLPS if m], or_none=True)
+        choice("norm", self.norm, NORMS)
+        choice("activation", self.activation, ACTIVATIONS, or_none=True)
+        check_backend(self.backend)
+        counts = {name: 1 for name in ("vocab_size", "embed_dim", "num_heads", "num_layers")}
+        optional = {"max_length": 1, "num_kv_heads": 1, "head_dim": 1, "rotary_width": 2, "hidden_dim": 0}
+        counts |= {name: least for name, least in optional.items() if getattr(self, name) is not None}
+        return {
+            **{name: integer(name, getattr(self, name), least=least) for name, least in counts.items()},
+            **{name: flag(name, getattr(self, name)) for name in ("causal", "qk_norm", "bias", "tied")},
+            "window": check_window(self.window),
+            "rotary_base": check_base("rotary_base", self.rotary_base),
+            "norm_eps": check_not_negative("norm_eps", self.norm_eps),
+            "embedding_std": check_not_negative("embedding_std", self.embedding_std),
+            "dropout": check_dropout(self.dropout),
+        }
 
     def _check_heads(self) -> None:
         _, head_dim = head_layout(self.embed_dim, self.num_heads, self.num_kv_heads, self.head_dim)

@@ -8,8 +8,10 @@ import torch
 from torch import nn
 
 from fastattn import functional
+from fastattn.arguments import choice, flag, integer
+from fastattn.capabilities import check_backend
 from fastattn.intact import alteration
-from fastattn.nn.checks import check_choice, check_count, check_width
+from fastattn.nn.checks import check_placed, check_width
 from fastattn.reference import activate
 from fastattn.spec import ACTIVATIONS
 
@@ -42,15 +44,15 @@ class MLP(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_count("embed_dim", embed_dim)
+        embed_dim = integer("embed_dim", embed_dim, least=1)
         hidden_dim = 4 * embed_dim if hidden_dim is None else hidden_dim
-        check_count("hidden_dim", hidden_dim)
-        check_choice("activation", activation, ACTIVATIONS)
-        placed = {"bias": bias, "device": device, "dtype": dtype}
+        hidden_dim = integer("hidden_dim", hidden_dim, least=1)
+        choice("activation", activation, ACTIVATIONS)
+        placed = {"bias": flag("bias", bias), **check_placed(device, dtype)}
         self.embed_dim = embed_dim
         self.hidden_dim = hidden_dim
         self.activation = activation
-        self.backend = backend
+        self.backend = check_backend(backend)
         self.up = nn.Linear(embed_dim, hidden_dim, **placed)
         self.down = nn.Linear(hidden_dim, embed_dim, **placed)
 
@@ -104,15 +106,15 @@ class GatedMLP(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_count("embed_dim", embed_dim)
+        embed_dim = integer("embed_dim", embed_dim, least=1)
         hidden_dim = -(-8 * embed_dim // 192) * 64 if hidden_dim is None else hidden_dim
-        check_count("hidden_dim", hidden_dim)
-        check_choice("activation", activation, ACTIVATIONS)
-        placed = {"bias": bias, "device": device, "dtype": dtype}
+        hidden_dim = integer("hidden_dim", hidden_dim, least=1)
+        choice("activation", activation, ACTIVATIONS)
+        placed = {"bias": flag("bias", bias), **check_placed(device, dtype)}
         self.embed_dim = embed_dim
         self.hidden_dim = hidden_dim
         self.activation = activation
-        self.backend = backend
+        self.backend = check_backend(backend)
         self.gate = nn.Linear(embed_dim, hidden_dim, **placed)
         self.up = nn.Linear(embed_dim, hidden_dim, **placed)
         self.down = nn.Linear(hidden_dim, embed_dim, **placed)

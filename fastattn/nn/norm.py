@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastattn.capabilities import check_backend
 from fastattn.head_spec import SMALLEST_EPS
 from fastattn.norm import layer_norm, rms_norm
 from fastattn.spec import FLOATING
@@ -34,7 +35,7 @@ class RMSNorm(nn.RMSNorm):
         backend: str | None = None,
     ) -> None:
         super().__init__(normalized_shape, eps, elementwise_affine, device, dtype)  # type: ignore[arg-type]
-        self.backend = backend
+        self.backend = check_backend(backend)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., *normalized_shape); same shape."""
@@ -66,7 +67,7 @@ class LayerNorm(nn.LayerNorm):
         backend: str | None = None,
     ) -> None:
         super().__init__(normalized_shape, eps, elementwise_affine, bias, device, dtype)  # type: ignore[arg-type]
-        self.backend = backend
+        self.backend = check_backend(backend)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., *normalized_shape); same shape."""

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 from torch import nn
 
+from fastattn import arguments
 from fastattn.heads import prepare_heads
-from fastattn.nn.checks import check_count, check_tensor
+from fastattn.nn.checks import check_tensor
 
 
 class Rotary(nn.Module):
@@ -30,17 +34,16 @@ class Rotary(nn.Module):
 
     def __init__(self, width: int, *, base: float = 10_000.0) -> None:
         super().__init__()
-        check_count("width", width, least=2)
+        width = arguments.integer("width", width, least=2)
         if width % 2:
             raise ValueError(f"width must be even, since components turn in pairs; got {width}")
-        if not base > 0:
-            raise ValueError(f"base must be positive, got {base}")
         self.width = width
-        self.base = base
+        self.base = check_base("base", base)
 
     def forward(self, x: torch.Tensor, offset: int = 0) -> torch.Tensor:
         """Turn x (B, H, L, D), D >= width, row i being position `offset` + i; same shape and dtype."""
         check_tensor("x", x)
+        offset = arguments.integer("offset", offset)
         if x.dim() != 4 or x.shape[-1] < self.width:
             raise ValueError(
                 f"x must have shape (batch, heads, length, at least {self.width}), got {tuple(x.shape)}"
@@ -60,3 +63,11 @@ class Rotary(nn.Module):
 
     def extra_repr(self) -> str:
         return f"width={self.width}, base={self.base:g}"
+
+
+def check_base(name: str, value: Any) -> float:
+    """The base of a rotation: finite and positive."""
+    value = float(arguments.number(name, value))
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} must be finite and positive, got {value}")
+    return value

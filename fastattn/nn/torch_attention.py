@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastattn.capabilities import check_backend
 from fastattn.dropout import dropout_state
 from fastattn.masks import Lowered, Mask
 from fastattn.nn.weights import Weighting, head_weights, joined, mask_as_bias, mean_weights
@@ -78,7 +79,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         super().__init__(
             embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype
         )
-        self.backend = backend
+        self.backend = check_backend(backend)
 
     def forward(
         self,

@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fastattn import arguments
 from fastattn.masks import Lowered, Mask
 from fastattn.nn.attention import CrossAttention, SelfAttention, asked_for
-from fastattn.nn.checks import check_choice, check_stream, check_tensor
+from fastattn.nn.checks import check_dropout, check_not_negative, check_placed, check_stream
 from fastattn.nn.config import GPT2_STD, NORMS, TransformerConfig
 from fastattn.nn.gpt2 import copy_gpt2, gpt2_config, gpt2_state
 from fastattn.nn.mlp import MLP, GatedMLP
@@ -54,7 +55,12 @@ class TransformerBlock(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        for name, part in (("attention", attention), ("mlp", mlp), ("cross_attention", cross_attention)):
+            _check_part(name, part, or_none=name != "attention")
         self.embed_dim = attention.embed_dim
+        arguments.choice("norm", norm, NORMS)
+        norm_eps, bias = check_not_negative("norm_eps", norm_eps), arguments.flag("bias", bias)
+        placed = check_placed(device, dtype)
         for name, part in (("mlp", mlp), ("cross_attention", cross_attention)):
             if part is not None and part.embed_dim != self.embed_dim:
                 raise ValueError(
@@ -64,7 +70,7 @@ class TransformerBlock(nn.Module):
         def norm_before(part: nn.Module | None) -> Any:
             if part is None:
                 return None
-            return make_norm(norm, self.embed_dim, norm_eps, bias=bias, device=device, dtype=dtype)
+            return make_norm(norm, self.embed_dim, norm_eps, bias=bias, **placed)
 
         self.hook_resid_pre = nn.Identity()
         self.attention_norm = norm_before(attention)
@@ -75,7 +81,7 @@ class TransformerBlock(nn.Module):
         self.mlp_norm = norm_before(mlp)
         self.mlp = mlp
         self.hook_resid_post = nn.Identity()
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = nn.Dropout(check_dropout(dropout))
 
     def forward(
         self,
@@ -101,12 +107,23 @@ class TransformerBlock(nn.Module):
         x = self.hook_resid_pre(x)
         x = x + self.dropout(self.attention(self.attention_norm(x), **seen))
         if self.cross_attention is not None:
-            read = self.cross_attention(self.cross_attention_norm(x), context, **seen_of_context)
+            read = self._read_context(self.cross_attention_norm(x), context, seen_of_context)
             x = x + self.dropout(read)
         if self.mlp is not None:
             x = self.hook_resid_mid(x)
             x = x + self.dropout(self.mlp(self.mlp_norm(x)))
         return self.hook_resid_post(x)
+
+    def _read_context(self, x: torch.Tensor, context: Any, seen: dict[str, Any]) -> torch.Tensor:
+        """What the cross-attention gives; its errors name the arguments of this block."""
+        assert self.cross_attention is not None
+        try:
+            return self.cross_attention(x, context, **seen)
+        except (TypeError, ValueError) as problem:
+            name = str(problem).partition(" ")[0]
+            if name not in seen:
+                raise
+            raise (TypeError if isinstance(problem, TypeError) else ValueError)(f"context_{problem}") from problem
 
     def _check_context(self, context: torch.Tensor | None, seen_of_context: dict[str, Any]) -> None:
         if self.cross_attention is None and seen_of_context:
@@ -154,7 +171,7 @@ class TransformerModel(nn.Module):
         elif fields:
             config = dataclasses.replace(config, **fields)
         self.config = config
-        placed = {"device": device, "dtype": dtype}
+        placed = check_placed(device, dtype)
         self.token_embedding = nn.Embedding(config.vocab_size, config.embed_dim, **placed)
         self.position_embedding = None
         if config.positions in ("learned", "zero") and config.max_length is not None:
@@ -264,7 +281,7 @@ class TransformerModel(nn.Module):
         return model
 
     def _check_tokens(self, tokens: torch.Tensor) -> None:
-        check_tensor("tokens", tokens)
+        arguments.tensor("tokens", tokens)
         if tokens.dtype not in (torch.int64, torch.int32):
             raise TypeError(f"tokens must be int64 or int32, got {tokens.dtype}")
         if tokens.dim() != 2:
@@ -272,6 +289,15 @@ class TransformerModel(nn.Module):
         longest = self.config.max_length
         if longest is not None and tokens.shape[1] > longest:
             raise ValueError(f"tokens must be at most max_length = {longest} long, got {tuple(tokens.shape)}")
+
+
+def _check_part(name: str, part: Any, *, or_none: bool) -> None:
+    """A layer of a block: a module that says how wide it is."""
+    if part is None and or_none:
+        return
+    if not isinstance(part, nn.Module) or not isinstance(getattr(part, "embed_dim", None), int):
+        kind = "a torch.nn.Module with an embed_dim" + (" or None" if or_none else "")
+        raise TypeError(f"{name} must be {kind}, got {type(part).__name__}")
 
 
 def make_block(config: TransformerConfig, **placed: Any) -> TransformerBlock:
@@ -317,7 +343,6 @@ def make_mlp(config: TransformerConfig, **placed: Any) -> MLP | GatedMLP | None:
 
 def make_norm(kind: str, width: int, eps: float, *, bias: bool = True, **placed: Any) -> nn.Module:
     """torch's LayerNorm ("layer") or RMSNorm ("rms", never a bias) over the last dimension."""
-    check_choice("norm", kind, NORMS)
     if kind == "rms":
         return nn.RMSNorm(width, eps=eps, **placed)
     return nn.LayerNorm(width, eps=eps, bias=bias, **placed)
