@@ -7,7 +7,7 @@ belongs to that mode. Kept, it would break, or silently spoil, calls outside of 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache, wraps
 from typing import Any, TypeVar
 
@@ -46,6 +46,31 @@ def outside_modes() -> Iterator[None]:
             torch._C._functorch.push_dynamic_layer_stack(layer)
 
 
+def reading(method: Callable[..., R]) -> Callable[..., R]:
+    """A method that reads values: it runs outside of the caller's modes, on the real ones, or says that there are
+    none (fake tensors, the meta device)."""
+
+    @wraps(method)
+    def read(self: Any, *args: Any, **kwargs: Any) -> R:
+        try:
+            with outside_modes():
+                return method(self, *args, **kwargs)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, NotImplementedError, AssertionError) as problem:
+            raise ValueError(
+                f"{method.__name__} reads the mask's values, and it holds none to read (fake, on the meta device, "
+                "or of a transform of torch.func)"
+            ) from problem
+
+    return read
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager:
+    """Within, no autocast. torch has none for the meta device, and raises when it is turned off there."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+
+
 def _any_mode() -> bool:
     return bool(
         torch._C._len_torch_function_stack()
@@ -82,7 +107,10 @@ def kept(maxsize: int) -> Callable[[Callable[..., R]], Callable[..., R]]:
 
 
 def lasts(t: Tensor) -> bool:
-    """Whether a tensor means the same in every mode: neither fake nor traced, nor of a torch.func transform."""
+    """Whether a tensor has values, the same in every mode: neither on the meta device nor fake or traced, nor of a
+    torch.func transform."""
+    if t.device.type == "meta":
+        return False
     return isinstance(t, torch.nn.Parameter) or (
         type(t) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(t)
     )

@@ -12,6 +12,7 @@ from torch.func import functional_call
 
 from fastattn.fused_classes import Fused, fused_class
 from fastattn.intact import PLAIN
+from fastattn.modes import without_autocast
 from fastattn.norm import layer_norm, rms_norm
 from fastattn.spec import FLOATING
 
@@ -49,7 +50,7 @@ class FusedNorm(Fused):
         eps, offset = self.names.eps, self.names.weight_offset
         eps = getattr(self, eps) if isinstance(eps, str) else eps
         # Autocast has no part in these modules' own code.
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device):
             if self.names.centred:
                 return layer_norm(x, weight, bias, eps=eps)
             return rms_norm(x, weight, eps=eps, weight_offset=offset)

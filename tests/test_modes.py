@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastattn
-from fastattn import masks
+from fastattn import lens, masks
 from fastattn.masks import Mask, algebra, kinds, random_blocks
 
 SOURCE = Path(fastattn.__file__).parent
@@ -230,7 +230,13 @@ def test_threads_in_different_modes_share_what_is_kept() -> None:
 
 
 # Functions that keep what is no tensor, with what they keep.
-KEEP_NO_TENSOR = {"_triton_installed": "a bool"}
+KEEP_NO_TENSOR = {
+    "_triton_installed": "a bool",
+    "_code": "text",
+    "_source": "text",
+    "obstacle_of_class": "text",
+    "_read": "numbers",
+}
 
 
 def test_every_cache_of_tensors_is_made_by_kept() -> None:
@@ -246,3 +252,75 @@ def test_every_cache_of_tensors_is_made_by_kept() -> None:
                     assert node.name in KEEP_NO_TENSOR, (
                         f"{path}: {node.name} must be `kept`, see fastattn/modes.py"
                     )
+
+
+MASKS_TO_READ = {
+    "numbers": masks.causal(),
+    "lengths": masks.key_lengths([3]),
+    "intervals": masks.causal() & masks.documents([0] * 5 + [1] * 5),
+    "lists": masks.dilated(2),
+    "a function": masks.from_function(lambda b, h, i, j: i >= j),
+}
+
+
+def what_is_read(mask: masks.Mask, lowered: masks.Lowered) -> tuple:
+    shape = 1, 2, 10, 10
+    lowered_density = lowered.visible, lowered.visited_granules, lowered.ideal_granules
+    return *lowered_density, mask.density(*shape), mask.flops(*shape, 16), mask.draw(10)
+
+
+@pytest.mark.parametrize("name", MASKS_TO_READ)
+def test_what_a_mask_shows_is_counted_and_drawn_in_every_mode(name: str) -> None:
+    mask = MASKS_TO_READ[name]
+    lowered = mask.lower(1, 2, 10, 10)
+    expected = what_is_read(mask, lowered)
+    found = []
+
+    def read(x: torch.Tensor) -> torch.Tensor:
+        found.append(what_is_read(mask, lowered))
+        return x
+
+    with FakeTensorMode():
+        found.append(what_is_read(mask, lowered))
+        with pytest.raises(ValueError, match="visible reads the mask's values, and it holds none to read"):
+            _ = MASKS_TO_READ["lists"].lower(1, 2, 10, 10).visible
+    with torch.device("meta"):
+        found.append(what_is_read(mask, lowered))
+    torch.func.functionalize(read)(torch.ones(2))
+    torch.func.vmap(read)(torch.ones(2, 2))
+    assert found == [expected] * 4
+
+
+def test_masks_on_the_meta_device_are_lowered_from_real_values_or_refused_in_words() -> None:
+    q = torch.randn(1, 2, 10, 16, device="meta", dtype=torch.float16)
+    for mask in MASKS_TO_READ.values():
+        out = fastattn.attention(q, q, q, mask=mask)
+        assert out.device.type == "meta" and out.shape == q.shape and out.dtype == q.dtype
+    held = masks.from_dense(torch.ones(10, 10, dtype=torch.bool, device="meta"))
+    with pytest.raises(ValueError, match="holds a tensor without values to read"):
+        fastattn.attention(q, q, q, mask=held)
+    with pytest.raises(ValueError, match="holds a tensor without values to read"):
+        held.density(1, 2, 10, 10, "meta")
+
+
+def test_calls_on_the_meta_device_need_no_autocast() -> None:
+    """torch has none there, and raises when it is asked or turned off."""
+    q, x = torch.randn(2, 4, 10, 16, device="meta"), torch.randn(2, 10, 32, device="meta")
+    w = torch.randn(32, 32, device="meta")
+    for context in (contextlib.nullcontext(), torch.autocast("cpu", dtype=torch.bfloat16)):
+        with context:
+            out, lse = fastattn.attention(q, q, q, return_lse=True)
+            made = [
+                (out, q), (lse, q[..., 0]), (fastattn.prepare_heads(q, norm=True), q),
+                (fastattn.scaled_dot_product_attention(q, q, q), q),
+                (fastattn.mlp(x, w, None, w, None), x), (fastattn.gated_mlp(x, w, w, w), x),
+                (fastattn.rms_norm(x), x), (fastattn.layer_norm(x), x),
+                (fastattn.nn.SelfAttention(32, 4, rotary=True, qk_norm=True, device="meta")(x), x),
+                (fastattn.nn.MLP(32, device="meta")(x), x), (fastattn.nn.GatedMLP(32, device="meta")(x), x),
+                (fastattn.nn.RMSNorm(32, device="meta")(x), x), (fastattn.nn.LayerNorm(32, device="meta")(x), x),
+                (fastattn.nn.TransformerEncoderLayer(32, 4, batch_first=True, device="meta")(x), x),
+            ]  # fmt: skip
+            for result, like in made:
+                assert (result.device, result.shape, result.dtype) == (like.device, like.shape, like.dtype)
+            tokens = torch.zeros(2, 10, dtype=torch.int64, device="meta")
+            assert lens.head_scores(q, q, lse, tokens).induction.shape == (4,)

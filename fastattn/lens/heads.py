@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fastattn.arguments import flag, tensor
 from fastattn.functional import attention
+from fastattn.modes import without_autocast
 from fastattn.nn import SelfAttention
 from fastattn.spec import attention_spec, lse_dtype
 
@@ -70,7 +71,7 @@ def head_scores(q: Tensor, k: Tensor, lse: Tensor, tokens: Tensor, *, scale: flo
     spec = attention_spec(q, k, k, causal=False, scale=scale)
     _check_lse(lse, q)
     _check_tokens(tokens, q, k)
-    with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
+    with torch.no_grad(), without_autocast(q.device):
         # Seen by key head: (B, Hkv, group, Lq, ...), so that grouped heads need no copy of k.
         q = q.unflatten(1, (k.shape[1], -1))
         lse = lse.unflatten(1, (k.shape[1], -1))

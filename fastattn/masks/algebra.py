@@ -13,7 +13,7 @@ from fastattn.arguments import flag, integer
 from fastattn.masks import pictures
 from fastattn.masks.lists import Lowered, Shape, the_device
 from fastattn.masks.lowering import FULL, PARTIAL, Positions, Slab, build_lists
-from fastattn.modes import fake_mode, kept, lasts, outside_modes
+from fastattn.modes import fake_mode, kept, lasts, outside_modes, reading
 from fastattn.spec import window_that_hides
 
 COMPARED_BY_VALUE = 4096  # elements; larger tensors are equal if they are the same tensor
@@ -190,10 +190,12 @@ class Mask:
             return _lower(self, shape, closed_forms)
         except (RuntimeError, NotImplementedError) as problem:
             raise ValueError(
-                f"{self!r} holds a tensor without values to read (fake, or of a transform of torch.func); "
+                f"{self!r} holds a tensor without values to read (fake, on the meta device, or of a transform of "
+                "torch.func); "
                 "lower it outside, where it has them"
             ) from problem
 
+    @reading
     def density(
         self, batch: int, heads: int, queries: int, keys: int, device: torch.device | str = "cpu"
     ) -> float:
@@ -201,6 +203,7 @@ class Mask:
         total = batch * heads * queries * keys
         return self.lower(batch, heads, queries, keys, device).visible / total if total else 0.0
 
+    @reading
     def flops(
         self,
         batch: int,
@@ -218,6 +221,7 @@ class Mask:
         widths = 3 * head_dim + 2 * value_dim if backward else head_dim + value_dim
         return 2 * self.lower(batch, heads, queries, keys, device).visible * widths
 
+    @reading
     def draw(
         self,
         queries: int,
@@ -238,6 +242,7 @@ class Mask:
         lowered = self.lower(batch, heads, queries, keys, device, closed_forms=False)
         return pictures.text(repr(self), lowered, at, width)
 
+    @reading
     def save_png(
         self,
         path: str | Path,

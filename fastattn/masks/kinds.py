@@ -423,7 +423,8 @@ class Function(Mask):
         return depends and size > 1
 
     def lowers_on(self, device: torch.device) -> torch.device:
-        return device
+        # Tensors on the meta device have no values to read.
+        return torch.device("cpu") if device.type == "meta" else device
 
     def __repr__(self) -> str:
         return f"from_function({getattr(self.function, '__qualname__', repr(self.function))})"

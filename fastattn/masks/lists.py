@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastattn import arguments
-from fastattn.modes import fake_mode, outside_modes
+from fastattn.modes import fake_mode, outside_modes, reading
 
 GRANULE = 64
 PAIRS = GRANULE * GRANULE
@@ -299,6 +299,7 @@ class Lowered:
         return self.lists is None and self.intervals is None
 
     @property
+    @reading
     def visible(self) -> int:
         """How many (query, key) pairs are seen, over batch and heads; a key that counts twice is one pair."""
         if self.lists is None:
@@ -312,6 +313,7 @@ class Lowered:
         )
 
     @property
+    @reading
     def visited_granules(self) -> int:
         """How many granules the kernels visit, over batch and heads."""
         if self.lists is None:
