@@ -23,7 +23,7 @@ TORCHS = re.compile(r"scaled_dot_product_attention\(")
 
 
 @functools.cache
-def _code(kind: Any) -> str:
+def source_of(kind: Any) -> str:
     try:
         return inspect.getsource(kind)
     except Exception:
@@ -36,7 +36,9 @@ def attends(module: nn.Module) -> str | None:
     kind: Any = type(module)
     if kind.__module__.startswith(("torch.", "fastattn.")):
         return None
-    code, parts = _code(kind), [name for name, _ in module.named_children()]
+    if "A_log" in module._parameters:
+        return None  # A state-space model (Mamba): its in_proj makes no queries.
+    code, parts = source_of(kind), [name for name, _ in module.named_children()]
     projects = any(map(QUERIES.match, parts)) and any(map(KEYS.match, parts))
     projects = projects or any(map(PACKED.search, parts))
     if TORCHS.search(code):

@@ -150,6 +150,7 @@ class Names:
 
     computes: which activation it is, found by trying; "" if the module or function `activation` says it itself.
     custom: for which class of module, or function, this was found; None if it is written in the module's code.
+    only_in_eval: whether its own code computes something else in training, as with torch.nn.functional.dropout.
     """
 
     first: tuple[str, ...]
@@ -161,6 +162,7 @@ class Names:
     packed: str = ""
     computes: str = ""
     custom: Any = None
+    only_in_eval: bool = False
 
     def read(self, module: nn.Module) -> Parts | None:
         """The module's parts; None if it has others."""
@@ -210,6 +212,9 @@ class Form(Fused):
 
     def _fused(self, x: Tensor) -> Tensor | None:
         """The MLP's result, or None if the module's own code must compute it."""
+        # Its code may ask any of its parts whether it trains.
+        if self.names.only_in_eval and any(part.training for part in self.modules()):
+            return None
         parts = self.names.read(self)
         return None if parts is None or obstacle(parts, x) else fused(parts, x)
 

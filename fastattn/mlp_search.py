@@ -9,6 +9,7 @@ rounding.
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import permutations
@@ -20,8 +21,12 @@ from torch.func import functional_call
 
 from fastattn import mlp_forms
 from fastattn.fused_classes import fused_class
+from fastattn.likeness import source_of
 from fastattn.mlp_forms import Form, FusedForward, FusedSequential, Names, Parts, activation_name, is_linear_like
 from fastattn.spec import ACTIVATIONS
+
+# Functional dropout in a module's code.
+DROPS = re.compile(r"(?<!self\.)\b(feature_)?(alpha_)?dropout\(")
 
 # Widths of the layers in a trial where the module lets us choose them: all different.
 SMALL = {"in": 6, "hidden": 10, "out": 8}
@@ -101,7 +106,13 @@ def _has_nothing_of_its_own(module: nn.Module) -> bool:
 
 def found_way(module: nn.Module, form: type[Form], ways: list[Names]) -> Names | None:
     """The first of these ways in which the module computes just this MLP; None if it does not."""
-    found = next((names for names in ways if is_this_mlp(module, form, names)), None)
+    # With a rate of 0 functional dropout does nothing, but the rate may change.
+    drops = any(DROPS.search(source_of(kind)) for kind in type(module).__mro__ if kind not in nn.Module.__mro__)
+    both = [] if drops else ways
+    found = next((names for names in both if is_this_mlp(module, form, names)), None)
+    if found is None:
+        in_eval = (replace(names, only_in_eval=True) for names in ways)
+        found = next((names for names in in_eval if is_this_mlp(module, form, names)), None)
     if found is None or form is not FusedForward:
         return found
     after = _after_the_last(module, found)
@@ -122,9 +133,9 @@ def _trial(
     try:
         state, width = _random_state(module, names, widths)
         inputs = list(_inputs(width, next(iter(state.values())).device))
-        for training in (True, False):
+        for training in (False,) if names.only_in_eval else (True, False):
             # A large layer is tried on one input in each mode, which takes long enough.
-            for x in inputs if widths else inputs[:1] if training else inputs[1:]:
+            for x in inputs if widths or names.only_in_eval else inputs[:1] if training else inputs[1:]:
                 with _quiet(module, names, training, widths):
                     before = _notes(module)
                     given = x.clone()

@@ -333,7 +333,11 @@ def _swap_mlp(name: str, module: nn.Module) -> Row | None:
     swap(module, fused_class(form, kind, found))
     believed = found.read(module)
     assert believed is not None
-    return Row(name, "mlp", was, _now(module), _training_note([believed]))
+    note = _ONLY_IN_EVAL if found.only_in_eval else _training_note([believed])
+    return Row(name, "mlp", was, _now(module), note)
+
+
+_ONLY_IN_EVAL = "in eval mode; in training its own code computes it, which does something else there (dropout?)"
 
 
 def _swap_sequential(name: str, module: nn.Sequential) -> Row | None:
@@ -399,6 +403,8 @@ def _swap_huggingface(model: nn.Module) -> list[Row]:
             continue  # Its attention modules are swapped one by one.
         was = f"attn_implementation={module.config._attn_implementation!r}"
         reason = ALREADY if WAS in module.__dict__ else huggingface.obstacle(module) or _meta_obstacle(module)
+        if reason and not any(ATTENDS.search(_class_name(part)) or attends(part) for part in module.modules()):
+            continue  # A model of convolutions or state spaces.
         if reason is None:
             before = huggingface.Before.of(module)
             try:

@@ -235,6 +235,14 @@ def test_modules_take_integers_of_any_library_as_pythons(eight: Any) -> None:
     assert hash(config) == hash(nn.TransformerConfig(**dict(SMALL, vocab_size=8, dropout=float(np.float32(0.1)))))
 
 
+def test_modules_take_floating_dtypes_only() -> None:
+    for make in (nn.SelfAttention, nn.CrossAttention):
+        with pytest.raises(ValueError, match="dtype must be a floating dtype"):
+            make(8, 2, dtype=torch.int64)
+    with pytest.raises(ValueError, match="dtype must be a floating dtype"):
+        nn.MLP(8, dtype=torch.complex64)
+
+
 def test_scaled_dot_product_attention_names_what_is_wrong_as_the_caller_does() -> None:
     with pytest.raises(ValueError, match=r"^attn_mask must be on query's device cpu, got meta"):
         fastattn.scaled_dot_product_attention(Q, Q, Q, torch.ones(8, 8, device="meta"))

@@ -232,7 +232,7 @@ def test_threads_in_different_modes_share_what_is_kept() -> None:
 # Functions that keep what is no tensor, with what they keep.
 KEEP_NO_TENSOR = {
     "_triton_installed": "a bool",
-    "_code": "text",
+    "source_of": "text",
     "_source": "text",
     "obstacle_of_class": "text",
     "_read": "numbers",

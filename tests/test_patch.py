@@ -495,7 +495,6 @@ LEFT = {
     "another dropout": (lambda: sequence(nn.ReLU(), nn.FeatureAlphaDropout(0.1)), None),
     "layers in two dtypes": (lambda: sequence(first=nn.Linear(8, 8).double()), "dtypes"),
     "another formula": (Doubled, "computes more than this MLP, or something else"),
-    "another formula in training": (Noisy, "computes more than this MLP, or something else"),
     "Hugging Face without dispatch": (lambda: hugging_face("BigBird").embeddings, None),
     "BigBird subclass": (own_bigbird, "OwnBigBirdAttention is a subclass"),
     "BigBird on meta": (lambda: on_meta(lambda: hugging_face("BigBird").encoder), "meta device"),
@@ -1066,9 +1065,6 @@ ANOTHER: dict[str, Callable[[Any, Tensor], Any]] = {
     "a clamp": lambda self, x: self.fc2(torch.relu(self.fc1(x)).clamp(max=40)),
     "a tuple": lambda self, x: (self.fc2(torch.relu(self.fc1(x))),),
     "another dtype": lambda self, x: self.fc2(torch.relu(self.fc1(x))).float().half(),
-    "dropout by function": lambda self, x: self.fc2(
-        nn.functional.dropout(torch.relu(self.fc1(x)), 0.5, self.training)
-    ),
     "tokens mixed": lambda self, x: self.fc2(torch.relu(self.fc1(x.flip(-2)))),
     "something kept": keeps,
     "its input changed": in_place,
@@ -1296,3 +1292,55 @@ def test_patch_raises_on_no_model(name: str) -> None:
     model = nn.ModuleDict({"odd": ODD[name]()})
     fastattn.patch(model, norm=True)
     fastattn.unpatch(model)
+
+
+class FunctionalDropout(Found):
+    """Dropout by torch's function, between the layers and after them; its rate is an attribute."""
+
+    def __init__(self, p: float = 0.5) -> None:
+        super().__init__(up=(8, 32), down=(32, 8))
+        self.p = p
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.dropout(nn.functional.gelu(self.up(x)), self.p, self.training)
+        return nn.functional.dropout(self.down(x), self.p, training=self.training)
+
+
+@pytest.mark.parametrize("p", [0.5, 0.0])
+def test_an_mlp_with_functional_dropout_is_fused_in_eval_mode_only(p: float, calls: dict[str, int]) -> None:
+    model, x = nn.Sequential(nn.LayerNorm(8), FunctionalDropout(p)), torch.randn(4, 8)
+    expected = model.eval()(x)
+    report = fastattn.patch(model)
+    row = next(row for row in report.rows if row.kind == "mlp")
+    assert "in eval mode; in training its own code computes it" in row.why and row.now
+    before = calls["mlp"]
+    torch.testing.assert_close(model(x), expected)
+    assert calls["mlp"] == before + 1
+    model[1].train()
+    model[1].p = 0.5
+    dropped = [(model[1](torch.ones(64, 8)) == 0).float().mean() for _ in range(2)]
+    assert all(0.3 < share < 0.7 for share in dropped)
+
+
+def test_an_mlp_with_a_formula_of_its_own_in_training_is_fused_in_eval_mode_only(calls: dict[str, int]) -> None:
+    model, x = Noisy().eval(), torch.randn(4, next(Noisy().parameters()).shape[1])
+    expected = model(x)
+    (row,) = fastattn.patch(model).rows
+    assert "in training its own code computes it" in row.why
+    before = calls["mlp"]
+    torch.testing.assert_close(model(x), expected)
+    assert calls["mlp"] == before + 1
+    model.train()
+    assert not torch.equal(model(x), model(x))
+    assert calls["mlp"] == before + 1
+
+
+def test_a_hugging_face_model_without_attention_has_no_row_for_attention() -> None:
+    transformers = pytest.importorskip("transformers")
+    vision = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1], layer_type="basic")
+    state = transformers.MambaConfig(
+        hidden_size=16, num_hidden_layers=1, vocab_size=20, state_size=4, bos_token_id=1, eos_token_id=2,
+        pad_token_id=0,
+    )  # fmt: skip
+    for model in (transformers.ResNetModel(vision), transformers.MambaModel(state)):
+        assert [row for row in fastattn.patch(model).rows if row.kind == "attention"] == []
