@@ -251,12 +251,12 @@ def _distance(queries: int, keys: int, device: torch.device | None) -> Tensor:
 
 def _every_head(t: Tensor, q: Tensor) -> Tensor:
     """One key or value head for every query head."""
-    return t.repeat_interleave(q.shape[1] // t.shape[1], 1)
+    return t.repeat_interleave(q.shape[1] // max(1, t.shape[1]), 1)
 
 
 def _sum_of_group(gradient: Tensor, t: Tensor) -> Tensor:
     """The gradients of the query heads that share a key or value head, added up."""
-    return gradient.unflatten(1, (t.shape[1], gradient.shape[1] // t.shape[1])).sum(2)
+    return gradient.unflatten(1, (t.shape[1], gradient.shape[1] // max(1, t.shape[1]))).sum(2)
 
 
 def activate(x: Tensor, activation: str) -> Tensor:

@@ -343,7 +343,7 @@ def check_heads(*, q: Tensor, k: Tensor, v: Tensor) -> None:
             raise ValueError(f"{name} must have q's batch size {q.shape[0]}, got {t.shape[0]}")
     if v.shape[1:3] != k.shape[1:3]:
         raise ValueError(f"v must have k's heads and length {tuple(k.shape[1:3])}, got {tuple(v.shape[1:3])}")
-    if k.shape[1] == 0 or q.shape[1] % k.shape[1] != 0:
+    if q.shape[1] % k.shape[1] != 0 if k.shape[1] else q.shape[1] != 0:
         raise ValueError(f"q's heads must be a multiple of k's heads {k.shape[1]}, got {q.shape[1]}")
     if k.shape[3] != q.shape[3]:
         raise ValueError(f"k must have q's head width {q.shape[3]}, got {k.shape[3]}")

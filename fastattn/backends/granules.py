@@ -172,7 +172,7 @@ class Call:
         else:
             assert tensors.mask is not None and spec.mask is not None
             self.lists = by_row(unpacked(tensors.mask, spec.mask))
-        self.batch, self.heads, self.group = q.shape[0], q.shape[1], q.shape[1] // k.shape[1]
+        self.batch, self.heads, self.group = q.shape[0], q.shape[1], q.shape[1] // max(1, k.shape[1])
         self.rows, self.columns = (-(-t.shape[2] // GRANULE) for t in (q, k))
         self.shift = k.shape[2] - q.shape[2]
         self.work, self.device = lse_dtype(q.dtype), q.device

@@ -119,7 +119,7 @@ def _tiled_forward(
     scores = Scores(q, k, spec, fixed)
     out = zero_heads((batch, heads, queries, v.shape[3]), q, q.dtype)
     lse = q.new_empty((batch, heads, queries), dtype=work)
-    for rows in scores.rows():
+    for rows in scores.rows() if heads else ():
         q_tile = grouped(q[:, :, rows].to(work), k.shape[1])
         row_max, row_sum = _beginning(scores, sinks, q_tile)
         total = q_tile.new_zeros((*q_tile.shape[:3], v.shape[3]))

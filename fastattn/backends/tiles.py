@@ -47,7 +47,7 @@ class Scores:
         self.spec, self.tensors, self.work = spec, tensors, lse_dtype(q.dtype)
         self.batch, self.queries, self.keys = q.shape[0], q.shape[2], k.shape[2]
         self.shift = self.keys - self.queries
-        self.heads, self.key_heads, self.group = q.shape[1], k.shape[1], q.shape[1] // k.shape[1]
+        self.heads, self.key_heads, self.group = q.shape[1], k.shape[1], q.shape[1] // max(1, k.shape[1])
         self.shortest, self.longest = key_counts(tensors.key_lengths, self.keys)
         # A tracer has nothing to read, and is shown every tile.
         intervals = tensors.intervals
@@ -194,6 +194,8 @@ class TileSum:
         scores = Scores(q, k, self.spec, tensors)
         likes = [t for t in (inputs[i] for i in self.outputs) if t is not None]
         sums = [_zeros(t, work) for t in likes]
+        if not q.numel():
+            return tuple(total.to(t.dtype) for total, t in zip(sums, likes, strict=True))
         with product_precision(q, self.spec):
             for rows in scores.rows():
                 for tile in scores.tiles_of(rows):
