@@ -118,3 +118,11 @@ def test_an_exported_program_counts_as_plain(strict: bool) -> None:
 
 def test_proxies_of_torch_fx_are_no_plain_input() -> None:
     assert torch.fx.symbolic_trace(Guarded())(torch.zeros(4))[0] == 100
+
+
+def test_a_part_that_is_called_with_more_than_a_plain_tensor_is_called() -> None:
+    class Noted(torch.Tensor):
+        pass
+
+    assert alteration(nn.Linear(2, 2), nn.Linear, torch.ones(2)) is None
+    assert alteration(nn.Linear(2, 2), nn.Linear, torch.ones(2).as_subclass(Noted)) == "is called with a Noted"

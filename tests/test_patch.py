@@ -1058,6 +1058,9 @@ def in_place(self: Any, x: Tensor) -> Tensor:
 
 
 ANOTHER: dict[str, Callable[[Any, Tensor], Any]] = {
+    "another formula for two dimensions": lambda self, x: (
+        (1.0 if x.dim() > 2 else 2.0) * self.fc2(torch.relu(self.fc1(x)))
+    ),
     "tanh": lambda self, x: self.fc2(torch.tanh(self.fc1(x))),
     "a sigmoid that is almost gelu": lambda self, x: self.fc2((h := self.fc1(x)) * torch.sigmoid(1.702 * h)),
     "a residual": lambda self, x: x + self.fc2(torch.relu(self.fc1(x))),
