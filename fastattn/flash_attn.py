@@ -218,8 +218,8 @@ def _unpacked(name: str, t: Tensor, shape: str) -> tuple[Tensor, ...]:
     _check_shape(dimensions, shape, **{name: t})
     if t.shape[-3] != parts:
         raise ValueError(f"{name} must have shape {shape}, got {tuple(t.shape)}")
-    if 0 in t.shape[-2:]:
-        raise ValueError(f"{name} must have at least one head, and heads at least 1 wide, got {tuple(t.shape)}")
+    if t.shape[-1] == 0:
+        raise ValueError(f"{name}'s head width must be at least 1, got 0")
     return t.unbind(-3)
 
 
@@ -228,7 +228,7 @@ def _check_packed_keys(q: Tensor, kv: Tensor) -> None:
     check_same("kv", kv, "q", q)
     if kv.dim() == 5 and kv.shape[0] != q.shape[0]:
         raise ValueError(f"kv must have q's batch size {q.shape[0]}, got {kv.shape[0]}")
-    if q.shape[-2] % kv.shape[-2]:
+    if q.shape[-2] % kv.shape[-2] if kv.shape[-2] else q.shape[-2]:
         raise ValueError(f"q's heads must be a multiple of kv's heads {kv.shape[-2]}, got {q.shape[-2]}")
     if kv.shape[-1] != q.shape[-1]:
         raise ValueError(f"kv must have q's head width {q.shape[-1]}, got {kv.shape[-1]}")

