@@ -33,7 +33,7 @@ class Row:
         kind: "attention", "mlp" or "norm".
         was: its class, or what computed its attention, before; with its module if two classes share the name.
         now: what does now; None if it was left as it is.
-        why: why it was left, or when its own code still computes.
+        why: why it was left, when its own code still computes, or why it could not be tried.
     """
 
     name: str
@@ -402,7 +402,11 @@ def _swap_huggingface(model: nn.Module) -> list[Row]:
         if any(_is_bigbird(part) for part in module.modules()):
             continue  # Its attention modules are swapped one by one.
         was = f"attn_implementation={module.config._attn_implementation!r}"
-        reason = ALREADY if WAS in module.__dict__ else huggingface.obstacle(module) or _meta_obstacle(module)
+        reason, note = ALREADY if WAS in module.__dict__ else huggingface.obstacle_in_code(module), ""
+        reason = reason or _meta_obstacle(module)
+        if reason is None:
+            reason, untried = huggingface.try_against_eager(module)
+            note = f"not compared with eager: {untried}" if untried else ""
         if reason and not any(ATTENDS.search(_class_name(part)) or attends(part) for part in module.modules()):
             continue  # A model of convolutions or state spaces.
         if reason is None:
@@ -414,7 +418,7 @@ def _swap_huggingface(model: nn.Module) -> list[Row]:
                 reason = str(error)
             else:
                 module.__dict__[WAS] = before
-        rows.append(Row(name, "attention", was, None if reason else huggingface.NAME, reason or ""))
+        rows.append(Row(name, "attention", was, None if reason else huggingface.NAME, reason or note))
     return rows
 
 

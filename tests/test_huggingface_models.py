@@ -13,7 +13,7 @@ import fastattn
 transformers = pytest.importorskip("transformers")
 
 import fastattn.integrations.huggingface  # noqa: E402
-from fastattn.integrations.huggingface_models import difference_from_eager  # noqa: E402
+from fastattn.integrations.huggingface_models import difference_from_eager, trial_tolerance  # noqa: E402
 
 SMALL = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
          "intermediate_size": 32, "initializer_range": 0.2}  # fmt: skip
@@ -192,3 +192,210 @@ def test_results_under_autocast_have_the_dtype_of_torchs(implementation: str) ->
     assert actual.dtype == expected.dtype
     seen = tokens()["attention_mask"].bool()
     assert (actual - expected)[seen].norm() < 0.05 * expected[seen].norm()
+
+
+ENTRIES = pytest.mark.parametrize("entry", ["attn_implementation", "patch"])
+KEYS = {"num_key_value_heads": 2}
+SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+WINDOW = KEYS | {"head_dim": 8, "sliding_window": 4}
+WITH_WEIGHTS = {
+    "LlamaForCausalLM": SMALL | KEYS,
+    "MistralForCausalLM": SMALL | WINDOW,
+    "Gemma2ForCausalLM": SMALL | WINDOW | {"attn_logit_softcapping": 3.0},
+    "GptOssForCausalLM": SMALL | WINDOW | {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "GPT2LMHeadModel": {"vocab_size": 99, "n_embd": 32, "n_layer": 2, "n_head": 4, "initializer_range": 0.2},
+    "OPTForCausalLM": {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+                       "ffn_dim": 32, "word_embed_proj_dim": 32, "init_std": 0.2},
+    "BertForMaskedLM": SMALL,
+    "T5ForConditionalGeneration": {"vocab_size": 99, "d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 2,
+                                   "num_heads": 4, "decoder_start_token_id": 0},
+    "BartForConditionalGeneration": SEQ2SEQ,
+}  # fmt: skip
+
+
+def eager_and_ours(name: str, options: dict, entry: str):
+    kind = getattr(transformers, name)
+    torch.manual_seed(0)
+    eager = kind._from_config(kind.config_class(**options | SPECIAL), attn_implementation="eager").eval()
+    ours = copy.deepcopy(eager)
+    if entry == "patch":
+        assert fastattn.patch(ours, mlp=False).rows[0].now == "fastattn"
+    else:
+        ours.set_attn_implementation("fastattn")
+    return eager, ours
+
+
+@pytest.mark.parametrize("name", WITH_WEIGHTS)
+@ENTRIES
+def test_attention_weights_that_are_asked_for_are_eagers(name: str, entry: str) -> None:
+    models = eager_and_ours(name, WITH_WEIGHTS[name], entry)
+    inputs = tokens()
+    if models[0].config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = inputs["input_ids"][:, :5]
+    expected, actual = (model(**inputs, output_attentions=True) for model in models)
+    kinds = [kind for kind in expected if kind.endswith("attentions")]
+    assert any(expected[kind] for kind in kinds)
+    for kind in kinds:
+        for weights, eagers in zip(actual[kind], expected[kind], strict=True):
+            torch.testing.assert_close(weights, eagers, rtol=1e-4, atol=1e-5)
+
+
+def test_weights_of_packed_sequences_stay_inside_them_and_generation_gives_weights() -> None:
+    _, model = eager_and_ours("LlamaForCausalLM", WITH_WEIGHTS["LlamaForCausalLM"], "patch")
+    starts = torch.tensor([0, 5, 12, 20, 24], dtype=torch.int32)
+    packed = {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "use_cache": False, "output_attentions": True}
+    weights = model(tokens()["input_ids"], **packed).attentions[0]
+    assert not weights[0, :, 5:, :5].any() and not weights[1, :, 8:, :8].any()
+    options = {"do_sample": False, "max_new_tokens": 3, "min_new_tokens": 3, "return_dict_in_generate": True}
+    out = model.generate(**tokens(), output_attentions=True, **options)
+    assert [step[0].shape[2:] for step in out.attentions] == [(12, 12), (1, 13), (1, 14)]
+    assert torch.equal(out.sequences, model.generate(**tokens(), **options).sequences)
+
+
+def test_weights_of_a_model_without_eager_attention_beside_it_are_an_error_in_words() -> None:
+    with pytest.raises(ValueError, match="Module has no eager_attention_forward"):
+        attended(output_attentions=True)
+
+
+@ENTRIES
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+def test_a_mask_of_more_keys_than_a_cache_with_a_window_holds_is_refused(entry: str, dtype: torch.dtype) -> None:
+    _, model = eager_and_ours("MistralForCausalLM", WITH_WEIGHTS["MistralForCausalLM"], entry)
+    ids = tokens()["input_ids"]
+    cache = model(ids[:, :7], use_cache=True).past_key_values
+    seen = torch.ones(2, 1, 12, 12, dtype=torch.bool).tril()
+    mask = seen if dtype == torch.bool else torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(dtype).min)
+    with pytest.raises(ValueError, match="attention_mask is for 12 keys, and this layer has 8"):
+        model(ids[:, 7:], attention_mask=mask[:, :, 7:], past_key_values=cache)
+
+
+def test_a_mask_of_one_key_holds_for_all() -> None:
+    for mask in (torch.zeros(2, 1, 7, 1), torch.ones(2, 1, 7, 1, dtype=torch.bool)):
+        torch.testing.assert_close(attended(mask=mask), attended(is_causal=False))
+
+
+def clip(**options):
+    part = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    text, vision = part | {"vocab_size": 99}, part | {"image_size": 8, "patch_size": 4}
+    return transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=vision))
+
+
+def implementations(model) -> dict[str, str]:
+    parts = {name: getattr(model.config, name)._attn_implementation for name in model.config.sub_configs}
+    return {"": model.config._attn_implementation} | parts
+
+
+@pytest.mark.parametrize("wanted", ["fastattn", {"": "fastattn"}])
+@pytest.mark.parametrize("name", ["Bloom", "Falcon", "MPNet", "NllbMoe"])
+def test_setting_it_on_a_model_that_cannot_use_it_raises_and_changes_nothing(name: str, wanted) -> None:
+    model = getattr(transformers, f"{name}Model")(config_of(name, **NOT_DISPATCHED[name]))
+    before = implementations(model)
+    with pytest.raises(ValueError, match=rf"{name}\w* cannot use .*fastattn\.patch"):
+        model.set_attn_implementation(wanted)
+    assert implementations(model) == before
+    model.set_attn_implementation("eager")
+
+
+@pytest.mark.parametrize("wanted", [
+    "fastattn", {"": "fastattn", "encoder": "fastattn"}, {"encoder": "fastattn"}, {"encoder": {"": "fastattn"}},
+    {"": "eager", "decoder": "fastattn", "encoder": {"": "fastattn"}},
+])  # fmt: skip
+def test_setting_it_on_a_part_that_cannot_use_it_raises_and_changes_nothing(wanted) -> None:
+    encoder = transformers.MPNetModel(config_of("MPNet", **SMALL))
+    decoder = config_of("Bert", **SMALL, is_decoder=True, add_cross_attention=True)
+    decoder = transformers.BertLMHeadModel(decoder)
+    model = transformers.EncoderDecoderModel(encoder=encoder, decoder=decoder)
+    before = implementations(model)
+    with pytest.raises(ValueError, match=r"MPNet\w* cannot use .*fastattn\.patch"):
+        model.set_attn_implementation(wanted)
+    assert implementations(model) == before
+    model.set_attn_implementation({"decoder": "fastattn"})
+    assert implementations(model) == before | {"decoder": "fastattn"}
+
+
+def test_a_nested_dict_sets_parts_and_a_name_that_is_no_part_is_an_error() -> None:
+    model = clip()
+    model.set_attn_implementation({"": "eager", "text_config": {"": "fastattn"}, "vision_config": "sdpa"})
+    assert implementations(model) == {"": "eager", "text_config": "fastattn", "vision_config": "sdpa"}
+    with pytest.raises(ValueError, match="names 'vision', and CLIPConfig has no such part"):
+        model.set_attn_implementation({"vision": "fastattn"})
+
+
+class IsOff(transformers.LlamaForCausalLM):
+    """A model whose results are off by so much, but under eager."""
+
+    off = 0.0
+
+    def forward(self, *args, **kwargs):
+        out = super().forward(*args, **kwargs)
+        out.logits = out.logits * (1 if self.config._attn_implementation == "eager" else 1 + self.off)
+        return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_the_trial_tells_rounding_from_an_error_in_every_dtype(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = IsOff(config_of("Llama", **SMALL | {"num_hidden_layers": 6}, num_key_value_heads=2)).to(dtype)
+    assert difference_from_eager(model) is None
+    assert trial_tolerance(model) < 0.1
+    model.off = 2 * trial_tolerance(model)
+    assert "other results than eager" in (difference_from_eager(model) or "")
+
+
+def test_what_could_not_be_compared_with_eager_is_said_in_the_report() -> None:
+    (row,) = fastattn.patch(clip().vision_model, mlp=False).rows
+    assert row.now == "fastattn" and "not compared with eager: it reads pixel_values" in row.why
+
+    class NeedsMore(transformers.LlamaForCausalLM):
+        def forward(self, input_ids, more, **kwargs):
+            return super().forward(input_ids, **kwargs)
+
+    (row,) = fastattn.patch(small_llama(NeedsMore), mlp=False).rows
+    assert row.now == "fastattn" and "not compared with eager: eager attention raised TypeError" in row.why
+    (row,) = fastattn.patch(small_llama(), mlp=False).rows
+    assert row.now == "fastattn" and not row.why
+    with torch.device("meta"):
+        model = small_llama()
+    assert all(row.now is None and "meta device" in row.why for row in fastattn.patch(model, mlp=False).rows)
+
+
+EXPERTS = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "head_dim": 8,
+           "num_key_value_heads": 2, "initializer_range": 0.3, "num_experts_per_tok": 2}  # fmt: skip
+# One passes sinks of each query beside a relative bias, the other blocks of keys for each group of heads.
+NAMED = {
+    "Inkling2": EXPERTS | {
+        "unpadded_vocab_size": 90, "swa_num_attention_heads": 4, "swa_num_key_value_heads": 2, "swa_head_dim": 8,
+        "sliding_window_size": 4, "d_rel": 4, "rel_extent": 6, "moe_intermediate_size": 16, "n_routed_experts": 4,
+        "layer_types": ["hybrid_sliding", "hybrid", "hybrid_sliding"], "n_layers_per_attn_res_block": 2,
+        "log_scaling_n_floor": 4,
+    },
+    "MiniMaxM3VL": EXPERTS | {
+        "intermediate_size": 16, "dense_intermediate_size": 32, "shared_intermediate_size": 16,
+        "num_local_experts": 4, "rotary_dim": 4, "index_n_heads": 2, "index_head_dim": 8, "index_block_size": 4,
+        "index_topk_blocks": 2, "index_local_blocks": 1,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMED)
+@ENTRIES
+def test_models_that_restrict_or_sink_by_query_equal_eager(name: str, entry: str) -> None:
+    models = eager_and_ours(f"{name}ForCausalLM", NAMED[name], entry)
+    inputs = tokens()
+    (logits, gradients), (expected, expected_gradients) = (
+        logits_and_gradients(model, inputs) for model in reversed(models)
+    )
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    for gradient, eagers in zip(gradients, expected_gradients, strict=True):
+        assert (gradient is None) == (eagers is None)
+        if gradient is not None:
+            assert (gradient - eagers).norm() <= 1e-4 * eagers.norm() + 1e-7
+    options = {"do_sample": False, "max_new_tokens": 6, "min_new_tokens": 6}
+    first, second = (model.generate(**inputs, **options) for model in models)
+    assert torch.equal(first, second)
+
+
+def logits_and_gradients(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    logits = model(**inputs).logits[inputs["attention_mask"].bool()]
+    gradients = torch.autograd.grad(logits.square().mean(), list(model.parameters()), allow_unused=True)
+    return logits.detach(), gradients

@@ -11,23 +11,31 @@ model hands on to the second.
 from __future__ import annotations
 
 import functools
-import warnings
+import sys
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
+from transformers.utils import output_capturing
 
 from fastattn.functional import attention
 from fastattn.integrations.huggingface_mask import Mask, Pattern, declared_pattern, fastattn_mask, known_pattern
-from fastattn.integrations.huggingface_models import NAME, Before, check_keywords, obstacle
+from fastattn.integrations.huggingface_models import (
+    NAME,
+    Before,
+    check_keywords,
+    obstacle,
+    obstacle_in_code,
+    try_against_eager,
+)
 from fastattn.masks.algebra import Values
 from fastattn.varlen import attention_varlen
 
 __all__ = [
     "NAME", "Before", "Mask", "Pattern", "declared_pattern", "fastattn_attention", "fastattn_mask",
-    "known_pattern", "obstacle",
+    "known_pattern", "obstacle", "obstacle_in_code", "try_against_eager",
 ]  # fmt: skip
 
 
@@ -50,7 +58,7 @@ def fastattn_attention(
     cu_seq_lens_k: Tensor | None = None,
     output_attentions: bool | None = None,
     **kwargs: Any,
-) -> tuple[Tensor, None]:
+) -> tuple[Tensor, Tensor | None]:
     """Attend, as transformers calls its attention functions.
 
     Args:
@@ -65,34 +73,39 @@ def fastattn_attention(
             size of a block is that of the module's indexer.
         cu_seq_lens_q, cu_seq_lens_k: (sequences + 1,), as transformers passes on for flash-attn: where each of the
             sequences packed into the batch begins, and the end. The mask holds as well.
+        output_attentions: whether the weights are wanted: the model's own eager attention then computes the call.
         kwargs: what changes no result (`huggingface_models.HARMLESS`).
 
     Returns:
-        (B, Lq, Hq, Dv), and None for the weights, which are never computed.
+        (B, Lq, Hq, Dv), and the weights (B, Hq, Lq, Lk) if they are wanted, else None.
 
     Raises:
-        ValueError: for a keyword that is not known, naming it.
+        ValueError: for a keyword that is not known, naming it; for weights of a model without an eager attention;
+            for a tensor as mask whose number of keys is not that of key.
     """
     if kwargs:
         check_keywords(module, kwargs)
-    if output_attentions:
-        warnings.warn('attn_implementation="fastattn" computes no attention weights: use "eager"', stacklevel=2)
+    wants_weights = output_attentions or _collects_weights()
     keys = key.shape[2]
-    if attention_mask is not None and attention_mask.shape[-1] > keys:
-        if isinstance(attention_mask, Mask):
-            attention_mask = attention_mask.first_keys(keys)
-        else:
-            attention_mask = attention_mask[..., :keys]
+    if attention_mask is not None and attention_mask.shape[-1] != keys:
+        attention_mask = _of_these_keys(attention_mask, keys)
     if attention_mask is None:
         attention_mask = _own_mask(module, query, keys, is_causal)
     for kept in (_kept(indices, keys), _kept_blocks(module, block_indices, query.shape[1], keys)):
         attention_mask = attention_mask if kept is None else _restricted(attention_mask, kept)
     packed = cu_seq_lens_q is not None and cu_seq_lens_k is not None
     by_sequence = (
-        packed and position_bias is None and isinstance(attention_mask, Mask) and attention_mask.is_of_places
+        packed
+        and position_bias is None
+        and not wants_weights
+        and isinstance(attention_mask, Mask)
+        and attention_mask.is_of_places
     )
     if packed and not by_sequence:
         attention_mask = _of_boundaries(attention_mask, cu_seq_lens_q, cu_seq_lens_k)
+    if wants_weights:
+        beside = {"softcap": softcap, "s_aux": s_aux, "sinks": sinks, "position_bias": position_bias}
+        return _with_weights(module, query, key, value, attention_mask, dropout, scaling, beside)
     end = keys
     if isinstance(attention_mask, Mask):
         options, bias, end = attention_mask.options(query.shape[1]), attention_mask.bias, attention_mask.end
@@ -122,6 +135,50 @@ def fastattn_attention(
     else:
         out = attention(query, key, value, bias=bias, **options)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _of_these_keys(mask: Mask | Tensor, keys: int) -> Mask | Tensor:
+    """A mask for this many keys: one key's holds for all, as tensors broadcast, and a longer `Mask` is cut.
+
+    A longer tensor is refused, as in eager attention: a cache with a window has dropped the first keys.
+    """
+    if mask.shape[-1] == 1:
+        return mask.dense() if isinstance(mask, Mask) else mask
+    if isinstance(mask, Mask) and mask.shape[-1] > keys:
+        return mask.first_keys(keys)
+    raise ValueError(f"attention_mask is for {mask.shape[-1]} keys, and this layer has {keys}")
+
+
+def _collects_weights() -> bool:
+    """Whether the model collects its layers' weights: not every model passes output_attentions on to them."""
+    collected = output_capturing._active_collector.get()
+    return collected is not None and any(name.endswith("attentions") for name in collected)
+
+
+def _with_weights(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Mask | Tensor,
+    dropout: float,
+    scaling: float | None,
+    beside: dict[str, Tensor | float | None],
+) -> tuple[Tensor, Tensor]:
+    """What the eager attention of the model computes, with its weights."""
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    if eager is None:
+        raise ValueError(
+            f'output_attentions asks for weights, which attn_implementation="fastattn" does not compute, and '
+            f'{type(module).__name__} has no eager_attention_forward beside it: use attn_implementation="eager"'
+        )
+    seen = mask.dense() if isinstance(mask, Mask) else mask
+    if seen.dtype == torch.bool:
+        lowest = torch.finfo(query.dtype).min
+        seen = torch.zeros(seen.shape, dtype=query.dtype, device=seen.device).masked_fill(~seen, lowest)
+    given = {name: option for name, option in beside.items() if option is not None}
+    scaling = query.shape[3] ** -0.5 if scaling is None else scaling
+    return eager(module, query, key, value, seen, dropout=dropout, scaling=scaling, **given)
 
 
 def _kept(indices: Tensor | None, keys: int) -> Tensor | None:
