@@ -1,6 +1,6 @@
 """GPUs that are not there: everything up to the launch is real, and a driver that only pretends takes it.
 
-Triton's own binder, compiler and launcher run, as on a GPU. `driver.c`, built with the C compiler that Triton
+Triton's own binder, compiler (all but the assembler) and launcher run, as on a GPU. `driver.c`, built with the C compiler that Triton
 needs anyway, stands in for the CUDA driver: it refuses what a real one refuses and computes nothing. `tensors.py`
 lets CPU tensors say that they lie on a GPU. So whatever fails here fails on the first real run, too; that a kernel
 computes the right numbers is shown elsewhere (Triton's interpreter, a real GPU).
@@ -149,9 +149,12 @@ def pretended_gpus(*gpus: Gpu, folder: Path | None = None) -> Iterator[Driver]:
         for name in ("tensor", "as_tensor"):
             stack.enter_context(mock.patch.object(torch, name, made_on_host(getattr(torch, name))))
         # Imported late: these read TRITON_LIBCUDA_PATH and torch.cuda.
+        from triton.backends.nvidia.compiler import CUDABackend
         from triton.backends.nvidia.driver import CudaDriver
         from triton.runtime import driver as triton_driver
 
+        # The assembler takes as long as everything before it, and the compile report runs it on every kernel.
+        stack.enter_context(mock.patch.object(CUDABackend, "make_cubin", lambda *_: b"\x7fELF, pretended"))
         cuda = CudaDriver()
         cuda.get_current_stream = lambda device=None: (driver.device() if device is None else device) + 1
         triton_driver.set_active(cuda)
