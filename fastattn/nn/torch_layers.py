@@ -19,8 +19,8 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
     """torch.nn.TransformerEncoderLayer: the same arguments, parameters, state dict and results.
 
     Its attention is a `fastattn.nn.MultiheadAttention`, in eval mode too, where torch's layer runs an operator of
-    its own past it. Rows that may see nothing are never NaN. Under autocast on a CPU the result is float32, as it
-    is in training; that operator of torch's gives half precision.
+    its own past it. Rows that may see nothing are never NaN. Under autocast on a CPU the result has the dtype of
+    torch's: half precision where torch would run that operator, else float32.
 
     Args:
         d_model, nhead, dim_feedforward, dropout, activation, layer_norm_eps, batch_first, norm_first, bias,
