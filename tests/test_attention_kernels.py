@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ast
+from pathlib import Path
+
 import pytest
 import torch
 from attention_problems import Problem, check
@@ -61,3 +64,14 @@ def test_every_architecture_dtype_and_width_has_a_row(arch: int, table: dict) ->
             assert launch.look_up(table, family, element_bytes, width).block_m >= 16
     with pytest.raises(ValueError, match="no launch configuration for 8-byte elements"):
         launch.look_up(table, family, 8, 64)
+
+
+def test_no_function_of_the_kernels_takes_more_than_twelve_arguments() -> None:
+    """Values travel in `problem`, compile-time choices in `tile`."""
+    longer = [
+        f"{file.name}: {node.name}"
+        for file in (Path(__file__).parents[1] / "kernels").rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.FunctionDef) and len(node.args.args) + len(node.args.kwonlyargs) > 12
+    ]
+    assert longer == []
