@@ -75,7 +75,7 @@ def files(tmp_path):
 ERRORS = [
     (["--device", "abacus"], "--device must be cpu, cuda or cuda:N, got 'abacus'"),
     (["--device", "meta"], "--device must be cpu, cuda or cuda:N, got 'meta'"),
-    (["--backend", "abacus"], "backend must be one of triton, portable, reference, got 'abacus'"),
+    (["--backend", "abacus"], "backend must be one of triton, portable, reference or None, got 'abacus'"),
     (["--text", "{folder}/absent.txt"], "--text {folder}/absent.txt: No such file or directory"),
     (["--text", "{folder}"], "--text {folder}: Is a directory"),
     (["--text", "{folder}/short.txt"], "the text must have at least 2580 bytes, got 9"),

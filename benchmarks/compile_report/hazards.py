@@ -10,6 +10,7 @@ Each scan returns sentences, one for each place; none is as it should be.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Hashable, Iterator
 
@@ -183,29 +184,58 @@ def transposed_products(ttir: str) -> list[str]:
     ]
 
 
-_NAME = re.compile(r"%\w+")
+_NAME = re.compile(r"%\w+(?:#\d+)?")
 
 
 def _operations(lines: list[str]) -> Iterator[tuple[set[str], str, list[str]]]:
-    """(results, operator, operands) of each line. What a region yields goes to the results of the loop or branch
-    around it; what a loop carries is made of what it begins with, too."""
-    around: list[set[str]] = []
+    """(results, operator, operands) of each line, each value by a name of its own: two regions may both have a %x.
+    What a region yields goes to the results of the loop or branch around it, one by one; what a loop carries is
+    made of what it begins with, too."""
+    numbers = itertools.count()
+    scopes: list[dict[str, str]] = [{}]
+    regions: list[tuple[list[str], list[str]]] = []  # the results of a loop or branch, and what it carries
+
+    def define(name: str) -> str:
+        scopes[-1][name] = f"{name}@{next(numbers)}"
+        return scopes[-1][name]
+
+    def find(name: str) -> str:
+        return next((scope[name] for scope in reversed(scopes) if name in scope), name)
+
     for line in lines:
         left, found, right = line.partition(" = ")
-        assigns = bool(found) and left.startswith("%")
-        body = right if assigns else line
-        results, operands = set(_NAME.findall(left)) if assigns else set(), _NAME.findall(body)
-        carried: set[str] = set()
-        if "iter_args(" in body:
-            pairs = re.findall(r"(%\w+) = (%\w+)", body.split("iter_args(")[1])
-            for inner, outer in pairs:
-                yield {inner}, "carry", [outer]
-            carried = {inner for inner, _ in pairs}
-        elif body.startswith("scf.yield"):
-            yield around[-1] if around else set(), "yield", operands
-        elif not line.startswith("}"):
-            yield results, body.split(" ")[0], operands
-        if line.startswith("}") and not line.endswith("{") and around:
-            around.pop()
-        elif line.endswith("{") and not line.startswith("}"):
-            around.append(results | carried)
+        body, named = (right, left) if found and left.startswith("%") else (line, "")
+        operands = [find(name) for name in _NAME.findall(body)]
+        if body.startswith("scf.yield"):
+            results, carried = regions[-1]
+            for i, operand in enumerate(operands):
+                yield {*results[i : i + 1], *carried[i : i + 1]}, "yield", [operand]
+            continue
+        if line.startswith("}"):
+            if not regions:  # a function's, whose first line is cut short by a loc(
+                continue
+            scopes.pop()
+            region = regions.pop()
+            if line.endswith("{"):  # } else {
+                scopes.append({})
+                regions.append(region)
+            continue
+        results = [define(name) for name in _results(named)]
+        carried = []
+        if line.endswith("{"):
+            pairs = re.findall(r"(%\w+) = (%\w+(?:#\d+)?)", body.partition("iter_args(")[2])
+            begins = [find(outer) for _, outer in pairs]
+            scopes.append({})
+            carried = [define(inner) for inner, _ in pairs]
+            regions.append((results, carried))
+            for i, outer in enumerate(begins):
+                yield {*results[i : i + 1], carried[i]}, "carry", [outer]
+        if not carried:
+            yield set(results), body.split(" ")[0], operands
+
+
+def _results(named: str) -> Iterator[str]:
+    """%x, %y, or %x#0, %x#1 for %x:2."""
+    for name in filter(None, named.split(", ")):
+        first, several, count = name.strip().partition(":")
+        yield from (f"{first}#{i}" for i in range(int(count))) if several else (first,)
