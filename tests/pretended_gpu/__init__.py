@@ -1,9 +1,9 @@
 """GPUs that are not there: everything up to the launch is real, and a driver that only pretends takes it.
 
 Triton's own binder, compiler (all but the assembler) and launcher run, as on a GPU. `driver.c`, built with the C
-compiler that Triton needs anyway, stands in for the CUDA driver: it refuses what a real one refuses and computes nothing. `tensors.py`
-lets CPU tensors say that they lie on a GPU. So whatever fails here fails on the first real run, too; that a kernel
-computes the right numbers is shown elsewhere (Triton's interpreter, a real GPU).
+compiler that Triton needs anyway, stands in for the CUDA driver: it refuses what a real one refuses and computes
+nothing. `tensors.py` lets CPU tensors say that they lie on a GPU. So whatever fails here fails on the first real
+run, too; that a kernel computes the right numbers is shown elsewhere (Triton's interpreter, a real GPU).
 
     with pretended_gpus(GPUS["H100"]) as driver:
         q = torch.randn(1, 8, 128, 64, dtype=torch.bfloat16, device="cuda")

@@ -151,6 +151,8 @@ CUresult cuFuncGetAttribute(int *value, CUfunction_attribute attribute, CUfuncti
 
 CUresult cuFuncSetAttribute(CUfunction function, CUfunction_attribute attribute, int value) {
   Function *which = (Function *)function;
+  if ((int)attribute == 17) /* Triton 3.9 tries oversized shared memory first: these GPUs have none */
+    return CUDA_ERROR_INVALID_VALUE;
   if (attribute != CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES)
     return CUDA_SUCCESS;
   if (value > gpus[which->device].shared_optin)
