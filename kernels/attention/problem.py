@@ -15,8 +15,8 @@ from .scores import Dropout, Scores, dropout_of, scores_of
 
 class Problem(NamedTuple):
     """The values that every program of a launch reads: sizes, which scores are seen, what is done to them, over
-    how many programs each loop is split (None: over one), how many heads take turns (see tiles.heavy_first), and
-    in forward mode what is done to the scores' tangents."""
+    how many programs each loop is split (None: over one), and how many heads take turns (see
+    tiles.heavy_first)."""
 
     shape: Shape
     window: Window
@@ -25,7 +25,6 @@ class Problem(NamedTuple):
     dropout: Dropout | None
     splits: int | None
     heads_per_section: int
-    score_tangents: Scores | None = None
 
 
 class Call:

@@ -22,10 +22,8 @@ from ..tiles import (
     LN_2,
     LOG2_E,
     head_of,
-    load_row_values,
     load_tile,
     store_tile,
-    tensor3,
     tensor4,
 )
 from .loops import is_visible, later_are_heavier, loop_over_keys, position_of, rows_of
@@ -38,9 +36,11 @@ def tangent_step(
     state, operands, terms, start, queries, bounds, key_count, problem, tile: tl.constexpr, MASKED: tl.constexpr
 ):
     """Add what the keys from `start` on give to (out' + lse' out, lse')."""
-    q_tile, q_tangent_tile, lse, pointers, k, v, q_tangent, k_tangent, v_tangent, tangent_terms = operands
+    q_tile, q_tangent_tile, lse, pointers, k, v, q_tangent, k_tangent, v_tangent, score_tangents, tangent_terms = (
+        operands
+    )
     k_pointer, v_pointer, k_tangent_pointer, v_tangent_pointer = pointers
-    scores, score_tangents, shape = problem.scores, problem.score_tangents, problem.shape
+    scores, shape = problem.scores, problem.shape
     accumulator, dlse = state
     k_tile = load_tile(k_pointer, k, start, key_count, tile.HEAD_DIM, tile.BLOCK_N, tile.WIDTH, MASKED)
     products = tl.dot(q_tile, tl.trans(k_tile), input_precision=tile.PRECISION)
@@ -81,9 +81,11 @@ def tangent_step(
 
 @triton.jit
 def attention_tangent_kernel(
-    q, k, v, out, lse, q_tangent, k_tangent, v_tangent, out_tangent, lse_tangent, problem, tile: tl.constexpr
+    q, k, v, out, lses, q_tangent, k_tangent, v_tangent, out_tangent, score_tangents, problem, tile: tl.constexpr
 ):
-    shape, scores, score_tangents = problem.shape, problem.scores, problem.score_tangents
+    """`lses` are the log-sum-exps and where their tangents go, both contiguous."""
+    lse, lse_tangent = lses
+    shape, scores = problem.shape, problem.scores
     position = position_of(shape.queries, shape.heads, problem, later_are_heavier(problem), tile.BLOCK_M)
     start, batch, head, _split = position
     key_head = head // shape.group
@@ -105,7 +107,8 @@ def attention_tangent_kernel(
     terms = score_terms(scores, problem.dropout, batch, head)
     tangent_terms = score_terms(score_tangents, None, batch, head)
     # Rows that saw nothing, or do not exist: exp2(-inf) is 0, and so is everything that follows.
-    row_lse = load_row_values(head_of(lse, batch, head), lse, queries, shape.queries, float("-inf"))
+    values = (batch * shape.heads + head).to(tl.int64) * shape.queries + queries
+    row_lse = tl.load(lse + values, mask=queries < shape.queries, other=float("-inf"))
     row_lse = tl.where(row_lse == float("-inf"), float("inf"), row_lse * LOG2_E)
 
     dlse = tl.zeros([tile.BLOCK_M], tl.float32)
@@ -113,7 +116,8 @@ def attention_tangent_kernel(
         sink = tl.load(head_of(scores.sinks, batch, head)) * LOG2_E
         dlse += tl.exp2(sink - row_lse) * tl.load(head_of(score_tangents.sinks, batch, head))
     operands = (
-        q_tile, q_tangent_tile, row_lse, pointers, k, v, q_tangent, k_tangent, v_tangent, tangent_terms
+        q_tile, q_tangent_tile, row_lse, pointers, k, v, q_tangent, k_tangent, v_tangent, score_tangents,
+        tangent_terms,
     )  # fmt: skip
     accumulator = tl.zeros([tile.BLOCK_M, tile.VALUE_WIDTH], tl.float32)
     accumulator, dlse = loop_over_keys(tangent_step, (accumulator, dlse), operands, terms, position, problem, tile)
@@ -129,8 +133,7 @@ def attention_tangent_kernel(
         head_of(out_tangent, batch, head), out_tangent, start, shape.queries, tile.VALUE_DIM, accumulator,
         tile.BLOCK_M, tile.VALUE_WIDTH,
     )  # fmt: skip
-    rows = head_of(lse_tangent, batch, head) + queries.to(tl.int64) * lse_tangent.row
-    tl.store(rows, dlse, mask=queries < shape.queries)
+    tl.store(lse_tangent + values, dlse, mask=queries < shape.queries)
 
 
 def attention_tangent(
@@ -165,15 +168,11 @@ def attention_tangent(
             tensor4(k),
             tensor4(v),
             tensor4(out),
-            tensor3(lse),
+            (lse.contiguous(), lse_tangent),
             *moved,
             tensor4(out_tangent),
-            tensor3(lse_tangent),
-            problem._replace(
-                score_tangents=scores_of(
-                    spec.scale, None, None, tangents.bias, tangents.relative_bias, tangents.sinks
-                )
-            ),
+            scores_of(spec.scale, None, None, tangents.bias, tangents.relative_bias, tangents.sinks),
+            problem,
             tile=call.tile(tiling),
             **tiling.compiler_options(),
         )
