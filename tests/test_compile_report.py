@@ -295,6 +295,7 @@ def test_one_call_end_to_end(tmp_path: Path) -> None:
             "attention_forward_kernel",
             "attention_dkdv_kernel",
             "attention_dq_kernel",
+            "bias_gradient_kernel",  # of the call with a padding as bias
         }
         assert {loop["kind"] for loop in rows["attention_forward_kernel"]["loops"]} == {"full tile", "masked"}
         assert all(row["registers"] > 0 and row["spills"] == 0 for row in rows.values())
@@ -318,7 +319,7 @@ for target in TARGETS.values():
         for call in CALLS:
             call.run()
     for name, table in vars(launch).items():
-        if name.startswith(("ATTENTION_", "MLP_", "HEADS_", "NORM_")) and name != "MLP_FUSED_UP_TO":
+        if name.startswith(("ATTENTION_", "MLP_", "HEADS_", "NORM_")) and isinstance(table, dict) and name != "MLP_FUSED_UP_TO":
             for row in table.get(target.name, table["sm_80"]):
                 if (id(table), row.tiling) not in served:
                     print(target.name, name, row)
