@@ -319,7 +319,8 @@ for target in TARGETS.values():
         for call in CALLS:
             call.run()
     for name, table in vars(launch).items():
-        if name.startswith(("ATTENTION_", "MLP_", "HEADS_", "NORM_")) and isinstance(table, dict) and name != "MLP_FUSED_UP_TO":
+        of_rows = isinstance(table, dict) and name != "MLP_FUSED_UP_TO"
+        if of_rows and name.startswith(("ATTENTION_", "MLP_", "HEADS_", "NORM_")):
             for row in table.get(target.name, table["sm_80"]):
                 if (id(table), row.tiling) not in served:
                     print(target.name, name, row)

@@ -18,6 +18,8 @@ from benchmarks.compile_report.disassembly import Instruction, basic_blocks, suc
 
 # A fragment of 64 x 16 halves (64 x 8 tf32) over a warp group's 128 threads.
 FRAGMENT_REGISTERS = 4
+# Groups of products in flight that are told apart.
+MOST_GROUPS = 8
 
 
 def of_sass(instructions: list[Instruction]) -> list[str]:
@@ -73,6 +75,8 @@ def overwritten_fragments(instructions: list[Instruction]) -> list[str]:
             groups = (*groups[:-1], groups[-1] | fragment(instruction))
             if "gsb0" in instruction.operands:
                 groups = (*groups, frozenset())
+            if len(groups) > MOST_GROUPS:  # a loop without a wait would go on for ever
+                groups = (groups[0] | groups[1], *groups[2:])
         return groups, complaint
 
     return along_every_path(instructions, (frozenset(),), step)
