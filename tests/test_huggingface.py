@@ -175,7 +175,14 @@ def test_logits_and_every_gradient_are_eagers(name: str, padding: str) -> None:
     model = build(name)
     eager = result(model, inputs, counts)
     model.set_attn_implementation("fastattn")
-    assert_same_results(result(model, inputs, counts), eager)
+    ours = result(model, inputs, counts)
+    if name == "t5":
+        # Its scores are not scaled down, so that both results round more: each is held against float64.
+        exact = result(model.double(), inputs, counts)
+        assert_same_results(eager, exact)
+        assert_same_results(ours, exact)
+    else:
+        assert_same_results(ours, eager)
 
 
 LENGTHS = (6, 1, 7)
