@@ -195,6 +195,8 @@ def test_results_under_autocast_have_the_dtype_of_torchs(implementation: str) ->
 
 
 ENTRIES = pytest.mark.parametrize("entry", ["attn_implementation", "patch"])
+VISION = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 32,
+          "initializer_range": 0.2}  # fmt: skip
 KEYS = {"num_key_value_heads": 2}
 SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 WINDOW = KEYS | {"head_dim": 8, "sliding_window": 4}
@@ -343,8 +345,9 @@ def test_the_trial_tells_rounding_from_an_error_in_every_dtype(dtype: torch.dtyp
 
 
 def test_what_could_not_be_compared_with_eager_is_said_in_the_report() -> None:
-    (row,) = fastattn.patch(clip().vision_model, mlp=False).rows
-    assert row.now == "fastattn" and "not compared with eager: it reads pixel_values" in row.why
+    audio = transformers.ASTModel(transformers.ASTConfig(**VISION, num_mel_bins=16, max_length=24))
+    (row,) = fastattn.patch(audio, mlp=False).rows
+    assert row.now == "fastattn" and "not compared with eager: it reads input_values" in row.why
 
     class NeedsMore(transformers.LlamaForCausalLM):
         def forward(self, input_ids, more, **kwargs):
@@ -357,6 +360,23 @@ def test_what_could_not_be_compared_with_eager_is_said_in_the_report() -> None:
     with torch.device("meta"):
         model = small_llama()
     assert all(row.now is None and "meta device" in row.why for row in fastattn.patch(model, mlp=False).rows)
+
+
+@pytest.mark.parametrize("relative", [False, True])
+def test_the_trial_compares_models_of_images_and_leaves_one_that_adds_to_its_mask(relative: bool) -> None:
+    config = transformers.BeitConfig(**VISION, image_size=16, patch_size=4, use_relative_position_bias=relative)
+    model = transformers.BeitModel._from_config(config, attn_implementation="eager").eval()
+    images = torch.randn(2, 3, 16, 16)
+    expected = model(images)[0]
+    (row,) = fastattn.patch(model, mlp=False).rows
+    assert (row.now is None and "no tensor to compute with" in row.why) if relative else (row.now and not row.why)
+    torch.testing.assert_close(model(images)[0], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_trial_lets_a_model_draw_the_same_random_numbers_twice() -> None:
+    config = transformers.ViTMAEConfig(**VISION, image_size=16, patch_size=4)
+    (row,) = fastattn.patch(transformers.ViTMAEModel(config), mlp=False).rows
+    assert row.now == "fastattn" and not row.why
 
 
 EXPERTS = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "head_dim": 8,
