@@ -221,6 +221,7 @@ CALLS: tuple[Call, ...] = (
     *(TangentCall("fp32", width, True) for width in (64, 128)),
     *(AttentionCall("fp32", width, True, shaped=kind) for width in (64, 128, 256) for kind in ("tf32", "tf32x3")),
     *(AttentionCall("fp32", width, True) for width in (64, 128, 256)),
+    AttentionCall("fp32", 64, True, shaped="bias"),
     *(MLPCall("bf16", 1024, "gelu", fused=True, tokens=tokens) for tokens in (128, 1024, 8192)),
     *(MLPCall("bf16", 1024, "silu", gated=True, fused=True, tokens=tokens) for tokens in (128, 8192)),
     MLPCall("bf16", 1024, "gelu", fused=False),
