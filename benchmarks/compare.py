@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fastattn.bench import plain_table
+from fastattn.measuring.bench import plain_table
 
 LEAST_BAND = 0.02
 

@@ -8,8 +8,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from fastattn import bench, measure
-from fastattn.peers import Problem
+from fastattn.measuring import bench, measure
+from fastattn.measuring.peers import Problem
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ROUNDS = 7

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import fastattn
 from benchmarks.conftest import DEVICE
-from fastattn import capabilities
+from fastattn.core import capabilities
 
 BATCH, HEADS, LENGTH, WIDTH = (4, 16, 4096, 128) if DEVICE.type == "cuda" else (1, 4, 1024, 64)
 DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32

@@ -14,8 +14,9 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import fastattn
 from benchmarks.conftest import DEVICE
-from fastattn import capabilities, masks
-from fastattn.measure import peak_memory
+from fastattn import masks
+from fastattn.core import capabilities
+from fastattn.measuring.measure import peak_memory
 
 ON_GPU = DEVICE.type == "cuda"
 BATCH, HEADS, WIDTH = (1, 12, 64) if ON_GPU else (1, 2, 64)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from benchmarks.conftest import DEVICE
-from fastattn.bench import usable_peers
-from fastattn.peers import FORWARD, TRAINING, MLPProblem
+from fastattn.measuring.bench import usable_peers
+from fastattn.measuring.peers import FORWARD, TRAINING, MLPProblem
 
 if DEVICE.type == "cuda":
     PROBLEMS = [

@@ -11,8 +11,9 @@ from torch import Tensor
 
 import fastattn
 from benchmarks.conftest import DEVICE, ROUNDS, Replay
-from fastattn import bench, capabilities, measure
-from fastattn.peers import FORWARD, TRAINING
+from fastattn.core import capabilities
+from fastattn.measuring import bench, measure
+from fastattn.measuring.peers import FORWARD, TRAINING
 
 ROWS, WIDTHS = (16384, (128, 1024, 4096, 16384)) if DEVICE.type == "cuda" else (1024, (128, 1024))
 DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32

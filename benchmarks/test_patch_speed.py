@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import fastattn
 from benchmarks.conftest import DEVICE, ROUNDS, Replay
-from fastattn import bench, measure
-from fastattn.peers import FORWARD, TRAINING
+from fastattn.measuring import bench, measure
+from fastattn.measuring.peers import FORWARD, TRAINING
 
 ON_GPU = DEVICE.type == "cuda"
 WIDTH, LAYERS, HEADS = (1024, 12, 16) if ON_GPU else (128, 2, 4)

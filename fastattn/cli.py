@@ -74,13 +74,13 @@ def _demo() -> tuple[Callable, Callable]:
 
 
 def _doctor() -> tuple[Callable, Callable]:
-    from fastattn import doctor
+    from fastattn.measuring import doctor
 
     return doctor.add_arguments, doctor.run
 
 
 def _bench() -> tuple[Callable, Callable]:
-    from fastattn import bench
+    from fastattn.measuring import bench
 
     return bench.add_arguments, bench.run
 

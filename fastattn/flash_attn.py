@@ -15,10 +15,12 @@ from typing import Any
 
 from torch import Tensor
 
-from fastattn import arguments, masks
-from fastattn.functional import attention
-from fastattn.spec import check_floating, check_same, check_scale
-from fastattn.varlen import attention_varlen
+from fastattn import masks
+from fastattn.core import arguments
+from fastattn.core.attention.functional import attention
+from fastattn.core.attention.spec import check_scale
+from fastattn.core.attention.varlen import attention_varlen
+from fastattn.core.checks import check_floating, check_same
 
 Result = Tensor | tuple[Tensor, Tensor, None]
 

@@ -9,8 +9,10 @@ from __future__ import annotations
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-import fastattn.ops  # noqa: F401  (defines the operators)
-from fastattn.spec import ScoreTensors, Tangents
+# These define the operators.
+import fastattn.core.attention.operators
+import fastattn.core.mlp.operators  # noqa: F401
+from fastattn.core.attention.spec import ScoreTensors, Tangents
 
 
 def visible_scores(queries: int, keys: int, left: int | None, right: int | None) -> int:

@@ -13,9 +13,11 @@ from tolerance import TINY, assert_as_exact_as_eager
 from torch import Tensor
 
 import fastattn
-from fastattn import masks, reference
-from fastattn.backends import torch_flash
-from fastattn.spec import AttentionSpec, ScoreTensors, check_dropout, lse_dtype
+from fastattn import masks
+from fastattn.core.attention import definition as attention_definition
+from fastattn.core.attention import torch_flash
+from fastattn.core.attention.spec import AttentionSpec, ScoreTensors, check_dropout
+from fastattn.core.checks import lse_dtype
 
 # "tiled" is the portable backend kept from handing over to PyTorch's flash attention.
 IMPLEMENTATIONS = ("triton", "portable", "tiled", "reference")
@@ -164,7 +166,7 @@ def check(problem: Problem, name: str) -> None:
     rows_that_see = sees(problem, tensors)
 
     def definition(q, k, v, *learned_):
-        return reference.attention(
+        return attention_definition.attention(
             q, k, v, problem.spec, tensors._replace(**dict(zip(learned, learned_, strict=True)))
         )
 
@@ -199,7 +201,7 @@ def sees(problem: Problem, tensors: ScoreTensors) -> Tensor:
     if tensors.sinks is not None:
         return torch.ones((), dtype=torch.bool, device=DEVICE)
     sizes = problem.queries, problem.keys
-    seen = reference.visible(*sizes, problem.spec, DEVICE, tensors.key_lengths, tensors.intervals)
+    seen = attention_definition.visible(*sizes, problem.spec, DEVICE, tensors.key_lengths, tensors.intervals)
     if tensors.bias is not None:
         seen = seen & (tensors.bias if problem.masked else tensors.bias > float("-inf"))
     if problem.lists:

@@ -102,7 +102,11 @@ def test_the_tests_run_in_an_unpacked_sdist(source: Path, tmp_path: Path) -> Non
     clean = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     where = run(sys.executable, "-c", "import fastattn; print(fastattn.__file__)", cwd=unpacked, env=clean)
     assert Path(where.strip()).is_relative_to(unpacked)
-    few = ["tests/test_packaging.py", "tests/test_attention_kernels.py", "tests/test_ops.py"]
+    few = [
+        "tests/test_packaging.py",
+        "tests/attention/test_attention_kernels.py",
+        "tests/attention/test_operators.py",
+    ]
     run(
         sys.executable, "-m", "pytest", "-q", "-x", "-o", "pythonpath=", "-p", "no:cacheprovider", *few,
         "-k", "package_list or kernels_import or asked_for or visits_every_tile or autocast_lowers",

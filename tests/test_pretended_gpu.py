@@ -55,7 +55,7 @@ import torch, triton, triton.language as tl
 import fastattn
 from fastattn.kernels import launch
 from fastattn.kernels.attention.forward import attention_forward, attention_forward_kernel
-from fastattn.spec import AttentionSpec, ScoreTensors
+from fastattn.core.attention.spec import AttentionSpec, ScoreTensors
 from tests.pretended_gpu import GPUS, pretended_gpus
 
 @triton.jit

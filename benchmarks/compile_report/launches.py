@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from benchmarks.compile_report.targets import Target
+from fastattn.core.attention.spec import AttentionSpec, ScoreTensors, Tangents, Wanted
 from fastattn.kernels.attention.backward import attention_backward
 from fastattn.kernels.attention.forward import attention_forward
 from fastattn.kernels.attention.tangent import attention_tangent
@@ -14,7 +15,6 @@ from fastattn.kernels.heads import prepare_heads, prepare_heads_backward
 from fastattn.kernels.mlp import gated_mlp_backward, gated_mlp_forward, mlp_backward, mlp_forward
 from fastattn.kernels.norm import norm_backward, norm_forward
 from fastattn.masks import BlockLists
-from fastattn.spec import AttentionSpec, ScoreTensors, Tangents, Wanted
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 

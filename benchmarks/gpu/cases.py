@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from benchmarks.gpu import correctness, features, kinds, rehearsal, sweep
-from fastattn import measure
-from fastattn.peers import DIRECTIONS, MLPProblem, problem_from
+from fastattn.measuring import measure
+from fastattn.measuring.peers import DIRECTIONS, MLPProblem, problem_from
 
 Case = dict[str, Any]
 Rows = list[dict[str, Any]]

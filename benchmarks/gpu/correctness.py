@@ -16,9 +16,10 @@ from torch import Tensor
 
 from benchmarks.gpu import kinds
 from benchmarks.gpu.kinds import Sizes
-from fastattn import functional, reference
-from fastattn.peers import MLP_PEERS, MLPProblem
-from fastattn.spec import AttentionSpec
+from fastattn.core.attention import definition as attention_definition
+from fastattn.core.attention import functional as attention_functional
+from fastattn.core.attention.spec import AttentionSpec
+from fastattn.measuring.peers import MLP_PEERS, MLPProblem
 from tests.tolerance import TINY, assert_as_exact_as_eager
 
 # Scores of a slice; a few temporaries of this size are alive at once.
@@ -93,7 +94,7 @@ def check_attention(
 
 def _ours(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, spec: AttentionSpec, backend: str) -> tuple[Tensor, ...]:
     leaves = [t.detach().requires_grad_() for t in (q, k, v)]
-    out, lse = functional.attention(
+    out, lse = attention_functional.attention(
         *leaves, causal=spec.causal, scale=spec.scale, return_lse=True, backend=backend
     )
     return out.detach(), lse.detach(), *torch.autograd.grad(out, leaves, dout)
@@ -114,7 +115,7 @@ def in_slices(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, spec: AttentionSpec
         if end == 0:
             continue
         part = [t.detach().requires_grad_() for t in (q[:, :, start:stop], k[:, :, :end], v[:, :, :end])]
-        out_part, lse_part = reference.attention(*part, spec)
+        out_part, lse_part = attention_definition.attention(*part, spec)
         dq[:, :, start:stop], dk_part, dv_part = torch.autograd.grad(out_part, part, dout[:, :, start:stop])
         out[:, :, start:stop], lse[:, :, start:stop] = out_part.detach(), lse_part.detach()
         dk[:, :, :end] += dk_part

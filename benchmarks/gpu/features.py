@@ -19,9 +19,9 @@ from torch import Tensor
 
 from benchmarks.gpu import kinds
 from benchmarks.gpu.kinds import Sizes
-from fastattn import measure
-from fastattn.measure import one_line
-from fastattn.peers import BACKWARD, FORWARD, TRAINING, Unavailable
+from fastattn.measuring import measure
+from fastattn.measuring.measure import one_line
+from fastattn.measuring.peers import BACKWARD, FORWARD, TRAINING, Unavailable
 
 OURS = "fastattn triton"
 Rival = Callable[..., Tensor]
@@ -310,7 +310,7 @@ def _first(call: kinds.Call, backend: str, *tensors: Tensor) -> Tensor:
 
 
 def direct(function: Rival, tensors: tuple[Tensor, ...], direction: str) -> Callable[[], Any]:
-    """The call to time in this direction, as fastattn.measure makes it."""
+    """The call to time in this direction, as fastattn.measuring.measure makes it."""
     if direction == FORWARD:
         return torch.no_grad()(functools.partial(function, *tensors))
     leaves = [t.detach().requires_grad_() for t in tensors]

@@ -13,7 +13,7 @@ from typing import Any
 from benchmarks.gpu import features, sweep
 from benchmarks.gpu.kernel_cases import kernel_cases
 from benchmarks.gpu.kinds import Sizes
-from fastattn.peers import (
+from fastattn.measuring.peers import (
     BACKWARD,
     FORWARD,
     GPU_LIBRARIES,
@@ -112,7 +112,7 @@ def dry_plan() -> Plan:
         device="pretended",
         budget=1500.0,
         step_limit=300.0,
-        suite=("tests/test_capabilities.py",),
+        suite=("tests/core/test_capabilities.py",),
         processes=max(1, min(16, os.cpu_count() or 1)),
         candidates=2,
         sweeps=2,

@@ -19,8 +19,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from benchmarks.gpu import kinds, sweep
 from benchmarks.gpu.kinds import Sizes
 from benchmarks.gpu.paths import ROOT
-from fastattn import measure
-from fastattn.peers import BACKWARD, FORWARD, TRAINING, problem_from
+from fastattn.measuring import measure
+from fastattn.measuring.peers import BACKWARD, FORWARD, TRAINING, problem_from
 
 GPU = "H100"
 OURS = "fastattn triton"
@@ -107,7 +107,7 @@ def _call(case: dict[str, Any], device: torch.device) -> Steps:
 
 
 def _problem(case: dict[str, Any], device: torch.device) -> Steps:
-    """A call of fastattn.peers."""
+    """A call of fastattn.measuring.peers."""
     problem = problem_from(case["problem"])
     inputs = problem.inputs(device)
     for direction in (FORWARD, BACKWARD if problem.family == "attention" else TRAINING):

@@ -15,8 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn import measure
-from fastattn.peers import BACKWARD, FORWARD, TRAINING, AttentionProblem, MLPProblem, Problem, problem_from
+from fastattn.measuring import measure
+from fastattn.measuring.peers import (
+    BACKWARD,
+    FORWARD,
+    TRAINING,
+    AttentionProblem,
+    MLPProblem,
+    Problem,
+    problem_from,
+)
 
 # A candidate has to win by more than this to be proposed.
 WORTHWHILE = 0.03

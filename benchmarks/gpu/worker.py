@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu import compilations, rehearsal
-from fastattn.measure import one_line, synchronize
+from fastattn.measuring.measure import one_line, synchronize
 
 
 class Lost(Exception):

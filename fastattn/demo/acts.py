@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from fastattn import capabilities
+from fastattn.core import capabilities
 from fastattn.demo import (
     DEFAULT_STEPS,
     INDUCTION_STEPS,

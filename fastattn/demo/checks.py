@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
+from fastattn.core.attention.functional import attention
 from fastattn.errors import CommandError
-from fastattn.functional import attention
 
 PICTURE_BYTES = 4 * 2**20  # more than all pictures take
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastattn.demo.eager import eager_twin
 from fastattn.errors import CommandError
-from fastattn.measure import peak_memory, synchronize
+from fastattn.measuring.measure import peak_memory, synchronize
 from fastattn.nn import TransformerModel
 
 CONTEXT, BATCH = 128, 8

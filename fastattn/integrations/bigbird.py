@@ -14,9 +14,9 @@ from transformers.models.big_bird.modeling_big_bird import (
 )
 
 from fastattn import masks
-from fastattn.functional import attention
+from fastattn.core.attention.functional import attention
+from fastattn.dropin.swapping import swap
 from fastattn.integrations.huggingface import fastattn_attention
-from fastattn.swapping import swap
 
 
 class FusedBigBirdBlockSparseAttention(BigBirdBlockSparseAttention):

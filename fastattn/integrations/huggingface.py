@@ -20,7 +20,8 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.utils import output_capturing
 
-from fastattn.functional import attention
+from fastattn.core.attention.functional import attention
+from fastattn.core.attention.varlen import attention_varlen
 from fastattn.integrations.huggingface_mask import Mask, Pattern, declared_pattern, fastattn_mask, known_pattern
 from fastattn.integrations.huggingface_models import (
     NAME,
@@ -31,7 +32,6 @@ from fastattn.integrations.huggingface_models import (
     try_against_eager,
 )
 from fastattn.masks.algebra import Values
-from fastattn.varlen import attention_varlen
 
 __all__ = [
     "NAME", "Before", "Mask", "Pattern", "declared_pattern", "fastattn_attention", "fastattn_mask",

@@ -12,11 +12,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastattn.arguments import flag, tensor
-from fastattn.functional import attention
-from fastattn.modes import without_autocast
+from fastattn.core.arguments import flag, tensor
+from fastattn.core.attention.functional import attention
+from fastattn.core.attention.spec import attention_spec
+from fastattn.core.checks import lse_dtype
+from fastattn.core.modes import without_autocast
 from fastattn.nn import SelfAttention
-from fastattn.spec import attention_spec, lse_dtype
 
 KEY_TILE = 512
 TILE_SCORES = 2**21  # scores held at once, over batch and heads: 8 MiB in fp32

@@ -18,7 +18,9 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
-from fastattn import arguments
+from fastattn.core import arguments
+from fastattn.core.checks import check_side, check_window
+from fastattn.core.modes import lasts, outside_modes
 from fastattn.masks.algebra import Mask, Values
 from fastattn.masks.block_kinds import BigBird, Blocks, HuggingFaceBigBird
 from fastattn.masks.kinds import (
@@ -32,8 +34,6 @@ from fastattn.masks.kinds import (
     Window,
 )
 from fastattn.masks.lists import GRANULE, BlockLists, Lowered, decode
-from fastattn.modes import lasts, outside_modes
-from fastattn.spec import check_side, check_window
 
 INTEGERS = (torch.int32, torch.int64)
 

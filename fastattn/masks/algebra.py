@@ -9,12 +9,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastattn.arguments import flag, integer
+from fastattn.core.arguments import flag, integer
+from fastattn.core.checks import window_that_hides
+from fastattn.core.modes import fake_mode, kept, lasts, outside_modes, reading
 from fastattn.masks import pictures
 from fastattn.masks.lists import Lowered, Shape, the_device
 from fastattn.masks.lowering import FULL, PARTIAL, Positions, Slab, build_lists
-from fastattn.modes import fake_mode, kept, lasts, outside_modes, reading
-from fastattn.spec import window_that_hides
 
 COMPARED_BY_VALUE = 4096  # elements; larger tensors are equal if they are the same tensor
 KEPT = 32  # lowered masks kept

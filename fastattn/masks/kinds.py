@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastattn.core.checks import window_that_hides
+from fastattn.core.modes import kept, lasts
 from fastattn.masks.algebra import ClosedForm, Intervals, Mask, Values
 from fastattn.masks.lists import GRANULE, Shape
 from fastattn.masks.lowering import FULL, Positions, Slab
-from fastattn.modes import kept, lasts
-from fastattn.spec import window_that_hides
 
 
 @dataclass(frozen=True, repr=False)

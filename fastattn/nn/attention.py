@@ -8,16 +8,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastattn.arguments import flag, integer
-from fastattn.capabilities import check_backend
-from fastattn.functional import attention
-from fastattn.heads import prepare_heads
-from fastattn.intact import alteration
+from fastattn.core.arguments import flag, integer
+from fastattn.core.attention.functional import attention
+from fastattn.core.capabilities import check_backend
+from fastattn.core.checks import Window, check_window
+from fastattn.core.heads.functional import prepare_heads
+from fastattn.core.intact import alteration
 from fastattn.masks import Lowered, Mask
 from fastattn.masks.algebra import smaller
 from fastattn.nn.checks import check_placed, check_stream
 from fastattn.nn.rotary import Rotary
-from fastattn.spec import Window, check_window
 
 QK_NORM_EPS = 1e-6
 

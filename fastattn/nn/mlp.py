@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastattn import functional
-from fastattn.arguments import choice, flag, integer
-from fastattn.capabilities import check_backend
-from fastattn.intact import alteration
+from fastattn.core.arguments import choice, flag, integer
+from fastattn.core.capabilities import check_backend
+from fastattn.core.checks import ACTIVATIONS
+from fastattn.core.intact import alteration
+from fastattn.core.mlp import functional as mlp_functional
+from fastattn.core.mlp.definition import activate
 from fastattn.nn.checks import check_placed, check_width
-from fastattn.reference import activate
-from fastattn.spec import ACTIVATIONS
 
 
 class MLP(nn.Module):
@@ -61,7 +61,7 @@ class MLP(nn.Module):
         check_width("x", x, self.embed_dim)
         if _altered(x, self.up, self.down):
             return self.down(activate(self.up(x), self.activation))
-        return functional.mlp(
+        return mlp_functional.mlp(
             x,
             self.up.weight,
             self.up.bias,
@@ -124,7 +124,7 @@ class GatedMLP(nn.Module):
         check_width("x", x, self.embed_dim)
         if _altered(x, self.gate, self.up, self.down):
             return self.down(activate(self.gate(x), self.activation) * self.up(x))
-        return functional.gated_mlp(
+        return mlp_functional.gated_mlp(
             x,
             self.gate.weight,
             self.up.weight,

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastattn.capabilities import check_backend
-from fastattn.head_spec import SMALLEST_EPS
-from fastattn.norm import layer_norm, rms_norm
-from fastattn.spec import FLOATING
+from fastattn.core.capabilities import check_backend
+from fastattn.core.checks import FLOATING
+from fastattn.core.heads.spec import SMALLEST_EPS
+from fastattn.core.norm.functional import layer_norm, rms_norm
 
 
 class RMSNorm(nn.RMSNorm):

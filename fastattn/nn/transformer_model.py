@@ -10,14 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastattn import arguments
+from fastattn.core import arguments
+from fastattn.core.checks import Window
 from fastattn.masks import Lowered, Mask
 from fastattn.nn.attention import CrossAttention, SelfAttention, asked_for
 from fastattn.nn.checks import check_dropout, check_not_negative, check_placed, check_stream
 from fastattn.nn.config import GPT2_STD, NORMS, TransformerConfig
 from fastattn.nn.gpt2 import copy_gpt2, gpt2_config, gpt2_state
 from fastattn.nn.mlp import MLP, GatedMLP
-from fastattn.spec import Window
 
 
 class TransformerBlock(nn.Module):

@@ -10,10 +10,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastattn.dropout import dropout_mask, kept
+from fastattn.core.attention.definition import visible
+from fastattn.core.attention.dropout import dropout_mask, kept
+from fastattn.core.attention.spec import AttentionSpec, check_dropout
+from fastattn.core.checks import lse_dtype
 from fastattn.masks import Lowered, Mask, decode
-from fastattn.reference import visible
-from fastattn.spec import AttentionSpec, check_dropout, lse_dtype
 
 
 class Weighting(NamedTuple):

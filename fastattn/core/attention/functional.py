@@ -1,0 +1,383 @@
+"""Attention as a function of tensors: arguments are checked here once and become a spec."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Literal, NamedTuple, overload
+
+import torch
+from torch import Tensor
+
+from fastattn.core.arguments import flag, integer, refuse_keywords, tensor
+from fastattn.core.attention import operators
+from fastattn.core.attention.dropout import dropout_state as fresh_dropout_state
+from fastattn.core.attention.spec import (
+    AttentionSpec,
+    Gradients,
+    attention_spec,
+    check_gradients,
+    check_heads,
+    check_key_lengths,
+    check_scales,
+    positive_scale,
+    score_tensors,
+)
+from fastattn.core.autocast import autocast
+from fastattn.core.capabilities import check_backend
+from fastattn.core.checks import Window, check_floating, check_same
+from fastattn.core.heads.functional import prepare_heads
+from fastattn.masks import Lowered, Mask
+from fastattn.masks import window as window_mask
+from fastattn.masks.algebra import smaller
+
+
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = ...,
+    scale: float | Tensor | None = ...,
+    window: Window = ...,
+    key_lengths: Tensor | Sequence[int] | None = ...,
+    mask: Mask | Lowered | None = ...,
+    bias: Tensor | None = ...,
+    alibi_slopes: Tensor | None = ...,
+    relative_bias: Tensor | None = ...,
+    softcap: float | None = ...,
+    sinks: Tensor | None = ...,
+    dropout_p: float = ...,
+    dropout_state: Tensor | None = ...,
+    precision: str | None = ...,
+    return_lse: Literal[False] = ...,
+    backend: str | None = ...,
+) -> Tensor: ...
+
+
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = ...,
+    scale: float | Tensor | None = ...,
+    window: Window = ...,
+    key_lengths: Tensor | Sequence[int] | None = ...,
+    mask: Mask | Lowered | None = ...,
+    bias: Tensor | None = ...,
+    alibi_slopes: Tensor | None = ...,
+    relative_bias: Tensor | None = ...,
+    softcap: float | None = ...,
+    sinks: Tensor | None = ...,
+    dropout_p: float = ...,
+    dropout_state: Tensor | None = ...,
+    precision: str | None = ...,
+    return_lse: Literal[True],
+    backend: str | None = ...,
+) -> tuple[Tensor, Tensor]: ...
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    scale: float | Tensor | None = None,
+    window: Window = None,
+    key_lengths: Tensor | Sequence[int] | None = None,
+    mask: Mask | Lowered | None = None,
+    bias: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    relative_bias: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_state: Tensor | None = None,
+    precision: str | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+    **unknown: Any,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """softmax(scale q k^T) v, fused: no N x N tensor is ever stored, forward or backward.
+
+    Query i stands on the diagonal at key i + Lk - Lq (aligned bottom-right, as the last of a longer sequence).
+
+    Args:
+        q: queries (B, Hq, Lq, D); any strides. D and Dv may be any width from 1
+            up; the Triton kernels compute 8 to 256.
+        k: keys (B, Hkv, Lk, D); query head h reads key head h // (Hq / Hkv).
+        v: values (B, Hkv, Lk, Dv).
+        causal: queries see keys up to the diagonal.
+        scale: multiplier of the scores; 1/sqrt(D) by default. Or a tensor (), (Hq,) or (B, Hq), one for all or
+            for each head, with gradient.
+        window: (left, right), how many keys before and after the diagonal are seen; None is unbounded. A number n
+            is (n, n), with causal (n, 0); a query sees n keys on a side beside its own. What no query of a tile
+            sees is not computed.
+        key_lengths: (B,) integers, a tensor or a sequence; keys from there on are not seen (right padding). The
+            diagonal stays. What lies there in k, v and a bias is not read: it may be NaN, as in a cache that was
+            never written. Keys that a mask, a window or a bias hides before it are read: NaN there reaches every
+            query whose tile of queries meets the key's tile of keys, since 0 x NaN is NaN.
+        mask: which keys each query sees, a value of fastattn.masks or what its `lower` returned; seen is what
+            causal, window and key_lengths show, too. Granules of 64 x 64 that nobody sees are not computed.
+            What lies behind a `masks.key_lengths` in it is not read.
+        bias: added to the scores; broadcasts to (B, Hq, Lq, Lk), any float dtype, with gradient, which is summed
+            over what is broadcast. -inf hides. Or a bool tensor: True is seen, as scaled_dot_product_attention
+            has it.
+        alibi_slopes: (Hq,) or (B, Hq); scores fall by the slope for each key of distance from the diagonal. No
+            gradient.
+        relative_bias: (Hq, 2 R + 1) or (B, Hq, 2 R + 1), added to the scores by distance: key j of query i takes
+            value j - (i + Lk - Lq) + R, clamped to the first and the last. With gradient. `t5_relative_bias`
+            makes it of T5's table.
+        softcap: scaled scores s become softcap * tanh(s / softcap), before any bias; None or 0 for no cap.
+        sinks: (Hq,) or (B, Hq), in nats; one more score per head that takes weight and gives no value. With
+            gradient.
+        dropout_p: the probability with which a weight is dropped, the others grow by 1 / (1 - dropout_p), to
+            16 bits. The backward draws the same numbers again; nothing is stored.
+        dropout_state: (B, 2) int64, seed and offset of each batch entry's random numbers; by default
+            `dropout_state` draws one from torch's generator. `dropout_mask` tells what it drops.
+        precision: how float32 products are made on a GPU: "ieee", "tf32x3" (three tf32 products, nearly as
+            exact) or "tf32"; by default as torch.backends.cuda.matmul says. It is a floor: a backend may be
+            more exact.
+        return_lse: also return the log-sum-exp of each row of scores, the sink among them; differentiable.
+        backend: "triton", "portable" or "reference"; by default the capability table chooses, or the
+            environment variable FASTATTN_BACKEND.
+
+    Returns:
+        out (B, Hq, Lq, Dv) in the inputs' dtype, laid out (B, Lq, Hq, Dv) in memory; with `return_lse` also
+        lse (B, Hq, Lq) in nats, fp32 (fp64 for fp64 inputs). A row that sees no key gives 0 and -inf, or the
+        sink's score.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what was expected, before anything runs.
+
+    Example:
+        >>> q, k, v = (torch.randn(1, 4, 128, 64) for _ in range(3))
+        >>> attention(q, k, v, causal=True, window=(31, None)).shape
+        torch.Size([1, 4, 128, 64])
+
+    Source: Dao, FlashAttention-2 (2023), algorithms 1 and 2; windows: Beltagy et al., Longformer (2020); ALiBi:
+    Press et al., Train Short, Test Long (2022); soft cap: Gemma 2 (2024), section 2; sinks: Xiao et al., Efficient
+    Streaming Language Models with Attention Sinks (2024), section 3.3, learned as in gpt-oss (2025); relative
+    bias: Raffel et al., Exploring the Limits of Transfer Learning (2020), section 2.1.
+    """
+    if unknown:
+        refuse_keywords("attention", unknown)
+    return_lse, backend = flag("return_lse", return_lse), check_backend(backend)
+    q, k, v = autocast(q, k, v)
+    if isinstance(scale, Tensor):
+        # O(N) on the way in, and its gradient comes of q's.
+        check_heads(q=q, k=k, v=v)
+        q, scale = prepare_heads(q, head_scale=check_scales(scale, q), backend=backend), 1.0
+    spec = attention_spec(
+        q, k, v, causal=causal, scale=scale, window=window, softcap=softcap, dropout_p=dropout_p,
+        precision=precision,
+    )  # fmt: skip
+    if spec.dropout and dropout_state is None:
+        dropout_state = fresh_dropout_state(q.shape[0], q.device)
+    spec, key_lengths, masked = _with_mask(q, k, spec, key_lengths, mask)
+    tensors = score_tensors(
+        q, k, key_lengths=key_lengths, alibi_slopes=alibi_slopes, bias=bias, relative_bias=relative_bias,
+        sinks=sinks, dropout_state=dropout_state, drops=spec.dropout > 0,
+    )._replace(**masked)  # fmt: skip
+    q, spec = positive_scale(q, spec)
+    out, lse = operators.attention(q, k, v, *tensors, *spec.options, backend)
+    return (out, lse) if return_lse else out
+
+
+def attention_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *,
+    dlse: Tensor | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+    window: Window = None,
+    key_lengths: Tensor | Sequence[int] | None = None,
+    mask: Mask | Lowered | None = None,
+    bias: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    relative_bias: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_state: Tensor | None = None,
+    precision: str | None = None,
+    backend: str | None = None,
+    **unknown: Any,
+) -> tuple[Tensor, ...]:
+    """The gradients (dq, dk, dv) of `attention`, and of what is given of bias, relative_bias and sinks in this
+    order, with a batch dimension, for those who drive the backward themselves (rings, split keys).
+
+    Args:
+        dout: gradient of out (B, Hq, Lq, Dv); any strides, zero included.
+        out, lse: as returned by `attention`, or merged by `merge_states` from parts of the keys: the gradients
+            of a part are exact with the merged out and lse.
+        dlse: gradient of lse (B, Hq, Lq), or None.
+        q, k, v and the rest: as given to `attention`.
+    """
+    if unknown:
+        refuse_keywords("attention_backward", unknown)
+    backend = check_backend(backend)
+    if isinstance(scale, Tensor) and scale.dim() > 0:
+        raise TypeError(
+            "scale must be one number here, got a tensor of several: scale q by them, and dq, with prepare_heads"
+        )
+    spec = attention_spec(
+        q, k, v, causal=causal, scale=scale, window=window, softcap=softcap, dropout_p=dropout_p,
+        precision=precision,
+    )  # fmt: skip
+    if spec.dropout and dropout_state is None:
+        raise ValueError(
+            "dropout_state must be given with a dropout_p, the one that attention was given; got None"
+        )
+    spec, key_lengths, masked = _with_mask(q, k, spec, key_lengths, mask)
+    tensors = score_tensors(
+        q, k, key_lengths=key_lengths, alibi_slopes=alibi_slopes, bias=bias, relative_bias=relative_bias,
+        sinks=sinks, dropout_state=dropout_state, drops=spec.dropout > 0,
+    )._replace(**masked)  # fmt: skip
+    check_gradients(q, v, dout=dout, out=out, lse=lse, dlse=dlse)
+    scaled_q, positive = positive_scale(q, spec)
+    wanted = (tensors.bias is not None and tensors.bias.is_floating_point(), tensors.relative_bias is not None)
+    gradients = Gradients(
+        *operators.attention_backward(
+            dout, scaled_q, k, v, out, lse, dlse, *wanted, *tensors, *positive.options, backend
+        )
+    )
+    if scaled_q is not q:
+        gradients = gradients._replace(q=gradients.q * (-1.0 if spec.scale < 0 else 0.0))
+    given = (True, True, True, *wanted, sinks is not None)
+    return tuple(g for g, is_given in zip(gradients, given, strict=True) if g is not None and is_given)
+
+
+class _Masked(NamedTuple):
+    """What a mask beside them makes of the spec, the key lengths and the ScoreTensors that only a mask sets."""
+
+    spec: AttentionSpec
+    key_lengths: Tensor | Sequence[int] | None
+    tensors: dict[str, Tensor | None]
+
+
+def _with_mask(
+    q: Tensor,
+    k: Tensor,
+    spec: AttentionSpec,
+    key_lengths: Tensor | Sequence[int] | None,
+    mask: Mask | Lowered | None,
+) -> _Masked:
+    """The call with a mask: as numbers, intervals or lists."""
+    if mask is None:
+        return _Masked(spec, key_lengths, {})
+    if not isinstance(mask, Mask | Lowered):
+        raise TypeError(
+            f"mask must be a value of fastattn.masks, lowered or not, got {type(mask).__name__}{_other_mask(mask)}"
+        )
+    shape = (q.shape[0], q.shape[1], q.shape[2], k.shape[2], q.device)
+    if isinstance(mask, Mask) and torch.compiler.is_compiling():
+        raise ValueError("mask must be lowered before torch.compile: give mask.lower(B, Hq, Lq, Lk, device)")
+    lowered = mask.lower(*shape) if isinstance(mask, Mask) else mask
+    lowered.check(*shape)
+    bounds = spec.left, spec.right
+    if not lowered.is_window and bounds != (None, None):
+        if isinstance(mask, Mask):
+            lowered = (mask & window_mask(*bounds)).lower(*shape)
+        elif not mask.is_within(*bounds):
+            raise ValueError("mask is lowered: join causal and window to it with & before it is")
+        bounds = None, None
+    if lowered.key_lengths is not None:
+        lengths = lowered.key_lengths
+        key_lengths = (
+            lengths if key_lengths is None else torch.minimum(check_key_lengths(key_lengths, q, k), lengths)
+        )
+    if lowered.packed is not None:
+        words, layout = lowered.packed
+        return _Masked(replace(spec, causal=False, window=bounds, mask=layout), key_lengths, {"mask": words})
+    left, right = (smaller(a, b) for a, b in zip(bounds, (lowered.left, lowered.right), strict=True))
+    window = left, None if right == 0 else right
+    intervals = None if lowered.intervals is None else lowered.intervals.expand(q.shape[0], -1, -1)
+    return _Masked(replace(spec, causal=right == 0, window=window), key_lengths, {"intervals": intervals})
+
+
+def _other_mask(mask: object) -> str:
+    """What to do with a mask of another kind."""
+    if isinstance(mask, Tensor):
+        return "; a tensor is given as bias= (bool, True is seen, or float, added) or as masks.from_dense(tensor)"
+    if type(mask).__name__ == "BlockMask":
+        return "; give its mask_mod as masks.from_function(mask_mod)"
+    return ""
+
+
+def t5_relative_bias(table: Tensor, *, max_distance: int = 128, bidirectional: bool = True) -> Tensor:
+    """T5's relative position bias, as `attention(relative_bias=)` takes it: (Hq, 2 max_distance + 1).
+
+    Args:
+        table: (buckets, Hq), `relative_attention_bias.weight`; differentiable.
+        max_distance: farther keys share the last bucket.
+        bidirectional: half of the buckets are for keys after the diagonal (encoders); else those take bucket 0.
+
+    Source: Raffel et al., Exploring the Limits of Transfer Learning (2020), section 2.1: half of the buckets hold
+    one distance each, the others grow logarithmically.
+    """
+    tensor("table", table)
+    check_floating("table", table)
+    max_distance, bidirectional = integer("max_distance", max_distance), flag("bidirectional", bidirectional)
+    if table.dim() != 2 or table.shape[0] < (4 if bidirectional else 2):
+        raise ValueError(f"table must have shape (buckets, heads), got {tuple(table.shape)}")
+    buckets = table.shape[0] // 2 if bidirectional else table.shape[0]
+    exact = buckets // 2
+    if max_distance <= exact:
+        raise ValueError(
+            f"max_distance must be more than {exact}, the distances with a bucket each; got {max_distance}"
+        )
+    distance = torch.arange(-max_distance, max_distance + 1, device=table.device)
+    behind = -distance.clamp(max=0) if not bidirectional else distance.abs()
+    # In float32, as the models were trained: a boundary may fall on either side of an integer.
+    far = torch.log(behind.clamp(min=1).float() / exact) / math.log(max_distance / exact) * (buckets - exact)
+    bucket = torch.where(behind < exact, behind, (exact + far.long()).clamp(max=buckets - 1))
+    if bidirectional:
+        bucket = bucket + buckets * (distance > 0)
+    return table[bucket].t()
+
+
+def merge_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention over two disjoint sets of keys, from the attention over each.
+
+    Args:
+        out_a, out_b: outputs (..., Lq, Dv).
+        lse_a, lse_b: their log-sum-exps (..., Lq) in nats. A sink belongs to one of the parts.
+
+    Returns:
+        out and lse as one call over both sets would give; differentiable. Rows that saw nothing in both stay
+        0 and -inf.
+
+    Source: Milakov and Gimelshein, Online normalizer calculation for softmax (2018), section 3.1.
+    """
+    for name, out, lse in (("a", out_a, lse_a), ("b", out_b, lse_b)):
+        for argument, t in ((f"out_{name}", out), (f"lse_{name}", lse)):
+            tensor(argument, t)
+            check_floating(argument, t)
+        if out.shape != out_a.shape or lse.shape != out.shape[:-1]:
+            raise ValueError(
+                f"out_{name} must have shape {tuple(out_a.shape)} and lse_{name} {tuple(out_a.shape[:-1])}, "
+                f"got {tuple(out.shape)} and {tuple(lse.shape)}"
+            )
+    check_same("out_b", out_b, "out_a", out_a)
+    check_same("lse_b", lse_b, "lse_a", lse_a)
+    # Pivot on 0 where both are -inf, so that no infinity is taken from itself, in the gradient neither.
+    top = torch.maximum(lse_a, lse_b).detach()
+    top = top.masked_fill(top == float("-inf"), 0.0)
+    weight_a, weight_b = torch.exp(lse_a - top), torch.exp(lse_b - top)
+    total = weight_a + weight_b
+    empty = total == 0
+    safe = total.masked_fill(empty, 1.0)
+    out = (weight_a / safe)[..., None] * out_a + (weight_b / safe)[..., None] * out_b
+    lse = (top + torch.log(safe)).masked_fill(empty, float("-inf"))
+    return out.to(out_a.dtype), lse

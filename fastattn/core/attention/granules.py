@@ -1,0 +1,473 @@
+"""Attention under a mask of lists, or of intervals, entry by entry, in plain PyTorch.
+
+Every entry of the lists is 64 queries that meet 64 keys. A batch of entries, of whatever rows, heads and patterns,
+is a few batched products of one shape; nothing else is computed. What the entries of a row give is summed, in a
+fixed order, and a row that a batch cuts goes on in the next (online softmax); likewise what the entries of a
+column give to dk and dv. So rows and columns may have any number of entries, all work is of one kind, and beside
+inputs and results it needs the space of one batch.
+
+Exponents have base 2: exp2 takes 0.4 of the time of exp on a CPU.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastattn.core.attention.definition import of_distances, relative_index
+from fastattn.core.attention.dropout import kept_in
+from fastattn.core.attention.spec import AttentionSpec, Gradients, ScoreTensors, Wanted
+from fastattn.core.attention.tiles import key_counts
+from fastattn.core.checks import lse_dtype
+from fastattn.core.layout import heads_last
+from fastattn.masks.lists import GRANULE, by_row, of_heads, rows_of_intervals, unpack, unpacked
+
+LOG2E = math.log2(math.e)
+# Elements of an intermediate result of a batch, of which there are four and a sum: up to a quarter of the queries,
+# but neither so few that launching takes longer than computing, nor more than a cache holds.
+FEWEST_ELEMENTS, MOST_ELEMENTS = 2**17, 2**19
+# Entries that are looked up in the lists at once, for the batches to come.
+LOOKED_UP = 2**12
+
+
+def serves(spec: AttentionSpec, tensors: ScoreTensors) -> bool:
+    """A mask of lists or intervals, beside which there is no window."""
+    return (tensors.mask is not None or tensors.intervals is not None) and (spec.left, spec.right) == (None, None)
+
+
+def attention_forward(
+    q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, tensors: ScoreTensors
+) -> tuple[Tensor, Tensor]:
+    call, space = Call(q, k, v, spec, tensors), Space(lse_dtype(q.dtype), q.device)
+    queries, keys, values = Granules(q), Granules(k, tensors.key_lengths), Granules(v, tensors.key_lengths)
+    row_max, row_sum = call.beginning()
+    total = row_max.new_zeros(*row_max.shape, v.shape[3])
+    for entries in call.batches():
+        rows = Owners(entries.rows)
+        logits, _ = call.logits(entries, queries, keys, space)
+        before = row_max[rows.which]
+        highest = torch.maximum(before, rows.reduce(logits.amax(-1), "max"))
+        # What a row saw of hidden keys only is -inf throughout, and -inf less -inf would be NaN.
+        pivot = highest.masked_fill(highest == -math.inf, 0.0)
+        shrink = torch.exp2(before - pivot)
+        weights = logits.sub_(rows.of_entries(pivot)[..., None]).exp2_()
+        row_max[rows.which] = highest
+        row_sum[rows.which] = row_sum[rows.which] * shrink + rows.reduce(weights.sum(-1))
+        if (keep := call.kept(entries)) is not None:
+            weights.mul_(keep)
+        given = space.product("left", weights, space.gather("right", values, entries.columns))
+        total[rows.which] = total[rows.which] * shrink[..., None] + rows.reduce(given)
+    total /= row_sum.masked_fill(row_sum == 0, 1.0).mul_(1.0 - spec.dropout)[..., None]
+    lse = (row_max + row_sum.log2()) / LOG2E
+    return joined(total, q, q.dtype), joined(lse[..., None], q, lse.dtype)[..., 0].contiguous()
+
+
+def attention_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dlse: Tensor | None,
+    spec: AttentionSpec,
+    tensors: ScoreTensors,
+    wanted: Wanted,
+) -> Gradients:
+    """With P = exp(S - lse), dP = dout v^T and delta = rowsum(dout * out) - dlse, dS = P * (dP - delta)."""
+    delta = (dout.to(lse.dtype) * out).sum(-1)
+    if dlse is not None:
+        delta = delta - dlse
+    # Rows that saw nothing: exp(-inf - inf) is 0 and so is everything that follows.
+    empty = lse == -math.inf
+    lse, delta = lse.masked_fill(empty, math.inf), delta.masked_fill(empty, 0.0)
+    call = Call(q, k, v, spec, tensors)
+    dbias = BiasGradient(call, tensors.bias) if wanted.bias and tensors.bias is not None else None
+    drelative = None
+    if wanted.relative_bias and tensors.relative_bias is not None:
+        drelative = RelativeBiasGradient(call, tensors.relative_bias)
+    beside = [gradient for gradient in (dbias, drelative) if gradient is not None]
+    dq, dk, dv = _gradients(call, dout, q, k, v, lse, delta, beside)
+    dsinks = None
+    if tensors.sinks is not None:
+        dsinks = -(torch.exp(tensors.sinks[..., None] - lse) * delta).sum(-1)
+    # One after the other: only one of them is there twice at a time.
+    dq = joined(dq, q, q.dtype)
+    dk = joined(dk, k, k.dtype)
+    dv = joined(dv, v, v.dtype)
+    results = [None if gradient is None else gradient.result() for gradient in (dbias, drelative)]
+    return Gradients(dq, dk, dv, results[0], results[1], dsinks)
+
+
+def _gradients(
+    call: Call,
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    beside: Sequence[BiasGradient | RelativeBiasGradient],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk and dv in granules; those of `beside` are given the gradient of every batch of scores."""
+    space = Space(lse.dtype, lse.device)
+    lengths = call.tensors.key_lengths
+    queries, keys, values, upstream = Granules(q), Granules(k, lengths), Granules(v, lengths), Granules(dout)
+    lse_rows, delta_rows = (rows_of(t)[..., None] for t in (lse * LOG2E, delta))
+    dq, dk, dv = (t.zeros(space.dtype) for t in (queries, keys, values))
+    for entries in call.batches():
+        rows, columns = Owners(entries.rows), Owners(entries.columns)
+        logits, slope = call.logits(entries, queries, keys, space)
+        weights = logits.sub_(lse_rows[entries.rows]).exp2_()
+        dout_tiles = space.gather("left", upstream, entries.rows).mul_(1.0 / (1.0 - call.spec.dropout))
+        v_tiles = space.gather("right", values, entries.columns)
+        dscores, keep = space.product("given", dout_tiles, v_tiles.mT), call.kept(entries)
+        if keep is not None:
+            dscores.mul_(keep)
+        dscores.sub_(delta_rows[entries.rows]).mul_(weights)
+        if keep is not None:
+            weights.mul_(keep)
+        columns.add_to(dv, space.product("right", weights.mT, dout_tiles))
+        for gradient in beside:
+            gradient.add(entries, dscores)
+        if slope is not None:
+            dscores.mul_(slope)
+        # Queries and keys are gathered once more: it takes little, and to keep them would take space.
+        q_tiles = space.gather("left", queries, entries.rows)
+        columns.add_to(dk, space.product("right", dscores.mT, q_tiles))
+        k_tiles = space.gather("right", keys, entries.columns)
+        rows.add_to(dq, space.product("left", dscores, k_tiles))
+    return dq.mul_(call.spec.scale), dk.mul_(call.spec.scale), dv
+
+
+class Entries(NamedTuple):
+    """Some entries of the lists, ordered by head and row.
+
+    rows, columns: int64 (E,), granules of queries and of keys, by the numbers that `Granules` gives them.
+    tiles: int32 (E,), which bit tile says who sees whom; None where all do.
+    counts: (E,), the logarithm of the multiplicity; None where all keys count once.
+    """
+
+    rows: Tensor
+    columns: Tensor
+    tiles: Tensor | None
+    counts: Tensor | None
+
+    def split(self, size: int) -> Iterator[Entries]:
+        for start in range(0, len(self.rows), size):
+            yield Entries._make(None if t is None else t[start : start + size] for t in self)
+
+
+class Call:
+    """What a call asks for: its entries, batch by batch, and their scores."""
+
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, tensors: ScoreTensors) -> None:
+        self.spec, self.tensors = spec, tensors
+        if tensors.intervals is not None:
+            self.lists = rows_of_intervals(tensors.intervals, q.shape[2])
+        else:
+            assert tensors.mask is not None and spec.mask is not None
+            self.lists = by_row(unpacked(tensors.mask, spec.mask))
+        self.batch, self.heads, self.group = q.shape[0], q.shape[1], q.shape[1] // max(1, k.shape[1])
+        self.rows, self.columns = (-(-t.shape[2] // GRANULE) for t in (q, k))
+        self.shift = k.shape[2] - q.shape[2]
+        self.work, self.device = lse_dtype(q.dtype), q.device
+        self._of_octets = unpack(torch.arange(256, device=q.device))[:, :8].to(self.work).log()
+        elements = min(max(q.numel() // 4, FEWEST_ELEMENTS), MOST_ELEMENTS)
+        self.size = max(1, elements // (GRANULE * max(GRANULE, q.shape[3], v.shape[3])))
+
+    def batches(self) -> Iterator[Entries]:
+        """All entries, first the full ones, on which the mask costs nothing."""
+        of = self.lists
+        yield from self._batches(of.full_offsets, of.full_columns, None, of.full_counts)
+        yield from self._batches(of.partial_offsets, of.partial_columns, of.partial_tiles, of.partial_counts)
+
+    def _batches(
+        self, offsets: Tensor, columns: Tensor, tiles: Tensor | None, counts: Tensor | None
+    ) -> Iterator[Entries]:
+        first, last = self._of_heads(offsets[:, 0].long()), self._of_heads(offsets[:, -1].long())
+        # The heads' lists are put one after the other, head h's from head_ends[h - 1] to before head_ends[h].
+        head_ends, row_ends = (last - first).cumsum(0), offsets[:, 1:].flatten().contiguous()
+        total = int(head_ends[-1]) if len(head_ends) else 0
+        for start in range(0, total, LOOKED_UP):
+            place = torch.arange(start, min(start + LOOKED_UP, total), device=self.device)
+            head = torch.searchsorted(head_ends, place, right=True)
+            entry = last[head] - head_ends[head] + place
+            row = torch.searchsorted(row_ends, entry, right=True) % self.rows
+            yield from Entries(
+                head * self.rows + row,
+                head // self.group * self.columns + columns[entry],
+                None if tiles is None else tiles[entry],
+                None if counts is None else counts[entry],
+            ).split(self.size)
+
+    def _of_heads(self, values: Tensor) -> Tensor:
+        """What belongs to each pattern, for each query head of all batch elements."""
+        return of_heads(self.lists, values, self.batch, self.heads).expand(self.batch, self.heads).flatten()
+
+    def beginning(self) -> tuple[Tensor, Tensor]:
+        """The running maximum and sum (granules, 64) before the first key: nothing, or the sink."""
+        heads = self.batch * self.heads
+        row_max = torch.full((heads, self.rows * GRANULE), -math.inf, dtype=self.work, device=self.device)
+        if self.tensors.sinks is not None:
+            row_max.copy_(self.tensors.sinks.reshape(heads, 1) * LOG2E)
+        row_sum = torch.full_like(row_max, float(self.tensors.sinks is not None))
+        return row_max.view(-1, GRANULE), row_sum.view(-1, GRANULE)
+
+    def logits(
+        self, entries: Entries, queries: Granules, keys: Granules, space: Space
+    ) -> tuple[Tensor, Tensor | None]:
+        """Their scores (E, 64, 64), in units of log 2, -inf where hidden; and by what a soft cap multiplies their
+        derivative."""
+        q_tiles, k_tiles = (
+            space.gather("left", queries, entries.rows),
+            space.gather("right", keys, entries.columns),
+        )
+        logits, slope = space.empty("logits", len(q_tiles), GRANULE, GRANULE), None
+        scale, cap = self.spec.scale, self.spec.softcap
+        logits.baddbmm_(q_tiles, k_tiles.mT, beta=0, alpha=scale / cap if cap else scale * LOG2E)
+        if cap:
+            slope = 1.0 - logits.tanh_().square()
+            logits.mul_(cap * LOG2E)
+        for added in self._added(entries):
+            logits.add_(added)
+        self._hide(logits, entries, space)
+        return logits, slope
+
+    def _added(self, entries: Entries) -> Iterator[Tensor]:
+        """What multiplicity, slopes and biases add to the scores; each broadcasts to (E, 64, 64)."""
+        if entries.counts is not None:
+            yield entries.counts.to(self.work)[:, None, None] * LOG2E
+        if self.tensors.alibi_slopes is not None:
+            queries = self._positions(entries.rows, self.rows) + self.shift
+            distance = (self._positions(entries.columns, self.columns)[:, None] - queries[..., None]).abs()
+            slopes = self.tensors.alibi_slopes.flatten()[entries.rows // self.rows] * -LOG2E
+            yield distance * slopes[:, None, None]
+        if self.tensors.bias is not None:
+            yield self._bias(self.tensors.bias, entries)
+        if self.tensors.relative_bias is not None:
+            yield self._relative_bias(self.tensors.relative_bias, entries)
+
+    def _hide(self, logits: Tensor, entries: Entries, space: Space) -> None:
+        """-inf where bits or key lengths hide; last, because a bias may be anything there."""
+        if entries.tiles is not None:
+            hidden = self._hidden(entries.tiles, space)
+            if self.tensors.bias is None:
+                logits.add_(hidden)
+            else:
+                logits.masked_fill_(hidden < 0, -math.inf)
+        if self.tensors.key_lengths is not None:
+            ends = self.tensors.key_lengths[entries.rows // (self.rows * self.heads)]
+            unseen = self._positions(entries.columns, self.columns) >= ends[:, None]
+            logits.masked_fill_(unseen[:, None], -math.inf)
+
+    def _bias(self, bias: Tensor, entries: Entries) -> Tensor:
+        """What falls on the entries, (E, 64 or 1, 64 or 1): a dimension of size 1 stays. Hidden is -inf."""
+        batch, head = self.head_of(entries)
+        batch, head = (n if size > 1 else n * 0 for n, size in zip((batch, head), bias.shape[:2], strict=True))
+        # What is beyond the end is hidden, and the last position stands in for it.
+        i, j = (
+            self._positions(numbers, of_a_head).clamp_(max=size - 1) if size > 1 else batch.new_zeros(1, 1)
+            for numbers, of_a_head, size in zip(
+                entries[:2], (self.rows, self.columns), bias.shape[2:], strict=True
+            )
+        )
+        found = bias[batch[:, None, None], head[:, None, None], i[:, :, None], j[:, None]]
+        return torch.where(found, 0.0, -math.inf) if bias.dtype == torch.bool else found.to(self.work) * LOG2E
+
+    def _relative_bias(self, relative_bias: Tensor, entries: Entries) -> Tensor:
+        """(E, 64, 64). A granule has 127 distances, of which each query reads 64 in a row."""
+        first = (self.diagonal_of(entries) * GRANULE - self.shift)[:, None]
+        distance = first + torch.arange(1 - GRANULE, GRANULE, device=self.device)
+        index = relative_index(distance, relative_bias.shape[2] // 2)
+        found = relative_bias.flatten(0, 1).to(self.work)[(entries.rows // self.rows)[:, None], index] * LOG2E
+        return found.unfold(1, GRANULE, 1).flip(1)
+
+    def head_of(self, entries: Entries) -> tuple[Tensor, Tensor]:
+        """The batch element and the query head of each entry."""
+        number = entries.rows // self.rows
+        return number // self.heads, number % self.heads
+
+    def diagonal_of(self, entries: Entries) -> Tensor:
+        """How many granules each entry's column is after its row."""
+        return entries.columns % self.columns - entries.rows % self.rows
+
+    def kept(self, entries: Entries) -> Tensor | None:
+        """1 for weights that dropout keeps, else 0: (E, 64, 64); None without dropout."""
+        if self.tensors.dropout_state is None:
+            return None
+        batch, head = self.head_of(entries)
+        groups = (entries.columns % self.columns * (GRANULE // 8))[:, None] + torch.arange(
+            GRANULE // 8, device=self.device
+        )
+        queries = self._positions(entries.rows, self.rows)[..., None]
+        state = self.tensors.dropout_state[batch][:, None, None]
+        return kept_in(groups[:, None], state, head[:, None, None], queries, self.spec.dropout, self.work)
+
+    def _positions(self, numbers: Tensor, of_a_head: int) -> Tensor:
+        """Where the queries or keys of granules stand: (E, 64)."""
+        return (numbers % of_a_head * GRANULE)[:, None] + torch.arange(GRANULE, device=self.device)
+
+    def _hidden(self, tiles: Tensor, space: Space) -> Tensor:
+        """0 where a bit is set, else -inf, found byte by byte in a table: (E, 64, 64)."""
+        octets = self.lists.bit_tiles[tiles].view(torch.uint8).flatten().int()
+        found = torch.index_select(self._of_octets, 0, octets, out=space.empty("hidden", len(octets), 8))
+        return found.view(len(tiles), GRANULE, GRANULE)
+
+
+class BiasGradient:
+    """The gradient of a bias, in granules of 64, or of 1 where the bias has size 1. Pairs without an
+    entry get 0."""
+
+    def __init__(self, call: Call, bias: Tensor) -> None:
+        self.call, self.bias = call, bias
+        sizes = (call.rows, call.columns)
+        self.counts = tuple(count if size > 1 else 1 for count, size in zip(sizes, bias.shape[2:], strict=True))
+        self.tile = tuple(GRANULE if size > 1 else 1 for size in bias.shape[2:])
+        number = bias.shape[0] * bias.shape[1] * math.prod(self.counts)
+        self.total = torch.zeros(number, *self.tile, dtype=call.work, device=call.device)
+
+    def add(self, entries: Entries, dscores: Tensor) -> None:
+        batch, head = self.call.head_of(entries)
+        place = (batch, head, entries.rows % self.call.rows, entries.columns % self.call.columns)
+        sizes = (*self.bias.shape[:2], *self.counts)
+        owner = torch.zeros_like(batch)
+        for number, size in zip(place, sizes, strict=True):
+            owner = owner * size + (number if size > 1 else 0)
+        alone = [dim + 1 for dim, size in enumerate(self.tile) if size == 1]
+        Owners(owner).add_to(self.total, dscores.sum(alone, keepdim=True) if alone else dscores)
+
+    def result(self) -> Tensor:
+        whole = self.total.view(*self.bias.shape[:2], *self.counts, *self.tile).transpose(3, 4)
+        whole = whole.reshape(*self.bias.shape[:2], *(c * t for c, t in zip(self.counts, self.tile, strict=True)))
+        return whole[:, :, : self.bias.shape[2], : self.bias.shape[3]].to(self.bias.dtype).contiguous()
+
+
+class RelativeBiasGradient:
+    """The gradient of a relative bias: sums along the 127 diagonals of granules, for each diagonal of granules."""
+
+    def __init__(self, call: Call, relative_bias: Tensor) -> None:
+        self.call, self.like = call, relative_bias
+        self.diagonals = call.rows + call.columns - 1
+        number = call.batch * call.heads * max(0, self.diagonals)
+        self.total = torch.zeros(number, 2 * GRANULE - 1, dtype=call.work, device=call.device)
+
+    def add(self, entries: Entries, dscores: Tensor) -> None:
+        # Every row is shifted by one against the one below, and the columns are summed.
+        skewed = F.pad(dscores.flip(1), (0, GRANULE)).flatten(1)[:, :-GRANULE]
+        sums = skewed.unflatten(1, (GRANULE, 2 * GRANULE - 1)).sum(1)
+        diagonal = self.call.diagonal_of(entries) + self.call.rows - 1
+        Owners(entries.rows // self.call.rows * self.diagonals + diagonal).add_to(self.total, sums)
+
+    def result(self) -> Tensor:
+        if not self.total.numel():
+            return torch.zeros_like(self.like)
+        total = self.total.view(*self.like.shape[:2], self.diagonals, 2 * GRANULE - 1)
+        # Neighbouring diagonals of granules overlap: the upper 63 distances of one are the lower of the next.
+        lower, upper = total[..., :GRANULE].flatten(2), F.pad(total[..., GRANULE:], (0, 1)).flatten(2)
+        sums = F.pad(lower, (0, GRANULE)) + F.pad(upper, (GRANULE, 0))
+        nearest = 1 - self.call.rows * GRANULE - self.call.shift
+        return of_distances(sums, nearest, self.like.shape[2] // 2).to(self.like.dtype)
+
+
+class Granules:
+    """The granules (64, W) of a tensor (B, H, L, W), numbered by batch element, head and position. In the last one
+    of a head, the last position stands in for those beyond the end; beyond the length of a batch element, if there
+    are lengths, rows are zeros, whatever lies there."""
+
+    def __init__(self, t: Tensor, lengths: Tensor | None = None) -> None:
+        batch, heads, length, self.width = t.shape
+        if t.stride(3) != 1 or any(stride % self.width for stride in t.stride()[:3]):
+            t = t.contiguous()
+        # Whatever the layout, rows in memory, which are gathered one by one: nothing is copied beforehand.
+        numbers = [torch.arange(size, device=t.device) for size in (batch, heads, length + -length % GRANULE)]
+        numbers[2].clamp_(max=length - 1)
+        b, h, i = (number * (step // self.width) for number, step in zip(numbers, t.stride()[:3], strict=True))
+        self.places = (b[:, None, None] + h[:, None] + i).view(-1, GRANULE)
+        last = sum(
+            (size - 1) * (step // self.width) for size, step in zip(t.shape[:3], t.stride()[:3], strict=True)
+        )
+        extent = last + 1 if t.numel() else 0
+        self.memory = t.as_strided((extent, self.width), (self.width, 1))
+        self.unseen = None
+        if lengths is not None and key_counts(lengths, length)[0] < length:
+            self.unseen = (numbers[2] >= lengths[:, None]).repeat_interleave(heads, 0).view(-1, GRANULE)
+
+    def zeros(self, dtype: torch.dtype) -> Tensor:
+        return self.memory.new_zeros(len(self.places), GRANULE, self.width, dtype=dtype)
+
+
+class Owners:
+    """Whose entries are: rows or columns. What several entries give to one is reduced in their order."""
+
+    def __init__(self, owners: Tensor) -> None:
+        self.order = owners.argsort(stable=True)
+        self.which, self._of_ordered, sizes = torch.unique_consecutive(
+            owners[self.order], return_inverse=True, return_counts=True
+        )
+        self.begins = sizes.cumsum(0) - sizes
+
+    def of_entries(self, values: Tensor) -> Tensor:
+        """(owners, ...) -> (E, ...)."""
+        index = torch.empty_like(self.order).scatter_(0, self.order, self._of_ordered)
+        return values[index]
+
+    def reduce(self, given: Tensor, mode: str = "sum") -> Tensor:
+        """(E, ...) -> (owners, ...)."""
+        return F.embedding_bag(self.order, given.flatten(1), self.begins, mode=mode).unflatten(1, given.shape[1:])
+
+    def add_to(self, total: Tensor, given: Tensor) -> None:
+        # No owner is there twice: on a GPU, too, it does not matter which one is added first.
+        total.index_add_(0, self.which, self.reduce(given))
+
+
+class Space:
+    """The memory of a batch's results, by name, the same for every batch: fresh pages for each would take as long
+    as what is computed on them."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self.dtype, self.device = dtype, device
+        self._held: dict[str, Tensor] = {}
+        self._views: dict[tuple[str, tuple[int, ...]], Tensor] = {}
+
+    def empty(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        if (name, shape) not in self._views:
+            size = math.prod(shape)
+            if name not in self._held or self._held[name].numel() < size:
+                self._views.clear()  # or they would keep what is replaced
+                self._held[name] = torch.empty(size, dtype=dtype or self.dtype, device=self.device)
+            self._views[name, shape] = self._held[name][:size].view(shape)
+        return self._views[name, shape]
+
+    def gather(self, name: str, granules: Granules, numbers: Tensor) -> Tensor:
+        """These granules (E, 64, W)."""
+        places = granules.places.index_select(0, numbers).flatten()
+        rows = self.empty(name, len(places), granules.width)
+        if granules.memory.dtype == self.dtype:
+            torch.index_select(granules.memory, 0, places, out=rows)
+        else:
+            rounded = self.empty("rounded", *rows.shape, dtype=granules.memory.dtype)
+            rows.copy_(torch.index_select(granules.memory, 0, places, out=rounded))
+        if granules.unseen is not None:
+            rows.masked_fill_(granules.unseen.index_select(0, numbers).view(-1, 1), 0.0)
+        return rows.view(len(numbers), GRANULE, granules.width)
+
+    def product(self, name: str, a: Tensor, b: Tensor) -> Tensor:
+        return torch.bmm(a, b, out=self.empty(name, len(a), a.shape[1], b.shape[2]))
+
+
+def rows_of(t: Tensor) -> Tensor:
+    """(B, H, L) -> (granules, 64)."""
+    return F.pad(t, (0, -t.shape[2] % GRANULE)).reshape(-1, GRANULE)
+
+
+def joined(granules: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """(granules, 64, W) -> (B, H, L, W) for the batch, heads and length of `like`."""
+    batch, heads, length, _ = like.shape
+    t = granules.view(batch, heads, length + -length % GRANULE, granules.shape[2])[:, :, :length]
+    return heads_last(t.to(dtype))

@@ -1,0 +1,368 @@
+"""Attention as torch knows it: opaque operators with fake kernels, autograd and vmap; fastattn.flops counts them.
+
+`fastattn::attention_forward`, its backward and its tangent choose a backend and run it; tracers see one node each.
+`Attention` is the thin autograd.Function that the functional calls, because torch.func.grad cannot see through an
+operator's registered autograd; both share the same formulas.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, library
+
+from fastattn.core import backends, capabilities
+from fastattn.core.attention import derivatives, tiles
+from fastattn.core.attention.spec import AttentionSpec, Gradients, ScoreTensors, Tangents, Wanted
+from fastattn.core.capabilities import BACKWARD, FORWARD, TANGENT, Request
+from fastattn.core.checks import lse_dtype
+from fastattn.core.function import Function, register_autograd
+from fastattn.core.layout import empty_heads
+from fastattn.core.mapped import fold, one_by_one, shares_batch, unfold
+
+_operators = library.Library("fastattn", "FRAGMENT")
+# What an attention operator takes beside its tensors, in the order of ScoreTensors and AttentionSpec.
+_SCORES = (
+    "Tensor? key_lengths, Tensor? alibi_slopes, Tensor? bias, Tensor? relative_bias, Tensor? sinks, "
+    "Tensor? dropout_state, Tensor? mask, Tensor? intervals, bool causal, float scale, SymInt? left, "
+    "SymInt? right, float softcap, float dropout, str precision, int[]? mask_layout, str? backend"
+)
+_GRADIENTS = ", ".join(["Tensor"] * len(Gradients._fields))
+_operators.define(f"attention_forward(Tensor q, Tensor k, Tensor v, {_SCORES}) -> (Tensor, Tensor)")
+_operators.define(
+    "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? dlse, "
+    f"bool want_bias, bool want_relative_bias, {_SCORES}) -> ({_GRADIENTS})"
+)
+_TANGENTS = ", ".join(f"Tensor? {name}_tangent" for name in Tangents._fields)
+_operators.define(
+    f"attention_tangent(Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_TANGENTS}, {_SCORES}) "
+    "-> (Tensor, Tensor)"
+)
+_FORWARD, _BACKWARD = "fastattn::attention_forward", "fastattn::attention_backward"
+_TANGENT = "fastattn::attention_tangent"
+
+
+def _forward(q, k, v, *rest) -> tuple[Tensor, Tensor]:
+    tensors, spec, backend = _put_together(rest)
+    spec = spec.at(q.shape[2], k.shape[2])
+    request = Request("attention", spec, (q, k, v), score_tensors=tensors)
+    chosen = capabilities.choose(request, FORWARD, backend)
+    return backends.load("attention", chosen).forward(q, k, v, spec, tensors)
+
+
+def _backward(dout, q, k, v, out, lse, dlse, want_bias, want_relative_bias, *rest) -> tuple[Tensor, ...]:
+    tensors, spec, backend = _put_together(rest)
+    spec = spec.at(q.shape[2], k.shape[2])
+    wanted = Wanted(want_bias, want_relative_bias)
+    request = Request("attention", spec, (q, k, v), lse_gradient=dlse is not None, score_tensors=tensors)
+    chosen = capabilities.choose(request, BACKWARD, backend)
+    gradients = backends.load("attention", chosen).backward(dout, q, k, v, out, lse, dlse, spec, tensors, wanted)
+    return tuple(q.new_empty(0) if g is None else g for g in gradients)
+
+
+def _tangent(q, k, v, out, lse, *rest) -> tuple[Tensor, Tensor]:
+    tangents = Tangents(*rest[: len(Tangents._fields)])
+    tensors, spec, backend = _put_together(rest[len(tangents) :])
+    spec = spec.at(q.shape[2], k.shape[2])
+    request = Request("attention", spec, (q, k, v), score_tensors=tensors)
+    chosen = capabilities.choose(request, TANGENT, backend)
+    return backends.load("attention", chosen).tangent(q, k, v, out, lse, tangents, spec, tensors)
+
+
+def _put_together(rest: Sequence) -> tuple[ScoreTensors, AttentionSpec, str | None]:
+    """What an operator takes from key_lengths on, as the backends take it."""
+    tensors, options = rest[:_COUNT], rest[_COUNT:]
+    causal, scale, left, right, softcap, dropout, precision, layout, backend = options
+    layout = None if layout is None else tuple(layout)
+    spec = AttentionSpec(causal, scale, (left, right), softcap, dropout, precision, layout)
+    return ScoreTensors(*tensors), spec, backend
+
+
+_COUNT = len(ScoreTensors._fields)
+_BIAS = ScoreTensors._fields.index("bias")
+_OPTIONS = len(AttentionSpec().options) + 1  # and the backend
+_operators.impl("attention_forward", _forward, "CompositeExplicitAutograd")
+_operators.impl("attention_backward", _backward, "CompositeExplicitAutograd")
+_operators.impl("attention_tangent", _tangent, "CompositeExplicitAutograd")
+
+
+@library.register_fake(_FORWARD, lib=_operators)
+def _forward_fake(q, k, v, *_):
+    batch, heads, queries, _ = q.shape
+    lse = q.new_empty((batch, heads, queries), dtype=lse_dtype(q.dtype))
+    return empty_heads((batch, heads, queries, v.shape[3]), q), lse
+
+
+@library.register_fake(_BACKWARD, lib=_operators)
+def _backward_fake(dout, q, k, v, out, lse, dlse, want_bias, want_relative_bias, *rest):
+    tensors = ScoreTensors(*rest[:_COUNT])
+    heads = (empty_heads(t.shape, t) for t in (q, k, v))
+    beside = (
+        (tensors.bias, want_bias),
+        (tensors.relative_bias, want_relative_bias),
+        (tensors.sinks, tensors.sinks is not None),
+    )
+    return *heads, *(q.new_empty(t.shape, dtype=t.dtype) if want else q.new_empty(0) for t, want in beside)
+
+
+@library.register_fake(_TANGENT, lib=_operators)
+def _tangent_fake(q, k, v, out, lse, *_):
+    return empty_heads(out.shape, out), torch.empty_like(lse, memory_format=torch.contiguous_format)
+
+
+class Attention(Function):
+    """(q, k, v, *ScoreTensors, *options) -> (out, lse), both differentiable; by q, k, v, biases and sinks."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        q,
+        k,
+        v,
+        key_lengths,
+        alibi_slopes,
+        bias,
+        relative_bias,
+        sinks,
+        dropout_state,
+        mask,
+        intervals,
+        causal,
+        scale,
+        left,
+        right,
+        softcap,
+        dropout,
+        precision,
+        mask_layout,
+        backend,
+    ):  # spelled out, because dynamo cannot trace a forward of *arguments
+        return torch.ops.fastattn.attention_forward(
+            q, k, v, key_lengths, alibi_slopes, bias, relative_bias, sinks, dropout_state, mask, intervals, causal,
+            scale, left, right, softcap, dropout, precision, mask_layout, backend,
+        )  # fmt: skip
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        q, k, v, *rest = inputs
+        ctx.options = rest[_COUNT:]
+        ctx.save_for_backward(q, k, v, *output, *rest[:_COUNT])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, dout, dlse):
+        q, k, v, out, lse, *tensors = ctx.saved_tensors
+        if dout is None:
+            dout = torch.zeros_like(out)
+        needed = ScoreTensors(*ctx.needs_input_grad[3 : 3 + _COUNT])
+        gradients = Gradients(
+            *attention_backward(
+                dout, q, k, v, out, lse, dlse, needed.bias, needed.relative_bias, *tensors, *ctx.options
+            )
+        )
+        beside = ScoreTensors(
+            bias=gradients.bias if needed.bias else None,
+            relative_bias=gradients.relative_bias if needed.relative_bias else None,
+            sinks=gradients.sinks if needed.sinks else None,
+        )
+        return *gradients[:3], *beside, *(None,) * _OPTIONS
+
+
+class AttentionBackward(Function):
+    """The gradients of Attention; differentiable again, tile by tile."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        dout,
+        q,
+        k,
+        v,
+        out,
+        lse,
+        dlse,
+        want_bias,
+        want_relative_bias,
+        key_lengths,
+        alibi_slopes,
+        bias,
+        relative_bias,
+        sinks,
+        dropout_state,
+        mask,
+        intervals,
+        causal,
+        scale,
+        left,
+        right,
+        softcap,
+        dropout,
+        precision,
+        mask_layout,
+        backend,
+    ):
+        return torch.ops.fastattn.attention_backward(
+            dout, q, k, v, out, lse, dlse, want_bias, want_relative_bias, key_lengths, alibi_slopes, bias,
+            relative_bias, sinks, dropout_state, mask, intervals, causal, scale, left, right, softcap, dropout,
+            precision, mask_layout, backend,
+        )  # fmt: skip
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:7], *inputs[9 : 9 + _COUNT])
+        ctx.wanted = Wanted(*inputs[7:9])
+        _, ctx.spec, _ = _put_together(inputs[9:])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, *second):
+        # out and lse count as inputs of their own: what flows into them goes on through Attention.backward.
+        needed = ScoreTensors(*ctx.needs_input_grad[9 : 9 + _COUNT])
+        flags = (*ctx.needs_input_grad[:7], needed.bias, needed.relative_bias, needed.sinks)
+        function, there, fixed, inputs = _sum_of_gradients(ctx)
+        cotangents = [s for s, is_there in zip(second, there, strict=True) if is_there]
+        *main, bias, relative_bias, sinks = derivatives.pull(function, fixed, inputs, cotangents, flags)
+        beside = ScoreTensors(bias=bias, relative_bias=relative_bias, sinks=sinks)
+        return *main, None, None, *beside, *(None,) * _OPTIONS
+
+
+def _sum_of_gradients(ctx):
+    """What AttentionBackward computes, as a sum over tiles: the sum, which of its gradients are there, and what it
+    takes."""
+    main, tensors = ctx.saved_tensors[:7], ScoreTensors(*ctx.saved_tensors[7:])
+    fixed, learned = tiles.learned(tensors)
+    there = (True, True, True, *ctx.wanted, tensors.sinks is not None)
+    return tiles.gradients(ctx.spec, ctx.wanted, there[-1]), there, fixed, (*main, *learned)
+
+
+class AttentionTangent(Function):
+    """(q, k, v, out, lse, *Tangents, *ScoreTensors, *options) -> the tangents of Attention's out and lse;
+    differentiable, tile by tile."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*arguments):
+        return torch.ops.fastattn.attention_tangent(*arguments)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        tensors = inputs[: 5 + _MOVED + _COUNT]
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+        _, ctx.spec, _ = _put_together(inputs[5 + _MOVED :])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, *second):
+        fixed, inputs = _of_tangent(ctx.saved_tensors)
+        needed = ScoreTensors(*ctx.needs_input_grad[5 + _MOVED : 5 + _MOVED + _COUNT])
+        flags = (*ctx.needs_input_grad[: 5 + _MOVED], needed.bias, needed.relative_bias, needed.sinks)
+        pulled = derivatives.pull(tiles.tangent(ctx.spec), fixed, inputs, second, flags)
+        *main, bias, relative_bias, sinks = pulled
+        beside = ScoreTensors(bias=bias, relative_bias=relative_bias, sinks=sinks)
+        return *main, *beside, *(None,) * _OPTIONS
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        fixed, inputs = _of_tangent(ctx.saved_tensors)
+        moved = ScoreTensors(*tangents[5 + _MOVED : 5 + _MOVED + _COUNT])
+        tangents = (*tangents[: 5 + _MOVED], moved.bias, moved.relative_bias, moved.sinks)
+        return derivatives.push(tiles.tangent(ctx.spec), fixed, inputs, tangents)
+
+
+_MOVED = len(Tangents._fields)
+
+
+def _of_tangent(saved: Sequence) -> tuple[ScoreTensors, tuple]:
+    """What AttentionTangent saved, as its sum over tiles takes it."""
+    fixed, learned = tiles.learned(ScoreTensors(*saved[5 + _MOVED :]))
+    return fixed, (*saved[: 5 + _MOVED], *learned)
+
+
+class DualAttention(Attention):
+    """Attention, with forward mode."""
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        Attention.setup_context(ctx, inputs, output)
+        ctx.save_for_forward(*inputs[:3], *output, *inputs[3 : 3 + _COUNT])
+
+    @staticmethod
+    def jvp(ctx, q, k, v, *rest):
+        saved, moved = ctx.saved_tensors, ScoreTensors(*rest[:_COUNT])
+        tangents = Tangents(q, k, v, moved.bias, moved.relative_bias, moved.sinks)
+        return AttentionTangent.apply(*saved[:5], *tangents, *saved[5:], *ctx.options)
+
+
+class DualAttentionBackward(AttentionBackward):
+    """AttentionBackward, with forward mode."""
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        AttentionBackward.setup_context(ctx, inputs, output)
+        ctx.save_for_forward(*inputs[:7], *inputs[9 : 9 + _COUNT])
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        function, there, fixed, inputs = _sum_of_gradients(ctx)
+        moved = ScoreTensors(*tangents[9 : 9 + _COUNT])
+        tangents = (*tangents[:7], moved.bias, moved.relative_bias, moved.sinks)
+        pushed = iter(derivatives.push(function, fixed, inputs, tangents))
+        return tuple(next(pushed) if is_there else inputs[0].new_empty(0) for is_there in there)
+
+
+def attention(*arguments) -> tuple[Tensor, Tensor]:
+    """Attention's arguments to (out, lse), differentiable."""
+    if not torch.compiler.is_compiling():
+        return DualAttention.apply(*arguments)
+    q, k, v, *rest = arguments
+    # Dynamo refuses a tensor that is given to a Function twice, as in attention(x, x, x).
+    k = k.view_as(k) if k is q else k
+    v = v.view_as(v) if v is q or v is arguments[1] else v
+    return Attention.apply(q, k, v, *rest)
+
+
+def attention_backward(*arguments) -> tuple[Tensor, ...]:
+    """AttentionBackward's arguments to `Gradients`, differentiable; empty ones stand for what is not there."""
+    return (AttentionBackward if torch.compiler.is_compiling() else DualAttentionBackward).apply(*arguments)
+
+
+@library.register_vmap(_FORWARD, lib=_operators)
+def _forward_vmap(info: Any, in_dims: tuple, *arguments):
+    operator, count = torch.ops.fastattn.attention_forward, 3 + _COUNT
+    if shares_batch(in_dims, arguments, 0, (3 + _BIAS,)):
+        return one_by_one(operator, info.batch_size, in_dims, arguments)
+    tensors = fold(info.batch_size, in_dims[:count], arguments[:count])
+    return unfold(info.batch_size, operator(*tensors, *arguments[count:])), (0, 0)
+
+
+@library.register_vmap(_BACKWARD, lib=_operators)
+def _backward_vmap(info: Any, in_dims: tuple, *arguments):
+    operator, count = torch.ops.fastattn.attention_backward, 9 + _COUNT
+    if shares_batch(in_dims, arguments, 1, (9 + _BIAS,)):
+        return one_by_one(operator, info.batch_size, in_dims, arguments)
+    folded = fold(info.batch_size, (*in_dims[:7], *in_dims[9:count]), (*arguments[:7], *arguments[9:count]))
+    gradients = operator(*folded[:7], *arguments[7:9], *folded[7:], *arguments[count:])
+    unfolded = (
+        unfold(info.batch_size, (g,))[0] if g.dim() > 1 else g.expand(info.batch_size, 0) for g in gradients
+    )
+    return tuple(unfolded), (0,) * len(gradients)
+
+
+@library.register_vmap(_TANGENT, lib=_operators)
+def _tangent_vmap(info: Any, in_dims: tuple, *arguments):
+    operator, count = torch.ops.fastattn.attention_tangent, 5 + _MOVED + _COUNT
+    biases = 5 + Tangents._fields.index("bias"), 5 + _MOVED + _BIAS
+    if shares_batch(in_dims, arguments, 0, biases):
+        return one_by_one(operator, info.batch_size, in_dims, arguments)
+    tensors = fold(info.batch_size, in_dims[:count], arguments[:count])
+    return unfold(info.batch_size, operator(*tensors, *arguments[count:])), (0, 0)
+
+
+for _name, _function in ((_FORWARD, Attention), (_BACKWARD, AttentionBackward), (_TANGENT, AttentionTangent)):
+    register_autograd(_name, _function, _operators)

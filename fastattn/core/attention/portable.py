@@ -1,0 +1,151 @@
+"""The kernels' algorithm in plain PyTorch: tiled, O(N) memory, any device, fp64 too.
+
+Where PyTorch's own flash attention computes the same thing, it does the work. The rest runs here: tiles of
+scores, an online softmax forward, recomputed weights backward, in fp32 for half-precision inputs. Under a mask of
+lists the tiles are its granules, many at once (see fastattn.core.attention.granules).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastattn.core.attention import definition, granules, tiles, torch_flash, whole_rows
+from fastattn.core.attention.spec import AttentionSpec, Gradients, ScoreTensors, Tangents, Wanted
+from fastattn.core.attention.tiles import Scores, grouped, product_precision, times, ungrouped
+from fastattn.core.checks import lse_dtype
+from fastattn.core.layout import heads_last, zero_heads
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, tensors: ScoreTensors) -> tuple[Tensor, Tensor]:
+    with product_precision(q, spec):
+        if torch_flash.serves(q, k, v, spec, tensors):
+            out, lse = torch_flash.forward(q, k, v, spec, tensors)
+            return heads_last(out), lse
+        if granules.serves(spec, tensors):
+            return granules.attention_forward(q, k, v, spec, tensors)
+        if whole_rows.serves(q, k, spec, tensors):
+            return whole_rows.attention_forward(q, k, v, spec, tensors)
+        return _tiled_forward(q, k, v, spec, tensors)
+
+
+def backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dlse: Tensor | None,
+    spec: AttentionSpec,
+    tensors: ScoreTensors,
+    wanted: Wanted,
+) -> Gradients:
+    if (sums := _sums_of_low_rows(q, k, v, out, lse, spec, tensors)) is not None:
+        # Gradients are linear in the weights of a row, and in what comes from above.
+        dout = (dout / sums[..., None]).to(dout.dtype)
+        dlse = None if dlse is None else dlse / sums
+    with product_precision(q, spec):
+        if dlse is None and not wanted.bias and torch_flash.serves_backward(q, k, v, spec, tensors):
+            dq, dk, dv = torch_flash.backward(dout, q, k, v, out, lse, spec, tensors)
+            return Gradients(heads_last(dq), heads_last(dk), heads_last(dv))
+        if granules.serves(spec, tensors):
+            return granules.attention_backward(dout, q, k, v, out, lse, dlse, spec, tensors, wanted)
+        if not wanted.bias and whole_rows.serves(q, k, spec, tensors):
+            return whole_rows.attention_backward(dout, q, k, v, out, lse, dlse, spec, tensors)
+        return _tiled_backward(dout, q, k, v, out, lse, dlse, spec, tensors, wanted)
+
+
+def tangent(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    tangents: Tangents,
+    spec: AttentionSpec,
+    tensors: ScoreTensors,
+) -> tuple[Tensor, Tensor]:
+    fixed, learned = tiles.learned(tensors)
+    dout, dlse = tiles.tangent(spec)(fixed, (q, k, v, out, lse, *tangents, *learned))
+    return dout, dlse
+
+
+def _sums_of_low_rows(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, spec: AttentionSpec, tensors: ScoreTensors
+) -> Tensor | None:
+    """What the weights exp(score - lse) of each row (B, Hq, Lq) add up to, where that is not 1: where scores are
+    so low that their log-sum-exp rounds to their maximum. None if there are no such rows.
+
+    That sum is how the log-sum-exp moves when all scores do.
+    """
+    _, (bias, relative_bias, _) = tiles.learned(tensors)
+    if bias is None and relative_bias is None:
+        return None
+    low = (lse < definition.LOWEST_EXACT) & (lse > float("-inf"))
+    if not bool(low.any()):
+        return None
+    moved = {"bias": bias} if bias is not None else {"relative_bias": relative_bias}
+    tangents = Tangents(**{name: torch.ones_like(t) for name, t in moved.items() if t is not None})
+    _, sums = tangent(q, k, v, out, lse, tangents, spec, tensors)
+    return sums.masked_fill(~low, 1.0)
+
+
+def _tiled_forward(
+    q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, tensors: ScoreTensors
+) -> tuple[Tensor, Tensor]:
+    batch, heads, queries, _ = q.shape
+    work = lse_dtype(q.dtype)
+    fixed, (bias, relative_bias, sinks) = tiles.learned(tensors)
+    scores = Scores(q, k, spec, fixed)
+    out = zero_heads((batch, heads, queries, v.shape[3]), q, q.dtype)
+    lse = q.new_empty((batch, heads, queries), dtype=work)
+    for rows in scores.rows() if heads else ():
+        q_tile = grouped(q[:, :, rows].to(work), k.shape[1])
+        row_max, row_sum = _beginning(scores, sinks, q_tile)
+        total = q_tile.new_zeros((*q_tile.shape[:3], v.shape[3]))
+        for tile in scores.tiles_of(rows):
+            if tile.columns.start == tile.columns.stop:
+                continue
+            k_tile, v_tile = (scores.part_of(t, "columns", tile).to(work) for t in (k, v))
+            part = None if bias is None else tiles.part_of(bias, "scores", tile).to(work)
+            values, _ = scores.of(tile, q_tile, k_tile, part, relative_bias)
+            new_max = torch.maximum(row_max, values.amax(-1, keepdim=True))
+            pivot = new_max.masked_fill(new_max == float("-inf"), 0.0)
+            weights = torch.exp(values - pivot)
+            shrink = torch.exp(row_max - pivot)
+            row_sum = row_sum * shrink + weights.sum(-1, keepdim=True)
+            total = total * shrink + times(weights, scores.kept(tile)) @ v_tile
+            row_max = new_max
+        out[:, :, rows] = ungrouped(total / row_sum.masked_fill(row_sum == 0, 1.0), heads).to(q.dtype)
+        lse[:, :, rows] = ungrouped(row_max + torch.log(row_sum), heads)[..., 0]
+    return out, lse
+
+
+def _beginning(scores: Scores, sinks: Tensor | None, q_tile: Tensor) -> tuple[Tensor, Tensor]:
+    """The running maximum and sum before the first key: nothing, or the sink."""
+    row_max = q_tile.new_full((*q_tile.shape[:3], 1), float("-inf"))
+    if sinks is None:
+        return row_max, torch.zeros_like(row_max)
+    return row_max.copy_(scores.per_row(sinks, q_tile.shape[2])), torch.ones_like(row_max)
+
+
+def _tiled_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dlse: Tensor | None,
+    spec: AttentionSpec,
+    tensors: ScoreTensors,
+    wanted: Wanted,
+) -> Gradients:
+    fixed, learned = tiles.learned(tensors)
+    function = tiles.gradients(spec, wanted, tensors.sinks is not None)
+    found = iter(function(fixed, (dout, q, k, v, out, lse, dlse, *learned)))
+    dq, dk, dv = next(found), next(found), next(found)
+    dbias = next(found) if wanted.bias else None
+    drelative_bias = next(found) if wanted.relative_bias else None
+    return Gradients(dq, dk, dv, dbias, drelative_bias, next(found, None))

@@ -1,0 +1,331 @@
+"""What is asked of attention: validated once, then frozen.
+
+Everything below the front door takes a spec as given. Tensors travel beside it, never in it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastattn.core import arguments
+from fastattn.core.checks import (
+    Window,
+    check_beside,
+    check_floating,
+    check_same,
+    check_window,
+    lse_dtype,
+    shape_of,
+    window_that_hides,
+)
+
+PRECISIONS = ("ieee", "tf32x3", "tf32")
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """Which attention: out = softmax(cap(scale * q k^T) + mask) v; the tensors of `ScoreTensors` join in.
+
+    Query i stands on the diagonal at key i + Lk - Lq (bottom-right alignment).
+
+    causal: queries see keys up to the diagonal.
+    scale: the multiplier of the scores; positive.
+    window: how many keys before and after the diagonal are seen; None for all.
+    softcap: scores s become softcap * tanh(s / softcap); 0 for no cap.
+    dropout: the probability with which a weight is dropped; a multiple of 2**-16, see fastattn.dropout.
+    precision: how float32 products are made, one of PRECISIONS.
+    mask: how to take ScoreTensors.mask apart, see fastattn.masks.lists.packed; None without.
+    """
+
+    causal: bool = False
+    scale: float = 1.0
+    window: tuple[int | None, int | None] = (None, None)
+    softcap: float = 0.0
+    dropout: float = 0.0
+    precision: str = "ieee"
+    mask: tuple[int, ...] | None = None
+
+    @property
+    def left(self) -> int | None:
+        """How many keys before the diagonal are seen; None for all."""
+        return self.window[0]
+
+    @property
+    def right(self) -> int | None:
+        """How many keys after the diagonal are seen, none if causal; None for all."""
+        return 0 if self.causal else self.window[1]
+
+    def at(self, queries: int, keys: int) -> AttentionSpec:
+        """The same for so many queries and keys, without bounds that hide nothing there."""
+        bounds = self.left, self.right
+        left, right = window_that_hides(bounds, queries, keys)
+        if (left, right) == bounds:
+            return self
+        return replace(self, causal=right == 0, window=(left, None if right == 0 else right))
+
+    @property
+    def options(self) -> tuple[bool, float, int | None, int | None, float, float, str, tuple[int, ...] | None]:
+        """As an operator takes them: causal, scale, window to the left and right, softcap, dropout, precision and
+        the mask's layout."""
+        return self.causal, self.scale, *self.window, self.softcap, self.dropout, self.precision, self.mask
+
+
+class ScoreTensors(NamedTuple):
+    """Tensors that shape the scores, each with the batch in front; None where they are not asked for.
+
+    key_lengths: (B,) int32; keys from there on are not seen.
+    alibi_slopes: (B, Hq) fp32; the score falls by the slope for each key of distance from the diagonal.
+    bias: (B or 1, Hq or 1, Lq or 1, Lk or 1); added to the scores, or, if bool, says which keys are seen.
+    relative_bias: (B, Hq, 2 R + 1) in the log-sum-exp's dtype; added by distance from the diagonal, see
+        `relative_index`.
+    sinks: (B, Hq) in the log-sum-exp's dtype; a score that takes weight and gives no value.
+    dropout_state: (B, 2) int64, seed and offset of each batch entry's random numbers, see fastattn.dropout.
+    mask: 1-D int64, block lists as fastattn.masks.lists.packed makes them; one for the whole batch.
+    intervals: (B, 2, Lq + Lk) int32, from which key to before which each query sees, then from which query to
+        before which each key is seen; no window stands beside them.
+    """
+
+    key_lengths: Tensor | None = None
+    alibi_slopes: Tensor | None = None
+    bias: Tensor | None = None
+    relative_bias: Tensor | None = None
+    sinks: Tensor | None = None
+    dropout_state: Tensor | None = None
+    mask: Tensor | None = None
+    intervals: Tensor | None = None
+
+
+NO_TENSORS = ScoreTensors()
+
+
+class Gradients(NamedTuple):
+    """Of a loss by what went into attention; None for what was not given or not wanted."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    bias: Tensor | None = None
+    relative_bias: Tensor | None = None
+    sinks: Tensor | None = None
+
+
+class Tangents(NamedTuple):
+    """Of what goes into attention, shaped like it; None for zero."""
+
+    q: Tensor | None = None
+    k: Tensor | None = None
+    v: Tensor | None = None
+    bias: Tensor | None = None
+    relative_bias: Tensor | None = None
+    sinks: Tensor | None = None
+
+
+class Wanted(NamedTuple):
+    """Which of the gradients that cost a pass of their own are asked for."""
+
+    bias: bool = False
+    relative_bias: bool = False
+
+
+def attention_spec(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool,
+    scale: float | None,
+    window: Window = None,
+    softcap: float | None = None,
+    dropout_p: float = 0.0,
+    precision: str | None = None,
+) -> AttentionSpec:
+    """Check q, k, v and the options against each other; the default scale is 1/sqrt(D), the default precision
+    PyTorch's own for float32 products.
+
+    A scale of zero or below is legal for the caller, but not in a spec: see `positive_scale`. The window stays as
+    it is, whatever the lengths: a tracer may know no number for them. See `AttentionSpec.at`.
+    """
+    check_heads(q=q, k=k, v=v)
+    left, right = check_window(window)
+    return AttentionSpec(
+        arguments.flag("causal", causal),
+        1.0 / math.sqrt(q.shape[3]) if scale is None else check_scale(scale),
+        (_bounded(left), _bounded(right)),
+        check_softcap(softcap),
+        check_dropout(dropout_p),
+        check_precision(precision, q),
+    )
+
+
+def check_scale(scale: float, name: str = "scale") -> float:
+    scale = float(arguments.number(name, scale, what="a number or None"))
+    if not -math.inf < scale < math.inf:
+        raise ValueError(f"{name} must be finite, got {scale}")
+    return scale
+
+
+def check_scales(scale: Tensor, q: Tensor) -> Tensor:
+    """A scale for each head, (Hq,) or (B, Hq), of one for all or for each."""
+    check_beside("scale", scale, q, ((), (q.shape[1],), tuple(q.shape[:2])))
+    check_floating("scale", scale)
+    return scale.expand(q.shape[1]) if scale.dim() == 0 else scale
+
+
+def check_softcap(softcap: float | None) -> float:
+    """The cap; 0 for none."""
+    softcap = 0.0 if softcap is None else float(arguments.number("softcap", softcap, what="a number or None"))
+    if not 0 <= softcap < math.inf:
+        raise ValueError(f"softcap must be positive and finite, or None or 0 for no cap; got {softcap}")
+    return softcap
+
+
+def check_dropout(dropout_p: float) -> float:
+    """The probability as the random numbers can tell it, in 2**16 steps."""
+    dropout_p = arguments.number("dropout_p", dropout_p)
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p must be at least 0 and below 1, got {dropout_p}")
+    # What is asked for and is not nothing or everything does not become so by rounding.
+    steps = min(max(round(dropout_p * 2**16), int(dropout_p > 0)), 2**16 - 1)
+    return steps / 2**16
+
+
+def check_precision(precision: str | None, q: Tensor) -> str:
+    """How float32 products are made; PyTorch's global setting by default. Other dtypes have one way only."""
+    if precision is not None:
+        arguments.choice("precision", precision, PRECISIONS, or_none=True)
+    if q.dtype != torch.float32 or q.device.type != "cuda":
+        return "ieee"
+    return precision or ("tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee")
+
+
+def _bounded(side: int | None) -> int | None:
+    """A bound that an operator can take; one beyond all lengths is none."""
+    return None if side is None or side >= 2**31 else side
+
+
+def score_tensors(
+    q: Tensor,
+    k: Tensor,
+    *,
+    key_lengths: Tensor | Sequence[int] | None = None,
+    alibi_slopes: Tensor | None = None,
+    bias: Tensor | None = None,
+    relative_bias: Tensor | None = None,
+    sinks: Tensor | None = None,
+    dropout_state: Tensor | None = None,
+    drops: bool = True,
+) -> ScoreTensors:
+    """Check the tensors that shape the scores, and give each of them a batch dimension.
+
+    The values of key_lengths are not read here: on a GPU that would wait for it. Lengths beyond Lk count as Lk,
+    negative ones as 0.
+    """
+    batch, heads = q.shape[:2]
+    if key_lengths is not None:
+        key_lengths = check_key_lengths(key_lengths, q, k)
+    if alibi_slopes is not None:
+        check_beside("alibi_slopes", alibi_slopes, q, ((heads,), (batch, heads)))
+        check_floating("alibi_slopes", alibi_slopes)
+        if alibi_slopes.requires_grad:
+            raise ValueError("alibi_slopes must not require a gradient, they have none here; detach them")
+        alibi_slopes = alibi_slopes.to(lse_dtype(q.dtype)).expand(batch, heads)
+    if bias is not None:
+        bias = check_bias(bias, q, k)
+    if relative_bias is not None:
+        check_beside("relative_bias", relative_bias, q, None)
+        check_floating("relative_bias", relative_bias)
+        width = relative_bias.shape[-1] if relative_bias.dim() else 0
+        if tuple(relative_bias.shape) not in ((heads, width), (batch, heads, width)) or width % 2 == 0:
+            raise ValueError(
+                f"relative_bias must have shape ({heads}, 2 R + 1) or ({batch}, {heads}, 2 R + 1), "
+                f"got {shape_of(relative_bias)}"
+            )
+        relative_bias = relative_bias.to(lse_dtype(q.dtype)).expand(batch, heads, width)
+    if sinks is not None:
+        check_beside("sinks", sinks, q, ((heads,), (batch, heads)))
+        check_floating("sinks", sinks)
+        sinks = sinks.to(lse_dtype(q.dtype)).expand(batch, heads)
+    if dropout_state is not None:
+        check_beside("dropout_state", dropout_state, q, ((batch, 2),))
+        if dropout_state.dtype != torch.int64:
+            raise TypeError(f"dropout_state must be int64, got {dropout_state.dtype}")
+        if not drops:
+            dropout_state = None
+    return ScoreTensors(key_lengths, alibi_slopes, bias, relative_bias, sinks, dropout_state)
+
+
+def check_key_lengths(key_lengths: Tensor | Sequence[int], q: Tensor, k: Tensor) -> Tensor:
+    """Lengths (B,) as int32 from 0 to Lk."""
+    if not isinstance(key_lengths, Tensor):
+        key_lengths = arguments.integers("key_lengths", key_lengths, on=q.device)
+    check_beside("key_lengths", key_lengths, q, ((q.shape[0],),))
+    if key_lengths.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"key_lengths must be int32 or int64, got {key_lengths.dtype}")
+    return key_lengths.clamp(0, k.shape[2]).to(torch.int32)
+
+
+def check_bias(bias: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    """A bias that broadcasts to (B, Hq, Lq, Lk), with all four dimensions."""
+    check_beside("bias", bias, q, None)
+    if bias.dtype != torch.bool:
+        check_floating("bias", bias)
+    full = (*q.shape[:3], k.shape[2])
+    if bias.dim() > 4 or any(b not in (1, f) for b, f in zip(bias.shape[::-1], full[::-1], strict=False)):
+        raise ValueError(f"bias must broadcast to (batch, heads, Lq, Lk) = {full}, got {shape_of(bias)}")
+    return bias[(None,) * (4 - bias.dim())]
+
+
+def positive_scale(q: Tensor, spec: AttentionSpec) -> tuple[Tensor, AttentionSpec]:
+    """The same scores with a positive scale: the sign (or the zero) moves into q.
+
+    The kernels take the maximum of the unscaled scores, which needs an order-preserving scale.
+    """
+    if spec.scale > 0:
+        return q, spec
+    return q * (-1.0 if spec.scale < 0 else 0.0), replace(spec, scale=abs(spec.scale) or 1.0)
+
+
+def check_heads(*, q: Tensor, k: Tensor, v: Tensor) -> None:
+    """q (B, Hq, Lq, D), k (B, Hkv, Lk, D), v (B, Hkv, Lk, Dv): ranks, dtypes, devices and sizes agree."""
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        arguments.tensor(name, t)
+        if t.dim() != 4:
+            raise ValueError(f"{name} must have 4 dimensions (batch, heads, length, width), got {shape_of(t)}")
+        check_floating(name, t)
+        check_same(name, t, "q", q)
+    for name, t in (("k", k), ("v", v)):
+        if t.shape[0] != q.shape[0]:
+            raise ValueError(f"{name} must have q's batch size {q.shape[0]}, got {t.shape[0]}")
+    if v.shape[1:3] != k.shape[1:3]:
+        raise ValueError(f"v must have k's heads and length {tuple(k.shape[1:3])}, got {tuple(v.shape[1:3])}")
+    if q.shape[1] % k.shape[1] != 0 if k.shape[1] else q.shape[1] != 0:
+        raise ValueError(f"q's heads must be a multiple of k's heads {k.shape[1]}, got {q.shape[1]}")
+    if k.shape[3] != q.shape[3]:
+        raise ValueError(f"k must have q's head width {q.shape[3]}, got {k.shape[3]}")
+    for name, t in (("q", q), ("v", v)):
+        if t.shape[3] == 0:
+            raise ValueError(f"{name}'s head width must be at least 1, got 0")
+
+
+def check_gradients(q: Tensor, v: Tensor, *, dout: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None) -> None:
+    """What `attention_backward` is given must be shaped like what `attention` returned."""
+    rows = q.shape[:3]
+    for name, t in (("dout", dout), ("out", out)):
+        arguments.tensor(name, t)
+        if t.shape != (*rows, v.shape[3]):
+            raise ValueError(f"{name} must have shape {(*rows, v.shape[3])}, got {shape_of(t)}")
+        check_same(name, t, "q", q)
+    for name, values in (("lse", lse),) if dlse is None else (("lse", lse), ("dlse", dlse)):
+        arguments.tensor(name, values)
+        if values.shape != rows:
+            raise ValueError(f"{name} must have shape {tuple(rows)}, got {shape_of(values)}")
+        if values.dtype != lse_dtype(q.dtype):
+            raise TypeError(f"{name} must be {lse_dtype(q.dtype)}, got {values.dtype}")
+        if values.device != q.device:
+            raise ValueError(f"{name} must be on q's device {q.device}, got {values.device}")

@@ -1,0 +1,382 @@
+"""Attention tile by tile, in plain PyTorch: the scores of a tile, and sums over all of them.
+
+What a tile gives to a gradient or to a tangent is a function of the rows and columns of the tensors that fall on
+it, written here once; the whole is the sum over the tiles. So is, then, any derivative of the whole (see
+fastattn.core.attention.derivatives), and none takes more memory than a tile of scores beside its results.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastattn.core.attention import definition
+from fastattn.core.attention.dropout import kept
+from fastattn.core.attention.spec import AttentionSpec, ScoreTensors, Wanted
+from fastattn.core.checks import lse_dtype
+from fastattn.core.layout import zero_heads
+from fastattn.masks.lists import GRANULE, BlockLists, columns_seen, log_counts, of_heads, unpacked
+
+QUERY_TILE, KEY_TILE = 256, 512
+# Smaller tiles leave out more of a mask of lists (BigBird of 4096 tokens, two heads, forward and backward on a
+# CPU: 10 MiB and 0.8 s instead of 13 MiB and 0.9 s).
+LISTED_QUERY_TILE, LISTED_KEY_TILE = 128, 256
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Some rows and columns of the scores; `first` is one tile of each row, for what is done once a row."""
+
+    scores: Scores
+    rows: slice
+    columns: slice
+    first: bool
+
+
+class Scores:
+    """The scores of a call, tile by tile; rows are queries grouped by key head (see `grouped`).
+
+    Of the tensors it reads those without a gradient: key lengths, slopes, a bool bias, the dropout state. What has
+    one comes with each tile.
+    """
+
+    def __init__(self, q: Tensor, k: Tensor, spec: AttentionSpec, tensors: ScoreTensors) -> None:
+        self.spec, self.tensors, self.work = spec, tensors, lse_dtype(q.dtype)
+        self.batch, self.queries, self.keys = q.shape[0], q.shape[2], k.shape[2]
+        self.shift = self.keys - self.queries
+        self.heads, self.key_heads, self.group = q.shape[1], k.shape[1], q.shape[1] // max(1, k.shape[1])
+        self.shortest, self.longest = key_counts(tensors.key_lengths, self.keys)
+        # A tracer has nothing to read, and is shown every tile.
+        intervals = tensors.intervals
+        self.bounds = None if type(intervals) is not Tensor else intervals[:, :, : self.queries]
+        self.lists = None if tensors.mask is None or spec.mask is None else unpacked(tensors.mask, spec.mask)
+
+    def rows(self) -> Iterator[slice]:
+        return _spans(0, self.queries, QUERY_TILE if self.lists is None else LISTED_QUERY_TILE)
+
+    def tiles_of(self, rows: slice) -> Iterator[Tile]:
+        """The tiles that any of these rows sees; one without columns if there is none."""
+        start, stop = self._keys_seen_by(rows)
+        spans = list(_spans(start, stop, KEY_TILE if self.lists is None else LISTED_KEY_TILE))
+        if self.lists is not None:
+            seen = {column * GRANULE // LISTED_KEY_TILE for column in columns_seen(self.lists, granules(rows))}
+            spans = [span for span in spans if span.start // LISTED_KEY_TILE in seen]
+        spans = spans or [slice(start, start)]
+        return (Tile(self, rows, columns, columns is spans[0]) for columns in spans)
+
+    def _keys_seen_by(self, rows: slice) -> tuple[int, int]:
+        """From the first key that any of these rows may see to the one after the last."""
+        if self.bounds is not None:
+            begin, end = self.bounds[:, :, rows].unbind(1)
+            first, last = torch.stack((begin.amin(), end.amax())).tolist() if begin.numel() else (0, 0)
+            return first, max(first, min(last, self.longest))
+        left, right = self.spec.left, self.spec.right
+        start = 0 if left is None else max(0, rows.start + self.shift - left)
+        stop = self.longest if right is None else min(self.longest, rows.stop + self.shift + right)
+        return start, max(start, stop)
+
+    def part_of(self, t: Tensor, falls: str, tile: Tile) -> Tensor:
+        """What of a tensor falls on a tile; zeros for the keys behind a batch entry's length."""
+        part = part_of(t, falls, tile)
+        lengths = self.tensors.key_lengths
+        if falls != "columns" or lengths is None or tile.columns.stop <= self.shortest:
+            return part
+        return definition.keys_there(part, lengths - tile.columns.start)
+
+    def of(
+        self, tile: Tile, q: Tensor, k: Tensor, bias: Tensor | None, relative_bias: Tensor | None
+    ) -> tuple[Tensor, Tensor | float]:
+        """The scores of one tile, -inf where hidden, and their derivative by q k^T; from what of q, grouped, k and
+        the bias falls on the tile."""
+        scores: Tensor = q @ k.mT * self.spec.scale
+        slope: Tensor | float = self.spec.scale
+        if self.spec.softcap:
+            bent = torch.tanh(scores / self.spec.softcap)
+            scores, slope = self.spec.softcap * bent, self.spec.scale * (1.0 - bent.square())
+        diagonal = self._diagonal(tile, q.device).repeat(self.group, 1)
+        keys = torch.arange(tile.columns.start, tile.columns.stop, device=q.device)
+        if self.tensors.alibi_slopes is not None:
+            distance = (keys - diagonal).abs()
+            scores = scores - self.per_row(self.tensors.alibi_slopes, q.shape[2]) * distance
+        for added in self.added(tile, bias, relative_bias):
+            scores = scores + added
+        if self.lists is not None:
+            scores = scores + self._counts(self.lists, tile)
+        return self._hide(scores, tile, diagonal, keys), slope
+
+    def added(self, tile: Tile, bias: Tensor | None, relative_bias: Tensor | None) -> Iterator[Tensor]:
+        """What a bias (the tile's part) and a relative bias add to the scores of one tile."""
+        if bias is not None:
+            yield self._every_head(bias, tile)
+        if relative_bias is not None:
+            columns = torch.arange(tile.columns.start, tile.columns.stop, device=relative_bias.device)
+            distance = columns - self._diagonal(tile, relative_bias.device)
+            index = definition.relative_index(distance, relative_bias.shape[2] // 2)
+            yield grouped(relative_bias[:, :, index], self.key_heads)
+
+    def kept(self, tile: Tile) -> Tensor | None:
+        """By what dropout multiplies the weights of one tile: 0 or 1 / (1 - p); None without dropout."""
+        state = self.tensors.dropout_state
+        if state is None:
+            return None
+        head = torch.arange(self.heads, device=state.device)[:, None, None]
+        query = torch.arange(tile.rows.start, tile.rows.stop, device=state.device)[:, None]
+        dropout = self.spec.dropout
+        span = tile.columns.start, tile.columns.stop
+        keep = kept(state[:, None, None, None], head, query, *span, dropout, self.work)
+        return grouped(keep.mul_(1.0 / (1.0 - dropout)), self.key_heads)
+
+    def per_row(self, values: Tensor, rows: int) -> Tensor:
+        """A value for each query head (B, Hq), for each of the grouped rows: (B, Hkv, rows, 1)."""
+        every = values.unflatten(1, (self.key_heads, self.group)).repeat_interleave(rows // self.group, 2)
+        return every[..., None]
+
+    def _diagonal(self, tile: Tile, device: torch.device) -> Tensor:
+        """(rows, 1): at which key each query stands."""
+        return torch.arange(tile.rows.start, tile.rows.stop, device=device)[:, None] + self.shift
+
+    def _every_head(self, bias: Tensor, tile: Tile) -> Tensor:
+        """A tile's part of a bias, for every query head; its batch and columns may be 1."""
+        return grouped(bias.expand(-1, self.heads, tile.rows.stop - tile.rows.start, -1), self.key_heads)
+
+    def _counts(self, lists: BlockLists, tile: Tile) -> Tensor:
+        """The logarithm of how often each pair of a tile counts, -inf where it is not seen; tiles begin on
+        granules, since no window stands beside a mask of lists."""
+        counts = log_counts(lists, granules(tile.rows), granules(tile.columns))
+        counts = counts[:, : tile.rows.stop - tile.rows.start, : tile.columns.stop - tile.columns.start]
+        every = of_heads(lists, counts, self.batch, self.heads).expand(-1, self.heads, -1, -1)
+        return grouped(every, self.key_heads).to(self.work)
+
+    def _hide(self, scores: Tensor, tile: Tile, diagonal: Tensor, keys: Tensor) -> Tensor:
+        """-inf where the window or the key length hides; tiles that are seen whole are left alone."""
+        left, right, hidden = self.spec.left, self.spec.right, float("-inf")
+        if left is not None and tile.columns.start < tile.rows.stop - 1 + self.shift - left:
+            scores = scores.masked_fill(keys < diagonal - left, hidden)
+        if right is not None and tile.columns.stop - 1 > tile.rows.start + self.shift + right:
+            scores = scores.masked_fill(keys > diagonal + right, hidden)
+        if self.tensors.bias is not None and self.tensors.bias.dtype == torch.bool:
+            seen = self._every_head(part_of(self.tensors.bias, "scores", tile), tile)
+            scores = scores.masked_fill(~seen, hidden)
+        if self.tensors.key_lengths is not None:
+            scores = scores.masked_fill(keys >= self.tensors.key_lengths[:, None, None, None], hidden)
+        if self.tensors.intervals is not None:
+            start, stop = (
+                self.tensors.intervals[:, None, :, tile.rows, None].repeat(1, 1, 1, self.group, 1).unbind(2)
+            )
+            scores = scores.masked_fill((keys < start) | (keys >= stop), hidden)
+        return scores
+
+
+@dataclass(frozen=True)
+class TileSum:
+    """A sum over the tiles of `function(tile, *parts)`, where the parts are what of each input falls on the tile.
+
+    function: from a Tile and, in the dtype sums are made in, parts (or None) to one tensor for each output.
+    falls: how each input falls on tiles: "rows", "columns", "scores" (a bias, which may have size 1) or "whole".
+    outputs: the inputs whose shape and dtype the results have.
+
+    The first input that falls on rows has q's heads, the first that falls on columns k's.
+    """
+
+    function: Callable[..., Sequence[Tensor]]
+    falls: tuple[str, ...]
+    outputs: tuple[int, ...]
+    spec: AttentionSpec
+
+    def __call__(self, tensors: ScoreTensors, inputs: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+        """The results, each in the dtype of the input it is like. `tensors` are those that have no gradient."""
+        q, k = (inputs[self.falls.index(falls)] for falls in ("rows", "columns"))
+        assert q is not None and k is not None
+        work = lse_dtype(q.dtype)
+        scores = Scores(q, k, self.spec, tensors)
+        likes = [t for t in (inputs[i] for i in self.outputs) if t is not None]
+        sums = [_zeros(t, work) for t in likes]
+        if not q.numel():
+            return tuple(total.to(t.dtype) for total, t in zip(sums, likes, strict=True))
+        with product_precision(q, self.spec):
+            for rows in scores.rows():
+                for tile in scores.tiles_of(rows):
+                    parts = (
+                        None if t is None else scores.part_of(t, falls, tile).to(work)
+                        for t, falls in zip(inputs, self.falls, strict=True)
+                    )
+                    given = self.function(tile, *parts)
+                    for total, i, g in zip(sums, self.outputs, given, strict=True):
+                        part_of(total, self.falls[i], tile).add_(g)
+        return tuple(total.to(t.dtype) for total, t in zip(sums, likes, strict=True))
+
+
+# ---- the two sums that everything else derives from ----
+
+# What they take beside ScoreTensors without gradient; None where it is not asked for.
+GRADIENT_INPUTS = ("dout", "q", "k", "v", "out", "lse", "dlse", "bias", "relative_bias", "sinks")
+_TANGENTS = ("q_tangent", "k_tangent", "v_tangent", "bias_tangent", "relative_bias_tangent", "sinks_tangent")
+TANGENT_INPUTS = ("q", "k", "v", "out", "lse", *_TANGENTS, "bias", "relative_bias", "sinks")
+_FALLS = {
+    **dict.fromkeys(("q", "dout", "out", "lse", "dlse", "q_tangent"), "rows"),
+    **dict.fromkeys(("k", "v", "k_tangent", "v_tangent"), "columns"),
+    **dict.fromkeys(("bias", "bias_tangent"), "scores"),
+}
+
+
+def gradients(spec: AttentionSpec, wanted: Wanted, sinks: bool) -> TileSum:
+    """The gradients of attention, from GRADIENT_INPUTS: of q, k, v, and of what is wanted of the biases and sinks,
+    in the order of `Gradients`."""
+    there = {"q": True, "k": True, "v": True, **wanted._asdict(), "sinks": sinks}
+    names = tuple(name for name, is_there in there.items() if is_there)
+
+    def function(tile: Tile, *parts: Tensor | None) -> Sequence[Tensor]:
+        return _gradients_of_tile(tile, names, *parts)
+
+    falls = tuple(_FALLS.get(name, "whole") for name in GRADIENT_INPUTS)
+    return TileSum(function, falls, tuple(GRADIENT_INPUTS.index(name) for name in names), spec)
+
+
+def tangent(spec: AttentionSpec) -> TileSum:
+    """The tangents of attention's out and lse, from TANGENT_INPUTS."""
+    falls = tuple(_FALLS.get(name, "whole") for name in TANGENT_INPUTS)
+    return TileSum(_tangent_of_tile, falls, (TANGENT_INPUTS.index("out"), TANGENT_INPUTS.index("lse")), spec)
+
+
+def _gradients_of_tile(
+    tile: Tile, names, dout, q, k, v, out, lse, dlse, bias, relative_bias, sinks
+) -> Sequence[Tensor]:
+    """With P = exp(S - lse), dP = dout v^T and delta = rowsum(dout * out) - dlse, dS = P * (dP - delta)."""
+    scores = tile.scores
+    delta = (dout * out).sum(-1)
+    if dlse is not None:
+        delta = delta - dlse
+    # Rows that saw nothing: exp(-inf - inf) is 0 and so is everything that follows.
+    empty = lse == float("-inf")
+    lse, delta = lse.masked_fill(empty, float("inf"))[..., None], delta.masked_fill(empty, 0.0)[..., None]
+    q_rows, dout_rows, lse_rows, delta_rows = (grouped(t, scores.key_heads) for t in (q, dout, lse, delta))
+    values, slope = scores.of(tile, q_rows, k, bias, relative_bias)
+    keep = scores.kept(tile)
+    weights = torch.exp(values - lse_rows)
+    dscores = weights * (times(dout_rows @ v.mT, keep) - delta_rows)
+    dproducts = dscores * slope
+    results = [
+        ungrouped(dproducts @ k, scores.heads),
+        dproducts.mT @ q_rows,
+        times(weights, keep).mT @ dout_rows,
+    ]
+    if "bias" in names:
+        # What comes back to a bias, in a second derivative, may be anything where it is hidden.
+        seen = dscores.masked_fill(values == float("-inf"), 0.0)
+        results.append(ungrouped(seen, scores.heads).sum_to_size(bias.shape))
+    if "relative_bias" in names:
+        shift = tile.columns.start - tile.rows.start - scores.shift
+        results.append(definition.sum_by_distance(ungrouped(dscores, scores.heads), relative_bias, shift))
+    if "sinks" in names:
+        dsinks = -(torch.exp(sinks[..., None, None] - lse) * delta).sum((2, 3))
+        results.append(dsinks if tile.first else torch.zeros_like(sinks))
+    return results
+
+
+def _tangent_of_tile(
+    tile: Tile, q, k, v, out, lse, dq, dk, dv, dbias, drelative_bias, dsinks, bias, relative_bias, sinks
+) -> Sequence[Tensor]:
+    """With P = exp(S - lse): lse' = sum P S', out' = sum P S' v + sum P v' - lse' out. Here a d says tangent."""
+    scores = tile.scores
+    lse = lse.masked_fill(lse == float("-inf"), float("inf"))
+    q_rows = grouped(q, scores.key_heads)
+    values, slope = scores.of(tile, q_rows, k, bias, relative_bias)
+    keep = scores.kept(tile)
+    weights = torch.exp(values - grouped(lse[..., None], scores.key_heads))
+    moved = list(scores.added(tile, dbias, drelative_bias))
+    if dq is not None:
+        moved.append(grouped(dq, scores.key_heads) @ k.mT * slope)
+    if dk is not None:
+        moved.append(q_rows @ dk.mT * slope)
+    # The tangent of a bias may be anything where it is hidden.
+    change = sum(moved, torch.zeros_like(values)).masked_fill(values == float("-inf"), 0.0)
+    dweights = weights * change
+    dlse = ungrouped(dweights.sum(-1, keepdim=True), scores.heads)
+    dout = times(dweights, keep) @ v
+    if dv is not None:
+        dout = dout + times(weights, keep) @ dv
+    if dsinks is not None and tile.first:
+        dlse = dlse + (torch.exp(sinks[..., None] - lse) * dsinks[..., None])[..., None]
+    return ungrouped(dout, scores.heads) - dlse * out, dlse[..., 0]
+
+
+# ---- pieces ----
+
+
+def key_counts(lengths: Tensor | None, keys: int) -> tuple[int, int]:
+    """How many keys every batch entry has, and from which on none has any. Reading it waits for the device; this
+    backend launches hundreds of products anyway. A tracer has nothing to read."""
+    if lengths is None or not lengths.numel():
+        return keys, keys
+    if type(lengths) is not Tensor:
+        return 0, keys
+    shortest, longest = torch.stack(lengths.aminmax()).tolist()
+    return shortest, longest
+
+
+def learned(tensors: ScoreTensors) -> tuple[ScoreTensors, tuple[Tensor | None, Tensor | None, Tensor | None]]:
+    """The tensors without a gradient, and those with one: bias, relative bias and sinks."""
+    is_mask = tensors.bias is not None and tensors.bias.dtype == torch.bool
+    fixed = tensors._replace(bias=tensors.bias if is_mask else None, relative_bias=None, sinks=None)
+    return fixed, (None if is_mask else tensors.bias, tensors.relative_bias, tensors.sinks)
+
+
+def part_of(t: Tensor, falls: str, tile: Tile) -> Tensor:
+    """A view of what of a tensor falls on a tile."""
+    if falls == "rows":
+        return t[:, :, tile.rows]
+    if falls == "columns":
+        return t[:, :, tile.columns]
+    if falls == "scores":
+        # A bias; its dimensions of size 1 stay.
+        t = t[:, :, tile.rows] if t.shape[2] > 1 else t
+        return t[..., tile.columns] if t.shape[3] > 1 else t
+    return t
+
+
+@contextmanager
+def product_precision(q: Tensor, spec: AttentionSpec) -> Iterator[None]:
+    """PyTorch's own float32 products on CUDA, as the spec asks for them; tf32x3 is given more than it asks for."""
+    if q.device.type != "cuda" or q.dtype != torch.float32:
+        yield
+        return
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = spec.precision == "tf32"
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def granules(span: slice) -> range:
+    """The rows or columns of granules that this span of queries or keys, from the beginning of one on, lies in."""
+    return range(span.start // GRANULE, -(-span.stop // GRANULE))
+
+
+def times(weights: Tensor, keep: Tensor | None) -> Tensor:
+    return weights if keep is None else weights * keep
+
+
+def grouped(t: Tensor, key_heads: int) -> Tensor:
+    """(B, Hq, L, W) -> (B, Hkv, group * L, W): the queries that read one key head, one below the other."""
+    batch, heads, length, width = t.shape
+    return t.reshape(batch, key_heads, heads // key_heads * length, width)
+
+
+def ungrouped(t: Tensor, heads: int) -> Tensor:
+    batch, key_heads, rows, width = t.shape
+    return t.reshape(batch, heads, rows * key_heads // heads, width)
+
+
+def _zeros(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """Zeros of this shape, laid out as results are."""
+    return zero_heads(t.shape, t, dtype) if t.dim() == 4 else t.new_zeros(t.shape, dtype=dtype)
+
+
+def _spans(start: int, stop: int, step: int) -> Iterator[slice]:
+    for first in range(start, stop, step):
+        yield slice(first, min(first + step, stop))

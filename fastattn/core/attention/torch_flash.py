@@ -1,0 +1,220 @@
+"""PyTorch's own fused attention, for the calls in which it computes the same thing.
+
+The aten operators behind F.scaled_dot_product_attention are called directly, because the public function does
+not return the log-sum-exp that the backward and merge_states need.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastattn.core.attention.spec import NO_TENSORS, AttentionSpec, ScoreTensors
+from fastattn.core.attention.tiles import KEY_TILE, QUERY_TILE, key_counts
+from fastattn.core.checks import lse_dtype
+
+_aten = torch.ops.aten
+_HIDDEN = float("-inf")
+
+
+def serves(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, tensors: ScoreTensors) -> bool:
+    """Whether PyTorch's flash attention computes this: one head width, its causal mask aligned top-left, nothing
+    else done to the scores. Except on a CPU: there it takes a mask, if that is no larger than what was given."""
+    if spec.softcap or q.shape[3] != v.shape[3] or q.numel() * k.numel() == 0:
+        return False
+    if q.device.type == "cpu":
+        return _is_added(tensors) and not _skips(k, spec) and _is_small(q, k, spec, tensors)
+    if q.device.type != "cuda" or torch.version.cuda is None:
+        return False
+    if tensors != NO_TENSORS or _hides_by_window(q, k, spec):
+        return False
+    half = q.dtype in (torch.float16, torch.bfloat16)
+    fits = q.shape[3] % 8 == 0 and q.shape[3] <= 256
+    return half and fits and torch.cuda.get_device_capability(q.device) >= (8, 0)
+
+
+def serves_backward(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, tensors: ScoreTensors) -> bool:
+    """Whether it shall compute the gradients of what it serves: not in float16 on a CPU, where it takes two to
+    five times as long as tiles in float32 (torch 2.13, without float16 instructions)."""
+    return serves(q, k, v, spec, tensors) and (q.device.type != "cpu" or q.dtype != torch.float16)
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, tensors: ScoreTensors = NO_TENSORS
+) -> tuple[Tensor, Tensor]:
+    q, k, v = _unit_stride(q), _unit_stride(k), _unit_stride(v)
+    causal = _is_causal(q, k, spec)
+    if q.device.type != "cpu":
+        out, lse, *_ = _aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, scale=spec.scale)
+        return out, lse.contiguous()
+    if _entries_differ(k, tensors):
+        return _by_entry(forward, (q, k, v), spec, tensors)
+    seen = _keys_seen(q, k, spec, tensors)
+    if seen.start == seen.stop:
+        return torch.zeros_like(q), q.new_full(q.shape[:3], _HIDDEN, dtype=lse_dtype(q.dtype))
+    mask = _mask(q, k, spec, tensors, seen)
+    out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(
+        q, k[:, :, seen], v[:, :, seen], 0.0, causal, attn_mask=mask, scale=spec.scale
+    )
+    if mask is not None and bool((empty := _empty_rows(mask, causal, q.shape[2])).any()):
+        # The operator says 0 of them, which is a log-sum-exp like any other.
+        out, lse = out.masked_fill(empty[..., None], 0.0), lse.masked_fill(empty, _HIDDEN)
+    return out, lse.contiguous()
+
+
+def backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    spec: AttentionSpec,
+    tensors: ScoreTensors = NO_TENSORS,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dout, q, k, v, out = (_unit_stride(t) for t in (dout, q, k, v, out))
+    causal = _is_causal(q, k, spec)
+    if q.device.type == "cpu":
+        if _entries_differ(k, tensors):
+            return _by_entry(backward, (dout, q, k, v, out, lse), spec, tensors)
+        seen = _keys_seen(q, k, spec, tensors)
+        if seen.start == seen.stop:
+            return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        # Where all scores are -inf, any finite number makes exp(score - lse) zero; -inf would make it NaN.
+        dq, dk, dv = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            dout, q, k[:, :, seen], v[:, :, seen], out, lse.masked_fill(lse == _HIDDEN, 0.0), 0.0, causal,
+            attn_mask=_mask(q, k, spec, tensors, seen), scale=spec.scale,
+        )  # fmt: skip
+        unseen = (0, 0, seen.start, k.shape[2] - seen.stop)
+        return dq, *(F.pad(t, unseen) if any(unseen) else t for t in (dk, dv))
+    # Dense and without dropout: no cumulative lengths, and a random state that is not read.
+    unused = torch.empty(0, dtype=torch.uint64, device=q.device)
+    return _aten._scaled_dot_product_flash_attention_backward(
+        dout, q, k, v, out, lse, None, None, q.shape[2], k.shape[2], 0.0, causal, unused, unused, scale=spec.scale
+    )
+
+
+# ---- lengths, one for each batch entry ----
+
+
+def _entries_differ(k: Tensor, tensors: ScoreTensors) -> bool:
+    """Whether batch entries have different lengths. Then each is a call of its own, that reads and computes
+    nothing but its own keys."""
+    shortest, longest = key_counts(tensors.key_lengths, k.shape[2])
+    return shortest != longest
+
+
+def _by_entry(function: Callable, inputs: tuple[Tensor, ...], spec: AttentionSpec, tensors: ScoreTensors) -> Any:
+    """What `function` returns, batch entry by batch entry."""
+    batch = inputs[0].shape[0]
+
+    def entry(t: Tensor | None, b: int) -> Tensor | None:
+        return t if t is None or t.shape[0] != batch else t[b : b + 1]
+
+    results = (
+        function(*(t[b : b + 1] for t in inputs), spec, ScoreTensors(*(entry(t, b) for t in tensors)))
+        for b in range(batch)
+    )
+    return tuple(torch.cat(column) for column in zip(*results, strict=True))
+
+
+# ---- the mask of the CPU's operator ----
+
+
+def _is_added(tensors: ScoreTensors) -> bool:
+    """Whether all that is done to the scores can be said by a mask."""
+    there = {name for name, t in tensors._asdict().items() if t is not None}
+    return there <= {"key_lengths", "alibi_slopes", "bias"}
+
+
+def _skips(k: Tensor, spec: AttentionSpec) -> bool:
+    """Whether tiles leave out more than half of the keys, none of which the operator would."""
+    if spec.left is None or spec.right is None:
+        return False
+    return QUERY_TILE + spec.left + spec.right < k.shape[2] // 2
+
+
+def _is_small(q: Tensor, k: Tensor, spec: AttentionSpec, tensors: ScoreTensors) -> bool:
+    """Whether the mask has no more elements than a bias or key lengths have anyway, or than a tile of scores."""
+    (batch, heads, queries, _), keys = q.shape, k.shape[2]
+    given = [] if tensors.bias is None else [tuple(_unexpanded(tensors.bias).shape)]
+    made = [(1, 1, queries, keys)] if _hides_by_window(q, k, spec) else []
+    made += [] if tensors.alibi_slopes is None else [(*_unexpanded(tensors.alibi_slopes).shape, queries, keys)]
+    if not given + made:
+        return True
+    whole = math.prod(torch.broadcast_shapes(*given, *made))
+    return whole <= max(batch * heads * QUERY_TILE * KEY_TILE, *map(math.prod, given), 0)
+
+
+def _is_causal(q: Tensor, k: Tensor, spec: AttentionSpec) -> bool:
+    """Whether the operator's own causal mask, aligned top-left, hides what is after the diagonal."""
+    return spec.right == 0 and q.shape[2] == k.shape[2]
+
+
+def _hides_by_window(q: Tensor, k: Tensor, spec: AttentionSpec) -> bool:
+    """Whether the window hides more than the operator's own causal mask does."""
+    return spec.left is not None or (spec.right is not None and not _is_causal(q, k, spec))
+
+
+def _keys_seen(q: Tensor, k: Tensor, spec: AttentionSpec, tensors: ScoreTensors) -> slice:
+    """The keys that any query may see: what lies beyond them is not read, whatever it holds."""
+    queries, keys = q.shape[2], k.shape[2]
+    start = 0 if spec.left is None else max(0, keys - queries - spec.left)
+    _, stop = key_counts(tensors.key_lengths, keys)
+    return slice(start, max(stop, start))
+
+
+def _mask(q: Tensor, k: Tensor, spec: AttentionSpec, tensors: ScoreTensors, keys: slice) -> Tensor | None:
+    """What is added to the scores of these keys, broadcasting to (B, Hq, Lq, keys): -inf hides."""
+    seen: list[Tensor] = []
+    added: list[Tensor] = []
+    place = torch.arange(keys.start, keys.stop, device=q.device)
+    if tensors.bias is not None:
+        bias = _unexpanded(tensors.bias)
+        bias = bias[..., keys] if bias.shape[-1] > 1 else bias
+        (seen if bias.dtype == torch.bool else added).append(bias)
+    # A bias may be anything where the operator's own causal mask hides it, too: NaN added to -inf is NaN.
+    if added and min(added[0].shape[-2:]) > 1 and _is_causal(q, k, spec):
+        seen.append(_distance(q, k, place) <= 0)
+    if _hides_by_window(q, k, spec):
+        seen += [] if spec.left is None else [_distance(q, k, place) >= -spec.left]
+        seen += [] if spec.right is None else [_distance(q, k, place) <= spec.right]
+    if tensors.alibi_slopes is not None:
+        added.append(-_unexpanded(tensors.alibi_slopes)[..., None, None] * _distance(q, k, place).abs())
+    if not seen and not added:
+        return None
+    # The operator takes the heads' dtype or float32.
+    dtype = q.dtype if all(t.dtype == q.dtype for t in added) else lse_dtype(q.dtype)
+    mask = functools.reduce(torch.add, (t.to(dtype) for t in added)) if added else q.new_zeros((), dtype=dtype)
+    mask = torch.where(functools.reduce(torch.logical_and, seen), mask, _HIDDEN) if seen else mask
+    return mask[(None,) * (4 - mask.dim())]
+
+
+def _distance(q: Tensor, k: Tensor, place: Tensor) -> Tensor:
+    """(Lq, keys): how many keys after its query's diagonal each key is."""
+    return place - torch.arange(q.shape[2], device=q.device)[:, None] - (k.shape[2] - q.shape[2])
+
+
+def _empty_rows(mask: Tensor, causal: bool, queries: int) -> Tensor:
+    """Which rows see nothing; broadcasts to (B, Hq, Lq)."""
+    if not causal:
+        return mask.amax(-1) == _HIDDEN
+    some, first = (mask != _HIDDEN).view(torch.uint8).max(-1)
+    return (some == 0) | (first > torch.arange(queries, device=mask.device))
+
+
+def _unexpanded(t: Tensor) -> Tensor:
+    """Without the repetitions of an expanded tensor: they become dimensions of size 1."""
+    for dim, (size, stride) in enumerate(zip(t.shape, t.stride(), strict=True)):
+        t = t.narrow(dim, 0, 1) if size > 1 and stride == 0 else t
+    return t
+
+
+def _unit_stride(t: Tensor) -> Tensor:
+    return t if t.stride(-1) == 1 else t.contiguous()

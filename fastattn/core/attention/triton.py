@@ -1,0 +1,53 @@
+"""The way from a spec to the attention kernels' launchers, and nothing else."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fastattn.core.attention.spec import AttentionSpec, Gradients, ScoreTensors, Tangents, Wanted
+from fastattn.kernels.attention import backward as _backward
+from fastattn.kernels.attention import forward as _forward
+from fastattn.kernels.attention import tangent as _tangent
+from fastattn.masks import BlockLists
+from fastattn.masks.lists import unpacked
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, tensors: ScoreTensors) -> tuple[Tensor, Tensor]:
+    return _forward.attention_forward(q, k, v, spec, tensors, _lists(spec, tensors))
+
+
+def backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dlse: Tensor | None,
+    spec: AttentionSpec,
+    tensors: ScoreTensors,
+    wanted: Wanted,
+) -> Gradients:
+    lists = _lists(spec, tensors)
+    return Gradients(*_backward.attention_backward(dout, q, k, v, out, lse, dlse, spec, tensors, wanted, lists))
+
+
+def tangent(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    tangents: Tangents,
+    spec: AttentionSpec,
+    tensors: ScoreTensors,
+) -> tuple[Tensor, Tensor]:
+    lists = _lists(spec, tensors)
+    return _tangent.attention_tangent(q, k, v, out, lse, tangents, spec, tensors, lists)
+
+
+def _lists(spec: AttentionSpec, tensors: ScoreTensors) -> BlockLists | None:
+    """The mask's block lists, if it has any."""
+    if tensors.mask is None or spec.mask is None:
+        return None
+    return unpacked(tensors.mask, spec.mask)

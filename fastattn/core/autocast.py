@@ -1,0 +1,19 @@
+"""What autocast makes of a call's tensors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def autocast(*tensors: Any) -> tuple[Any, ...]:
+    """Under autocast, floating tensors in its dtype, as torch does for its own attention; fp64 stays."""
+    device = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
+    # torch has no autocast for tensors without values, and raises when asked.
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    eligible = (torch.float16, torch.bfloat16, torch.float32)
+    return tuple(t.to(dtype) if isinstance(t, Tensor) and t.dtype in eligible else t for t in tensors)

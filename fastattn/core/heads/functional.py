@@ -1,0 +1,67 @@
+"""The front door of what happens to heads between projection and attention."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastattn.core.capabilities import check_backend
+from fastattn.core.heads.operators import PrepareHeads, PrepareHeadsEagerly
+from fastattn.core.heads.spec import heads_spec
+
+
+def prepare_heads(
+    x: Tensor,
+    *,
+    norm_weight: Tensor | None = None,
+    norm: bool = False,
+    eps: float = 1e-6,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    interleaved: bool = False,
+    offsets: int | Tensor = 0,
+    head_scale: Tensor | float | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """head_scale * rotate(norm(x) * norm_weight): RMS norm of each head, rotary embedding and scale, in one pass.
+
+    Each step happens where it is asked for. Backward is one pass too, and keeps nothing but x.
+
+    Args:
+        x: queries or keys (B, H, L, D); any strides.
+        norm_weight: (D,) or (H, D); asks for the norm. With gradient.
+        norm: divide every row by sqrt(its mean square + eps), also without a weight.
+        eps: at least 1.2e-38.
+        cos, sin: the rotation, in any floating dtype, without gradient. (positions, W/2), the row of a position
+            standing at its number, or (B, L, W/2), a row for every row of x. The first W components of a head
+            turn in W/2 pairs, (a, b) to (a cos - b sin, b cos + a sin); the others pass.
+        interleaved: component 2i turns with 2i + 1 (RoFormer, GPT-J); else i with i + W/2 (GPT-NeoX, Llama).
+        offsets: the position of row 0: a number, or integers (B,), such as the lengths of a cache. Of a tensor,
+            negative positions (left padding) count as 0, and those beyond the table give NaN where its values
+            cannot be read beforehand (GPU, tracing).
+        head_scale: a number, or (H,) or (B, H). With gradient.
+        backend: as `attention`'s.
+
+    Returns:
+        (B, H, L, D) in x's dtype, laid out (B, L, H, D) in memory; computed in fp32 (fp64 for fp64 x), rounded
+        once.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what was expected, before anything runs.
+
+    Example:
+        >>> q, weight = torch.randn(1, 8, 16, 64), torch.ones(64)
+        >>> angles = torch.outer(torch.arange(16.0), 10_000 ** (-torch.arange(32) / 32))
+        >>> prepare_heads(q, norm_weight=weight, cos=angles.cos(), sin=angles.sin()).shape
+        torch.Size([1, 8, 16, 64])
+
+    Source: rotary: Su et al., RoFormer (2021), section 3.4.2; RMS norm: Zhang and Sennrich (2019), equation 4, of
+    queries and keys as in Dehghani et al., Scaling Vision Transformers to 22 Billion Parameters (2023), section 2.
+    """
+    spec, tensors = heads_spec(
+        x, norm_weight=norm_weight, norm=norm, eps=eps, cos=cos, sin=sin, interleaved=interleaved,
+        offsets=offsets, head_scale=head_scale,
+    )  # fmt: skip
+    backend = check_backend(backend)
+    function = PrepareHeads if torch.compiler.is_compiling() else PrepareHeadsEagerly
+    return function.apply(x, *tensors, *spec.options, backend)

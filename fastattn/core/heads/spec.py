@@ -1,0 +1,179 @@
+"""What is asked of heads on their way to attention: validated once, then frozen. Tensors travel beside it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastattn.core import arguments
+from fastattn.core.checks import check_beside, check_floating, lse_dtype
+
+# Below it float32 has no normal numbers, and a row of zeros would be divided by zero.
+SMALLEST_EPS = torch.finfo(torch.float32).tiny
+
+
+@dataclass(frozen=True)
+class HeadsSpec:
+    """Which preparation: y = head_scale * rotate(norm(x) * norm_weight), each step where it is asked for.
+
+    norm: divide each row by sqrt(its mean square + eps).
+    turned: how many leading components the rotation turns, in pairs; 0 for none.
+    interleaved: component 2i turns with 2i + 1; otherwise i with i + turned / 2.
+    scaled: whether there is a head_scale.
+    """
+
+    norm: bool = False
+    eps: float = 1e-6
+    turned: int = 0
+    interleaved: bool = False
+    scaled: bool = False
+
+    @property
+    def options(self) -> tuple[bool, float, bool]:
+        """What an operator takes beside its tensors, which say the rest: norm, eps, interleaved."""
+        return self.norm, self.eps, self.interleaved
+
+
+class HeadTensors(NamedTuple):
+    """Tensors beside x (B, H, L, D), each with the batch in front; None where they are not asked for.
+
+    norm_weight: (B, H, D), in fp32, or fp64 for fp64 inputs.
+    cos, sin: (B, positions, turned / 2), any floating dtype; at least L positions if there are no offsets.
+    offsets: (B,) int32, the position of row 0. Positions below 0 count as 0, those beyond the table give NaN.
+    head_scale: (B, H), in norm_weight's dtype.
+    """
+
+    norm_weight: Tensor | None = None
+    cos: Tensor | None = None
+    sin: Tensor | None = None
+    offsets: Tensor | None = None
+    head_scale: Tensor | None = None
+
+
+def heads_spec(
+    x: Tensor,
+    *,
+    norm_weight: Tensor | None,
+    norm: bool,
+    eps: float,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    interleaved: bool,
+    offsets: int | Tensor,
+    head_scale: Tensor | float | None,
+) -> tuple[HeadsSpec, HeadTensors]:
+    """Check what `prepare_heads` is given against x, and give every tensor its batch dimension."""
+    _check_x(x)
+    batch, heads, _, width = x.shape
+    norm, interleaved = arguments.flag("norm", norm), arguments.flag("interleaved", interleaved)
+    eps = check_eps(eps)
+    work = lse_dtype(x.dtype)
+    if norm_weight is not None:
+        check_beside("norm_weight", norm_weight, x, ((width,), (heads, width)), "x")
+        check_floating("norm_weight", norm_weight)
+        norm_weight = norm_weight.to(work).expand(batch, heads, width)
+    cos, sin, starts = _tables(x, cos, sin, offsets)
+    if head_scale is not None:
+        head_scale = _scale(x, head_scale).to(work).expand(batch, heads)
+    turned = 0 if cos is None else 2 * cos.shape[-1]
+    spec = HeadsSpec(norm or norm_weight is not None, eps, turned, interleaved, head_scale is not None)
+    return spec, HeadTensors(norm_weight, cos, sin, starts, head_scale)
+
+
+def _check_x(x: Tensor) -> None:
+    arguments.tensor("x", x)
+    if x.dim() != 4 or x.shape[3] == 0:
+        raise ValueError(f"x must have shape (batch, heads, length, width), width not 0; got {tuple(x.shape)}")
+    check_floating("x", x)
+
+
+def check_eps(eps: float) -> float:
+    eps = float(arguments.number("eps", eps))
+    if not SMALLEST_EPS <= eps < math.inf:
+        raise ValueError(f"eps must be finite and at least {SMALLEST_EPS:.1e}, got {eps}")
+    return eps
+
+
+def _scale(x: Tensor, head_scale: Tensor | float) -> Tensor:
+    """A number for every head, or one for each, as a tensor."""
+    if not isinstance(head_scale, Tensor):
+        head_scale = arguments.number("head_scale", head_scale, what="a number or a torch.Tensor")
+        return x.new_full((1,), head_scale, dtype=lse_dtype(x.dtype))
+    check_beside("head_scale", head_scale, x, ((), (x.shape[1],), tuple(x.shape[:2])), "x")
+    check_floating("head_scale", head_scale)
+    return head_scale
+
+
+def _tables(
+    x: Tensor, cos: Tensor | None, sin: Tensor | None, offsets: int | Tensor
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """cos and sin (B, positions, pairs), and the offsets that are tensors: a number is cut off the tables."""
+    if cos is None or sin is None:
+        if cos is not sin:
+            raise ValueError(f"cos and sin must come together, got {'sin' if cos is None else 'cos'} alone")
+        _check_no_offsets(offsets, "where there are no cos and sin")
+        return None, None, None
+    batch, _, length, _ = x.shape
+    _check_tables(x, cos, sin)
+    if cos.dim() == 3:
+        _check_no_offsets(offsets, "where cos and sin have a row for every row of x")
+        return cos.expand(batch, -1, -1), sin.expand(batch, -1, -1), None
+    if isinstance(offsets, Tensor) and offsets.dim() > 0:
+        starts = _starts(x, offsets, positions=cos.shape[0])
+        return cos.expand(batch, *cos.shape), sin.expand(batch, *sin.shape), starts
+    offsets = arguments.integer("offsets", offsets, what="an int or a tensor of them")
+    if not 0 <= offsets <= cos.shape[0] - length:
+        raise ValueError(
+            f"offsets must be between 0 and {cos.shape[0] - length}, for {length} rows of x "
+            f"and {cos.shape[0]} of cos; got {offsets}"
+        )
+    cos, sin = (t[offsets : offsets + length].expand(batch, -1, -1) for t in (cos, sin))
+    return cos, sin, None
+
+
+def _check_no_offsets(offsets: int | Tensor, where: str) -> None:
+    several = isinstance(offsets, Tensor) and offsets.dim() > 0
+    if several or arguments.integer("offsets", offsets, what="an int or a tensor of them") != 0:
+        raise ValueError(f"offsets must be 0 {where}")
+
+
+def _check_tables(x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    batch, _, length, width = x.shape
+    for name, t in (("cos", cos), ("sin", sin)):
+        arguments.tensor(name, t, or_none=True)
+        check_floating(name, t)
+        if t.device != x.device:
+            raise ValueError(f"{name} must be on x's device {x.device}, got {t.device}")
+        if t.requires_grad:
+            raise ValueError(f"{name} must not require a gradient, it has none here; detach it")
+        fits = t.dim() == 2 or (t.dim() == 3 and t.shape[0] in (1, batch) and t.shape[1] == length)
+        if not fits or not 1 <= t.shape[-1] <= width // 2:
+            raise ValueError(
+                f"{name} must have shape (positions, pairs) or ({batch}, {length}, pairs), with 1 to "
+                f"{width // 2} pairs for x's width {width}; got {tuple(t.shape)}"
+            )
+    if sin.shape != cos.shape:
+        raise ValueError(f"sin must have cos's shape {tuple(cos.shape)}, got {tuple(sin.shape)}")
+
+
+def _starts(x: Tensor, offsets: Tensor, positions: int) -> Tensor:
+    """The offsets as int32. Their values are read only where that waits for nothing: on the CPU, in eager mode."""
+    check_beside("offsets", offsets, x, ((x.shape[0],),), "x")
+    if offsets.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"offsets must be int32 or int64, got {offsets.dtype}")
+    length = x.shape[2]
+    if positions == 0 and length > 0:
+        raise ValueError("cos must hold at least one position, got none")
+    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    if not traced and type(offsets) is Tensor and offsets.device.type == "cpu" and offsets.numel():
+        last = int(offsets.max())
+        if last > positions - length:
+            raise ValueError(
+                f"offsets must be at most {positions - length}, for {length} rows of x and {positions} of cos; "
+                f"got {last}"
+            )
+    return offsets.clamp(-length, positions).to(torch.int32)

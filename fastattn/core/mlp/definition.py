@@ -1,0 +1,72 @@
+"""The definition of the MLP in plain PyTorch: the oracle of the tests, and the reference backend."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastattn.core.mlp import definition
+from fastattn.core.mlp.spec import MLPSpec, MLPWeights
+
+
+def activate(x: Tensor, activation: str) -> Tensor:
+    """The activation, by torch's own functions."""
+    if activation == "gelu":
+        return F.gelu(x)
+    if activation == "gelu_tanh":
+        return F.gelu(x, approximate="tanh")
+    if activation == "silu":
+        return F.silu(x)
+    return F.relu(x).square() if activation == "relu_squared" else F.relu(x)
+
+
+def mlp(x: Tensor, weights: MLPWeights, spec: MLPSpec) -> Tensor:
+    """hidden W_out^T + b_out, where hidden = act(x W_in^T + b_in), in gated form times (x W_up^T + b_up).
+
+    x (T, d), w_in and w_up (h, d), w_out (out, h); returns (T, out).
+    """
+    hidden = activate(F.linear(x, weights.w_in, weights.b_in), spec.activation)
+    if weights.w_up is not None:
+        hidden = hidden * F.linear(x, weights.w_up, weights.b_up)
+    return F.linear(hidden, weights.w_out, weights.b_out)
+
+
+def mlp_backward(
+    dy: Tensor, x: Tensor, weights: MLPWeights, spec: MLPSpec
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of `mlp`, differentiable again: of x, of w_in above w_up, of b_in before b_up, of w_out and
+    of b_out. Biases that are None count as zeros, so that their gradients exist."""
+    zeros = x.new_zeros(weights.w_in.shape[0])
+    b_in, b_up = (zeros if b is None else b for b in (weights.b_in, weights.b_up))
+    filled = weights._replace(b_in=b_in, b_up=None if weights.w_up is None else b_up)
+    present = [name for name, t in filled._asdict().items() if t is not None and name != "b_out"]
+
+    def function(x: Tensor, *tensors: Tensor) -> Tensor:
+        return mlp(x, filled._replace(**dict(zip(present, tensors, strict=True)), b_out=None), spec)
+
+    dx, *gradients = torch.func.vjp(function, x, *(getattr(filled, name) for name in present))[1](dy)
+    of = dict(zip(present, gradients, strict=True))
+    dw, db = of["w_in"], of["b_in"]
+    if "w_up" in of:
+        dw, db = torch.cat((dw, of["w_up"])), torch.cat((db, of["b_up"]))
+    return dx, dw, db, of["w_out"], dy.sum(0)
+
+
+def forward(x: Tensor, weights: MLPWeights, spec: MLPSpec, save: bool) -> tuple[Tensor, Tensor]:
+    y = definition.mlp(x, weights, spec)
+    if not save:
+        return y, x.new_empty(0)
+    saved = F.linear(x, weights.w_in, weights.b_in)
+    if weights.w_up is not None:
+        saved = torch.cat((saved, F.linear(x, weights.w_up, weights.b_up)), 1)
+    return y, saved
+
+
+def backward(
+    dy: Tensor, x: Tensor, weights: MLPWeights, saved: Tensor, wanted: Sequence[bool], spec: MLPSpec
+) -> tuple[Tensor | None, ...]:
+    gradients = definition.mlp_backward(dy, x, weights, spec)
+    return tuple(g if want else None for g, want in zip(gradients, wanted, strict=True))

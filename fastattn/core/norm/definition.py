@@ -1,0 +1,81 @@
+"""The definition of norms in plain PyTorch: the oracle of the tests, and the reference backend."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastattn.core.checks import lse_dtype
+from fastattn.core.norm import definition
+from fastattn.core.norm.spec import NormSpec
+
+
+def norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, spec: NormSpec
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+    """y, x + residual (None without), and of each row the mean (None unless centred) and the inverse deviation.
+
+    x and residual (B, R, W), weight and bias (B, W); in fp32 at least, rounded once.
+    """
+    total = x if residual is None else x + residual
+    y, mean, inverse = _standardised(total, spec)
+    if weight is not None:
+        y = y * _multiplier(weight, y, spec)
+    if bias is not None:
+        y = y + bias.to(y.dtype)[:, None]
+    mean = None if mean is None else mean[..., 0]
+    return y.to(x.dtype), None if residual is None else total, mean, inverse[..., 0]
+
+
+def norm_backward(
+    dy: Tensor, dtotal: Tensor | None, x: Tensor, weight: Tensor | None, spec: NormSpec
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of `norm`, written out, so that they can be differentiated again: of what was normalised, x,
+    to which dtotal comes as a result; and of weight and bias (B, W), in fp32 at least."""
+    normalised, _, inverse = _standardised(x, spec)
+    gradient = dy.to(normalised.dtype)
+    dweight, dbias = (gradient * normalised).sum(1), gradient.sum(1)
+    if weight is not None:
+        gradient = gradient * _multiplier(weight, gradient, spec)
+    dx = gradient - normalised * (gradient * normalised).mean(-1, keepdim=True)
+    if spec.centred:
+        dx = dx - gradient.mean(-1, keepdim=True)
+    dx = inverse * dx
+    return (dx if dtotal is None else dx + dtotal).to(x.dtype), dweight, dbias
+
+
+def _standardised(x: Tensor, spec: NormSpec) -> tuple[Tensor, Tensor | None, Tensor]:
+    """x in fp32 at least, less its mean if centred, over its deviation; that mean, or None, and the inverse of the
+    deviation, (B, R, 1)."""
+    x, mean = x.to(lse_dtype(x.dtype)), None
+    if spec.centred:
+        mean = x.mean(-1, keepdim=True)
+        x = x - mean
+    inverse = torch.rsqrt(x.square().mean(-1, keepdim=True) + spec.eps)
+    return x * inverse, mean, inverse
+
+
+def _multiplier(weight: Tensor, like: Tensor, spec: NormSpec) -> Tensor:
+    """What normalised rows are multiplied by: (B, 1, W)."""
+    return weight.to(like.dtype)[:, None] + spec.weight_offset
+
+
+def forward(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, spec: NormSpec
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+    y, total, mean, inverse = definition.norm(x, residual, weight, bias, spec)
+    return y.contiguous(), None if total is None else total.contiguous(), mean, inverse
+
+
+def backward(
+    dy: Tensor,
+    dtotal: Tensor | None,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor | None,
+    inverse: Tensor,
+    spec: NormSpec,
+    wanted: tuple[bool, bool],
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    dx, dweight, dbias = definition.norm_backward(dy, dtotal, x, weight, spec)
+    return dx.contiguous(), dweight if wanted[0] else None, dbias if wanted[1] else None

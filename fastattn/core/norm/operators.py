@@ -1,0 +1,237 @@
+"""The operators of norms, made as attention's operators are.
+
+`fastattn::norm_forward` and `norm_backward` choose a backend and run it; tracers see one node each. `norm` is what
+the front door calls. x is (B, R, W) everywhere, weight and bias are (B, W), moments (B, R).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, library
+
+from fastattn.core import backends, capabilities, derivatives
+from fastattn.core.capabilities import BACKWARD, FORWARD, Request
+from fastattn.core.checks import lse_dtype
+from fastattn.core.function import Function
+from fastattn.core.mapped import fold, unfold
+from fastattn.core.norm import definition
+from fastattn.core.norm.spec import NormSpec
+
+_operators = library.Library("fastattn", "FRAGMENT")
+_OPTIONS = "bool centred, float eps, float weight_offset, str? backend"
+_operators.define(
+    f"norm_forward(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, {_OPTIONS}) "
+    "-> (Tensor, Tensor, Tensor, Tensor)"
+)
+_operators.define(
+    "norm_backward(Tensor dy, Tensor? dtotal, Tensor x, Tensor? weight, Tensor mean, Tensor inverse, "
+    f"bool want_weight, bool want_bias, {_OPTIONS}) -> (Tensor, Tensor, Tensor)"
+)
+_FORWARD, _BACKWARD = "fastattn::norm_forward", "fastattn::norm_backward"
+
+
+def _forward(x, residual, weight, bias, centred, eps, weight_offset, backend) -> tuple[Tensor, ...]:
+    spec = NormSpec(centred, eps, weight_offset, residual is not None)
+    chosen = capabilities.choose(Request("norm", spec, (x,)), FORWARD, backend)
+    results = backends.load("norm", chosen).forward(x, residual, weight, bias, spec)
+    return tuple(x.new_empty(0) if t is None else t for t in results)
+
+
+def _backward(
+    dy, dtotal, x, weight, mean, inverse, want_weight, want_bias, centred, eps, weight_offset, backend
+) -> tuple[Tensor, ...]:
+    spec = NormSpec(centred, eps, weight_offset, dtotal is not None)
+    chosen = capabilities.choose(Request("norm", spec, (x,)), BACKWARD, backend)
+    mean = mean if spec.centred else None
+    wanted = (want_weight, want_bias)
+    gradients = backends.load("norm", chosen).backward(dy, dtotal, x, weight, mean, inverse, spec, wanted)
+    return tuple(x.new_empty(0) if g is None else g for g in gradients)
+
+
+_operators.impl("norm_forward", _forward, "CompositeExplicitAutograd")
+_operators.impl("norm_backward", _backward, "CompositeExplicitAutograd")
+
+
+@library.register_fake(_FORWARD, lib=_operators)
+def _forward_fake(x, residual, weight, bias, centred, *_):
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    inverse = x.new_empty(x.shape[:2], dtype=lse_dtype(x.dtype))
+    total = x.new_empty(0) if residual is None else torch.empty_like(y)
+    return y, total, torch.empty_like(inverse) if centred else x.new_empty(0), inverse
+
+
+@library.register_fake(_BACKWARD, lib=_operators)
+def _backward_fake(dy, dtotal, x, weight, mean, inverse, want_weight, want_bias, *_):
+    lines = x.new_empty((x.shape[0], x.shape[2]), dtype=lse_dtype(x.dtype))
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return dx, *(torch.empty_like(lines) if wanted else x.new_empty(0) for wanted in (want_weight, want_bias))
+
+
+class Norm(Function):
+    """(x, residual, weight, bias, *options) -> (y, x + residual, mean, inverse deviation), of which the first two
+    are differentiable; what is not there is empty."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, residual, weight, bias, centred, eps, weight_offset, backend):
+        return torch.ops.fastattn.norm_forward(x, residual, weight, bias, centred, eps, weight_offset, backend)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, residual, weight, bias, *ctx.options = inputs
+        _, total, *moments = output
+        ctx.mark_non_differentiable(*moments, *([total] if residual is None else []))
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x if residual is None else total, weight, bias, *moments)
+
+    @staticmethod
+    def backward(ctx, dy, dtotal, _mean, _inverse):
+        x, weight, bias, *moments = ctx.saved_tensors
+        none = (None,) * len(ctx.options)
+        if dy is None:
+            return dtotal, dtotal, None, None, *none
+        _, added, want_weight, want_bias = ctx.needs_input_grad[:4]
+        dx, dweight, dbias = norm_backward(dy, dtotal, x, weight, *moments, want_weight, want_bias, *ctx.options)
+        return (
+            dx,
+            dx if added else None,
+            dweight.to(weight.dtype) if want_weight else None,
+            dbias.to(bias.dtype) if want_bias else None,
+            *none,
+        )
+
+
+class DualNorm(Norm):
+    """Norm, with forward mode, which torch.compile cannot trace; through the reference formula."""
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        Norm.setup_context(ctx, inputs, output)
+        # What Norm saves for the backward: torch.func.vmap keeps one list of mapped dimensions for both.
+        residual = inputs[1]
+        ctx.save_for_forward(inputs[0] if residual is None else output[1], *inputs[2:4], *output[2:])
+        ctx.added = residual is not None
+
+    @staticmethod
+    def jvp(ctx, dx, dresidual, dweight, dbias, *_options):
+        inputs = ctx.saved_tensors[:3]
+        moved = [t for t in (dx, dresidual) if t is not None]
+        dtotal = sum(moved[1:], moved[0]) if moved else None
+        spec = NormSpec(*ctx.options[:3])
+
+        def y(x, weight, bias):
+            return [definition.norm(x, None, weight, bias, spec)[0]]
+
+        tangents = (dtotal, dweight, dbias)
+        dy = torch.zeros_like(inputs[0])
+        if any(t is not None for t in tangents):
+            (dy,) = derivatives.push_through(y, inputs, tangents)
+        return dy, dtotal if ctx.added else None, None, None
+
+
+class NormBackward(Function):
+    """The gradients of Norm; differentiable once more, through the reference formula.
+
+    The moments are a means to compute them: their dependence on the inputs goes through x.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        dy, dtotal, x, weight, mean, inverse, want_weight, want_bias, centred, eps, weight_offset, backend
+    ):
+        return torch.ops.fastattn.norm_backward(
+            dy, dtotal, x, weight, mean, inverse, want_weight, want_bias, centred, eps, weight_offset, backend
+        )
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        dy, dtotal, x, weight, _mean, _inverse, want_weight, want_bias, *options, _backend = inputs
+        ctx.save_for_backward(dy, dtotal, x, weight)
+        ctx.wanted, ctx.spec = (want_weight, want_bias), NormSpec(*options)
+
+    @staticmethod
+    def backward(ctx, *second):
+        tensors = ctx.saved_tensors
+        present = [i for i, t in enumerate(tensors) if t is not None]
+
+        def gradients(*given):
+            filled = dict(zip(present, given, strict=True))
+            return _gradients(ctx, [filled.get(i) for i in range(len(tensors))])
+
+        pulled = [g for g, there in zip(second, (True, *ctx.wanted), strict=True) if there]
+        found = torch.func.vjp(gradients, *(tensors[i] for i in present))[1](pulled)
+        filled = dict(zip(present, found, strict=True))
+        return *(filled.get(i) for i in range(len(tensors))), *(None,) * 8
+
+
+def _gradients(ctx, tensors: Sequence) -> list[Tensor]:
+    """Those that are wanted, by the reference formula."""
+    dy, dtotal, x, weight = tensors
+    found = definition.norm_backward(dy, dtotal, x, weight, ctx.spec)
+    return [g for g, there in zip(found, (True, *ctx.wanted), strict=True) if there]
+
+
+class DualNormBackward(NormBackward):
+    """NormBackward, with forward mode."""
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        NormBackward.setup_context(ctx, inputs, output)
+        ctx.save_for_forward(*inputs[:4])
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        inputs = ctx.saved_tensors
+        moved = iter(derivatives.push_through(lambda *given: _gradients(ctx, given), inputs, tangents[:4]))
+        return tuple(next(moved) if there else inputs[0].new_empty(0) for there in (True, *ctx.wanted))
+
+
+def norm(*arguments) -> tuple[Tensor, ...]:
+    """Norm's arguments to its results, differentiable."""
+    if (
+        not torch.is_grad_enabled()
+        and not torch._C._are_functorch_transforms_active()
+        and torch.autograd.forward_ad._current_level < 0
+    ):
+        return torch.ops.fastattn.norm_forward(*arguments)
+    return (Norm if torch.compiler.is_compiling() else DualNorm).apply(*arguments)
+
+
+def norm_backward(*arguments) -> tuple[Tensor, ...]:
+    """NormBackward's arguments to the gradients, differentiable."""
+    return (NormBackward if torch.compiler.is_compiling() else DualNormBackward).apply(*arguments)
+
+
+def _unfold(size: int, results: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    """What is not there is an empty tensor, without a batch."""
+    parted = (unfold(size, (t,))[0] if t.dim() > 1 else t.expand(size, 0) for t in results)
+    return tuple(parted), (0,) * len(results)
+
+
+@library.register_vmap(_FORWARD, lib=_operators)
+def _forward_vmap(info: Any, in_dims: tuple, *arguments):
+    tensors = fold(info.batch_size, in_dims[:4], arguments[:4])
+    return _unfold(info.batch_size, torch.ops.fastattn.norm_forward(*tensors, *arguments[4:]))
+
+
+@library.register_vmap(_BACKWARD, lib=_operators)
+def _backward_vmap(info: Any, in_dims: tuple, *arguments):
+    tensors = fold(info.batch_size, in_dims[:6], arguments[:6])
+    return _unfold(info.batch_size, torch.ops.fastattn.norm_backward(*tensors, *arguments[6:]))
+
+
+for _name, _function in ((_FORWARD, Norm), (_BACKWARD, NormBackward)):
+    library.register_autograd(
+        _name,
+        _function.backward,
+        setup_context=lambda ctx, inputs, output, _function=_function: _function.setup_context(
+            ctx, inputs, output
+        ),
+        lib=_operators,
+    )

@@ -1,0 +1,98 @@
+"""PyTorch's own norms, where they compute what is asked: one pass over the rows each way.
+
+On the CPU it has no RMS norm. Forward that is a norm and two products there; backward it is the layer norm's with
+a mean of 0, which takes the gradient's mean from dx: here it is given back.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastattn.core.checks import lse_dtype
+from fastattn.core.norm.spec import NormSpec
+
+
+def serve(x: Tensor, weight: Tensor | None, bias: Tensor | None, spec: NormSpec) -> bool:
+    """Whether they do: one weight serves all rows, and is exact in the dtype they take."""
+    if x.device.type not in ("cpu", "cuda") or x.numel() == 0 or (bias is not None and not spec.centred):
+        return False
+    beside = [t for t in (weight, bias) if t is not None]
+    taken = _taken(x)
+    exact = taken == lse_dtype(x.dtype) or (spec.weight_offset == 0 and all(t.dtype == taken for t in beside))
+    return exact and all(t.shape[0] == 1 for t in beside)
+
+
+def forward(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, spec: NormSpec
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """y, mean (None unless centred) and inverse deviation of x (B, R, W)."""
+    width, mean = x.shape[2], None
+    rows, weight = _rows(x, x), _weight(x, weight, spec)
+    if spec.centred:
+        bias = None if bias is None else bias[0].to(rows.dtype)
+        y, mean, inverse = torch.native_layer_norm(rows, [width], weight, bias, spec.eps)
+        mean = mean.view(x.shape[:2])
+    elif x.is_cuda:
+        y, inverse = torch.ops.aten._fused_rms_norm(rows, [width], weight, spec.eps)
+    else:
+        size = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+        inverse = size.square_().div_(width).add_(spec.eps).rsqrt_()
+        y = rows * inverse
+        y = y if weight is None else y.mul_(weight)
+    return y.to(x.dtype).view(x.shape), mean, inverse.view(x.shape[:2])
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor | None,
+    inverse: Tensor,
+    spec: NormSpec,
+    wanted: tuple[bool, bool],
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """dx, and dweight and dbias (1, W) where they are wanted."""
+    width, weight = x.shape[2], _weight(x, weight, spec)
+    dy, rows, inverse = _rows(dy, x), _rows(x, x), inverse.reshape(-1, 1)
+    if mean is not None:
+        dx, *beside = _layer_norm(dy, rows, weight, mean.reshape(-1, 1), inverse, wanted)
+    elif x.is_cuda:
+        mask = [True, wanted[0]]
+        dx, *beside = torch.ops.aten._fused_rms_norm_backward(dy, rows, [width], inverse, weight, mask)
+    else:
+        dx, *beside = _layer_norm(dy, rows, weight, torch.zeros_like(inverse), inverse, wanted)
+        level = dy.sum(1) if weight is None else dy @ weight
+        dx.addcmul_(level[:, None], inverse, value=1 / width)
+    dweight, dbias = (None if t is None else t.to(inverse.dtype)[None] for t in (*beside, None)[:2])
+    return dx.to(x.dtype).view(x.shape), dweight, dbias
+
+
+def _layer_norm(
+    dy: Tensor, rows: Tensor, weight: Tensor | None, mean: Tensor, inverse: Tensor, wanted: tuple[bool, bool]
+) -> tuple[Tensor, ...]:
+    """Layer norm's backward, of rows (R, W)."""
+    if weight is None and any(wanted):
+        weight = torch.ones_like(rows[0])
+    # Of a bias it reads nothing but the size.
+    bias, mask = weight if wanted[1] else None, [True, *wanted]
+    return torch.ops.aten.native_layer_norm_backward(dy, rows, [rows.shape[1]], mean, inverse, weight, bias, mask)
+
+
+def _taken(x: Tensor) -> torch.dtype:
+    """The dtype in which they take rows and weights: on the CPU fp32 for half precision, in which they round more
+    than once."""
+    return lse_dtype(x.dtype) if x.device.type == "cpu" else x.dtype
+
+
+def _rows(t: Tensor, x: Tensor) -> Tensor:
+    """(R, W)."""
+    return t.reshape(-1, x.shape[2]).to(_taken(x))
+
+
+def _weight(x: Tensor, weight: Tensor | None, spec: NormSpec) -> Tensor | None:
+    """(W,) of what normalised rows are multiplied by; None for 1."""
+    if weight is None:
+        return None
+    weight = weight[0].to(_taken(x))
+    return weight if spec.weight_offset == 0 else weight + spec.weight_offset

@@ -1,0 +1,32 @@
+"""The way from a spec to the norm kernels' launchers, and nothing else."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fastattn.core.norm.spec import NormSpec
+from fastattn.kernels import norm as _norm
+
+
+def forward(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, spec: NormSpec
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+    centred, eps, offset = spec.options
+    return _norm.norm_forward(x, residual, weight, bias, centred=centred, eps=eps, offset=offset)
+
+
+def backward(
+    dy: Tensor,
+    dtotal: Tensor | None,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor | None,
+    inverse: Tensor,
+    spec: NormSpec,
+    wanted: tuple[bool, bool],
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    want_weight, want_bias = wanted
+    return _norm.norm_backward(
+        dy, dtotal, x, weight, mean, inverse, offset=spec.weight_offset, want_weight=want_weight,
+        want_bias=want_bias,
+    )  # fmt: skip

@@ -1,0 +1,326 @@
+"""MLPs in other people's modules, known by their parts, computed by the fused functions.
+
+A module becomes fused by its class alone: the new class derives from a form here and from the module's own class,
+so its parameters, hooks and state dict stay the same objects. What a form cannot serve in a call (hooks on a layer
+inside, dropout in training, weights that are not plain tensors) the module's own code computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastattn.core.checks import ACTIVATIONS, FLOATING
+from fastattn.core.intact import alteration
+from fastattn.core.mlp.functional import gated_mlp, mlp
+from fastattn.dropin.fused_classes import Fused
+
+HUGGINGFACE = {
+    "GELUActivation": "gelu",
+    "NewGELUActivation": "gelu_tanh",
+    "FastGELUActivation": "gelu_tanh",
+    "AccurateGELUActivation": "gelu_tanh",
+    "GELUTanh": "gelu_tanh",
+    "PytorchGELUTanh": "gelu_tanh",
+    "SiLUActivation": "silu",
+    "ReLUSquaredActivation": "relu_squared",
+}
+TORCH: dict[Any, str] = {
+    nn.ReLU: "relu",
+    nn.SiLU: "silu",
+    F.relu: "relu",
+    torch.relu: "relu",
+    F.gelu: "gelu",
+    F.silu: "silu",
+}
+
+
+def activation_name(activation: Any) -> str | None:
+    """What `fastattn.mlp` calls this module or function; None if it is another one."""
+    if not isinstance(activation, nn.Module):
+        return TORCH.get(activation) if isinstance(activation, Hashable) else None
+    kind = type(activation)
+    if kind is nn.GELU:
+        return "gelu_tanh" if activation.approximate == "tanh" else "gelu"
+    if kind.__module__ == "transformers.activations":
+        return HUGGINGFACE.get(kind.__name__)
+    return TORCH.get(kind)
+
+
+class Parts(NamedTuple):
+    """One MLP: one layer or two (gate and up), an activation, maybe dropout, and a last layer.
+
+    activation: the module or function, or the name of what the module's own code computes without one.
+    dropouts: what is called between the layers.
+    around: the modules that contain these, which are not called either.
+    packed: "gate_up" or "up_gate" where the first layer gives both, in this order.
+    """
+
+    first: tuple[Any, ...]
+    activation: Any
+    dropouts: tuple[Any, ...]
+    last: Any
+    around: tuple[Any, ...] = ()
+    packed: str = ""
+
+    @property
+    def layers(self) -> tuple[Any, ...]:
+        return (*self.first, self.last)
+
+
+def obstacle(parts: Parts, x: Tensor | None = None) -> str | None:
+    """Why the module's own code must compute this MLP; None if the fused function can, as things are now."""
+    for layer in parts.layers:
+        if reason := _layer_obstacle(layer, x):
+            return reason
+    if (activation := parts.activation) not in ACTIVATIONS and activation_name(activation) is None:
+        return f"the activation {_name(activation)} is not one of {', '.join(ACTIVATIONS)}"
+    for dropout in parts.dropouts:
+        if type(dropout) not in (nn.Dropout, nn.Identity):
+            return f"{_name(dropout)} between its layers"
+    if len({layer.weight.dtype for layer in parts.layers}) > 1:
+        return "its layers have dtypes of their own"
+    for module in (activation, *parts.dropouts, *parts.around):
+        if isinstance(module, nn.Module) and (reason := alteration(module, type(module))):
+            return f"the {_name(module)} inside {reason}"
+    if x is not None and (x.is_nested or x.dtype not in FLOATING or torch._C._get_tracing_state()):
+        return "the input is not a plain tensor, or torch.jit traces it"
+    return dropout_obstacle(parts)
+
+
+def dropout_obstacle(parts: Parts) -> str | None:
+    """Why it cannot be fused at present, in training, if its dropout is all that speaks against it."""
+    for dropout in parts.dropouts:
+        if isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0:
+            return f"dropout {dropout.p:g} between its layers, in training"
+    return None
+
+
+def _layer_obstacle(layer: Any, x: Tensor | None) -> str | None:
+    kind = type(layer)
+    if kind is not nn.Linear and not _is_conv1d(layer):
+        return f"{_name(layer)} is not torch.nn.Linear"
+    if reason := alteration(layer, kind, x):
+        return f"the {_name(layer)} inside {reason}"
+    if x is None and layer.weight.device.type == "meta":
+        return "its weights are on the meta device, without values"
+    if layer.weight.dtype not in FLOATING:
+        return f"its weights are {layer.weight.dtype}"
+    return None
+
+
+def _is_conv1d(layer: Any) -> bool:
+    """transformers' Conv1D: a linear layer that stores its weight transposed."""
+    kind = type(layer)
+    return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
+
+
+def _name(thing: Any) -> str:
+    return type(thing).__name__ if isinstance(thing, nn.Module) else getattr(thing, "__name__", repr(thing))
+
+
+def fused(parts: Parts, x: Tensor) -> Tensor:
+    """The MLP of these parts, (..., d) to (..., out)."""
+    (*first, (w2, b2)) = [weights(layer) for layer in parts.layers]
+    activation = parts.activation if parts.activation in ACTIVATIONS else activation_name(parts.activation)
+    assert activation is not None
+    if parts.packed:
+        w, b = first[0]
+        halves = [*zip(w.chunk(2), (None, None) if b is None else b.chunk(2), strict=True)]
+        first = halves if parts.packed == "gate_up" else halves[::-1]
+    if len(first) == 1:
+        return mlp(x, *first[0], w2, b2, activation=activation)
+    (w_gate, b_gate), (w_up, b_up) = first
+    return gated_mlp(x, w_gate, w_up, w2, activation=activation, b_gate=b_gate, b_up=b_up, b_down=b2)
+
+
+def weights(layer: Any) -> tuple[Tensor, Tensor | None]:
+    """The layer's weight (out, in) and bias."""
+    return (layer.weight.t() if _is_conv1d(layer) else layer.weight), layer.bias
+
+
+@dataclass(frozen=True)
+class Names:
+    """Where a kind of module has its parts: attribute names, with dots for parts of parts.
+
+    computes: which activation it is, found by trying; "" if the module or function `activation` says it itself.
+    custom: for which class of module, or function, this was found; None if it is written in the module's code.
+    only_in_eval: whether its own code computes something else in training, as with torch.nn.functional.dropout.
+    """
+
+    first: tuple[str, ...]
+    last: str
+    activation: str = ""
+    dropouts: tuple[str, ...] = ()
+    after: tuple[str, ...] = ()
+    around: tuple[str, ...] = ()
+    packed: str = ""
+    computes: str = ""
+    custom: Any = None
+    only_in_eval: bool = False
+
+    def read(self, module: nn.Module) -> Parts | None:
+        """The module's parts; None if it has others."""
+        first, last = [_get(module, name) for name in self.first], _get(module, self.last)
+        dropouts, after, around = (
+            tuple(_get(module, name) for name in names) for names in (self.dropouts, self.after, self.around)
+        )
+        if not all(is_linear_like(layer) for layer in (*first, last)):
+            return None
+        if not all(isinstance(part, nn.Module) for part in (*dropouts, *after, *around)):
+            return None
+        activation: Any = self.computes
+        if self.activation:
+            found = _get(module, self.activation)
+            if not callable(found) or (
+                self.computes and found is not self.custom and type(found) is not self.custom
+            ):
+                return None
+            around = (*around, found) if self.computes and isinstance(found, nn.Module) else around
+            activation = self.computes or found
+        return Parts(tuple(first), activation, dropouts, last, around, self.packed)
+
+
+def _get(module: Any, name: str) -> Any:
+    for step in name.split("."):
+        module = getattr(module, step, None)
+    return module
+
+
+def is_linear_like(module: Any) -> bool:
+    """Whether it is a linear layer of any library, quantised ones among them."""
+    return isinstance(module, nn.Module) and (
+        (hasattr(module, "in_features") and hasattr(module, "out_features")) or _is_conv1d(module)
+    )
+
+
+class Form(Fused):
+    """A module whose MLP is fused."""
+
+    names: Names
+    method = "forward"
+
+    def mlp_parts(self) -> list[Parts]:
+        """The MLPs in this module that are fused."""
+        parts = self.names.read(self)
+        return [] if parts is None else [parts]
+
+    def _fused(self, x: Tensor) -> Tensor | None:
+        """The MLP's result, or None if the module's own code must compute it."""
+        # Its code may ask any of its parts whether it trains.
+        if self.names.only_in_eval and any(part.training for part in self.modules()):
+            return None
+        parts = self.names.read(self)
+        return None if parts is None or obstacle(parts, x) else fused(parts, x)
+
+    def _after(self, y: Tensor) -> Tensor:
+        for name in self.names.after:
+            y = _get(self, name)(y)
+        return y
+
+
+class FusedForward(Form):
+    """A module that is an MLP, maybe with dropout after it."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        alone = len(args) == 1 and not kwargs and isinstance(args[0], Tensor)
+        y = self._fused(args[0]) if alone else None
+        return super().forward(*args, **kwargs) if y is None else self._after(y)
+
+
+class FusedFeedForward(Form):
+    """One of torch's transformer layers."""
+
+    method = "_ff_block"
+
+    def _ff_block(self, x: Tensor) -> Tensor:
+        y = self._fused(x)
+        return super()._ff_block(x) if y is None else self._after(y)  # type: ignore[misc]
+
+
+class FusedChunk(Form):
+    """A BERT layer, whose MLP is spread over two modules with the norm in the second."""
+
+    method = "feed_forward_chunk"
+
+    def feed_forward_chunk(self, attention_output: Tensor) -> Tensor:
+        y = self._fused(attention_output)
+        if y is None:
+            return super().feed_forward_chunk(attention_output)  # type: ignore[misc]
+        output: Any = self.output
+        return output.LayerNorm(self._after(y) + attention_output)
+
+
+class FusedSequential(Form):
+    """An nn.Sequential with Linear, activation, maybe Dropout, Linear among its modules, once or more often."""
+
+    def forward(self, input: Any) -> Any:
+        x, modules, i = input, list(self._modules.values()), 0
+        while i < len(modules):
+            run = run_at(modules, i)
+            if run is not None and isinstance(x, Tensor) and obstacle(run, x) is None:
+                x, i = fused(run, x), i + length_of(run)
+            else:
+                x, i = modules[i](x), i + 1  # type: ignore[misc]
+        return x
+
+    def mlp_parts(self) -> list[Parts]:
+        return runs(self)
+
+
+def run_at(modules: list, i: int) -> Parts | None:
+    """The MLP that begins with module i."""
+    if len(modules) < i + 3 or not is_linear_like(modules[i]):
+        return None
+    activation, following = modules[i + 1 : i + 3]
+    if not looks_like_activation(activation):
+        return None
+    dropouts = (following,) if isinstance(following, nn.Dropout | nn.Identity) else ()
+    last = i + 2 + len(dropouts)
+    if len(modules) <= last or not is_linear_like(modules[last]):
+        return None
+    return Parts((modules[i],), activation, dropouts, modules[last])
+
+
+def looks_like_activation(module: Any) -> bool:
+    """A norm, a dropout or a layer with parts or weights is no activation that could be asked for."""
+    others = (nn.Dropout, nn.Identity, nn.Flatten, nn.LayerNorm)
+    plain = isinstance(module, nn.Module) and not any(True for _ in module.children())
+    return plain and not isinstance(module, others) and not is_linear_like(module)
+
+
+def length_of(run: Parts) -> int:
+    return 3 + len(run.dropouts)
+
+
+def runs(module: nn.Module) -> list[Parts]:
+    """The MLPs in a sequence, none overlapping another."""
+    modules, i, found = list(module._modules.values()), 0, []
+    while i < len(modules):
+        run = run_at(modules, i)
+        if run is not None and obstacle(run) in (None, dropout_obstacle(run)):
+            found.append(run)
+            i += length_of(run)
+        else:
+            i += 1
+    return found
+
+
+# MLPs that are spread over a module which does more; believed only if the numbers agree.
+KNOWN: tuple[tuple[type[Form], Names], ...] = (
+    (FusedFeedForward, Names(("linear1",), "linear2", "activation", ("dropout",), ("dropout3",))),
+    (FusedFeedForward, Names(("linear1",), "linear2", "activation", ("dropout",), ("dropout2",))),
+    (
+        FusedChunk,
+        Names(
+            ("intermediate.dense",), "output.dense", "intermediate.intermediate_act_fn", after=("output.dropout",),
+            around=("intermediate", "output"),
+        ),
+    ),
+)  # fmt: skip
+SEQUENTIAL = Names((), "")

@@ -1,0 +1,250 @@
+"""`fastattn doctor`: what is here, which backend serves each feature and why, and whether it computes right.
+
+Plain text and no extras: this is what one runs, and pastes into an issue, when something is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from importlib import metadata
+
+import torch
+from torch import Tensor
+
+from fastattn import __version__
+from fastattn.core import backends, capabilities
+from fastattn.core.attention import functional as attention_functional
+from fastattn.core.capabilities import EVERY_DIRECTION, FEATURES, Feature
+from fastattn.core.heads.functional import prepare_heads
+from fastattn.core.mlp import functional as mlp_functional
+from fastattn.core.norm.functional import layer_norm, rms_norm
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """None: it looks at everything there is."""
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print the report; 1 if the self-test fails, else 0."""
+    print_table("versions", versions())
+    print_table("devices", [(str(device), describe(device)) for device in devices()])
+    for device in devices():
+        print_table(f"features on {device}\n  {default_reason(device)}", feature_rows(device))
+    return report_self_test()
+
+
+# ---- what is here ----
+
+
+def versions() -> list[tuple[str, ...]]:
+    needed_by = {"triton": "", "rich": "demo", "matplotlib": "demo", "transformers": "Hugging Face models"}
+    rows = [("fastattn", __version__), ("python", platform.python_version()), ("torch", torch.__version__)]
+    return rows + [(name, _version(name), f"for {use}" if use else "") for name, use in needed_by.items()]
+
+
+def _version(distribution: str) -> str:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def devices() -> list[torch.device]:
+    return [torch.device("cpu"), *(torch.device("cuda", index) for index in range(torch.cuda.device_count()))]
+
+
+def describe(device: torch.device) -> str:
+    if device.type == "cpu":
+        without = "" if torch.cuda.is_available() else f"; {_why_no_gpu()}"
+        threads = torch.get_num_threads()
+        return f"{platform.machine()}, {threads} thread{'s' * (threads != 1)}{without}"
+    found = torch.cuda.get_device_properties(device)
+    return f"{found.name}, {capabilities.architecture(device.index)}, {found.total_memory / 2**30:.0f} GiB"
+
+
+def _why_no_gpu() -> str:
+    if torch.version.cuda is None and torch.version.hip is None:
+        return "no GPU, as this PyTorch is built for CPUs only"
+    return "no GPU that PyTorch can use"
+
+
+# ---- who serves what ----
+
+
+def default_reason(device: torch.device) -> str:
+    """Which backend serves on the device unless a call says otherwise, and why."""
+    asked = os.environ.get("FASTATTN_BACKEND")
+    if asked:
+        return f"FASTATTN_BACKEND asks for {asked}"
+    default = capabilities.default_backend(device)
+    if default == "triton":
+        return "triton is the default, proven on this architecture"
+    obstacle = capabilities.triton_obstacle(device)
+    if obstacle:
+        return f"portable is the default; {obstacle}"
+    if device.type == "cpu":
+        return "portable is the default; the Triton kernels are interpreted here, slowly, on request"
+    architecture = capabilities.architecture(device.index)
+    return f"portable is the default; the Triton kernels are not proven on {architecture} and run on request"
+
+
+def feature_rows(device: torch.device) -> list[tuple[str, ...]]:
+    """A row for each feature: family, name, who serves, why, and who else can be asked."""
+    rows: list[tuple[str, ...]] = [("", "", "served by", "because", "on request")]
+    for feature in FEATURES:
+        serving, reason = served_by(feature, device)
+        others = [name for name in backends.NAMES if name != serving and _lack(feature, name, device) is None]
+        rows.append((feature.family, feature.name, serving, reason, ", ".join(others)))
+    return rows
+
+
+def served_by(feature: Feature, device: torch.device) -> tuple[str, str]:
+    """The backend, "nothing" if the one asked for cannot, and the reason."""
+    asked = os.environ.get("FASTATTN_BACKEND")
+    preferred = asked or capabilities.default_backend(device)
+    lack = _lack(feature, preferred, device)
+    if lack is None:
+        return preferred, "asked for" if asked else "default"
+    return ("nothing", lack) if asked else ("portable", lack)
+
+
+def _lack(feature: Feature, backend: str, device: torch.device) -> str | None:
+    """Why the backend does not compute the feature there; None if it does, in every direction."""
+    if backend not in backends.NAMES:
+        return f"there is no backend {backend}"
+    if backend == "triton" and capabilities.triton_obstacle(device):
+        return "triton cannot run here"
+    absent = EVERY_DIRECTION - getattr(feature, backend)
+    if absent == EVERY_DIRECTION:
+        return f"{backend} lacks it"
+    return f"{backend} lacks its {' and '.join(sorted(absent))}" if absent else None
+
+
+# ---- the self-test ----
+
+
+@dataclass(frozen=True)
+class Case:
+    """A function of the front door, and how to make its inputs."""
+
+    name: str
+    call: Callable[..., Tensor]
+    shapes: tuple[tuple[int, ...], ...]
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, backend: str) -> Tensor:
+    # Both results in one, so that both gradients are tested.
+    out, lse = attention_functional.attention(q, k, v, causal=True, return_lse=True, backend=backend)
+    return torch.cat([out, lse[..., None].to(out.dtype)], -1)
+
+
+def _mlp(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, backend: str) -> Tensor:
+    return mlp_functional.mlp(x, w1, b1, w2, b2, activation="gelu", backend=backend)
+
+
+def _gated_mlp(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, backend: str) -> Tensor:
+    return mlp_functional.gated_mlp(x, w_gate, w_up, w_down, activation="silu", backend=backend)
+
+
+def _prepare_heads(x: Tensor, weight: Tensor, scale: Tensor, backend: str) -> Tensor:
+    angles = torch.outer(torch.arange(x.shape[2], dtype=x.dtype), torch.logspace(0, -2, 16, dtype=x.dtype))
+    cos, sin = angles.cos().to(x.device), angles.sin().to(x.device)
+    return prepare_heads(x, norm_weight=weight, cos=cos, sin=sin, head_scale=scale, backend=backend)
+
+
+def _layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, backend: str) -> Tensor:
+    return torch.cat(layer_norm(x, weight, bias, residual=residual, backend=backend))
+
+
+def _rms_norm(x: Tensor, weight: Tensor, backend: str) -> Tensor:
+    return rms_norm(x, weight, eps=1e-6, weight_offset=1.0, backend=backend)
+
+
+CASES = (
+    Case("attention, causal, grouped heads", _attention, ((1, 4, 37, 40), (1, 2, 70, 40), (1, 2, 70, 24))),
+    Case("heads, norm, rotary, scale", _prepare_heads, ((2, 4, 37, 40), (40,), (4,))),
+    Case("mlp, gelu", _mlp, ((2, 17, 24), (40, 24), (40,), (24, 40), (24,))),
+    Case("gated mlp, silu", _gated_mlp, ((2, 17, 24), (40, 24), (40, 24), (24, 40))),
+    Case("layer norm, residual", _layer_norm, ((2, 17, 40), (2, 17, 40), (40,), (40,))),
+    Case("rms norm, weight less one", _rms_norm, ((2, 17, 40), (40,))),
+)
+
+
+def report_self_test() -> int:
+    start = time.perf_counter()
+    rows: list[tuple[str, ...]] = [("", "", "error", "eager's", "")]
+    failures = 0
+    for device in devices():
+        for backend in ("triton", "portable"):
+            if backend == "triton" and capabilities.triton_obstacle(device):
+                continue
+            for case in CASES:
+                row, passed = _tested(case, device, backend)
+                rows.append(row)
+                failures += not passed
+    print_table("self-test, forward and backward in float32 against the definition in float64", rows)
+    print(f"{time.perf_counter() - start:.1f} s")
+    if failures:
+        print(f"fastattn doctor: {failures} of {len(rows) - 1} self-tests failed", file=sys.stderr)
+    return 1 if failures else 0
+
+
+def _tested(case: Case, device: torch.device, backend: str) -> tuple[tuple[str, ...], bool]:
+    where = f"{backend} on {device}"
+    try:
+        error, eager = errors(case, device, backend)
+    except Exception as problem:  # whatever is broken here is what the doctor is asked about
+        first_line = (str(problem).splitlines() or [""])[0]
+        return (case.name, where, "", "", f"FAILED: {type(problem).__name__}: {first_line}"), False
+    # Twice eager's error, and a unit in the last place for where eager is exact by luck.
+    passed = error <= 2 * eager + torch.finfo(torch.float32).eps
+    return (case.name, where, f"{error:.1e}", f"{eager:.1e}", "ok" if passed else "FAILED"), passed
+
+
+def errors(case: Case, device: torch.device, backend: str) -> tuple[float, float]:
+    """Largest error of the backend and of the eager computation, over the output and all gradients.
+
+    Each tensor's error is relative to its largest value.
+    """
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(shape, generator=generator).to(device) * shape[-1] ** -0.25 for shape in case.shapes]
+    exact = _results(case, [t.double() for t in inputs], "reference")
+    return tuple(  # type: ignore[return-value]
+        max(_distance(ours, truth) for ours, truth in zip(_results(case, inputs, name), exact, strict=True))
+        for name in (backend, "reference")
+    )
+
+
+def _results(case: Case, inputs: list[Tensor], backend: str) -> list[Tensor]:
+    leaves = [t.detach().requires_grad_() for t in inputs]
+    output = case.call(*leaves, backend=backend)
+    upstream = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).to(output)
+    return [output.detach(), *torch.autograd.grad(output, leaves, upstream)]
+
+
+def _distance(actual: Tensor, exact: Tensor) -> float:
+    """NaN counts as infinitely far."""
+    distance = ((actual.double() - exact).abs().max() / exact.abs().max()).item()
+    return distance if distance == distance else float("inf")
+
+
+# ---- plain tables ----
+
+
+def print_table(title: str, rows: Iterable[tuple[str, ...]]) -> None:
+    """Columns as wide as their widest cell, two spaces apart."""
+    rows = list(rows)
+    columns = max(len(row) for row in rows)
+    full = [row + ("",) * (columns - len(row)) for row in rows]
+    widths = [max(len(row[column]) for row in full) for column in range(columns)]
+    print(title)
+    for row in full:
+        line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        print(f"  {line}".rstrip())
+    print()

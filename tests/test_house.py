@@ -1,0 +1,122 @@
+"""The house: a family is a folder, a floor is a file name, and imports point down only."""
+
+from __future__ import annotations
+
+import ast
+import fnmatch
+from pathlib import Path
+
+import pytest
+
+import fastattn
+
+PACKAGE = Path(fastattn.__file__).parent
+FAMILIES = ("attention", "mlp", "norm", "heads")
+FLOORS_OF_A_FAMILY = ("spec", "definition", "portable", "triton", "operators", "functional")
+# From the ground up. A module imports from the floors below, and from its own where no circle comes of it.
+FLOORS = (
+    ("kernels", "kernels.*", "errors"),
+    ("core.checks", "core.arguments", "core.modes", "core.function", "core.mapped", "core.layout", "core.intact"),
+    ("core.autocast", "core.derivatives", "core.backends"),
+    ("masks", "masks.*", "core.*.spec", "core.attention.dropout"),
+    ("core.*.definition",),
+    (
+        "core.attention.tiles",
+        "core.attention.granules",
+        "core.attention.torch_flash",
+        "core.attention.whole_rows",
+        "core.norm.torch_norm",
+    ),
+    ("core.*.portable", "core.*.triton", "core.attention.derivatives"),
+    ("core.capabilities",),
+    ("core.*.operators",),
+    ("core.*.functional", "core.attention.varlen", "flops"),
+    ("flash_attn", "dropin.*", "nn", "nn.*", "lens", "lens.*", "integrations", "integrations.*"),
+    ("fastattn",),
+    ("measuring", "measuring.*", "demo", "demo.*", "cli", "__main__"),
+)
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the package by its name without `fastattn.`; the package itself is "fastattn"."""
+    found = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        parts = parts[:-1] if parts[-1] == "__init__" else parts
+        found[".".join(parts) or "fastattn"] = path
+    return found
+
+
+MODULES = modules()
+
+
+def imported(name: str) -> set[str]:
+    """The modules of the package that this one imports, at its top or inside a function."""
+    found = set()
+    for node in ast.walk(ast.parse(MODULES[name].read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                base = ".".join(["fastattn", *name.split(".")[: -node.level], *filter(None, [node.module])])
+            # `from package import name` may name a module or something in the package.
+            found |= {f"{base}.{alias.name}" for alias in node.names} | {base}
+    inside = {full.removeprefix("fastattn.") for full in found if full.split(".")[0] == "fastattn"}
+    known = {full for full in inside if full in MODULES}
+    # A package stands for itself only where nothing more exact is named.
+    exact = {m for m in known if not any(other.startswith(f"{m}.") for other in known)}
+    return exact - {name} - ({"fastattn"} if len(exact) > 1 else set())
+
+
+def floor(name: str) -> int:
+    """The floor of a module: where its name, or the pattern it fits, stands in FLOORS."""
+    for i, names in enumerate(FLOORS):
+        if any(fnmatch.fnmatch(name, pattern) for pattern in names):
+            return i
+    raise AssertionError(f"{name} has no floor: give it one in FLOORS")
+
+
+PARTS = [name for name in MODULES if not name.startswith("kernels") and MODULES[name].stat().st_size > 0]
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_imports_point_down(name: str) -> None:
+    upward = sorted(other for other in imported(name) if floor(other) > floor(name))
+    assert not upward, f"{name} imports from above: {', '.join(upward)}"
+
+
+def test_no_imports_run_in_a_circle() -> None:
+    done: set[str] = set()
+
+    def visit(name: str, way: tuple[str, ...]) -> None:
+        assert name not in way, f"a circle: {' -> '.join((*way[way.index(name) :], name))}"
+        if name not in done:
+            for other in sorted(imported(name)):
+                visit(other, (*way, name))
+            done.add(name)
+
+    for name in MODULES:
+        visit(name, ())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_has_its_six_files(family: str) -> None:
+    missing = [name for name in FLOORS_OF_A_FAMILY if f"core.{family}.{name}" not in MODULES]
+    assert not missing
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_enters_another_by_its_functional_or_spec_only(family: str) -> None:
+    allowed = {f"core.{other}.{name}" for other in FAMILIES for name in ("functional", "spec")}
+    for name in MODULES:
+        if name.startswith(f"core.{family}."):
+            elsewhere = {m for m in imported(name) if m.split(".")[1:2] != [family] and m.count(".") == 2}
+            reached = {m for m in elsewhere if m.startswith("core.")} - allowed
+            assert not reached, f"{name} reaches into {', '.join(sorted(reached))}"
+
+
+def test_kernels_import_nothing_of_the_library() -> None:
+    for name in MODULES:
+        if name.startswith("kernels."):
+            assert all(other.startswith("kernels") for other in imported(name)), name
