@@ -13,7 +13,7 @@ from fastattn.kernels import launch
 
 
 class Subject(NamedTuple):
-    """A kernel, the name of its table in kernels/launch.py, and the call that launches it."""
+    """A kernel, the name of its table in kernels/launch/, and the call that launches it."""
 
     kernel: str
     table: str

@@ -3,7 +3,7 @@
 A candidate differs from the table's row in tile sides, warps or stages. It is put into the table of the worker
 that tries it, so what is timed is the public call, launched as it would be with that row. All candidates are
 compiled first, by several workers at once; then they are timed one after the other. Nothing is written into
-kernels/launch.py: the report proposes rows.
+kernels/launch/: the report proposes rows.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ FUSED = "MLP_FUSED_UP_TO"
 
 
 def tables_of(problem: Problem, direction: str) -> tuple[str, ...]:
-    """The tables in kernels/launch.py whose rows decide this call's speed."""
+    """The tables in kernels/launch/ whose rows decide this call's speed."""
     if isinstance(problem, AttentionProblem):
         return {FORWARD: ("ATTENTION_FORWARD",), BACKWARD: ("ATTENTION_DKDV", "ATTENTION_DQ")}.get(direction, ())
     forward = "MLP_GATED_FORWARD" if problem.gated else "MLP_FORWARD"

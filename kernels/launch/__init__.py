@@ -1,0 +1,174 @@
+"""Which GPU is this, and which tiles does it get: frozen tables, chosen by counting, never at import time.
+
+A row is looked up by architecture family, bytes per element and padded head width. Rows are bounds: the
+first row whose bytes and width are at least what is asked for applies. The figures beside the rows come from
+the compile report (`python -m benchmarks.compile_report`): spills and shared memory decide what is allowed,
+issue cycles over tensor-core cycles which of the allowed ones is taken.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+from triton.runtime import driver
+from triton.runtime.interpreter import InterpretedFunction
+
+from .attention import (
+    ATTENTION_BIAS,
+    ATTENTION_DELTA,
+    ATTENTION_DKDV,
+    ATTENTION_DQ,
+    ATTENTION_FORWARD,
+    ATTENTION_TANGENT,
+    MASKED_FIRST,
+    PLAIN_DQ_RELATIVE,
+)
+from .heads import HEADS_ELEMENTWISE
+from .mlp import MLP_BACKWARD, MLP_ELEMENTWISE, MLP_FORWARD, MLP_FUSED_UP_TO, MLP_GATED_FORWARD
+from .norm import NORM_BACKWARD, NORM_FORWARD, norm_programs
+from .rows import COMPILER_OPTIONS, EVERY, INTERPRETER, Row, Tiling
+
+# The tables, by the name that the kernels ask for.
+__all__ = [
+    "ATTENTION_BIAS",
+    "ATTENTION_DELTA",
+    "ATTENTION_DKDV",
+    "ATTENTION_DQ",
+    "ATTENTION_FORWARD",
+    "ATTENTION_TANGENT",
+    "COMPILER_OPTIONS",
+    "EVERY",
+    "HEADS_ELEMENTWISE",
+    "INTERPRETER",
+    "MASKED_FIRST",
+    "MLP_BACKWARD",
+    "MLP_ELEMENTWISE",
+    "MLP_FORWARD",
+    "MLP_FUSED_UP_TO",
+    "MLP_GATED_FORWARD",
+    "NORM_BACKWARD",
+    "NORM_FORWARD",
+    "PLAIN_DQ_RELATIVE",
+    "Row",
+    "Tiling",
+    "norm_programs",
+]
+
+# Compute capability -> the family whose table serves it: same tensor cores, same shared memory.
+_FAMILIES = (
+    (75, "sm_75"),
+    (80, "sm_80"),
+    (86, "sm_86"),
+    (87, "sm_80"),
+    (89, "sm_86"),
+    (90, "sm_90"),
+    (100, "sm_100"),
+    (120, "sm_120"),
+)
+
+
+def family_of(backend: str, arch: int | str) -> str:
+    """The table family of a compiler target: ("cuda", 89) -> "sm_86", ("hip", "gfx950") -> "gfx942"."""
+    if backend == "hip":
+        return "gfx942"
+    return [name for least, name in _FAMILIES if least <= max(int(arch), _FAMILIES[0][0])][-1]
+
+
+@functools.cache
+def _family_of_device(device: torch.device) -> str:
+    """Asked once for each GPU, with that GPU current: a process may hold two kinds."""
+    with torch.cuda.device(device if device.type == "cuda" else -1):
+        target = driver.active.get_current_target()
+    return family_of(target.backend, target.arch)
+
+
+def interpreted(kernel: object) -> bool:
+    """Whether this kernel runs in Triton's interpreter (TRITON_INTERPRET=1 when it was defined)."""
+    return isinstance(kernel, InterpretedFunction)
+
+
+def family(kernel: object, device: torch.device) -> str:
+    """The table family that serves `kernel` on `device`, whichever device is current."""
+    return INTERPRETER if interpreted(kernel) else _family_of_device(device)
+
+
+def look_up(table: dict[str, tuple[Row, ...]], family: str, bytes: int, width: int, kind: str = "plain") -> Tiling:
+    """The first row of the family's table that is wide enough; families not listed use sm_80's.
+
+    Other kinds than "plain" have rows of their own that come first: "shaped" scores and "intervals" hold more
+    registers, "heavy" even more, a tile must not be larger than "listed" granules, and "tf32" and "tf32x3"
+    products of float32 run on tensor cores, on every family.
+    """
+    rows = table.get(family) or table["sm_80"]
+    if family != INTERPRETER:
+        rows = (*(row for key in _KINDS[kind] for row in table.get(key.format(family), ())), *rows)
+    for row in rows:
+        if bytes <= row.bytes and width <= row.width:
+            return row.tiling
+    raise ValueError(f"no launch configuration for {bytes}-byte elements of width {width} on {family}")
+
+
+def within_granules(tiling: Tiling) -> Tiling:
+    """The tiling for masks of 64 x 64 granules: a tile lies within one. Half the rows want half the warps."""
+    smaller = tiling.block_m > 64 and tiling.warps == 8
+    return Tiling(min(tiling.block_m, 64), min(tiling.block_n, 64), 4 if smaller else tiling.warps, tiling.stages)
+
+
+_KINDS = {
+    "plain": (),
+    "shaped": ("{} shaped", "shaped"),
+    "heavy": ("{} heavy", "{} shaped", "shaped"),
+    "intervals": ("{} intervals", "{} shaped", "shaped"),
+    "listed": ("{} listed", "{} shaped", "shaped"),
+    "tf32": ("tf32",),
+    "tf32x3": ("{} tf32x3", "tf32x3", "tf32"),
+}
+
+
+def on_device(tensor: torch.Tensor):
+    """A context in which launches go to the tensor's device, not to the current one."""
+    return torch.cuda.device(tensor.device if tensor.is_cuda else -1)
+
+
+def tile_width(width: int) -> int:
+    """The power of two a tile's inner side is padded to; tensor cores take no less than 16."""
+    return max(16, triton.next_power_of_2(width))
+
+
+# Keys and values (or queries and their gradients) of the heads in flight should stay in the L2 cache; the
+# smallest cache of the families served here is 6 MiB on sm_86, 40 MiB and more on sm_80 to sm_100.
+L2_BUDGET = 16 * 2**20
+
+
+def heads_per_section(left: torch.Tensor, right: torch.Tensor, heads: int) -> int:
+    """How many heads' tiles to interleave: as many as have both operands in the L2 cache together."""
+    row_bytes = (left.shape[3] + right.shape[3]) * left.element_size()
+    return min(max(1, heads), max(1, L2_BUDGET // max(1, left.shape[2] * row_bytes)))
+
+
+# Shares of a walk have at least so many tiles: the part of one of n tiles of 64 keys, written and read again in
+# float32, costs 2 / n of what it loads of 2-byte keys and values.
+LEAST_STEPS = 4
+
+# Whose programs a launch is to occupy in the interpreter.
+INTERPRETED_PROCESSORS = 3
+
+
+@functools.cache
+def _processors_of_device(index: int | None) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def processors(family: str, device: torch.device) -> int:
+    """How many programs run side by side, at least: the GPU's multiprocessors. None is known of a device that is
+    not there."""
+    if family == INTERPRETER:
+        return INTERPRETED_PROCESSORS
+    return _processors_of_device(device.index) if device.type == "cuda" else 1
+
+
+def splits(programs: int, steps: int, processors: int) -> int:
+    """Into how many shares to cut walks of up to `steps` tiles, so that `programs` of them keep the GPU busy."""
+    return max(1, min(processors // max(1, programs), steps // LEAST_STEPS))
