@@ -146,7 +146,7 @@ def _ours(backend: str) -> Build:
     def build(problem: Problem, device: torch.device) -> Call:
         if isinstance(problem, AttentionProblem):
             return functools.partial(attention_functional.attention, causal=problem.causal, backend=backend)
-        options = {"activation": problem.activation, "backend": backend}
+        options: dict[str, Any] = {"activation": problem.activation, "backend": backend}
         if problem.gated:
             return functools.partial(mlp_functional.gated_mlp, **options)
         return lambda x, w1, w2: mlp_functional.mlp(x, w1, None, w2, None, **options)
