@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fastattn import attention
+from fastattn import attention, masks
 from fastattn.lens import HeadScores, even_scores, head_scores, model_head_scores
 from fastattn.lens import heads as heads_module
 from fastattn.nn import TransformerModel
@@ -23,14 +23,16 @@ def problem(batch=2, heads=4, key_heads=2, queries=37, keys=37, width=16, vocabu
     return q, k, torch.randint(vocabulary, (batch, keys))
 
 
-def dense_scores(q, k, tokens, causal, scale) -> HeadScores:
-    """The definitions, entry by entry over the whole pattern, in float64."""
+def dense_scores(q, k, tokens, causal, scale, seen=None) -> HeadScores:
+    """The definitions, entry by entry over the whole pattern, in float64; `seen` is bool (B or 1, Hq, Lq, Lk)."""
     k = k.repeat_interleave(q.shape[1] // k.shape[1], 1).double()
     queries, keys = q.shape[2], k.shape[2]
     position = torch.arange(keys - queries, keys)[:, None]
     key = torch.arange(keys)[None, :]
     scores = q.double() @ k.mT * scale
-    pattern = torch.softmax(scores.masked_fill(key > position, -math.inf) if causal else scores, -1)
+    seen = torch.ones_like(scores, dtype=torch.bool) if seen is None else seen.expand(scores.shape)
+    seen = seen & (key <= position) if causal else seen
+    pattern = torch.softmax(scores.masked_fill(~seen, -math.inf), -1).nan_to_num(0.0)
     own = tokens[:, keys - queries :, None]
     before = torch.cat([torch.full_like(tokens[:, :1], -(10**6)), tokens[:, :-1]], 1)[:, None, :]
     masks = {
@@ -41,9 +43,44 @@ def dense_scores(q, k, tokens, causal, scale) -> HeadScores:
     }
     found = {}
     for name, mask in masks.items():
-        mass, counted = (pattern * mask[:, None]).sum(-1), mask.any(-1)[:, None].expand(-1, q.shape[1], -1)
+        matches = mask[:, None] & seen
+        if name == "induction":
+            matches = matches & seen.roll(1, -1)
+        mass, counted = (pattern * matches).sum(-1), matches.any(-1)
         found[name] = torch.stack([mass[:, h][counted[:, h]].mean() for h in range(q.shape[1])])
     return HeadScores(**found)
+
+
+LENGTHS = torch.tensor([37, 11])
+SHOWN = {
+    "window": ({"window": (5, 3)}, masks.window(5, 3)),
+    "padding": ({"key_lengths": LENGTHS}, masks.key_lengths(LENGTHS)),
+    "padding in the mask": ({"mask": masks.key_lengths(LENGTHS)}, masks.key_lengths(LENGTHS)),
+    "documents": ({"mask": masks.documents([0] * 20 + [1] * 17)}, masks.documents([0] * 20 + [1] * 17)),
+    "by head": (
+        {"mask": masks.from_function(lambda b, h, q, k: (k + h) % 3 > 0), "window": (9, None)},
+        masks.from_function(lambda b, h, q, k: (k + h) % 3 > 0) & masks.window(9),
+    ),
+}
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("kind", SHOWN)
+def test_hidden_keys_have_no_weight_and_padding_is_not_averaged_over(kind, causal):
+    shown, mask = SHOWN[kind]
+    q, k, tokens = problem()
+    _, lse = attention(q, k, k, causal=causal, return_lse=True, **shown)
+    seen = mask.dense(2, 4, 37, 37)
+    if kind.startswith("padding"):
+        seen = seen & (torch.arange(37)[:, None] < LENGTHS[:, None, None, None])
+        q[1, :, 11:] = k[1, :, 11:] = math.nan
+        lse[1, :, 11:] = math.nan
+    actual = head_scores(q, k, lse, tokens, **shown)
+    expected = dense_scores(q.nan_to_num(), k.nan_to_num(), tokens, causal, 0.25, seen)
+    for name, one, other in zip(HeadScores._fields, actual, expected, strict=True):
+        torch.testing.assert_close(
+            one, other, atol=1e-12, rtol=1e-12, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def scores_of(q, k, tokens, causal, scale=None) -> HeadScores:
@@ -161,6 +198,25 @@ def test_a_models_scores_are_those_of_its_queries_and_keys(fields):
         stream = block(stream)
 
 
+@pytest.mark.parametrize("fields", [{}, {"causal": False}, {"window": 6}])
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_a_padded_batch_has_the_scores_of_its_sequences(side, fields):
+    model, tokens = small_model(**fields), torch.randint(9, (2, 30))
+    whole = slice(0, 18) if side == "right" else slice(12, 30)
+    is_token = torch.zeros(2, 30, dtype=torch.bool)
+    is_token[:, whole] = True
+    padding = masks.from_function(lambda b, h, q, k: is_token[b, q] & is_token[b, k])
+    padded = model_head_scores(
+        model, tokens, **({"key_lengths": [18, 18]} if side == "right" else {"mask": padding})
+    )
+    expected = model_head_scores(model, tokens[:, whole])
+    for name, actual, wanted in zip(HeadScores._fields, padded, expected, strict=True):
+        if side == "left" and name == "first_token":
+            assert actual.isnan().all()  # Padding stands at position 0, and nobody sees it.
+        else:
+            torch.testing.assert_close(actual, wanted, atol=1e-12, rtol=1e-12, equal_nan=True)
+
+
 def test_looking_leaves_no_hook_and_no_gradient_behind():
     model = small_model(mlp=None)
     model_head_scores(model, torch.randint(9, (1, 12)))
@@ -195,6 +251,14 @@ def test_bad_arguments_are_named(change, kind, message):
     _, lse = attention(q, k, k, return_lse=True)
     with pytest.raises(kind, match=message):
         head_scores(*change(q, k, lse, tokens))
+
+
+def test_a_lowered_mask_is_refused_in_words():
+    q, k, tokens = problem()
+    mask = masks.causal().lower(2, 4, 37, 37)
+    _, lse = attention(q, k, k, mask=mask, return_lse=True)
+    with pytest.raises(TypeError, match=r"mask must be a value of fastattn\.masks that is not lowered"):
+        head_scores(q, k, lse, tokens, mask=mask)
 
 
 def test_a_model_without_attention_is_refused():
