@@ -1,5 +1,17 @@
 """Looking inside: what heads do, computed in the fused pass's O(N) memory."""
 
+from fastattn.lens.adapters import Adapter, Family, Projections, adapt, families, register
 from fastattn.lens.heads import HeadScores, even_scores, head_scores, model_head_scores
 
-__all__ = ["HeadScores", "even_scores", "head_scores", "model_head_scores"]
+__all__ = [
+    "Adapter",
+    "Family",
+    "HeadScores",
+    "Projections",
+    "adapt",
+    "even_scores",
+    "families",
+    "head_scores",
+    "model_head_scores",
+    "register",
+]

@@ -1,0 +1,445 @@
+"""Where a model keeps its parts: one row of names a family, so that everything in the lens works on every family.
+
+A row says under which names a family of models has its embeddings, blocks, attention, MLPs, norms and unembedding.
+`adapt(model)` finds the row of a model and reads the parts. A new family is a new row, given to `register`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastattn.core.arguments import integer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """The names of one family's parts.
+
+    A name is a path of attributes, "attn.c_proj". Names of a block's parts start at the block; those of `blocks`,
+    `embeddings`, `embedding_norm` and `final_norm` at the model without its head (`base`); those of `unembedding`,
+    `head` and of numbers at the model itself. None, or an attribute that is None, is a part that does not exist.
+
+    Args:
+        name: what the family is called in errors.
+        models: the classes it describes, "library.Class" (the first word of the class's module, and its name).
+            Subclasses count.
+        base: where a model with a head keeps the model without; "" if there is no such module.
+        blocks: the list of blocks.
+        embeddings: modules whose results are summed to the first residual stream.
+        embedding_norm: the norm after that sum, if there is one.
+        final_norm: the norm before the unembedding; None if the blocks end in a norm (post-norm).
+        head: what else lies between the last stream and the unembedding (BERT's transform).
+        unembedding: the linear layer that gives the logits. Where it does not exist, `tied` is read.
+        tied: the embedding whose table serves as the unembedding.
+        attention: the module that attends.
+        attention_out: the module whose result attention adds to the stream; by default `attention`.
+        q, k, v: the linear layers to queries, keys and values; or q alone, if one layer gives all three.
+        interleaved: that one layer gives (q, k, v) head by head (GPT-NeoX), not first all heads of q.
+        out: the linear layer from the heads back to the stream.
+        mlp: the MLP; None for attention-only blocks.
+        mlp_out: the module whose result the MLP adds to the stream; by default `mlp`.
+        up, gate, down: the MLP's linear layers; gate is None for an MLP that is not gated. What `down` is given is
+            the MLP's neurons.
+        attention_norm, mlp_norm: the norms before (pre-norm) or after (post-norm) attention and MLP.
+        norms_after: norms of what attention and MLP add, before it is added (Gemma 3): a pair of names.
+        post_norm: stream = norm(stream + what is added), as in BERT; else stream += f(norm(stream)).
+        parallel: the flag that says whether attention and MLP read the same stream (GPT-NeoX).
+        num_heads, num_kv_heads: the numbers of heads; without the second there are as many key heads as queries.
+        logit_cap: the number c in logits = c tanh(logits / c).
+        unserved: flags that say that a block has layers which no name here describes (cross-attention).
+        hooks: where the module that attends has points to hook for queries, keys and values; None for a Hugging
+            Face model, whose attention functions are tapped.
+    """
+
+    name: str
+    models: tuple[str, ...]
+    base: str = ""
+    blocks: str
+    embeddings: tuple[str, ...]
+    embedding_norm: str | None = None
+    final_norm: str | None = None
+    head: str | None = None
+    unembedding: str | None = None
+    tied: str | None = None
+    attention: str
+    attention_out: str | None = None
+    q: str
+    k: str | None = None
+    v: str | None = None
+    interleaved: bool = False
+    out: str
+    mlp: str | None = None
+    mlp_out: str | None = None
+    up: str | None = None
+    gate: str | None = None
+    down: str | None = None
+    attention_norm: str | None = None
+    mlp_norm: str | None = None
+    norms_after: tuple[str | None, str | None] = (None, None)
+    post_norm: bool = False
+    parallel: str | None = None
+    num_heads: str = "config.num_attention_heads"
+    num_kv_heads: str | None = None
+    logit_cap: str | None = None
+    unserved: tuple[str, ...] = ()
+    hooks: tuple[str, str, str] | None = None
+
+
+FASTATTN = Family(
+    name="fastattn",
+    models=("fastattn.TransformerModel",),
+    blocks="blocks",
+    embeddings=("token_embedding", "position_embedding"),
+    final_norm="final_norm",
+    unembedding="unembedding",
+    tied="token_embedding",
+    attention="attention",
+    q="attention.qkv_proj",
+    out="attention.out_proj",
+    attention_norm="attention_norm",
+    mlp="mlp", up="mlp.up", gate="mlp.gate", down="mlp.down", mlp_norm="mlp_norm",
+    num_heads="config.num_heads",
+    num_kv_heads="config.num_kv_heads",
+    hooks=("attention.hook_q", "attention.hook_k", "attention.hook_v"),
+)  # fmt: skip
+
+GPT2 = Family(
+    name="GPT-2",
+    models=("transformers.GPT2LMHeadModel", "transformers.GPT2Model"),
+    base="transformer",
+    blocks="h",
+    embeddings=("wte", "wpe"),
+    final_norm="ln_f",
+    unembedding="lm_head",
+    attention="attn", q="attn.c_attn", out="attn.c_proj", attention_norm="ln_1",
+    mlp="mlp", up="mlp.c_fc", down="mlp.c_proj", mlp_norm="ln_2",
+    unserved=("config.add_cross_attention",),
+)  # fmt: skip
+
+LLAMA = Family(
+    name="Llama",
+    models=("transformers.LlamaForCausalLM", "transformers.LlamaModel"),
+    base="model",
+    blocks="layers",
+    embeddings=("embed_tokens",),
+    final_norm="norm",
+    unembedding="lm_head",
+    attention="self_attn",
+    q="self_attn.q_proj", k="self_attn.k_proj", v="self_attn.v_proj", out="self_attn.o_proj",
+    attention_norm="input_layernorm",
+    mlp="mlp", up="mlp.up_proj", gate="mlp.gate_proj", down="mlp.down_proj", mlp_norm="post_attention_layernorm",
+    num_kv_heads="config.num_key_value_heads",
+)  # fmt: skip
+
+QWEN3 = replace(LLAMA, name="Qwen 3", models=("transformers.Qwen3ForCausalLM", "transformers.Qwen3Model"))
+
+GEMMA3 = replace(
+    LLAMA,
+    name="Gemma 3",
+    models=("transformers.Gemma3ForCausalLM", "transformers.Gemma3TextModel"),
+    attention_out="post_attention_layernorm",
+    mlp_out="post_feedforward_layernorm",
+    mlp_norm="pre_feedforward_layernorm",
+    norms_after=("post_attention_layernorm", "post_feedforward_layernorm"),
+    logit_cap="config.final_logit_softcapping",
+)
+
+GPT_NEOX = Family(
+    name="GPT-NeoX (Pythia)",
+    models=("transformers.GPTNeoXForCausalLM", "transformers.GPTNeoXModel"),
+    base="gpt_neox",
+    blocks="layers",
+    embeddings=("embed_in",),
+    final_norm="final_layer_norm",
+    unembedding="lm_head",
+    attention="attention", q="attention.query_key_value", interleaved=True, out="attention.dense",
+    attention_norm="input_layernorm",
+    mlp="mlp", up="mlp.dense_h_to_4h", down="mlp.dense_4h_to_h", mlp_norm="post_attention_layernorm",
+    parallel="config.use_parallel_residual",
+)  # fmt: skip
+
+BERT = Family(
+    name="BERT",
+    models=("transformers.BertForMaskedLM", "transformers.BertLMHeadModel", "transformers.BertModel"),
+    base="bert",
+    blocks="encoder.layer",
+    embeddings=(
+        "embeddings.word_embeddings", "embeddings.position_embeddings", "embeddings.token_type_embeddings",
+    ),
+    embedding_norm="embeddings.LayerNorm",
+    head="cls.predictions.transform",
+    unembedding="cls.predictions.decoder",
+    attention="attention.self", attention_out="attention.output.dense",
+    q="attention.self.query", k="attention.self.key", v="attention.self.value", out="attention.output.dense",
+    attention_norm="attention.output.LayerNorm",
+    mlp="intermediate", mlp_out="output.dense", up="intermediate.dense", down="output.dense",
+    mlp_norm="output.LayerNorm",
+    post_norm=True,
+    unserved=("config.add_cross_attention",),
+)  # fmt: skip
+
+_FAMILIES: dict[str, Family] = {
+    family.name: family for family in (FASTATTN, GPT2, LLAMA, QWEN3, GEMMA3, GPT_NEOX, BERT)
+}
+
+
+def register(family: Family) -> Family:
+    """Add a row to the table of families, or replace the one of the same name. Returns it.
+
+    Example:
+        >>> mistral = dataclasses.replace(LLAMA, name="Mistral", models=("transformers.MistralForCausalLM",))
+        >>> register(mistral).name
+        'Mistral'
+    """
+    if not isinstance(family, Family):
+        raise TypeError(f"family must be a fastattn.lens.Family, got {type(family).__name__}")
+    _FAMILIES[family.name] = family
+    return family
+
+
+def families() -> tuple[Family, ...]:
+    """The rows that exist, in the order in which a model is compared with them."""
+    return tuple(_FAMILIES.values())
+
+
+def adapt(model: nn.Module) -> Adapter:
+    """The parts of a model, by the row of its family.
+
+    Raises:
+        TypeError: model is no module, or was compiled (its parts would be read, and never run).
+        ValueError: no row describes it, or a part that its row names is missing; both are said.
+
+    Example:
+        >>> sizes = {"vocab_size": 9, "embed_dim": 8, "num_heads": 2, "num_layers": 3, "max_length": 4}
+        >>> model = fastattn.nn.TransformerModel(**sizes)
+        >>> adapt(model).num_layers
+        3
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if hasattr(model, "_orig_mod") or any(module._compiled_call_impl is not None for module in model.modules()):
+        raise TypeError(
+            "model must not be compiled: compiled code does not run the hooks that look inside. "
+            "Give the model as it was before torch.compile"
+        )
+    names = {f"{kind.__module__.split('.')[0]}.{kind.__name__}" for kind in type(model).__mro__}
+    for family in reversed(_FAMILIES.values()):
+        if names.intersection(family.models):
+            return Adapter(model, family)
+    rows = ", ".join(f"{family.name} ({', '.join(family.models)})" for family in families())
+    own = f"{type(model).__module__.split('.')[0]}.{type(model).__name__}"
+    raise ValueError(
+        f"no family describes model, a {own}. There are: {rows}. To add one, write a "
+        f"fastattn.lens.Family with models=({own!r},) that names the model's parts (blocks, embeddings, "
+        "attention, q, out, final_norm, unembedding, ...), and give it to fastattn.lens.register"
+    )
+
+
+class Projections(NamedTuple):
+    """The weights of one attention layer by head; biases are None where there are none.
+
+    q (Hq, d, D), k (Hkv, d, D), v (Hkv, d, Dv), out (Hq, Dv, d): a row vector x (d,) becomes x @ q[h] + q_bias[h].
+    q_bias (Hq, D), k_bias (Hkv, D), v_bias (Hkv, Dv), out_bias (d,).
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    out: Tensor
+    q_bias: Tensor | None
+    k_bias: Tensor | None
+    v_bias: Tensor | None
+    out_bias: Tensor | None
+
+
+class Adapter:
+    """A model's parts, by the names of its family.
+
+    Modules of layer i: `blocks[i]`, and `part("mlp_norm", i)` for any name of a block's parts in `Family`.
+
+    Attributes:
+        model, family: the model and the row.
+        base: the model without its head.
+        blocks: the list of blocks.
+        num_layers, num_heads, num_kv_heads: sizes.
+        embeddings, embedding_norm, final_norm, head, unembedding: modules, or None.
+        logit_cap: the soft cap of the logits, or None.
+        parallel: whether attention and MLP of a block read the same stream.
+        post_norm: whether norms come after the sums (BERT).
+    """
+
+    def __init__(self, model: nn.Module, family: Family) -> None:
+        self.model, self.family = model, family
+        self.base: nn.Module = _get(model, family.base) or model
+        for flag in family.unserved:
+            if _get(model, flag):
+                raise ValueError(
+                    f"family {family.name} does not describe a model with {flag}, got a {type(model).__name__}"
+                )
+        self.blocks: Sequence[Any] = self._needed("blocks", self.base, family.blocks)
+        self.embeddings = tuple(
+            module for name in family.embeddings if (module := _get(self.base, name)) is not None
+        )
+        if not self.embeddings:
+            raise ValueError(self._missing("embeddings", family.embeddings[0]))
+        self.embedding_norm = _get(self.base, family.embedding_norm)
+        self.final_norm = self._needed("final_norm", self.base, family.final_norm)
+        self.head = _get(model, family.head)
+        self.unembedding = _get(model, family.unembedding)
+        self.num_layers = len(self.blocks)
+        self.num_heads = integer("num_heads", self._needed("num_heads", model, family.num_heads), least=1)
+        self.num_kv_heads = _get(model, family.num_kv_heads) or self.num_heads
+        cap = _get(model, family.logit_cap)
+        self.logit_cap = None if cap is None else float(cap)
+        self.parallel = bool(_get(model, family.parallel))
+        self.post_norm = family.post_norm
+        for layer in range(self.num_layers):
+            for part in ("attention", "q", "out"):
+                self._needed(f"{part} of block {layer}", self.blocks[layer], getattr(family, part))
+
+    def __repr__(self) -> str:
+        sizes = f"{self.num_layers} layers, {self.num_heads} heads"
+        return f"<{type(self).__name__} of a {type(self.model).__name__}: family {self.family.name}, {sizes}>"
+
+    def part(self, name: str, layer: int) -> Any:
+        """The module of this name (a field of `Family`) in block `layer`; None if the block has none."""
+        found = getattr(self.family, name)
+        if name in ("attention_out", "mlp_out") and found is None:
+            found = getattr(self.family, name.removesuffix("_out"))
+        return _get(self.blocks[self.layer(layer)], found)
+
+    def norm_after(self, name: str, layer: int) -> Any:
+        """The norm of what "attention" or "mlp" of block `layer` adds, before it is added; or None."""
+        return _get(self.blocks[self.layer(layer)], self.family.norms_after[("attention", "mlp").index(name)])
+
+    def layer(self, layer: int) -> int:
+        """The number of a layer, checked; negative ones count from the last."""
+        layer = integer("layer", layer)
+        if not -self.num_layers <= layer < self.num_layers:
+            raise ValueError(f"layer must be from 0 to {self.num_layers - 1}, got {layer}")
+        return layer % self.num_layers
+
+    def logits(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The model's logits (B, L, vocabulary) for its own arguments, from one forward."""
+        self._check_head()
+        result = self.model(*args, **kwargs)
+        return result if isinstance(result, Tensor) else result.logits
+
+    def unembed(self, stream: Tensor) -> Tensor:
+        """Logits (..., vocabulary) of a residual stream (..., d): final norm, head, unembedding, soft cap."""
+        self._check_head()
+        for module in (self.final_norm, self.head):
+            stream = stream if module is None else module(stream)
+        if self.unembedding is None:
+            logits = F.linear(stream, self.unembedding_weight)
+        else:
+            logits = self.unembedding(stream)
+        return logits if self.logit_cap is None else self.logit_cap * torch.tanh(logits / self.logit_cap)
+
+    @property
+    def unembedding_weight(self) -> Tensor:
+        """(vocabulary, d): the row of a token, times the normed stream, is its logit before bias and soft cap."""
+        self._check_head()
+        if self.unembedding is None:
+            return _get(self.base, self.family.tied).weight
+        return weight_and_bias(self.unembedding)[0]
+
+    @property
+    def unembedding_bias(self) -> Tensor | None:
+        """(vocabulary,), or None."""
+        self._check_head()
+        return None if self.unembedding is None else weight_and_bias(self.unembedding)[1]
+
+    def projections(self, layer: int) -> Projections:
+        """The weights of a layer's queries, keys, values and outputs by head; views where the layout allows."""
+        out, out_bias = weight_and_bias(self.part("out", layer))
+        layers = [self.part(name, layer) for name in "qkv"]
+        heads = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
+        if layers[1] is None:
+            rows, biases = self._packed(*weight_and_bias(layers[0]), heads)
+        else:
+            pairs = [weight_and_bias(module) for module in layers]
+            rows = [weight.unflatten(0, (count, -1)) for (weight, _), count in zip(pairs, heads, strict=True)]
+            biases = [
+                None if bias is None else bias.view(count, -1)
+                for (_, bias), count in zip(pairs, heads, strict=True)
+            ]
+        q, k, v = (weight.mT for weight in rows)
+        q_bias, k_bias, v_bias = biases
+        out = out.mT.unflatten(0, (self.num_heads, -1))
+        return Projections(q, k, v, out, q_bias, k_bias, v_bias, out_bias)
+
+    def _packed(
+        self, weight: Tensor, bias: Tensor | None, heads: tuple[int, int, int]
+    ) -> tuple[list[Tensor], list[Tensor | None]]:
+        """Rows (heads, D, d) and biases (heads, D) of q, k and v from one layer that gives all three."""
+        by_head = weight.unflatten(0, (sum(heads), -1))
+        bias_by_head = None if bias is None else bias.view(sum(heads), -1)
+        if self.family.interleaved:
+            rows = [by_head[i::3] for i in range(3)]
+            return rows, [None if bias_by_head is None else bias_by_head[i::3] for i in range(3)]
+        biases = [None] * 3 if bias_by_head is None else list(bias_by_head.split(list(heads)))
+        return list(by_head.split(list(heads))), biases
+
+    def neuron_outputs(self, layer: int) -> tuple[Tensor, Tensor | None]:
+        """What each neuron of a layer's MLP writes to the stream, (neurons, d), and the bias (d,) or None.
+
+        Raises:
+            ValueError: the block has no MLP.
+        """
+        down = self.part("down", layer)
+        if down is None:
+            raise ValueError(f"block {layer} has no MLP")
+        weight, bias = weight_and_bias(down)
+        return weight.mT, bias
+
+    def _check_head(self) -> None:
+        if self.unembedding is None and (self.family.tied is None or _get(self.base, self.family.tied) is None):
+            raise ValueError(
+                f"model has no {self.family.unembedding}, so it gives no logits: give one of "
+                f"{', '.join(self.family.models)} that has one; got a {type(self.model).__name__}"
+            )
+
+    def _needed(self, part: str, start: nn.Module, name: str | None) -> Any:
+        found = _get(start, name)
+        if found is None and name is not None:
+            raise ValueError(self._missing(part, name))
+        return found
+
+    def _missing(self, part: str, name: str) -> str:
+        return (
+            f"family {self.family.name} says that {part} is at {name}, and this {type(self.model).__name__} has "
+            "nothing there: give fastattn.lens.register a Family that names where it is"
+        )
+
+
+def weight_and_bias(layer: Any) -> tuple[Tensor, Tensor | None]:
+    """The weight (out, in) and the bias of a linear layer, or of transformers' Conv1D.
+
+    Raises:
+        TypeError: the layer is of another class, such as one of LoRA or of a quantisation, whose weight alone does
+            not say what it computes.
+    """
+    if type(layer) is nn.Linear:
+        return layer.weight, layer.bias
+    if type(layer).__name__ == "Conv1D" and type(layer).__module__ == "transformers.pytorch_utils":
+        return layer.weight.mT, layer.bias
+    raise TypeError(
+        f"the weight of a torch.nn.Linear is needed, got a {type(layer).__name__}: merge adapters such as "
+        "LoRA, and load the model without quantisation"
+    )
+
+
+def _get(start: Any, name: str | None) -> Any:
+    """What lies at a path of attributes; None if something on the way is not there."""
+    if not name:
+        return None
+    for step in name.split("."):
+        start = getattr(start, step, None)
+    return start
