@@ -350,26 +350,23 @@ def norm_forward(
 def norm_backward(
     dy: torch.Tensor,
     dtotal: torch.Tensor | None,
-    x: torch.Tensor,
-    weight: torch.Tensor | None,
-    mean: torch.Tensor | None,
-    inverse: torch.Tensor,
+    saved: tuple,
     *,
     offset: float = 0.0,
-    want_weight: bool = False,
-    want_bias: bool = False,
+    wanted: tuple[bool, bool] = (False, False),
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """dx, which is the residual's gradient too, and dweight and dbias (B, W) in float32 where they are wanted.
 
-    x is what was normalised, `dtotal` the gradient that came to it as a result (None for 0); mean and inverse as
-    `norm_forward` gives them.
+    `saved` is (x, weight, mean, inverse): x is what was normalised, mean and inverse are as `norm_forward` gives
+    them. `dtotal` is the gradient that came to x as a result, None for 0. `wanted`: of weight and bias.
     """
+    x, weight, mean, inverse = saved
     batch, _, width = x.shape
     dy, dtotal = coalesced(dy), None if dtotal is None else coalesced(dtotal)
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     if x.numel() == 0:
         nothing = x.new_zeros((batch, width), dtype=torch.float32)
-        return dx, nothing if want_weight else None, nothing.clone() if want_bias else None
+        return dx, nothing if wanted[0] else None, nothing.clone() if wanted[1] else None
     family = launch.family(norm_gradient_kernel, x.device)
     tile = launch.look_up(launch.NORM_BACKWARD, family, x.element_size(), width)
     programs = launch.norm_programs(family, tile)
@@ -377,8 +374,7 @@ def norm_backward(
     size, moments = size_of(x, tile, programs), Moments(mean, inverse)
     lines = size if within else size_of(x, tile, triton.cdiv(programs, triton.cdiv(width, tile.block_n)))
     dweight, dbias = (
-        x.new_empty((batch, lines.programs, width), dtype=torch.float32) if wanted else None
-        for wanted in (want_weight, want_bias)
+        x.new_empty((batch, lines.programs, width), dtype=torch.float32) if want else None for want in wanted
     )
     with launch.on_device(x):
         norm_gradient_kernel[(batch * size.programs,)](
@@ -395,7 +391,7 @@ def norm_backward(
             tile=tile.tile(CENTRED=mean is not None, WIDTH=width),
             **tile.compiler_options(),
         )
-        if not within and (want_weight or want_bias):
+        if not within and any(wanted):
             norm_sums_kernel[(batch * lines.programs * triton.cdiv(width, tile.block_n),)](
                 rows_of(dy),
                 rows_of(x),

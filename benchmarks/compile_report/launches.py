@@ -81,7 +81,7 @@ class AttentionCall:
         v = self.heads(4, self.value_dim or self.head_dim)
         spec, tensors, lists = self.asked()
         out, lse = attention_forward(q, k, v, spec, tensors, lists)
-        attention_backward(out, q, k, v, out, lse, None, spec, tensors, Wanted(True, True), lists)
+        attention_backward(out, None, (q, k, v, out, lse), spec, tensors, Wanted(True, True), lists)
 
     def asked(self) -> tuple[AttentionSpec, ScoreTensors, BlockLists | None]:
         """The call's options, the tensors that shape its scores, and its block lists."""
@@ -108,7 +108,7 @@ class TangentCall(AttentionCall):
         q, k = self.heads(16, self.head_dim), self.heads(4, self.head_dim)
         lse = torch.empty((4, 16, 4096), device="meta")
         spec, tensors, lists = self.asked()
-        attention_tangent(q, k, k, q, lse, Tangents(q, k, k), spec, tensors, lists)
+        attention_tangent((q, k, k, q, lse), Tangents(q, k, k), spec, tensors, lists)
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,7 @@ class NormCall:
         weight = torch.empty((1, self.width), dtype=DTYPES[self.dtype], device="meta")
         residual, bias = (x, weight) if self.centred else (None, None)
         _, total, *moments = norm_forward(x, residual, weight, bias, centred=self.centred, eps=1e-6)
-        norm_backward(x, total, x, weight, *moments, want_weight=True, want_bias=self.centred)
+        norm_backward(x, total, (x, weight, *moments), wanted=(True, self.centred))
 
 
 # What AMD's target is not asked: it has no rows for it, and compiles ten times slower.

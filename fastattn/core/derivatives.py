@@ -1,4 +1,4 @@
-"""Forward mode of any differentiable function, differentiable again in both modes."""
+"""Derivatives of any differentiable function in both modes, differentiable again in both."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastattn.core.function import Function
 def push_through(
     function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor | None], tangents: Sequence[Tensor | None]
 ) -> tuple[Tensor, ...]:
-    """Forward mode of any differentiable function in the same way, differentiable again in both modes."""
+    """Forward mode: the tangents of the function's results."""
     which = [i for i, t in enumerate(tangents) if t is not None]
     count = len(inputs)
 
@@ -22,6 +22,19 @@ def push_through(
         return torch.func.vjp(back, [torch.zeros_like(r) for r in results])[1](given[count:])[0]
 
     return _Any.apply(moved, *inputs, *(tangents[i] for i in which))
+
+
+def pull_through(
+    function: Callable[..., Sequence[Tensor]],
+    inputs: Sequence[Tensor | None],
+    cotangents: Sequence[Tensor],
+    which: Sequence[int] | None = None,
+) -> tuple[Tensor | None, ...]:
+    """Reverse mode: a gradient for each input, None for one that is None or not among `which` (by default all)."""
+    which = [i for i, t in enumerate(inputs) if t is not None] if which is None else which
+    _, back = pull_back(function, inputs, which)
+    found = dict(zip(which, back(list(cotangents)), strict=True))
+    return tuple(found.get(i) for i in range(len(inputs)))
 
 
 def pull_back(function: Callable, inputs: Sequence[Tensor | None], which: Sequence[int]) -> tuple:
@@ -55,9 +68,7 @@ class _Any(Function):
     def backward(ctx, *cotangents):
         inputs = ctx.saved_tensors
         which = [i for i, need in enumerate(ctx.needs_input_grad[1:]) if need]
-        _, back = pull_back(ctx.function, inputs, which)
-        of = dict(zip(which, back(list(cotangents)), strict=True))
-        return None, *(of.get(i) for i in range(len(inputs)))
+        return None, *pull_through(ctx.function, inputs, cotangents, which)
 
     @staticmethod
     def jvp(ctx, _, *tangents):

@@ -321,12 +321,8 @@ class Gradients(NamedTuple):
 
 def attention_backward(
     dout: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
     dlse: torch.Tensor | None,
+    saved: tuple,
     spec: Any,
     tensors: Any,
     wanted: Any,
@@ -334,9 +330,10 @@ def attention_backward(
 ) -> Gradients:
     """Gradients of attention_forward's (out, lse) with respect to q, k, v, the biases if wanted, and the sinks.
 
-    Arguments as there; dout like out, dlse like lse or None; any strides, zero included. `wanted` says whether
-    those of bias and relative_bias are.
+    `saved` is (q, k, v, out, lse). dout is like out, dlse like lse or None; any strides, zero included. `wanted`
+    says which of the gradients of bias and relative_bias to compute.
     """
+    q, k, v, out, lse = saved
     dout = coalesced(dout)
     with launch.on_device(q):
         call = Call(attention_dq_kernel, q, k, v, spec, tensors, lists)

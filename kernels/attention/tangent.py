@@ -137,21 +137,14 @@ def attention_tangent_kernel(
 
 
 def attention_tangent(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    tangents: Any,
-    spec: Any,
-    tensors: Any,
-    lists: Any = None,
+    saved: tuple, tangents: Any, spec: Any, tensors: Any, lists: Any = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The tangents of attention_forward's out and lse, shaped like them.
 
-    Arguments as there, with what it returned; `tangents` of q, k, v, bias, relative_bias and sinks, each in the
-    shape and dtype of what it belongs to, None for zero; any strides, zero included.
+    `saved` is (q, k, v, out, lse). `tangents` of q, k, v, bias, relative_bias and sinks are each in the shape and
+    dtype of what they belong to, None for zero; any strides, zero included.
     """
+    q, k, v, out, lse = saved
     batch, heads, queries, value_dim = out.shape
     out_tangent = empty_heads(batch, heads, queries, value_dim, q)
     lse_tangent = torch.empty((batch, heads, queries), dtype=torch.float32, device=q.device)

@@ -18,7 +18,7 @@ import fastattn
 from fastattn import masks
 from fastattn.core import capabilities
 from fastattn.core.attention import definition as attention_definition
-from fastattn.core.attention.spec import AttentionSpec, Wanted
+from fastattn.core.attention.spec import AttentionSpec, Saved, Wanted
 
 # One call for each row of the capability table; a row without one fails the test below.
 SAMPLES = {
@@ -273,7 +273,7 @@ def test_the_tiled_backend_stores_nothing_that_grows_with_the_square_of_the_leng
     with Largest() as seen:
         out, lse = attention_portable._tiled_forward(q, k, v, problem.spec, problem.score_tensors())
         attention_portable._tiled_backward(
-            torch.ones_like(out), q, k, v, out, lse, None, problem.spec, problem.score_tensors(), Wanted()
+            torch.ones_like(out), None, Saved(q, k, v, out, lse), problem.spec, problem.score_tensors(), Wanted()
         )
     assert seen.elements <= max(tiles.QUERY_TILE * tiles.KEY_TILE, 4096 * 32)
 

@@ -17,7 +17,7 @@ import fastattn.flops
 from fastattn import masks
 from fastattn.core.attention import definition as attention_definition
 from fastattn.core.attention import torch_flash
-from fastattn.core.attention.spec import AttentionSpec, ScoreTensors, Tangents
+from fastattn.core.attention.spec import AttentionSpec, Saved, ScoreTensors, Tangents
 
 BACKENDS = ("triton", "portable")
 
@@ -179,5 +179,5 @@ def test_the_flash_attention_torch_has_for_cuda_takes_our_arguments(causal: bool
     spec = AttentionSpec(causal, 0.1)
     out, lse = torch_flash.forward(q, k, k, spec)
     assert out.shape == q.shape and lse.shape == q.shape[:3] and lse.dtype == torch.float32
-    gradients = torch_flash.backward(out[:, :, :1].expand(q.shape), q, k, k, out, lse, spec)
+    gradients = torch_flash.backward(out[:, :, :1].expand(q.shape), Saved(q, k, k, out, lse), spec)
     assert [g.shape for g in gradients] == [q.shape, k.shape, k.shape]

@@ -11,9 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastattn.core.attention import definition
 from fastattn.core.attention.dropout import dropout_mask
-from fastattn.core.attention.spec import NO_TENSORS, AttentionSpec, Gradients, ScoreTensors, Tangents, Wanted
+from fastattn.core.attention.spec import (
+    NO_TENSORS,
+    AttentionSpec,
+    Gradients,
+    Saved,
+    ScoreTensors,
+    Tangents,
+    Wanted,
+)
 from fastattn.core.checks import lse_dtype
 from fastattn.core.layout import heads_last
 from fastattn.masks.lists import decode, unpacked
@@ -66,21 +73,13 @@ def attention(
 
 
 def attention_backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    dlse: Tensor | None,
-    spec: AttentionSpec,
-    tensors: ScoreTensors = NO_TENSORS,
-    wanted: Wanted = Wanted(),  # noqa: B008 (immutable)
+    dout: Tensor, dlse: Tensor | None, saved: Saved, spec: AttentionSpec, tensors: ScoreTensors, wanted: Wanted
 ) -> Gradients:
     """The gradients of `attention` from what it returned, written out, so that they can be differentiated again.
 
     A row that sees no key has lse -inf whatever the inputs: its weights and its gradients are 0.
     """
+    q, k, v, out, lse = saved
     k, v = (keys_there(t, tensors.key_lengths) for t in (k, v))
     empty = (lse == float("-inf"))[..., None]
     scores = _scores(q, k, spec, tensors)
@@ -116,16 +115,10 @@ def attention_backward(
 
 
 def attention_tangent(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    tangents: Tangents,
-    spec: AttentionSpec,
-    tensors: ScoreTensors = NO_TENSORS,
+    saved: Saved, tangents: Tangents, spec: AttentionSpec, tensors: ScoreTensors
 ) -> tuple[Tensor, Tensor]:
     """The tangents of what `attention` returned, from those of what it was given; written out, as the backward."""
+    q, k, v, out, lse = saved
     k, v = (keys_there(t, tensors.key_lengths) for t in (k, v))
     dk, dv = (None if t is None else keys_there(t, tensors.key_lengths) for t in (tangents.k, tangents.v))
     safe_lse = lse[..., None].masked_fill((lse == float("-inf"))[..., None], float("inf"))
@@ -252,35 +245,17 @@ def _sum_of_group(gradient: Tensor, t: Tensor) -> Tensor:
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, tensors: ScoreTensors) -> tuple[Tensor, Tensor]:
-    out, lse = definition.attention(q, k, v, spec, tensors)
+    out, lse = attention(q, k, v, spec, tensors)
     return heads_last(out), lse
 
 
 def backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    dlse: Tensor | None,
-    spec: AttentionSpec,
-    tensors: ScoreTensors,
-    wanted: Wanted,
+    dout: Tensor, dlse: Tensor | None, saved: Saved, spec: AttentionSpec, tensors: ScoreTensors, wanted: Wanted
 ) -> Gradients:
-    of = definition.attention_backward(dout, q, k, v, out, lse, dlse, spec, tensors, wanted)
+    of = attention_backward(dout, dlse, saved, spec, tensors, wanted)
     return of._replace(q=heads_last(of.q), k=heads_last(of.k), v=heads_last(of.v))
 
 
-def tangent(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    tangents: Tangents,
-    spec: AttentionSpec,
-    tensors: ScoreTensors,
-) -> tuple[Tensor, Tensor]:
-    dout, dlse = definition.attention_tangent(q, k, v, out, lse, tangents, spec, tensors)
+def tangent(saved: Saved, tangents: Tangents, spec: AttentionSpec, tensors: ScoreTensors) -> tuple[Tensor, Tensor]:
+    dout, dlse = attention_tangent(saved, tangents, spec, tensors)
     return heads_last(dout), dlse

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fastattn.core.attention.definition import of_distances, relative_index
 from fastattn.core.attention.dropout import kept_in
-from fastattn.core.attention.spec import AttentionSpec, Gradients, ScoreTensors, Wanted
+from fastattn.core.attention.spec import AttentionSpec, Gradients, Saved, ScoreTensors, Wanted
 from fastattn.core.attention.tiles import key_counts
 from fastattn.core.checks import lse_dtype
 from fastattn.core.layout import heads_last
@@ -40,9 +40,7 @@ def serves(spec: AttentionSpec, tensors: ScoreTensors) -> bool:
     return (tensors.mask is not None or tensors.intervals is not None) and (spec.left, spec.right) == (None, None)
 
 
-def attention_forward(
-    q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, tensors: ScoreTensors
-) -> tuple[Tensor, Tensor]:
+def forward(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, tensors: ScoreTensors) -> tuple[Tensor, Tensor]:
     call, space = Call(q, k, v, spec, tensors), Space(lse_dtype(q.dtype), q.device)
     queries, keys, values = Granules(q), Granules(k, tensors.key_lengths), Granules(v, tensors.key_lengths)
     row_max, row_sum = call.beginning()
@@ -67,19 +65,11 @@ def attention_forward(
     return joined(total, q, q.dtype), joined(lse[..., None], q, lse.dtype)[..., 0].contiguous()
 
 
-def attention_backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    dlse: Tensor | None,
-    spec: AttentionSpec,
-    tensors: ScoreTensors,
-    wanted: Wanted,
+def backward(
+    dout: Tensor, dlse: Tensor | None, saved: Saved, spec: AttentionSpec, tensors: ScoreTensors, wanted: Wanted
 ) -> Gradients:
     """With P = exp(S - lse), dP = dout v^T and delta = rowsum(dout * out) - dlse, dS = P * (dP - delta)."""
+    q, k, v, out, lse = saved
     delta = (dout.to(lse.dtype) * out).sum(-1)
     if dlse is not None:
         delta = delta - dlse
@@ -92,7 +82,7 @@ def attention_backward(
     if wanted.relative_bias and tensors.relative_bias is not None:
         drelative = RelativeBiasGradient(call, tensors.relative_bias)
     beside = [gradient for gradient in (dbias, drelative) if gradient is not None]
-    dq, dk, dv = _gradients(call, dout, q, k, v, lse, delta, beside)
+    dq, dk, dv = _gradients(call, dout, saved, lse, delta, beside)
     dsinks = None
     if tensors.sinks is not None:
         dsinks = -(torch.exp(tensors.sinks[..., None] - lse) * delta).sum(-1)
@@ -107,9 +97,7 @@ def attention_backward(
 def _gradients(
     call: Call,
     dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    saved: Saved,
     lse: Tensor,
     delta: Tensor,
     beside: Sequence[BiasGradient | RelativeBiasGradient],
@@ -117,7 +105,8 @@ def _gradients(
     """dq, dk and dv in granules; those of `beside` are given the gradient of every batch of scores."""
     space = Space(lse.dtype, lse.device)
     lengths = call.tensors.key_lengths
-    queries, keys, values, upstream = Granules(q), Granules(k, lengths), Granules(v, lengths), Granules(dout)
+    queries, upstream = Granules(saved.q), Granules(dout)
+    keys, values = Granules(saved.k, lengths), Granules(saved.v, lengths)
     lse_rows, delta_rows = (rows_of(t)[..., None] for t in (lse * LOG2E, delta))
     dq, dk, dv = (t.zeros(space.dtype) for t in (queries, keys, values))
     for entries in call.batches():

@@ -15,7 +15,7 @@ from torch import Tensor, library
 
 from fastattn.core import backends, capabilities
 from fastattn.core.attention import derivatives, tiles
-from fastattn.core.attention.spec import AttentionSpec, Gradients, ScoreTensors, Tangents, Wanted
+from fastattn.core.attention.spec import AttentionSpec, Gradients, Saved, ScoreTensors, Tangents, Wanted
 from fastattn.core.capabilities import BACKWARD, FORWARD, TANGENT, Request
 from fastattn.core.checks import lse_dtype
 from fastattn.core.function import Function, register_autograd
@@ -58,7 +58,9 @@ def _backward(dout, q, k, v, out, lse, dlse, want_bias, want_relative_bias, *res
     wanted = Wanted(want_bias, want_relative_bias)
     request = Request("attention", spec, (q, k, v), lse_gradient=dlse is not None, score_tensors=tensors)
     chosen = capabilities.choose(request, BACKWARD, backend)
-    gradients = backends.load("attention", chosen).backward(dout, q, k, v, out, lse, dlse, spec, tensors, wanted)
+    gradients = backends.load("attention", chosen).backward(
+        dout, dlse, Saved(q, k, v, out, lse), spec, tensors, wanted
+    )
     return tuple(q.new_empty(0) if g is None else g for g in gradients)
 
 
@@ -68,7 +70,7 @@ def _tangent(q, k, v, out, lse, *rest) -> tuple[Tensor, Tensor]:
     spec = spec.at(q.shape[2], k.shape[2])
     request = Request("attention", spec, (q, k, v), score_tensors=tensors)
     chosen = capabilities.choose(request, TANGENT, backend)
-    return backends.load("attention", chosen).tangent(q, k, v, out, lse, tangents, spec, tensors)
+    return backends.load("attention", chosen).tangent(Saved(q, k, v, out, lse), tangents, spec, tensors)
 
 
 def _put_together(rest: Sequence) -> tuple[ScoreTensors, AttentionSpec, str | None]:

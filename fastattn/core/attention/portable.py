@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastattn.core.attention import definition, granules, tiles, torch_flash, whole_rows
-from fastattn.core.attention.spec import AttentionSpec, Gradients, ScoreTensors, Tangents, Wanted
+from fastattn.core.attention.spec import AttentionSpec, Gradients, Saved, ScoreTensors, Tangents, Wanted
 from fastattn.core.attention.tiles import Scores, grouped, product_precision, times, ungrouped
 from fastattn.core.checks import lse_dtype
 from fastattn.core.layout import heads_last, zero_heads
@@ -23,57 +23,38 @@ def forward(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, tensors: Score
             out, lse = torch_flash.forward(q, k, v, spec, tensors)
             return heads_last(out), lse
         if granules.serves(spec, tensors):
-            return granules.attention_forward(q, k, v, spec, tensors)
+            return granules.forward(q, k, v, spec, tensors)
         if whole_rows.serves(q, k, spec, tensors):
-            return whole_rows.attention_forward(q, k, v, spec, tensors)
+            return whole_rows.forward(q, k, v, spec, tensors)
         return _tiled_forward(q, k, v, spec, tensors)
 
 
 def backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    dlse: Tensor | None,
-    spec: AttentionSpec,
-    tensors: ScoreTensors,
-    wanted: Wanted,
+    dout: Tensor, dlse: Tensor | None, saved: Saved, spec: AttentionSpec, tensors: ScoreTensors, wanted: Wanted
 ) -> Gradients:
-    if (sums := _sums_of_low_rows(q, k, v, out, lse, spec, tensors)) is not None:
+    q, k, v = saved[:3]
+    if (sums := _sums_of_low_rows(saved, spec, tensors)) is not None:
         # Gradients are linear in the weights of a row, and in what comes from above.
         dout = (dout / sums[..., None]).to(dout.dtype)
         dlse = None if dlse is None else dlse / sums
     with product_precision(q, spec):
         if dlse is None and not wanted.bias and torch_flash.serves_backward(q, k, v, spec, tensors):
-            dq, dk, dv = torch_flash.backward(dout, q, k, v, out, lse, spec, tensors)
+            dq, dk, dv = torch_flash.backward(dout, saved, spec, tensors)
             return Gradients(heads_last(dq), heads_last(dk), heads_last(dv))
         if granules.serves(spec, tensors):
-            return granules.attention_backward(dout, q, k, v, out, lse, dlse, spec, tensors, wanted)
+            return granules.backward(dout, dlse, saved, spec, tensors, wanted)
         if not wanted.bias and whole_rows.serves(q, k, spec, tensors):
-            return whole_rows.attention_backward(dout, q, k, v, out, lse, dlse, spec, tensors)
-        return _tiled_backward(dout, q, k, v, out, lse, dlse, spec, tensors, wanted)
+            return whole_rows.backward(dout, dlse, saved, spec, tensors)
+        return _tiled_backward(dout, dlse, saved, spec, tensors, wanted)
 
 
-def tangent(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    tangents: Tangents,
-    spec: AttentionSpec,
-    tensors: ScoreTensors,
-) -> tuple[Tensor, Tensor]:
+def tangent(saved: Saved, tangents: Tangents, spec: AttentionSpec, tensors: ScoreTensors) -> tuple[Tensor, Tensor]:
     fixed, learned = tiles.learned(tensors)
-    dout, dlse = tiles.tangent(spec)(fixed, (q, k, v, out, lse, *tangents, *learned))
+    dout, dlse = tiles.tangent(spec)(fixed, (*saved, *tangents, *learned))
     return dout, dlse
 
 
-def _sums_of_low_rows(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, spec: AttentionSpec, tensors: ScoreTensors
-) -> Tensor | None:
+def _sums_of_low_rows(saved: Saved, spec: AttentionSpec, tensors: ScoreTensors) -> Tensor | None:
     """What the weights exp(score - lse) of each row (B, Hq, Lq) add up to, where that is not 1: where scores are
     so low that their log-sum-exp rounds to their maximum. None if there are no such rows.
 
@@ -82,12 +63,12 @@ def _sums_of_low_rows(
     _, (bias, relative_bias, _) = tiles.learned(tensors)
     if bias is None and relative_bias is None:
         return None
-    low = (lse < definition.LOWEST_EXACT) & (lse > float("-inf"))
+    low = (saved.lse < definition.LOWEST_EXACT) & (saved.lse > float("-inf"))
     if not bool(low.any()):
         return None
     moved = {"bias": bias} if bias is not None else {"relative_bias": relative_bias}
     tangents = Tangents(**{name: torch.ones_like(t) for name, t in moved.items() if t is not None})
-    _, sums = tangent(q, k, v, out, lse, tangents, spec, tensors)
+    _, sums = tangent(saved, tangents, spec, tensors)
     return sums.masked_fill(~low, 1.0)
 
 
@@ -131,20 +112,11 @@ def _beginning(scores: Scores, sinks: Tensor | None, q_tile: Tensor) -> tuple[Te
 
 
 def _tiled_backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    dlse: Tensor | None,
-    spec: AttentionSpec,
-    tensors: ScoreTensors,
-    wanted: Wanted,
+    dout: Tensor, dlse: Tensor | None, saved: Saved, spec: AttentionSpec, tensors: ScoreTensors, wanted: Wanted
 ) -> Gradients:
     fixed, learned = tiles.learned(tensors)
     function = tiles.gradients(spec, wanted, tensors.sinks is not None)
-    found = iter(function(fixed, (dout, q, k, v, out, lse, dlse, *learned)))
+    found = iter(function(fixed, (dout, *saved, dlse, *learned)))
     dq, dk, dv = next(found), next(found), next(found)
     dbias = next(found) if wanted.bias else None
     drelative_bias = next(found) if wanted.relative_bias else None

@@ -104,6 +104,16 @@ class ScoreTensors(NamedTuple):
 NO_TENSORS = ScoreTensors()
 
 
+class Saved(NamedTuple):
+    """What the derivatives take from a forward: its inputs, its output and its log-sum-exp."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    out: Tensor
+    lse: Tensor
+
+
 class Gradients(NamedTuple):
     """Of a loss by what went into attention; None for what was not given or not wanted."""
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastattn.core.attention.spec import NO_TENSORS, AttentionSpec, ScoreTensors
+from fastattn.core.attention.spec import NO_TENSORS, AttentionSpec, Saved, ScoreTensors
 from fastattn.core.attention.tiles import KEY_TILE, QUERY_TILE, key_counts
 from fastattn.core.checks import lse_dtype
 
@@ -69,20 +69,14 @@ def forward(
 
 
 def backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    spec: AttentionSpec,
-    tensors: ScoreTensors = NO_TENSORS,
+    dout: Tensor, saved: Saved, spec: AttentionSpec, tensors: ScoreTensors = NO_TENSORS
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dout, q, k, v, out = (_unit_stride(t) for t in (dout, q, k, v, out))
+    dout, q, k, v, out = (_unit_stride(t) for t in (dout, *saved[:4]))
+    lse = saved.lse
     causal = _is_causal(q, k, spec)
     if q.device.type == "cpu":
         if _entries_differ(k, tensors):
-            return _by_entry(backward, (dout, q, k, v, out, lse), spec, tensors)
+            return _by_entry(_backward_of, (dout, *saved), spec, tensors)
         seen = _keys_seen(q, k, spec, tensors)
         if seen.start == seen.stop:
             return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
@@ -98,6 +92,11 @@ def backward(
     return _aten._scaled_dot_product_flash_attention_backward(
         dout, q, k, v, out, lse, None, None, q.shape[2], k.shape[2], 0.0, causal, unused, unused, scale=spec.scale
     )
+
+
+def _backward_of(dout: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The backward, with what the forward left one by one."""
+    return backward(dout, Saved(*rest[:5]), *rest[5:])
 
 
 # ---- lengths, one for each batch entry ----

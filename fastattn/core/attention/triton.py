@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fastattn.core.attention.spec import AttentionSpec, Gradients, ScoreTensors, Tangents, Wanted
+from fastattn.core.attention.spec import AttentionSpec, Gradients, Saved, ScoreTensors, Tangents, Wanted
 from fastattn.kernels.attention import backward as _backward
 from fastattn.kernels.attention import forward as _forward
 from fastattn.kernels.attention import tangent as _tangent
@@ -17,33 +17,15 @@ def forward(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, tensors: Score
 
 
 def backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    dlse: Tensor | None,
-    spec: AttentionSpec,
-    tensors: ScoreTensors,
-    wanted: Wanted,
+    dout: Tensor, dlse: Tensor | None, saved: Saved, spec: AttentionSpec, tensors: ScoreTensors, wanted: Wanted
 ) -> Gradients:
     lists = _lists(spec, tensors)
-    return Gradients(*_backward.attention_backward(dout, q, k, v, out, lse, dlse, spec, tensors, wanted, lists))
+    return Gradients(*_backward.attention_backward(dout, dlse, saved, spec, tensors, wanted, lists))
 
 
-def tangent(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    tangents: Tangents,
-    spec: AttentionSpec,
-    tensors: ScoreTensors,
-) -> tuple[Tensor, Tensor]:
+def tangent(saved: Saved, tangents: Tangents, spec: AttentionSpec, tensors: ScoreTensors) -> tuple[Tensor, Tensor]:
     lists = _lists(spec, tensors)
-    return _tangent.attention_tangent(q, k, v, out, lse, tangents, spec, tensors, lists)
+    return _tangent.attention_tangent(saved, tangents, spec, tensors, lists)
 
 
 def _lists(spec: AttentionSpec, tensors: ScoreTensors) -> BlockLists | None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastattn.core.attention.dropout import kept
-from fastattn.core.attention.spec import AttentionSpec, Gradients, ScoreTensors
+from fastattn.core.attention.spec import AttentionSpec, Gradients, Saved, ScoreTensors
 from fastattn.core.attention.tiles import grouped, ungrouped
 from fastattn.core.checks import lse_dtype
 from fastattn.core.layout import zero_heads
@@ -38,9 +38,7 @@ def serves(q: Tensor, k: Tensor, spec: AttentionSpec, tensors: ScoreTensors) -> 
     return all(t is None for name, t in tensors._asdict().items() if name not in _SERVED)
 
 
-def attention_forward(
-    q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, tensors: ScoreTensors
-) -> tuple[Tensor, Tensor]:
+def forward(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, tensors: ScoreTensors) -> tuple[Tensor, Tensor]:
     work = lse_dtype(q.dtype)
     out = zero_heads((*q.shape[:3], v.shape[3]), q, q.dtype)
     lse = q.new_full(q.shape[:3], float("-inf"), dtype=work)
@@ -58,18 +56,11 @@ def attention_forward(
     return out, lse
 
 
-def attention_backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    dlse: Tensor | None,
-    spec: AttentionSpec,
-    tensors: ScoreTensors,
+def backward(
+    dout: Tensor, dlse: Tensor | None, saved: Saved, spec: AttentionSpec, tensors: ScoreTensors
 ) -> Gradients:
     """With P = exp(S - lse), dP = dout v^T and delta = rowsum(dout * out) - dlse, dS = P * (dP - delta)."""
+    q, k, v, out, lse = saved
     work = lse.dtype
     dq, dk, dv = (zero_heads(t.shape, t, work) for t in (q, k, v))
     for block in _blocks(q, k, spec, tensors):

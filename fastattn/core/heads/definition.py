@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from fastattn.core.checks import lse_dtype
-from fastattn.core.heads import definition
 from fastattn.core.heads.spec import HeadsSpec, HeadTensors
 from fastattn.core.layout import heads_last
 
@@ -114,11 +113,11 @@ def _rows_of_table(table: Tensor, offsets: Tensor | None, length: int) -> Tensor
 
 
 def forward(x: Tensor, spec: HeadsSpec, tensors: HeadTensors) -> Tensor:
-    return heads_last(definition.prepare_heads(x, spec, tensors))
+    return heads_last(prepare_heads(x, spec, tensors))
 
 
 def backward(
     dy: Tensor, x: Tensor, spec: HeadsSpec, tensors: HeadTensors
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    dx, dweight, dscale = definition.prepare_heads_backward(dy, x, spec, tensors)
+    dx, dweight, dscale = prepare_heads_backward(dy, x, spec, tensors)
     return heads_last(dx), dweight, dscale

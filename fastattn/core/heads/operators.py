@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, library
 
-from fastattn.core import backends, capabilities
+from fastattn.core import backends, capabilities, derivatives
 from fastattn.core.capabilities import BACKWARD, FORWARD, Request
-from fastattn.core.function import Function
+from fastattn.core.function import Function, register_autograd
 from fastattn.core.heads import definition
 from fastattn.core.heads.spec import HeadsSpec, HeadTensors
 from fastattn.core.layout import empty_heads
@@ -136,24 +136,16 @@ class PrepareHeadsBackward(Function):
 
     @staticmethod
     def backward(ctx, *second):
-        dy, x, norm_weight, cos, sin, offsets, head_scale = ctx.saved_tensors
-        given = [dy, x, *(t for t in (norm_weight, head_scale) if t is not None)]
-
-        def gradients(dy, x, *beside):
-            left = list(beside)
-            weight = None if norm_weight is None else left.pop(0)
-            tensors = HeadTensors(weight, cos, sin, offsets, None if head_scale is None else left.pop(0))
+        def gradients(dy, x, *rest):
+            tensors = HeadTensors(*rest)
             found = definition.prepare_heads_backward(dy, x, _spec(tensors, *ctx.options[:3]), tensors)
             return [g for g in found if g is not None]
 
-        dx, dweight, dscale = second
-        upstream = [dx]
-        upstream += [] if norm_weight is None else [dweight]
-        upstream += [] if head_scale is None else [dscale]
-        of_dy, of_x, *beside = torch.func.vjp(gradients, *given)[1](upstream)
-        of_weight = None if norm_weight is None else beside.pop(0)
-        of_scale = None if head_scale is None else beside.pop(0)
-        return of_dy, of_x, of_weight, None, None, None, of_scale, *(None,) * len(ctx.options)
+        inputs, learned = ctx.saved_tensors, (2, 6)  # norm_weight and head_scale
+        there = [i for i in learned if inputs[i] is not None]
+        cotangents = [second[0], *(g for i, g in zip(learned, second[1:], strict=True) if i in there)]
+        found = derivatives.pull_through(gradients, inputs, cotangents, (0, 1, *there))
+        return *found, *(None,) * len(ctx.options)
 
 
 @library.register_vmap(_FORWARD, lib=_operators)
@@ -174,11 +166,4 @@ def _backward_vmap(info: Any, in_dims: tuple, *arguments):
 
 
 for _name, _function in ((_FORWARD, PrepareHeads), (_BACKWARD, PrepareHeadsBackward)):
-    library.register_autograd(
-        _name,
-        _function.backward,
-        setup_context=lambda ctx, inputs, output, _function=_function: _function.setup_context(
-            ctx, inputs, output
-        ),
-        lib=_operators,
-    )
+    register_autograd(_name, _function, _operators)

@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastattn.core.mlp import definition
 from fastattn.core.mlp.spec import MLPSpec, MLPWeights
 
 
@@ -56,7 +55,7 @@ def mlp_backward(
 
 
 def forward(x: Tensor, weights: MLPWeights, spec: MLPSpec, save: bool) -> tuple[Tensor, Tensor]:
-    y = definition.mlp(x, weights, spec)
+    y = mlp(x, weights, spec)
     if not save:
         return y, x.new_empty(0)
     saved = F.linear(x, weights.w_in, weights.b_in)
@@ -68,5 +67,5 @@ def forward(x: Tensor, weights: MLPWeights, spec: MLPSpec, save: bool) -> tuple[
 def backward(
     dy: Tensor, x: Tensor, weights: MLPWeights, saved: Tensor, wanted: Sequence[bool], spec: MLPSpec
 ) -> tuple[Tensor | None, ...]:
-    gradients = definition.mlp_backward(dy, x, weights, spec)
+    gradients = mlp_backward(dy, x, weights, spec)
     return tuple(g if want else None for g, want in zip(gradients, wanted, strict=True))

@@ -121,17 +121,9 @@ class MLPBackward(Function):
 
     @staticmethod
     def backward(ctx, *second):
-        tensors = ctx.saved_tensors
-        present = [i for i, t in enumerate(tensors) if t is not None]
-
-        def gradients(*given):
-            filled = dict(zip(present, given, strict=True))
-            return _gradients(ctx, [filled.get(i) for i in range(len(tensors))])
-
-        pulled = [g for g, want in zip(second, ctx.wanted, strict=True) if want]
-        derivatives = torch.func.vjp(gradients, *(tensors[i] for i in present))[1](pulled)
-        filled = dict(zip(present, derivatives, strict=True))
-        return *(filled.get(i) for i in range(len(tensors))), None, None, None, None
+        cotangents = [g for g, want in zip(second, ctx.wanted, strict=True) if want]
+        found = derivatives.pull_through(lambda *t: _gradients(ctx, t), ctx.saved_tensors, cotangents)
+        return *found, None, None, None, None
 
 
 def _gradients(ctx, tensors: Sequence) -> list[Tensor]:
@@ -175,11 +167,8 @@ class DualMLPBackward(MLPBackward):
 
     @staticmethod
     def jvp(ctx, *tangents):
-        def gradients(*given):
-            return _gradients(ctx, given)
-
         inputs = ctx.saved_tensors
-        moved = iter(derivatives.push_through(gradients, inputs, tangents[:7]))
+        moved = iter(derivatives.push_through(lambda *t: _gradients(ctx, t), inputs, tangents[:7]))
         return tuple(next(moved) if want else inputs[0].new_empty(0) for want in ctx.wanted)
 
 

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from fastattn.core.checks import lse_dtype
-from fastattn.core.norm import definition
-from fastattn.core.norm.spec import NormSpec
+from fastattn.core.norm.spec import NormSpec, Saved
 
 
 def norm(
@@ -63,19 +62,12 @@ def _multiplier(weight: Tensor, like: Tensor, spec: NormSpec) -> Tensor:
 def forward(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, spec: NormSpec
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
-    y, total, mean, inverse = definition.norm(x, residual, weight, bias, spec)
+    y, total, mean, inverse = norm(x, residual, weight, bias, spec)
     return y.contiguous(), None if total is None else total.contiguous(), mean, inverse
 
 
 def backward(
-    dy: Tensor,
-    dtotal: Tensor | None,
-    x: Tensor,
-    weight: Tensor | None,
-    mean: Tensor | None,
-    inverse: Tensor,
-    spec: NormSpec,
-    wanted: tuple[bool, bool],
+    dy: Tensor, dtotal: Tensor | None, saved: Saved, spec: NormSpec, wanted: tuple[bool, bool]
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    dx, dweight, dbias = definition.norm_backward(dy, dtotal, x, weight, spec)
+    dx, dweight, dbias = norm_backward(dy, dtotal, saved.x, saved.weight, spec)
     return dx.contiguous(), dweight if wanted[0] else None, dbias if wanted[1] else None

@@ -15,10 +15,10 @@ from torch import Tensor, library
 from fastattn.core import backends, capabilities, derivatives
 from fastattn.core.capabilities import BACKWARD, FORWARD, Request
 from fastattn.core.checks import lse_dtype
-from fastattn.core.function import Function
+from fastattn.core.function import Function, register_autograd
 from fastattn.core.mapped import fold, unfold
 from fastattn.core.norm import definition
-from fastattn.core.norm.spec import NormSpec
+from fastattn.core.norm.spec import NormSpec, Saved
 
 _operators = library.Library("fastattn", "FRAGMENT")
 _OPTIONS = "bool centred, float eps, float weight_offset, str? backend"
@@ -45,9 +45,8 @@ def _backward(
 ) -> tuple[Tensor, ...]:
     spec = NormSpec(centred, eps, weight_offset, dtotal is not None)
     chosen = capabilities.choose(Request("norm", spec, (x,)), BACKWARD, backend)
-    mean = mean if spec.centred else None
-    wanted = (want_weight, want_bias)
-    gradients = backends.load("norm", chosen).backward(dy, dtotal, x, weight, mean, inverse, spec, wanted)
+    saved = Saved(x, weight, mean if spec.centred else None, inverse)
+    gradients = backends.load("norm", chosen).backward(dy, dtotal, saved, spec, (want_weight, want_bias))
     return tuple(x.new_empty(0) if g is None else g for g in gradients)
 
 
@@ -157,17 +156,9 @@ class NormBackward(Function):
 
     @staticmethod
     def backward(ctx, *second):
-        tensors = ctx.saved_tensors
-        present = [i for i, t in enumerate(tensors) if t is not None]
-
-        def gradients(*given):
-            filled = dict(zip(present, given, strict=True))
-            return _gradients(ctx, [filled.get(i) for i in range(len(tensors))])
-
-        pulled = [g for g, there in zip(second, (True, *ctx.wanted), strict=True) if there]
-        found = torch.func.vjp(gradients, *(tensors[i] for i in present))[1](pulled)
-        filled = dict(zip(present, found, strict=True))
-        return *(filled.get(i) for i in range(len(tensors))), *(None,) * 8
+        cotangents = [g for g, there in zip(second, (True, *ctx.wanted), strict=True) if there]
+        found = derivatives.pull_through(lambda *t: _gradients(ctx, t), ctx.saved_tensors, cotangents)
+        return *found, *(None,) * 8
 
 
 def _gradients(ctx, tensors: Sequence) -> list[Tensor]:
@@ -188,7 +179,7 @@ class DualNormBackward(NormBackward):
     @staticmethod
     def jvp(ctx, *tangents):
         inputs = ctx.saved_tensors
-        moved = iter(derivatives.push_through(lambda *given: _gradients(ctx, given), inputs, tangents[:4]))
+        moved = iter(derivatives.push_through(lambda *t: _gradients(ctx, t), inputs, tangents[:4]))
         return tuple(next(moved) if there else inputs[0].new_empty(0) for there in (True, *ctx.wanted))
 
 
@@ -227,11 +218,4 @@ def _backward_vmap(info: Any, in_dims: tuple, *arguments):
 
 
 for _name, _function in ((_FORWARD, Norm), (_BACKWARD, NormBackward)):
-    library.register_autograd(
-        _name,
-        _function.backward,
-        setup_context=lambda ctx, inputs, output, _function=_function: _function.setup_context(
-            ctx, inputs, output
-        ),
-        lib=_operators,
-    )
+    register_autograd(_name, _function, _operators)

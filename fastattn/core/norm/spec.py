@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +12,16 @@ from torch import Tensor
 from fastattn.core import arguments
 from fastattn.core.checks import check_beside, check_floating, check_input, check_same, lse_dtype
 from fastattn.core.heads.spec import check_eps
+
+
+class Saved(NamedTuple):
+    """What the backward takes from a forward: what was normalised, (B, R, W), the weight, (B, W) or None, and of
+    each row, (B, R), the mean (None unless centred) and the inverse deviation."""
+
+    x: Tensor
+    weight: Tensor | None
+    mean: Tensor | None
+    inverse: Tensor
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from fastattn.core.checks import lse_dtype
-from fastattn.core.norm.spec import NormSpec
+from fastattn.core.norm.spec import NormSpec, Saved
 
 
-def serve(x: Tensor, weight: Tensor | None, bias: Tensor | None, spec: NormSpec) -> bool:
+def serves(x: Tensor, weight: Tensor | None, bias: Tensor | None, spec: NormSpec) -> bool:
     """Whether they do: one weight serves all rows, and is exact in the dtype they take."""
     if x.device.type not in ("cpu", "cuda") or x.numel() == 0 or (bias is not None and not spec.centred):
         return False
@@ -44,15 +44,10 @@ def forward(
 
 
 def backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    mean: Tensor | None,
-    inverse: Tensor,
-    spec: NormSpec,
-    wanted: tuple[bool, bool],
+    dy: Tensor, saved: Saved, spec: NormSpec, wanted: tuple[bool, bool]
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """dx, and dweight and dbias (1, W) where they are wanted."""
+    x, weight, mean, inverse = saved
     width, weight = x.shape[2], _weight(x, weight, spec)
     dy, rows, inverse = _rows(dy, x), _rows(x, x), inverse.reshape(-1, 1)
     if mean is not None:

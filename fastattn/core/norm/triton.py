@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fastattn.core.norm.spec import NormSpec
+from fastattn.core.norm.spec import NormSpec, Saved
 from fastattn.kernels import norm as _norm
 
 
@@ -16,17 +16,6 @@ def forward(
 
 
 def backward(
-    dy: Tensor,
-    dtotal: Tensor | None,
-    x: Tensor,
-    weight: Tensor | None,
-    mean: Tensor | None,
-    inverse: Tensor,
-    spec: NormSpec,
-    wanted: tuple[bool, bool],
+    dy: Tensor, dtotal: Tensor | None, saved: Saved, spec: NormSpec, wanted: tuple[bool, bool]
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    want_weight, want_bias = wanted
-    return _norm.norm_backward(
-        dy, dtotal, x, weight, mean, inverse, offset=spec.weight_offset, want_weight=want_weight,
-        want_bias=want_bias,
-    )  # fmt: skip
+    return _norm.norm_backward(dy, dtotal, saved, offset=spec.weight_offset, wanted=wanted)
