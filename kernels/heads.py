@@ -55,7 +55,7 @@ class Size(NamedTuple):
 
 
 @triton.jit
-def place(size, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def tile_position(size, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Program number -> batch entry, tile of rows, first head: neighbours read neighbouring heads."""
     program = tl.program_id(0)
     group = program % size.groups
@@ -178,7 +178,7 @@ def row_mean(firsts, seconds, WIDTH: tl.constexpr):
 @triton.jit
 def heads_kernel(x, y, weight, rotation, scale, size, eps, tile: tl.constexpr):
     """y = scale * rotate(norm(x) * weight). No norm if `eps` is None; weight, rotation and scale may be None."""
-    batch, number, first_head = place(size, tile.BLOCK_M, tile.BLOCK_N)
+    batch, number, first_head = tile_position(size, tile.BLOCK_M, tile.BLOCK_N)
     rows = number * tile.BLOCK_M + tl.arange(0, tile.BLOCK_M)
     exists = rows < size.rows
     one = tl.zeros((1,), tl.int32)
@@ -215,7 +215,7 @@ def heads_gradient_kernel(dy, x, dx, partials, weight, rotation, scale, size, ep
 
     `x` is not read where neither the norm nor the partials need it, which are None then.
     """
-    batch, number, first_head = place(size, tile.BLOCK_M, tile.BLOCK_N)
+    batch, number, first_head = tile_position(size, tile.BLOCK_M, tile.BLOCK_N)
     rows = number * tile.BLOCK_M + tl.arange(0, tile.BLOCK_M)
     exists = rows < size.rows
     one = tl.zeros((1,), tl.int32)

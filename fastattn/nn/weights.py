@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastattn.core.attention.definition import visible
-from fastattn.core.attention.dropout import dropout_mask, kept
+from fastattn.core.attention.dropout import dropout_mask, keep_mask
 from fastattn.core.attention.spec import AttentionSpec, check_dropout
 from fastattn.core.checks import lse_dtype
 from fastattn.masks import Lowered, Mask, decode
@@ -145,7 +145,7 @@ def _keep(h: int, q: Tensor, k: Tensor, how: Weighting) -> Tensor | float:
     dropout_p = check_dropout(how.dropout_p)
     head = torch.full((), h, device=q.device)
     query = torch.arange(q.shape[2], device=q.device)[:, None]
-    keep = kept(how.dropout_state[:, None, None], head, query, 0, k.shape[2], dropout_p)
+    keep = keep_mask(how.dropout_state[:, None, None], head, query, 0, k.shape[2], dropout_p)
     return keep * (1.0 / (1.0 - dropout_p))
 
 

@@ -36,7 +36,7 @@ from .loops import (
     words_of,
 )
 from .problem import Call, empty_heads
-from .scores import cap, finish_scores, keep_mask, score_factor, score_gradient, score_terms
+from .scores import cap, finish_scores, keep_mask, load_score_terms, score_factor, score_gradient
 from .splits import argument, merge, partials_of, splits_of, store_result
 
 
@@ -111,7 +111,16 @@ def tile_at(number, tiles, beginning, q, dout, row_values):
 
 @triton.jit
 def dkdv_step(
-    state, operands, terms, cursor, start, key_start, bounds, problem, tile: tl.constexpr, MASKED: tl.constexpr
+    state,
+    operands,
+    score_terms,
+    cursor,
+    start,
+    key_start,
+    bounds,
+    problem,
+    tile: tl.constexpr,
+    MASKED: tl.constexpr,
 ):
     """Add what one head's queries from `start` on give to (dk, dv); scores stand transposed, keys down, so that
     both products take them as they are."""
@@ -129,7 +138,7 @@ def dkdv_step(
     dweights = tl.dot(v_tile, tl.trans(dout_tile), input_precision=tile.PRECISION)
     keys = key_start + tl.arange(0, tile.BLOCK_N)
     capped = cap(products, scores)
-    values = finish_scores(capped, scores, terms, queries[None, :], keys[:, None], shape)
+    values = finish_scores(capped, scores, score_terms, queries[None, :], keys[:, None], shape)
     lse = tl.load(row_values + queries)
     weights = tl.exp2(values * score_factor(scores) - lse[None, :])
     if MASKED and problem.lists.full is not None:
@@ -149,7 +158,7 @@ def dkdv_step(
     delta = tl.load(row_values + padded_rows + queries)
     kept_weights = weights
     if problem.dropout is not None:
-        keep = keep_mask(problem.dropout, terms, queries, key_start, tile.BLOCK_N, True)
+        keep = keep_mask(problem.dropout, score_terms, queries, key_start, tile.BLOCK_N, True)
         kept_weights = tl.where(keep, weights, 0.0)
         dweights = tl.where(keep, dweights * tl.cast(problem.dropout.growth, tl.float32), 0.0)
     dscores = weights * (dweights - delta[None, :])
@@ -170,7 +179,7 @@ def dkdv_by_lists(state, operands, row_values, position, problem, tile: tl.const
     pieces: tl.constexpr = GRANULE // tile.BLOCK_M
     values = row_values_of(row_values, batch, head, problem.shape)
     cursor = (0, 0, head_of(q, batch, head), head_of(dout, batch, head), values)
-    terms = score_terms(problem.scores, problem.dropout, batch, head)
+    score_terms = load_score_terms(problem.scores, problem.dropout, batch, head)
     column = list_of(lists, batch, head, start)
     partial, full = lists.partial_offsets + column, lists.full_offsets + column
     low, high = part_of_range(tl.load(partial), tl.load(partial + 1), split, lists.items)
@@ -178,14 +187,14 @@ def dkdv_by_lists(state, operands, row_values, position, problem, tile: tl.const
         entry = number // pieces
         query_start = tl.load(lists.partial + entry) * GRANULE + (number - entry * pieces) * tile.BLOCK_M
         words = words_of(lists, entry, query_start + tl.arange(0, tile.BLOCK_M))
-        counted = with_multiplicity(terms, lists.partial_counts, entry)
-        state = dkdv_step(state, operands, counted, cursor, query_start, start, words, problem, tile, True)
+        entry_terms = with_multiplicity(score_terms, lists.partial_counts, entry)
+        state = dkdv_step(state, operands, entry_terms, cursor, query_start, start, words, problem, tile, True)
     low, high = part_of_range(tl.load(full), tl.load(full + 1), split, lists.items)
     for number in tl.range(low * pieces, high * pieces):
         entry = number // pieces
         query_start = tl.load(lists.full + entry) * GRANULE + (number - entry * pieces) * tile.BLOCK_M
-        counted = with_multiplicity(terms, lists.full_counts, entry)
-        state = dkdv_step(state, operands, counted, cursor, query_start, start, 0, problem, tile, False)
+        entry_terms = with_multiplicity(score_terms, lists.full_counts, entry)
+        state = dkdv_step(state, operands, entry_terms, cursor, query_start, start, 0, problem, tile, False)
     return state
 
 
@@ -213,9 +222,9 @@ def dkdv_by_ranges(state, operands, row_values, position, problem, tile: tl.cons
         cursor = tile_at(low, masked, beginning, q, dout, row_values)
     for _ in tl.range(low, high):
         number = cursor[0] + tl.where(cursor[0] < diagonal, first, whole - diagonal)
-        terms = score_terms(problem.scores, problem.dropout, batch, head + cursor[1])
+        score_terms = load_score_terms(problem.scores, problem.dropout, batch, head + cursor[1])
         state = dkdv_step(
-            state, operands, terms, cursor, number * tile.BLOCK_M, start, bounds, problem, tile, True
+            state, operands, score_terms, cursor, number * tile.BLOCK_M, start, bounds, problem, tile, True
         )
         cursor = next_tile(cursor, masked, q, dout, row_values)
     cursor = beginning
@@ -224,9 +233,9 @@ def dkdv_by_ranges(state, operands, row_values, position, problem, tile: tl.cons
         cursor = tile_at(low, whole - full, beginning, q, dout, row_values)
     for _ in tl.range(low, high):
         number = full + cursor[0]
-        terms = score_terms(problem.scores, problem.dropout, batch, head + cursor[1])
+        score_terms = load_score_terms(problem.scores, problem.dropout, batch, head + cursor[1])
         state = dkdv_step(
-            state, operands, terms, cursor, number * tile.BLOCK_M, start, bounds, problem, tile, False
+            state, operands, score_terms, cursor, number * tile.BLOCK_M, start, bounds, problem, tile, False
         )
         cursor = next_tile(cursor, whole - full, q, dout, row_values)
     return state
@@ -272,13 +281,15 @@ def attention_dkdv_kernel(
 
 @triton.jit
 def dq_step(
-    dq, operands, terms, start, queries, bounds, key_count, problem, tile: tl.constexpr, MASKED: tl.constexpr
+    dq, operands, score_terms, start, queries, bounds, key_count, problem, tile: tl.constexpr, MASKED: tl.constexpr
 ):
     """Add what the keys from `start` on give to dq."""
     rows, k_pointer, v_pointer, k, v = operands
     k_tile = load_tile(k_pointer, k, start, key_count, tile.HEAD_DIM, tile.BLOCK_N, tile.WIDTH, MASKED)
     v_tile = load_tile(v_pointer, v, start, key_count, tile.VALUE_DIM, tile.BLOCK_N, tile.VALUE_WIDTH, MASKED)
-    dscores, capped = score_gradient(rows, k_tile, v_tile, start, queries, bounds, terms, problem, tile, MASKED)
+    dscores, capped = score_gradient(
+        rows, k_tile, v_tile, start, queries, bounds, score_terms, problem, tile, MASKED
+    )
     if problem.scores.softcap is not None:
         dscores *= 1.0 - capped * capped
     return tl.dot(dscores.to(k_tile.dtype), k_tile, dq, input_precision=tile.PRECISION)
@@ -298,10 +309,10 @@ def attention_dq_kernel(q, k, v, dout, dq, partials, row_values, problem, tile: 
     rows = (q_tile, dout_tile, tl.load(values), tl.load(values + row_values.rows))
     k_pointer = head_of(k, batch, head // shape.group)
     v_pointer = head_of(v, batch, head // shape.group)
-    terms = score_terms(problem.scores, problem.dropout, batch, head)
+    score_terms = load_score_terms(problem.scores, problem.dropout, batch, head)
 
     dq_tile = loop_over_keys(
-        dq_step, tl.zeros([tile.BLOCK_M, tile.WIDTH], tl.float32), (rows, k_pointer, v_pointer, k, v), terms,
+        dq_step, tl.zeros([tile.BLOCK_M, tile.WIDTH], tl.float32), (rows, k_pointer, v_pointer, k, v), score_terms,
         position, problem, tile,
     )  # fmt: skip
     dq_tile *= tl.cast(problem.scores.scale, tl.float32)

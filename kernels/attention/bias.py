@@ -26,11 +26,13 @@ from .loops import (
     words_of,
 )
 from .problem import Call
-from .scores import score_gradient, score_terms
+from .scores import load_score_terms, score_gradient
 
 
 @triton.jit
-def tile_gradient(total, operands, batch, head, start, key_start, bounds, terms, problem, tile: tl.constexpr):
+def tile_gradient(
+    total, operands, batch, head, start, key_start, bounds, score_terms, problem, tile: tl.constexpr
+):
     """Add to `total` the gradient of one head's scores that `bounds` show. Operands are q, k, v, dout and the row
     values of the backward."""
     q, k, v, dout, row_values = operands
@@ -48,7 +50,9 @@ def tile_gradient(total, operands, batch, head, start, key_start, bounds, terms,
     v_tile = load_tile(v_pointer, v, key_start, key_count, tile.VALUE_DIM, tile.BLOCK_N, tile.VALUE_WIDTH, True)
     values = row_values.pointer + (batch * shape.heads + head).to(tl.int64) * 2 * row_values.rows + queries
     rows = (q_tile, dout_tile, tl.load(values), tl.load(values + row_values.rows))
-    dscores, _capped = score_gradient(rows, k_tile, v_tile, key_start, queries, bounds, terms, problem, tile, True)
+    dscores, _capped = score_gradient(
+        rows, k_tile, v_tile, key_start, queries, bounds, score_terms, problem, tile, True
+    )
     return total + dscores
 
 
@@ -65,10 +69,12 @@ def add_tile(total, operands, batch, head, start, key_start, problem, tile: tl.c
         if (key_start < end) & (key_start + tile.BLOCK_N > begin):
             # Once more: kept over the branch they would cost 4 percent more instructions (sm_90, D = 128).
             bounds = key_bounds(queries, batch, key_count, problem)
-            terms = score_terms(problem.scores, problem.dropout, batch, head)
-            total = tile_gradient(total, operands, batch, head, start, key_start, bounds, terms, problem, tile)
+            score_terms = load_score_terms(problem.scores, problem.dropout, batch, head)
+            total = tile_gradient(
+                total, operands, batch, head, start, key_start, bounds, score_terms, problem, tile
+            )
     else:
-        terms = score_terms(problem.scores, problem.dropout, batch, head)
+        score_terms = load_score_terms(problem.scores, problem.dropout, batch, head)
         # Its granule may be in the row's lists: once, or once for each number of times that its keys count.
         row = list_of(lists, batch, head, start)
         granule = key_start // GRANULE
@@ -78,16 +84,20 @@ def add_tile(total, operands, batch, head, start, key_start, problem, tile: tl.c
             first_at(lists.partial, tl.load(lists.partial_offsets + row), end, granule + 1),
         ):
             bounds = words_of(lists, entry, queries), key_count
-            counted = with_multiplicity(terms, lists.partial_counts, entry)
-            total = tile_gradient(total, operands, batch, head, start, key_start, bounds, counted, problem, tile)
+            entry_terms = with_multiplicity(score_terms, lists.partial_counts, entry)
+            total = tile_gradient(
+                total, operands, batch, head, start, key_start, bounds, entry_terms, problem, tile
+            )
         end = tl.load(lists.full_offsets + row + 1)
         for entry in tl.range(
             first_at(lists.full, tl.load(lists.full_offsets + row), end, granule),
             first_at(lists.full, tl.load(lists.full_offsets + row), end, granule + 1),
         ):
             bounds = tl.full([tile.BLOCK_M], -1, tl.int64), key_count
-            counted = with_multiplicity(terms, lists.full_counts, entry)
-            total = tile_gradient(total, operands, batch, head, start, key_start, bounds, counted, problem, tile)
+            entry_terms = with_multiplicity(score_terms, lists.full_counts, entry)
+            total = tile_gradient(
+                total, operands, batch, head, start, key_start, bounds, entry_terms, problem, tile
+            )
     return total
 
 

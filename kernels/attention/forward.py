@@ -16,13 +16,22 @@ from .. import launch
 from ..tiles import LN_2, LOG2_E, head_of, load_tile, online_softmax_update, tensor3, tensor4
 from .loops import is_visible, later_are_heavier, loop_over_keys, position_of, rows_of
 from .problem import Call, empty_heads
-from .scores import cap, finish_scores, keep_mask, score_factor, score_terms
+from .scores import cap, finish_scores, keep_mask, load_score_terms, score_factor
 from .splits import argument, merge, partials_of, splits_of, store_result, store_row_values
 
 
 @triton.jit
 def forward_step(
-    state, operands, terms, start, queries, bounds, key_count, problem, tile: tl.constexpr, MASKED: tl.constexpr
+    state,
+    operands,
+    score_terms,
+    start,
+    queries,
+    bounds,
+    key_count,
+    problem,
+    tile: tl.constexpr,
+    MASKED: tl.constexpr,
 ):
     """Fold the keys from `start` on into (accumulator, running maximum, running sum)."""
     q_tile, k_pointer, v_pointer, k, v = operands
@@ -31,14 +40,14 @@ def forward_step(
     k_tile = load_tile(k_pointer, k, start, key_count, tile.HEAD_DIM, tile.BLOCK_N, tile.WIDTH, MASKED)
     products = tl.dot(q_tile, tl.trans(k_tile), input_precision=tile.PRECISION)
     columns = start + tl.arange(0, tile.BLOCK_N)[None, :]
-    values = finish_scores(cap(products, scores), scores, terms, queries[:, None], columns, problem.shape)
+    values = finish_scores(cap(products, scores), scores, score_terms, queries[:, None], columns, problem.shape)
     if MASKED:
         values = tl.where(is_visible(start, bounds, problem, tile), values, float("-inf"))
     weights, rescale, row_max, row_sum = online_softmax_update(
         values, score_factor(scores), row_max, row_sum, MASKED or scores.bias is not None
     )
     if problem.dropout is not None:
-        keep = keep_mask(problem.dropout, terms, queries, start, tile.BLOCK_N, False)
+        keep = keep_mask(problem.dropout, score_terms, queries, start, tile.BLOCK_N, False)
         weights = tl.where(keep, weights, 0.0)
     v_tile = load_tile(v_pointer, v, start, key_count, tile.VALUE_DIM, tile.BLOCK_N, tile.VALUE_WIDTH, MASKED)
     accumulator *= rescale[:, None]
@@ -55,7 +64,7 @@ def attention_forward_kernel(q, k, v, out, lse, partials, lse_partials, problem,
     v_pointer = head_of(v, batch, head // shape.group)
     q_pointer = head_of(q, batch, head)
     q_tile = load_tile(q_pointer, q, start, shape.queries, tile.HEAD_DIM, tile.BLOCK_M, tile.WIDTH, True)
-    terms = score_terms(scores, problem.dropout, batch, head)
+    score_terms = load_score_terms(scores, problem.dropout, batch, head)
 
     accumulator = tl.zeros([tile.BLOCK_M, tile.VALUE_WIDTH], tl.float32)
     row_max = tl.full([tile.BLOCK_M], float("-inf"), tl.float32)
@@ -67,7 +76,7 @@ def attention_forward_kernel(q, k, v, out, lse, partials, lse_partials, problem,
         row_sum += tl.where(split[0] == 0, 1.0, 0.0)
     operands = (q_tile, k_pointer, v_pointer, k, v)
     accumulator, row_max, row_sum = loop_over_keys(
-        forward_step, (accumulator, row_max, row_sum), operands, terms, position, problem, tile
+        forward_step, (accumulator, row_max, row_sum), operands, score_terms, position, problem, tile
     )
 
     # A row that saw nothing has sum 0: output 0, lse -inf.

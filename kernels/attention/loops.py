@@ -156,10 +156,10 @@ def key_count_of(batch, problem):
 
 
 @triton.jit
-def interval_of(batch, place, problem):
-    """First and stop of the interval at each place: queries, then keys."""
+def interval_of(batch, index, problem):
+    """First and stop of the interval at each index: queries, then keys."""
     window, shape = problem.window, problem.shape
-    pointers = window.intervals + batch.to(tl.int64) * window.interval_batch + place
+    pointers = window.intervals + batch.to(tl.int64) * window.interval_batch + index
     return tl.load(pointers), tl.load(pointers + shape.queries + shape.keys)
 
 
@@ -309,9 +309,9 @@ def list_of(lists, batch, head, start):
 
 
 @triton.jit
-def with_multiplicity(terms, counts, entry):
+def with_multiplicity(score_terms, counts, entry):
     """The score terms, with how often an entry's keys count, in log2 units."""
-    slope, bias, relative, head, seed, offset, _ = terms
+    slope, bias, relative, head, seed, offset, _ = score_terms
     count = 0.0
     if counts is not None:
         count = tl.load(counts + entry) * LOG2_E
@@ -346,7 +346,7 @@ def later_are_heavier(problem):
 
 
 @triton.jit
-def loop_over_keys(step: tl.constexpr, state, operands, terms, position, problem, tile: tl.constexpr):
+def loop_over_keys(step: tl.constexpr, state, operands, score_terms, position, problem, tile: tl.constexpr):
     """Let `step` fold into the state, tile by tile, the keys that the queries at `position` see.
 
     The keys that every row of the tile may see are visited by a loop without mask code; those on the edges (a
@@ -364,7 +364,9 @@ def loop_over_keys(step: tl.constexpr, state, operands, terms, position, problem
         begin, full_begin, full_end, end = ranges
         if has_first(problem.window):
             for key_start in tl.range(begin, tl.minimum(full_begin, end), tile.BLOCK_N):
-                state = step(state, operands, terms, key_start, queries, bounds, key_count, problem, tile, True)
+                state = step(
+                    state, operands, score_terms, key_start, queries, bounds, key_count, problem, tile, True
+                )
         for part in tl.static_range(2):
             for key_start in tl.range(
                 full_end if (part == 0) == tile.MASKED_FIRST else full_begin,
@@ -372,7 +374,9 @@ def loop_over_keys(step: tl.constexpr, state, operands, terms, position, problem
                 tile.BLOCK_N,
             ):
                 masked: tl.constexpr = (part == 0) == tile.MASKED_FIRST
-                state = step(state, operands, terms, key_start, queries, bounds, key_count, problem, tile, masked)
+                state = step(
+                    state, operands, score_terms, key_start, queries, bounds, key_count, problem, tile, masked
+                )
     else:
         # A granule is visited in pieces where it is wider than a tile.
         pieces: tl.constexpr = GRANULE // tile.BLOCK_N
@@ -383,15 +387,17 @@ def loop_over_keys(step: tl.constexpr, state, operands, terms, position, problem
             entry = number // pieces
             key_start = tl.load(lists.partial + entry) * GRANULE + (number - entry * pieces) * tile.BLOCK_N
             bounds = words_of(lists, entry, queries), key_count
-            counted = with_multiplicity(terms, lists.partial_counts, entry)
-            state = step(state, operands, counted, key_start, queries, bounds, key_count, problem, tile, True)
+            entry_terms = with_multiplicity(score_terms, lists.partial_counts, entry)
+            state = step(state, operands, entry_terms, key_start, queries, bounds, key_count, problem, tile, True)
         low, high = part_of_range(tl.load(full), tl.load(full + 1), split, lists.items)
         for number in tl.range(low * pieces, high * pieces):
             entry = number // pieces
             key_start = tl.load(lists.full + entry) * GRANULE + (number - entry * pieces) * tile.BLOCK_N
             bounds = tl.full([tile.BLOCK_M], -1, tl.int64), key_count
-            counted = with_multiplicity(terms, lists.full_counts, entry)
+            entry_terms = with_multiplicity(score_terms, lists.full_counts, entry)
             # Key lengths may end within a full granule.
             masked: tl.constexpr = problem.window.key_lengths is not None
-            state = step(state, operands, counted, key_start, queries, bounds, key_count, problem, tile, masked)
+            state = step(
+                state, operands, entry_terms, key_start, queries, bounds, key_count, problem, tile, masked
+            )
     return state

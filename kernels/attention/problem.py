@@ -98,10 +98,10 @@ class Call:
 
     def scores(self, sinks: bool = False) -> Scores:
         """What is done to the scores; with the sinks where a kernel reads them."""
-        tensors, counted = self.tensors, self.lists is not None and self.lists.full_counts is not None
+        tensors, multiplicity = self.tensors, self.lists is not None and self.lists.full_counts is not None
         return scores_of(
             self.spec.scale, self.spec.softcap or None, tensors.alibi_slopes, tensors.bias, tensors.relative_bias,
-            tensors.sinks if sinks else None, counted,
+            tensors.sinks if sinks else None, multiplicity,
         )  # fmt: skip
 
     def problem(

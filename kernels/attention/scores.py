@@ -23,7 +23,7 @@ class Scores(NamedTuple):
     relative: Tensor3 | None
     radius: int | None
     sinks: Tensor2 | None
-    counted: int | None
+    multiplicity: int | None
 
 
 class Dropout(NamedTuple):
@@ -42,7 +42,7 @@ def scores_of(
     bias: torch.Tensor | None,
     relative_bias: torch.Tensor | None,
     sinks: torch.Tensor | None,
-    counted: bool = False,
+    multiplicity: bool = False,
 ) -> Scores:
     """What is done to the scores as a kernel argument. The bias (B or 1, H or 1, Lq or 1, Lk or 1) repeats itself
     where it has size 1."""
@@ -60,7 +60,7 @@ def scores_of(
         relative,
         radius,
         tensor2(sinks),
-        1 if counted else None,
+        1 if multiplicity else None,
     )
 
 
@@ -91,7 +91,7 @@ def is_plain(scores):
         and scores.slopes is None
         and scores.bias is None
         and scores.relative is None
-        and scores.counted is None
+        and scores.multiplicity is None
     )
 
 
@@ -114,26 +114,26 @@ def cap(products, scores):
 
 
 @triton.jit
-def finish_scores(capped, scores, terms, queries, keys, shape):
+def finish_scores(capped, scores, score_terms, queries, keys, shape):
     """From what `cap` returns to scores, up to `score_factor`.
 
     Without cap and biases they are the products as they are, so that maximum and exponential take the scale in
     their own multiply-adds. `queries` and `keys` broadcast to the tile; those that do not exist read the last
     one's bias.
     """
-    slope, bias, relative = terms[0], terms[1], terms[2]
+    slope, bias, relative = score_terms[0], score_terms[1], score_terms[2]
     if scores.softcap is not None:
         capped = capped * (tl.cast(scores.softcap, tl.float32) * LOG2_E)
     elif not is_plain(scores):
         capped = capped * (tl.cast(scores.scale, tl.float32) * LOG2_E)
-    if scores.counted is not None:
-        capped += terms[6]
+    if scores.multiplicity is not None:
+        capped += score_terms[6]
     if scores.slopes is not None:
         capped -= (slope * LOG2_E) * tl.abs(keys - queries - (shape.keys - shape.queries)).to(tl.float32)
     if scores.relative is not None:
         distance = keys - queries - (shape.keys - shape.queries)
-        place = tl.minimum(tl.maximum(distance, -scores.radius), scores.radius) + scores.radius
-        capped += tl.load(relative + place * scores.relative.row) * LOG2_E
+        column = tl.minimum(tl.maximum(distance, -scores.radius), scores.radius) + scores.radius
+        capped += tl.load(relative + column * scores.relative.row) * LOG2_E
     if scores.bias is not None:
         # 32-bit offsets from the tile's first row and column: half the registers.
         first_row, first_column = tl.min(queries), tl.min(keys)
@@ -149,7 +149,7 @@ def finish_scores(capped, scores, terms, queries, keys, shape):
 
 
 @triton.jit
-def score_terms(scores, dropout, batch, head):
+def load_score_terms(scores, dropout, batch, head):
     """What one head's scores and weights take from memory: its slope, where its biases begin, its number, and
     the seed and offset of its random numbers; 0 for what is not asked, and for how often keys count."""
     slope, bias, relative, seed, offset = 0.0, 0, 0, 0, 0
@@ -165,13 +165,13 @@ def score_terms(scores, dropout, batch, head):
 
 
 @triton.jit
-def keep_mask(dropout, terms, queries, first_key, KEYS: tl.constexpr, KEYS_DOWN: tl.constexpr):
+def keep_mask(dropout, score_terms, queries, first_key, KEYS: tl.constexpr, KEYS_DOWN: tl.constexpr):
     """Which weights of a tile dropout keeps: (queries, KEYS), or (KEYS, queries) if KEYS_DOWN.
 
     Eight neighbouring keys share a call of Philox-4x32 with seven rounds (Salmon et al. 2011, table 2) for the
     counter (key // 8, query, head, offset): two 16-bit numbers a word.
     """
-    head, seed, offset = terms[3], terms[4], terms[5]
+    head, seed, offset = score_terms[3], score_terms[4], score_terms[5]
     groups = first_key // 8 + tl.arange(0, KEYS // 8)
     if KEYS_DOWN:
         group, query = groups[:, None] + 0 * queries[None, :], queries[None, :] + 0 * groups[:, None]
@@ -189,7 +189,16 @@ def keep_mask(dropout, terms, queries, first_key, KEYS: tl.constexpr, KEYS_DOWN:
 
 @triton.jit
 def score_gradient(
-    operands, k_tile, v_tile, start, queries, bounds, terms, problem, tile: tl.constexpr, MASKED: tl.constexpr
+    operands,
+    k_tile,
+    v_tile,
+    start,
+    queries,
+    bounds,
+    score_terms,
+    problem,
+    tile: tl.constexpr,
+    MASKED: tl.constexpr,
 ):
     """The gradient of a tile of scores, queries down, and what `cap` made of the products. Operands are the
     queries' q and dout, their log-sum-exps in log2 units and their deltas."""
@@ -200,11 +209,11 @@ def score_gradient(
     dweights = tl.dot(dout_tile, tl.trans(v_tile), input_precision=tile.PRECISION)
     keys = start + tl.arange(0, tile.BLOCK_N)[None, :]
     capped = cap(products, scores)
-    values = finish_scores(capped, scores, terms, queries[:, None], keys, problem.shape)
+    values = finish_scores(capped, scores, score_terms, queries[:, None], keys, problem.shape)
     weights = tl.exp2(values * score_factor(scores) - lse[:, None])
     if MASKED:
         weights = tl.where(is_visible(start, bounds, problem, tile), weights, 0.0)
     if dropout is not None:
-        keep = keep_mask(dropout, terms, queries, start, tile.BLOCK_N, False)
+        keep = keep_mask(dropout, score_terms, queries, start, tile.BLOCK_N, False)
         dweights = tl.where(keep, dweights * tl.cast(dropout.growth, tl.float32), 0.0)
     return weights * (dweights - delta[:, None]), capped

@@ -124,14 +124,14 @@ def merge_kernel(
     """One program merges BLOCK rows of one head: by the log-sum-exps of the partial results, if there are any,
     else it adds them."""
     tiles = tl.num_programs(0) // (batches * heads)
-    place, flat_head = tl.program_id(0) % tiles, tl.program_id(0) // tiles
+    tile_number, flat_head = tl.program_id(0) % tiles, tl.program_id(0) // tiles
     batch, head = flat_head // heads, flat_head % heads
-    start = place * BLOCK
+    start = tile_number * BLOCK
     slot, row, rows = 0, start, length
     if merges is not None:
         pieces: tl.constexpr = GRANULE // BLOCK
-        merge = merges + place // pieces * 3
-        row, rows = place % pieces * BLOCK, GRANULE
+        merge = merges + tile_number // pieces * 3
+        row, rows = tile_number % pieces * BLOCK, GRANULE
         start = tl.load(merge) * GRANULE + row
         slot, slots = tl.load(merge + 1), tl.load(merge + 2)
     offsets = tl.arange(0, BLOCK)

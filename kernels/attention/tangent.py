@@ -28,12 +28,21 @@ from ..tiles import (
 )
 from .loops import is_visible, later_are_heavier, loop_over_keys, position_of, rows_of
 from .problem import Call, empty_heads
-from .scores import cap, finish_scores, keep_mask, score_factor, score_terms, scores_of
+from .scores import cap, finish_scores, keep_mask, load_score_terms, score_factor, scores_of
 
 
 @triton.jit
 def tangent_step(
-    state, operands, terms, start, queries, bounds, key_count, problem, tile: tl.constexpr, MASKED: tl.constexpr
+    state,
+    operands,
+    score_terms,
+    start,
+    queries,
+    bounds,
+    key_count,
+    problem,
+    tile: tl.constexpr,
+    MASKED: tl.constexpr,
 ):
     """Add what the keys from `start` on give to (out' + lse' out, lse')."""
     q_tile, q_tangent_tile, lse, pointers, k, v, q_tangent, k_tangent, v_tangent, score_tangents, tangent_terms = (
@@ -54,7 +63,7 @@ def tangent_step(
         dproducts = tl.dot(q_tile, tl.trans(k_tangent_tile), dproducts, input_precision=tile.PRECISION)
     keys = start + tl.arange(0, tile.BLOCK_N)[None, :]
     capped = cap(products, scores)
-    values = finish_scores(capped, scores, terms, queries[:, None], keys, shape)
+    values = finish_scores(capped, scores, score_terms, queries[:, None], keys, shape)
     weights = tl.exp2(values * score_factor(scores) - lse[:, None])
     if MASKED:
         weights = tl.where(is_visible(start, bounds, problem, tile), weights, 0.0)
@@ -67,7 +76,7 @@ def tangent_step(
         dweights = tl.where(weights == 0.0, 0.0, dweights)
     dlse += tl.sum(dweights, 1)
     if problem.dropout is not None:
-        keep = keep_mask(problem.dropout, terms, queries, start, tile.BLOCK_N, False)
+        keep = keep_mask(problem.dropout, score_terms, queries, start, tile.BLOCK_N, False)
         weights, dweights = tl.where(keep, weights, 0.0), tl.where(keep, dweights, 0.0)
     v_tile = load_tile(v_pointer, v, start, key_count, tile.VALUE_DIM, tile.BLOCK_N, tile.VALUE_WIDTH, MASKED)
     accumulator = tl.dot(dweights.to(v_tile.dtype), v_tile, accumulator, input_precision=tile.PRECISION)
@@ -104,8 +113,8 @@ def attention_tangent_kernel(
     if v_tangent is not None:
         v_tangent_pointer = head_of(v_tangent, batch, key_head)
     pointers = head_of(k, batch, key_head), head_of(v, batch, key_head), k_tangent_pointer, v_tangent_pointer
-    terms = score_terms(scores, problem.dropout, batch, head)
-    tangent_terms = score_terms(score_tangents, None, batch, head)
+    score_terms = load_score_terms(scores, problem.dropout, batch, head)
+    tangent_terms = load_score_terms(score_tangents, None, batch, head)
     # Rows that saw nothing, or do not exist: exp2(-inf) is 0, and so is everything that follows.
     values = (batch * shape.heads + head).to(tl.int64) * shape.queries + queries
     row_lse = tl.load(lse + values, mask=queries < shape.queries, other=float("-inf"))
@@ -120,7 +129,9 @@ def attention_tangent_kernel(
         tangent_terms,
     )  # fmt: skip
     accumulator = tl.zeros([tile.BLOCK_M, tile.VALUE_WIDTH], tl.float32)
-    accumulator, dlse = loop_over_keys(tangent_step, (accumulator, dlse), operands, terms, position, problem, tile)
+    accumulator, dlse = loop_over_keys(
+        tangent_step, (accumulator, dlse), operands, score_terms, position, problem, tile
+    )
 
     if problem.dropout is not None:
         accumulator *= tl.cast(problem.dropout.growth, tl.float32)

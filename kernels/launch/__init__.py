@@ -148,11 +148,11 @@ def heads_per_section(left: torch.Tensor, right: torch.Tensor, heads: int) -> in
     return min(max(1, heads), max(1, L2_BUDGET // max(1, left.shape[2] * row_bytes)))
 
 
-# Shares of a walk have at least so many tiles: the part of one of n tiles of 64 keys, written and read again in
-# float32, costs 2 / n of what it loads of 2-byte keys and values.
+# A split visits at least so many tiles. The partial result of a split of n tiles of 64 keys is written and read
+# again in float32: that costs 2 / n of the bytes of keys and values that it loads.
 LEAST_STEPS = 4
 
-# Whose programs a launch is to occupy in the interpreter.
+# Number of processors that the interpreter pretends to have.
 INTERPRETED_PROCESSORS = 3
 
 
@@ -170,5 +170,5 @@ def processors(family: str, device: torch.device) -> int:
 
 
 def splits(programs: int, steps: int, processors: int) -> int:
-    """Into how many shares to cut walks of up to `steps` tiles, so that `programs` of them keep the GPU busy."""
+    """How many splits to cut loops of up to `steps` tiles into, so that `programs` of them keep the GPU busy."""
     return max(1, min(processors // max(1, programs), steps // LEAST_STEPS))

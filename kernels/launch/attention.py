@@ -13,7 +13,7 @@ _INTERPRETED = {
     "tangent": (Row(8, 256, Tiling(32, 16, 4, 1)),),
 }
 
-# Where the forward and dq walk the masked keys before the others. On sm_90, if the masked loop came second, ptxas
+# Where the forward and dq visit the masked keys before the others. On sm_90, if the masked loop came second, ptxas
 # would make every asynchronous product of the kernel wait for the one before (its note C7515). Elsewhere the other
 # order takes fewer registers. Where they come first, bounds are also compared with keys counted from the tile's
 # start; so they are in dq of plain scores on sm_100 (issue / tensor of the masked loop at D = 128: 1.23 -> 1.05),
@@ -373,7 +373,7 @@ ATTENTION_DQ |= {
     "tf32x3": (Row(4, 64, Tiling(32, 16, 4, 1)),),  # 32 x 32: 16
 }
 
-# Forward mode: the forward's walk with five products to its two, and twice the tiles.
+# Forward mode: the forward's loops with five products to its two, and twice the tiles.
 ATTENTION_TANGENT = {
     INTERPRETER: _INTERPRETED["tangent"],
     "sm_80": (

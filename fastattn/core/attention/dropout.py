@@ -52,10 +52,10 @@ def dropout_mask(state: Tensor, dropout_p: float, heads: int, queries: int, keys
     heads, queries, keys = (arguments.integer(name, value, least=0) for name, value in sizes)
     head = torch.arange(heads, device=state.device)[:, None, None]
     query = torch.arange(queries, device=state.device)[:, None]
-    return kept(state[:, None, None, None], head, query, 0, keys, check_dropout(dropout_p))
+    return keep_mask(state[:, None, None, None], head, query, 0, keys, check_dropout(dropout_p))
 
 
-def kept(
+def keep_mask(
     state: Tensor,
     head: Tensor,
     query: Tensor,
@@ -67,10 +67,12 @@ def kept(
     """Whether the weights on the keys from `start` to before `stop` are kept, as 0 or 1 of this dtype:
     (..., stop - start), leading dimensions as state (..., 1, 2), head (..., 1) and query (..., 1) broadcast to."""
     groups = torch.arange(start // 8, -(-stop // 8), device=state.device)
-    return kept_in(groups, state, head, query, dropout_p, dtype)[..., start % 8 : start % 8 + stop - start]
+    return keep_mask_of_groups(groups, state, head, query, dropout_p, dtype)[
+        ..., start % 8 : start % 8 + stop - start
+    ]
 
 
-def kept_in(
+def keep_mask_of_groups(
     groups: Tensor, state: Tensor, head: Tensor, query: Tensor, dropout_p: float, dtype: torch.dtype
 ) -> Tensor:
     """Whether the weights on the keys of some groups (..., G) are kept, group g being the keys 8 g to 8 g + 7:

@@ -1,10 +1,9 @@
 """Attention under a mask of lists, or of intervals, entry by entry, in plain PyTorch.
 
-Every entry of the lists is 64 queries that meet 64 keys. A batch of entries, of whatever rows, heads and patterns,
-is a few batched products of one shape; nothing else is computed. What the entries of a row give is summed, in a
-fixed order, and a row that a batch cuts goes on in the next (online softmax); likewise what the entries of a
-column give to dk and dv. So rows and columns may have any number of entries, all work is of one kind, and beside
-inputs and results it needs the space of one batch.
+Every entry of the lists is 64 queries that meet 64 keys. A batch of entries, from any rows, heads and patterns, is
+computed by a few batched products of one shape. Results of one row are summed in a fixed order. A row may continue
+in the next batch: the online softmax carries its state. The same holds for a column's dk and dv. So rows and
+columns may have any number of entries, and the memory beside inputs and results is the workspace of one batch.
 
 Exponents have base 2: exp2 takes 0.4 of the time of exp on a CPU.
 """
@@ -20,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastattn.core.attention.definition import of_distances, relative_index
-from fastattn.core.attention.dropout import kept_in
+from fastattn.core.attention.dropout import keep_mask_of_groups
 from fastattn.core.attention.spec import AttentionSpec, Gradients, Saved, ScoreTensors, Wanted
 from fastattn.core.attention.tiles import key_counts
 from fastattn.core.checks import lse_dtype
@@ -41,25 +40,25 @@ def serves(spec: AttentionSpec, tensors: ScoreTensors) -> bool:
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, tensors: ScoreTensors) -> tuple[Tensor, Tensor]:
-    call, space = Call(q, k, v, spec, tensors), Space(lse_dtype(q.dtype), q.device)
+    call, workspace = Call(q, k, v, spec, tensors), Workspace(lse_dtype(q.dtype), q.device)
     queries, keys, values = Granules(q), Granules(k, tensors.key_lengths), Granules(v, tensors.key_lengths)
     row_max, row_sum = call.beginning()
     total = row_max.new_zeros(*row_max.shape, v.shape[3])
     for entries in call.batches():
-        rows = Owners(entries.rows)
-        logits, _ = call.logits(entries, queries, keys, space)
+        rows = EntryGroups(entries.rows)
+        logits, _ = call.logits(entries, queries, keys, workspace)
         before = row_max[rows.which]
         highest = torch.maximum(before, rows.reduce(logits.amax(-1), "max"))
-        # What a row saw of hidden keys only is -inf throughout, and -inf less -inf would be NaN.
+        # A row that has seen only hidden keys has maximum -inf. Use 0 as its pivot: -inf minus -inf is NaN.
         pivot = highest.masked_fill(highest == -math.inf, 0.0)
-        shrink = torch.exp2(before - pivot)
+        rescale = torch.exp2(before - pivot)
         weights = logits.sub_(rows.of_entries(pivot)[..., None]).exp2_()
         row_max[rows.which] = highest
-        row_sum[rows.which] = row_sum[rows.which] * shrink + rows.reduce(weights.sum(-1))
-        if (keep := call.kept(entries)) is not None:
+        row_sum[rows.which] = row_sum[rows.which] * rescale + rows.reduce(weights.sum(-1))
+        if (keep := call.keep_mask(entries)) is not None:
             weights.mul_(keep)
-        given = space.product("left", weights, space.gather("right", values, entries.columns))
-        total[rows.which] = total[rows.which] * shrink[..., None] + rows.reduce(given)
+        products = workspace.product("left", weights, workspace.gather("right", values, entries.columns))
+        total[rows.which] = total[rows.which] * rescale[..., None] + rows.reduce(products)
     total /= row_sum.masked_fill(row_sum == 0, 1.0).mul_(1.0 - spec.dropout)[..., None]
     lse = (row_max + row_sum.log2()) / LOG2E
     return joined(total, q, q.dtype), joined(lse[..., None], q, lse.dtype)[..., 0].contiguous()
@@ -86,7 +85,7 @@ def backward(
     dsinks = None
     if tensors.sinks is not None:
         dsinks = -(torch.exp(tensors.sinks[..., None] - lse) * delta).sum(-1)
-    # One after the other: only one of them is there twice at a time.
+    # Convert one gradient at a time, so that only one exists in both layouts.
     dq = joined(dq, q, q.dtype)
     dk = joined(dk, k, k.dtype)
     dv = joined(dv, v, v.dtype)
@@ -103,34 +102,34 @@ def _gradients(
     beside: Sequence[BiasGradient | RelativeBiasGradient],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk and dv in granules; those of `beside` are given the gradient of every batch of scores."""
-    space = Space(lse.dtype, lse.device)
+    workspace = Workspace(lse.dtype, lse.device)
     lengths = call.tensors.key_lengths
     queries, upstream = Granules(saved.q), Granules(dout)
     keys, values = Granules(saved.k, lengths), Granules(saved.v, lengths)
     lse_rows, delta_rows = (rows_of(t)[..., None] for t in (lse * LOG2E, delta))
-    dq, dk, dv = (t.zeros(space.dtype) for t in (queries, keys, values))
+    dq, dk, dv = (t.zeros(workspace.dtype) for t in (queries, keys, values))
     for entries in call.batches():
-        rows, columns = Owners(entries.rows), Owners(entries.columns)
-        logits, slope = call.logits(entries, queries, keys, space)
+        rows, columns = EntryGroups(entries.rows), EntryGroups(entries.columns)
+        logits, slope = call.logits(entries, queries, keys, workspace)
         weights = logits.sub_(lse_rows[entries.rows]).exp2_()
-        dout_tiles = space.gather("left", upstream, entries.rows).mul_(1.0 / (1.0 - call.spec.dropout))
-        v_tiles = space.gather("right", values, entries.columns)
-        dscores, keep = space.product("given", dout_tiles, v_tiles.mT), call.kept(entries)
+        dout_tiles = workspace.gather("left", upstream, entries.rows).mul_(1.0 / (1.0 - call.spec.dropout))
+        v_tiles = workspace.gather("right", values, entries.columns)
+        dscores, keep = workspace.product("dscores", dout_tiles, v_tiles.mT), call.keep_mask(entries)
         if keep is not None:
             dscores.mul_(keep)
         dscores.sub_(delta_rows[entries.rows]).mul_(weights)
         if keep is not None:
             weights.mul_(keep)
-        columns.add_to(dv, space.product("right", weights.mT, dout_tiles))
+        columns.add_to(dv, workspace.product("right", weights.mT, dout_tiles))
         for gradient in beside:
             gradient.add(entries, dscores)
         if slope is not None:
             dscores.mul_(slope)
-        # Queries and keys are gathered once more: it takes little, and to keep them would take space.
-        q_tiles = space.gather("left", queries, entries.rows)
-        columns.add_to(dk, space.product("right", dscores.mT, q_tiles))
-        k_tiles = space.gather("right", keys, entries.columns)
-        rows.add_to(dq, space.product("left", dscores, k_tiles))
+        # Queries and keys are gathered once more: it takes little, and to keep them would take workspace.
+        q_tiles = workspace.gather("left", queries, entries.rows)
+        columns.add_to(dk, workspace.product("right", dscores.mT, q_tiles))
+        k_tiles = workspace.gather("right", keys, entries.columns)
+        rows.add_to(dq, workspace.product("left", dscores, k_tiles))
     return dq.mul_(call.spec.scale), dk.mul_(call.spec.scale), dv
 
 
@@ -165,8 +164,8 @@ class Call:
         self.batch, self.heads, self.group = q.shape[0], q.shape[1], q.shape[1] // max(1, k.shape[1])
         self.rows, self.columns = (-(-t.shape[2] // GRANULE) for t in (q, k))
         self.shift = k.shape[2] - q.shape[2]
-        self.work, self.device = lse_dtype(q.dtype), q.device
-        self._of_octets = unpack(torch.arange(256, device=q.device))[:, :8].to(self.work).log()
+        self.dtype, self.device = lse_dtype(q.dtype), q.device
+        self._of_octets = unpack(torch.arange(256, device=q.device))[:, :8].to(self.dtype).log()
         elements = min(max(q.numel() // 4, FEWEST_ELEMENTS), MOST_ELEMENTS)
         self.size = max(1, elements // (GRANULE * max(GRANULE, q.shape[3], v.shape[3])))
 
@@ -202,22 +201,22 @@ class Call:
     def beginning(self) -> tuple[Tensor, Tensor]:
         """The running maximum and sum (granules, 64) before the first key: nothing, or the sink."""
         heads = self.batch * self.heads
-        row_max = torch.full((heads, self.rows * GRANULE), -math.inf, dtype=self.work, device=self.device)
+        row_max = torch.full((heads, self.rows * GRANULE), -math.inf, dtype=self.dtype, device=self.device)
         if self.tensors.sinks is not None:
             row_max.copy_(self.tensors.sinks.reshape(heads, 1) * LOG2E)
         row_sum = torch.full_like(row_max, float(self.tensors.sinks is not None))
         return row_max.view(-1, GRANULE), row_sum.view(-1, GRANULE)
 
     def logits(
-        self, entries: Entries, queries: Granules, keys: Granules, space: Space
+        self, entries: Entries, queries: Granules, keys: Granules, workspace: Workspace
     ) -> tuple[Tensor, Tensor | None]:
         """Their scores (E, 64, 64), in units of log 2, -inf where hidden; and by what a soft cap multiplies their
         derivative."""
         q_tiles, k_tiles = (
-            space.gather("left", queries, entries.rows),
-            space.gather("right", keys, entries.columns),
+            workspace.gather("left", queries, entries.rows),
+            workspace.gather("right", keys, entries.columns),
         )
-        logits, slope = space.empty("logits", len(q_tiles), GRANULE, GRANULE), None
+        logits, slope = workspace.empty("logits", len(q_tiles), GRANULE, GRANULE), None
         scale, cap = self.spec.scale, self.spec.softcap
         logits.baddbmm_(q_tiles, k_tiles.mT, beta=0, alpha=scale / cap if cap else scale * LOG2E)
         if cap:
@@ -225,13 +224,13 @@ class Call:
             logits.mul_(cap * LOG2E)
         for added in self._added(entries):
             logits.add_(added)
-        self._hide(logits, entries, space)
+        self._hide(logits, entries, workspace)
         return logits, slope
 
     def _added(self, entries: Entries) -> Iterator[Tensor]:
         """What multiplicity, slopes and biases add to the scores; each broadcasts to (E, 64, 64)."""
         if entries.counts is not None:
-            yield entries.counts.to(self.work)[:, None, None] * LOG2E
+            yield entries.counts.to(self.dtype)[:, None, None] * LOG2E
         if self.tensors.alibi_slopes is not None:
             queries = self._positions(entries.rows, self.rows) + self.shift
             distance = (self._positions(entries.columns, self.columns)[:, None] - queries[..., None]).abs()
@@ -242,10 +241,10 @@ class Call:
         if self.tensors.relative_bias is not None:
             yield self._relative_bias(self.tensors.relative_bias, entries)
 
-    def _hide(self, logits: Tensor, entries: Entries, space: Space) -> None:
+    def _hide(self, logits: Tensor, entries: Entries, workspace: Workspace) -> None:
         """-inf where bits or key lengths hide; last, because a bias may be anything there."""
         if entries.tiles is not None:
-            hidden = self._hidden(entries.tiles, space)
+            hidden = self._hidden(entries.tiles, workspace)
             if self.tensors.bias is None:
                 logits.add_(hidden)
             else:
@@ -267,14 +266,14 @@ class Call:
             )
         )
         found = bias[batch[:, None, None], head[:, None, None], i[:, :, None], j[:, None]]
-        return torch.where(found, 0.0, -math.inf) if bias.dtype == torch.bool else found.to(self.work) * LOG2E
+        return torch.where(found, 0.0, -math.inf) if bias.dtype == torch.bool else found.to(self.dtype) * LOG2E
 
     def _relative_bias(self, relative_bias: Tensor, entries: Entries) -> Tensor:
         """(E, 64, 64). A granule has 127 distances, of which each query reads 64 in a row."""
         first = (self.diagonal_of(entries) * GRANULE - self.shift)[:, None]
         distance = first + torch.arange(1 - GRANULE, GRANULE, device=self.device)
         index = relative_index(distance, relative_bias.shape[2] // 2)
-        found = relative_bias.flatten(0, 1).to(self.work)[(entries.rows // self.rows)[:, None], index] * LOG2E
+        found = relative_bias.flatten(0, 1).to(self.dtype)[(entries.rows // self.rows)[:, None], index] * LOG2E
         return found.unfold(1, GRANULE, 1).flip(1)
 
     def head_of(self, entries: Entries) -> tuple[Tensor, Tensor]:
@@ -286,7 +285,7 @@ class Call:
         """How many granules each entry's column is after its row."""
         return entries.columns % self.columns - entries.rows % self.rows
 
-    def kept(self, entries: Entries) -> Tensor | None:
+    def keep_mask(self, entries: Entries) -> Tensor | None:
         """1 for weights that dropout keeps, else 0: (E, 64, 64); None without dropout."""
         if self.tensors.dropout_state is None:
             return None
@@ -296,16 +295,18 @@ class Call:
         )
         queries = self._positions(entries.rows, self.rows)[..., None]
         state = self.tensors.dropout_state[batch][:, None, None]
-        return kept_in(groups[:, None], state, head[:, None, None], queries, self.spec.dropout, self.work)
+        return keep_mask_of_groups(
+            groups[:, None], state, head[:, None, None], queries, self.spec.dropout, self.dtype
+        )
 
     def _positions(self, numbers: Tensor, of_a_head: int) -> Tensor:
         """Where the queries or keys of granules stand: (E, 64)."""
         return (numbers % of_a_head * GRANULE)[:, None] + torch.arange(GRANULE, device=self.device)
 
-    def _hidden(self, tiles: Tensor, space: Space) -> Tensor:
+    def _hidden(self, tiles: Tensor, workspace: Workspace) -> Tensor:
         """0 where a bit is set, else -inf, found byte by byte in a table: (E, 64, 64)."""
         octets = self.lists.bit_tiles[tiles].view(torch.uint8).flatten().int()
-        found = torch.index_select(self._of_octets, 0, octets, out=space.empty("hidden", len(octets), 8))
+        found = torch.index_select(self._of_octets, 0, octets, out=workspace.empty("hidden", len(octets), 8))
         return found.view(len(tiles), GRANULE, GRANULE)
 
 
@@ -319,7 +320,7 @@ class BiasGradient:
         self.counts = tuple(count if size > 1 else 1 for count, size in zip(sizes, bias.shape[2:], strict=True))
         self.tile = tuple(GRANULE if size > 1 else 1 for size in bias.shape[2:])
         number = bias.shape[0] * bias.shape[1] * math.prod(self.counts)
-        self.total = torch.zeros(number, *self.tile, dtype=call.work, device=call.device)
+        self.total = torch.zeros(number, *self.tile, dtype=call.dtype, device=call.device)
 
     def add(self, entries: Entries, dscores: Tensor) -> None:
         batch, head = self.call.head_of(entries)
@@ -329,7 +330,7 @@ class BiasGradient:
         for number, size in zip(place, sizes, strict=True):
             owner = owner * size + (number if size > 1 else 0)
         alone = [dim + 1 for dim, size in enumerate(self.tile) if size == 1]
-        Owners(owner).add_to(self.total, dscores.sum(alone, keepdim=True) if alone else dscores)
+        EntryGroups(owner).add_to(self.total, dscores.sum(alone, keepdim=True) if alone else dscores)
 
     def result(self) -> Tensor:
         whole = self.total.view(*self.bias.shape[:2], *self.counts, *self.tile).transpose(3, 4)
@@ -344,14 +345,14 @@ class RelativeBiasGradient:
         self.call, self.like = call, relative_bias
         self.diagonals = call.rows + call.columns - 1
         number = call.batch * call.heads * max(0, self.diagonals)
-        self.total = torch.zeros(number, 2 * GRANULE - 1, dtype=call.work, device=call.device)
+        self.total = torch.zeros(number, 2 * GRANULE - 1, dtype=call.dtype, device=call.device)
 
     def add(self, entries: Entries, dscores: Tensor) -> None:
         # Every row is shifted by one against the one below, and the columns are summed.
         skewed = F.pad(dscores.flip(1), (0, GRANULE)).flatten(1)[:, :-GRANULE]
         sums = skewed.unflatten(1, (GRANULE, 2 * GRANULE - 1)).sum(1)
         diagonal = self.call.diagonal_of(entries) + self.call.rows - 1
-        Owners(entries.rows // self.call.rows * self.diagonals + diagonal).add_to(self.total, sums)
+        EntryGroups(entries.rows // self.call.rows * self.diagonals + diagonal).add_to(self.total, sums)
 
     def result(self) -> Tensor:
         if not self.total.numel():
@@ -391,8 +392,11 @@ class Granules:
         return self.memory.new_zeros(len(self.places), GRANULE, self.width, dtype=dtype)
 
 
-class Owners:
-    """Whose entries are: rows or columns. What several entries give to one is reduced in their order."""
+class EntryGroups:
+    """Entries grouped by their owner, which is a row (or a column) of granules.
+
+    Values of one owner are reduced in the order of its entries, so that the same inputs give the same bits.
+    """
 
     def __init__(self, owners: Tensor) -> None:
         self.order = owners.argsort(stable=True)
@@ -406,18 +410,20 @@ class Owners:
         index = torch.empty_like(self.order).scatter_(0, self.order, self._of_ordered)
         return values[index]
 
-    def reduce(self, given: Tensor, mode: str = "sum") -> Tensor:
+    def reduce(self, values: Tensor, mode: str = "sum") -> Tensor:
         """(E, ...) -> (owners, ...)."""
-        return F.embedding_bag(self.order, given.flatten(1), self.begins, mode=mode).unflatten(1, given.shape[1:])
+        return F.embedding_bag(self.order, values.flatten(1), self.begins, mode=mode).unflatten(
+            1, values.shape[1:]
+        )
 
-    def add_to(self, total: Tensor, given: Tensor) -> None:
-        # No owner is there twice: on a GPU, too, it does not matter which one is added first.
-        total.index_add_(0, self.which, self.reduce(given))
+    def add_to(self, total: Tensor, values: Tensor) -> None:
+        # Each owner occurs once, so the order of the additions does not matter, on a GPU either.
+        total.index_add_(0, self.which, self.reduce(values))
 
 
-class Space:
-    """The memory of a batch's results, by name, the same for every batch: fresh pages for each would take as long
-    as what is computed on them."""
+class Workspace:
+    """Memory for the intermediate results of a batch, by name. Every batch reuses it: new memory for each batch
+    would take as long as the computation on it."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         self.dtype, self.device = dtype, device
@@ -428,7 +434,7 @@ class Space:
         if (name, shape) not in self._views:
             size = math.prod(shape)
             if name not in self._held or self._held[name].numel() < size:
-                self._views.clear()  # or they would keep what is replaced
+                self._views.clear()  # views would keep the old memory alive
                 self._held[name] = torch.empty(size, dtype=dtype or self.dtype, device=self.device)
             self._views[name, shape] = self._held[name][:size].view(shape)
         return self._views[name, shape]

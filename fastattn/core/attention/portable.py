@@ -1,6 +1,6 @@
 """The kernels' algorithm in plain PyTorch: tiled, O(N) memory, any device, fp64 too.
 
-Where PyTorch's own flash attention computes the same thing, it does the work. The rest runs here: tiles of
+Where PyTorch's own flash attention computes the same thing, it does the dtype. The rest runs here: tiles of
 scores, an online softmax forward, recomputed weights backward, in fp32 for half-precision inputs. Under a mask of
 lists the tiles are its granules, many at once (see fastattn.core.attention.granules).
 """
@@ -76,27 +76,27 @@ def _tiled_forward(
     q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, tensors: ScoreTensors
 ) -> tuple[Tensor, Tensor]:
     batch, heads, queries, _ = q.shape
-    work = lse_dtype(q.dtype)
+    dtype = lse_dtype(q.dtype)
     fixed, (bias, relative_bias, sinks) = tiles.learned(tensors)
     scores = Scores(q, k, spec, fixed)
     out = zero_heads((batch, heads, queries, v.shape[3]), q, q.dtype)
-    lse = q.new_empty((batch, heads, queries), dtype=work)
+    lse = q.new_empty((batch, heads, queries), dtype=dtype)
     for rows in scores.rows() if heads else ():
-        q_tile = grouped(q[:, :, rows].to(work), k.shape[1])
+        q_tile = grouped(q[:, :, rows].to(dtype), k.shape[1])
         row_max, row_sum = _beginning(scores, sinks, q_tile)
         total = q_tile.new_zeros((*q_tile.shape[:3], v.shape[3]))
         for tile in scores.tiles_of(rows):
             if tile.columns.start == tile.columns.stop:
                 continue
-            k_tile, v_tile = (scores.part_of(t, "columns", tile).to(work) for t in (k, v))
-            part = None if bias is None else tiles.part_of(bias, "scores", tile).to(work)
+            k_tile, v_tile = (scores.part_of(t, "columns", tile).to(dtype) for t in (k, v))
+            part = None if bias is None else tiles.part_of(bias, "scores", tile).to(dtype)
             values, _ = scores.of(tile, q_tile, k_tile, part, relative_bias)
             new_max = torch.maximum(row_max, values.amax(-1, keepdim=True))
             pivot = new_max.masked_fill(new_max == float("-inf"), 0.0)
             weights = torch.exp(values - pivot)
-            shrink = torch.exp(row_max - pivot)
-            row_sum = row_sum * shrink + weights.sum(-1, keepdim=True)
-            total = total * shrink + times(weights, scores.kept(tile)) @ v_tile
+            rescale = torch.exp(row_max - pivot)
+            row_sum = row_sum * rescale + weights.sum(-1, keepdim=True)
+            total = total * rescale + times(weights, scores.keep_mask(tile)) @ v_tile
             row_max = new_max
         out[:, :, rows] = ungrouped(total / row_sum.masked_fill(row_sum == 0, 1.0), heads).to(q.dtype)
         lse[:, :, rows] = ungrouped(row_max + torch.log(row_sum), heads)[..., 0]

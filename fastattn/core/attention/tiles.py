@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastattn.core.attention import definition
-from fastattn.core.attention.dropout import kept
+from fastattn.core.attention.dropout import keep_mask
 from fastattn.core.attention.spec import AttentionSpec, ScoreTensors, Wanted
 from fastattn.core.checks import lse_dtype
 from fastattn.core.layout import zero_heads
@@ -45,7 +45,7 @@ class Scores:
     """
 
     def __init__(self, q: Tensor, k: Tensor, spec: AttentionSpec, tensors: ScoreTensors) -> None:
-        self.spec, self.tensors, self.work = spec, tensors, lse_dtype(q.dtype)
+        self.spec, self.tensors, self.dtype = spec, tensors, lse_dtype(q.dtype)
         self.batch, self.queries, self.keys = q.shape[0], q.shape[2], k.shape[2]
         self.shift = self.keys - self.queries
         self.heads, self.key_heads, self.group = q.shape[1], k.shape[1], q.shape[1] // max(1, k.shape[1])
@@ -118,7 +118,7 @@ class Scores:
             index = definition.relative_index(distance, relative_bias.shape[2] // 2)
             yield grouped(relative_bias[:, :, index], self.key_heads)
 
-    def kept(self, tile: Tile) -> Tensor | None:
+    def keep_mask(self, tile: Tile) -> Tensor | None:
         """By what dropout multiplies the weights of one tile: 0 or 1 / (1 - p); None without dropout."""
         state = self.tensors.dropout_state
         if state is None:
@@ -127,7 +127,7 @@ class Scores:
         query = torch.arange(tile.rows.start, tile.rows.stop, device=state.device)[:, None]
         dropout = self.spec.dropout
         span = tile.columns.start, tile.columns.stop
-        keep = kept(state[:, None, None, None], head, query, *span, dropout, self.work)
+        keep = keep_mask(state[:, None, None, None], head, query, *span, dropout, self.dtype)
         return grouped(keep.mul_(1.0 / (1.0 - dropout)), self.key_heads)
 
     def per_row(self, values: Tensor, rows: int) -> Tensor:
@@ -149,7 +149,7 @@ class Scores:
         counts = log_counts(lists, granules(tile.rows), granules(tile.columns))
         counts = counts[:, : tile.rows.stop - tile.rows.start, : tile.columns.stop - tile.columns.start]
         every = of_heads(lists, counts, self.batch, self.heads).expand(-1, self.heads, -1, -1)
-        return grouped(every, self.key_heads).to(self.work)
+        return grouped(every, self.key_heads).to(self.dtype)
 
     def _hide(self, scores: Tensor, tile: Tile, diagonal: Tensor, keys: Tensor) -> Tensor:
         """-inf where the window or the key length hides; tiles that are seen whole are left alone."""
@@ -255,7 +255,7 @@ def _gradients_of_tile(
     lse, delta = lse.masked_fill(empty, float("inf"))[..., None], delta.masked_fill(empty, 0.0)[..., None]
     q_rows, dout_rows, lse_rows, delta_rows = (grouped(t, scores.key_heads) for t in (q, dout, lse, delta))
     values, slope = scores.of(tile, q_rows, k, bias, relative_bias)
-    keep = scores.kept(tile)
+    keep = scores.keep_mask(tile)
     weights = torch.exp(values - lse_rows)
     dscores = weights * (times(dout_rows @ v.mT, keep) - delta_rows)
     dproducts = dscores * slope
@@ -285,7 +285,7 @@ def _tangent_of_tile(
     lse = lse.masked_fill(lse == float("-inf"), float("inf"))
     q_rows = grouped(q, scores.key_heads)
     values, slope = scores.of(tile, q_rows, k, bias, relative_bias)
-    keep = scores.kept(tile)
+    keep = scores.keep_mask(tile)
     weights = torch.exp(values - grouped(lse[..., None], scores.key_heads))
     moved = list(scores.added(tile, dbias, drelative_bias))
     if dq is not None:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastattn.core.attention.dropout import kept
+from fastattn.core.attention.dropout import keep_mask
 from fastattn.core.attention.spec import AttentionSpec, Gradients, Saved, ScoreTensors
 from fastattn.core.attention.tiles import grouped, ungrouped
 from fastattn.core.checks import lse_dtype
@@ -49,7 +49,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, tensors: Score
         pivot.masked_fill_(pivot == float("-inf"), 0.0)
         row_sum = weights.sub_(pivot).exp2_().sum(-1, keepdim=True)
         block.of(lse, "rows").copy_((pivot + row_sum.log2())[..., 0]).div_(LOG2E)
-        weights.mul_(block.kept(spec, tensors, work))
+        weights.mul_(block.keep_mask(spec, tensors, work))
         total = _product(weights, block.of(v, "columns").to(work))
         total /= row_sum.masked_fill_(row_sum == 0, 1.0).mul_(1.0 - spec.dropout)
         block.of(out, "rows").copy_(total)
@@ -77,7 +77,7 @@ def backward(
         dout_rows = dout_rows * (1.0 / (1.0 - spec.dropout))
         keys, values = (block.of(t, "columns").to(work) for t in (k, v))
         dscores = _product(dout_rows, values.mT)
-        keep = block.kept(spec, tensors, work)
+        keep = block.keep_mask(spec, tensors, work)
         dscores.mul_(keep).sub_(delta).mul_(weights)
         weights.mul_(keep)
         block.of(dv, "columns").add_(grouped(weights, block.key_heads).mT @ grouped(dout_rows, block.key_heads))
@@ -127,14 +127,14 @@ class Block(NamedTuple):
             scores.masked_fill_(keys > diagonal + spec.right, float("-inf"))
         return scores
 
-    def kept(self, spec: AttentionSpec, tensors: ScoreTensors, dtype: torch.dtype) -> Tensor:
+    def keep_mask(self, spec: AttentionSpec, tensors: ScoreTensors, dtype: torch.dtype) -> Tensor:
         """1 for weights that dropout keeps, else 0: (batch, heads, rows, columns)."""
         state = tensors.dropout_state
         assert state is not None
         head = torch.arange(self.heads.start, self.heads.stop, device=state.device)[:, None, None]
         query = torch.arange(self.rows.start, self.rows.stop, device=state.device)[:, None]
         state = state[self.batch, None, None, None]
-        return kept(state, head, query, self.columns.start, self.columns.stop, spec.dropout, dtype)
+        return keep_mask(state, head, query, self.columns.start, self.columns.stop, spec.dropout, dtype)
 
 
 def _blocks(q: Tensor, k: Tensor, spec: AttentionSpec, tensors: ScoreTensors) -> Iterator[Block]:
