@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := $(BIN)/python
 
-.PHONY: demo test lint gpu pretended report bench clean
+.PHONY: demo test lint gpu pretended real report bench clean
 
 demo: $(VENV)/.installed
 	$(BIN)/fastattn demo
@@ -16,6 +16,10 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# Weights of real models for the tests marked `real`, 600 MB, into the cache folder that tests/real_models.py names.
+real: $(VENV)/.installed
+	$(RUN) tests/real_models.py
 
 bench: $(VENV)/.installed
 	$(BIN)/fastattn bench
