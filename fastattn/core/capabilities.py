@@ -1,7 +1,6 @@
 """ONE table: which feature each backend computes, in which direction.
 
-Dispatch, the README's table and the tests' parametrisation all read it. `python -m fastattn.core.capabilities`
-prints it as Markdown.
+Dispatch, `fastattn doctor`, the tests' parametrisation and the page FEATURES.md all read it.
 """
 
 from __future__ import annotations
@@ -239,20 +238,36 @@ def _triton_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+PAGE = """# What computes what
+
+Three backends compute every function of fastattn. One table chooses for each call; `backend=` or the environment
+variable FASTATTN_BACKEND chooses by hand, and a backend that cannot compute a call refuses it in words.
+
+- **triton**: the kernels.
+- **portable**: the same algorithm in plain PyTorch, tile by tile, on any device, in O(N) memory. Where PyTorch's own
+  flash attention computes the same, that does the work.
+- **reference**: the definition, N x N memory, for debugging. It computes everything.
+
+A tick means all four directions: forward, backward, second derivative and forward mode (`torch.func.jvp`). Second
+derivatives of attention are computed tile by tile in PyTorch for every backend, in O(N) memory. Those of MLPs and
+norms go through their definitions.
+
+`fastattn doctor --features` prints this page; `fastattn doctor` prints what serves on your machine, and why.
+"""
+
+
 def markdown() -> str:
-    """The table as the README shows it; a tick stands for every direction."""
-    lines = ["| | feature | Triton | portable |", "|---|---|---|---|"]
-    for feature in FEATURES:
-        cells = (_cell(feature.triton), _cell(feature.portable))
-        lines.append(f"| {feature.family} | {feature.name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    """The page FEATURES.md: a table for each family. A tick stands for every direction."""
+    sections = [PAGE]
+    for family in dict.fromkeys(feature.family for feature in FEATURES):
+        rows = [f"| {f.name} | {_cell(f.triton)} | {_cell(f.portable)} |" for f in FEATURES if f.family == family]
+        sections.append(
+            "\n".join((f"## {family}\n", "| feature | Triton | portable |", "|---|---|---|", *rows, ""))
+        )
+    return "\n".join(sections)
 
 
 def _cell(directions: frozenset[str]) -> str:
     if directions == EVERY_DIRECTION:
         return "✓"
     return ", ".join(d for d in DIRECTIONS if d in directions) or "—"
-
-
-if __name__ == "__main__":
-    print(markdown())

@@ -27,11 +27,15 @@ from fastattn.core.norm.functional import layer_norm, rms_norm
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """None: it looks at everything there is."""
+    """One flag; without it the report covers everything there is."""
+    parser.add_argument("--features", action="store_true", help="print the page FEATURES.md and nothing else")
 
 
 def run(options: argparse.Namespace) -> int:
     """Print the report; 1 if the self-test fails, else 0."""
+    if options.features:
+        print(capabilities.markdown(), end="")
+        return 0
     print_table("versions", versions())
     print_table("devices", [(str(device), describe(device)) for device in devices()])
     for device in devices():

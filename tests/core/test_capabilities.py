@@ -63,9 +63,9 @@ def test_without_triton_or_its_interpreter_the_obstacle_is_said(monkeypatch: pyt
         capabilities.choose(request_for(), FORWARD, "triton")
 
 
-def test_the_readme_shows_the_table() -> None:
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    assert capabilities.markdown() in readme, "paste the output of `python -m fastattn.core.capabilities`"
+def test_the_page_of_features_is_the_table() -> None:
+    page = (Path(__file__).parents[2] / "FEATURES.md").read_text()
+    assert page == capabilities.markdown(), "write it anew: fastattn doctor --features > FEATURES.md"
 
 
 def test_the_readme_s_example_runs() -> None:

@@ -178,8 +178,8 @@ def test_the_doctor_fails_when_a_backend_computes_wrong(capsys, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     right = attention_portable.forward
 
-    def wrong(q, k, v, spec):
-        out, lse = right(q, k, v, spec)
+    def wrong(q, k, v, spec, tensors):
+        out, lse = right(q, k, v, spec, tensors)
         return out * (1 + 1e-5), lse
 
     monkeypatch.setattr(attention_portable, "forward", wrong)
