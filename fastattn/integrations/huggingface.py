@@ -86,13 +86,7 @@ def fastattn_attention(
     if kwargs:
         check_keywords(module, kwargs)
     wants_weights = output_attentions or _collects_weights()
-    keys = key.shape[2]
-    if attention_mask is not None and attention_mask.shape[-1] != keys:
-        attention_mask = _of_these_keys(attention_mask, keys)
-    if attention_mask is None:
-        attention_mask = _own_mask(module, query, keys, is_causal)
-    for kept in (_kept(indices, keys), _kept_blocks(module, block_indices, query.shape[1], keys)):
-        attention_mask = attention_mask if kept is None else _restricted(attention_mask, kept)
+    attention_mask = _mask_of(module, query, key, attention_mask, is_causal, indices, block_indices)
     packed = cu_seq_lens_q is not None and cu_seq_lens_k is not None
     by_sequence = (
         packed
@@ -106,18 +100,9 @@ def fastattn_attention(
     if wants_weights:
         beside = {"softcap": softcap, "s_aux": s_aux, "sinks": sinks, "position_bias": position_bias}
         return _with_weights(module, query, key, value, attention_mask, dropout, scaling, beside)
-    end = keys
-    if isinstance(attention_mask, Mask):
-        options, bias, end = attention_mask.options(query.shape[1]), attention_mask.bias, attention_mask.end
-    else:
-        options, bias = {}, attention_mask
-    bias = _added(bias, position_bias)
-    if end < keys:
-        key, value = key[:, :, :end], value[:, :, :end]
-        bias = bias if bias is None or bias.shape[-1] == 1 else bias[..., :end]
-    if sinks is None:
-        sinks = s_aux
+    sinks = s_aux if sinks is None else sinks
     by_query = sinks if sinks is not None and sinks.dim() == 4 else None
+    key, value, options = _options(query, key, value, attention_mask, position_bias)
     options |= {
         "softcap": softcap, "sinks": sinks if by_query is None else None, "dropout_p": dropout,
         "scale": query.shape[3] ** -0.5 if scaling is None else scaling,
@@ -127,14 +112,85 @@ def fastattn_attention(
             "cu_seq_lens_q with sinks for each query is not computed: give the packed sequences by position_ids"
         )
     if by_sequence:
+        del options["bias"]  # There is none.
         out = _of_sequences(query, key, value, cu_seq_lens_q, cu_seq_lens_k, **options)  # type: ignore[arg-type]
     elif by_query is not None:
-        without, lse = attention(query, key, value, bias=bias, return_lse=True, **options)
+        without, lse = attention(query, key, value, return_lse=True, **options)
         # The sink takes its share of each row's sum: exp(lse) of exp(lse) + exp(sink) remain.
         out = (without * torch.sigmoid(lse[..., None] - by_query.to(lse.dtype))).to(without.dtype)
     else:
-        out = attention(query, key, value, bias=bias, **options)
+        out = attention(query, key, value, **options)
     return out.transpose(1, 2).contiguous(), None
+
+
+def attention_of_call(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Mask | Tensor | None,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    sinks: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    cu_seq_lens_k: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
+    """A call of one of transformers' attention functions as q, k, v and options of `fastattn.attention`, which
+    then computes the same, without dropout.
+
+    Raises:
+        ValueError: for what `fastattn.attention` does not take: sinks of each query, keys by indices.
+    """
+    kwargs.pop("dropout", None)
+    check_keywords(module, kwargs)
+    attention_mask = _mask_of(module, query, key, attention_mask, is_causal)
+    if cu_seq_lens_q is not None and cu_seq_lens_k is not None:
+        attention_mask = _of_boundaries(attention_mask, cu_seq_lens_q, cu_seq_lens_k)
+    sinks = s_aux if sinks is None else sinks
+    if sinks is not None and sinks.dim() == 4:
+        raise ValueError("sinks must be one for each head, got one for each query")
+    key, value, options = _options(query, key, value, attention_mask, position_bias)
+    scale = query.shape[3] ** -0.5 if scaling is None else scaling
+    return query, key, value, {**options, "softcap": softcap, "sinks": sinks, "scale": scale}
+
+
+def _mask_of(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    mask: Mask | Tensor | None,
+    is_causal: bool | None,
+    indices: Tensor | None = None,
+    block_indices: Tensor | None = None,
+) -> Mask | Tensor:
+    """The mask of a call, for its keys, with all that hides some of them."""
+    keys = key.shape[2]
+    if mask is not None and mask.shape[-1] != keys:
+        mask = _of_these_keys(mask, keys)
+    if mask is None:
+        mask = _own_mask(module, query, keys, is_causal)
+    for kept in (_kept(indices, keys), _kept_blocks(module, block_indices, query.shape[1], keys)):
+        mask = mask if kept is None else _restricted(mask, kept)
+    return mask
+
+
+def _options(
+    query: Tensor, key: Tensor, value: Tensor, mask: Mask | Tensor, position_bias: Tensor | None
+) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """The keys and values that are seen, and the mask and the bias as `fastattn.attention` takes them."""
+    options: dict[str, Any] = {}
+    bias, end = mask, key.shape[2]
+    if isinstance(mask, Mask):
+        options, bias, end = mask.options(query.shape[1]), mask.bias, mask.end  # type: ignore[assignment]
+    bias = _added(bias, position_bias)  # type: ignore[arg-type,assignment]
+    if end < key.shape[2]:
+        key, value = key[:, :, :end], value[:, :, :end]
+        bias = bias if bias is None or bias.shape[-1] == 1 else bias[..., :end]
+    return key, value, {**options, "bias": bias}
 
 
 def _of_these_keys(mask: Mask | Tensor, keys: int) -> Mask | Tensor:

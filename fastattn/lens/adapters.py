@@ -47,6 +47,8 @@ class Family:
         up, gate, down: the MLP's linear layers; gate is None for an MLP that is not gated. What `down` is given is
             the MLP's neurons.
         attention_norm, mlp_norm: the norms before (pre-norm) or after (post-norm) attention and MLP.
+        between: a module whose result is the stream between attention and MLP. Without one that stream can be read
+            (as what `mlp_norm` is given), and not replaced.
         norms_after: norms of what attention and MLP add, before it is added (Gemma 3): a pair of names.
         post_norm: stream = norm(stream + what is added), as in BERT; else stream += f(norm(stream)).
         parallel: the flag that says whether attention and MLP read the same stream (GPT-NeoX).
@@ -81,6 +83,7 @@ class Family:
     down: str | None = None
     attention_norm: str | None = None
     mlp_norm: str | None = None
+    between: str | None = None
     norms_after: tuple[str | None, str | None] = (None, None)
     post_norm: bool = False
     parallel: str | None = None
@@ -103,7 +106,7 @@ FASTATTN = Family(
     q="attention.qkv_proj",
     out="attention.out_proj",
     attention_norm="attention_norm",
-    mlp="mlp", up="mlp.up", gate="mlp.gate", down="mlp.down", mlp_norm="mlp_norm",
+    mlp="mlp", up="mlp.up", gate="mlp.gate", down="mlp.down", mlp_norm="mlp_norm", between="hook_resid_mid",
     num_heads="config.num_heads",
     num_kv_heads="config.num_kv_heads",
     hooks=("attention.hook_q", "attention.hook_k", "attention.hook_v"),
@@ -179,7 +182,7 @@ BERT = Family(
     q="attention.self.query", k="attention.self.key", v="attention.self.value", out="attention.output.dense",
     attention_norm="attention.output.LayerNorm",
     mlp="intermediate", mlp_out="output.dense", up="intermediate.dense", down="output.dense",
-    mlp_norm="output.LayerNorm",
+    mlp_norm="output.LayerNorm", between="attention.output.LayerNorm",
     post_norm=True,
     unserved=("config.add_cross_attention",),
 )  # fmt: skip
@@ -313,6 +316,11 @@ class Adapter:
         if name in ("attention_out", "mlp_out") and found is None:
             found = getattr(self.family, name.removesuffix("_out"))
         return _get(self.blocks[self.layer(layer)], found)
+
+    def hook(self, name: str, layer: int) -> Any:
+        """The point to hook for "q", "k" or "v" of block `layer`; None where attention functions are tapped."""
+        hooks = self.family.hooks
+        return None if hooks is None else _get(self.blocks[self.layer(layer)], hooks["qkv".index(name)])
 
     def norm_after(self, name: str, layer: int) -> Any:
         """The norm of what "attention" or "mlp" of block `layer` adds, before it is added; or None."""

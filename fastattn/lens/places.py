@@ -1,0 +1,344 @@
+"""The tensors inside a model that can be read or replaced while it runs, by name.
+
+    blocks.3.resid_pre         (B, L, d)         the residual stream that block 3 reads
+    blocks.3.resid_mid         (B, L, d)         the stream between attention and MLP; none in parallel blocks
+    blocks.3.resid_post        (B, L, d)         the stream that it leaves
+    blocks.3.attention.hook_q  (B, Hq, L, D)     queries as attention takes them, normed and turned
+    blocks.3.attention.hook_k  (B, Hkv, L, D)    keys, likewise
+    blocks.3.attention.hook_v  (B, Hkv, L, Dv)   values
+    blocks.3.attention.hook_z  (B, Hq, L, Dv)    what each head read, before the output layer
+    blocks.3.attention.out     (B, L, d)         what attention adds to the stream
+    blocks.3.mlp.hook_post     (B, L, neurons)   what the MLP's last layer is given
+    blocks.3.mlp.out           (B, L, d)         what the MLP adds to the stream
+
+TransformerLens's names mean the same (`blocks.3.hook_resid_pre`, `blocks.3.attn.hook_q`,
+`blocks.3.hook_attn_out`), and so do `layers.3...`, `attention.q` and `mlp.neurons`. Heads stand before positions,
+as everywhere in this library. A layer may be counted from the last: `blocks.-1`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from fastattn.core.attention.functional import attention
+from fastattn.lens.adapters import Adapter
+
+STREAM = ("batch", "position", "width")
+HEADS = ("batch", "head", "position", "width")
+NEURONS = ("batch", "position", "neuron")
+
+
+class Kind(NamedTuple):
+    """Something that every block has: its other names, and its dimensions."""
+
+    aliases: tuple[str, ...]
+    axes: tuple[str, ...]
+
+
+def _of_heads(x: str) -> Kind:
+    return Kind((f"attention.{x}", f"attn.hook_{x}", f"attn.{x}"), HEADS)
+
+
+TENSORS = {
+    "resid_pre": Kind(("hook_resid_pre",), STREAM),
+    "resid_mid": Kind(("hook_resid_mid",), STREAM),
+    "resid_post": Kind(("hook_resid_post",), STREAM),
+    "attention.hook_q": _of_heads("q"),
+    "attention.hook_k": _of_heads("k"),
+    "attention.hook_v": _of_heads("v"),
+    "attention.hook_z": _of_heads("z"),
+    "attention.out": Kind(("hook_attn_out", "attn_out", "attn.out"), STREAM),
+    "mlp.hook_post": Kind(("mlp.neurons", "mlp.post"), NEURONS),
+    "mlp.out": Kind(("hook_mlp_out", "mlp_out"), STREAM),
+}
+PROJECTED = ("attention.hook_q", "attention.hook_k", "attention.hook_v")
+
+
+class Name(NamedTuple):
+    """One kind in one block."""
+
+    layer: int
+    kind: str
+
+    def __str__(self) -> str:
+        return f"blocks.{self.layer}.{self.kind}"
+
+
+class Call(NamedTuple):
+    """What attention was asked in one layer: `attention(q, k, v, **options)`; dropout is left out."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    options: dict[str, Any]
+
+    def attend(self, **changes: Any) -> Any:
+        """`attention`, with another q, k, v or other options where they are given."""
+        given = {**self._asdict(), **self.options, **changes}
+        given.pop("options")
+        return attention(given.pop("q"), given.pop("k"), given.pop("v"), **given)
+
+
+def kinds_of(adapter: Adapter) -> dict[str, Kind]:
+    """The kinds of tensors that the blocks of a model have."""
+    has_mlp = adapter.num_layers > 0 and adapter.part("down", 0) is not None
+
+    def exists(kind: str) -> bool:
+        if kind == "resid_mid":
+            return has_mlp and not adapter.parallel
+        return has_mlp or not kind.startswith("mlp")
+
+    return {kind: about for kind, about in TENSORS.items() if exists(kind)}
+
+
+def find(pattern: str, adapter: Adapter, kinds: dict[str, Kind]) -> list[Name]:
+    """The names that a pattern matches, its segments one by one: `*` is anything but a dot.
+
+    Raises:
+        ValueError: it matches none; the error says what there is, the closest first.
+    """
+    segments = pattern.split(".")
+    found = [
+        Name(layer, kind)
+        for layer in range(adapter.num_layers)
+        for kind, about in kinds.items()
+        if any(_matches(segments, adapter, layer, name) for name in (kind, *about.aliases))
+    ]
+    if not found:
+        every = [f"blocks.*.{kind}" for kind in kinds]
+        every.sort(key=lambda name: -difflib.SequenceMatcher(None, _without_numbers(pattern), name).ratio())
+        raise ValueError(
+            f"{pattern!r} names nothing in this {type(adapter.model).__name__}, whose blocks are 0 to "
+            f"{adapter.num_layers - 1}. There are, the closest first: {', '.join(every)}"
+        )
+    return found
+
+
+def _matches(segments: list[str], adapter: Adapter, layer: int, kind: str) -> bool:
+    first, *rest = segments
+    parts = kind.split(".")
+    if first not in ("blocks", "layers") or len(rest) != 1 + len(parts):
+        return False
+    numbers = (str(layer), str(layer - adapter.num_layers))
+    here = any(fnmatch.fnmatchcase(number, rest[0]) for number in numbers)
+    return here and all(map(fnmatch.fnmatchcase, parts, rest[1:]))
+
+
+def _without_numbers(pattern: str) -> str:
+    return ".".join("*" if segment.lstrip("-").isdigit() else segment for segment in pattern.split("."))
+
+
+# ---- what passes there, changed and read ----
+
+
+class Removable(NamedTuple):
+    """What was hooked, until `remove` is called."""
+
+    remove: Callable[[], None]
+
+
+class _Slot:
+    """One place of one module while it is looked at. Changes come first, in the order in which they were made;
+    then what the model goes on with is read. So a watch sees the changes, whichever was entered first."""
+
+    def __init__(self) -> None:
+        self.changes: list[Callable[[Tensor], Tensor]] = []
+        self.reads: list[Callable[[Tensor], None]] = []
+        self.handles: list[Any] = []
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        for change in self.changes:
+            tensor = change(tensor)
+        for read in self.reads:
+            read(tensor)
+        return tensor
+
+    @property
+    def unused(self) -> bool:
+        return not self.changes and not self.reads
+
+
+class _Attention:
+    """The calls of one module that attends, while they are looked at."""
+
+    def __init__(self) -> None:
+        self.slots = {kind: _Slot() for kind in PROJECTED}
+        self.listeners: list[Callable[[Call], None]] = []
+
+    def change(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        return tuple(slot(tensor) for slot, tensor in zip(self.slots.values(), (q, k, v), strict=True))
+
+    def call(self, module: nn.Module, *arguments: Any, **options: Any) -> None:
+        if self.listeners:
+            from fastattn.integrations.huggingface import attention_of_call
+
+            self.tell(Call(*attention_of_call(module, *arguments, **options)))
+
+    def tell(self, call: Call) -> None:
+        for listener in self.listeners:
+            listener(call)
+
+    @property
+    def unused(self) -> bool:
+        return not self.listeners and all(slot.unused for slot in self.slots.values())
+
+
+_SLOTS: dict[tuple[int, str], _Slot] = {}
+_ATTENTIONS: dict[int, _Attention] = {}
+
+
+def read(adapter: Adapter, name: Name, function: Callable[[Tensor], None]) -> Removable:
+    """Let `function` have the tensor of this name, in every forward."""
+    slot, release = _slot(adapter, name)
+    return _added(slot.reads, function, release)
+
+
+def change(adapter: Adapter, name: Name, function: Callable[[Tensor], Tensor]) -> Removable:
+    """Replace the tensor of this name by what `function` makes of it, in every forward.
+
+    Raises:
+        ValueError: it can only be read.
+    """
+    if name.kind == "resid_mid" and adapter.part("between", name.layer) is None:
+        raise ValueError(
+            f"{name} can be read, and not replaced, in family {adapter.family.name}: replace "
+            f"blocks.{name.layer}.attention.out, which is added to resid_pre"
+        )
+    slot, release = _slot(adapter, name)
+    return _added(slot.changes, function, release)
+
+
+def listen(adapter: Adapter, layer: int, function: Callable[[Call], None]) -> Removable:
+    """Let `function` have the `Call` of a layer's attention, before it is computed, in every forward."""
+    state, release = _attention(adapter, layer)
+    if adapter.family.hooks is None:
+        return _added(state.listeners, function, release)
+    handles = _assembled(adapter, layer, function)
+
+    def remove() -> None:
+        for handle in handles:
+            handle.remove()
+
+    return Removable(remove)
+
+
+def _added(to: list, function: Any, release: Callable[[], None]) -> Removable:
+    to.append(function)
+
+    def remove() -> None:
+        if function in to:
+            to.remove(function)
+            release()
+
+    return Removable(remove)
+
+
+def _assembled(adapter: Adapter, layer: int, function: Callable[[Call], None]) -> list[Any]:
+    """The calls of an attention of ours: what its forward was given, and then q, k and v in this order."""
+    module = adapter.part("attention", layer)
+    parts: dict[str, Any] = {}
+
+    def begin(_module: nn.Module, _inputs: Any, options: dict[str, Any]) -> None:
+        parts["options"] = {n: o for n, o in options.items() if n in ("mask", "window", "key_lengths")}
+
+    def last(v: Tensor) -> None:
+        function(Call(parts.pop("q"), parts.pop("k"), v, module.options(**parts.pop("options"))))
+
+    names = {x: Name(layer, f"attention.hook_{x}") for x in "qk"}
+    handles = [read(adapter, name, partial(parts.__setitem__, x)) for x, name in names.items()]
+    handles.append(read(adapter, Name(layer, "attention.hook_v"), last))
+    return [*handles, module.register_forward_pre_hook(begin, with_kwargs=True)]
+
+
+def _attention(adapter: Adapter, layer: int) -> tuple[_Attention, Callable[[], None]]:
+    """The state of a tapped Hugging Face attention, and what releases it; of others, an empty one."""
+    module = adapter.part("attention", layer)
+    if adapter.family.hooks is not None:
+        return _Attention(), lambda: None
+    from fastattn.integrations import huggingface_taps
+
+    huggingface_taps.check_tappable(module)
+    if (state := _ATTENTIONS.get(id(module))) is None:
+        state = _ATTENTIONS[id(module)] = _Attention()
+        huggingface_taps.tap(module, state)
+
+    def release() -> None:
+        if state.unused and _ATTENTIONS.pop(id(module), None) is not None:
+            huggingface_taps.untap(module)
+
+    return state, release
+
+
+def _slot(adapter: Adapter, name: Name) -> tuple[_Slot, Callable[[], None]]:
+    """The slot of a tensor, and what releases it once it is unused."""
+    if name.kind in PROJECTED and adapter.family.hooks is None:
+        state, release = _attention(adapter, name.layer)
+        return state.slots[name.kind], release
+    module, side = _where(adapter, name)
+    heads = adapter.num_heads if name.kind == "attention.hook_z" else None
+    key = (id(module), side)
+    if (slot := _SLOTS.get(key)) is None:
+        slot = _SLOTS[key] = _Slot()
+        slot.handles.append(_hook(module, side, slot, heads))
+
+    def release_slot() -> None:
+        if slot.unused and _SLOTS.pop(key, None) is not None:
+            for handle in slot.handles:
+                handle.remove()
+
+    return slot, release_slot
+
+
+def _where(adapter: Adapter, name: Name) -> tuple[Any, str]:
+    """The module at which a tensor passes, and whether as its "input" or as its "output"."""
+    layer, kind = name
+    if kind in PROJECTED:
+        assert adapter.family.hooks is not None
+        return adapter.hook("qkv"[PROJECTED.index(kind)], layer), "output"
+    if kind == "resid_mid" and adapter.part("between", layer) is not None:
+        return adapter.part("between", layer), "output"
+    part, side = {
+        "resid_pre": ("", "input"),
+        "resid_mid": ("mlp_norm", "input"),
+        "resid_post": ("", "output"),
+        "attention.hook_z": ("out", "input"),
+        "attention.out": ("attention_out", "output"),
+        "mlp.hook_post": ("down", "input"),
+        "mlp.out": ("mlp_out", "output"),
+    }[kind]
+    return (adapter.part(part, layer) if part else adapter.blocks[layer]), side
+
+
+def _hook(module: nn.Module, side: str, slot: _Slot, heads: int | None) -> Any:
+    """Pass what a module is given, or gives, through a slot."""
+
+    def through(tensor: Tensor) -> Tensor:
+        if heads is None:
+            return slot(tensor)
+        by_head = tensor.unflatten(-1, (heads, -1)).transpose(1, 2)
+        result = slot(by_head)
+        return tensor if result is by_head else result.transpose(1, 2).flatten(2)
+
+    def before(_module: nn.Module, inputs: tuple, options: dict[str, Any]) -> Any:
+        if inputs:
+            result = through(inputs[0])
+            return None if result is inputs[0] else ((result, *inputs[1:]), options)
+        result = through(options["hidden_states"])
+        return None if result is options["hidden_states"] else ((), {**options, "hidden_states": result})
+
+    def after(_module: nn.Module, _inputs: tuple, output: Any) -> Any:
+        first = output[0] if isinstance(output, tuple) else output
+        result = through(first)
+        if result is first:
+            return None
+        return (result, *output[1:]) if isinstance(output, tuple) else result
+
+    if side == "input":
+        return module.register_forward_pre_hook(before, with_kwargs=True)
+    return module.register_forward_hook(after)
