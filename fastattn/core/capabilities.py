@@ -244,8 +244,8 @@ Three backends compute every function of fastattn. One table chooses for each ca
 variable FASTATTN_BACKEND chooses by hand, and a backend that cannot compute a call refuses it in words.
 
 - **triton**: the kernels.
-- **portable**: the same algorithm in plain PyTorch, tile by tile, on any device, in O(N) memory. Where PyTorch's own
-  flash attention computes the same, that does the work.
+- **portable**: the same algorithm in plain PyTorch, tile by tile, on any device, in O(N) memory. Where PyTorch's
+  own flash attention computes the same, that does the work.
 - **reference**: the definition, N x N memory, for debugging. It computes everything.
 
 A tick means all four directions: forward, backward, second derivative and forward mode (`torch.func.jvp`). Second
