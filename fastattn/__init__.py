@@ -7,12 +7,12 @@ from typing import Any
 from fastattn import flash_attn, lens, masks, nn
 from fastattn.core.attention.dropout import dropout_mask, dropout_state
 from fastattn.core.attention.functional import attention, attention_backward, merge_states, t5_relative_bias
+from fastattn.core.attention.sdpa import scaled_dot_product_attention
 from fastattn.core.attention.varlen import attention_varlen
 from fastattn.core.heads.functional import prepare_heads
 from fastattn.core.mlp.functional import gated_mlp, mlp
 from fastattn.core.norm.functional import layer_norm, rms_norm
 from fastattn.dropin.patch import patch, unpatch
-from fastattn.dropin.sdpa import scaled_dot_product_attention
 from fastattn.dropin.takeover import sdpa
 
 if "torch.utils.flop_counter" in sys.modules:

@@ -16,11 +16,11 @@ from typing import Any
 from torch import Tensor
 
 from fastattn import masks
-from fastattn.core import arguments
 from fastattn.core.attention.functional import attention
 from fastattn.core.attention.spec import check_scale
 from fastattn.core.attention.varlen import attention_varlen
-from fastattn.core.checks import check_floating, check_same
+from fastattn.ground import arguments
+from fastattn.ground.checks import check_floating, check_same
 
 Result = Tensor | tuple[Tensor, Tensor, None]
 

@@ -17,7 +17,7 @@ from fastattn import masks
 from fastattn.core.attention import definition as attention_definition
 from fastattn.core.attention import torch_flash
 from fastattn.core.attention.spec import AttentionSpec, ScoreTensors, check_dropout
-from fastattn.core.checks import lse_dtype
+from fastattn.ground.checks import lse_dtype
 
 # "tiled" is the portable backend kept from handing over to PyTorch's flash attention.
 IMPLEMENTATIONS = ("triton", "portable", "tiled", "reference")

@@ -16,24 +16,24 @@ FLOORS_OF_A_FAMILY = ("spec", "definition", "portable", "triton", "operators", "
 # From the ground up. A module imports from the floors below, and from its own where no circle comes of it.
 FLOORS = (
     ("kernels", "kernels.*", "errors"),
-    ("core.checks", "core.arguments", "core.modes", "core.function", "core.mapped", "core.layout", "core.intact"),
+    ("ground", "ground.*"),
+    ("masks", "masks.*"),
+    ("core.function", "core.mapped", "core.layout", "core.intact"),
     ("core.autocast", "core.derivatives", "core.backends"),
-    ("masks", "masks.*", "core.*.spec", "core.attention.dropout"),
+    ("core.*.spec", "core.attention.dropout"),
     ("core.*.definition",),
-    (
-        "core.attention.tiles",
-        "core.attention.granules",
-        "core.attention.torch_flash",
-        "core.attention.whole_rows",
-        "core.norm.torch_norm",
-    ),
+    ("core.*.tiles", "core.*.granules", "core.*.torch_flash", "core.*.whole_rows", "core.*.torch_norm"),
     ("core.*.portable", "core.*.triton", "core.attention.derivatives"),
     ("core.capabilities",),
     ("core.*.operators",),
-    ("core.*.functional", "core.attention.varlen", "flops"),
-    ("flash_attn", "dropin.*", "nn", "nn.*", "lens", "lens.*", "integrations", "integrations.*"),
+    ("core.*.functional", "core.attention.varlen", "core.attention.sdpa", "flops"),
+    ("flash_attn", "integrations", "integrations.*"),
+    ("nn", "nn.*"),
+    ("dropin", "dropin.*"),
+    ("lens", "lens.*"),
     ("fastattn",),
-    ("measuring", "measuring.*", "demo", "demo.*", "cli", "__main__"),
+    ("measuring", "measuring.*"),
+    ("demo", "demo.*", "cli", "__main__"),
 )
 
 

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn.core import arguments, backends
+from fastattn.core import backends
 from fastattn.core.attention.spec import NO_TENSORS, ScoreTensors
-from fastattn.core.checks import ACTIVATIONS
+from fastattn.ground import arguments
+from fastattn.ground.checks import ACTIVATIONS
 
 FORWARD, BACKWARD, SECOND, TANGENT = "forward", "backward", "second derivative", "forward mode"
 DIRECTIONS = (FORWARD, BACKWARD, SECOND, TANGENT)

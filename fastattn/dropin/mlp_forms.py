@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastattn.core.checks import ACTIVATIONS, FLOATING
 from fastattn.core.intact import alteration
 from fastattn.core.mlp.functional import gated_mlp, mlp
 from fastattn.dropin.fused_classes import Fused
+from fastattn.ground.checks import ACTIVATIONS, FLOATING
 
 HUGGINGFACE = {
     "GELUActivation": "gelu",

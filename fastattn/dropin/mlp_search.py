@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from fastattn.core.checks import ACTIVATIONS
 from fastattn.dropin import mlp_forms
 from fastattn.dropin.fused_classes import fused_class
 from fastattn.dropin.likeness import source_of
@@ -32,6 +31,7 @@ from fastattn.dropin.mlp_forms import (
     activation_name,
     is_linear_like,
 )
+from fastattn.ground.checks import ACTIVATIONS
 
 # Functional dropout in a module's code.
 DROPS = re.compile(r"(?<!self\.)\b(feature_)?(alpha_)?dropout\(")

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from fastattn.core.checks import FLOATING
 from fastattn.core.intact import PLAIN
-from fastattn.core.modes import without_autocast
 from fastattn.core.norm.functional import layer_norm, rms_norm
 from fastattn.dropin.fused_classes import Fused, fused_class
+from fastattn.ground.checks import FLOATING
+from fastattn.ground.modes import without_autocast
 
 
 @dataclass(frozen=True)

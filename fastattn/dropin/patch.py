@@ -234,7 +234,7 @@ def _undo(module: nn.Module, kind: type[nn.Module], was: Any) -> None:
 
 
 ALREADY = "already patched"
-BIGBIRD = "fastattn.integrations.bigbird"
+BIGBIRD = "fastattn.dropin.bigbird"
 
 
 def _is_ours(module: nn.Module) -> bool:
@@ -434,7 +434,7 @@ def _swap_bigbird(name: str, module: Any) -> Row | None:
     """Swap an attention of Hugging Face's BigBird; None if it is no such module."""
     if not _is_bigbird(module):
         return None
-    from fastattn.integrations import bigbird
+    from fastattn.dropin import bigbird
 
     was = _class_name(module)
     if was == bigbird.BigBirdAttention.__name__:
@@ -451,7 +451,7 @@ def _swap_bigbird(name: str, module: Any) -> Row | None:
 
 def _bigbird_obstacle(module: Any) -> str | None:
     """Why this module that attends is left to transformers' code; None if it can be swapped."""
-    from fastattn.integrations import bigbird
+    from fastattn.dropin import bigbird
 
     if WAS in module.__dict__:
         return ALREADY

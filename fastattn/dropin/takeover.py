@@ -21,9 +21,9 @@ from torch.nn import attention as registry
 
 from fastattn.core import backends
 from fastattn.core.attention.dropout import dropout_state
+from fastattn.core.attention.sdpa import BOTTOM_RIGHT, TOP_LEFT, align, attend
 from fastattn.core.attention.spec import attention_spec, positive_scale, score_tensors
-from fastattn.core.checks import FLOATING
-from fastattn.dropin.sdpa import BOTTOM_RIGHT, TOP_LEFT, align, attend
+from fastattn.ground.checks import FLOATING
 
 NAME = "fastattn"
 # The registry came into PyTorch in pieces.

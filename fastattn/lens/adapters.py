@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastattn.core.arguments import integer
+from fastattn.ground.arguments import integer
 
 
 @dataclass(frozen=True, kw_only=True)

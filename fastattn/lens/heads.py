@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastattn.core.arguments import flag, tensor
 from fastattn.core.attention.functional import attention
 from fastattn.core.attention.spec import attention_spec, check_key_lengths
-from fastattn.core.checks import Window, check_window, lse_dtype
-from fastattn.core.modes import without_autocast
+from fastattn.ground.arguments import flag, tensor
+from fastattn.ground.checks import Window, check_window, lse_dtype
+from fastattn.ground.modes import without_autocast
 from fastattn.masks import Mask
 from fastattn.masks import window as window_mask
 from fastattn.masks.lists import Shape

@@ -18,9 +18,9 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
-from fastattn.core import arguments
-from fastattn.core.checks import check_side, check_window
-from fastattn.core.modes import lasts, outside_modes
+from fastattn.ground import arguments
+from fastattn.ground.checks import check_side, check_window
+from fastattn.ground.modes import lasts, outside_modes
 from fastattn.masks.algebra import Mask, Values
 from fastattn.masks.block_kinds import BigBird, Blocks, HuggingFaceBigBird
 from fastattn.masks.kinds import (

@@ -9,9 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastattn.core.arguments import flag, integer
-from fastattn.core.checks import window_that_hides
-from fastattn.core.modes import fake_mode, kept, lasts, outside_modes, reading
+from fastattn.ground.arguments import flag, integer
+from fastattn.ground.checks import window_that_hides
+from fastattn.ground.modes import fake_mode, kept, lasts, outside_modes, reading
 from fastattn.masks import pictures
 from fastattn.masks.lists import Lowered, Shape, the_device
 from fastattn.masks.lowering import FULL, PARTIAL, Positions, Slab, build_lists

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastattn.core.checks import window_that_hides
-from fastattn.core.modes import kept, lasts
+from fastattn.ground.checks import window_that_hides
+from fastattn.ground.modes import kept, lasts
 from fastattn.masks.algebra import ClosedForm, Intervals, Mask, Values
 from fastattn.masks.lists import GRANULE, Shape
 from fastattn.masks.lowering import FULL, Positions, Slab

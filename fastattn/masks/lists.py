@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastattn.core import arguments
-from fastattn.core.modes import fake_mode, outside_modes, reading
+from fastattn.ground import arguments
+from fastattn.ground.modes import fake_mode, outside_modes, reading
 
 GRANULE = 64
 PAIRS = GRANULE * GRANULE

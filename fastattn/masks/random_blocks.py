@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastattn.core.modes import kept
+from fastattn.ground.modes import kept
 
 OLD_PLAN_LENGTHS = (1024, 3072, 4096)  # tokens
 OLD_PLAN_REACH = 1024  # tokens

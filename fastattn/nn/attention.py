@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastattn.core.arguments import flag, integer
 from fastattn.core.attention.functional import attention
 from fastattn.core.capabilities import check_backend
-from fastattn.core.checks import Window, check_window
 from fastattn.core.heads.functional import prepare_heads
 from fastattn.core.intact import alteration
+from fastattn.ground.arguments import flag, integer
+from fastattn.ground.checks import Window, check_window
 from fastattn.masks import Lowered, Mask
 from fastattn.masks.algebra import smaller
 from fastattn.nn.checks import check_placed, check_stream

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from fastattn.core import arguments
-from fastattn.core.checks import check_floating
+from fastattn.ground import arguments
+from fastattn.ground.checks import check_floating
 
 
 def check_not_negative(name: str, value: Any) -> float:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from fastattn.core.arguments import choice, flag, integer
 from fastattn.core.capabilities import check_backend
-from fastattn.core.checks import ACTIVATIONS, Window, check_window
+from fastattn.ground.arguments import choice, flag, integer
+from fastattn.ground.checks import ACTIVATIONS, Window, check_window
 from fastattn.nn.attention import head_layout, rotary_for
 from fastattn.nn.checks import check_dropout, check_not_negative
 from fastattn.nn.rotary import Rotary, check_base

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastattn.core.arguments import choice, flag, integer
 from fastattn.core.capabilities import check_backend
-from fastattn.core.checks import ACTIVATIONS
 from fastattn.core.intact import alteration
 from fastattn.core.mlp import functional as mlp_functional
 from fastattn.core.mlp.definition import activate
+from fastattn.ground.arguments import choice, flag, integer
+from fastattn.ground.checks import ACTIVATIONS
 from fastattn.nn.checks import check_placed, check_width
 
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from fastattn.core.capabilities import check_backend
-from fastattn.core.checks import FLOATING
 from fastattn.core.heads.spec import SMALLEST_EPS
 from fastattn.core.norm.functional import layer_norm, rms_norm
+from fastattn.ground.checks import FLOATING
 
 
 class RMSNorm(nn.RMSNorm):

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastattn.core import arguments
 from fastattn.core.heads.functional import prepare_heads
+from fastattn.ground import arguments
 from fastattn.nn.checks import check_tensor
 
 

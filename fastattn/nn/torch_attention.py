@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastattn.core.attention.dropout import dropout_state
+from fastattn.core.attention.sdpa import TOP_LEFT, attend, dtype_obstacle, mask_alone, refusal_of_mask, warn_once
 from fastattn.core.capabilities import check_backend
-from fastattn.dropin.sdpa import TOP_LEFT, attend, dtype_obstacle, mask_alone, refusal_of_mask, warn_once
 from fastattn.masks import Lowered, Mask
 from fastattn.nn.weights import Weighting, head_weights, joined, mask_as_bias, mean_weights
 

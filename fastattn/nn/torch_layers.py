@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastattn.dropin.sdpa import mask_alone
+from fastattn.core.attention.sdpa import mask_alone
 from fastattn.masks import Lowered, Mask
 from fastattn.nn.torch_attention import MultiheadAttention, check_mask
 

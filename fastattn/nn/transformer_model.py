@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastattn.core import arguments
-from fastattn.core.checks import Window
+from fastattn.ground import arguments
+from fastattn.ground.checks import Window
 from fastattn.masks import Lowered, Mask
 from fastattn.nn.attention import CrossAttention, SelfAttention, asked_for
 from fastattn.nn.checks import check_dropout, check_not_negative, check_placed, check_stream

@@ -13,7 +13,7 @@ from torch import Tensor
 from fastattn.core.attention.definition import visible
 from fastattn.core.attention.dropout import dropout_mask, keep_mask
 from fastattn.core.attention.spec import AttentionSpec, check_dropout
-from fastattn.core.checks import lse_dtype
+from fastattn.ground.checks import lse_dtype
 from fastattn.masks import Lowered, Mask, decode
 
 

@@ -250,7 +250,7 @@ def test_every_cache_of_tensors_is_made_by_kept() -> None:
                 }
                 if words & {"lru_cache", "cache", "cached_property"}:
                     assert node.name in KEEP_NO_TENSOR, (
-                        f"{path}: {node.name} must be `kept`, see fastattn/core/modes.py"
+                        f"{path}: {node.name} must be `kept`, see fastattn/ground/modes.py"
                     )
 
 

@@ -153,7 +153,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 
         return call
 
-    from fastattn.dropin import sdpa as torch_sdpa
+    from fastattn.core.attention import sdpa as torch_sdpa
     from fastattn.integrations import huggingface
 
     monkeypatch.setattr(mlp_forms, "mlp", counted("mlp", mlp_forms.mlp))
@@ -651,7 +651,7 @@ def test_a_bigbird_computes_the_same_padded_and_is_restored(name: str, training:
 
 @pytest.mark.parametrize("padding", ["none", "right", "left", "holes"])
 def test_a_bigbird_reads_its_padding_once_and_gives_no_bias_where_lengths_say_it(padding: str) -> None:
-    from fastattn.integrations import bigbird as fused
+    from fastattn.dropin import bigbird as fused
 
     place = torch.arange(208)
     seen = {"none": place >= 0, "right": place < 150, "left": place >= 30, "holes": place % 7 > 0}[padding]

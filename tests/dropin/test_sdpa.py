@@ -25,7 +25,7 @@ from torch_samples import assert_same, gradients, leaves, sdpa_samples
 
 import fastattn
 from fastattn import masks
-from fastattn.dropin import sdpa as torch_sdpa
+from fastattn.core.attention import sdpa as torch_sdpa
 from fastattn.dropin import takeover
 
 ours, theirs = fastattn.scaled_dot_product_attention, F.scaled_dot_product_attention

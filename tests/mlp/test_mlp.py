@@ -18,10 +18,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fastattn
 import fastattn.flops
-from fastattn.core.checks import ACTIVATIONS
 from fastattn.core.mlp import definition as mlp_definition
 from fastattn.core.mlp import portable as mlp_portable
 from fastattn.core.mlp.spec import MLPSpec, MLPWeights
+from fastattn.ground.checks import ACTIVATIONS
 from fastattn.kernels import launch
 from fastattn.kernels import mlp as kernels
 

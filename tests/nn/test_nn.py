@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastattn
 from fastattn import masks
-from fastattn.core.checks import check_window
+from fastattn.ground.checks import check_window
 from fastattn.nn import (
     MLP,
     CrossAttention,

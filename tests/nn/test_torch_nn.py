@@ -581,7 +581,7 @@ def test_heads_of_any_width_are_ours(width, heads):
 
 
 def test_what_is_left_to_torch_a_warning_says_once(monkeypatch):
-    monkeypatch.setattr(fastattn.dropin.sdpa, "_said", set())
+    monkeypatch.setattr(fastattn.core.attention.sdpa, "_said", set())
     ours, _ = pair(MHA, 32, 4, batch_first=True)
     ours.in_proj_bias = nn.Parameter(torch.zeros(96).half())
     x = torch.randn(2, 5, 32, dtype=torch.float64)

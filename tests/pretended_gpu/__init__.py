@@ -133,7 +133,7 @@ def build(folder: Path) -> Path:
 @contextlib.contextmanager
 def pretended_gpus(*gpus: Gpu, folder: Path | None = None) -> Iterator[Driver]:
     """Within, torch and Triton believe that this machine has these GPUs; `folder` keeps the built driver."""
-    from fastattn.core import modes
+    from fastattn.ground import modes
     from tests.pretended_gpu.tensors import GpuTensor, OnGpu, made_on_host
 
     if reason := obstacle():

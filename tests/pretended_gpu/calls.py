@@ -264,7 +264,7 @@ def mlp_calls() -> Iterator[Call]:
 
     for gated in (False, True):
         names = ("b_gate", "b_up", "b_down") if gated else ("b1", "b2")
-        for activation in fastattn.core.checks.ACTIVATIONS:
+        for activation in fastattn.ground.checks.ACTIVATIONS:
             yield of(activation, activation, " ".join(names), gated=gated, dtype="bf16")
         for count in range(len(names)):
             for chosen in itertools.combinations(names, count):

@@ -21,8 +21,8 @@ from fastattn.core.attention.spec import (
     Tangents,
     Wanted,
 )
-from fastattn.core.checks import lse_dtype
 from fastattn.core.layout import heads_last
+from fastattn.ground.checks import lse_dtype
 from fastattn.masks.lists import decode, unpacked
 
 # Below it float32 rounds a log-sum-exp by more than 1e-3: where all keys of a row have a bias of -1e9, say.

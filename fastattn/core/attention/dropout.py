@@ -13,8 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastattn.core import arguments
 from fastattn.core.attention.spec import check_dropout
+from fastattn.ground import arguments
 
 ROUNDS = 7
 _MULTIPLIERS = 0xD2511F53, 0xCD9E8D57

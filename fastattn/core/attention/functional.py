@@ -10,7 +10,6 @@ from typing import Any, Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from fastattn.core.arguments import flag, integer, refuse_keywords, tensor
 from fastattn.core.attention import operators
 from fastattn.core.attention.dropout import dropout_state as fresh_dropout_state
 from fastattn.core.attention.spec import (
@@ -26,8 +25,9 @@ from fastattn.core.attention.spec import (
 )
 from fastattn.core.autocast import autocast
 from fastattn.core.capabilities import check_backend
-from fastattn.core.checks import Window, check_floating, check_same
 from fastattn.core.heads.functional import prepare_heads
+from fastattn.ground.arguments import flag, integer, refuse_keywords, tensor
+from fastattn.ground.checks import Window, check_floating, check_same
 from fastattn.masks import Lowered, Mask
 from fastattn.masks import window as window_mask
 from fastattn.masks.algebra import smaller

@@ -22,8 +22,8 @@ from fastattn.core.attention.definition import of_distances, relative_index
 from fastattn.core.attention.dropout import keep_mask_of_groups
 from fastattn.core.attention.spec import AttentionSpec, Gradients, Saved, ScoreTensors, Wanted
 from fastattn.core.attention.tiles import key_counts
-from fastattn.core.checks import lse_dtype
 from fastattn.core.layout import heads_last
+from fastattn.ground.checks import lse_dtype
 from fastattn.masks.lists import GRANULE, by_row, of_heads, rows_of_intervals, unpack, unpacked
 
 LOG2E = math.log2(math.e)

@@ -17,10 +17,10 @@ from fastattn.core import backends, capabilities
 from fastattn.core.attention import derivatives, tiles
 from fastattn.core.attention.spec import AttentionSpec, Gradients, Saved, ScoreTensors, Tangents, Wanted
 from fastattn.core.capabilities import BACKWARD, FORWARD, TANGENT, Request
-from fastattn.core.checks import lse_dtype
 from fastattn.core.function import Function, register_autograd
 from fastattn.core.layout import empty_heads
 from fastattn.core.mapped import fold, one_by_one, shares_batch, unfold
+from fastattn.ground.checks import lse_dtype
 
 _operators = library.Library("fastattn", "FRAGMENT")
 # What an attention operator takes beside its tensors, in the order of ScoreTensors and AttentionSpec.

@@ -13,8 +13,8 @@ from torch import Tensor
 from fastattn.core.attention import definition, granules, tiles, torch_flash, whole_rows
 from fastattn.core.attention.spec import AttentionSpec, Gradients, Saved, ScoreTensors, Tangents, Wanted
 from fastattn.core.attention.tiles import Scores, grouped, product_precision, times, ungrouped
-from fastattn.core.checks import lse_dtype
 from fastattn.core.layout import heads_last, zero_heads
+from fastattn.ground.checks import lse_dtype
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, tensors: ScoreTensors) -> tuple[Tensor, Tensor]:

@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastattn.core import arguments
-from fastattn.core.checks import (
+from fastattn.ground import arguments
+from fastattn.ground.checks import (
     Window,
     check_beside,
     check_floating,

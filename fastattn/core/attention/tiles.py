@@ -17,8 +17,8 @@ from torch import Tensor
 from fastattn.core.attention import definition
 from fastattn.core.attention.dropout import keep_mask
 from fastattn.core.attention.spec import AttentionSpec, ScoreTensors, Wanted
-from fastattn.core.checks import lse_dtype
 from fastattn.core.layout import zero_heads
+from fastattn.ground.checks import lse_dtype
 from fastattn.masks.lists import GRANULE, BlockLists, columns_seen, log_counts, of_heads, unpacked
 
 QUERY_TILE, KEY_TILE = 256, 512

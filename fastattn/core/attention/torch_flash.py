@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastattn.core.attention.spec import NO_TENSORS, AttentionSpec, Saved, ScoreTensors
 from fastattn.core.attention.tiles import KEY_TILE, QUERY_TILE, key_counts
-from fastattn.core.checks import lse_dtype
+from fastattn.ground.checks import lse_dtype
 
 _aten = torch.ops.aten
 _HIDDEN = float("-inf")

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastattn import masks
-from fastattn.core.arguments import flag, integer, refuse_keywords, tensor
 from fastattn.core.attention.functional import attention
-from fastattn.core.checks import Window, check_beside, check_floating
-from fastattn.core.modes import outside_modes
+from fastattn.ground.arguments import flag, integer, refuse_keywords, tensor
+from fastattn.ground.checks import Window, check_beside, check_floating
+from fastattn.ground.modes import outside_modes
 from fastattn.masks.kinds import PackedSequences
 from fastattn.masks.lists import Shape
 

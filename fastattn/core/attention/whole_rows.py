@@ -17,8 +17,8 @@ from torch import Tensor
 from fastattn.core.attention.dropout import keep_mask
 from fastattn.core.attention.spec import AttentionSpec, Gradients, Saved, ScoreTensors
 from fastattn.core.attention.tiles import grouped, ungrouped
-from fastattn.core.checks import lse_dtype
 from fastattn.core.layout import zero_heads
+from fastattn.ground.checks import lse_dtype
 
 LOG2E = math.log2(math.e)
 # Scores of a block, if a single row is not more.

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastattn.core.checks import lse_dtype
 from fastattn.core.heads.spec import HeadsSpec, HeadTensors
 from fastattn.core.layout import heads_last
+from fastattn.ground.checks import lse_dtype
 
 
 def prepare_heads(x: Tensor, spec: HeadsSpec, tensors: HeadTensors) -> Tensor:

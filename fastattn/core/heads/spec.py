@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastattn.core import arguments
-from fastattn.core.checks import check_beside, check_floating, lse_dtype
+from fastattn.ground import arguments
+from fastattn.ground.checks import check_beside, check_floating, lse_dtype
 
 # Below it float32 has no normal numbers, and a row of zeros would be divided by zero.
 SMALLEST_EPS = torch.finfo(torch.float32).tiny

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastattn.core.checks import lse_dtype
 from fastattn.core.mlp import definition
 from fastattn.core.mlp.spec import MLPSpec, MLPWeights
+from fastattn.ground.checks import lse_dtype
 
 
 def forward(x: Tensor, weights: MLPWeights, spec: MLPSpec, save: bool) -> tuple[Tensor, Tensor]:

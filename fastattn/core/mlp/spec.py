@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from fastattn.core.checks import check_activation, check_input, check_linear, shape_of
+from fastattn.ground.checks import check_activation, check_input, check_linear, shape_of
 
 
 @dataclass(frozen=True)

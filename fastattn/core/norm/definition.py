@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastattn.core.checks import lse_dtype
 from fastattn.core.norm.spec import NormSpec, Saved
+from fastattn.ground.checks import lse_dtype
 
 
 def norm(

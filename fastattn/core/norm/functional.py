@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastattn.core import capabilities
-from fastattn.core.checks import lse_dtype
 from fastattn.core.norm import operators as norm_ops
 from fastattn.core.norm.spec import NormSpec, norm_spec
+from fastattn.ground.checks import lse_dtype
 
 
 @overload

@@ -14,11 +14,11 @@ from torch import Tensor, library
 
 from fastattn.core import backends, capabilities, derivatives
 from fastattn.core.capabilities import BACKWARD, FORWARD, Request
-from fastattn.core.checks import lse_dtype
 from fastattn.core.function import Function, register_autograd
 from fastattn.core.mapped import fold, unfold
 from fastattn.core.norm import definition
 from fastattn.core.norm.spec import NormSpec, Saved
+from fastattn.ground.checks import lse_dtype
 
 _operators = library.Library("fastattn", "FRAGMENT")
 _OPTIONS = "bool centred, float eps, float weight_offset, str? backend"

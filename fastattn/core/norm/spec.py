@@ -9,9 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastattn.core import arguments
-from fastattn.core.checks import check_beside, check_floating, check_input, check_same, lse_dtype
 from fastattn.core.heads.spec import check_eps
+from fastattn.ground import arguments
+from fastattn.ground.checks import check_beside, check_floating, check_input, check_same, lse_dtype
 
 
 class Saved(NamedTuple):

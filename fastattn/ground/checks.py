@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn.core import arguments
+from fastattn.ground import arguments
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

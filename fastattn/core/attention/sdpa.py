@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastattn.core.arguments import flag, number, tensor
 from fastattn.core.attention.functional import attention
 from fastattn.core.attention.spec import check_scale
 from fastattn.core.capabilities import check_backend
-from fastattn.core.checks import FLOATING
+from fastattn.ground.arguments import flag, number, tensor
+from fastattn.ground.checks import FLOATING
 from fastattn.masks import Lowered, Mask
 
 TOP_LEFT, BOTTOM_RIGHT = "top-left", "bottom-right"
