@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastattn.core.arguments import integer, tensor
+from fastattn.ground.arguments import integer, tensor
 from fastattn.lens.adapters import Adapter, adapt
 from fastattn.lens.places import Call, Kind, Name, find, kinds_of, listen, read
 
