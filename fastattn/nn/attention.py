@@ -176,7 +176,8 @@ class SelfAttention(_Attention):
         and a rotation that must be called."""
         heads = [self.num_heads, self.num_kv_heads]
         norms = [norm for norm in (self.q_norm, self.k_norm) if norm is not None]
-        fused_norms = len(norms) == 2 and norms[0].eps == norms[1].eps and all(map(_is_plain_norm, norms))
+        # Whatever took the place of a norm may have no eps: ask for its class first.
+        fused_norms = len(norms) == 2 and all(map(_is_plain_norm, norms)) and norms[0].eps == norms[1].eps
         if norms and not fused_norms:
             parts = zip((self.q_norm, self.k_norm), qk.split(heads, dim=1), strict=True)
             qk = torch.cat([t if norm is None else norm(t).to(t.dtype) for norm, t in parts], dim=1)

@@ -220,7 +220,12 @@ class TransformerModel(nn.Module):
     def unembed(self, x: torch.Tensor) -> torch.Tensor:
         """Logits (..., vocab_size) of a residual stream (..., embed_dim): final norm, then unembedding."""
         x = self.final_norm(x)
-        return F.linear(x, self.unembedding_weight) if self.unembedding is None else self.unembedding(x)
+        if self.unembedding is not None:
+            return self.unembedding(x)
+        if type(self.token_embedding) is not nn.Embedding or self.token_embedding.weight.device != x.device:
+            # An adapter or a wrapper, or its weight is elsewhere until it is called: ask it for every token.
+            return F.linear(x, self.token_embedding(torch.arange(self.config.vocab_size, device=x.device)))
+        return F.linear(x, self.token_embedding.weight)
 
     @property
     def unembedding_weight(self) -> torch.Tensor:

@@ -862,6 +862,37 @@ def test_an_unembedding_of_its_own_is_called():
     assert torch.equal(model(some_tokens()), before * 2)
 
 
+class Wrapped(nn.Module):
+    """As adapters put a part into a module of theirs, without its attributes."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args, **options):
+        return self.inner(*args, **options)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_part_of_a_model_may_be_put_into_a_wrapper(variant):
+    whole = small_model(**VARIANTS[variant])
+    expected = whole(some_tokens())
+    for name, part in whole.named_modules():
+        if name and not isinstance(part, nn.ModuleList):
+            model, (holder, _, leaf) = copy.deepcopy(whole), name.rpartition(".")
+            model.get_submodule(holder)._modules[leaf] = Wrapped(model.get_submodule(name))
+            torch.testing.assert_close(model(some_tokens()), expected, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_a_tied_unembedding_asks_an_embedding_whose_weight_is_elsewhere_until_it_is_called():
+    model = small_model(tied=True)
+    expected = model(some_tokens())
+    table = model.token_embedding.weight.detach().clone()
+    model.token_embedding.to("meta")
+    model.token_embedding.forward = lambda tokens: F.embedding(tokens, table)
+    torch.testing.assert_close(model(some_tokens()), expected)
+
+
 # As other tools meet modules: every kind of them, called on a sequence (B, L, 32) of any batch and length.
 
 
