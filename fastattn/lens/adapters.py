@@ -272,6 +272,7 @@ class Adapter:
         blocks: the list of blocks.
         num_layers, num_heads, num_kv_heads: sizes.
         embeddings, embedding_norm, final_norm, head, unembedding: modules, or None.
+        embedding_names: where the embeddings lie, as the row says.
         logit_cap: the soft cap of the logits, or None.
         parallel: whether attention and MLP of a block read the same stream.
         post_norm: whether norms come after the sums (BERT).
@@ -286,9 +287,8 @@ class Adapter:
                     f"family {family.name} does not describe a model with {flag}, got a {type(model).__name__}"
                 )
         self.blocks: Sequence[Any] = self._needed("blocks", self.base, family.blocks)
-        self.embeddings = tuple(
-            module for name in family.embeddings if (module := _get(self.base, name)) is not None
-        )
+        self.embedding_names = tuple(name for name in family.embeddings if _get(self.base, name) is not None)
+        self.embeddings = tuple(_get(self.base, name) for name in self.embedding_names)
         if not self.embeddings:
             raise ValueError(self._missing("embeddings", family.embeddings[0]))
         self.embedding_norm = _get(self.base, family.embedding_norm)
