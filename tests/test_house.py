@@ -11,7 +11,9 @@ import pytest
 import fastattn
 
 PACKAGE = Path(fastattn.__file__).parent
-FAMILIES = ("attention", "mlp", "norm", "heads")
+FAMILIES = ("attention", "mlp", "norm", "heads", "statistics")
+# Statistics look at the scores of attention: by its definition and its tiles, not by a second one.
+SCORES = {"core.attention.definition", "core.attention.tiles"}
 FLOORS_OF_A_FAMILY = ("spec", "definition", "portable", "triton", "operators", "functional")
 # From the ground up. A module imports from the floors below, and from its own where no circle comes of it.
 FLOORS = (
@@ -109,6 +111,7 @@ def test_every_family_has_its_six_files(family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_family_enters_another_by_its_functional_or_spec_only(family: str) -> None:
     allowed = {f"core.{other}.{name}" for other in FAMILIES for name in ("functional", "spec")}
+    allowed |= SCORES if family == "statistics" else set()
     for name in MODULES:
         if name.startswith(f"core.{family}."):
             elsewhere = {m for m in imported(name) if m.split(".")[1:2] != [family] and m.count(".") == 2}

@@ -33,8 +33,8 @@ PROVEN: frozenset[str] = frozenset()
 class Request:
     """One call, as far as the choice of a backend depends on it."""
 
-    family: str  # "attention", "mlp", "heads" or "norm"
-    spec: Any  # the family's: AttentionSpec, MLPSpec, HeadsSpec or NormSpec
+    family: str  # "attention", "mlp", "heads", "norm" or "statistics"
+    spec: Any  # the family's: AttentionSpec, MLPSpec, HeadsSpec, NormSpec or StatisticsSpec
     tensors: tuple[Tensor, ...]
     lse_gradient: bool = False
     score_tensors: ScoreTensors = NO_TENSORS
@@ -83,6 +83,12 @@ def _has_other_widths(request: Request) -> bool:
     return not (8 <= q.shape[3] <= 256 and 8 <= v.shape[3] <= 256)
 
 
+def _wants(*names: str) -> Callable[[Request], bool]:
+    return lambda r: not set(names).isdisjoint(r.spec.want)
+
+
+_FORWARD_ONLY = frozenset({FORWARD})
+_BY_QUERY = ("mass", "entropy", "max_logit", "sum_of_squares", "mean_distance")
 _Q, _K, _V = 0, 1, 2
 _HEADS, _LENGTH, _WIDTH = 1, 2, 3
 
@@ -152,6 +158,20 @@ FEATURES: tuple[Feature, ...] = (
     Feature("norm", "bfloat16", _is(torch.bfloat16)),
     Feature("norm", "float32", _is(torch.float32)),
     Feature("norm", "float64", _is(torch.float64), triton=frozenset()),
+    *(
+        Feature("statistics", name, needed, triton=frozenset(), portable=_FORWARD_ONLY, reference=_FORWARD_ONLY)
+        for name, needed in (
+            ("by query: entropy, largest logit and weight, distance, mass in a mask", _wants(*_BY_QUERY)),
+            ("by query: value norms", _wants("value_norm")),
+            ("by query: weight on matching labels", _wants("match_mass")),
+            ("by query: top keys", _wants("top_keys")),
+            ("by key: received, also weighted, largest", _wants("received", "max_received", "weighted_received")),
+            ("by lag", _wants("lag_profile")),
+            ("thumbnail", _wants("thumbnail")),
+            ("single weights and windows", _wants("gather")),
+            ("all that attention does to scores, without dropout", lambda r: True),
+        )
+    ),
 )
 
 

@@ -1,5 +1,7 @@
 """Looking inside: what heads do, computed in the fused pass's O(N) memory."""
 
+from fastattn.core.statistics.functional import attention_statistics, gather_weights, match_mass
+from fastattn.core.statistics.spec import Matches, TopKeys
 from fastattn.lens.adapters import Adapter, Family, Projections, adapt, families, register
 from fastattn.lens.attribution import Attribution, attribution
 from fastattn.lens.heads import HeadScores, even_scores, head_scores, model_head_scores
@@ -12,15 +14,20 @@ __all__ = [
     "Family",
     "HeadScores",
     "LogitLens",
+    "Matches",
     "Projections",
     "Seen",
+    "TopKeys",
     "TunedLens",
     "adapt",
+    "attention_statistics",
     "attribution",
     "even_scores",
     "families",
+    "gather_weights",
     "head_scores",
     "logit_lens",
+    "match_mass",
     "model_head_scores",
     "register",
     "watch",

@@ -512,7 +512,7 @@ class _Observer:
         matches = [kind for kind in MATCHES if kind in names]
         want = [name for name in STATISTICS if name in names] + (["match_mass"] if matches else [])
         _, lse = call.attend(return_lse=True)
-        asked = {"labels": self.labels, "match": matches} if matches else {}
+        asked: dict[str, Any] = {"labels": self.labels, "match": matches} if matches else {}
         result = attention_statistics(
             call.q, call.k, lse, call.v, want=want, top=self.top, **asked, **call.options
         )._asdict()

@@ -236,6 +236,7 @@ KEEP_NO_TENSOR = {
     "_source": "text",
     "obstacle_of_class": "text",
     "_read": "numbers",
+    "_named": "a class",
 }
 
 

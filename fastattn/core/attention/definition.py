@@ -62,7 +62,7 @@ def attention(
     Returns out (B, Hq, Lq, Dv) and lse (B, Hq, Lq). A row that sees no key and has no sink gives 0 and -inf.
     """
     k, v = (keys_there(t, tensors.key_lengths) for t in (k, v))
-    scores = _scores(q, k, spec, tensors)
+    scores = scores_of(q, k, spec, tensors)
     if tensors.sinks is not None:
         # One more key, whose value is zero.
         sink = tensors.sinks.to(scores.dtype)[:, :, None, None].expand(*scores.shape[:3], 1)
@@ -82,7 +82,7 @@ def attention_backward(
     q, k, v, out, lse = saved
     k, v = (keys_there(t, tensors.key_lengths) for t in (k, v))
     empty = (lse == float("-inf"))[..., None]
-    scores = _scores(q, k, spec, tensors)
+    scores = scores_of(q, k, spec, tensors)
     safe_lse = lse[..., None].masked_fill(empty, float("inf"))
     weights = torch.exp(scores - safe_lse)
     # Scores so low that their log-sum-exp rounds to their maximum: weights add up to more than 1.
@@ -122,7 +122,7 @@ def attention_tangent(
     k, v = (keys_there(t, tensors.key_lengths) for t in (k, v))
     dk, dv = (None if t is None else keys_there(t, tensors.key_lengths) for t in (tangents.k, tangents.v))
     safe_lse = lse[..., None].masked_fill((lse == float("-inf"))[..., None], float("inf"))
-    scores = _scores(q, k, spec, tensors)
+    scores = scores_of(q, k, spec, tensors)
     weights = torch.exp(scores - safe_lse).to(q.dtype)
     dscores = torch.zeros_like(weights)
     if tangents.q is not None:
@@ -165,7 +165,7 @@ def _dropped(weights: Tensor, spec: AttentionSpec, tensors: ScoreTensors) -> Ten
     return (weights * keep) / (1.0 - spec.dropout)
 
 
-def _scores(q: Tensor, k: Tensor, spec: AttentionSpec, tensors: ScoreTensors) -> Tensor:
+def scores_of(q: Tensor, k: Tensor, spec: AttentionSpec, tensors: ScoreTensors) -> Tensor:
     """The scores, -inf where hidden."""
     queries, keys = q.shape[2], k.shape[2]
     scores = q @ _every_head(k, q).transpose(2, 3) * spec.scale

@@ -15,6 +15,7 @@ from fastattn.core.attention.dropout import dropout_state as fresh_dropout_state
 from fastattn.core.attention.spec import (
     AttentionSpec,
     Gradients,
+    ScoreTensors,
     attention_spec,
     check_gradients,
     check_heads,
@@ -179,7 +180,7 @@ def attention(
     )  # fmt: skip
     if spec.dropout and dropout_state is None:
         dropout_state = fresh_dropout_state(q.shape[0], q.device)
-    spec, key_lengths, masked = _with_mask(q, k, spec, key_lengths, mask)
+    spec, key_lengths, masked = with_mask(q, k, spec, key_lengths, mask)
     tensors = score_tensors(
         q, k, key_lengths=key_lengths, alibi_slopes=alibi_slopes, bias=bias, relative_bias=relative_bias,
         sinks=sinks, dropout_state=dropout_state, drops=spec.dropout > 0,
@@ -239,7 +240,7 @@ def attention_backward(
         raise ValueError(
             "dropout_state must be given with a dropout_p, the one that attention was given; got None"
         )
-    spec, key_lengths, masked = _with_mask(q, k, spec, key_lengths, mask)
+    spec, key_lengths, masked = with_mask(q, k, spec, key_lengths, mask)
     tensors = score_tensors(
         q, k, key_lengths=key_lengths, alibi_slopes=alibi_slopes, bias=bias, relative_bias=relative_bias,
         sinks=sinks, dropout_state=dropout_state, drops=spec.dropout > 0,
@@ -258,6 +259,36 @@ def attention_backward(
     return tuple(g for g, is_given in zip(gradients, given, strict=True) if g is not None and is_given)
 
 
+def scores_asked(
+    q: Tensor,
+    k: Tensor,
+    *,
+    causal: bool = False,
+    scale: float | Tensor | None = None,
+    window: Window = None,
+    key_lengths: Tensor | Sequence[int] | None = None,
+    mask: Mask | Lowered | None = None,
+    bias: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    relative_bias: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    precision: str | None = None,
+) -> tuple[Tensor, AttentionSpec, ScoreTensors]:
+    """What `attention`'s arguments ask of the scores alone, for those who look at them (fastattn.lens): q with a
+    scale of its own in it, the spec and the tensors."""
+    if isinstance(scale, Tensor):
+        check_heads(q=q, k=k, v=k)
+        q, scale = prepare_heads(q, head_scale=check_scales(scale, q)), 1.0
+    spec = attention_spec(q, k, k, causal=causal, scale=scale, window=window, softcap=softcap, precision=precision)
+    spec, key_lengths, masked = with_mask(q, k, spec, key_lengths, mask)
+    tensors = score_tensors(
+        q, k, key_lengths=key_lengths, alibi_slopes=alibi_slopes, bias=bias, relative_bias=relative_bias,
+        sinks=sinks,
+    )._replace(**masked)  # fmt: skip
+    return *positive_scale(q, spec), tensors
+
+
 class _Masked(NamedTuple):
     """What a mask beside them makes of the spec, the key lengths and the ScoreTensors that only a mask sets."""
 
@@ -266,7 +297,7 @@ class _Masked(NamedTuple):
     tensors: dict[str, Tensor | None]
 
 
-def _with_mask(
+def with_mask(
     q: Tensor,
     k: Tensor,
     spec: AttentionSpec,

@@ -15,7 +15,16 @@ from torch import Tensor, library
 
 from fastattn.core import backends, capabilities
 from fastattn.core.attention import derivatives, tiles
-from fastattn.core.attention.spec import AttentionSpec, Gradients, Saved, ScoreTensors, Tangents, Wanted
+from fastattn.core.attention.spec import (
+    SCORES,
+    AttentionSpec,
+    Gradients,
+    Saved,
+    ScoreTensors,
+    Tangents,
+    Wanted,
+    put_together,
+)
 from fastattn.core.capabilities import BACKWARD, FORWARD, TANGENT, Request
 from fastattn.core.function import Function, register_autograd
 from fastattn.core.layout import empty_heads
@@ -23,21 +32,15 @@ from fastattn.core.mapped import fold, one_by_one, shares_batch, unfold
 from fastattn.ground.checks import lse_dtype
 
 _operators = library.Library("fastattn", "FRAGMENT")
-# What an attention operator takes beside its tensors, in the order of ScoreTensors and AttentionSpec.
-_SCORES = (
-    "Tensor? key_lengths, Tensor? alibi_slopes, Tensor? bias, Tensor? relative_bias, Tensor? sinks, "
-    "Tensor? dropout_state, Tensor? mask, Tensor? intervals, bool causal, float scale, SymInt? left, "
-    "SymInt? right, float softcap, float dropout, str precision, int[]? mask_layout, str? backend"
-)
 _GRADIENTS = ", ".join(["Tensor"] * len(Gradients._fields))
-_operators.define(f"attention_forward(Tensor q, Tensor k, Tensor v, {_SCORES}) -> (Tensor, Tensor)")
+_operators.define(f"attention_forward(Tensor q, Tensor k, Tensor v, {SCORES}) -> (Tensor, Tensor)")
 _operators.define(
     "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? dlse, "
-    f"bool want_bias, bool want_relative_bias, {_SCORES}) -> ({_GRADIENTS})"
+    f"bool want_bias, bool want_relative_bias, {SCORES}) -> ({_GRADIENTS})"
 )
 _TANGENTS = ", ".join(f"Tensor? {name}_tangent" for name in Tangents._fields)
 _operators.define(
-    f"attention_tangent(Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_TANGENTS}, {_SCORES}) "
+    f"attention_tangent(Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_TANGENTS}, {SCORES}) "
     "-> (Tensor, Tensor)"
 )
 _FORWARD, _BACKWARD = "fastattn::attention_forward", "fastattn::attention_backward"
@@ -45,7 +48,7 @@ _TANGENT = "fastattn::attention_tangent"
 
 
 def _forward(q, k, v, *rest) -> tuple[Tensor, Tensor]:
-    tensors, spec, backend = _put_together(rest)
+    tensors, spec, backend = put_together(rest)
     spec = spec.at(q.shape[2], k.shape[2])
     request = Request("attention", spec, (q, k, v), score_tensors=tensors)
     chosen = capabilities.choose(request, FORWARD, backend)
@@ -53,7 +56,7 @@ def _forward(q, k, v, *rest) -> tuple[Tensor, Tensor]:
 
 
 def _backward(dout, q, k, v, out, lse, dlse, want_bias, want_relative_bias, *rest) -> tuple[Tensor, ...]:
-    tensors, spec, backend = _put_together(rest)
+    tensors, spec, backend = put_together(rest)
     spec = spec.at(q.shape[2], k.shape[2])
     wanted = Wanted(want_bias, want_relative_bias)
     request = Request("attention", spec, (q, k, v), lse_gradient=dlse is not None, score_tensors=tensors)
@@ -66,20 +69,11 @@ def _backward(dout, q, k, v, out, lse, dlse, want_bias, want_relative_bias, *res
 
 def _tangent(q, k, v, out, lse, *rest) -> tuple[Tensor, Tensor]:
     tangents = Tangents(*rest[: len(Tangents._fields)])
-    tensors, spec, backend = _put_together(rest[len(tangents) :])
+    tensors, spec, backend = put_together(rest[len(tangents) :])
     spec = spec.at(q.shape[2], k.shape[2])
     request = Request("attention", spec, (q, k, v), score_tensors=tensors)
     chosen = capabilities.choose(request, TANGENT, backend)
     return backends.load("attention", chosen).tangent(Saved(q, k, v, out, lse), tangents, spec, tensors)
-
-
-def _put_together(rest: Sequence) -> tuple[ScoreTensors, AttentionSpec, str | None]:
-    """What an operator takes from key_lengths on, as the backends take it."""
-    tensors, options = rest[:_COUNT], rest[_COUNT:]
-    causal, scale, left, right, softcap, dropout, precision, layout, backend = options
-    layout = None if layout is None else tuple(layout)
-    spec = AttentionSpec(causal, scale, (left, right), softcap, dropout, precision, layout)
-    return ScoreTensors(*tensors), spec, backend
 
 
 _COUNT = len(ScoreTensors._fields)
@@ -217,7 +211,7 @@ class AttentionBackward(Function):
     def setup_context(ctx, inputs, output):
         ctx.save_for_backward(*inputs[:7], *inputs[9 : 9 + _COUNT])
         ctx.wanted = Wanted(*inputs[7:9])
-        _, ctx.spec, _ = _put_together(inputs[9:])
+        _, ctx.spec, _ = put_together(inputs[9:])
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -256,7 +250,7 @@ class AttentionTangent(Function):
         tensors = inputs[: 5 + _MOVED + _COUNT]
         ctx.save_for_backward(*tensors)
         ctx.save_for_forward(*tensors)
-        _, ctx.spec, _ = _put_together(inputs[5 + _MOVED :])
+        _, ctx.spec, _ = put_together(inputs[5 + _MOVED :])
         ctx.set_materialize_grads(False)
 
     @staticmethod

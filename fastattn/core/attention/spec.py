@@ -102,6 +102,22 @@ class ScoreTensors(NamedTuple):
 
 
 NO_TENSORS = ScoreTensors()
+# What an attention operator takes beside its tensors, in the order of ScoreTensors and AttentionSpec.
+SCORES = (
+    "Tensor? key_lengths, Tensor? alibi_slopes, Tensor? bias, Tensor? relative_bias, Tensor? sinks, "
+    "Tensor? dropout_state, Tensor? mask, Tensor? intervals, bool causal, float scale, SymInt? left, "
+    "SymInt? right, float softcap, float dropout, str precision, int[]? mask_layout, str? backend"
+)
+
+
+def put_together(rest: Sequence) -> tuple[ScoreTensors, AttentionSpec, str | None]:
+    """What an operator takes from key_lengths on, as the backends take it."""
+    count = len(ScoreTensors._fields)
+    tensors, options = rest[:count], rest[count:]
+    causal, scale, left, right, softcap, dropout, precision, layout, backend = options
+    layout = None if layout is None else tuple(layout)
+    spec = AttentionSpec(causal, scale, (left, right), softcap, dropout, precision, layout)
+    return ScoreTensors(*tensors), spec, backend
 
 
 class Saved(NamedTuple):

@@ -7,6 +7,7 @@ fastattn.core.attention.derivatives), and none takes more memory than a tile of 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -54,6 +55,33 @@ class Scores:
         intervals = tensors.intervals
         self.bounds = None if type(intervals) is not Tensor else intervals[:, :, : self.queries]
         self.lists = None if tensors.mask is None or spec.mask is None else unpacked(tensors.mask, spec.mask)
+
+    def part(self, batch: slice, key_heads: slice) -> Scores:
+        """The same scores of some batch elements and key heads alone; not for dropout, whose random numbers go by
+        the head's number."""
+        part = copy.copy(self)
+        heads = slice(key_heads.start * self.group, key_heads.stop * self.group)
+
+        def of(t: Tensor) -> Tensor:
+            t = t[batch] if t.shape[0] > 1 else t
+            return t[:, heads] if t.shape[1] > 1 else t
+
+        names = ("alibi_slopes", "bias", "relative_bias", "sinks")
+        beside = {name: of(t) for name in names if (t := getattr(self.tensors, name)) is not None}
+        lengths, intervals = (
+            None if t is None else t[batch] for t in (self.tensors.key_lengths, self.tensors.intervals)
+        )
+        part.tensors = ScoreTensors(key_lengths=lengths, intervals=intervals, **beside)
+        part.batch, part.heads = batch.stop - batch.start, heads.stop - heads.start
+        part.key_heads = key_heads.stop - key_heads.start
+        part.shortest, part.longest = key_counts(lengths, self.keys)
+        part.bounds = None if self.bounds is None else self.bounds[batch]
+        if self.lists is not None:
+            every = torch.arange(len(self.lists.full_offsets), device=self.lists.pattern.device)
+            used, pattern = of(of_heads(self.lists, every, self.batch, self.heads)).unique(return_inverse=True)
+            full, partial = (t[used] for t in (self.lists.full_offsets, self.lists.partial_offsets))
+            part.lists = self.lists._replace(full_offsets=full, partial_offsets=partial, pattern=pattern.int())
+        return part
 
     def rows(self) -> Iterator[slice]:
         return _spans(0, self.queries, QUERY_TILE if self.lists is None else LISTED_QUERY_TILE)
