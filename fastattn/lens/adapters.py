@@ -336,8 +336,14 @@ class Adapter:
     def logits(self, *args: Any, **kwargs: Any) -> Tensor:
         """The model's logits (B, L, vocabulary) for its own arguments, from one forward."""
         self._check_head()
+        return self.run(*args, **kwargs)
+
+    def run(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The model's logits, or the last stream of a model without a head, for its own arguments."""
         result = self.model(*args, **kwargs)
-        return result if isinstance(result, Tensor) else result.logits
+        if isinstance(result, Tensor):
+            return result
+        return result.logits if hasattr(result, "logits") else result.last_hidden_state
 
     def unembed(self, stream: Tensor) -> Tensor:
         """Logits (..., vocabulary) of a residual stream (..., d): final norm, head, unembedding, soft cap."""

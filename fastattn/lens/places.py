@@ -199,8 +199,11 @@ def read(adapter: Adapter, name: Name, function: Callable[[Tensor], None]) -> Re
     return _added(slot.reads, function, release)
 
 
-def change(adapter: Adapter, name: Name, function: Callable[[Tensor], Tensor]) -> Removable:
-    """Replace the tensor of this name by what `function` makes of it, in every forward.
+def change(
+    adapter: Adapter, name: Name, function: Callable[[Tensor], Tensor], *, first: bool = False
+) -> Removable:
+    """Replace the tensor of this name by what `function` makes of it, in every forward; `first`, before all other
+    changes of it.
 
     Raises:
         ValueError: it can only be read.
@@ -211,7 +214,7 @@ def change(adapter: Adapter, name: Name, function: Callable[[Tensor], Tensor]) -
             f"blocks.{name.layer}.attention.out, which is added to resid_pre"
         )
     slot, release = _slot(adapter, name)
-    return _added(slot.changes, function, release)
+    return _added(slot.changes, function, release, first)
 
 
 def listen(adapter: Adapter, layer: int, function: Callable[[Call], None]) -> Removable:
@@ -228,8 +231,8 @@ def listen(adapter: Adapter, layer: int, function: Callable[[Call], None]) -> Re
     return Removable(remove)
 
 
-def _added(to: list, function: Any, release: Callable[[], None]) -> Removable:
-    to.append(function)
+def _added(to: list, function: Any, release: Callable[[], None], first: bool = False) -> Removable:
+    to.insert(0 if first else len(to), function)
 
     def remove() -> None:
         if function in to:

@@ -219,8 +219,8 @@ class Seen(Mapping[str, Any]):
         return pandas.concat(frames, ignore_index=True) if frames else pandas.DataFrame()
 
     def plot(self, path: Any = None) -> Any:
-        """A matplotlib.figure.Figure with a heat map for each kind of tensor: layers by heads, or by positions if it
-        has no heads. Weights are averaged over all other dimensions; of vectors (width, neurons) it is the
+        """A matplotlib.figure.Figure with a heat map for each kind of tensor: layers by heads, or by positions if
+        it has no heads. Weights are averaged over all other dimensions; of vectors (width, neurons) it is the
         root mean square. With a path it is also saved there."""
         try:
             from matplotlib.figure import Figure

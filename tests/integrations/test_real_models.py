@@ -7,6 +7,7 @@ import torch
 from real_models import minilm, smollm2
 
 import fastattn
+from fastattn import lens
 
 pytestmark = pytest.mark.real
 
@@ -44,3 +45,30 @@ def test_minilm_finds_the_sentence_that_means_the_same():
         eager(**given).last_hidden_state[weights[..., 0] > 0],
         atol=1e-5, rtol=1e-4,
     )  # fmt: skip
+
+
+@torch.no_grad()
+def test_the_patterns_of_smollm2_are_those_of_eager_and_its_induction_heads_matter():
+    tokens = torch.randint(100, 40_000, (1, 40), generator=torch.Generator().manual_seed(0))
+    tokens = torch.cat([torch.ones(1, 1, dtype=torch.long), tokens, tokens], 1)
+    dense = smollm2("eager")[0](tokens, output_attentions=True).attentions
+    model = smollm2()[0]
+    with lens.watch(model, "blocks.*.attention.pattern") as seen:
+        logits = model(tokens).logits
+    patterns = seen["blocks.*.attention.pattern"][:, 0]
+    torch.testing.assert_close(patterns, torch.stack(dense)[:, 0], atol=1e-4, rtol=1e-3)
+    # On the second copy an induction head looks at what followed this token in the first.
+    at = torch.arange(41, 81)
+    scores = patterns[:, :, at, at - 39].mean(-1)
+    heads = [divmod(int(i), 9) for i in scores.flatten().topk(5).indices]
+    others = [divmod(int(i), 9) for i in scores.flatten().topk(5, largest=False).indices]
+    assert scores.max() > 0.8
+
+    def loss(logits):
+        return torch.nn.functional.cross_entropy(logits[0, 41:80], tokens[0, 42:81])
+
+    losses = []
+    for ablated in (heads, others):
+        with lens.ablate(model, heads=ablated):
+            losses.append(loss(model(tokens).logits))
+    assert losses[0] - loss(logits) > 10 * abs(losses[1] - loss(logits))
