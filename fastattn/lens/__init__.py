@@ -15,23 +15,33 @@ from fastattn.lens.interventions import (
     steer,
 )
 from fastattn.lens.logit_lens import LogitLens, TunedLens, logit_lens
+from fastattn.lens.neurons import Firing, Neuron, Neurons, neurons
+from fastattn.lens.rollout import Rollout, rollout
 from fastattn.lens.watching import Seen, watch
+from fastattn.lens.weights import VirtualWeights, composition, copying_scores, virtual_weights
 
 __all__ = [
     "Adapter",
     "Attribution",
     "Family",
+    "Firing",
     "HeadScores",
     "LogitLens",
     "Matches",
+    "Neuron",
+    "Neurons",
     "Projections",
+    "Rollout",
     "Seen",
     "TopKeys",
     "TunedLens",
+    "VirtualWeights",
     "ablate",
     "adapt",
     "attention_statistics",
     "attribution",
+    "composition",
+    "copying_scores",
     "even_scores",
     "families",
     "gather_weights",
@@ -40,11 +50,14 @@ __all__ = [
     "logit_lens",
     "match_mass",
     "model_head_scores",
+    "neurons",
     "patch_activations",
     "patch_pattern",
     "path_patch",
     "register",
+    "rollout",
     "scale_heads",
     "steer",
+    "virtual_weights",
     "watch",
 ]

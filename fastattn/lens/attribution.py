@@ -26,14 +26,14 @@ class Attribution(Shown):
     """What `attribution` found. Numbers are logits, one for each row of the batch.
 
     Attributes:
-        total: (B,) logit of the target, less that of the token it is held against; before a soft cap, if there is
-            one.
+        total: (B,) logit of the target, less that of the token it is held against, or the mean of all; before a
+            soft cap, if there is one.
         components: what each part of the model adds to it, (B,) each, by name: "embedding.wte", "L3H5" (head 5 of
             layer 3), "L3 attention bias", "L3 mlp", "L3 mlp bias", "final norm bias", "unembedding bias". They
             sum to `total`, to rounding.
         tokens: (B, L) the ids.
         position: where the logit stands.
-        target, against: (B,) ids; against is None for the target's logit alone.
+        target, against: (B,) ids; against is None for the mean of the vocabulary.
     """
 
     total: Tensor
@@ -119,8 +119,8 @@ class Attribution(Shown):
         return sorted(values, key=lambda pair: -abs(pair[1]))
 
     def _title(self, row: int) -> str:
-        against = "" if self.against is None else f" - {self.words(self.against[row])}"
-        return f"logit {self.words(self.target[row])}{against}"
+        against = "mean" if self.against is None else self.words(self.against[row])
+        return f"logit {self.words(self.target[row])} - {against}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,7 +153,8 @@ def attribution(
             activation before the unembedding (BERT) is refused: its logits are no sum.
         tokens: ids (B, L), or text if there is a tokenizer.
         target: the token whose logit it is: an id, one for each row (B,), or text.
-        against: a token whose logit is subtracted; None for the target's alone.
+        against: a token whose logit is subtracted; None for the mean logit of the vocabulary, since what all
+            logits share changes no probability.
         position: the position whose next token it is; the last by default.
         tokenizer: a Hugging Face tokenizer: takes text, and prints tokens as text.
         options: what the model is called with beside the tokens.
@@ -189,13 +190,14 @@ def attribution(
         seen, stream = _seen(adapter, tokens, place, options)
         with without_autocast(tokens.device):
             parts = _Parts(adapter, seen)
-            parts.read(*_direction(adapter, wanted, other))
-            total = _logit(adapter, stream, wanted)
-            total = total if other is None else total - _logit(adapter, stream, other)
+            direction, bias = logit_direction(adapter, wanted, other)
+            parts.read(direction, bias)
+            state = stream if adapter.final_norm is None else adapter.final_norm(stream)
+            total = parts.dot(state, direction) + bias
     parts.check(total, stream.dtype)
-    state = _State(options, parts.to_heads, parts.neurons)
     components = dict(reversed(parts.components.items()))
-    return Attribution(total, components, tokens, place, wanted, other, words, adapter, state)
+    kept = _State(options, parts.to_heads, parts.neurons)
+    return Attribution(total, components, tokens, place, wanted, other, words, adapter, kept)
 
 
 def check_linear_head(adapter: Adapter, what: str) -> None:
@@ -251,24 +253,16 @@ def _norms(adapter: Adapter) -> Iterator[tuple[Any, nn.Module]]:
     yield from ((name, norm) for name, norm in named if norm is not None)
 
 
-def _direction(adapter: Adapter, target: Tensor, against: Tensor | None) -> tuple[Tensor, Tensor]:
-    """What reads the logit from the normed stream, (B, d), and the bias of the logit (B,)."""
+def logit_direction(adapter: Adapter, target: Tensor, against: Tensor | None) -> tuple[Tensor, Tensor]:
+    """What reads a logit, less another or the mean of all, from the normed stream: (B, d), and its bias (B,)."""
     wide = lse_dtype(adapter.unembedding_weight.dtype)
 
     def difference(table: Tensor) -> Tensor:
-        rows = table[target].to(wide)
-        return rows if against is None else rows - table[against].to(wide)
+        other = table.mean(0, dtype=wide) if against is None else table[against].to(wide)
+        return table[target].to(wide) - other
 
     direction, bias = difference(adapter.unembedding_weight), adapter.unembedding_bias
     return direction, direction.new_zeros(len(direction)) if bias is None else difference(bias)
-
-
-def _logit(adapter: Adapter, stream: Tensor, token: Tensor) -> Tensor:
-    """The model's own logit (B,) of a token, before a soft cap, from the last stream (B, d)."""
-    state = stream if adapter.final_norm is None else adapter.final_norm(stream)
-    wide = lse_dtype(state.dtype)
-    logit = (state.to(wide) * adapter.unembedding_weight[token].to(wide)).sum(-1)
-    return logit if adapter.unembedding_bias is None else logit + adapter.unembedding_bias[token].to(wide)
 
 
 class _Parts:

@@ -64,3 +64,7 @@ class FrozenNorm(NamedTuple):
     def before(self, direction: Tensor) -> Tensor:
         """The direction (..., d) that reads before the norm what this one reads after it, but for 1 / scale."""
         return self.centre(direction * self.gain)
+
+    def after(self, x: Tensor) -> Tensor:
+        """What the norm makes of x (..., d), but for 1 / scale and the bias."""
+        return self.centre(x) * self.gain

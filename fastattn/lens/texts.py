@@ -29,6 +29,11 @@ class Words:
     def __call__(self, token: int | Tensor) -> str:
         return str(int(token)) if self.tokenizer is None else repr(self.tokenizer.decode([int(token)]))
 
+    def text(self, tokens: Tensor) -> str:
+        """Several tokens in a row."""
+        ids = tokens.tolist()
+        return " ".join(map(str, ids)) if self.tokenizer is None else repr(self.tokenizer.decode(ids))
+
     def encode(self, name: str, text: str, *, special: bool) -> list[int]:
         if self.tokenizer is None:
             raise ValueError(f"{name} is text, {text!r}: give the tokenizer that turns it to ids, tokenizer=")

@@ -47,6 +47,57 @@ def test_paris_over_rome_is_a_sum_over_parts_and_heads_read_it_from_the_sentence
     assert (found.mlp_by_neuron(24).sum() - found.components["L24 mlp"]).abs() < allowed
 
 
+def test_the_weights_show_that_induction_heads_read_keys_from_the_previous_token_head(smollm2):
+    model, tokenizer = smollm2
+    generator = torch.Generator().manual_seed(0)
+    once = torch.randint(100, 40_000, (1, 60), generator=generator)
+    tokens = torch.cat([torch.tensor([[tokenizer.bos_token_id]]), once, once], 1)
+    with torch.no_grad(), lens.watch(model, "blocks.*.attention.pattern") as seen:
+        model(tokens)
+    patterns = seen["blocks.*.attention.pattern"][:, 0]
+    previous = patterns.diagonal(-1, 2, 3).mean(-1)
+    induction = patterns.diagonal(-59, 2, 3).mean(-1)
+    best_previous = divmod(int(previous.argmax()), 9)
+    by_keys = lens.composition(model, "k")
+    for best in induction.flatten().topk(4).indices.tolist():
+        layer, head = divmod(best, 9)
+        assert induction[layer, head] > 0.5 and layer > best_previous[0]
+        assert by_keys[(*best_previous, layer, head)] > 3 * by_keys.nanmedian()
+
+
+def test_neurons_that_write_an_are_those_whose_loss_makes_it_less_likely(smollm2):
+    model, tokenizer = smollm2
+    text = (
+        "She ate an apple and an orange, then saw an elephant. It was an honour to be an actor in an old theatre."
+    )
+    tokens = torch.tensor([tokenizer.encode(text)])
+    an = tokenizer.encode(" an")[0]
+    before = tokens.roll(-1, 1) == an
+    found = lens.neurons(model, " an", tokens, counted=before, top=30, tokenizer=tokenizer)
+
+    def log_probability_without(chosen):
+        def drop(layer):
+            columns = [n for at, n in chosen if at == layer]
+            return lambda _module, args: (args[0].index_fill(-1, torch.tensor(columns), 0.0),)
+
+        adapter = lens.adapt(model)
+        handles = [
+            adapter.part("down", layer).register_forward_pre_hook(drop(layer))
+            for layer in {at for at, _ in chosen}
+        ]
+        with torch.no_grad():
+            logits = model(tokens).logits
+        for handle in handles:
+            handle.remove()
+        return float(logits.log_softmax(-1)[..., an][before].mean())
+
+    whole = log_probability_without([])
+    lost = whole - log_probability_without([n[:2] for n in found.top])
+    generator = torch.Generator().manual_seed(0)
+    others = [(n.layer, int(torch.randint(1536, (), generator=generator))) for n in found.top]
+    assert lost > 0.5 and lost > 5 * abs(whole - log_probability_without(others))
+
+
 def test_a_word_of_two_tokens_is_refused_with_its_pieces(smollm2):
     model, tokenizer = smollm2
     with pytest.raises(ValueError, match=r"target must be one token, and ' Eiffel' is 2: ' E', 'iffel'"):
