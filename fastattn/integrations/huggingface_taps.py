@@ -31,6 +31,11 @@ _TAPS: dict[int, Tap] = {}
 def check_tappable(module: Any) -> None:
     """Raise ValueError if the attention of this module does not go through transformers' table."""
     name = getattr(getattr(module, "config", None), "_attn_implementation", None)
+    if name is None:
+        raise ValueError(
+            f"queries, keys and values of a {type(module).__name__} cannot be seen: it is none of transformers' "
+            "modules, and its fastattn.lens.Family names no hooks"
+        )
     if name not in NAMES:
         raise ValueError(
             f"the model must have attn_implementation {' or '.join(map(repr, NAMES))} for its queries, keys, "

@@ -187,6 +187,9 @@ BERT = Family(
     unserved=("config.add_cross_attention",),
 )  # fmt: skip
 
+# The parts of a block at which something is read or replaced.
+_PLACES = ("attention", "attention_out", "out", "mlp", "mlp_out", "down", "mlp_norm", "between")
+
 _FAMILIES: dict[str, Family] = {
     family.name: family for family in (FASTATTN, GPT2, LLAMA, QWEN3, GEMMA3, GPT_NEOX, BERT)
 }
@@ -305,6 +308,7 @@ class Adapter:
         for layer in range(self.num_layers):
             for part in ("attention", "q", "out"):
                 self._needed(f"{part} of block {layer}", self.blocks[layer], getattr(family, part))
+        self._refuse_shared()
 
     def __repr__(self) -> str:
         sizes = f"{self.num_layers} layers, {self.num_heads} heads"
@@ -412,6 +416,19 @@ class Adapter:
             raise ValueError(f"block {layer} has no MLP")
         weight, bias = weight_and_bias(down)
         return weight.mT, bias
+
+    def _refuse_shared(self) -> None:
+        """Raise if two blocks share a module: what passes there could not be told apart."""
+        paths = ("", *(getattr(self.family, part) or "" for part in _PLACES))
+        for path in dict.fromkeys(paths):
+            of_block: dict[int, int] = {}
+            for layer, block in enumerate(self.blocks):
+                module = _get(block, path) if path else block
+                if module is not None and (first := of_block.setdefault(id(module), layer)) != layer:
+                    raise ValueError(
+                        f"blocks {first} and {layer} share {path or 'all'} of their modules, so that what passes "
+                        "in one cannot be told from what passes in the other: such models are not served"
+                    )
 
     def _check_head(self) -> None:
         if self.unembedding is None and (self.family.tied is None or _get(self.base, self.family.tied) is None):

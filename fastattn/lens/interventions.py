@@ -41,8 +41,8 @@ def ablate(
         heads: pairs (layer, head); what such a head reads (hook_z) is replaced.
         mlps: layers; what such an MLP adds to the stream is replaced.
         neurons: pairs (layer, neuron); its activation (mlp.hook_post) is replaced.
-        by: "zero"; "mean", the mean over batch and positions; or "resample", what another input gives at the same
-            place.
+        by: "zero"; "mean", the mean over batch and positions, padding included; or "resample", what another input
+            gives at the same place.
         source: for "mean" and "resample", the other input: tokens (B, L), or a mapping of the model's arguments.
             It is run once, here. Without one, "mean" is over the call's own batch and positions, and "resample"
             takes the neighbour in the batch.
@@ -453,6 +453,11 @@ def _adapter(model: nn.Module) -> Adapter:
             raise ValueError(
                 f"model must be in eval mode, without dropout; {name} has p={module.p:g}: call model.eval()"
             )
+    if any(module.training and getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+        raise ValueError(
+            "model must not checkpoint its gradients, since its backward would compute again what was changed, "
+            "unchanged: call model.gradient_checkpointing_disable()"
+        )
     if model.training and float(getattr(getattr(model, "config", None), "attention_dropout", None) or 0.0):
         raise ValueError("model must be in eval mode, without dropout; its attention has some: call model.eval()")
     return adapter

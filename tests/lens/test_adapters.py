@@ -157,6 +157,17 @@ def test_models_with_layers_that_no_row_names_are_refused():
         lens.adapt(make("gpt2", add_cross_attention=True))
 
 
+def test_blocks_that_share_a_module_are_refused():
+    model = make("own")
+    model.blocks[2] = model.blocks[0]
+    with pytest.raises(ValueError, match="blocks 0 and 2 share all of their modules"):
+        lens.adapt(model)
+    model = make("llama")
+    model.model.layers[1].mlp = model.model.layers[0].mlp
+    with pytest.raises(ValueError, match="blocks 0 and 1 share mlp of their modules"):
+        lens.adapt(model)
+
+
 def test_compiled_models_and_altered_layers_are_refused():
     model = make("own")
     with pytest.raises(TypeError, match="must not be compiled"):

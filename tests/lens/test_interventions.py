@@ -439,6 +439,23 @@ def test_dropout_that_is_active_is_refused(name, fields):
         model(text())
 
 
+def test_gradient_checkpointing_is_refused():
+    model = make("llama").train()
+    model.gradient_checkpointing_enable()
+    with pytest.raises(ValueError, match="must not checkpoint its gradients"), lens.ablate(model, heads=[(0, 0)]):
+        pass
+
+
+def test_what_was_there_before_a_change_is_not_changed_with_it():
+    model, tokens = make("llama"), text()
+    names = ["blocks.0.resid_post", "blocks.1.resid_pre"]
+    with lens.watch(model, names[0]) as own:
+        logits_of(model, tokens)
+    with lens.patch_activations(model, {f"{names[1]}.at(3)": ONE}), lens.watch(model, names) as seen:
+        logits_of(model, tokens)
+    assert seen[names[0]].equal(own[names[0]]) and (seen[names[1]][:, 3] == 1).all()
+
+
 def test_gradients_flow_through_interventions():
     model, tokens = make("own"), text()
     vector = torch.zeros(WIDTH, dtype=torch.float64, requires_grad=True)
