@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastattn.core.statistics.functional import attention_statistics
 from fastattn.ground.arguments import integer, tensor
 from fastattn.lens.adapters import Adapter, adapt
 from fastattn.lens.places import Call, Kind, Name, find, kinds_of, listen, read
@@ -507,8 +508,6 @@ class _Observer:
         return call.attend(v=unit.expand(batch, call.k.shape[1], keys, keys))
 
     def _statistics(self, call: Call, names: set[str | None]) -> dict[str, Any]:
-        from fastattn.core.statistics.functional import attention_statistics
-
         matches = [kind for kind in MATCHES if kind in names]
         want = [name for name in STATISTICS if name in names] + (["match_mass"] if matches else [])
         _, lse = call.attend(return_lse=True)

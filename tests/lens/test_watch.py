@@ -3,8 +3,6 @@ knows nothing of it."""
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastattn
 from fastattn import lens
 from fastattn.lens import places
+from fastattn.lens.watching import STATISTICS
 
 CLOSE = {"atol": 1e-12, "rtol": 1e-12}
 
@@ -209,6 +208,26 @@ def test_a_wildcard_takes_the_layers_as_one_tensor():
     assert "blocks.0.resid_pre" not in seen and "nonsense" not in seen and "blocks.0.resid_post" in seen
 
 
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ("blocks.0.hook_resid_pre", "resid_pre"),
+        ("blocks.0.hook_resid_mid", "resid_mid"),
+        ("blocks.0.hook_resid_post", "resid_post"),
+        ("blocks.0.hook_attn_out", "attention.out"),
+        ("blocks.0.hook_mlp_out", "mlp.out"),
+        ("blocks.0.mlp.hook_post", "mlp.hook_post"),
+        ("blocks.0.attn.hook_pattern", "attention.pattern"),
+        *((f"blocks.0.attn.hook_{x}", f"attention.hook_{x}") for x in "qkvz"),
+    ],
+)
+def test_the_names_of_transformer_lens_are_known(theirs, ours):
+    model = make("llama")
+    with lens.watch(model, theirs) as seen, torch.no_grad():
+        model(text())
+    assert list(seen) == [f"blocks.0.{ours}"] and seen[theirs] is seen[f"blocks.0.{ours}"]
+
+
 def test_each_forward_replaces_what_the_one_before_recorded():
     model = make("own")
     with lens.watch(model, "blocks.0.resid_pre") as seen, torch.no_grad():
@@ -331,15 +350,11 @@ def test_the_plot_shows_layers_by_heads_or_positions(tmp_path):
     torch.testing.assert_close(torch.tensor(pattern.filled()), seen["blocks.*.attn.pattern"].mean((1, 3, 4)))
 
 
-STATISTICS = ["entropy", "max_logit", "max_weight", "mean_distance", "received", "max_received", "lag_profile"]
-
-
 @pytest.mark.parametrize("attention", ["fastattn", "sdpa"])
 @pytest.mark.parametrize("name", ALL)
 def test_statistics_of_attention_are_those_of_the_pattern(name, attention):
-    pytest.importorskip("fastattn.core.statistics")
     model, tokens = make(name, attention), text(length=24)
-    names = [f"blocks.*.attention.{x}" for x in (*STATISTICS, "induction", "duplicate", "pattern")]
+    names = [f"blocks.*.attention.{x}" for x in (*STATISTICS, "induction", "duplicate", "pattern", "hook_v")]
     with lens.watch(model, names, labels=tokens) as seen, torch.no_grad():
         model(tokens)
     pattern = seen["blocks.*.attention.pattern"]
@@ -349,6 +364,8 @@ def test_statistics_of_attention_are_those_of_the_pattern(name, attention):
     expected = {
         "entropy": -torch.special.xlogy(pattern, pattern).sum(-1),
         "max_weight": pattern.amax(-1),
+        "sum_of_squares": pattern.square().sum(-1),
+        "mass": pattern.sum(-1),
         "mean_distance": (pattern * (query - key)).sum(-1),
         "received": pattern.sum(-2),
         "max_received": pattern.amax(-2),
@@ -357,4 +374,19 @@ def test_statistics_of_attention_are_those_of_the_pattern(name, attention):
     }
     for statistic, value in expected.items():
         torch.testing.assert_close(seen[f"blocks.*.attention.{statistic}"], value, atol=1e-9, rtol=1e-9)
-    assert math.isfinite(seen["blocks.*.attention.max_logit"].max())
+    norms = seen["blocks.*.attention.hook_v"].norm(dim=-1).repeat_interleave(HEADS // seen_heads(seen), 2)
+    torch.testing.assert_close(seen["blocks.*.attention.value_norm"], (pattern * norms[..., None, :]).sum(-1))
+    torch.testing.assert_close(
+        seen["blocks.*.attention.received_value_norm"], (pattern * norms[..., None, :]).sum(-2)
+    )
+    keys, weights = seen["blocks.*.attention.top_keys"]
+    torch.testing.assert_close(weights, pattern.topk(8).values)
+    assert pattern.gather(-1, keys.clamp(min=0)).masked_fill(keys < 0, 0).allclose(weights)
+    lags = seen["blocks.*.attention.lag_profile"]
+    torch.testing.assert_close(lags[..., 23 + 2], pattern.diagonal(-2, -2, -1).sum(-1))
+    assert seen["blocks.*.attention.thumbnail"].shape[-2:] == (64, 64)
+    assert seen["blocks.*.attention.max_logit"].isfinite().all()
+
+
+def seen_heads(seen):
+    return seen["blocks.0.attention.hook_v"].shape[1]
