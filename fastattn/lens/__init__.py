@@ -4,6 +4,7 @@ from fastattn.core.statistics.functional import attention_statistics, gather_wei
 from fastattn.core.statistics.spec import Matches, TopKeys
 from fastattn.lens.adapters import Adapter, Family, Projections, adapt, families, register
 from fastattn.lens.attribution import Attribution, attribution
+from fastattn.lens.head_report import HeadReport, head_report
 from fastattn.lens.heads import HeadScores, even_scores, head_scores, model_head_scores
 from fastattn.lens.interventions import (
     ablate,
@@ -25,6 +26,7 @@ __all__ = [
     "Attribution",
     "Family",
     "Firing",
+    "HeadReport",
     "HeadScores",
     "LogitLens",
     "Matches",
@@ -45,6 +47,7 @@ __all__ = [
     "even_scores",
     "families",
     "gather_weights",
+    "head_report",
     "head_scores",
     "knock_out",
     "logit_lens",

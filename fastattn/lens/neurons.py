@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastattn.ground.arguments import integer, tensor
+from fastattn.ground.arguments import integer
 from fastattn.ground.checks import lse_dtype
 from fastattn.ground.modes import without_autocast
 from fastattn.lens.adapters import Adapter, adapt
@@ -18,7 +18,7 @@ from fastattn.lens.attribution import check_linear_head, logit_direction
 from fastattn.lens.frozen import FrozenNorm
 from fastattn.lens.running import check_model, hooks, last_stream, neuron_activations
 from fastattn.lens.showing import Shown, bars, finished, new_figure
-from fastattn.lens.texts import Token, Words, token_of_each_row, token_rows
+from fastattn.lens.texts import Token, Words, counted_positions, token_of_each_row, token_rows
 
 TILE_NEURONS = 2**22  # neurons' values held at once: 16 MiB in fp32
 
@@ -126,8 +126,9 @@ def neurons(
         against: a token whose logit is subtracted; None for the mean logit of the vocabulary.
         top: how many neurons to return: those of the largest mean, or congruence if there is no text.
         places: how many positions to tell for each, those where it adds most.
-        counted: (B, L) bool, which positions count; None for all. Padding should not. To ask who writes the token
-            where it comes next, give the positions before it.
+        counted: (B, L) bool, which positions count: to ask who writes the token where it comes next, those before
+            it. By default those that attention_mask (B, L) or key_lengths, if they are among the options, do not
+            call padding.
         tokenizer: a Hugging Face tokenizer: takes text, and prints tokens as text.
         options: what the model is called with beside the tokens.
 
@@ -155,7 +156,7 @@ def neurons(
     tokens = None
     if text_tokens is not None:
         tokens = token_rows("text_tokens", text_tokens, adapter, words)
-        counted = _counted(counted, tokens)
+        counted = counted_positions(counted, tokens, options)
         check_model(model)
     with torch.no_grad():
         congruence = _congruence(adapter, wanted, other)
@@ -179,18 +180,6 @@ def _check_blocks(adapter: Adapter) -> None:
         )
     if adapter.num_layers == 0 or all(adapter.part("mlp", i) is None for i in range(adapter.num_layers)):
         raise ValueError("model must have an MLP, and none of its blocks does")
-
-
-def _counted(counted: Tensor | None, tokens: Tensor) -> Tensor:
-    if counted is None:
-        return torch.ones_like(tokens, dtype=torch.bool)
-    tensor("counted", counted)
-    if counted.dtype != torch.bool or counted.shape != tokens.shape or not counted.any():
-        raise ValueError(
-            f"counted must be bool {tuple(tokens.shape)}, true somewhere; got {counted.dtype} of shape "
-            f"{tuple(counted.shape)}"
-        )
-    return counted.to(tokens.device)
 
 
 def _congruence(adapter: Adapter, token: Tensor, against: Tensor | None) -> tuple[Tensor, ...]:

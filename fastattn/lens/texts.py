@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn.ground.arguments import integer, tensor
+from fastattn.ground.arguments import integer, integers, tensor
 from fastattn.lens.adapters import Adapter
 
 Token = int | str | Sequence[int] | Tensor
@@ -107,3 +107,26 @@ def position_of(name: str, position: int, length: int) -> int:
     if not -length <= position < length:
         raise ValueError(f"{name} must be from {-length} to {length - 1} for {length} tokens, got {position}")
     return position % length
+
+
+def counted_positions(counted: Tensor | None, tokens: Tensor, options: dict[str, Any]) -> Tensor:
+    """Which positions (B, L) count: those asked for; else all that the model is not told to be padding.
+
+    Raises:
+        TypeError, ValueError: a tensor of another shape or dtype, or one that counts nothing.
+    """
+    if counted is None:
+        counted = torch.ones_like(tokens, dtype=torch.bool)
+        padding, lengths = options.get("attention_mask"), options.get("key_lengths")
+        if isinstance(padding, Tensor) and padding.shape == tokens.shape:
+            counted &= padding.bool()
+        if lengths is not None:
+            lengths = integers("key_lengths", lengths, on=tokens.device).to(tokens.device)
+            counted &= torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
+    tensor("counted", counted)
+    if counted.dtype != torch.bool or counted.shape != tokens.shape or not counted.any():
+        raise ValueError(
+            f"counted must be bool {tuple(tokens.shape)}, true somewhere; got {counted.dtype} of shape "
+            f"{tuple(counted.shape)}, {int(counted.sum())} of them true"
+        )
+    return counted.to(tokens.device)

@@ -52,17 +52,13 @@ def test_the_weights_show_that_induction_heads_read_keys_from_the_previous_token
     generator = torch.Generator().manual_seed(0)
     once = torch.randint(100, 40_000, (1, 60), generator=generator)
     tokens = torch.cat([torch.tensor([[tokenizer.bos_token_id]]), once, once], 1)
-    with torch.no_grad(), lens.watch(model, "blocks.*.attention.pattern") as seen:
-        model(tokens)
-    patterns = seen["blocks.*.attention.pattern"][:, 0]
-    previous = patterns.diagonal(-1, 2, 3).mean(-1)
-    induction = patterns.diagonal(-59, 2, 3).mean(-1)
-    best_previous = divmod(int(previous.argmax()), 9)
+    report = lens.head_report(model, tokens)
+    layer, head, score = report.best("previous_token")[0]
+    assert score > 0.8 > 0.1 > report.chance["previous_token"]
     by_keys = lens.composition(model, "k")
-    for best in induction.flatten().topk(4).indices.tolist():
-        layer, head = divmod(best, 9)
-        assert induction[layer, head] > 0.5 and layer > best_previous[0]
-        assert by_keys[(*best_previous, layer, head)] > 3 * by_keys.nanmedian()
+    for at, which, score in report.best("induction", top=4):
+        assert score > 0.5 > 0.1 > report.chance["induction"] and at > layer
+        assert by_keys[layer, head, at, which] > 3 * by_keys.nanmedian()
 
 
 def test_neurons_that_write_an_are_those_whose_loss_makes_it_less_likely(smollm2):
