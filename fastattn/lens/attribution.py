@@ -73,7 +73,18 @@ class Attribution(Shown):
 
         values, gradients = pulled_to_values(self.adapter, layer, self.tokens, self._state.options, upstream)
         wide = self.total.dtype
-        return (values.to(wide) * gradients.to(wide)).sum((-2, -1))
+        shares = (values.to(wide) * gradients.to(wide)).sum((-2, -1))
+        self._check_same_model(f"L{layer}H{head}", shares, values.dtype)
+        return shares
+
+    def _check_same_model(self, name: str, shares: Tensor, dtype: torch.dtype) -> None:
+        """The model ran again: it must have computed the same."""
+        error = (shares.sum(-1) - self.components[name]).abs()
+        if (error > 32 * _eps(dtype, shares.device) * shares.abs().sum(-1)).any():
+            raise ValueError(
+                f"the model must be as it was: {name} added {self.components[name].tolist()}, and when it ran "
+                f"again {shares.sum(-1).tolist()}. Its weights, its hooks or autocast have changed"
+            )
 
     def mlp_by_neuron(self, layer: int) -> Tensor:
         """(B, neurons): what each neuron of a layer's MLP adds. Sums to the MLP's component.
@@ -187,14 +198,13 @@ def attribution(
         raise ValueError(f"against must be another token than target, got {int(wanted[wanted == other][0])} twice")
     check_model(model)
     with torch.no_grad():
-        seen, stream = _seen(adapter, tokens, place, options)
+        seen, state = _seen(adapter, tokens, place, options)
         with without_autocast(tokens.device):
             parts = _Parts(adapter, seen)
             direction, bias = logit_direction(adapter, wanted, other)
             parts.read(direction, bias)
-            state = stream if adapter.final_norm is None else adapter.final_norm(stream)
             total = parts.dot(state, direction) + bias
-    parts.check(total, stream.dtype)
+    parts.check(total, state.dtype)
     components = dict(reversed(parts.components.items()))
     kept = _State(options, parts.to_heads, parts.neurons)
     return Attribution(total, components, tokens, place, wanted, other, words, adapter, kept)
@@ -214,11 +224,13 @@ def check_linear_head(adapter: Adapter, what: str) -> None:
     adapter.unembedding_weight  # noqa: B018  (raises where there is none)
 
 
-def _seen(
-    adapter: Adapter, tokens: Tensor, place: int, options: dict[str, Any]
-) -> tuple[dict[Any, Tensor], Tensor]:
-    """What the parts are given at one position (B, ...), and the last stream there (B, d)."""
-    seen: dict[Any, Tensor] = {}
+def _seen(adapter: Adapter, tokens: Tensor, place: int, options: dict[str, Any]) -> tuple[dict[Any, Any], Tensor]:
+    """What the parts make of the tokens at one position, by part, and what the unembedding is given there (B, d).
+
+    Embeddings and what layers join from their heads are tensors (B, ...), MLPs the activations of their neurons,
+    norms pairs of a `FrozenNorm` and 1 / scale (B,).
+    """
+    seen: dict[Any, Any] = {}
 
     def keep(key: Any) -> Any:
         def see(t: Tensor) -> None:
@@ -237,9 +249,17 @@ def _seen(
             hooked.on_input(adapter.part("out", layer), keep(("out", layer)))
             if adapter.part("mlp", layer) is not None:
                 hooked.on_input(adapter.part("mlp", layer), keep(("mlp", layer)))
-        stream = last_stream(adapter, tokens, options)[:, place]
-    seen["final norm"] = stream
-    return seen, stream
+        state = seen["final norm"] = last_stream(adapter, tokens, options)[:, place]
+    if adapter.final_norm is None:
+        del seen["final norm"]
+    for key, norm in _norms(adapter):
+        x, frozen, normed = seen[key], FrozenNorm.of(norm, seen[key]), norm(seen[key])
+        seen[key] = frozen, frozen.inverse_scale(x, normed)
+        state = normed if norm is adapter.final_norm else state
+    for layer in range(adapter.num_layers):
+        if ("mlp", layer) in seen:
+            seen["mlp", layer] = neuron_activations(adapter, layer, seen["mlp", layer])
+    return seen, state
 
 
 def _norms(adapter: Adapter) -> Iterator[tuple[Any, nn.Module]]:
@@ -268,9 +288,8 @@ def logit_direction(adapter: Adapter, target: Tensor, against: Tensor | None) ->
 class _Parts:
     """The sum, taken apart from the unembedding down: one direction, which each norm on the way changes."""
 
-    def __init__(self, adapter: Adapter, seen: dict[Any, Tensor]) -> None:
+    def __init__(self, adapter: Adapter, seen: dict[Any, Any]) -> None:
         self.adapter, self.seen = adapter, seen
-        self.norms = dict(_norms(adapter))
         self.components: dict[str, Tensor] = {}
         self.to_heads: dict[int, Tensor] = {}
         self.neurons: dict[int, Tensor] = {}
@@ -293,13 +312,12 @@ class _Parts:
 
     def through(self, name: str, direction: Tensor) -> Tensor:
         """The direction before a norm of frozen scale, whose bias becomes a component."""
-        if name not in self.norms:
+        if name not in self.seen:
             return direction
-        x = self.seen[name]
-        frozen = FrozenNorm.of(self.norms[name], x)
+        frozen, inverse_scale = self.seen[name]
         if bool(frozen.bias.any()):
             self.components[f"{name} bias"] = direction @ frozen.bias
-        return frozen.before(direction) * frozen.inverse_scale(x, self.norms[name](x))[:, None]
+        return frozen.before(direction) * inverse_scale[:, None]
 
     def add_heads(self, layer: int, direction: Tensor) -> None:
         weights = self.adapter.projections(layer)
@@ -315,8 +333,8 @@ class _Parts:
         rows, bias = self.adapter.neuron_outputs(layer)
         if bias is not None:
             self.components[f"L{layer} mlp bias"] = self.dot(bias, direction)
-        active = neuron_activations(self.adapter, layer, self.seen["mlp", layer])
-        self.neurons[layer] = active.to(direction.dtype) * (direction @ rows.to(direction.dtype).mT)
+        active = self.seen["mlp", layer].to(direction.dtype)
+        self.neurons[layer] = active * (direction @ rows.to(direction.dtype).mT)
         self.components[f"L{layer} mlp"] = self.neurons[layer].sum(-1)
 
     def dot(self, x: Tensor, direction: Tensor) -> Tensor:
@@ -326,15 +344,22 @@ class _Parts:
         """The parts must sum to the logit, to the rounding of the model's dtype."""
         values = torch.stack(list(self.components.values()))
         error = (values.sum(0) - total).abs()
-        # Norms of Llama's kind compute in float32 even for float64.
-        eps = max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
-        allowed = 32 * eps * values.abs().sum(0)
+        allowed = 32 * _eps(dtype, total.device) * values.abs().sum(0)
         if not (error <= allowed).all():
             raise ValueError(
                 f"the parts that family {self.adapter.family.name} names sum to {values.sum(0).tolist()}, and the "
                 f"model's own logit is {total.tolist()}: this {type(self.adapter.model).__name__} computes "
                 "something that its family does not describe, or hooks change what its parts give"
             )
+
+
+def _eps(dtype: torch.dtype, device: torch.device) -> float:
+    """The relative rounding of what a model in this dtype computes."""
+    # Norms of Llama's kind compute in float32 even for float64; autocast computes in less than the stream has.
+    dtypes = [dtype, torch.float32]
+    if torch.is_autocast_enabled(device.type):
+        dtypes.append(torch.get_autocast_dtype(device.type))
+    return max(torch.finfo(t).eps for t in dtypes)
 
 
 def _index(name: str, value: int, count: int) -> int:

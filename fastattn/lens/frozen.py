@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from fastattn.ground.checks import lse_dtype
-from fastattn.ground.modes import without_autocast
 
 
 class FrozenNorm(NamedTuple):
@@ -31,7 +30,7 @@ class FrozenNorm(NamedTuple):
         size = 100.0 if like.dtype == torch.float16 else 1e6
         signs = torch.ones_like(like.reshape(-1, like.shape[-1])[0])
         signs[1::2] = -1
-        with torch.no_grad(), without_autocast(like.device):
+        with torch.no_grad():
             zero, high, moved = norm(torch.stack([0 * signs, size * signs, size * (signs + 1)]))
         wide = lse_dtype(like.dtype)
         bias, high, moved, signs = (t.to(wide) for t in (zero, high, moved, signs))

@@ -47,6 +47,10 @@ def token_rows(name: str, tokens: str | Tensor, adapter: Adapter, words: Words) 
         TypeError, ValueError: tokens that are no integers, of another rank, empty or not in the vocabulary.
     """
     table = adapter.embeddings[0].weight
+    if table.device.type == "meta":
+        raise ValueError(
+            "model must hold its weights, and its embedding is on the meta device: offloaded, or not loaded yet"
+        )
     if isinstance(tokens, str):
         tokens = torch.tensor([words.encode(name, tokens, special=True)], dtype=torch.int64, device=table.device)
     tensor(name, tokens)

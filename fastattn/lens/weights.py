@@ -7,15 +7,17 @@ and every number here comes out of (D, D) products.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from fastattn.ground.arguments import choice, integer
 from fastattn.ground.checks import lse_dtype
+from fastattn.ground.modes import without_autocast
 from fastattn.lens.adapters import Adapter, adapt
 from fastattn.lens.attribution import check_linear_head
 from fastattn.lens.frozen import FrozenNorm
@@ -23,8 +25,21 @@ from fastattn.lens.showing import Shown
 from fastattn.lens.texts import Token, Words, token_of_each_row
 from fastattn.lens.vocabulary import CHUNK
 
+F = TypeVar("F", bound=Callable[..., Any])
 
-@torch.no_grad()
+
+def _exactly(function: F) -> F:
+    """Without gradients, and without autocast: weights are read in the precision that they have."""
+
+    @functools.wraps(function)
+    def exact(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with torch.no_grad(), without_autocast(adapt(model).embeddings[0].weight.device):
+            return function(model, *args, **kwargs)
+
+    return exact  # type: ignore[return-value]
+
+
+@_exactly
 def copying_scores(model: nn.Module) -> Tensor:
     """How much each head writes the tokens that it reads: (layers, heads), from -1 to 1; 1 is all copying.
 
@@ -60,7 +75,7 @@ def copying_scores(model: nn.Module) -> Tensor:
     return torch.stack(scores).to(through.dtype).to(through.device)
 
 
-@torch.no_grad()
+@_exactly
 def composition(model: nn.Module, kind: str = "k") -> Tensor:
     """How much each head reads of what each earlier head writes: (layers, heads, layers, heads), [from, to].
 
@@ -132,7 +147,7 @@ class VirtualWeights(Shown):
         return lines
 
 
-@torch.no_grad()
+@_exactly
 def virtual_weights(
     model: nn.Module,
     token: Token,

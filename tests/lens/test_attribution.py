@@ -259,3 +259,41 @@ def test_what_is_no_norm_is_not_taken_apart():
     for module in (nn.Tanh(), nn.GroupNorm(4, WIDTH), nn.Softmax(-1)):
         with pytest.raises(ValueError, match="a layer norm or an RMS norm"):
             FrozenNorm.of(module, x).inverse_scale(x, module(x).detach())
+
+
+@pytest.mark.parametrize("name", ["own", "gpt2", "llama", "gemma3", "pythia"])
+def test_autocast_is_the_models_own_and_the_sum_is_made_without_it(name):
+    model, tokens = make(name).float(), text()
+    exact = lens.attribution(model, tokens, 7, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = lens.attribution(model, tokens, 7, 8)
+        by_source = found.head_by_source(1, 2)
+    assert found.total.dtype == torch.float32
+    size = torch.stack(list(exact.components.values())).abs().sum(0).max()
+    torch.testing.assert_close(sum(found.components.values()), found.total, atol=float(size) * 2**-6, rtol=0)
+    torch.testing.assert_close(found.total, exact.total, atol=float(size) * 2**-4, rtol=0)
+    torch.testing.assert_close(by_source.sum(-1), found.components["L1H2"], atol=float(size) * 2**-6, rtol=0)
+
+
+def test_a_model_that_has_changed_since_is_not_asked_for_sources():
+    model = make("llama")
+    found = lens.attribution(model, text(), 7, 8)
+    with torch.no_grad():
+        model.model.layers[0].self_attn.v_proj.weight.mul_(1.1)
+    with pytest.raises(ValueError, match="the model must be as it was: L1H2 added"):
+        found.head_by_source(1, 2)
+
+
+def test_interventions_count():
+    """Attribution within an ablation: the head adds nothing, the others what they add to the changed model."""
+    model, tokens = make("llama"), text()
+    with lens.ablate(model, heads=[(1, 2)]):
+        found = lens.attribution(model, tokens, 7, 8)
+        own = logits(model, tokens)[:, -1]
+    assert not found.components["L1H2"].any() and found.components["L1H1"].all()
+    torch.testing.assert_close(found.total, own[:, 7] - own[:, 8], atol=1e-12, rtol=1e-9)
+
+
+def test_models_without_values_are_refused():
+    with pytest.raises(ValueError, match="its embedding is on the meta device"):
+        lens.attribution(make("own").to("meta"), text(), 7)

@@ -164,3 +164,12 @@ def test_virtual_weights_print_their_path():
 def test_bad_calls_are_refused(call, error, says):
     with pytest.raises(error, match=says):
         call(make("own"))
+
+
+def test_autocast_does_not_round_weights():
+    model = make("llama").float()
+    exact = lens.copying_scores(model), lens.composition(model), lens.virtual_weights(model, 7, [(1, 2)]).rises
+    with torch.autocast("cpu", torch.bfloat16):
+        found = lens.copying_scores(model), lens.composition(model), lens.virtual_weights(model, 7, [(1, 2)]).rises
+    for ours, expected in zip(found, exact, strict=True):
+        assert torch.equal(ours.nan_to_num(), expected.nan_to_num())
