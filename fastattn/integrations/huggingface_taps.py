@@ -44,7 +44,12 @@ def check_tappable(module: Any) -> None:
 
 
 def tap(module: nn.Module, tap: Tap) -> None:
-    """Let `tap` see, and change, the calls of this module."""
+    """Let `tap` see, and change, the calls of this module.
+
+    Raises:
+        ValueError: its attention does not go through transformers' table.
+    """
+    check_tappable(module)
     if not _TAPS:
         for name in NAMES:
             ALL_ATTENTION_FUNCTIONS[name] = _tapped(ALL_ATTENTION_FUNCTIONS[name])

@@ -190,8 +190,20 @@ BERT = Family(
 # The parts of a block at which something is read or replaced.
 _PLACES = ("attention", "attention_out", "out", "mlp", "mlp_out", "down", "mlp_norm", "between")
 
+# torch's stack of encoder layers, wherever in a model it is; `_of_torch` says what differs from model to model.
+TORCH = Family(
+    name="torch.nn.TransformerEncoder",
+    models=("torch.TransformerEncoder",),
+    blocks="layers",
+    embeddings=(),
+    final_norm="norm",
+    attention="self_attn", q="self_attn", out="self_attn.out_proj", attention_norm="norm1",
+    mlp="linear1", mlp_out="linear2", up="linear1", down="linear2", mlp_norm="norm2",
+    num_heads="layers.0.self_attn.num_heads",
+)  # fmt: skip
+
 _FAMILIES: dict[str, Family] = {
-    family.name: family for family in (FASTATTN, GPT2, LLAMA, QWEN3, GEMMA3, GPT_NEOX, BERT)
+    family.name: family for family in (FASTATTN, GPT2, LLAMA, QWEN3, GEMMA3, GPT_NEOX, BERT, TORCH)
 }
 
 
@@ -237,7 +249,9 @@ def adapt(model: nn.Module) -> Adapter:
     names = {f"{kind.__module__.split('.')[0]}.{kind.__name__}" for kind in type(model).__mro__}
     for family in reversed(_FAMILIES.values()):
         if names.intersection(family.models):
-            return Adapter(model, family)
+            return Adapter(model, family if family is not TORCH else _of_torch(model, ""))
+    if (path := _only_encoder(model)) is not None:
+        return Adapter(model, _of_torch(model, path))
     rows = ", ".join(f"{family.name} ({', '.join(family.models)})" for family in families())
     own = f"{type(model).__module__.split('.')[0]}.{type(model).__name__}"
     raise ValueError(
@@ -245,6 +259,34 @@ def adapt(model: nn.Module) -> Adapter:
         f"fastattn.lens.Family with models=({own!r},) that names the model's parts (blocks, embeddings, "
         "attention, q, out, final_norm, unembedding, ...), and give it to fastattn.lens.register"
     )
+
+
+def _only_encoder(model: nn.Module) -> str | None:
+    """Where in a model a torch.nn.TransformerEncoder is; None if there is none.
+
+    Raises:
+        ValueError: there are several stacks of torch's, decoders among them.
+    """
+    stacks = [
+        name for name, m in model.named_modules() if isinstance(m, nn.TransformerEncoder | nn.TransformerDecoder)
+    ]
+    if len(stacks) > 1:
+        raise ValueError(
+            f"model has several stacks of layers, {', '.join(stacks)}: give the encoder that is meant"
+        )
+    found = isinstance(_get(model, stacks[0]), nn.TransformerEncoder) if stacks else False
+    return stacks[0] if found else None
+
+
+def _of_torch(model: nn.Module, path: str) -> Family:
+    """The row of torch's encoder at a path: its layers norm before or after, as they were built."""
+    layer = _get(model, f"{path}.layers.0" if path else "layers.0")
+    post_norm = not getattr(layer, "norm_first", True)
+    heads = f"{path}.{TORCH.num_heads}" if path else TORCH.num_heads
+    return replace(
+        TORCH, base=path, num_heads=heads, post_norm=post_norm, between="norm1" if post_norm else None,
+        final_norm=None if _get(model, f"{path}.norm" if path else "norm") is None else "norm",
+    )  # fmt: skip
 
 
 class Projections(NamedTuple):
@@ -279,6 +321,7 @@ class Adapter:
         logit_cap: the soft cap of the logits, or None.
         parallel: whether attention and MLP of a block read the same stream.
         post_norm: whether norms come after the sums (BERT).
+        sequence_first: whether streams are (L, B, d) in the model, as torch's without batch_first.
     """
 
     def __init__(self, model: nn.Module, family: Family) -> None:
@@ -292,7 +335,7 @@ class Adapter:
         self.blocks: Sequence[Any] = self._needed("blocks", self.base, family.blocks)
         self.embedding_names = tuple(name for name in family.embeddings if _get(self.base, name) is not None)
         self.embeddings = tuple(_get(self.base, name) for name in self.embedding_names)
-        if not self.embeddings:
+        if family.embeddings and not self.embeddings:
             raise ValueError(self._missing("embeddings", family.embeddings[0]))
         self.embedding_norm = _get(self.base, family.embedding_norm)
         self.final_norm = self._needed("final_norm", self.base, family.final_norm)
@@ -305,6 +348,8 @@ class Adapter:
         self.logit_cap = None if cap is None else float(cap)
         self.parallel = bool(_get(model, family.parallel))
         self.post_norm = family.post_norm
+        # As torch's modules are without batch_first: (L, B, d).
+        self.sequence_first = self.num_layers > 0 and not getattr(self.part("attention", 0), "batch_first", True)
         for layer in range(self.num_layers):
             for part in ("attention", "q", "out"):
                 self._needed(f"{part} of block {layer}", self.blocks[layer], getattr(family, part))
@@ -432,9 +477,10 @@ class Adapter:
 
     def _check_head(self) -> None:
         if self.unembedding is None and (self.family.tied is None or _get(self.base, self.family.tied) is None):
+            wanted = self.family.unembedding or "unembedding that its family names"
             raise ValueError(
-                f"model has no {self.family.unembedding}, so it gives no logits: give one of "
-                f"{', '.join(self.family.models)} that has one; got a {type(self.model).__name__}"
+                f"model has no {wanted}, so it gives no logits: give one of {', '.join(self.family.models)} that "
+                f"has one, or register a family that names it; got a {type(self.model).__name__}"
             )
 
     def _needed(self, part: str, start: nn.Module, name: str | None) -> Any:
@@ -457,8 +503,10 @@ def weight_and_bias(layer: Any) -> tuple[Tensor, Tensor | None]:
         TypeError: the layer is of another class, such as one of LoRA or of a quantisation, whose weight alone does
             not say what it computes.
     """
-    if type(layer) is nn.Linear:
+    if type(layer) in (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return layer.weight, layer.bias
+    if isinstance(layer, nn.MultiheadAttention) and layer._qkv_same_embed_dim:
+        return layer.in_proj_weight, layer.in_proj_bias
     if type(layer).__name__ == "Conv1D" and type(layer).__module__ == "transformers.pytorch_utils":
         return layer.weight.mT, layer.bias
     raise TypeError(

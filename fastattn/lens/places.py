@@ -27,7 +27,9 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from fastattn.core.attention.functional import attention
+from fastattn.core.attention.sdpa import TOP_LEFT, align
 from fastattn.lens.adapters import Adapter
+from fastattn.nn import MultiheadAttention
 
 STREAM = ("batch", "position", "width")
 HEADS = ("batch", "head", "position", "width")
@@ -57,6 +59,7 @@ TENSORS = {
     "mlp.hook_post": Kind(("mlp.neurons", "mlp.post"), NEURONS),
     "mlp.out": Kind(("hook_mlp_out", "mlp_out"), STREAM),
 }
+Z = "attention.hook_z"
 PROJECTED = ("attention.hook_q", "attention.hook_k", "attention.hook_v")
 
 
@@ -168,11 +171,11 @@ class _Attention:
     """The calls of one module that attends, while they are looked at."""
 
     def __init__(self) -> None:
-        self.slots = {kind: _Slot() for kind in PROJECTED}
+        self.slots = {kind: _Slot() for kind in (*PROJECTED, Z)}
         self.listeners: list[Callable[[Call], None]] = []
 
     def change(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
-        return tuple(slot(tensor) for slot, tensor in zip(self.slots.values(), (q, k, v), strict=True))
+        return tuple(self.slots[kind](tensor) for kind, tensor in zip(PROJECTED, (q, k, v), strict=True))
 
     def call(self, module: nn.Module, *arguments: Any, **options: Any) -> None:
         if self.listeners:
@@ -264,31 +267,71 @@ def _attention(adapter: Adapter, layer: int) -> tuple[_Attention, Callable[[], N
     module = adapter.part("attention", layer)
     if adapter.family.hooks is not None:
         return _Attention(), lambda: None
-    from fastattn.integrations import huggingface_taps
+    tap: Callable[[Any, Any], None]
+    if isinstance(module, nn.MultiheadAttention):
+        tap, untap = _tap_torch, _untap_torch
+    else:
+        from fastattn.integrations import huggingface_taps
 
-    huggingface_taps.check_tappable(module)
+        tap, untap = huggingface_taps.tap, huggingface_taps.untap
     if (state := _ATTENTIONS.get(id(module))) is None:
-        state = _ATTENTIONS[id(module)] = _Attention()
-        huggingface_taps.tap(module, state)
+        state = _Attention()
+        tap(module, state)
+        _ATTENTIONS[id(module)] = state
 
     def release() -> None:
         if state.unused and _ATTENTIONS.pop(id(module), None) is not None:
-            huggingface_taps.untap(module)
+            untap(module)
 
     return state, release
 
 
+def _tap_torch(module: nn.Module, state: _Attention) -> None:
+    """Let `state` see what goes into attention and out of it, in a MultiheadAttention of ours."""
+    if not isinstance(module, MultiheadAttention):
+        raise ValueError(
+            "queries, keys, values and weights of a torch.nn.MultiheadAttention cannot be seen: call "
+            "fastattn.patch(model) first"
+        )
+    original = module._attend
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, *arguments: Any, **options: Any) -> tuple[Tensor, Tensor | None]:
+        q, k, v = state.change(q, k, v)
+        if state.listeners:
+            state.tell(_call_of_torch(module, q, k, v, *arguments, **options))
+        z, weights = original(q, k, v, *arguments, **options)
+        return state.slots[Z](z), weights
+
+    module.__dict__["_attend"] = attend
+
+
+def _untap_torch(module: nn.Module) -> None:
+    del module.__dict__["_attend"]
+
+
+def _call_of_torch(
+    module: MultiheadAttention, q: Tensor, k: Tensor, v: Tensor, seen: Any = (None, None, False), **options: Any
+) -> Call:
+    """What a MultiheadAttention of ours asks of attention; keyword arguments as its `_attend` has them."""
+    bias, mask, causal = seen
+    k, v, bias, aligned = align(q, k, v, bias, TOP_LEFT if causal else None)
+    beside = {"key_lengths": options.get("key_lengths"), "backend": module.backend, "scale": module.head_dim**-0.5}
+    return Call(q, k, v, {**aligned, **beside, "bias": bias, "mask": mask})
+
+
 def _slot(adapter: Adapter, name: Name) -> tuple[_Slot, Callable[[], None]]:
     """The slot of a tensor, and what releases it once it is unused."""
-    if name.kind in PROJECTED and adapter.family.hooks is None:
+    tapped = adapter.family.hooks is None
+    of_torch = isinstance(adapter.part("attention", name.layer), nn.MultiheadAttention)
+    if tapped and (name.kind in PROJECTED or (name.kind == Z and of_torch)):
         state, release = _attention(adapter, name.layer)
         return state.slots[name.kind], release
     module, side = _where(adapter, name)
-    heads = adapter.num_heads if name.kind == "attention.hook_z" else None
+    heads = adapter.num_heads if name.kind == Z else None
     key = (id(module), side)
     if (slot := _SLOTS.get(key)) is None:
         slot = _SLOTS[key] = _Slot()
-        slot.handles.append(_hook(module, side, slot, heads))
+        slot.handles.append(_hook(module, side, slot, heads, adapter.sequence_first))
 
     def release_slot() -> None:
         if slot.unused and _SLOTS.pop(key, None) is not None:
@@ -318,10 +361,20 @@ def _where(adapter: Adapter, name: Name) -> tuple[Any, str]:
     return (adapter.part(part, layer) if part else adapter.blocks[layer]), side
 
 
-def _hook(module: nn.Module, side: str, slot: _Slot, heads: int | None) -> Any:
+def _hook(module: nn.Module, side: str, slot: _Slot, heads: int | None, sequence_first: bool) -> Any:
     """Pass what a module is given, or gives, through a slot."""
 
     def through(tensor: Tensor) -> Tensor:
+        if tensor.is_nested or tensor.dim() < 3:
+            got = "a nested tensor" if tensor.is_nested else f"shape {tuple(tensor.shape)}"
+            raise ValueError(
+                f"a model must be given batches of one length to be looked into, and a {type(module).__name__} "
+                f"has {got} (of torch.nn.TransformerEncoder: build it with enable_nested_tensor=False)"
+            )
+        if sequence_first:
+            batched = tensor.transpose(0, 1)
+            result = slot(batched)
+            return tensor if result is batched else result.transpose(0, 1)
         if heads is None:
             return slot(tensor)
         by_head = tensor.unflatten(-1, (heads, -1)).transpose(1, 2)

@@ -360,7 +360,8 @@ def watch(
 
     Args:
         model: a model that `adapt` knows: one of this library's, or one of Hugging Face's with attn_implementation
-            "fastattn" or "sdpa"; patched by `fastattn.patch` or not. It must not be compiled.
+            "fastattn" or "sdpa", patched by `fastattn.patch` or not; or one with a torch.nn.TransformerEncoder in
+            it, patched. It must not be compiled.
         names: one or several.
         labels: integers (B, Lk), the token ids say.
         top: how many keys top_keys has.
