@@ -19,9 +19,9 @@ from fastattn.masks.algebra import smaller
 class Mask:
     """Which keys each query sees, without a tensor of queries x keys; where a tensor is needed, it becomes one.
 
-    As transformers' masks for scaled_dot_product_attention it says True for what is seen; indexed, it gives that
-    part of the bool tensor. It refuses everything else that a tensor does: a model whose own code computes with
-    its mask expects eager's, which is added to the scores.
+    As transformers' masks for scaled_dot_product_attention it says True for what is seen; indexed, repeated, or
+    joined by torch.cat to other masks that say so, it gives the bool tensor. It refuses everything else that a
+    tensor does: a model whose own code computes with its mask expects eager's, which is added to the scores.
 
     Attributes:
         shape: (batch, 1, queries, keys).
@@ -137,6 +137,9 @@ class Mask:
     def __getitem__(self, index: Any) -> Tensor:
         return self.dense()[index]
 
+    def repeat(self, *sizes: Any) -> Tensor:
+        return self.dense().repeat(*sizes)
+
     def __getattr__(self, name: str) -> Any:
         # What is asked with hasattr, by Python or by torch, is answered as for any object.
         raise AttributeError(f"{name}: {_NO_TENSOR}" if hasattr(Tensor, name) else name)
@@ -146,6 +149,10 @@ class Mask:
         if function is torch.where and isinstance(args[0], cls):
             # As a condition it can only mean what is seen.
             return function(args[0].dense(), *args[1:], **(kwargs or {}))
+        if function is torch.cat and all(isinstance(t, cls) or t.dtype == torch.bool for t in args[0]):
+            # The keys of two sequences, side by side (T5Gemma 2).
+            parts = [t.dense() if isinstance(t, cls) else t for t in args[0]]
+            return function(parts, *args[1:], **(kwargs or {}))
         raise TypeError(f"{getattr(function, '__name__', function)}: {_NO_TENSOR}")
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import functools
 import inspect
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -117,8 +118,8 @@ def obstacle_in_code(model: Any) -> str | None:
     if model.config.output_attentions:
         return "config.output_attentions asks for weights in every call, which only eager attention computes"
     parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
-    for kind in dict.fromkeys(type(part) for part in parts):
-        if reason := obstacle_of_class(kind):  # type: ignore[arg-type]
+    for part in parts:
+        if reason := _obstacle_of_part(part):
             return reason
     if not any("ALL_ATTENTION_FUNCTIONS" in _source(type(part).__module__) for part in model.modules()):
         return f"nothing in {type(model).__name__} attends through transformers' attention interface"
@@ -129,6 +130,8 @@ def obstacle_in_code(model: Any) -> str | None:
 def obstacle_of_class(kind: Any) -> str | None:
     """Why a class of models cannot use "fastattn", as far as its code tells; None if nothing speaks against it."""
     name, source = kind.__name__, _source(kind.__module__)
+    if reason := READS_THE_MASK.get(kind.__module__):
+        return f"the code of {name} computes with the mask outside of attention, too: {reason}"
     if not kind._can_set_attn_implementation():
         return f"the code of {name} does not dispatch its attention"
     dispatches = "ALL_ATTENTION_FUNCTIONS" in source
@@ -150,6 +153,35 @@ def obstacle_of_class(kind: Any) -> str | None:
 COMPARED_BY_US = frozenset({"transformers.models.inkling2.modeling_inkling2"})
 
 
+# Modules of transformers in which other layers than attention compute with the mask that transformers made.
+READS_THE_MASK = {"transformers.models.lasr.modeling_lasr": "its convolutions leave out what it hides"}
+# Options of a configuration with which a model adds something to the mask before it attends.
+ADDS_TO_THE_MASK = {
+    "transformers.models.beit.modeling_beit": ("use_relative_position_bias", "use_shared_relative_position_bias"),
+}
+# A choice among classes of attention by the name of the implementation, when a model is made.
+_CHOOSES_A_CLASS = re.compile(r"_CLASSES\[[\w.]*attn_implementation\]")
+
+
+def _obstacle_of_part(model: Any) -> str | None:
+    """Why a model, with its configuration, cannot use "fastattn", as far as its code tells."""
+    if reason := obstacle_of_class(type(model)):  # type: ignore[arg-type]
+        return reason
+    for option in ADDS_TO_THE_MASK.get(type(model).__module__, ()):
+        if getattr(model.config, option, False):
+            return f"with {option}=True, its code adds the bias to the mask, which is no tensor"
+    return None
+
+
+def _obstacle_when_made(model: Any) -> str | None:
+    """As `_obstacle_of_part`, for a model that is being made."""
+    if reason := _obstacle_of_part(model):
+        return reason
+    if _CHOOSES_A_CLASS.search(_source(type(model).__module__)):
+        return f"the code of {type(model).__name__} chooses a class of attention by that name, and has none for it"
+    return None
+
+
 @functools.cache
 def _source(module: str) -> str:
     try:
@@ -163,11 +195,13 @@ def _that_refuses(check: Callable) -> Callable:
 
     @functools.wraps(check)
     def get_correct_attn_implementation(
-        self: Any, requested_attention: str | None, *args: Any, **kwargs: Any
+        self: Any, requested_attention: str | None, is_init_check: bool = False
     ) -> str:
-        if requested_attention == NAME and (reason := obstacle_of_class(type(self))):  # type: ignore[arg-type]
-            raise ValueError(_refusal(self, reason))
-        return check(self, requested_attention, *args, **kwargs)
+        if requested_attention == NAME:
+            reason = _obstacle_when_made(self) if is_init_check else _obstacle_of_part(self)
+            if reason:
+                raise ValueError(_refusal(self, reason))
+        return check(self, requested_attention, is_init_check)
 
     get_correct_attn_implementation.refuses = NAME  # type: ignore[attr-defined]
     return get_correct_attn_implementation
@@ -219,7 +253,7 @@ def _check_what_was_set(model: Any, wanted: str | dict) -> None:
     for part in model.modules():
         if not isinstance(part, PreTrainedModel) or requests.get(id(part.config), default) != NAME:
             continue
-        if reason := obstacle_of_class(type(part)):  # type: ignore[arg-type]
+        if reason := _obstacle_of_part(part):
             raise ValueError(_refusal(part, reason))
 
 

@@ -461,7 +461,7 @@ WRONG_FOR_THIS_MASK = {
     "float": lambda mask: mask.float(),
     "bool": lambda mask: bool(mask),
     "indexing by it": lambda mask: torch.zeros(1, 1, 6, 6)[mask],
-    "joined": lambda mask: torch.cat([mask, mask]),
+    "joined to floats": lambda mask: torch.cat([mask, torch.zeros(1, 1, 6, 6)], -1),
     "written": lambda mask: mask.__setitem__(0, True),
 }
 
@@ -487,6 +487,8 @@ def test_a_mask_is_small_and_whoever_needs_a_tensor_gets_one() -> None:
         assert isinstance(other, Mask) and torch.equal(other.dense(), dense)
     assert torch.equal(mask[:, :, :, :3], dense[..., :3])
     assert torch.equal(torch.where(mask, 0.0, -1.0), torch.where(dense, 0.0, -1.0))
+    assert torch.equal(torch.cat([mask, dense, mask], dim=-1), torch.cat([dense] * 3, -1))
+    assert torch.equal(mask.repeat(1, 2, 1, 1), dense.repeat(1, 2, 1, 1))
     assert fastattn_mask(2, 6, 6, attention_mask=mask) is mask
 
     mask = fastattn_mask(

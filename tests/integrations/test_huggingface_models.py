@@ -35,6 +35,29 @@ NOT_DISPATCHED = {
 }
 
 
+OF_IMAGES = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 16,
+    "patch_size": 4,
+}
+SAM = {"mlp_dim": 32, "output_channels": 16, "window_size": 2, "global_attn_indexes": [1]}
+LATE = {
+    "a bias added to the mask": (
+        "Beit", OF_IMAGES | {"use_relative_position_bias": True}, "use_relative_position_bias",
+    ),
+    "a shared one": (
+        "Beit", OF_IMAGES | {"use_shared_relative_position_bias": True}, "use_shared_relative_position_bias",
+    ),
+    "convolutions that read the mask": (
+        "LasrEncoder", {"num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 4}, "its convolutions",
+    ),
+    "a class for each implementation": ("SamVision", OF_IMAGES | SAM, "chooses a class of attention by that name"),
+    "one inside": ("Sam", {"vision_config": OF_IMAGES | SAM}, "chooses a class of attention by that name"),
+}  # fmt: skip
+
+
 def tokens() -> dict[str, Tensor]:
     ids = torch.randint(5, 90, (2, 12), generator=torch.Generator().manual_seed(0))
     seen = torch.ones_like(ids)
@@ -44,6 +67,29 @@ def tokens() -> dict[str, Tensor]:
 
 def config_of(name: str, **options):
     return getattr(transformers, f"{name}Config")(**options)
+
+
+@pytest.mark.parametrize("case", LATE)
+def test_what_would_fail_in_the_first_call_is_said_when_the_model_is_made(case: str) -> None:
+    name, options, why = LATE[case]
+    config = config_of(name, **options)
+    kind = getattr(transformers, f"{name}Model", None) or getattr(transformers, name)
+    with pytest.raises(ValueError, match=f'cannot use attn_implementation="fastattn": .*{why}'):
+        kind._from_config(copy.deepcopy(config), attn_implementation="fastattn")
+    if not case.endswith(("implementation", "inside")):  # Those classes were chosen before `patch`.
+        model = kind(config)
+        assert all(row.now is None and why in row.why for row in fastattn.patch(model, mlp=False).rows)
+        with pytest.raises(ValueError, match=why):
+            model.set_attn_implementation("fastattn")
+
+
+def test_beit_without_a_bias_equals_eager() -> None:
+    model = transformers.BeitModel(config_of("Beit", **OF_IMAGES)).eval()
+    images = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        expected = model(images)[0]
+        model.set_attn_implementation("fastattn")
+        torch.testing.assert_close(model(images)[0], expected)
 
 
 @pytest.mark.parametrize("name", NOT_DISPATCHED)
@@ -369,7 +415,7 @@ def test_the_trial_compares_models_of_images_and_leaves_one_that_adds_to_its_mas
     images = torch.randn(2, 3, 16, 16)
     expected = model(images)[0]
     (row,) = fastattn.patch(model, mlp=False).rows
-    assert (row.now is None and "no tensor to compute with" in row.why) if relative else (row.now and not row.why)
+    assert (row.now is None and "adds the bias to the mask" in row.why) if relative else (row.now and not row.why)
     torch.testing.assert_close(model(images)[0], expected, rtol=1e-4, atol=1e-4)
 
 

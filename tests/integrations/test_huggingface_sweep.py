@@ -1,9 +1,10 @@
-"""Every causal architecture of transformers that a small configuration can build equals eager, or is refused."""
+"""Every architecture of transformers that a small configuration can build equals eager, or is refused."""
 
 from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,7 +15,10 @@ import fastattn
 
 transformers = pytest.importorskip("transformers")
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING  # noqa: E402
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES  # noqa: E402
+from transformers.models.auto.modeling_auto import (  # noqa: E402
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_MAPPING_NAMES,
+)
 
 import fastattn.integrations.huggingface  # noqa: E402
 
@@ -122,3 +126,99 @@ def test_a_causal_architecture_equals_eager_or_is_refused(model_type: str) -> No
     for name, gradient in gradients.items():
         error = (actual_gradients[name] - gradient).abs().max()
         assert error <= 2e-3 * gradient.abs().max() + 1e-6 * largest, name
+
+
+def nested_config(kind: type, depth: int = 0) -> Any:
+    """A small configuration whose parts are small, too."""
+    parts = {}
+    for name, part in getattr(kind, "sub_configs", {}).items():
+        if part.__name__ == "AutoConfig":
+            part = type(getattr(kind(), name))
+        if part is not type(None) and depth < 3:
+            parts[name] = nested_config(part, depth + 1).to_dict()
+    try:
+        return small_config(kind, parts | SMALL_IMAGES)
+    except TypeError:
+        return small_config(kind, parts)
+
+
+SMALL_IMAGES = {"image_size": 32, "patch_size": 4, "num_mel_bins": 16}
+LENGTHS = torch.tensor([16, 12])
+
+
+def generic_inputs(model: Any) -> Iterator[dict[str, Tensor]]:
+    """What models of this main input may take, with padding where there can be any."""
+    size, name = getattr(model.config, "image_size", 32), model.main_input_name
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(2, 3, *(size, size) if isinstance(size, int) else size, generator=generator)
+    tokens = {"input_ids": IDS[:2], "attention_mask": SEEN[:2]}
+    if name == "pixel_values":
+        yield {name: images}
+        yield {name: images[:, None].repeat(1, 4, 1, 1, 1)}
+        yield {name: images} | tokens
+        patches = {
+            name: torch.randn(2, 16, 48),
+            "pixel_attention_mask": (torch.arange(16) < LENGTHS[:, None]).long(),
+        }
+        yield patches | {"spatial_shapes": torch.tensor([[4, 4], [3, 4]])}
+        return
+    if name in ("input_values", "input_features"):
+        for width in (16, 80, 128):
+            yield {
+                name: torch.randn(2, 50, width),
+                "attention_mask": (torch.arange(50) < 2 * LENGTHS[:, None]).long(),
+            }
+        yield {name: torch.randn(2, 2000), "attention_mask": (torch.arange(2000) < 100 * LENGTHS[:, None]).long()}
+        yield {name: torch.randn(2, 2000)}
+        return
+    yield tokens | {"decoder_input_ids": IDS[:2, :5]} if model.config.is_encoder_decoder else tokens
+    yield tokens | {"bbox": torch.zeros(2, 12, 4, dtype=torch.long)}
+    yield tokens | {"pixel_values": images}
+
+
+def first_result(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    torch.manual_seed(0)
+    with torch.no_grad():
+        out = model(**inputs)[0]
+    assert isinstance(out, Tensor)
+    return out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", MODEL_MAPPING_NAMES)
+def test_what_cannot_be_served_is_said_when_the_model_is_made_and_the_rest_equals_torchs(
+    model_type: str,
+) -> None:
+    """Padded rows included: there eager attends evenly, scaled_dot_product_attention as we do."""
+    try:
+        names = MODEL_MAPPING_NAMES[model_type]
+        kind = getattr(transformers, names if isinstance(names, str) else names[0])
+        config = nested_config(CONFIG_MAPPING[model_type])
+        with torch.device("meta"):
+            size = sum(p.numel() for p in kind(copy.deepcopy(config)).parameters())
+        assert size <= LARGEST
+        torch.manual_seed(0)
+        sdpa = "sdpa" if kind._supports_sdpa else "eager"
+        model = kind._from_config(copy.deepcopy(config), attn_implementation=sdpa).eval()
+        given, expected = next(
+            (inputs, out)
+            for inputs in generic_inputs(model)
+            for out in [attempt(model, inputs)]
+            if out is not None
+        )
+    except (Exception, StopIteration) as error:
+        pytest.skip(f"no small generic configuration or input: {error}")
+    try:
+        ours = kind._from_config(copy.deepcopy(config), attn_implementation="fastattn").eval()
+    except ValueError as error:
+        assert 'cannot use attn_implementation="fastattn"' in str(error)
+        return
+    ours.load_state_dict(model.state_dict())
+    torch.testing.assert_close(first_result(ours, given), expected, rtol=1e-3, atol=1e-4, equal_nan=True)
+
+
+def attempt(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor | None:
+    try:
+        return first_result(model, inputs)
+    except Exception:
+        return None
