@@ -37,8 +37,20 @@ def one_by_one(
     operator: Callable, size: int, dims: Sequence, arguments: Sequence
 ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
     """One call for each index of the mapped dimension."""
+    if not size:
+        return of_none(operator, dims, arguments)
     results = []
     for i in range(size):
         chosen = (a.select(dim, i) if isinstance(dim, int) else a for dim, a in zip(dims, arguments, strict=True))
         results.append(operator(*chosen))
     return tuple(torch.stack(column) for column in zip(*results, strict=True)), (0,) * len(results[0])
+
+
+def of_none(operator: Callable, dims: Sequence, arguments: Sequence) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    """Results of a mapped dimension of size 0: no results, each of the shape that one call gives."""
+    one = (
+        a.new_zeros((*a.shape[:dim], *a.shape[dim + 1 :])) if isinstance(dim, int) else a
+        for dim, a in zip(dims, arguments, strict=True)
+    )
+    results = operator(*one)
+    return tuple(t.new_empty((0, *t.shape)) for t in results), (0,) * len(results)

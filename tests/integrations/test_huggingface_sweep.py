@@ -181,7 +181,8 @@ def first_result(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     with torch.no_grad():
         out = model(**inputs)[0]
     assert isinstance(out, Tensor)
-    return out
+    of_tokens = "input_ids" in inputs and out.shape[:2] == inputs["attention_mask"].shape
+    return out[inputs["attention_mask"].bool()] if of_tokens else out
 
 
 @pytest.mark.slow
@@ -189,7 +190,8 @@ def first_result(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
 def test_what_cannot_be_served_is_said_when_the_model_is_made_and_the_rest_equals_torchs(
     model_type: str,
 ) -> None:
-    """Padded rows included: there eager attends evenly, scaled_dot_product_attention as we do."""
+    """Equal to one of the two: in padded rows, which some models pool, eager attends evenly and "sdpa" does as we
+    do, but "sdpa" knows no soft cap and no sinks."""
     try:
         names = MODEL_MAPPING_NAMES[model_type]
         kind = getattr(transformers, names if isinstance(names, str) else names[0])
@@ -198,14 +200,8 @@ def test_what_cannot_be_served_is_said_when_the_model_is_made_and_the_rest_equal
             size = sum(p.numel() for p in kind(copy.deepcopy(config)).parameters())
         assert size <= LARGEST
         torch.manual_seed(0)
-        sdpa = "sdpa" if kind._supports_sdpa else "eager"
-        model = kind._from_config(copy.deepcopy(config), attn_implementation=sdpa).eval()
-        given, expected = next(
-            (inputs, out)
-            for inputs in generic_inputs(model)
-            for out in [attempt(model, inputs)]
-            if out is not None
-        )
+        model = kind._from_config(copy.deepcopy(config), attn_implementation="eager").eval()
+        given = next(inputs for inputs in generic_inputs(model) if attempt(model, inputs) is not None)
     except (Exception, StopIteration) as error:
         pytest.skip(f"no small generic configuration or input: {error}")
     try:
@@ -214,7 +210,16 @@ def test_what_cannot_be_served_is_said_when_the_model_is_made_and_the_rest_equal
         assert 'cannot use attn_implementation="fastattn"' in str(error)
         return
     ours.load_state_dict(model.state_dict())
-    torch.testing.assert_close(first_result(ours, given), expected, rtol=1e-3, atol=1e-4, equal_nan=True)
+    actual, errors = first_result(ours, given), []
+    for implementation in ("eager", "sdpa"):
+        model.config._attn_implementation = implementation
+        try:
+            expected = first_result(model, given)
+            torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4, equal_nan=True)
+            return
+        except (Exception, AssertionError) as error:
+            errors.append(str(error))
+    raise AssertionError(errors)
 
 
 def attempt(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor | None:

@@ -17,7 +17,7 @@ from fastattn.core.attention.spec import ScoreTensors
 from fastattn.core.attention.tiles import Tile, TileSum
 from fastattn.core.derivatives import pull_back
 from fastattn.core.function import Function
-from fastattn.core.mapped import fold, one_by_one, shares_batch, unfold
+from fastattn.core.mapped import fold, of_none, one_by_one, shares_batch, unfold
 
 _FIXED = ("key_lengths", "alibi_slopes", "bias", "dropout_state", "mask", "intervals")
 
@@ -114,6 +114,8 @@ class _Differentiable(Function):
     def vmap(info: Any, in_dims, function, *arguments):
         dims, size = in_dims[1:], info.batch_size
         inputs = arguments[len(_FIXED) :]
+        if not size:
+            return of_none(lambda *one: _Differentiable.apply(function, *one), dims, arguments)
         biases = [len(_FIXED) + i for i, t in enumerate(inputs) if function.falls[i] == "scores"]
         if shares_batch(dims, arguments, len(_FIXED), (_FIXED.index("bias"), *biases)):
             return one_by_one(lambda *chosen: _Differentiable.apply(function, *chosen), size, dims, arguments)

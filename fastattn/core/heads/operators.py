@@ -17,7 +17,7 @@ from fastattn.core.function import Function, register_autograd
 from fastattn.core.heads import definition
 from fastattn.core.heads.spec import HeadsSpec, HeadTensors
 from fastattn.core.layout import empty_heads
-from fastattn.core.mapped import fold, unfold
+from fastattn.core.mapped import fold, of_none, unfold
 
 _operators = library.Library("fastattn", "FRAGMENT")
 _BESIDE = (
@@ -150,6 +150,9 @@ class PrepareHeadsBackward(Function):
 
 @library.register_vmap(_FORWARD, lib=_operators)
 def _forward_vmap(info: Any, in_dims: tuple, *arguments):
+    if not info.batch_size:
+        (nothing,), _ = of_none(lambda *one: (torch.ops.fastattn.prepare_heads(*one),), in_dims, arguments)
+        return nothing, 0
     tensors = fold(info.batch_size, in_dims[:6], arguments[:6])
     y = torch.ops.fastattn.prepare_heads(*tensors, *arguments[6:])
     return unfold(info.batch_size, (y,))[0], 0
@@ -157,6 +160,8 @@ def _forward_vmap(info: Any, in_dims: tuple, *arguments):
 
 @library.register_vmap(_BACKWARD, lib=_operators)
 def _backward_vmap(info: Any, in_dims: tuple, *arguments):
+    if not info.batch_size:
+        return of_none(torch.ops.fastattn.prepare_heads_backward, in_dims, arguments)
     tensors = fold(info.batch_size, in_dims[:7], arguments[:7])
     gradients = torch.ops.fastattn.prepare_heads_backward(*tensors, *arguments[7:])
     # What is not there is an empty tensor, without a batch.

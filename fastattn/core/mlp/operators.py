@@ -184,7 +184,7 @@ def mlp_backward(*arguments) -> tuple[Tensor, ...]:
 
 @library.register_vmap(_FORWARD, lib=_operators)
 def _forward_vmap(info: Any, in_dims: tuple, x, *rest):
-    if any(isinstance(dim, int) for dim in in_dims[1:]):
+    if not info.batch_size or any(isinstance(dim, int) for dim in in_dims[1:]):
         return one_by_one(torch.ops.fastattn.mlp_forward, info.batch_size, in_dims, (x, *rest))
     # One set of weights: the mapped dimension is more tokens.
     x = x.movedim(in_dims[0], 0).flatten(0, 1)

@@ -15,7 +15,7 @@ from torch import Tensor, library
 from fastattn.core import backends, capabilities, derivatives
 from fastattn.core.capabilities import BACKWARD, FORWARD, Request
 from fastattn.core.function import Function, register_autograd
-from fastattn.core.mapped import fold, unfold
+from fastattn.core.mapped import fold, of_none, unfold
 from fastattn.core.norm import definition
 from fastattn.core.norm.spec import NormSpec, Saved
 from fastattn.ground.checks import lse_dtype
@@ -207,12 +207,16 @@ def _unfold(size: int, results: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], t
 
 @library.register_vmap(_FORWARD, lib=_operators)
 def _forward_vmap(info: Any, in_dims: tuple, *arguments):
+    if not info.batch_size:
+        return of_none(torch.ops.fastattn.norm_forward, in_dims, arguments)
     tensors = fold(info.batch_size, in_dims[:4], arguments[:4])
     return _unfold(info.batch_size, torch.ops.fastattn.norm_forward(*tensors, *arguments[4:]))
 
 
 @library.register_vmap(_BACKWARD, lib=_operators)
 def _backward_vmap(info: Any, in_dims: tuple, *arguments):
+    if not info.batch_size:
+        return of_none(torch.ops.fastattn.norm_backward, in_dims, arguments)
     tensors = fold(info.batch_size, in_dims[:6], arguments[:6])
     return _unfold(info.batch_size, torch.ops.fastattn.norm_backward(*tensors, *arguments[6:]))
 
