@@ -1,4 +1,4 @@
-"""The command line: fastattn demo | doctor | bench."""
+"""The command line: fastattn demo | look | doctor | bench."""
 
 from __future__ import annotations
 
@@ -73,6 +73,12 @@ def _demo() -> tuple[Callable, Callable]:
     return demo.add_arguments, demo.run
 
 
+def _look() -> tuple[Callable, Callable]:
+    from fastattn import looking
+
+    return looking.add_arguments, looking.run
+
+
 def _doctor() -> tuple[Callable, Callable]:
     from fastattn.measuring import doctor
 
@@ -87,6 +93,7 @@ def _bench() -> tuple[Callable, Callable]:
 
 COMMANDS: dict[str, tuple[str, Loader]] = {
     "demo": ("train a transformer on these modules, beside an eager one, and look inside", _demo),
+    "look": ("write a page about what happens inside a model on a text: heads, layers, neurons", _look),
     "doctor": ("say what serves on this machine and why, and test that it computes right", _doctor),
     "bench": ("a short comparison with other implementations on this machine", _bench),
 }

@@ -35,7 +35,9 @@ FLOORS = (
     ("lens", "lens.*"),
     ("fastattn",),
     ("measuring", "measuring.*"),
-    ("demo", "demo.*", "cli", "__main__"),
+    ("demo", "demo.*"),
+    ("looking", "looking.*"),
+    ("cli", "__main__"),
 )
 
 

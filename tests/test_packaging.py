@@ -26,6 +26,8 @@ for out in outs:
 from fastattn.kernels.attention import forward as attention_forward
 assert "tl.dot" in inspect.getsource(attention_forward)
 import fastattn.cli, fastattn.lens, fastattn.nn
+from importlib import resources
+assert "{{{{data}}}}" in (resources.files("fastattn.looking") / "page.html").read_text(encoding="utf-8")
 print(fastattn.__file__)
 """
 
