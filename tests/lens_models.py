@@ -21,6 +21,9 @@ OWN = {
 HUGGING_FACE = {
     "gpt2": ("GPT2", "LMHeadModel", {}),
     "llama": ("Llama", "ForCausalLM", {"num_key_value_heads": 2, "attention_bias": True}),
+    "qwen2": ("Qwen2", "ForCausalLM", {"num_key_value_heads": 2}),
+    "mistral": ("Mistral", "ForCausalLM", {"num_key_value_heads": 2, "sliding_window": 8}),
+    "smollm3": ("SmolLM3", "ForCausalLM", {"num_key_value_heads": 2, "no_rope_layers": [1, 0, 1]}),
     "qwen3": ("Qwen3", "ForCausalLM", {"num_key_value_heads": 2, "head_dim": 16, "tie_word_embeddings": True}),
     "gemma3": ("Gemma3", "ForCausalLM", {"num_key_value_heads": 1, "head_dim": 16, "sliding_window": 8,
                                          "query_pre_attn_scalar": 16, "final_logit_softcapping": 5.0}),
@@ -28,7 +31,8 @@ HUGGING_FACE = {
     "pythia-sequential": ("GPTNeoX", "ForCausalLM", {"use_parallel_residual": False}),
     "bert": ("Bert", "ForMaskedLM", {}),
 }  # fmt: skip
-ALL = [*OWN, *HUGGING_FACE]
+LIKE_LLAMA = ["qwen2", "mistral", "smollm3"]
+ALL = [name for name in (*OWN, *HUGGING_FACE) if name not in LIKE_LLAMA]
 PRE_NORM = [name for name in ALL if name != "bert"]
 
 

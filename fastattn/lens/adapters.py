@@ -127,7 +127,12 @@ GPT2 = Family(
 
 LLAMA = Family(
     name="Llama",
-    models=("transformers.LlamaForCausalLM", "transformers.LlamaModel"),
+    models=(
+        "transformers.LlamaForCausalLM", "transformers.LlamaModel",
+        "transformers.MistralForCausalLM", "transformers.MistralModel",
+        "transformers.Qwen2ForCausalLM", "transformers.Qwen2Model",
+        "transformers.SmolLM3ForCausalLM", "transformers.SmolLM3Model",
+    ),
     base="model",
     blocks="layers",
     embeddings=("embed_tokens",),
@@ -211,9 +216,9 @@ def register(family: Family) -> Family:
     """Add a row to the table of families, or replace the one of the same name. Returns it.
 
     Example:
-        >>> mistral = dataclasses.replace(LLAMA, name="Mistral", models=("transformers.MistralForCausalLM",))
-        >>> register(mistral).name
-        'Mistral'
+        >>> llama = next(family for family in families() if family.name == "Llama")
+        >>> register(dataclasses.replace(llama, name="Arcee", models=("transformers.ArceeForCausalLM",))).name
+        'Arcee'
     """
     if not isinstance(family, Family):
         raise TypeError(f"family must be a fastattn.lens.Family, got {type(family).__name__}")
@@ -246,19 +251,33 @@ def adapt(model: nn.Module) -> Adapter:
             "model must not be compiled: compiled code does not run the hooks that look inside. "
             "Give the model as it was before torch.compile"
         )
-    names = {f"{kind.__module__.split('.')[0]}.{kind.__name__}" for kind in type(model).__mro__}
-    for family in reversed(_FAMILIES.values()):
-        if names.intersection(family.models):
-            return Adapter(model, family if family is not TORCH else _of_torch(model, ""))
+    if (family := _family_of(model)) is not None:
+        return Adapter(model, family if family is not TORCH else _of_torch(model, ""))
+    # A wrapper, such as that of DDP or PEFT, has a model that is known inside.
+    inner = next((name for name, module in model.named_modules() if name and _family_of(module) is not None), None)
+    if inner is not None and not isinstance(_get(model, inner), nn.TransformerEncoder):
+        raise ValueError(
+            f"no family describes model, a {_name_of(type(model))}, but {_name_of(type(_get(model, inner)))} is "
+            f"known: give model.{inner}"
+        )
     if (path := _only_encoder(model)) is not None:
         return Adapter(model, _of_torch(model, path))
     rows = ", ".join(f"{family.name} ({', '.join(family.models)})" for family in families())
-    own = f"{type(model).__module__.split('.')[0]}.{type(model).__name__}"
     raise ValueError(
-        f"no family describes model, a {own}. There are: {rows}. To add one, write a "
-        f"fastattn.lens.Family with models=({own!r},) that names the model's parts (blocks, embeddings, "
-        "attention, q, out, final_norm, unembedding, ...), and give it to fastattn.lens.register"
+        f"no family describes model, a {_name_of(type(model))}. There are: {rows}. To add one, write a "
+        f"fastattn.lens.Family with models=({_name_of(type(model))!r},) that names the model's parts (blocks, "
+        "embeddings, attention, q, out, final_norm, unembedding, ...), and give it to fastattn.lens.register"
     )
+
+
+def _family_of(model: nn.Module) -> Family | None:
+    """The row of a model's class, the newest first."""
+    names = {_name_of(kind) for kind in type(model).__mro__}
+    return next((family for family in reversed(_FAMILIES.values()) if names.intersection(family.models)), None)
+
+
+def _name_of(kind: type) -> str:
+    return f"{kind.__module__.split('.')[0]}.{kind.__name__}"
 
 
 def _only_encoder(model: nn.Module) -> str | None:

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from lens_models import ALL, HEADS, LAYERS, PRE_NORM, WIDTH, make, text
+from lens_models import ALL, HEADS, LAYERS, LIKE_LLAMA, PRE_NORM, WIDTH, make, text
 from torch import nn
 
 from fastattn import lens
@@ -38,7 +38,7 @@ def embeddings_of(adapter):
 
 
 @pytest.mark.parametrize("attention", ["fastattn", "sdpa"])
-@pytest.mark.parametrize("name", PRE_NORM)
+@pytest.mark.parametrize("name", [*PRE_NORM, *LIKE_LLAMA])
 def test_embedding_and_all_that_attention_and_mlps_add_give_the_models_logits(name, attention):
     model = make(name, attention)
     adapter = lens.adapt(model)
@@ -115,6 +115,13 @@ def test_a_model_without_head_has_parts_but_no_logits(name, base):
     for ask in (adapter.unembed, adapter.logits):
         with pytest.raises(ValueError, match="gives no logits"):
             ask(text())
+
+
+def test_a_wrapped_model_is_pointed_to():
+    wrapper = nn.Module()
+    wrapper.module = make("llama")
+    with pytest.raises(ValueError, match=r"but transformers.LlamaForCausalLM is known: give model.module$"):
+        lens.adapt(wrapper)
 
 
 def test_a_model_without_a_row_is_told_which_rows_there_are_and_how_to_add_one():

@@ -104,8 +104,9 @@ def test_the_pattern_times_the_values_is_what_the_heads_read(name, attention):
         torch.testing.assert_close(pattern.sum(-1), torch.ones(2, HEADS, 24, dtype=torch.float64))
 
 
-def test_patterns_of_a_padded_batch_hide_the_padding():
-    model, tokens = make("llama"), text(length=24)
+@pytest.mark.parametrize("attention", ["fastattn", "sdpa"])
+def test_patterns_of_a_padded_batch_hide_the_padding(attention):
+    model, tokens = make("llama", attention), text(length=24)
     real = torch.ones_like(tokens)
     real[0, :5] = 0
     with lens.watch(model, "blocks.1.attention.pattern") as seen, torch.no_grad():
