@@ -81,10 +81,10 @@ class Problem:
 
     def arguments(self, tensors: ScoreTensors) -> dict[str, object]:
         """What `fastattn.attention` is called with, beside q, k and v, for these tensors to come of it."""
-        given = {name: getattr(self, name) for name in ("causal", "scale", "window", "softcap", "precision")}
-        given |= {name: t for name, t in tensors._asdict().items() if name not in ("mask", "intervals")}
+        options = {name: getattr(self, name) for name in ("causal", "scale", "window", "softcap", "precision")}
+        options |= {name: t for name, t in tensors._asdict().items() if name not in ("mask", "intervals")}
         mask = self.lowered() if self.lists or self.intervals else None
-        return {**given, "dropout_p": self.dropout, "mask": mask}
+        return {**options, "dropout_p": self.dropout, "mask": mask}
 
     def score_tensors(self) -> ScoreTensors:
         """Key lengths from none to all, slopes as ALiBi's, biases and sinks of the size of scores, some -inf."""
@@ -181,8 +181,8 @@ def check(problem: Problem, name: str) -> None:
     with implementation(name) as backend:
 
         def ours(q, k, v, *learned_):
-            given = problem.arguments(tensors._replace(**dict(zip(learned, learned_, strict=True))))
-            return fastattn.attention(q, k, v, **given, return_lse=True, backend=backend)
+            arguments = problem.arguments(tensors._replace(**dict(zip(learned, learned_, strict=True))))
+            return fastattn.attention(q, k, v, **arguments, return_lse=True, backend=backend)
 
         actual = run((*inputs, *learned.values()), (dout, dlse), ours)
     for position, (a, x, e) in enumerate(zip(actual, exact, eager, strict=True)):
@@ -210,26 +210,35 @@ def sees(problem: Problem, tensors: ScoreTensors) -> Tensor:
     return seen.any(-1)
 
 
-problems = st.builds(
-    Problem,
-    batch=st.integers(1, 2),
-    key_heads=st.integers(1, 2),
-    queries=st.integers(1, 70),
-    keys=st.integers(1, 70),
-    width=st.integers(8, 40),
-    value_width=st.integers(8, 40),
-    causal=st.booleans(),
-    scale=st.sampled_from([None, 0.05, 0.5]),
-    dtype=st.sampled_from([torch.float16, torch.float32]),
-    layout=st.sampled_from(["bhld", "blhd", "strided"]),
-    lse_gradient=st.booleans(),
-    window=st.tuples(st.none() | st.integers(0, 40), st.none() | st.integers(0, 40)),
-    softcap=st.sampled_from([0.0, 2.0]),
-    lengths=st.booleans(),
-    alibi=st.booleans(),
-    sinks=st.booleans(),
-    bias=st.none() | st.tuples(*[st.integers(0, 1)] * 4),
-    masked=st.booleans(),
-    radius=st.none() | st.integers(0, 40),
-    dropout=st.sampled_from([0.0, 0.3]),
-)
+# What is drawn for each field of a Problem, unless a test says otherwise.
+STRATEGIES = {
+    "batch": st.integers(1, 2),
+    "key_heads": st.integers(1, 2),
+    "queries": st.integers(1, 70),
+    "keys": st.integers(1, 70),
+    "width": st.integers(8, 40),
+    "value_width": st.integers(8, 40),
+    "causal": st.booleans(),
+    "scale": st.sampled_from([None, 0.05, 0.5]),
+    "dtype": st.sampled_from([torch.float16, torch.float32]),
+    "layout": st.sampled_from(["bhld", "blhd", "strided"]),
+    "lse_gradient": st.booleans(),
+    "window": st.tuples(st.none() | st.integers(0, 40), st.none() | st.integers(0, 40)),
+    "softcap": st.sampled_from([0.0, 2.0]),
+    "lengths": st.booleans(),
+    "alibi": st.booleans(),
+    "sinks": st.booleans(),
+    "bias": st.none() | st.tuples(*[st.integers(0, 1)] * 4),
+    "masked": st.booleans(),
+    "radius": st.none() | st.integers(0, 40),
+    "dropout": st.sampled_from([0.0, 0.3]),
+}
+ON_SCORES = ("softcap", "lengths", "alibi", "sinks", "bias", "masked", "radius", "dropout")
+
+
+def strategies_of(*fields: str) -> dict[str, st.SearchStrategy]:
+    """The strategies of these fields: keywords for `given` and `st.builds`."""
+    return {field: STRATEGIES[field] for field in fields}
+
+
+problems = st.builds(Problem, **STRATEGIES)

@@ -5,10 +5,10 @@
 causal & window(512) | global_tokens([0])
 >>> seen = mask.dense(1, 1, 1024, 1024)
 
-A mask is a rule, not a tensor: it holds for any length, unless a part of it lists positions. Query i stands on
-the diagonal at key i + Lk - Lq (bottom-right alignment). Every mask is said once, as a predicate over positions
-(`sees`); what makes it cheap is the second way it is said, granule by granule (`states`). `lower` turns it into
-what the kernels read: see `fastattn.masks.lists`.
+A mask is a rule, not a tensor: it applies to any length, unless a part of it lists positions. Query i stands on
+the diagonal at key i + Lk - Lq (bottom-right alignment). A mask is defined by `sees`, a predicate over positions.
+`states` answers the same question for blocks of 64 x 64 pairs (granules) at once, so that few pairs must be
+looked at one by one. `lower` turns a mask into what the kernels read: see `fastattn.masks.lists`.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def key_lengths(lengths: Tensor | Sequence[int]) -> Mask:
 
 
 def prefix(lengths: int | Tensor | Sequence[int]) -> Mask:
-    """The first keys, as `key_lengths`, or as many in every batch element.
+    """The first keys: `lengths[b]` of batch element b, or the same number in every batch element.
 
     A prefix language model, which sees its prefix in both directions, is `causal() | prefix(lengths)`.
     """
@@ -109,12 +109,12 @@ def documents(
 ) -> Mask:
     """Keys of the same document as the query's: several documents in one sequence do not see each other.
 
-    The queries are those of the last Lq tokens.
+    If there are fewer queries than keys, the queries are the last Lq tokens.
 
     Args:
         ids: which document each key is from, integers (Lk,) or (B, Lk), in any order (sorted is fastest).
-        cu_seqlens: instead of ids, where documents begin, and the end: (documents + 1,), from 0 up to Lk. It is
-            read here, which on a GPU waits for it.
+        cu_seqlens: instead of ids: the first token of each document, and the end, (documents + 1,), from 0 up to
+            Lk. Its values are read here; on a GPU that waits for the device.
     """
     if (ids is None) == (cu_seqlens is None):
         raise TypeError("documents takes either ids or cu_seqlens")
@@ -132,23 +132,23 @@ def packed_sequences(
     key_lengths: Tensor | Sequence[int] | None = None,
     align: str = "bottom-right",
 ) -> PackedSequences:
-    """Keys of the query's own sequence, where sequences lie one after another and have queries and keys of any
-    number, none included.
+    """Keys of the query's own sequence. The sequences lie one after another; each may have any number of queries
+    and of keys, also none.
 
     Args:
-        cu_seqlens_q, cu_seqlens_k: where the queries and the keys of each sequence begin, and the end:
-            (sequences + 1,), from 0 up to Lq and Lk. They are read here, which on a GPU waits for it.
+        cu_seqlens_q, cu_seqlens_k: the first query and the first key of each sequence, and the end: (sequences +
+            1,), from 0 up to Lq and Lk. Their values are read here; on a GPU that waits for the device.
         causal, window: as `attention`'s, counted from each sequence's own diagonal: its last query stands at its
             last key.
-        key_lengths: (sequences,), how many keys of each sequence there are, where its room for keys is larger (a
-            cache): the rest of the room is not seen, and the last query stands at the last of these keys.
-        align: "bottom-right", as said, or "top-left": the first query of a sequence stands at its first key.
+        key_lengths: (sequences,), how many keys of each sequence exist, if cu_seqlens_k reserves room for more (a
+            cache). The unused room is not seen, and the last query stands at the last existing key.
+        align: "bottom-right", as above, or "top-left": the first query of a sequence stands at its first key.
     """
     queries = _cu_seqlens("cu_seqlens_q", cu_seqlens_q, "sequences")
     keys = _cu_seqlens("cu_seqlens_k", cu_seqlens_k, "sequences")
     if len(queries) != len(keys):
         raise ValueError(
-            "cu_seqlens_q and cu_seqlens_k must be of as many sequences, "
+            "cu_seqlens_q and cu_seqlens_k must have the same number of sequences, "
             f"got {len(queries) - 1} and {len(keys) - 1}"
         )
     left, right = check_window(window)
@@ -159,7 +159,7 @@ def packed_sequences(
 
 
 def _without_rest(queries: Tensor, keys: Tensor, key_lengths: Tensor | Sequence[int]) -> tuple[Tensor, Tensor]:
-    """cu_seqlens in which the rest of each sequence's room is a sequence of its own, without queries."""
+    """cu_seqlens in which the unused room of each sequence becomes one more sequence, without queries."""
     lengths = _read("key_lengths", _integers("key_lengths", key_lengths, "(sequences,)", dims=(1,)))
     with outside_modes():
         room = keys.diff()
@@ -176,8 +176,8 @@ def global_tokens(positions: Tensor | Iterable[int]) -> Mask:
     """Global tokens see all keys and all queries see them (Longformer, Beltagy et al. 2020, section 3.1).
 
     Args:
-        positions: key positions (n,), integers; or flags, bool (Lk,) or (B, Lk). The queries are those of the last
-            Lq tokens.
+        positions: key positions (n,), integers; or flags, bool (Lk,) or (B, Lk). If there are fewer queries than
+            keys, the queries are the last Lq tokens.
     """
     return _global_tokens("positions", positions)
 
@@ -228,9 +228,9 @@ def bigbird(
     """BigBird's sparse attention (Zaheer et al. 2020), self-attention only.
 
     Args:
-        block: tokens a block.
-        random: random blocks a row of blocks, drawn from those it does not see anyway.
-        global_blocks: so many blocks at the beginning and at the end see all and are seen by all.
+        block: tokens in a block.
+        random: random blocks for each row of blocks, drawn from those that it does not see anyway.
+        global_blocks: this many blocks at the beginning and at the end see all keys and are seen by all queries.
         window_blocks: blocks seen around the diagonal, odd.
         seed: of the random blocks. In the style of huggingface, the layer's index.
         style: "paper", or "huggingface": exactly what `transformers`' BigBird computes, in which a key may count
@@ -276,15 +276,15 @@ def longformer(window: int, global_positions: Tensor | Iterable[int] = ()) -> Ma
 
 
 def from_function(function: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> Mask:
-    """What a predicate says.
+    """The mask that a predicate defines.
 
     Args:
-        function: given int64 tensors (batch, head, query, key) of one pair each, returns a bool tensor (), as
-            flex_attention's mask_mods do; torch.vmap asks it of many pairs at once. What torch.vmap cannot run is
-            asked with tensors that broadcast against each other. Only where its answer depends on the batch
-            element or the head is it looked at for each of them. It is evaluated on the device the mask is asked
-            for, a few megabytes at a time. Masks from equal functions are equal, so keep the function to keep its
-            lists. It decides with & | ~ and torch.where, not with Python's and, or, not, if.
+        function: called with the batch, head, query and key of one pair, int64 tensors of shape (); returns a bool
+            tensor of shape (), as flex_attention's mask_mods do. torch.vmap calls it for many pairs at once; where
+            torch.vmap fails, it is called with tensors that broadcast against each other. It is evaluated for each
+            batch element or head only if its result depends on them, on the device that the mask is lowered for, a
+            few megabytes at a time. Masks from the same function are equal: pass the same function again to use
+            its lists again. Write conditions with & | ~ and torch.where, not with Python's and, or, not, if.
 
     Raises:
         TypeError, ValueError: when it is evaluated, naming the function: it fails, or returns something else.
@@ -295,7 +295,7 @@ def from_function(function: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) 
 
 
 def from_dense(seen: Tensor) -> Mask:
-    """What a tensor says.
+    """The mask that a tensor holds.
 
     Args:
         seen: bool (Lq, Lk), (H, Lq, Lk) or (B, H, Lq, Lk), B and H possibly 1; True where a query may see a key.
@@ -319,7 +319,7 @@ def _lengths(lengths: Tensor | Sequence[int]) -> Values:
 
 
 def _integers(name: str, values: Tensor | Iterable[int] | None, shape: str, dims: tuple[int, ...]) -> Tensor:
-    """An integer tensor of so many dimensions."""
+    """`values` as an integer tensor; its number of dimensions must be in `dims`."""
     if not isinstance(values, Tensor):
         with outside_modes():
             values = arguments.integers(name, values)
@@ -330,7 +330,7 @@ def _integers(name: str, values: Tensor | Iterable[int] | None, shape: str, dims
 
 
 def _cu_seqlens(name: str, starts: Tensor | Sequence[int] | None, of: str) -> Tensor:
-    """Where each of some sequences begins, and the end, on the CPU."""
+    """The first token of each sequence, and the end, checked and on the CPU."""
     starts = _integers(name, starts, f"({of} + 1,)", dims=(1,))
     _must_be_readable(name, starts)
     with outside_modes():
@@ -341,14 +341,14 @@ def _cu_seqlens(name: str, starts: Tensor | Sequence[int] | None, of: str) -> Te
 
 
 def check_cu_seqlens(name: str, starts: Tensor | Sequence[int], tokens: int) -> None:
-    """Boundaries as `attention_varlen` takes them, of so many tokens at most."""
+    """Raise unless `starts` are boundaries of sequences with at most `tokens` tokens in all."""
     end = int(_cu_seqlens(name, starts, "sequences")[-1])
     if end > tokens:
         raise ValueError(f"{name} ends with {end}, expected at most {tokens} tokens")
 
 
 def _read(name: str, values: Tensor) -> Tensor:
-    """On the CPU, if none is negative."""
+    """The values on the CPU. Raise if one is negative."""
     _must_be_readable(name, values)
     with outside_modes():
         values = values.cpu()
@@ -359,7 +359,9 @@ def _read(name: str, values: Tensor) -> Tensor:
 
 def _must_be_readable(name: str, values: Tensor) -> None:
     if not lasts(values) or values.is_meta:
-        raise ValueError(f"{name} holds no values to read (fake, meta, or of a transform of torch.func)")
+        raise ValueError(
+            f"{name} must have values that can be read, got a tensor that is fake, meta or in a torch.func transform"
+        )
 
 
 def _shortened(values: Tensor) -> str:

@@ -1,4 +1,4 @@
-"""The algebra: what every mask can do, and & | ~."""
+"""The base class of all masks, and the operators & | ~."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from fastattn.masks.lists import Lowered, Shape, the_device
 from fastattn.masks.lowering import FULL, PARTIAL, Positions, Slab, build_lists
 
 COMPARED_BY_VALUE = 4096  # elements; larger tensors are equal if they are the same tensor
-KEPT = 32  # lowered masks kept
+KEPT = 32  # how many lowered masks are cached
 
 
 class Values:
-    """A tensor in a mask. Small ones on the CPU are copied and equal by value; others are equal if they are the
-    same tensor, unchanged."""
+    """A tensor in a mask, hashable. Small tensors on the CPU are copied and compared by value. Others are equal if
+    they are the same tensor and have not been changed in place."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.lasts = lasts(tensor)
         self.tensor, self._value = tensor, None
         small = self.lasts and tensor.device.type == "cpu" and tensor.numel() <= COMPARED_BY_VALUE
-        if small or tensor.is_inference():  # an inference tensor does not count its changes
+        if small or tensor.is_inference():  # inference tensors have no version counter
             with outside_modes():
                 self.tensor = tensor.detach().clone()
                 if small:
-                    are_flags = tensor.dtype == torch.bool  # True equals 1, but says something else
+                    are_flags = tensor.dtype == torch.bool  # in Python True == 1, but flags are no positions
                     self._value = are_flags, tuple(tensor.shape), tuple(self.tensor.flatten().tolist())
         self._hash = hash(self._value)
 
@@ -58,14 +58,14 @@ class Values:
 
 
 class ClosedForm(NamedTuple):
-    """A window around the diagonal, within the mask's `key_ends`."""
+    """A mask that is a window around the diagonal, cut off at the mask's `key_ends`."""
 
     left: int | None = None
     right: int | None = None
 
 
 class Intervals(NamedTuple):
-    """From which key to before which each query sees, int64 (1 or B, Lq); nothing if the second is not larger."""
+    """Query i sees the keys from start[i] to before stop[i], none if stop is not larger; int64 (1 or B, Lq)."""
 
     start: Tensor
     stop: Tensor
@@ -79,12 +79,12 @@ class Mask:
         raise NotImplementedError
 
     def states(self, slab: Slab) -> Tensor:
-        """int8, broadcasts to (rows, columns) of the slab: EMPTY or FULL where no existing pair, or every one, is
-        seen; PARTIAL says nothing."""
+        """For each granule of the slab: EMPTY if none of its pairs is seen, FULL if all are, PARTIAL if unknown.
+        int8, broadcasts to (rows, columns) of the slab."""
         return torch.full((1, 1), PARTIAL, dtype=torch.int8, device=slab.shape.device)
 
     def counts(self, at: Positions) -> Tensor:
-        """How often the keys count in the softmax where they are seen, integers. Alike all over a FULL granule."""
+        """How often each key that is seen counts in the softmax, integers. Constant within a FULL granule."""
         return torch.ones((), dtype=torch.int64, device=at.key.device)
 
     @property
@@ -98,35 +98,35 @@ class Mask:
         return any(batch for batch, _ in each), any(head for _, head in each)
 
     def check(self, shape: Shape) -> None:
-        """The shape rule: a ValueError if the mask is not one for this shape."""
+        """Raise ValueError if the mask does not fit this shape."""
         for part in self.parts:
             part.check(shape)
 
     def closed_form(self, shape: Shape) -> ClosedForm | None:
-        """The whole mask in numbers, where that is possible."""
+        """The whole mask as a window, if it is one; else None."""
         return None
 
     def key_ends(self, device: torch.device) -> Tensor | None:
-        """Integers (1 or B,): keys from there on nobody sees, whatever is done about the others. None if the mask
-        says no such number; it may be negative, or beyond all keys."""
+        """Integers (1 or B,): no query sees a key from there on, wherever else the mask looks. They may be
+        negative or beyond the last key. None if the mask has no such limit."""
         return None
 
     def intervals(self, shape: Shape) -> Intervals | None:
-        """The keys that each query sees, where that is one interval for every query."""
+        """The keys that each query sees, if they form one interval for every query; else None."""
         return None
 
     def bounds(self, shape: Shape) -> tuple[int | None, int | None]:
-        """How far before and after the diagonal any key is seen, as far as that is known; None for no bound."""
+        """How many keys before and after the diagonal are seen at most; None where no bound is known."""
         form = self.closed_form(shape)
         return (None, None) if form is None else (form.left, form.right)
 
     def of_distance(self) -> bool:
-        """Whether nothing matters but the distance of the key from the diagonal."""
+        """Whether the mask depends on the key's distance from the diagonal and on nothing else."""
         return False
 
     @property
     def parts(self) -> tuple[Mask, ...]:
-        """The masks it is combined of."""
+        """The masks that this one combines."""
         return tuple(value for value in vars(self).values() if isinstance(value, Mask))
 
     @property
@@ -137,16 +137,17 @@ class Mask:
 
     @property
     def lasts(self) -> bool:
-        """Whether it holds no tensor that belongs to a mode of the caller: fake, traced, or of a transform."""
+        """Whether its tensors outlive the caller's mode: none is fake, traced, or in a torch.func transform."""
         return all(values.lasts for values in self.held)
 
     def lowers_on(self, device: torch.device) -> torch.device:
-        """Where its lists are built: on the CPU, unless it holds tensors of, or runs a function on, the device."""
+        """Where its lists are built: on `device` if it holds tensors or runs a function there, else on the CPU."""
         home = device if any(values.tensor.device == device for values in self.held) else torch.device("cpu")
         return next((d for d in (part.lowers_on(device) for part in self.parts) if d == device), home)
 
     def dense(self, batch: int, heads: int, queries: int, keys: int, device: torch.device | str = "cpu") -> Tensor:
-        """The mask itself, bool (1 or B, 1 or H, Lq, Lk), True where a query may see a key: the definition."""
+        """The mask as a tensor, bool (1 or B, 1 or H, Lq, Lk), True where a query may see a key: the
+        definition."""
         shape = self._shape(batch, heads, queries, keys, device)
         if 0 in shape[:4]:
             return torch.zeros(min(batch, 1), min(heads, 1), queries, keys, dtype=torch.bool, device=shape.device)
@@ -166,14 +167,14 @@ class Mask:
         *,
         closed_forms: bool = True,
     ) -> Lowered:
-        """The mask as the kernels read it; the last few are kept, by the mask's value.
+        """The mask as the kernels read it. The last few results are cached; equal masks share them.
 
-        Conjunctions of causal, window, prefix and key_lengths become numbers, and what else shows each query one
-        interval of keys that moves forward only (documents, packed sequences, a causal mask with a prefix)
-        becomes intervals, unless `closed_forms` is False; everything else becomes block lists.
+        Conjunctions of causal, window, prefix and key_lengths become numbers. Other masks that show each query one
+        interval of keys, where the intervals never move backward (documents, packed sequences, a causal mask with
+        a prefix), become intervals. All others become block lists; with `closed_forms` False all masks do.
 
         Raises:
-            ValueError: if the mask is one for another batch size, head count, length or device.
+            ValueError: the mask is for another batch size, head count, length or device.
         """
         closed_forms = flag("closed_forms", closed_forms)
         shape = self._shape(batch, heads, queries, keys, device)
@@ -181,18 +182,17 @@ class Mask:
             return self._lower_here(shape, closed_forms)
         if fake_mode() is None:
             return _lower(self, shape, closed_forms)
-        # Fake tensors have no values to look at: the lists are real, and become fake at the end.
+        # Fake tensors have no values: build real lists, and make them fake at the end.
         return _lower(self, shape._replace(device=torch.device("cpu")), closed_forms).to(shape.device)
 
     def _lower_here(self, shape: Shape, closed_forms: bool) -> Lowered:
-        """In the caller's mode, of tensors of it: what needs no look at their values."""
+        """Lower a mask with tensors of the caller's mode, which fails if their values must be read."""
         try:
             return _lower(self, shape, closed_forms)
         except (RuntimeError, NotImplementedError) as problem:
             raise ValueError(
-                f"{self!r} holds a tensor without values to read (fake, on the meta device, or of a transform of "
-                "torch.func); "
-                "lower it outside, where it has them"
+                f"{self!r} holds a tensor whose values cannot be read (it is fake, meta or in a torch.func "
+                "transform); lower the mask outside of that mode"
             ) from problem
 
     @reading
@@ -216,7 +216,7 @@ class Mask:
         backward: bool = False,
         device: torch.device | str = "cpu",
     ) -> int:
-        """Multiplications and additions of the products over the seen pairs: two in the forward, five backward."""
+        """Multiplications and additions of the matrix products over the seen pairs: 2 forward, 5 backward."""
         value_dim = head_dim if value_dim is None else value_dim
         widths = 3 * head_dim + 2 * value_dim if backward else head_dim + value_dim
         return 2 * self.lower(batch, heads, queries, keys, device).visible * widths
@@ -235,8 +235,8 @@ class Mask:
     ) -> str:
         """A block picture in text, of batch element and head `at`: full, partial and empty granules, density.
 
-        Granules are drawn as `width` columns at most: where several share a character, it is full or empty only if
-        all of them are.
+        The picture is at most `width` characters wide. Where several granules share a character, it is full or
+        empty only if all of them are.
         """
         keys = queries if keys is None else keys
         lowered = self.lower(batch, heads, queries, keys, device, closed_forms=False)
@@ -291,7 +291,7 @@ class Mask:
 @kept(KEPT)
 def _lower(mask: Mask, shape: Shape, closed_forms: bool) -> Lowered:
     if 0 in shape[:4]:
-        # There is no pair to be hidden.
+        # There are no pairs.
         nothing = shape._replace(device=torch.device("cpu"))
         lists = None if closed_forms else build_lists(_Nothing(), nothing)
         return Lowered(nothing, lists=lists).to(shape.device)
@@ -309,8 +309,8 @@ def _lower(mask: Mask, shape: Shape, closed_forms: bool) -> Lowered:
 
 
 def _both_ways(intervals: Intervals, shape: Shape) -> Tensor | None:
-    """Intervals of keys for the queries, then of queries for the keys, int32 (1 or B, 2, Lq + Lk). None if the
-    queries that see a key may have others between them: if the intervals move backward anywhere."""
+    """The interval of keys for each query, then of queries for each key: int32 (1 or B, 2, Lq + Lk). None if the
+    intervals move backward anywhere: then the queries that see a key may not form one interval."""
     start = intervals.start.clamp(0, shape.keys)
     stop = torch.maximum(intervals.stop.clamp(0, shape.keys), start)
     start, stop = torch.broadcast_tensors(start, stop)
@@ -324,7 +324,7 @@ def _both_ways(intervals: Intervals, shape: Shape) -> Tensor | None:
 
 
 def _key_lengths(mask: Mask, shape: Shape) -> Tensor | None:
-    """From which key on nobody sees any, for each batch element, int32 (B,)."""
+    """The key from which on no query sees any, for each batch element: int32 (B,)."""
     ends = mask.key_ends(shape.device)
     return None if ends is None else ends.clamp(0, shape.keys).to(torch.int32).expand(shape.batch).contiguous()
 
@@ -350,7 +350,7 @@ class _Pair(Mask):
 
 @dataclass(frozen=True, repr=False)
 class And(_Pair):
-    """Both see it. A key's multiplicities multiply."""
+    """Keys that both masks show. How often a key counts is multiplied."""
 
     def sees(self, at: Positions) -> Tensor:
         return self.first.sees(at) & self.second.sees(at)
@@ -393,7 +393,7 @@ class And(_Pair):
 
 @dataclass(frozen=True, repr=False)
 class Or(_Pair):
-    """Either sees it."""
+    """Keys that either mask shows."""
 
     def __post_init__(self) -> None:
         _refuse_repeats("|", self.first, self.second)
@@ -409,7 +409,7 @@ class Or(_Pair):
         return None if first is None or second is None else torch.maximum(first, second)
 
     def intervals(self, shape: Shape) -> Intervals | None:
-        """Where each query's two intervals touch, or one is empty, they are one."""
+        """The union of each query's two intervals, which must touch, unless one of them is empty."""
         first, second = self.first.intervals(shape), self.second.intervals(shape)
         if first is None or second is None:
             return None

@@ -1,4 +1,4 @@
-"""Masks made of square blocks of tokens: a grid's, and BigBird's."""
+"""Masks made of square blocks of tokens: any grid of blocks, and BigBird."""
 
 from __future__ import annotations
 
@@ -43,14 +43,15 @@ class _Cells(Mask):
         hits, area = _box_sums(cells > 0, *box), (bottom - top + 1) * (right - left + 1)
         states = state(some=hits > 0, all=hits == area)
         if self.repeats:
-            # Several blocks in a granule may count differently: only if all count once is that known here.
+            # The blocks of a granule may count differently. It is FULL only if it has one block, or all count
+            # once.
             same = (area == 1) | (_box_sums(cells, *box) == area)
             states = torch.where(same, states, states.clamp(max=PARTIAL))
         return states
 
 
 def _box_sums(cells: Tensor, top: Tensor, bottom: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """Sums over the boxes rows top to before bottom (r,) x columns left to before right (c,): (r, c)."""
+    """Sums of cells over boxes (r, c): rows top[r] to before bottom[r], columns left[c] to before right[c]."""
     along = F.pad(cells.cumsum(1, dtype=torch.int32), (1, 0))
     down = F.pad((along[:, right] - along[:, left]).cumsum(0, dtype=torch.int32), (0, 0, 1, 0))
     return down[bottom] - down[top]
@@ -58,7 +59,7 @@ def _box_sums(cells: Tensor, top: Tensor, bottom: Tensor, left: Tensor, right: T
 
 @dataclass(frozen=True, repr=False)
 class Blocks(_Cells):
-    """Blocks of `block` tokens as a grid says, (R, C), (H, R, C) or (B, H, R, C), B and H possibly 1."""
+    """Blocks of `block` tokens by a grid (R, C), (H, R, C) or (B, H, R, C), B and H possibly 1."""
 
     grid: Values
     block: int
@@ -117,7 +118,9 @@ class BigBird(_Cells):
 
     def check(self, shape: Shape) -> None:
         if shape.queries != shape.keys:
-            raise ValueError(f"bigbird is self-attention, got {shape.queries} queries and {shape.keys} keys")
+            raise ValueError(
+                f"bigbird must have as many keys as queries, got {shape.queries} queries and {shape.keys} keys"
+            )
 
     def __repr__(self) -> str:
         usual = {"global_blocks": 1, "window_blocks": 3, "seed": 0, "per_head": False}
@@ -141,7 +144,7 @@ class HuggingFaceBigBird(_Cells):
 
     def cells(self, shape: Shape, batch: Index, head: Index, row: Tensor, column: Tensor) -> Tensor:
         count = shape.keys // self.block
-        if count <= 5 + 2 * self.random:  # such models switch to full attention
+        if count <= 5 + 2 * self.random:  # `transformers` uses full attention for so few blocks
             return torch.ones_like(row + column)
         drawn = random_blocks.huggingface_blocks(
             count, self.block, shape.heads, self.random, self.seed if self.training else None, self.max_positions
@@ -157,8 +160,8 @@ class HuggingFaceBigBird(_Cells):
     def check(self, shape: Shape) -> None:
         if shape.queries != shape.keys or shape.keys % self.block:
             raise ValueError(
-                f"bigbird in the style of huggingface is self-attention over a multiple of {self.block} tokens, "
-                f"got {shape.queries} queries and {shape.keys} keys"
+                "bigbird in the style of huggingface must have as many keys as queries, a multiple of "
+                f"{self.block}; got {shape.queries} queries and {shape.keys} keys"
             )
 
     def __repr__(self) -> str:

@@ -1,4 +1,4 @@
-"""The kinds of masks: each is a predicate over positions, and the same said granule by granule."""
+"""The kinds of masks: each is a predicate over positions, and answers for whole granules at once."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Window(Mask):
 
     def closed_form(self, shape: Shape) -> ClosedForm | None:
         left, right = self._bounds(shape)
-        # Kernels count a window's sides from the diagonal that ends at the last key, on both sides of it.
+        # Kernels count the sides from the bottom-right diagonal, and neither may be negative.
         return None if min(left or 0, right or 0) < 0 else ClosedForm(left, right)
 
     def intervals(self, shape: Shape) -> Intervals:
@@ -60,7 +60,7 @@ class Window(Mask):
         return True
 
     def _bounds(self, shape: Shape) -> tuple[int | None, int | None]:
-        """The sides as counted from the diagonal that ends at the last key; negative if they lie beyond it."""
+        """The sides, counted from the bottom-right diagonal; negative if the window ends before reaching it."""
         left, right = self.left, self.right
         if self.top_left:
             left = None if left is None else left + shape.offset
@@ -114,7 +114,7 @@ class Lengths(Mask):
 
 @dataclass(frozen=True, repr=False)
 class Documents(Mask):
-    """Keys of the query's own document. `boundaries` says whether `values` are cu_seqlens rather than ids."""
+    """Keys of the query's own document. `values` are cu_seqlens if `boundaries`, else ids."""
 
     values: Values
     boundaries: bool
@@ -133,7 +133,7 @@ class Documents(Mask):
         return state(some=(own_low <= high) & (low <= own_high), all=(own_low == high) & (low == own_high))
 
     def intervals(self, shape: Shape) -> Intervals | None:
-        """None if the tokens of a document do not lie together."""
+        """None if the tokens of some document are not contiguous."""
         ids = _document_ids(self.values, self.boundaries).to(shape.device)
         begins = F.pad(ids.diff() != 0, (1, 0), value=True)
         if not self.boundaries and not torch.equal(begins.sum(1), (ids.sort()[0].diff() != 0).sum(1) + 1):
@@ -230,7 +230,7 @@ class PackedSequences(Mask):
 
 @kept(8)
 def _intervals(packed: PackedSequences) -> tuple[Tensor, Tensor]:
-    """From the first key that each query sees to the one after the last; no further if it sees none."""
+    """The first key that each query sees, and the one after the last; not larger if it sees none."""
     starts, ends = packed.keys.tensor[:-1].long(), packed.keys.tensor[1:].long()
     sequence = torch.repeat_interleave(packed.queries.tensor.diff())
     # The last query of a sequence stands at its last key; aligned top-left, its first one at its first key.
@@ -248,7 +248,8 @@ def _intervals(packed: PackedSequences) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True, repr=False)
 class GlobalTokens(Mask):
-    """Pairs of which either is a global token. `values` are positions (n,), or flags (N,) or (B, N)."""
+    """Pairs of which the query or the key is a global token. `values` are positions (n,), or flags (N,) or (B,
+    N)."""
 
     values: Values
 
@@ -353,7 +354,7 @@ class Dense(Mask):
 
 @dataclass(frozen=True, repr=False)
 class Function(Mask):
-    """What a function says."""
+    """The mask that a function defines."""
 
     function: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -372,8 +373,8 @@ class Function(Mask):
         return seen
 
     def _of_each(self, pairs: Sequence[Tensor], whole: torch.Size) -> Tensor:
-        """What the function says of each pair, by itself: by torch.vmap, as flex_attention asks its mask_mods."""
-        function, long = self._asked, [d for d, size in enumerate(whole) if size > 1]
+        """Call the function for each pair by torch.vmap, as flex_attention calls its mask_mods."""
+        function, long = self._checked, [d for d, size in enumerate(whole) if size > 1]
         for d in reversed(long):
             function = torch.vmap(function, in_dims=tuple(0 if t.shape[d] > 1 else None for t in pairs))
         seen = function(*(t.reshape([size for size in t.shape if size > 1]) for t in pairs))
@@ -384,18 +385,19 @@ class Function(Mask):
         return seen.reshape(whole)
 
     def _of_all(self, pairs: Sequence[Tensor], whole: torch.Size, problem: Exception) -> Tensor:
-        """What the function says of all pairs at once, if there is something that vmap cannot do, but not Python's
-        decisions on a tensor: of all pairs, they are others than of each."""
+        """Call the function once for all pairs, because torch.vmap failed with `problem`. Raise instead if Python
+        decided by a tensor's value: one decision for all pairs would be wrong for some of them."""
         failure = ValueError(f"{self!r} {_failure(problem)}")
         if any(words in str(problem) for words in _DECISIONS):
             raise failure from problem
         try:
-            seen = self._asked(*pairs)
+            seen = self._checked(*pairs)
             return seen.expand(whole)
         except Exception:
             raise failure from problem
 
-    def _asked(self, *pair: Tensor) -> Tensor:
+    def _checked(self, *pair: Tensor) -> Tensor:
+        """Call the function, and raise unless it returns a bool tensor."""
         seen = self.function(*pair)
         if not isinstance(seen, Tensor) or seen.dtype != torch.bool:
             got = seen.dtype if isinstance(seen, Tensor) else type(seen).__name__
@@ -413,24 +415,24 @@ class Function(Mask):
 
         def asked(index: Tensor) -> Tensor:
             nonlocal depends
-            seen = self._asked(*(index if i == which else zero for i in range(4)))
+            seen = self._checked(*(index if i == which else zero for i in range(4)))
             depends = torch._C._functorch.is_batchedtensor(seen)
             return seen
 
-        # What vmap cannot do may depend on it. What is wrong with the function, `sees` tells.
+        # If vmap fails, assume that the function depends on the index. `sees` raises what is wrong with it.
         with suppress(Exception):
             torch.vmap(asked)(torch.arange(size, device=shape.device))
         return depends and size > 1
 
     def lowers_on(self, device: torch.device) -> torch.device:
-        # Tensors on the meta device have no values to read.
+        # Tensors on the meta device have no values.
         return torch.device("cpu") if device.type == "meta" else device
 
     def __repr__(self) -> str:
         return f"from_function({getattr(self.function, '__qualname__', repr(self.function))})"
 
 
-# How torch says that Python decides by a tensor's value.
+# Parts of torch's errors when Python decides by a tensor's value.
 _DECISIONS = ("control flow", ".item()", "Boolean value of Tensor")
 
 
@@ -449,12 +451,12 @@ def _failure(problem: Exception) -> str:
 
 
 def state(*, some: Tensor, all: Tensor) -> Tensor:
-    """FULL where all pairs are seen, PARTIAL where some may be."""
+    """FULL where all pairs are seen, PARTIAL where some may be, else EMPTY."""
     return some.to(torch.int8) + (some & all).to(torch.int8)
 
 
 def pick(size: int, index: int | Tensor) -> int | Tensor:
-    """The index into a dimension that may be 1 for all."""
+    """The index into a dimension of this size; 0 if the size is 1 and serves all."""
     return 0 if size == 1 else index
 
 
@@ -468,7 +470,7 @@ def _of_batch(values: Tensor, batch: int | Tensor) -> Tensor:
 
 
 def _ranges(values: Tensor) -> tuple[Tensor, Tensor]:
-    """The least and the greatest of each granule of the last dimension."""
+    """The minimum and the maximum of each granule along the last dimension."""
     missing = -values.shape[-1] % GRANULE
     if missing:
         values = torch.cat([values, values[..., -1:].expand(*values.shape[:-1], missing)], -1)

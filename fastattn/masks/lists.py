@@ -1,8 +1,8 @@
 """Masks as the kernels read them: lists of 64 x 64 granules by row and by column, and bit tiles.
 
-The score matrix is cut into granules. A granule nobody sees in is in no list; a full one (all of its 4096 pairs
-exist and are seen) costs the kernel no mask work; a partial one points to a bit tile of 64 words of 64 bits. Equal
-tiles, and equal lists of different heads or batch elements, are stored once.
+The score matrix is cut into granules. An empty granule, in which no pair is seen, is in no list. A full granule
+(all of its 4096 pairs exist and are seen) is computed without a mask. A partial granule points to a bit tile of 64
+words of 64 bits. Equal tiles, and equal lists of different heads or batch elements, are stored once.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PAIRS = GRANULE * GRANULE
 
 
 class Shape(NamedTuple):
-    """What a mask is asked for: B, H, Lq, Lk and where the answer shall be."""
+    """What a mask is lowered for: B, H, Lq, Lk, and the device of the result."""
 
     batch: int
     heads: int
@@ -64,9 +64,10 @@ class BlockLists(NamedTuple):
     bit_tiles: int64 (T, 64), all different; bit j of word i says whether query i of the granule sees its key j.
         Bits of queries and keys that do not exist are 0.
     pattern: int32 (B or 1, H or 1), the pattern of each batch element and head.
-    row_items, column_items: int32 (I, 4), what programs do, see `shared_out`: row (or column), share, of how many,
-        and the slot for what the share gives, -1 if it is the whole.
-    row_merges, column_merges: int32 (M, 3), the rows (or columns) that are shared: which, first slot, shares.
+    row_items, column_items: int32 (I, 4), the work of each program, see `shared_out`: the row (or column), which
+        split of it, of how many, and the slot for the split's result, -1 if the row is not split.
+    row_merges, column_merges: int32 (M, 3), the rows (or columns) that are split: which, first slot, how many
+        splits.
     """
 
     full_offsets: Tensor
@@ -99,7 +100,7 @@ class BlockLists(NamedTuple):
 
 
 class RowLists(NamedTuple):
-    """The part of BlockLists that is by row, with bit tiles of which some may be equal."""
+    """The lists by row. Some of the bit tiles may be equal."""
 
     full_offsets: Tensor
     full_columns: Tensor
@@ -117,9 +118,9 @@ def by_row(lists: BlockLists) -> RowLists:
 
 
 def rows_of_intervals(intervals: Tensor, queries: int) -> RowLists:
-    """The lists that intervals (B, 2, Lq + Lk), as `Lowered` has them, amount to: a pattern a batch element."""
+    """Intervals (B, 2, Lq + Lk), as in `Lowered`, as lists: one pattern for each batch element."""
     batch, rows, device = intervals.shape[0], -(-queries // GRANULE), intervals.device
-    # Queries that do not exist see nothing, and begin nowhere.
+    # Queries beyond the last one see nothing: they are padded with an interval that lowers no minimum.
     start, stop = (
         F.pad(t, (0, -queries % GRANULE), value=nowhere).view(batch * rows, GRANULE)
         for t, nowhere in zip(intervals[:, :, :queries].long().unbind(1), (2**31, 0), strict=True)
@@ -129,7 +130,7 @@ def rows_of_intervals(intervals: Tensor, queries: int) -> RowLists:
     row = torch.repeat_interleave(size)
     column = torch.arange(len(row), device=device) - (size.cumsum(0) - size - begin)[row]
     first = column[:, None] * GRANULE
-    # From which to before which of a granule's keys each query sees.
+    # In its granule, each query sees the keys from low to before high.
     low, high = (start[row] - first).clamp(0, GRANULE), (stop[row] - first).clamp(0, GRANULE)
     is_full = (low == 0).all(1) & (high == GRANULE).all(1)
     words = _below(high[~is_full]) & ~_below(low[~is_full])
@@ -141,14 +142,14 @@ def rows_of_intervals(intervals: Tensor, queries: int) -> RowLists:
 
 
 def _below(count: Tensor) -> Tensor:
-    """Words of which so many lowest bits, up to 64, are set."""
+    """64-bit words whose lowest `count` bits are set."""
     return torch.where(count == GRANULE, -1, (1 << count.clamp(max=GRANULE - 1)) - 1)
 
 
 def packed(lists: BlockLists) -> tuple[Tensor, tuple[int, ...]]:
-    """The lists as one 1-D int64 tensor, and the numbers that tell how to take it apart: what operators are given.
+    """The lists in one 1-D int64 tensor, and the sizes that `unpacked` needs: the form that operators take.
 
-    Every list begins on 16 bytes, so that no two masks differ in how their kernels may load them.
+    Every list begins at a multiple of 16 bytes. Triton compiles a kernel anew for pointers of another alignment.
     """
     layout = (
         lists.full_offsets.shape[0], lists.full_offsets.shape[1] - 1, lists.column_full_offsets.shape[1] - 1,
@@ -164,18 +165,18 @@ def packed(lists: BlockLists) -> tuple[Tensor, tuple[int, ...]]:
 
 
 def unpacked(words: Tensor, layout: tuple[int, ...]) -> BlockLists:
-    """The lists again, as views of what `packed` gave."""
+    """The lists, as views of the tensor that `packed` made."""
     patterns, rows, columns, full, partial, tiles, batches, heads, counted, *shared = layout
     rest = words[tiles * GRANULE :].view(torch.int32)
-    place = 0
+    position = 0
 
     def take(*shape: int, there: bool = True, dtype: torch.dtype = torch.int32) -> Tensor | None:
-        nonlocal place
+        nonlocal position
         if not there:
             return None
         size = math.prod(shape)
-        t = rest[place : place + size].view(dtype).view(shape)
-        place += size + -size % 4
+        t = rest[position : position + size].view(dtype).view(shape)
+        position += size + -size % 4
         return t
 
     def half(length: int) -> tuple[Tensor | None, ...]:
@@ -191,7 +192,7 @@ def unpacked(words: Tensor, layout: tuple[int, ...]) -> BlockLists:
 
 
 def log_counts(lists: BlockLists, rows: range, columns: range) -> Tensor:
-    """How often each pair of some rows and columns of granules counts, as a logarithm: fp32 (P, 64 rows,
+    """The logarithm of how often each pair counts, for some rows and columns of granules: fp32 (P, 64 rows,
     64 columns), -inf for pairs that are not seen."""
     patterns, device = lists.full_offsets.shape[0], lists.pattern.device
     counts = torch.zeros(patterns, len(rows), len(columns), GRANULE, GRANULE, device=device, dtype=torch.float32)
@@ -206,16 +207,16 @@ def log_counts(lists: BlockLists, rows: range, columns: range) -> Tensor:
         entries = firsts[own] + within
         here = (others[entries] >= columns.start) & (others[entries] < columns.stop)
         entries, own = entries[here], own[here]
-        place = (own // len(rows), own % len(rows), others[entries].long() - columns.start)
+        cell = (own // len(rows), own % len(rows), others[entries].long() - columns.start)
         one = torch.ones((), device=device, dtype=torch.float32)
         times = one if logs is None else logs[entries].exp().round()[:, None, None]
         seen = one if tiles is None else unpack(lists.bit_tiles[tiles[entries].long()])
-        counts.index_put_(place, (seen * times).expand(len(own), GRANULE, GRANULE), accumulate=True)
+        counts.index_put_(cell, (seen * times).expand(len(own), GRANULE, GRANULE), accumulate=True)
     return counts.log().transpose(2, 3).reshape(patterns, len(rows) * GRANULE, len(columns) * GRANULE)
 
 
 def columns_seen(lists: BlockLists, rows: range) -> list[int]:
-    """The columns of granules that any of these rows has an entry in, ascending."""
+    """The columns of granules in which any of these rows has an entry, ascending."""
     found = []
     for offsets, others in (
         (lists.full_offsets, lists.full_columns),
@@ -227,9 +228,10 @@ def columns_seen(lists: BlockLists, rows: range) -> list[int]:
 
 
 def of_heads(lists: BlockLists | RowLists, values: Tensor, batch: int, heads: int) -> Tensor:
-    """What belongs to each pattern (P, ...), for each batch entry and head: (batch or 1, heads or 1, ...).
+    """Values of each pattern (P, ...), gathered for each batch entry and head: (batch or 1, heads or 1, ...).
 
-    A batch that is a multiple of the mask's repeats it: torch.func.vmap puts samples beside one another.
+    If the batch is a multiple of the mask's, the mask is repeated: torch.func.vmap joins its samples into one
+    batch.
     """
     pattern = lists.pattern.long()
     if pattern.shape[0] not in (1, batch):
@@ -244,11 +246,11 @@ class Lowered:
     left, right: how many keys before and after the diagonal are seen; None for all. Causal is right = 0.
     key_lengths: int32 (B,), between 0 and Lk; keys from there on are not seen, and not read.
     intervals: int32 (1 or B, 2, Lq + Lk); query i sees the keys from intervals[:, 0, i] to before [:, 1, i], and
-        key j is seen by the queries from [:, 0, Lq + j] to before [:, 1, Lq + j]. If not None, the whole mask, but
-        for what lies behind the key lengths.
+        key j is seen by the queries from [:, 0, Lq + j] to before [:, 1, Lq + j]. If not None, they are the whole
+        mask, except that keys from key_lengths on are hidden, too.
     lists: if not None, they are the whole mask, key lengths included.
-    bounds: how far before and after the diagonal intervals and lists reach, as far as that is known.
-    packed: the lists as operators take them.
+    bounds: how many keys before and after the diagonal intervals and lists show at most; None where not known.
+    packed: the lists in the form that operators take.
     """
 
     shape: Shape
@@ -261,11 +263,12 @@ class Lowered:
     packed: tuple[Tensor, tuple[int, ...]] | None = field(init=False, repr=False, default=None)
 
     def __post_init__(self) -> None:
-        # Once, and here: made at a later call it would belong to whatever mode that call is in.
+        # Packed now, not when first needed: a tensor made then would belong to the mode (fake, traced) of that
+        # call.
         object.__setattr__(self, "packed", None if self.lists is None else packed(self.lists))
 
     def to(self, device: torch.device | str) -> Lowered:
-        """The same mask on another device; itself if it is there already. A FakeTensorMode gets fake tensors."""
+        """The same mask on another device; itself if it is there already. Fake tensors within a FakeTensorMode."""
         device, mode = the_device(device), fake_mode()
         if device == self.shape.device and mode is None:
             return self
@@ -283,7 +286,7 @@ class Lowered:
             )
 
     def check(self, batch: int, heads: int, queries: int, keys: int, device: torch.device | str) -> None:
-        """A ValueError if this is the mask of another batch, head count, length or device."""
+        """Raise ValueError if the mask was lowered for another batch size, head count, length or device."""
         wanted = Shape(batch, heads, queries, keys, the_device(device))
         if wanted != self.shape:
             raise ValueError(f"mask was lowered for {self.shape}, expected one for {wanted}")
@@ -295,7 +298,7 @@ class Lowered:
 
     @property
     def is_window(self) -> bool:
-        """Whether it is but a window and key lengths."""
+        """Whether the mask is only a window and key lengths."""
         return self.lists is None and self.intervals is None
 
     @property
@@ -332,14 +335,14 @@ class Lowered:
 
     @property
     def _uses(self) -> list[int]:
-        """How many (batch element, head) pairs have each pattern."""
+        """How many (batch element, head) pairs use each pattern."""
         assert self.lists is not None
         pattern = self.lists.pattern.expand(self.shape.batch, self.shape.heads).flatten()
         return torch.bincount(pattern, minlength=self.lists.full_offsets.shape[0]).tolist()
 
     @property
     def _entries(self) -> tuple[list[int], list[list[int]]]:
-        """For each pattern the number of full entries, and where the partial ones begin and end."""
+        """For each pattern the number of full entries, and where its partial entries begin and end."""
         assert self.lists is not None
         full, partial = self.lists.full_offsets, self.lists.partial_offsets
         return (full[:, -1] - full[:, 0]).tolist(), partial[:, [0, -1]].tolist()
@@ -351,10 +354,10 @@ class Lowered:
         return self.shape.heads * (1 if differ else self.shape.batch)
 
     def _interval(self, step: int) -> tuple[Tensor, Tensor]:
-        """The keys that each `step` queries see, from start to before stop: (1 or B, Lq / step)."""
+        """The keys that each group of `step` queries sees, from start to before stop: (1 or B, Lq / step)."""
         if self.intervals is not None:
             starts, stops = self.intervals[:, :, : self.shape.queries].long().unbind(1)
-            # Queries that see nothing ask for no keys.
+            # A query that sees nothing must not widen the interval of its group.
             starts = starts.masked_fill(starts >= stops, self.shape.keys)
             return -pooled(-starts, step), pooled(stops.masked_fill(starts >= stops, 0), step)
         low = torch.arange(0, self.shape.queries, step, device=self.shape.device)[None]
@@ -368,7 +371,7 @@ class Lowered:
 
 
 def pooled(values: Tensor, step: int) -> Tensor:
-    """The greatest of each `step` in the last dimension; the last ones may be fewer."""
+    """The maximum of each `step` elements of the last dimension; the last group may be smaller."""
     missing = -values.shape[-1] % step
     if missing:
         values = torch.cat([values, values[..., -1:].expand(*values.shape[:-1], missing)], -1)
@@ -376,18 +379,18 @@ def pooled(values: Tensor, step: int) -> Tensor:
 
 
 def the_device(device: torch.device | str) -> torch.device:
-    """With its index, as tensors name it."""
+    """The device with its index, as tensors name it: "cuda:0" for "cuda"."""
     return torch.empty(0, device=arguments.device("device", device)).device
 
 
 def decode(
     lists: BlockLists, batch: int, heads: int, queries: int, keys: int, *, by: str = "rows"
 ) -> tuple[Tensor, Tensor]:
-    """What the lists say, densely, read by "rows" or by "columns": the definition of the format.
+    """The lists as dense tensors, read by "rows" or by "columns": the definition of the format.
 
     Returns:
         Which pairs are seen, bool (B, H, Lq, Lk), and the logarithm of how often each counts, fp32 (B, H, Lq, Lk):
-        -inf for pairs that are not seen, so that it is the bias that the mask amounts to.
+        -inf for pairs that are not seen. Added to the scores, it is the mask.
     """
     if by == "rows":
         full = lists.full_offsets, lists.full_columns, None, lists.full_counts
@@ -410,29 +413,30 @@ def decode(
             sizes = offsets[p].diff().long()
             own = torch.repeat_interleave(torch.arange(len(sizes), device=sizes.device), sizes)
             entries = slice(int(offsets[p, 0]), int(offsets[p, -1]))
-            place = (own, others[entries].long()) if by == "rows" else (others[entries].long(), own)
+            cell = (own, others[entries].long()) if by == "rows" else (others[entries].long(), own)
             seen = (
-                torch.ones_like(counts[p][place])
+                torch.ones_like(counts[p][cell])
                 if tiles is None
                 else unpack(lists.bit_tiles[tiles[entries].long()])
             )
             times = 1.0 if logs is None else logs[entries].exp().round()[:, None, None]
-            # A bool times a Python number has torch's default dtype, whatever that is.
-            counts[p].index_put_(place, (seen * times).to(counts.dtype), accumulate=True)
+            # A bool times a Python number has torch's default dtype, which a user may have changed.
+            counts[p].index_put_(cell, (seen * times).to(counts.dtype), accumulate=True)
     counts = counts.transpose(2, 3).reshape(patterns, rows * GRANULE, columns * GRANULE)[:, :queries, :keys]
     counts = of_heads(lists, counts, batch, heads).expand(batch, heads, queries, keys)
     return counts > 0, counts.log()
 
 
-LEAST_SHARED = 8  # granules; a shorter list is one program's
+LEAST_SHARED = 8  # granules; a shorter list is not split
 
 
 def shared_out(full_offsets: Tensor, partial_offsets: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows (or columns) of granules as items for programs, the heaviest first: those with more than twice as many
-    entries as there are on average, such as a global token's, are cut into shares.
+    """Rows (or columns) of granules as items of work for programs, the longest first. A row with more than twice
+    the average number of entries, such as a global token's, is split among several programs.
 
-    All patterns and heads have the same items: a row is cut by the longest of its lists, and each list into equal
-    shares, entry `size * share // shares` to before `size * (share + 1) // shares`.
+    All patterns and heads have the same items: the longest list of a row decides into how many splits it is cut.
+    Split `share` of `shares` has the entries from `size * share // shares` to before `size * (share + 1) //
+    shares`.
 
     Returns:
         items (I, 4) and merges (M, 3), int32, as BlockLists has them.
@@ -454,7 +458,7 @@ def shared_out(full_offsets: Tensor, partial_offsets: Tensor) -> tuple[Tensor, T
 
 
 def list_offsets(lists: Tensor, patterns: int, length: int) -> Tensor:
-    """Where each of patterns x length lists begins and ends, given which list each entry is in."""
+    """Where each of patterns x length lists begins and ends. `lists` says in which list each entry is."""
     sizes = torch.bincount(lists, minlength=patterns * length)
     ends = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
     starts = torch.arange(patterns, device=lists.device)[:, None] * length

@@ -1,7 +1,7 @@
-"""From a mask to its lists, slab by slab.
+"""Builds the lists of a mask, slab by slab.
 
-For a few rows of granules at a time a mask first says of each granule whether it is empty, full or undecided, and
-only the undecided ones are looked at pair by pair. So memory stays in O(N), beside the lists.
+A slab is a few rows of granules. The mask first says which of its granules are empty, full or undecided; only the
+undecided ones are evaluated pair by pair. So memory is O(N), not counting the lists.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from fastattn.masks.lists import GRANULE, BlockLists, Shape, list_offsets, pack,
 
 EMPTY, PARTIAL, FULL = 0, 1, 2  # & is the minimum, | the maximum, ~ the reflection; PARTIAL means undecided
 
-SLAB = 2**18  # granules classified at once: 256 KiB a byte
-LOOK = 256  # granules looked at pair by pair at once: 1 MiB a byte
+SLAB = 2**18  # granules classified at once: 256 KiB for each byte per granule
+LOOK = 256  # granules evaluated pair by pair at once: 1 MiB for each byte per pair
 
 
 class Positions(NamedTuple):
-    """Pairs to be judged: int64 tensors that broadcast against each other."""
+    """Pairs of a query and a key to evaluate: int64 tensors that broadcast against each other."""
 
     shape: Shape
     batch: Tensor
@@ -58,7 +58,7 @@ class Slab(NamedTuple):
 
 
 class Lowerable(Protocol):
-    """What lowering asks of a mask; `fastattn.masks.Mask` says each at its definition."""
+    """What lowering uses of a mask; documented in `fastattn.masks.Mask`."""
 
     @property
     def repeats(self) -> bool: ...
@@ -70,7 +70,7 @@ class Lowerable(Protocol):
 
 
 class _Entries(NamedTuple):
-    """Granules of one kind, by rows: `cells` are p * R * C + row * C + column; tiles point into a common list."""
+    """Granules of one kind, by rows. `cells` are p * R * C + row * C + column, `tiles` numbers of bit tiles."""
 
     cells: Tensor
     tiles: Tensor
@@ -127,7 +127,7 @@ def _granules(mask: Lowerable, shape: Shape, batch: int, head: int, tiles: _Tile
         cells = (states == FULL).nonzero()[:, 0] + first * shape.columns
         full.add(cells, cells, _counts_of_full(mask, slab, cells))
         undecided = (states == PARTIAL).nonzero()[:, 0] + first * shape.columns
-        for cells, words, which, counts in _looked_at(mask, slab, undecided):
+        for cells, words, which, counts in _evaluated(mask, slab, undecided):
             is_full = (words == -1).all(1)
             is_partial = (words != 0).any(1) & ~is_full
             number = torch.zeros_like(words[:, 0]).masked_scatter_(is_partial, tiles.add(words[is_partial]))
@@ -138,7 +138,7 @@ def _granules(mask: Lowerable, shape: Shape, batch: int, head: int, tiles: _Tile
 
 
 def _whole(states: Tensor, slab: Slab) -> Tensor:
-    """For every granule of the slab; those with queries or keys that do not exist are not full."""
+    """The states of all granules of the slab. One that reaches beyond the last query or key is not full."""
     shape = slab.shape
     states = states.expand(slab.stop - slab.first, shape.columns).contiguous()
     if shape.keys % GRANULE:
@@ -149,7 +149,7 @@ def _whole(states: Tensor, slab: Slab) -> Tensor:
 
 
 def _existing(words: Tensor, cells: Tensor, shape: Shape) -> Tensor:
-    """Without the bits of queries and keys that do not exist."""
+    """Bit tiles without the bits of queries and keys that do not exist."""
     if shape.queries % GRANULE == 0 and shape.keys % GRANULE == 0:
         return words
     rows, columns = cells // shape.columns, cells % shape.columns
@@ -167,11 +167,12 @@ def _counts_of_full(mask: Lowerable, slab: Slab, cells: Tensor) -> Tensor:
     return mask.counts(first).expand(len(cells), 1, 1).flatten().float().log()
 
 
-def _looked_at(mask: Lowerable, slab: Slab, cells: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """Undecided granules, part by part: cells (G,), words (W, 64), whose words each has (G,), log-counts (G,)."""
+def _evaluated(mask: Lowerable, slab: Slab, cells: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Evaluate undecided granules, some at a time: cells (G,), bit tiles (W, 64), the tile of each granule (G,),
+    log-counts (G,)."""
     shape, columns = slab.shape, slab.shape.columns
     if mask.of_distance():
-        # Whole granules of one diagonal look alike: the first of each diagonal is looked at for all.
+        # Whole granules on one diagonal are equal: only the first of each diagonal is evaluated.
         whole = (cells // columns < shape.queries // GRANULE) & (cells % columns < shape.keys // GRANULE)
         alike, cells = cells[whole], cells[~whole]
         diagonal, which = (alike // columns - alike % columns).unique(return_inverse=True)
@@ -212,8 +213,8 @@ def _positions(slab: Slab, cells: Tensor, size: int) -> Positions:
 
 
 class _Growing:
-    """A tensor that grows at its end. Small tensors kept from every look would lie scattered between the large
-    ones that come and go, and keep the heap from using their room again: gigabytes, for megabytes of lists."""
+    """A tensor that grows at its end. Many small tensors instead would fragment the heap: they would lie between
+    large temporary ones, whose memory could not be used again (gigabytes for megabytes of lists)."""
 
     def __init__(self, empty: Tensor) -> None:
         self.buffer, self.size = empty, 0
@@ -250,7 +251,7 @@ class _Found:
 
 
 class _Tiles:
-    """Bit tiles as they are found. Equal ones of one `add` are merged at once, all of them in `distinct`."""
+    """Bit tiles as they are found. `add` merges equal ones of one call, `distinct` those of all calls."""
 
     def __init__(self, device: torch.device) -> None:
         self.found = _Growing(torch.zeros(0, GRANULE, dtype=torch.int64, device=device))

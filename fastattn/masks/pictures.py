@@ -57,7 +57,7 @@ def granule_states(lowered: Lowered, at: tuple[int, int]) -> Tensor:
     assert lists is not None
     for name, index, size in (("batch", at[0], shape.batch), ("head", at[1], shape.heads)):
         if not 0 <= index < size:
-            raise ValueError(f"at names {name} {index}, expected one of {size}")
+            raise ValueError(f"at must name a {name} from 0 to {size - 1}, got {index}")
     pattern = int(lists.pattern.expand(shape.batch, shape.heads)[at])
     states = torch.full((shape.rows, shape.columns), EMPTY, dtype=torch.int8)
     for state, (rows, columns) in (

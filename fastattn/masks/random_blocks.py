@@ -19,14 +19,14 @@ def paper_blocks(count: int, heads: int, random: int, edge: int, reach: int, see
     """For each of `count` rows, `random` different blocks, neither among the first and last `edge` ones nor within
     `reach` of the row; all of them where fewer are left."""
     row = torch.arange(count, device="cpu")
-    # What may be drawn are two intervals, one before and one after the window.
+    # The blocks that may be drawn form two intervals, one before and one after the window.
     before = (row - reach - edge).clamp(0, max(0, count - 2 * edge))
     resume = (row + reach + 1).clamp(min=edge)
     allowed = before + (count - edge - resume).clamp(min=0)
     generator = torch.Generator("cpu").manual_seed(seed)
     chance = torch.rand(heads, count, random, generator=generator, dtype=torch.float64, device="cpu")
     drawn = torch.full((heads, count, random), -1, device="cpu")
-    # Floyd's sampling without repetition: a number drawn before stands for the greatest of this turn.
+    # Floyd's sampling without repetition: a number that was drawn before is replaced by this turn's greatest.
     for turn in range(random):
         greatest = allowed - random + turn
         number = (chance[..., turn] * (greatest + 1)).long()
@@ -46,7 +46,7 @@ def huggingface_blocks(
     """
     if seed is None:
         return torch.zeros(1, count, random, dtype=torch.int64, device="cpu")
-    import numpy  # the draws are NumPy's, nothing else needs it
+    import numpy  # only these draws need it
 
     generator = numpy.random.RandomState(seed)
     table = torch.full((heads, count, random), -1, device="cpu")

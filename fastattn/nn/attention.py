@@ -16,7 +16,7 @@ from fastattn.ground.arguments import flag, integer
 from fastattn.ground.checks import Window, check_window
 from fastattn.masks import Lowered, Mask
 from fastattn.masks.algebra import smaller
-from fastattn.nn.checks import check_placed, check_stream
+from fastattn.nn.checks import check_stream, factory_options
 from fastattn.nn.rotary import Rotary
 
 QK_NORM_EPS = 1e-6
@@ -25,10 +25,10 @@ UNBOUNDED = (None, None)
 
 
 class _Attention(nn.Module):
-    """What self- and cross-attention share: the heads, the way in and out of them, the points to hook."""
+    """What self- and cross-attention share: the layout of the heads, the call of attention, the hook points."""
 
     out_proj: nn.Linear
-    window: tuple[int | None, int | None] = UNBOUNDED  # for modules that were pickled without one
+    window: tuple[int | None, int | None] = UNBOUNDED  # for modules pickled before there was a window
 
     def __init__(
         self,
@@ -44,8 +44,8 @@ class _Attention(nn.Module):
         self.num_kv_heads, self.head_dim = head_layout(self.embed_dim, self.num_heads, num_kv_heads, head_dim)
         self.causal = flag("causal", causal)
         self.backend = check_backend(backend)
-        # Nothing happens here; a forward hook on one of them reads, or by returning a tensor replaces,
-        # queries, keys and values as attention takes them and what each head read: (B, heads, L, head_dim).
+        # Identities to put forward hooks on: queries, keys, values, and the output of each head, all of shape
+        # (B, heads, L, head_dim). A hook reads the tensor, and replaces it by returning another.
         self.hook_q = nn.Identity()
         self.hook_k = nn.Identity()
         self.hook_v = nn.Identity()
@@ -65,7 +65,7 @@ class _Attention(nn.Module):
         window: Window = None,
         key_lengths: torch.Tensor | Sequence[int] | None = None,
     ) -> torch.Tensor:
-        """What the heads read with q, k, v as `project` gives them, written out: (B, L, embed_dim)."""
+        """Attention of q, k, v as `project` returns them, then the output projection: (B, L, embed_dim)."""
         z = attention(q, k, v, **self.options(mask=mask, window=window, key_lengths=key_lengths))
         return self.out_proj(self.hook_z(z).transpose(1, 2).flatten(2))
 
@@ -76,7 +76,7 @@ class _Attention(nn.Module):
         window: Window = None,
         key_lengths: torch.Tensor | Sequence[int] | None = None,
     ) -> dict[str, Any]:
-        """What `fastattn.attention` is asked for: a key is seen where the module and the call both show it."""
+        """The keywords for `fastattn.attention`. The window is where the module's own and the call's overlap."""
         return {
             "causal": self.causal,
             "window": narrower(self.window, window),
@@ -98,8 +98,8 @@ class SelfAttention(_Attention):
     without an L x L matrix, and the output projection. To compute something else from the heads, call
     `project`; to read or replace tensors in place, hook `hook_q`, `hook_k`, `hook_v` or `hook_z`.
 
-    A call may narrow what is seen, by a mask, a window and the lengths of a padded batch. All that is given
-    holds together, and beside what the module was built with: a key is seen if nothing hides it.
+    A call may hide further keys, by a mask, a window and the lengths of a padded batch. They add to the causal
+    mask and window of the module: a query sees a key if none of them hides it.
 
     Args:
         embed_dim: width of the sequence.
@@ -111,7 +111,7 @@ class SelfAttention(_Attention):
         causal: whether position i attends to positions <= i only.
         window: (left, right), how many positions before and after its own each one attends to, or one number
             for both; None is unbounded.
-        rotary: the rotation of queries and keys by position, True for one of the whole head width.
+        rotary: the rotation of queries and keys by position; True for one over the whole head width.
         qk_norm: whether each query and key is divided by its root mean square and multiplied by a weight, before
             the rotation, as in Qwen 3 and Gemma 3.
         backend: "triton", "portable", "reference", or None for the best that fits.
@@ -141,29 +141,29 @@ class SelfAttention(_Attention):
     ) -> None:
         super().__init__(embed_dim, num_heads, num_kv_heads, head_dim, causal, backend)
         self.window = narrower(UNBOUNDED, window)
-        placed = {"bias": flag("bias", bias), **check_placed(device, dtype)}
+        factory = {"bias": flag("bias", bias), **factory_options(device, dtype)}
         self.rotary = rotary_for(self.head_dim, rotary)
-        # The norm itself happens in the pass that also turns, unless these are not what they were built as.
+        # These modules hold the weights. The norm itself is fused with the rotation, see `_prepared`.
         qk_norm = flag("qk_norm", qk_norm)
         self.q_norm = self._norm_of_heads(device, dtype) if qk_norm else None
         self.k_norm = self._norm_of_heads(device, dtype) if qk_norm else None
         all_heads = self.num_heads + 2 * self.num_kv_heads
-        self.qkv_proj = nn.Linear(self.embed_dim, all_heads * self.head_dim, **placed)
-        self.out_proj = nn.Linear(self.num_heads * self.head_dim, self.embed_dim, **placed)
+        self.qkv_proj = nn.Linear(self.embed_dim, all_heads * self.head_dim, **factory)
+        self.out_proj = nn.Linear(self.num_heads * self.head_dim, self.embed_dim, **factory)
 
     def project(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Queries, keys and values of x (B, L, embed_dim), after norm and rotary, as attention takes them.
+        """Queries, keys and values of x (B, L, embed_dim), after norm and rotation.
 
         Returns:
             q (B, num_heads, L, head_dim), k and v (B, num_kv_heads, L, head_dim): views of one tensor
-            where nothing norms or turns them.
+            if there is neither norm nor rotation.
         """
         check_stream("x", x, self.embed_dim)
         qkv = self.heads(self.qkv_proj(x))
         if self.rotary is None and self.q_norm is None and self.k_norm is None:
             q, k, v = qkv.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
         else:
-            # Queries and keys turn by the same angles: one call for both.
+            # Queries and keys are rotated by the same angles: one call for both.
             qk, v = qkv.split([self.num_heads + self.num_kv_heads, self.num_kv_heads], dim=1)
             q, k = self._prepared(qk)
         return self.hook_q(q), self.hook_k(k), self.hook_v(v)
@@ -172,8 +172,8 @@ class SelfAttention(_Attention):
         return nn.RMSNorm(self.head_dim, eps=QK_NORM_EPS, device=device, dtype=dtype)
 
     def _prepared(self, qk: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Queries and, below them, keys (B, heads, L, head_dim), normalised and turned: in one pass, but for norms
-        and a rotation that must be called."""
+        """Normalise and rotate the queries and keys in qk (B, all their heads, L, head_dim), in one fused pass.
+        Norms and a rotation that a user has changed (see `alteration`) are called as modules instead."""
         heads = [self.num_heads, self.num_kv_heads]
         norms = [norm for norm in (self.q_norm, self.k_norm) if norm is not None]
         # Whatever took the place of a norm may have no eps: ask for its class first.
@@ -181,18 +181,18 @@ class SelfAttention(_Attention):
         if norms and not fused_norms:
             parts = zip((self.q_norm, self.k_norm), qk.split(heads, dim=1), strict=True)
             qk = torch.cat([t if norm is None else norm(t).to(t.dtype) for norm, t in parts], dim=1)
-        asked: dict[str, Any] = {}
+        options: dict[str, Any] = {}
         if fused_norms:
             weights = zip(norms, heads, strict=True)
-            asked["norm_weight"] = torch.cat([norm.weight.expand(count, -1) for norm, count in weights])
-            asked["eps"] = norms[0].eps
-        turn = self.rotary
-        if turn is not None and not alteration(turn, Rotary, qk):
-            asked["cos"], asked["sin"] = turn.tables(qk)
-            turn = None
-        qk = prepare_heads(qk, **asked, backend=self.backend) if asked else qk
+            options["norm_weight"] = torch.cat([norm.weight.expand(count, -1) for norm, count in weights])
+            options["eps"] = norms[0].eps
+        rotary = self.rotary
+        if rotary is not None and not alteration(rotary, Rotary, qk):
+            options["cos"], options["sin"] = rotary.tables(qk)
+            rotary = None
+        qk = prepare_heads(qk, **options, backend=self.backend) if options else qk
         q, k = qk.split(heads, dim=1)
-        return (q, k) if turn is None else (turn(q), turn(k))
+        return (q, k) if rotary is None else (rotary(q), rotary(k))
 
     def forward(
         self,
@@ -206,17 +206,17 @@ class SelfAttention(_Attention):
 
         Args:
             mask: a value of fastattn.masks, or what its `lower` returned for B, num_heads, L, L and x's device. A
-                lowered one that is not within the module's own causal mask and window is refused: join them to
-                it with & before it is lowered.
+                lowered mask must lie within the module's own causal mask and window, else a ValueError: combine
+                them with & before lowering.
             window: as the module's own.
-            key_lengths: (B,) integers, how many positions of each sequence there are: those from there on are
-                not seen (right padding). What stands at them in the result means nothing.
+            key_lengths: (B,) integers, the length of each sequence. Positions from there on are padding: no query
+                sees them, and their rows of the result have no meaning.
         """
         return self.attend(*self.project(x), mask=mask, window=window, key_lengths=key_lengths)
 
 
 def _is_plain_norm(norm: nn.Module) -> bool:
-    """Whether it may be computed without a call."""
+    """Whether the fused pass may compute this norm, so that the module need not be called."""
     return not alteration(norm, nn.RMSNorm) and norm.weight is not None and norm.eps is not None
 
 
@@ -252,12 +252,12 @@ class CrossAttention(_Attention):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(embed_dim, num_heads, num_kv_heads, head_dim, False, backend)
-        placed = {"bias": flag("bias", bias), **check_placed(device, dtype)}
+        factory = {"bias": flag("bias", bias), **factory_options(device, dtype)}
         context_dim = self.embed_dim if context_dim is None else context_dim
         self.context_dim = integer("context_dim", context_dim, least=1)
-        self.q_proj = nn.Linear(self.embed_dim, self.num_heads * self.head_dim, **placed)
-        self.kv_proj = nn.Linear(self.context_dim, 2 * self.num_kv_heads * self.head_dim, **placed)
-        self.out_proj = nn.Linear(self.num_heads * self.head_dim, self.embed_dim, **placed)
+        self.q_proj = nn.Linear(self.embed_dim, self.num_heads * self.head_dim, **factory)
+        self.kv_proj = nn.Linear(self.context_dim, 2 * self.num_kv_heads * self.head_dim, **factory)
+        self.out_proj = nn.Linear(self.num_heads * self.head_dim, self.embed_dim, **factory)
 
     def project(self, x: torch.Tensor, context: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries of x (B, Lq, embed_dim), keys and values of context (B, Lk, context_dim).
@@ -287,18 +287,18 @@ class CrossAttention(_Attention):
             mask: a value of fastattn.masks, or what its `lower` returned for B, num_heads, Lq, Lk and x's device.
             window: (left, right), how many keys before and after the diagonal are seen, on which query i
                 stands at key i + Lk - Lq; None is unbounded.
-            key_lengths: (B,) integers, how many rows of each context there are (right padding).
+            key_lengths: (B,) integers, the length of each context. Rows from there on are padding.
         """
         return self.attend(*self.project(x, context), mask=mask, window=window, key_lengths=key_lengths)
 
 
 def asked_for(**options: Any) -> dict[str, Any]:
-    """The options that a caller gave: a layer that takes none of them is called as it always was."""
+    """The options that are not None. A layer that knows none of them can still be called if none is used."""
     return {name: value for name, value in options.items() if value is not None}
 
 
 def narrower(window: tuple[int | None, int | None], other: Window) -> tuple[int | None, int | None]:
-    """What two windows show."""
+    """The overlap of two windows."""
     left, right = check_window(other)
     return smaller(window[0], left), smaller(window[1], right)
 
@@ -331,11 +331,11 @@ def _sizes(embed_dim: Any, num_heads: Any) -> tuple[int, int]:
 
 
 def rotary_for(head_dim: int, rotary: Rotary | bool | None) -> Rotary | None:
-    """The rotation that `rotary` asks for, checked against the width of a head."""
+    """The rotation for the argument `rotary`, checked against the width of a head."""
     if rotary is None:
         return None
     if not isinstance(rotary, Rotary):
         return Rotary(head_dim) if flag("rotary", rotary, what="a fastattn.nn.Rotary or a bool") else None
     if rotary.width > head_dim:
-        raise ValueError(f"rotary must turn at most head_dim = {head_dim} components, got {rotary.width}")
+        raise ValueError(f"rotary must rotate at most head_dim = {head_dim} components, got width {rotary.width}")
     return rotary

@@ -1,4 +1,4 @@
-"""Checks of what users pass to modules: each error names the argument, what came and what was expected."""
+"""Checks of the arguments of modules. Each error names the argument, its value and what was expected."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fastattn.ground.checks import check_floating
 
 
 def check_not_negative(name: str, value: Any) -> float:
-    """The argument as a finite number, not below 0."""
+    """The argument as a finite float of at least 0."""
     value = float(arguments.number(name, value))
     if not 0 <= value < math.inf:
         raise ValueError(f"{name} must be finite and not negative, got {value}")
@@ -18,15 +18,16 @@ def check_not_negative(name: str, value: Any) -> float:
 
 
 def check_dropout(value: Any) -> float:
-    """The argument `dropout` as a probability below 1."""
+    """The argument `dropout` as a float from 0 to below 1."""
     value = float(arguments.number("dropout", value))
     if not 0 <= value < 1:
         raise ValueError(f"dropout must be at least 0 and below 1, got {value}")
     return value
 
 
-def check_placed(device: Any, dtype: Any) -> dict[str, Any]:
-    """Where parameters are made and of which dtype, as torch's modules take it; None is torch's default."""
+def factory_options(device: Any, dtype: Any) -> dict[str, Any]:
+    """The device and dtype of new parameters, checked, as keywords for torch's modules; None is torch's
+    default."""
     return {
         "device": None if device is None else arguments.device("device", device),
         "dtype": None if dtype is None else arguments.floating_dtype("dtype", dtype),

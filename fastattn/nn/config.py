@@ -1,4 +1,4 @@
-"""What a `TransformerModel` is made of, said in one frozen value."""
+"""The sizes and parts of a `TransformerModel`, in one frozen dataclass."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class TransformerConfig:
         causal: True for a decoder, False for an encoder.
         window: of every layer, as for `SelfAttention`.
         num_kv_heads, head_dim: as for `SelfAttention`.
-        rotary_width: how many leading components of a head turn, None for all; only with "rotary".
+        rotary_width: how many leading components of each head are rotated, None for all; only with "rotary".
         rotary_base: as for `Rotary`; only with "rotary".
         qk_norm: as for `SelfAttention`.
         mlp: "plain", "gated", or None for an attention-only model.
@@ -38,10 +38,11 @@ class TransformerConfig:
         norm: "layer" or "rms".
         norm_eps: added to the variance or mean square.
         bias: whether linear layers and layer norms have biases.
-        dropout: probability with which embeddings and what layers add to the residual stream are dropped.
-        tied: whether the unembedding is the token embedding, else a table of its own.
-        embedding_std: standard deviation of the token embedding at initialisation; near 1 it wants
-            tied=False, or the first logits are as large as embed_dim.
+        dropout: probability of dropping an element of the embeddings, or of what a layer adds to the residual
+            stream.
+        tied: whether the unembedding shares the token embedding's weights.
+        embedding_std: standard deviation of the token embedding at initialisation. If it is near 1,
+            set tied=False: tied, the first logits would be as large as embed_dim.
         backend: "triton", "portable", "reference", or None for the best that fits.
 
     Raises:
@@ -73,7 +74,8 @@ class TransformerConfig:
     backend: str | None = None
 
     def __post_init__(self) -> None:
-        # Numbers of numpy's and of torch's become Python's, a window a pair: the value may be hashed and written.
+        # Convert numbers of NumPy and torch to Python's and the window to a pair, so that the configuration can be
+        # hashed and saved.
         for name, value in self._checked().items():
             object.__setattr__(self, name, value)
         if self.max_length is None and self.positions in ("learned", "zero"):
@@ -81,7 +83,7 @@ class TransformerConfig:
         self._check_heads()
 
     def _checked(self) -> dict[str, Any]:
-        """The fields that are numbers, flags or a window, as Python's; the others are checked."""
+        """The fields that are numbers, flags or a window, converted to Python's types. Checks the others, too."""
         choice("positions", self.positions, [p for p in POSITIONS if p], or_none=True)
         choice("mlp", self.mlp, [m for m in MLPS if m], or_none=True)
         choice("norm", self.norm, NORMS)

@@ -21,7 +21,7 @@ ACTIVATION_NAMES = {
     "swish": "silu",
 }
 
-# The causal mask, which old checkpoints carry along.
+# The causal mask, which old checkpoints contain.
 BUFFER = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")
 
 LAYER_NAMES = {
@@ -35,7 +35,7 @@ LAYER_NAMES = {
 
 
 class Entry(NamedTuple):
-    """Where a checkpoint keeps a parameter of ours, and whether as (in, out) instead of (out, in)."""
+    """The name of a parameter in the checkpoint, and whether it is stored as (in, out) instead of (out, in)."""
 
     name: str
     transposed: bool = False
@@ -66,21 +66,21 @@ def gpt2_config(
     """Our configuration for a checkpoint: sizes from its tensors, the rest from its own configuration.
 
     Raises:
-        ValueError: the number of heads is nowhere said, or `theirs` asks for what this model lacks.
+        ValueError: the number of heads is not known, or `theirs` has a setting that this model lacks.
     """
 
-    def said(name: str, default: Any) -> Any:
+    def setting(name: str, default: Any) -> Any:
         return theirs.get(name, default) if isinstance(theirs, Mapping) else getattr(theirs, name, default)
 
-    num_heads = said("n_head", None) if num_heads is None else num_heads
+    num_heads = setting("n_head", None) if num_heads is None else num_heads
     if num_heads is None:
-        raise ValueError("num_heads must be given, since neither config nor source says it; got None")
-    activation = said("activation_function", "gelu_new")
+        raise ValueError("num_heads must be given, because neither config nor source contains it; got None")
+    activation = setting("activation_function", "gelu_new")
     if activation not in ACTIVATION_NAMES:
         raise ValueError(f"activation_function must be one of {sorted(ACTIVATION_NAMES)}, got {activation!r}")
     for name, needed in (("scale_attn_weights", True), ("scale_attn_by_inverse_layer_idx", False)):
-        if said(name, needed) != needed:
-            raise ValueError(f"{name} must be {needed}, got {said(name, needed)}")
+        if setting(name, needed) != needed:
+            raise ValueError(f"{name} must be {needed}, got {setting(name, needed)}")
     layers = {int(name.split(".")[1]) for name in state if re.match(r"h\.\d+\.", name)}
     vocab_size, embed_dim = state["wte.weight"].shape
     hidden = state.get("h.0.mlp.c_fc.weight")
@@ -89,18 +89,18 @@ def gpt2_config(
         vocab_size=vocab_size,
         embed_dim=embed_dim,
         num_heads=num_heads,
-        num_layers=said("n_layer", max(layers, default=-1) + 1),
+        num_layers=setting("n_layer", max(layers, default=-1) + 1),
         max_length=state["wpe.weight"].shape[0],
         hidden_dim=None if hidden is None else hidden.shape[-1],
         activation=ACTIVATION_NAMES[activation],
-        norm_eps=said("layer_norm_epsilon", 1e-5),
+        norm_eps=setting("layer_norm_epsilon", 1e-5),
         tied=unembedding is None or torch.equal(unembedding, state["wte.weight"]),
         backend=backend,
     )
 
 
 def gpt2_entries(config: TransformerConfig) -> dict[str, Entry]:
-    """Every parameter of ours, with its entry in a checkpoint."""
+    """The checkpoint entry of each of the model's parameters."""
     entries = {
         "token_embedding.weight": Entry("wte.weight"),
         "position_embedding.weight": Entry("wpe.weight"),
@@ -127,7 +127,7 @@ def copy_gpt2(model: nn.Module, config: TransformerConfig, state: Mapping[str, t
     entries = gpt2_entries(config)
     names = {entry.name for entry in entries.values()}
     missing = sorted(names - state.keys())
-    # A tied unembedding says nothing new.
+    # A tied unembedding is the token embedding again.
     unexpected = sorted(state.keys() - names - {"lm_head.weight"})
     if missing or unexpected:
         raise ValueError(f"source must hold exactly GPT-2's keys; missing: {missing}, unexpected: {unexpected}")

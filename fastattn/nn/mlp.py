@@ -13,10 +13,29 @@ from fastattn.core.mlp import functional as mlp_functional
 from fastattn.core.mlp.definition import activate
 from fastattn.ground.arguments import choice, flag, integer
 from fastattn.ground.checks import ACTIVATIONS
-from fastattn.nn.checks import check_placed, check_width
+from fastattn.nn.checks import check_width, factory_options
 
 
-class MLP(nn.Module):
+class _MLP(nn.Module):
+    """What both kinds share: their sizes, their activation and their backend."""
+
+    def __init__(self, embed_dim: int, hidden_dim: int | None, activation: str, backend: str | None) -> None:
+        super().__init__()
+        self.embed_dim = integer("embed_dim", embed_dim, least=1)
+        hidden_dim = self._default_hidden_dim() if hidden_dim is None else hidden_dim
+        self.hidden_dim = integer("hidden_dim", hidden_dim, least=1)
+        choice("activation", activation, ACTIVATIONS)
+        self.activation = activation
+        self.backend = check_backend(backend)
+
+    def _default_hidden_dim(self) -> int:
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        return f"activation={self.activation!r}, backend={self.backend!r}"
+
+
+class MLP(_MLP):
     """act(x W_up^T + b_up) W_down^T + b_down, (..., embed_dim) -> (..., embed_dim).
 
     Args:
@@ -43,18 +62,13 @@ class MLP(nn.Module):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        embed_dim = integer("embed_dim", embed_dim, least=1)
-        hidden_dim = 4 * embed_dim if hidden_dim is None else hidden_dim
-        hidden_dim = integer("hidden_dim", hidden_dim, least=1)
-        choice("activation", activation, ACTIVATIONS)
-        placed = {"bias": flag("bias", bias), **check_placed(device, dtype)}
-        self.embed_dim = embed_dim
-        self.hidden_dim = hidden_dim
-        self.activation = activation
-        self.backend = check_backend(backend)
-        self.up = nn.Linear(embed_dim, hidden_dim, **placed)
-        self.down = nn.Linear(hidden_dim, embed_dim, **placed)
+        super().__init__(embed_dim, hidden_dim, activation, backend)
+        factory = {"bias": flag("bias", bias), **factory_options(device, dtype)}
+        self.up = nn.Linear(self.embed_dim, self.hidden_dim, **factory)
+        self.down = nn.Linear(self.hidden_dim, self.embed_dim, **factory)
+
+    def _default_hidden_dim(self) -> int:
+        return 4 * self.embed_dim
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (..., embed_dim); same shape."""
@@ -71,17 +85,14 @@ class MLP(nn.Module):
             backend=self.backend,
         )
 
-    def extra_repr(self) -> str:
-        return f"activation={self.activation!r}, backend={self.backend!r}"
 
-
-class GatedMLP(nn.Module):
+class GatedMLP(_MLP):
     """(act(x W_gate^T) * (x W_up^T)) W_down^T, (..., embed_dim) -> (..., embed_dim).
 
     Args:
         embed_dim: width of the input and output.
-        hidden_dim: number of neurons; None for as many weights as `MLP` has by default: 8/3 embed_dim,
-            rounded up to a multiple of 64.
+        hidden_dim: number of neurons; None for 8/3 embed_dim, rounded up to a multiple of 64: about as many
+            weights as `MLP` has by default.
         activation: of the gate, as for `MLP`; "silu" makes it SwiGLU.
         bias: whether the three layers have biases.
         backend: as for `MLP`.
@@ -105,19 +116,14 @@ class GatedMLP(nn.Module):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        embed_dim = integer("embed_dim", embed_dim, least=1)
-        hidden_dim = -(-8 * embed_dim // 192) * 64 if hidden_dim is None else hidden_dim
-        hidden_dim = integer("hidden_dim", hidden_dim, least=1)
-        choice("activation", activation, ACTIVATIONS)
-        placed = {"bias": flag("bias", bias), **check_placed(device, dtype)}
-        self.embed_dim = embed_dim
-        self.hidden_dim = hidden_dim
-        self.activation = activation
-        self.backend = check_backend(backend)
-        self.gate = nn.Linear(embed_dim, hidden_dim, **placed)
-        self.up = nn.Linear(embed_dim, hidden_dim, **placed)
-        self.down = nn.Linear(hidden_dim, embed_dim, **placed)
+        super().__init__(embed_dim, hidden_dim, activation, backend)
+        factory = {"bias": flag("bias", bias), **factory_options(device, dtype)}
+        self.gate = nn.Linear(self.embed_dim, self.hidden_dim, **factory)
+        self.up = nn.Linear(self.embed_dim, self.hidden_dim, **factory)
+        self.down = nn.Linear(self.hidden_dim, self.embed_dim, **factory)
+
+    def _default_hidden_dim(self) -> int:
+        return -(-8 * self.embed_dim // 192) * 64
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (..., embed_dim); same shape."""
@@ -136,10 +142,7 @@ class GatedMLP(nn.Module):
             backend=self.backend,
         )
 
-    def extra_repr(self) -> str:
-        return f"activation={self.activation!r}, backend={self.backend!r}"
-
 
 def _altered(x: torch.Tensor, *layers: nn.Module) -> bool:
-    """Whether one of the layers must be called: then it may do more than multiply by its weight."""
+    """Whether a user has changed one of the layers (see `alteration`), so that it must be called as a module."""
     return any(alteration(layer, nn.Linear, x) for layer in layers)

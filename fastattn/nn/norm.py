@@ -1,4 +1,4 @@
-"""torch.nn's norms, with their arguments, parameters and results, around the fused ones."""
+"""torch.nn's norms with the same arguments, parameters and results, computed by the fused functions."""
 
 from __future__ import annotations
 
@@ -81,8 +81,8 @@ NORMS: dict[type[nn.Module], type[nn.Module]] = {nn.LayerNorm: LayerNorm, nn.RMS
 
 
 def _serves(norm: nn.LayerNorm | nn.RMSNorm, x: Tensor) -> bool:
-    """Whether the fused function takes this; the rest (nested tensors, an eps of 0, wrong shapes) is torch's, its
-    words about what is wrong included."""
+    """Whether the fused function can compute this call. torch's own forward takes the others: it computes nested
+    tensors and an eps of 0, and raises for wrong shapes."""
     shape = tuple(norm.normalized_shape)
     return (
         isinstance(x, Tensor)
@@ -96,5 +96,5 @@ def _serves(norm: nn.LayerNorm | nn.RMSNorm, x: Tensor) -> bool:
 
 
 def _lines(t: Any, dimensions: int) -> Any:
-    """The last dimensions as one; None stays."""
+    """Flatten the last `dimensions` dimensions into one. None stays None."""
     return t if t is None or dimensions == 1 else t.flatten(-dimensions)

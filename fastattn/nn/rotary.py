@@ -14,17 +14,17 @@ from fastattn.nn.checks import check_tensor
 
 
 class Rotary(nn.Module):
-    """Rotates queries and keys by angles proportional to position, so that scores see only distances.
+    """Rotates queries and keys by angles proportional to position, so that scores depend on distances only.
 
-    Half layout: component i < width / 2 turns together with component i + width / 2, by
-    position * base ** (-2 i / width) radians. Components from `width` on pass unchanged.
+    Half layout: components i and i + width / 2, for i < width / 2, form a pair. It is rotated by
+    position * base ** (-2 i / width) radians. Components from `width` on stay as they are.
 
-    It holds no tensors: angles are computed in float64 at every call, so that casting a model to half
-    precision cannot blunt them, nor a position past 2**17 lose its phase.
+    The module holds no tensors. Angles are computed in float64 at every call: casting a model to half
+    precision does not round them, and positions beyond 2**17 keep their exact angles.
 
     Args:
-        width: how many leading components of each head turn; even.
-        base: the slowest pair turns about one radian in `base` positions.
+        width: how many leading components of each head are rotated; even.
+        base: the slowest pair turns by about one radian in `base` positions.
 
     Raises:
         ValueError: width is odd or not positive, base not positive.
@@ -41,7 +41,7 @@ class Rotary(nn.Module):
         self.base = check_base("base", base)
 
     def forward(self, x: torch.Tensor, offset: int = 0) -> torch.Tensor:
-        """Turn x (B, H, L, D), D >= width, row i being position `offset` + i; same shape and dtype."""
+        """Rotate x (B, H, L, D), D >= width. Row i stands at position `offset` + i. Same shape and dtype."""
         check_tensor("x", x)
         offset = arguments.integer("offset", offset)
         if x.dim() != 4 or x.shape[-1] < self.width:

@@ -1,4 +1,4 @@
-"""torch.nn.MultiheadAttention, with its arguments, parameters and results, around the fused attention."""
+"""torch.nn.MultiheadAttention with the same arguments, parameters and results, on the fused attention."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from fastattn.masks import Lowered, Mask
 from fastattn.nn.weights import Weighting, head_weights, joined, mask_as_bias, mean_weights
 
 
-class _Seen(NamedTuple):
-    """What the masks of a call become.
+class _Masks(NamedTuple):
+    """The masks of a call as `fastattn.attention` takes them.
 
-    bias: as `fastattn.attention` takes it.
-    mask: a value of fastattn.masks beside it.
-    causal: whether a causal mask, aligned top-left, stands for attn_mask.
+    bias: the tensors among them, as one.
+    mask: attn_mask, if it is a value of fastattn.masks.
+    causal: whether a causal mask, aligned top-left, replaces attn_mask.
     """
 
     bias: Tensor | None = None
@@ -28,22 +28,32 @@ class _Seen(NamedTuple):
     causal: bool = False
 
 
+class _Inputs(NamedTuple):
+    """The tensors of a call, and its masks."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    key_padding_mask: Tensor | None
+    attn_mask: Tensor | Mask | Lowered | None
+
+
 class MultiheadAttention(nn.MultiheadAttention):
     """torch.nn.MultiheadAttention: the same arguments, parameters, state dict and results, in O(L) memory.
 
-    Attention is fused in training and in eval mode. Averaged weights are computed one head at a time: beside the
-    result (N, L, S) no L x S tensor is kept. What torch refuses is refused in its words; what only torch has
-    (dtypes that differ) torch computes, and a warning says so once.
+    Attention is fused in training and in eval mode. Averaged weights are computed one head at a time: no L x S
+    tensor is kept but the result (N, L, S). What torch refuses raises torch's error. What only torch can compute
+    (inputs of different dtypes) is computed by torch, with a warning the first time.
 
     What differs:
-        Rows that may see nothing give 0 (and weights 0) where torch gives NaN.
+        A row that sees no key gives 0, with weights 0; torch gives NaN.
         Dropout draws other numbers, seeded by torch's generator; the weights returned are those that were used.
-        is_causal=True is believed: attn_mask is then not read, whatever else is asked for (torch believes it only
-        without key_padding_mask and need_weights). Without attn_mask it raises in eval mode too.
+        With is_causal=True attn_mask is never read. (torch reads it if there is a key_padding_mask, or if weights
+        are needed.) Without attn_mask it raises, in eval mode too.
         Nested tensors work in training too.
         TorchScript cannot compile it.
-        attn_mask may be a value of fastattn.masks, which no L x S tensor is made of unless weights are asked for.
-        The output projection is called, where torch's module reads its weight: hooks on it fire.
+        attn_mask may be a value of fastattn.masks; no L x S tensor is made of it, unless weights are needed.
+        The output projection is called as a module, so its hooks run; torch only reads its weight.
 
     Args:
         embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype: as
@@ -99,17 +109,17 @@ class MultiheadAttention(nn.MultiheadAttention):
                 unbatched (L, E), (S, kdim), (S, vdim); or one nested tensor (N, lengths, E) for all three.
             key_padding_mask: (N, S) or (S,); bool, True is hidden, or float, added to the scores.
             attn_mask: (L, S) or (N * num_heads, L, S); likewise, with gradient if float. Or a value of
-                fastattn.masks, or what its `lower` returned for N, num_heads, L and S (N is 1 if unbatched): what
-                it shows is seen, and it is aligned bottom-right.
+                fastattn.masks, or what its `lower` returned for N, num_heads, L and S (N is 1 if unbatched); such
+                a mask says which keys are seen, and is aligned bottom-right.
             need_weights: also return the weights, after dropout; differentiable.
-            average_attn_weights: their mean over heads, (N, L, S), rather than (N, num_heads, L, S).
-            is_causal: attn_mask is the causal one, aligned top-left. Not beside a value of fastattn.masks.
+            average_attn_weights: return their mean over heads, (N, L, S), rather than (N, num_heads, L, S).
+            is_causal: attn_mask is the causal mask, aligned top-left. Not together with a value of fastattn.masks.
 
         Returns:
             The output, shaped as query, and the weights or None.
 
         Raises:
-            ValueError: a value of fastattn.masks for another shape, or where it cannot stand.
+            ValueError: a value of fastattn.masks for another shape, or in a call that cannot take one.
         """
         check_mask("key_padding_mask", key_padding_mask, "attn_mask", attn_mask)
         check_mask("attn_mask", attn_mask)
@@ -120,7 +130,7 @@ class MultiheadAttention(nn.MultiheadAttention):
                 "Need attn_mask if specifying the is_causal hint. You may use the Transformer module method "
                 "`generate_square_subsequent_mask` to create this mask."
             )
-        obstacle = self._obstacle(query, key, value, key_padding_mask, attn_mask)
+        obstacle = self._obstacle(_Inputs(query, key, value, key_padding_mask, attn_mask))
         if obstacle:
             if isinstance(attn_mask, Mask | Lowered):
                 raise ValueError(refusal_of_mask("attn_mask", obstacle))
@@ -133,10 +143,10 @@ class MultiheadAttention(nn.MultiheadAttention):
             return self._nested(query, need_weights, average_attn_weights)
         unbatched = query.dim() == 2
         q, k, v = (self._heads(t) for t in self._project(query, key, value))
-        seen = self._seen(q, k, key_padding_mask, attn_mask, is_causal)
+        masks = self._masks(q, k, key_padding_mask, attn_mask, is_causal)
         k, v = self._appended(k, v)
         average = average_attn_weights if need_weights else None
-        z, weights = self._attend(q, k, v, seen, average=average)
+        z, weights = self._attend(q, k, v, masks, average=average)
         if unbatched:
             return self._out(z[0].transpose(0, 1)), None if weights is None else weights[0]
         return self._out(z.transpose(1, 2) if self.batch_first else z.permute(2, 0, 1, 3)), weights
@@ -146,16 +156,17 @@ class MultiheadAttention(nn.MultiheadAttention):
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        seen: _Seen = _Seen(),  # noqa: B008 (immutable)
+        masks: _Masks = _Masks(),  # noqa: B008 (immutable)
         *,
         key_lengths: Tensor | None = None,
         average: bool | None,
     ) -> tuple[Tensor, Tensor | None]:
-        """What the heads read (N, H, L, D), and the weights: averaged, per head, or, if None, not at all."""
+        """The output of each head (N, H, L, D), and the weights: their mean over heads if `average`, those of each
+        head if False, none if None."""
         dropout_p = self.dropout if self.training else 0.0
         state = dropout_state(q.shape[0], q.device) if 0 < dropout_p < 1 else None
         scale = self.head_dim**-0.5
-        bias, mask, causal = seen
+        bias, mask, causal = masks
         z, lse = attend(
             q, k, v, bias=bias, key_lengths=key_lengths, mask=mask, causal=TOP_LEFT if causal else None,
             scale=scale, dropout_p=dropout_p, dropout_state=state, backend=self.backend,
@@ -167,8 +178,8 @@ class MultiheadAttention(nn.MultiheadAttention):
         if key_lengths is not None:
             keys = torch.arange(k.shape[2], device=k.device)
             bias = (keys < key_lengths[:, None])[:, None, None]
-        how = Weighting(scale, causal, dropout_p, state)
-        weights = (mean_weights if average else head_weights)(q, k, lse, bias, how)
+        weighting = Weighting(scale, causal, dropout_p, state)
+        weights = (mean_weights if average else head_weights)(q, k, lse, bias, weighting)
         if dropout_p == 1:
             weights = weights * 0.0
         # torch's softmax gives float32 under autocast on CUDA, and the dtype of the scores everywhere else.
@@ -176,7 +187,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         return z, weights if keep_float32 else weights.to(q.dtype)
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
-        """Queries, keys and values, (..., E) each: views of one product where the inputs are one tensor."""
+        """Queries, keys and values, (..., E) each. Inputs that are the same tensor share one matrix product."""
         bias = self.in_proj_bias
         if not self._qkv_same_embed_dim:
             q_bias, k_bias, v_bias = (None, None, None) if bias is None else bias.chunk(3)
@@ -206,7 +217,8 @@ class MultiheadAttention(nn.MultiheadAttention):
         return self.out_proj(z.flatten(-2))
 
     def _appended(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values with the learned one and the zero one at their end, where the module has them."""
+        """Keys and values, with the module's learned key and value (add_bias_kv) and zeros (add_zero_attn)
+        appended."""
         if self.bias_k is not None and self.bias_v is not None:
             k, v = (
                 torch.cat((t, b.to(t.dtype).view(1, self.num_heads, 1, -1).expand(t.shape[0], -1, -1, -1)), 2)
@@ -216,24 +228,24 @@ class MultiheadAttention(nn.MultiheadAttention):
             k, v = (F.pad(t, (0, 0, 0, 1)) for t in (k, v))
         return k, v
 
-    def _seen(
+    def _masks(
         self,
         q: Tensor,
         k: Tensor,
         key_padding_mask: Tensor | None,
         attn_mask: Tensor | Mask | Lowered | None,
         is_causal: bool,
-    ) -> _Seen:
-        """torch's masks and ours, of the keys as they are before any is appended.
+    ) -> _Masks:
+        """The masks of a call; k holds the keys before the module appends any.
 
-        The two of torch's become one tensor of L x S only if both must be read.
+        attn_mask and key_padding_mask are combined to one L x S tensor only if both must be read.
         """
         appended = (self.bias_k is not None) + self.add_zero_attn
-        # Keys at the end that every query sees are no causal mask.
+        # Every query sees the appended keys, so the mask as a whole is not causal.
         causal = is_causal and not appended
         bias, mask = None, None
         if isinstance(attn_mask, Mask | Lowered):
-            # Appended keys would move its diagonal.
+            # Appended keys would shift the diagonal of a value of fastattn.masks.
             bias, mask = (mask_as_bias(attn_mask, q, k), None) if appended else (None, attn_mask)
         elif attn_mask is not None and not causal:
             each = attn_mask.dim() == 3
@@ -242,12 +254,12 @@ class MultiheadAttention(nn.MultiheadAttention):
             padding = key_padding_mask.reshape(q.shape[0], 1, 1, key_padding_mask.shape[-1])
             bias = joined(bias, _shown(padding))
         if bias is not None and appended:
-            # 1 is seen, 0 is nothing added.
+            # Appended keys are seen: True in a bool mask, 0 in one that is added.
             bias = F.pad(bias, (0, appended), value=float(bias.dtype == torch.bool))
-        return _Seen(bias, mask, causal)
+        return _Masks(bias, mask, causal)
 
     def _nested(self, x: Tensor, need_weights: bool, average: bool) -> tuple[Tensor, Tensor | None]:
-        """Self-attention of a nested tensor: as of padded sequences, whose padding is not computed."""
+        """Self-attention of a nested tensor: padded, with key lengths so that the padding is not computed."""
         lengths = x._nested_tensor_size()[:, 0]
         padded = x.to_padded_tensor(0.0)
         key_lengths = lengths.to(padded.device)
@@ -259,33 +271,21 @@ class MultiheadAttention(nn.MultiheadAttention):
             weights = weights * (rows[:, :, None] if average else rows[:, None, :, None])
         return torch.nested.as_nested_tensor([o[:n] for o, n in zip(out, lengths.tolist(), strict=True)]), weights
 
-    def _obstacle(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        key_padding_mask: Tensor | None,
-        attn_mask: Tensor | Mask | Lowered | None,
-    ) -> str | None:
-        """Why this call is left to torch, which computes it or raises; None if it is served here."""
-        # Inputs of some layouts torch projects with a bias of another dtype.
-        projected = (query, key, value) if self.in_proj_bias is None else (query, key, value, self.in_proj_bias)
+    def _obstacle(self, inputs: _Inputs) -> str | None:
+        """Why this call is left to torch, which computes it or raises; None if it is computed here."""
+        tensors = inputs[:3]
+        # The bias is among them: for some layouts torch accepts a bias of another dtype.
+        projected = tensors if self.in_proj_bias is None else (*tensors, self.in_proj_bias)
         if unserved := dtype_obstacle(*projected):
             return unserved
         if not 0 <= self.dropout <= 1:
             return f"dropout is {self.dropout}"
-        fits = self._nested_fits if query.is_nested or key.is_nested or value.is_nested else self._fits
-        return None if fits(query, key, value, key_padding_mask, attn_mask) else "the inputs do not fit together"
+        fits = self._nested_fits if any(t.is_nested for t in tensors) else self._fits
+        return None if fits(inputs) else "the inputs do not fit together"
 
-    def _fits(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        key_padding_mask: Tensor | None,
-        attn_mask: Tensor | Mask | Lowered | None,
-    ) -> bool:
-        """Whether ranks and sizes are what torch asks for."""
+    def _fits(self, inputs: _Inputs) -> bool:
+        """Whether ranks and sizes are what torch requires."""
+        query, key, value, key_padding_mask, attn_mask = inputs
         tensors = (query, key, value)
         if {t.dim() for t in tensors} not in ({2}, {3}) or (self.bias_k is None) != (self.bias_v is None):
             return False
@@ -303,15 +303,9 @@ class MultiheadAttention(nn.MultiheadAttention):
             attn_mask is None or isinstance(attn_mask, Mask | Lowered) or tuple(attn_mask.shape) in each
         )
 
-    def _nested_fits(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        key_padding_mask: Tensor | None,
-        attn_mask: Tensor | Mask | Lowered | None,
-    ) -> bool:
-        """Whether this is self-attention of a nested tensor as torch's fast path takes it."""
+    def _nested_fits(self, inputs: _Inputs) -> bool:
+        """Whether this is self-attention of a nested tensor, in the form that torch's fast path takes."""
+        query, key, value, key_padding_mask, attn_mask = inputs
         same = query is key and key is value and self._qkv_same_embed_dim
         plain = self.batch_first and self.bias_k is None and self.bias_v is None and not self.add_zero_attn
         unmasked = key_padding_mask is None and attn_mask is None
@@ -319,13 +313,13 @@ class MultiheadAttention(nn.MultiheadAttention):
 
 
 def _shown(mask: Tensor) -> Tensor:
-    """A mask of torch's as `fastattn.attention`'s bias: a bool says what is seen, not what is hidden."""
+    """torch's mask as a bias of `fastattn.attention`. In torch True hides a key, here it shows it."""
     return ~mask if mask.dtype == torch.bool else mask
 
 
 def check_mask(name: str, mask: Any, other_name: str = "", other: Any = None) -> None:
-    """Raise and warn of a mask's dtype as torch does, without its float copy of the mask; values of fastattn.masks
-    have none."""
+    """Raise or warn about a mask's dtype as torch does, but without torch's float copy of the mask. A value of
+    fastattn.masks has no dtype to check."""
     if isinstance(mask, Mask | Lowered):
         if name.endswith("key_padding_mask"):
             raise TypeError(

@@ -1,4 +1,4 @@
-"""torch.nn's transformer layers and stacks, with their arguments, parameters and results, around our attention."""
+"""torch.nn's transformer layers and stacks, with the same arguments, parameters and results, on our attention."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ from fastattn.nn.torch_attention import MultiheadAttention, check_mask
 class TransformerEncoderLayer(nn.TransformerEncoderLayer):
     """torch.nn.TransformerEncoderLayer: the same arguments, parameters, state dict and results.
 
-    Its attention is a `fastattn.nn.MultiheadAttention`, in eval mode too, where torch's layer runs an operator of
-    its own past it. Rows that may see nothing are never NaN. Under autocast on a CPU the result has the dtype of
-    torch's: half precision where torch would run that operator, else float32.
+    Its attention is a `fastattn.nn.MultiheadAttention`, in training and in eval mode. (torch's layer does not call
+    its attention in eval mode, but one operator for the whole layer.) Rows that see no key are never NaN. Under
+    autocast on a CPU the result has the dtype that torch's has: half precision where torch would run that
+    operator, else float32.
 
     Args:
         d_model, nhead, dim_feedforward, dropout, activation, layer_norm_eps, batch_first, norm_first, bias,
@@ -60,7 +61,7 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         """src (N, L, E), (L, N, E) or (L, E), or nested; masks and hint as `fastattn.nn.MultiheadAttention`'s."""
         check_mask("src_key_padding_mask", src_key_padding_mask, "src_mask", src_mask)
         check_mask("src_mask", src_mask)
-        block: Any = self._sa_block  # torch's types know tensors alone
+        block: Any = self._sa_block  # torch's annotation allows only tensors
         attend = functools.partial(
             block, attn_mask=src_mask, key_padding_mask=src_key_padding_mask, is_causal=is_causal
         )
@@ -76,7 +77,7 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
 
 
 def _torch_fuses(layer: nn.TransformerEncoderLayer, src: Tensor) -> bool:
-    """Whether torch's layer would run its operator for inference, which gives autocast's dtype on a CPU."""
+    """Whether torch's layer would run its operator for inference, whose result has autocast's dtype on a CPU."""
     attention, parameters = layer.self_attn, list(layer.parameters())
     return (
         torch.backends.mha.get_fastpath_enabled()
@@ -99,7 +100,7 @@ def _torch_fuses(layer: nn.TransformerEncoderLayer, src: Tensor) -> bool:
 class TransformerDecoderLayer(nn.TransformerDecoderLayer):
     """torch.nn.TransformerDecoderLayer: the same arguments, parameters, state dict and results.
 
-    Both of its attentions are `fastattn.nn.MultiheadAttention`. Rows that may see nothing are never NaN.
+    Both of its attentions are `fastattn.nn.MultiheadAttention`. Rows that see no key are never NaN.
 
     Args:
         d_model, nhead, dim_feedforward, dropout, activation, layer_norm_eps, batch_first, norm_first, bias,
@@ -133,11 +134,12 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
 class TransformerEncoder(nn.TransformerEncoder):
     """torch.nn.TransformerEncoder: the same arguments, parameters, state dict and results.
 
-    Its layers are copies of encoder_layer, as torch's; copies of a torch.nn.TransformerEncoderLayer become ours.
+    Its layers are copies of encoder_layer, as in torch; copies of a torch.nn.TransformerEncoderLayer are converted
+    to ours.
 
     Args:
         encoder_layer, num_layers, norm, enable_nested_tensor, mask_check: as torch's.
-        backend: of the attentions that become ours.
+        backend: of the attentions in layers that are converted.
     """
 
     def __init__(
@@ -172,11 +174,12 @@ class TransformerEncoder(nn.TransformerEncoder):
 class TransformerDecoder(nn.TransformerDecoder):
     """torch.nn.TransformerDecoder: the same arguments, parameters, state dict and results.
 
-    Its layers are copies of decoder_layer, as torch's; copies of a torch.nn.TransformerDecoderLayer become ours.
+    Its layers are copies of decoder_layer, as in torch; copies of a torch.nn.TransformerDecoderLayer are converted
+    to ours.
 
     Args:
         decoder_layer, num_layers, norm: as torch's.
-        backend: of the attentions that become ours.
+        backend: of the attentions in layers that are converted.
     """
 
     def __init__(
@@ -203,7 +206,7 @@ class TransformerDecoder(nn.TransformerDecoder):
     ) -> Tensor:
         """As torch's; tgt_mask and memory_mask may be what `fastattn.nn.MultiheadAttention` takes."""
         if isinstance(tgt_mask, Mask | Lowered):
-            # torch would compare it with a causal tensor.
+            # With None torch would compare the mask with a causal tensor.
             tgt_is_causal = bool(tgt_is_causal)
         masks: dict[str, Any] = {"tgt_mask": tgt_mask, "memory_mask": memory_mask}
         return super().forward(
@@ -218,7 +221,7 @@ class TransformerDecoder(nn.TransformerDecoder):
 
 
 class Transformer(nn.Transformer):
-    """torch.nn.Transformer: the same arguments, parameters, state dict and results, encoder and decoder ours.
+    """torch.nn.Transformer: the same arguments, parameters, state dict and results, with our encoder and decoder.
 
     A custom_encoder or custom_decoder stays as it is. (The GPT-2 family is `fastattn.nn.TransformerModel`.)
 
@@ -274,9 +277,9 @@ COUNTERPARTS: dict[type[nn.Module], type[nn.Module]] = {
 
 
 def adopt(module: nn.Module, backend: str | None = None) -> None:
-    """Make every module of torch's own classes in this one, itself included, its counterpart, in place.
+    """Turn `module` and every module in it that is of one of torch's own classes into its counterpart, in place.
 
-    A counterpart differs in its class alone: parameters, buffers, hooks and their order stay the same objects.
+    Only the class changes: parameters, buffers, hooks and their order stay the same objects.
     """
     for part in module.modules():
         counterpart = COUNTERPARTS.get(type(part))

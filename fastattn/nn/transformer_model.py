@@ -14,14 +14,14 @@ from fastattn.ground import arguments
 from fastattn.ground.checks import Window
 from fastattn.masks import Lowered, Mask
 from fastattn.nn.attention import CrossAttention, SelfAttention, asked_for
-from fastattn.nn.checks import check_dropout, check_not_negative, check_placed, check_stream
+from fastattn.nn.checks import check_dropout, check_not_negative, check_stream, factory_options
 from fastattn.nn.config import GPT2_STD, NORMS, TransformerConfig
 from fastattn.nn.gpt2 import copy_gpt2, gpt2_config, gpt2_state
 from fastattn.nn.mlp import MLP, GatedMLP
 
 
 class TransformerBlock(nn.Module):
-    """Layers that each read the normalised residual stream and add to it, (B, L, embed_dim) -> same.
+    """Layers that each read the normalised residual stream and add to it; the shape (B, L, embed_dim) stays.
 
     x += attention(norm(x)); then x += cross_attention(norm(x), context) if there is one; then
     x += mlp(norm(x)) if there is one.
@@ -31,7 +31,7 @@ class TransformerBlock(nn.Module):
         mlp: the MLP, or None for an attention-only block.
         cross_attention: for the decoder of an encoder-decoder; makes `context` an argument of forward.
         norm: "layer" or "rms", with `norm_eps` and, for "layer", `bias`.
-        dropout: probability with which what a layer adds is dropped.
+        dropout: probability of dropping an element of what a layer adds.
 
     Hooks: `hook_resid_pre`, `hook_resid_mid` (before the MLP, if there is one) and `hook_resid_post` see
     the stream (B, L, embed_dim); a forward hook on one reads it, or replaces it by returning a tensor.
@@ -60,7 +60,7 @@ class TransformerBlock(nn.Module):
         self.embed_dim = attention.embed_dim
         arguments.choice("norm", norm, NORMS)
         norm_eps, bias = check_not_negative("norm_eps", norm_eps), arguments.flag("bias", bias)
-        placed = check_placed(device, dtype)
+        factory = factory_options(device, dtype)
         for name, part in (("mlp", mlp), ("cross_attention", cross_attention)):
             if part is not None and part.embed_dim != self.embed_dim:
                 raise ValueError(
@@ -70,7 +70,7 @@ class TransformerBlock(nn.Module):
         def norm_before(part: nn.Module | None) -> Any:
             if part is None:
                 return None
-            return make_norm(norm, self.embed_dim, norm_eps, bias=bias, **placed)
+            return make_norm(norm, self.embed_dim, norm_eps, bias=bias, **factory)
 
         self.hook_resid_pre = nn.Identity()
         self.attention_norm = norm_before(attention)
@@ -115,7 +115,8 @@ class TransformerBlock(nn.Module):
         return self.hook_resid_post(x)
 
     def _read_context(self, x: torch.Tensor, context: Any, seen: dict[str, Any]) -> torch.Tensor:
-        """What the cross-attention gives; its errors name the arguments of this block."""
+        """Call the cross-attention. Where its errors speak of `mask`, this block's argument is `context_mask`:
+        they are raised again with that name."""
         assert self.cross_attention is not None
         try:
             return self.cross_attention(x, context, **seen)
@@ -149,7 +150,7 @@ class TransformerModel(nn.Module):
     `model.blocks[i].attention.hook_q` and their siblings, or on any layer.
 
     Args:
-        config: the configuration; or give its fields as keywords, alone or to change some of config's.
+        config: the configuration. Its fields may also be given as keywords, alone or to override some of config's.
 
     Parameters are initialised as GPT-2's: weights normal with standard deviation 0.02, those that write to
     the residual stream divided by sqrt(2 num_layers), the token embedding's as configured, biases zero.
@@ -171,17 +172,17 @@ class TransformerModel(nn.Module):
         elif fields:
             config = dataclasses.replace(config, **fields)
         self.config = config
-        placed = check_placed(device, dtype)
-        self.token_embedding = nn.Embedding(config.vocab_size, config.embed_dim, **placed)
+        factory = factory_options(device, dtype)
+        self.token_embedding = nn.Embedding(config.vocab_size, config.embed_dim, **factory)
         self.position_embedding = None
         if config.positions in ("learned", "zero") and config.max_length is not None:
-            self.position_embedding = nn.Embedding(config.max_length, config.embed_dim, **placed)
+            self.position_embedding = nn.Embedding(config.max_length, config.embed_dim, **factory)
         self.dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(make_block(config, **placed) for _ in range(config.num_layers))
-        self.final_norm = make_norm(config.norm, config.embed_dim, config.norm_eps, bias=config.bias, **placed)
+        self.blocks = nn.ModuleList(make_block(config, **factory) for _ in range(config.num_layers))
+        self.final_norm = make_norm(config.norm, config.embed_dim, config.norm_eps, bias=config.bias, **factory)
         self.unembedding = None
         if not config.tied:
-            self.unembedding = nn.Linear(config.embed_dim, config.vocab_size, bias=False, **placed)
+            self.unembedding = nn.Linear(config.embed_dim, config.vocab_size, bias=False, **factory)
         self.reset_parameters()
 
     def forward(
@@ -195,8 +196,8 @@ class TransformerModel(nn.Module):
         """Logits (B, L, vocab_size) for tokens (B, L), int64 or int32.
 
         Args:
-            mask, window, key_lengths: what every layer's attention sees, within the model's own causal mask and
-                window, as for `SelfAttention`. A padded batch is `key_lengths=lengths`, several documents in a row
+            mask, window, key_lengths: hide keys in every layer, beside the model's own causal mask and window, as
+                for `SelfAttention`. Padded batch: `key_lengths=lengths`. Several documents in a row:
                 `mask=fastattn.masks.documents(ids)`.
 
         Raises:
@@ -229,7 +230,7 @@ class TransformerModel(nn.Module):
 
     @property
     def unembedding_weight(self) -> torch.Tensor:
-        """The table (vocab_size, embed_dim) whose rows read logits; the token embedding's if tied."""
+        """The unembedding matrix (vocab_size, embed_dim); the token embedding's weight if tied."""
         return self.token_embedding.weight if self.unembedding is None else self.unembedding.weight
 
     def reset_parameters(self) -> None:
@@ -279,7 +280,7 @@ class TransformerModel(nn.Module):
         state = gpt2_state(source)
         theirs = getattr(source, "config", None) if config is None else config
         embedding = state["wte.weight"]
-        # On the meta device nothing is drawn: the checkpoint fills every parameter.
+        # The meta device skips the random initialisation: the checkpoint fills every parameter.
         model = cls(gpt2_config(state, theirs, num_heads, backend), device="meta", dtype=dtype or embedding.dtype)
         model = model.to_empty(device=embedding.device if device is None else device)
         copy_gpt2(model, model.config, state)
@@ -297,7 +298,7 @@ class TransformerModel(nn.Module):
 
 
 def _check_part(name: str, part: Any, *, or_none: bool) -> None:
-    """A layer of a block: a module that says how wide it is."""
+    """Raise unless `part` is a module with an integer `embed_dim`, or may be and is None."""
     if part is None and or_none:
         return
     if not isinstance(part, nn.Module) or not isinstance(getattr(part, "embed_dim", None), int):
@@ -305,8 +306,8 @@ def _check_part(name: str, part: Any, *, or_none: bool) -> None:
         raise TypeError(f"{name} must be {kind}, got {type(part).__name__}")
 
 
-def make_block(config: TransformerConfig, **placed: Any) -> TransformerBlock:
-    """One block of the model that `config` describes; `placed` says device and dtype."""
+def make_block(config: TransformerConfig, **factory: Any) -> TransformerBlock:
+    """One block of the model that `config` describes; `factory` is its device and dtype."""
     attention = SelfAttention(
         config.embed_dim,
         config.num_heads,
@@ -318,20 +319,20 @@ def make_block(config: TransformerConfig, **placed: Any) -> TransformerBlock:
         rotary=config.rotary(),
         qk_norm=config.qk_norm,
         backend=config.backend,
-        **placed,
+        **factory,
     )
     return TransformerBlock(
         attention,
-        make_mlp(config, **placed),
+        make_mlp(config, **factory),
         norm=config.norm,
         norm_eps=config.norm_eps,
         bias=config.bias,
         dropout=config.dropout,
-        **placed,
+        **factory,
     )
 
 
-def make_mlp(config: TransformerConfig, **placed: Any) -> MLP | GatedMLP | None:
+def make_mlp(config: TransformerConfig, **factory: Any) -> MLP | GatedMLP | None:
     """One MLP of the model that `config` describes, None if it has none."""
     if config.attention_only:
         return None
@@ -342,12 +343,12 @@ def make_mlp(config: TransformerConfig, **placed: Any) -> MLP | GatedMLP | None:
         activation=config.activation or activation,
         bias=config.bias,
         backend=config.backend,
-        **placed,
+        **factory,
     )
 
 
-def make_norm(kind: str, width: int, eps: float, *, bias: bool = True, **placed: Any) -> nn.Module:
+def make_norm(kind: str, width: int, eps: float, *, bias: bool = True, **factory: Any) -> nn.Module:
     """torch's LayerNorm ("layer") or RMSNorm ("rms", never a bias) over the last dimension."""
     if kind == "rms":
-        return nn.RMSNorm(width, eps=eps, **placed)
-    return nn.LayerNorm(width, eps=eps, bias=bias, **placed)
+        return nn.RMSNorm(width, eps=eps, **factory)
+    return nn.LayerNorm(width, eps=eps, bias=bias, **factory)

@@ -11,6 +11,7 @@ from attention_problems import IMPLEMENTATIONS, Problem, check, implementation, 
 from hardware import DEVICE, ON_GPU
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from largest_tensor import LargestTensor
 from tolerance import assert_as_exact_as_eager
 from torch._dynamo.testing import CompileCounter
 
@@ -253,24 +254,12 @@ def _out_and_gradients(inputs, dout, **options):
 
 
 def test_the_tiled_backend_stores_nothing_that_grows_with_the_square_of_the_length() -> None:
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class Largest(TorchDispatchMode):
-        elements = 0
-
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            result = function(*args, **(kwargs or {}))
-            for t in result if isinstance(result, tuple | list) else (result,):
-                if isinstance(t, torch.Tensor):
-                    self.elements = max(self.elements, t.numel())
-            return result
-
     from fastattn.core.attention import portable as attention_portable
     from fastattn.core.attention import tiles
 
     problem = Problem(heads=1, key_heads=1, queries=4096, keys=4096, width=32, value_width=32, causal=True)
     q, k, v = problem.inputs()
-    with Largest() as seen:
+    with LargestTensor() as seen:
         out, lse = attention_portable._tiled_forward(q, k, v, problem.spec, problem.score_tensors())
         attention_portable._tiled_backward(
             torch.ones_like(out), None, Saved(q, k, v, out, lse), problem.spec, problem.score_tensors(), Wanted()

@@ -12,9 +12,9 @@ from attention_problems import IMPLEMENTATIONS, LEARNED, Problem, implementation
 from hardware import DEVICE
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from largest_tensor import LargestTensor
 from tolerance import assert_as_exact_as_eager
 from torch.func import grad, jacfwd, jvp, vmap
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastattn
 from fastattn.core.attention import definition as attention_definition
@@ -326,19 +326,6 @@ def test_every_composition_of_modes_equals_the_definition_of_the_mlp(gated: bool
         torch.testing.assert_close(a, x)
 
 
-class Largest(TorchDispatchMode):
-    """The elements of the largest tensor that is made."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for t in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(t, torch.Tensor):
-                self.elements = max(self.elements, t.numel())
-        return result
-
-
 @pytest.mark.parametrize(
     "transform", ["forward", "forward over reverse", "reverse over forward", "reverse over reverse"]
 )
@@ -346,7 +333,7 @@ def test_no_derivative_stores_what_grows_with_the_square_of_the_length(transform
     problem = Problem(
         heads=1, key_heads=1, queries=2048, keys=2048, width=8, value_width=8, window=(600, 0), radius=4
     )
-    with implementation("tiled") as backend, Largest() as seen:
+    with implementation("tiled") as backend, LargestTensor() as seen:
         call = Call(problem, backend)
         # Which rows see something is the test's own, and not made within.
         call.sees = torch.ones((), dtype=torch.bool, device=DEVICE)
@@ -357,7 +344,7 @@ def test_no_derivative_stores_what_grows_with_the_square_of_the_length(transform
 
 def test_a_broadcast_bias_s_second_derivative_takes_no_more_memory_than_the_bias() -> None:
     problem = Problem(heads=1, key_heads=1, queries=1024, keys=1024, width=8, value_width=8, bias=(1, 1, 1, 0))
-    with implementation("tiled") as backend, Largest() as seen:
+    with implementation("tiled") as backend, LargestTensor() as seen:
         call = Call(problem, backend)
         call.sees, seen.elements = torch.ones((), dtype=torch.bool, device=DEVICE), 0
         grad(lambda *x: loss(grad(loss(call.ours), every(4)))(*x), every(4))(*call.inputs)

@@ -7,7 +7,7 @@ from unittest import mock
 
 import pytest
 import torch
-from attention_problems import MASKS, Problem, check, implementation, run
+from attention_problems import MASKS, ON_SCORES, Problem, check, implementation, run, strategies_of
 from hardware import DEVICE, ON_GPU
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -46,14 +46,7 @@ def test_intervals_are_exact_forward_and_backward(lengths: bool, name: str) -> N
     keys=st.integers(129, 160),
     width=st.sampled_from([8, 24, 32]),
     dtype=st.sampled_from([torch.float16, torch.float32]),
-    softcap=st.sampled_from([0.0, 2.0]),
-    lengths=st.booleans(),
-    sinks=st.booleans(),
-    alibi=st.booleans(),
-    bias=st.none() | st.tuples(*[st.integers(0, 1)] * 4),
-    masked=st.booleans(),
-    radius=st.none() | st.integers(0, 40),
-    dropout=st.sampled_from([0.0, 0.3]),
+    **strategies_of(*ON_SCORES),
 )
 def test_masks_combine_with_everything_else(name: str, kind: str, **given_: object) -> None:
     mask = {"intervals": True} if kind == "intervals" else {"lists": kind}
@@ -268,23 +261,13 @@ def test_every_head_reads_its_own_list(kind: str) -> None:
     kind=st.sampled_from(["intervals", *IN_ENTRIES, *MASKS]),
     group=st.integers(1, 3),
     keys=st.integers(129, 144),
-    batch=st.integers(1, 2),
-    key_heads=st.integers(1, 2),
+    **strategies_of("batch", "key_heads"),
     queries=st.integers(129, 144),
     width=st.integers(8, 80),
     value_width=st.integers(8, 80),
     scale=st.sampled_from([None, 0.5]),
     dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64]),
-    layout=st.sampled_from(["bhld", "blhd", "strided"]),
-    lse_gradient=st.booleans(),
-    softcap=st.sampled_from([0.0, 2.0]),
-    lengths=st.booleans(),
-    alibi=st.booleans(),
-    sinks=st.booleans(),
-    bias=st.none() | st.tuples(*[st.integers(0, 1)] * 4),
-    masked=st.booleans(),
-    radius=st.none() | st.integers(0, 140),
-    dropout=st.sampled_from([0.0, 0.3]),
+    **{**strategies_of("layout", "lse_gradient", *ON_SCORES), "radius": st.none() | st.integers(0, 140)},
 )
 def test_batches_of_entries_are_exact_wherever_they_cut(
     entries: int, kind: str, group: int, keys: int, **given_: object

@@ -6,7 +6,7 @@ from unittest import mock
 
 import pytest
 import torch
-from attention_problems import Problem, check, implementation
+from attention_problems import Problem, check, implementation, strategies_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -35,20 +35,12 @@ def torch_computes(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, tensors
 serves = torch_flash.serves
 masked_problems = st.builds(
     Problem,
-    batch=st.integers(1, 2),
     heads=st.just(4),
     key_heads=st.sampled_from([2, 4]),
-    queries=st.integers(1, 70),
-    keys=st.integers(1, 70),
     width=st.just(16),
-    causal=st.booleans(),
-    dtype=st.sampled_from([torch.float16, torch.float32]),
-    layout=st.sampled_from(["bhld", "blhd", "strided"]),
     window=st.tuples(st.none() | st.integers(30, 40), st.none() | st.integers(0, 40)),
-    lengths=st.booleans(),
-    alibi=st.booleans(),
-    bias=st.none() | st.tuples(*[st.integers(0, 1)] * 4),
     masked=st.just(True),
+    **strategies_of("batch", "queries", "keys", "causal", "dtype", "layout", "lengths", "alibi", "bias"),
 )
 
 

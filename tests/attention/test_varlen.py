@@ -11,10 +11,9 @@ from attention_problems import run
 from hardware import DEVICE
 from hypothesis import given
 from hypothesis import strategies as st
+from largest_tensor import LargestTensor
 from tolerance import assert_as_exact_as_eager
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import fastattn
 from fastattn import flash_attn, masks
@@ -156,7 +155,12 @@ ERRORS = {
     "no tensor": ((TEN, 3, TEN, [0, 10], [0, 10]), {}, TypeError, "k must be a torch.Tensor, got int"),
     "other queries": ((TEN, TEN, TEN, [0, 11], [0, 10]), {}, ValueError, "cu_seqlens_q ends with 11, expected 10"),
     "other keys": ((TEN, TEN, TEN, [0, 10], [0, 11]), {}, ValueError, "cu_seqlens_k ends with 11, expected 10"),
-    "other counts": ((TEN, TEN, TEN, [0, 10], [0, 5, 10]), {}, ValueError, "as many sequences, got 1 and 2"),
+    "other counts": (
+        (TEN, TEN, TEN, [0, 10], [0, 5, 10]),
+        {},
+        ValueError,
+        "same number of sequences, got 1 and 2",
+    ),
     "other sinks": ((TEN, TEN, TEN, [0, 10], [0, 10]), {"sinks": torch.zeros(2)}, ValueError, "sinks must have"),
     "other slopes": (
         (TEN, TEN, TEN, [0, 5, 10], [0, 5, 10]),
@@ -365,20 +369,6 @@ def test_bigbird_of_4096_tokens_takes_a_twentieth_of_the_memory_of_hugging_face(
     with LargestTensor() as largest:
         out_and_gradients(ours, inputs, upstream)
     assert largest.nbytes <= inputs[0].nbytes
-
-
-class LargestTensor(TorchDispatchMode):
-    """The bytes of the largest tensor that any operation made."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.nbytes = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        made = (t.untyped_storage().nbytes() for t in tree_leaves(out) if isinstance(t, Tensor))
-        self.nbytes = max(self.nbytes, *made, 0)
-        return out
 
 
 # Set encoders

@@ -6,7 +6,7 @@ from unittest import mock
 
 import pytest
 import torch
-from attention_problems import Problem, check
+from attention_problems import Problem, check, strategies_of
 from hardware import DEVICE
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -22,19 +22,12 @@ from fastattn.core.attention import tiles, whole_rows
         Problem,
         batch=st.integers(1, 3),
         heads=st.sampled_from([2, 4]),
-        key_heads=st.integers(1, 2),
-        queries=st.integers(1, 70),
-        keys=st.integers(1, 70),
         width=st.sampled_from([5, 16]),
-        causal=st.booleans(),
         dtype=st.sampled_from([torch.float32, torch.float64]),
-        layout=st.sampled_from(["bhld", "blhd", "strided"]),
-        window=st.tuples(st.none() | st.integers(0, 40), st.none() | st.integers(0, 40)),
-        lse_gradient=st.booleans(),
-        lengths=st.booleans(),
-        bias=st.none() | st.tuples(*[st.integers(0, 1)] * 4),
         masked=st.just(True),
         dropout=st.sampled_from([0.1, 0.5]),
+        **strategies_of("key_heads", "queries", "keys", "causal", "layout", "window", "lse_gradient"),
+        **strategies_of("lengths", "bias"),
     ),
     elements=st.sampled_from([2300, 9000, 2**18]),
 )

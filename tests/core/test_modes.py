@@ -194,9 +194,9 @@ def test_masks_of_tensors_without_values_are_never_kept() -> None:
         lengths = torch.full((1,), 50)
         x = torch.randn(1, 2, 70, 16)
         assert fastattn.attention(x, x, x, mask=masks.key_lengths(lengths) & masks.causal()).shape == x.shape
-        with pytest.raises(ValueError, match=r"documents\(.*\) holds a tensor without values to read"):
+        with pytest.raises(ValueError, match=r"documents\(.*\) holds a tensor whose values cannot be read"):
             fastattn.attention(x, x, x, mask=masks.documents(torch.zeros(70, dtype=torch.int64)))
-        with pytest.raises(ValueError, match="cu_seqlens holds no values to read"):
+        with pytest.raises(ValueError, match="cu_seqlens must have values that can be read"):
             masks.documents(cu_seqlens=torch.zeros(3, dtype=torch.int64))
     x = torch.randn(2, 1, 2, 70, 16)
     lengths = torch.tensor([[50], [20]])
@@ -298,9 +298,9 @@ def test_masks_on_the_meta_device_are_lowered_from_real_values_or_refused_in_wor
         out = fastattn.attention(q, q, q, mask=mask)
         assert out.device.type == "meta" and out.shape == q.shape and out.dtype == q.dtype
     held = masks.from_dense(torch.ones(10, 10, dtype=torch.bool, device="meta"))
-    with pytest.raises(ValueError, match="holds a tensor without values to read"):
+    with pytest.raises(ValueError, match="holds a tensor whose values cannot be read"):
         fastattn.attention(q, q, q, mask=held)
-    with pytest.raises(ValueError, match="holds a tensor without values to read"):
+    with pytest.raises(ValueError, match="holds a tensor whose values cannot be read"):
         held.density(1, 2, 10, 10, "meta")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import importlib
 import io
 import pickle
@@ -504,14 +505,21 @@ LEFT = {
 }  # fmt: skip
 
 
+def report_of_nothing(model: nn.Module, patch: Callable) -> Any:
+    """The report of a patch that must swap nothing and change nothing."""
+    before = anatomy(model)
+    report = patch(model)
+    assert anatomy(model) == before
+    assert not report.swapped
+    return report
+
+
 @pytest.mark.parametrize("name", LEFT)
 def test_what_cannot_be_swapped_is_left_and_the_report_says_why(name: str) -> None:
     make, why = LEFT[name]
     model = make()
-    before = anatomy(model)
-    report = fastattn.patch(model, mlp="Llama" not in repr(type(model)) and "BigBird" not in repr(type(model)))
-    assert anatomy(model) == before
-    assert not report.swapped
+    mlp = "Llama" not in repr(type(model)) and "BigBird" not in repr(type(model))
+    report = report_of_nothing(model, functools.partial(fastattn.patch, mlp=mlp))
     if why is None:
         assert not report.rows
     else:
@@ -859,11 +867,7 @@ LEFT_NORMS = {
 @pytest.mark.parametrize("name", LEFT_NORMS)
 def test_norms_that_cannot_be_swapped_are_left_and_the_report_says_why(name: str) -> None:
     make, why = LEFT_NORMS[name]
-    model = make()
-    before = anatomy(model)
-    report = patch_norms(model)
-    assert anatomy(model) == before
-    assert not report.swapped and why in report.left[0].why
+    assert why in report_of_nothing(make(), patch_norms).left[0].why
 
 
 @pytest.mark.parametrize("way", COPIES)

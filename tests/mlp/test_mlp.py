@@ -9,6 +9,7 @@ from unittest import mock
 
 import pytest
 import torch
+from comparing import exact_and_eager, run
 from hardware import DEVICE
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -89,19 +90,11 @@ def implementation(name: str):
         yield name
 
 
-def run(call, inputs, dy) -> list[Tensor]:
-    """y and the gradient of every input."""
-    leaves = [None if t is None else t.detach().requires_grad_() for t in inputs]
-    y = call(*leaves)
-    return [y.detach(), *torch.autograd.grad(y, [t for t in leaves if t is not None], dy)]
-
-
 def check(problem: Problem, name: str) -> None:
     """Ours against float64, by the error of the eager computation in the same dtype."""
     torch.manual_seed(0)
     inputs, dy = problem.inputs(), problem.dy()
-    exact = run(problem.definition, [None if t is None else t.double() for t in inputs], dy.double())
-    eager = run(problem.definition, inputs, dy)
+    exact, eager = exact_and_eager(problem.definition, inputs, dy)
     with implementation(name) as backend:
         actual = run(functools.partial(problem.ours, backend=backend), inputs, dy)
     for i, (a, x, e) in enumerate(zip(actual, exact, eager, strict=True)):
@@ -181,8 +174,7 @@ def test_an_activation_alone_is_as_exact_as_eager_far_into_its_tails(name: str, 
     problem = Problem(tokens=257, width=1, hidden=1, out=1, activation=activation, biases=False)
     x = torch.linspace(-10, 10, 257, device=DEVICE)[:, None]
     inputs, dy = [x, one := torch.ones(1, 1, device=DEVICE), None, None, None, one, None], torch.ones_like(x)
-    exact = run(problem.definition, [None if t is None else t.double() for t in inputs], dy.double())
-    eager = run(problem.definition, inputs, dy)
+    exact, eager = exact_and_eager(problem.definition, inputs, dy)
     actual = run(functools.partial(problem.ours, backend=name), inputs, dy)
     for i in (0, 1):
         assert_as_exact_as_eager(actual[i], exact[i], eager[i], gradient=i > 0, tiny=0.0)
