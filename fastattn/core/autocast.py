@@ -1,4 +1,4 @@
-"""What autocast makes of a call's tensors."""
+"""Autocast of the tensors of a call."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 def autocast(*tensors: Any) -> tuple[Any, ...]:
     """Under autocast, floating tensors in its dtype, as torch does for its own attention; fp64 stays."""
     device = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
-    # torch has no autocast for tensors without values, and raises when asked.
+    # torch has no autocast for the meta device, and raises if asked about it.
     if device == "meta" or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)

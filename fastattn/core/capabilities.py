@@ -176,9 +176,9 @@ FEATURES: tuple[Feature, ...] = (
 
 
 def choose(request: Request, direction: str, backend: str | None = None) -> str:
-    """The backend that serves this call: the one asked for by argument or by FASTATTN_BACKEND, else the default.
+    """The backend for this call: the one that the argument or FASTATTN_BACKEND names, else the default.
 
-    Raises ValueError, naming the missing feature, if the one asked for cannot.
+    Raises ValueError, naming the missing feature, if the named backend cannot compute the call.
     """
     asked = backend or os.environ.get("FASTATTN_BACKEND") or None
     if asked is None:
@@ -194,14 +194,14 @@ def choose(request: Request, direction: str, backend: str | None = None) -> str:
 
 
 def check_backend(backend: str | None) -> str | None:
-    """The backend that a caller names, None if no one; a TypeError or ValueError if there is none of that name."""
+    """The argument `backend`, checked: the name of a backend, or None."""
     if backend is not None and not (isinstance(backend, str) and backend in backends.NAMES):
         arguments.choice("backend", backend, backends.NAMES, or_none=True)
     return backend
 
 
 def missing(request: Request, direction: str, backend: str) -> list[str]:
-    """What the backend lacks for this call; empty if it can serve."""
+    """What the backend lacks for this call; empty if it can compute it."""
     lacking = []
     if backend == "triton":
         obstacle = triton_obstacle(request.device)
@@ -217,7 +217,7 @@ def missing(request: Request, direction: str, backend: str) -> list[str]:
 
 
 def default_backend(device: torch.device) -> str:
-    """Triton where its kernels are proven, else portable."""
+    """Triton where its kernels are proven (see `PROVEN`), else portable."""
     if device.type == "cuda" and architecture(device.index) in PROVEN and not triton_obstacle(device):
         return "triton"
     return "portable"
@@ -239,11 +239,12 @@ def triton_obstacle(device: torch.device) -> str | None:
         return _too_old(device)
     if device.type == "cpu" and interpreting():
         return None
-    return f"the Triton kernels need a GPU, the tensors are on {device.type} (TRITON_INTERPRET=1: slowly there)"
+    slowly = "TRITON_INTERPRET=1 runs them on a CPU, slowly"
+    return f"the Triton kernels need a GPU, the tensors are on {device.type} ({slowly})"
 
 
 def _too_old(device: torch.device) -> str | None:
-    """Why this NVIDIA GPU has no launch configurations that fit; None if it has."""
+    """Why no launch configuration fits this NVIDIA GPU; None if one does."""
     if torch.version.hip or torch.cuda.get_device_capability(device) >= (8, 0):
         return None
     return f"the Triton kernels need sm_80 or newer, the tensors are on {architecture(device.index)}"

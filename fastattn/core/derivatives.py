@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastattn.core.function import Function
+from fastattn.core.function import Function, saves_for_forward
 
 
 def push_through(
@@ -17,11 +18,12 @@ def push_through(
     which = [i for i, t in enumerate(tangents) if t is not None]
     count = len(inputs)
 
-    def moved(*given: Tensor | None) -> Sequence[Tensor]:
-        results, back = pull_back(function, given[:count], which)
-        return torch.func.vjp(back, [torch.zeros_like(r) for r in results])[1](given[count:])[0]
+    def pushed(*arguments: Tensor | None) -> Sequence[Tensor]:
+        # The pull-back is linear in the cotangents: pulling it back pushes forward.
+        results, back = pull_back(function, arguments[:count], which)
+        return torch.func.vjp(back, [torch.zeros_like(r) for r in results])[1](arguments[count:])[0]
 
-    return _Any.apply(moved, *inputs, *(tangents[i] for i in which))
+    return _Any.apply(pushed, *inputs, *(tangents[i] for i in which))
 
 
 def pull_through(
@@ -38,19 +40,39 @@ def pull_through(
 
 
 def pull_back(function: Callable, inputs: Sequence[Tensor | None], which: Sequence[int]) -> tuple:
-    """torch.func.vjp by these of the inputs."""
+    """torch.func.vjp with respect to these of the inputs."""
 
-    def of(*varied: Tensor) -> list[Tensor]:
-        given = list(inputs)
+    def of_varied(*varied: Tensor) -> list[Tensor]:
+        arguments = list(inputs)
         for i, t in zip(which, varied, strict=True):
-            given[i] = t
-        return list(function(*given))
+            arguments[i] = t
+        return list(function(*arguments))
 
-    return torch.func.vjp(of, *(inputs[i] for i in which))
+    return torch.func.vjp(of_varied, *(inputs[i] for i in which))
+
+
+def with_forward_mode(
+    backward: type[Function], gradients: Callable[[Any, Sequence[Tensor | None]], Sequence[Tensor]], count: int
+) -> type[Function]:
+    """The Function `backward`, which computes gradients, with forward mode. torch.compile refuses a Function that
+    has a jvp, and takes `backward` itself.
+
+    gradients: (ctx, tensors) to those gradients that `ctx.wanted` marks, by a differentiable formula.
+    count: how many inputs, from the first on, are the tensors of that formula.
+    """
+
+    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, ...]:
+        inputs = ctx.saved_tensors
+        pushed = iter(push_through(lambda *t: gradients(ctx, t), inputs, tangents[:count]))
+        return tuple(next(pushed) if want else inputs[0].new_empty(0) for want in ctx.wanted)
+
+    dual = type(f"Dual{backward.__name__}", (backward,), {"jvp": staticmethod(jvp)})
+    return saves_for_forward(count)(dual)
 
 
 class _Any(Function):
-    """(function, *inputs) -> its results; a Function, because what jvp computes has no tangents itself."""
+    """(function, *inputs) -> its results. A Function of its own, because torch does not track tangents of what is
+    computed within a jvp."""
 
     generate_vmap_rule = True
 

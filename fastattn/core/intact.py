@@ -1,9 +1,9 @@
 """Whether a module is still exactly what it was built as, so that its weights may be read without calling it.
 
 A fused function takes the weights of several modules at once and calls none of them. That is right only while
-calling them would do no more than their class says. Adapters (LoRA), hooks, pruning, parametrizations, quantised
-and offloaded layers all change that. So whatever reads a part without calling it asks `alteration` first, in every
-call, and where there is a reason it calls the part and computes the rest around it.
+a call would do no more than their class says. Adapters (LoRA), hooks, pruning, parametrizations, quantised and
+offloaded layers all do more. So code that reads a module's weights without calling it asks `alteration` first, in
+every call. If there is an alteration, it calls the module and computes the rest around it.
 
 How to use it, in a forward that has `x`:
 
@@ -23,26 +23,27 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 
 # The last two stand for a plain tensor while a compiler or an exporter traces.
 PLAIN = (Tensor, nn.Parameter, FakeTensor, FunctionalTensor)
-# What these classes compute: some tools replace forward on the class itself.
+# The original forward of these classes: some tools replace it on the class itself.
 FORWARDS: dict[Any, Any] = {kind: kind.forward for kind in (nn.Linear, nn.LayerNorm, nn.RMSNorm)}
 
 
 def alteration(
     part: Any, kinds: type[nn.Module] | tuple[type[nn.Module], ...], like: Tensor | None = None
 ) -> str | None:
-    """In what this part is not exactly a module of that class, as it was built; None if it may be read uncalled.
+    """How `part` differs from a module of that class as it was built; None if its weights may be read uncalled.
 
     Args:
-        part: a module, or whatever took its place.
-        kinds: the class it must have, or several to choose from. A subclass does not count: it may compute more.
-        like: the input it would be called with. What is no plain tensor then counts (torch.fx traces with
-            proxies), and so do parameters on another device or of another dtype (under autocast, which converts,
-            only the device).
+        part: a module, or what a user has put in its place.
+        kinds: the class it must have, or several of which it must have one. A subclass is an alteration: it may
+            compute more.
+        like: the input it would be called with. If given, these are alterations, too: an input that is no plain
+            tensor (torch.fx traces with proxies), and parameters on another device or of another dtype (under
+            autocast, which converts, only another device).
 
     Returns:
         A reason to put after the part's name, "has a forward hook"; None if there is none.
 
-    About two microseconds where there is no reason. torch.compile traces through it.
+    It takes about two microseconds if there is none. torch.compile traces through it.
     """
     kind = type(part)
     if not (kind in kinds if isinstance(kinds, tuple) else kind is kinds):

@@ -1,4 +1,4 @@
-"""torch.func.vmap: the mapped dimension of attention's tensors joins their batch."""
+"""Rules for torch.func.vmap: the mapped dimension is merged into the batch dimension."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from torch import Tensor
 
 
 def fold(size: int, dims: Sequence, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Merge the mapped dimension of each tensor, or a broadcast one, into its batch dimension. A mask's lists, 1-D
-    int64, have none: they repeat themselves."""
+    """Merge the mapped dimension of each tensor into its batch dimension; a tensor that is not mapped is repeated.
+    A mask's lists (1-D int64) have no batch dimension and stay as they are: they are repeated where they are
+    read."""
     folded = []
     for dim, t in zip(dims, tensors, strict=True):
         if t is not None and not (t.dim() == 1 and t.dtype == torch.int64):
@@ -25,7 +26,7 @@ def unfold(size: int, results: Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 
 def shares_batch(dims: Sequence, arguments: Sequence, q: int, biases: Sequence[int]) -> bool:
-    """Whether one bias serves a batch of several: then samples cannot become a larger batch."""
+    """Whether a bias has batch size 1 in a batch of several: then samples cannot be merged into a larger batch."""
 
     def batch(i: int) -> int:
         return arguments[i].shape[0 if dims[i] is None or dims[i] > 0 else 1]

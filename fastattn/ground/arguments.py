@@ -1,6 +1,6 @@
-"""Checks of what users pass: each error names the argument, what came and what was expected.
+"""Checks of arguments. Each error names the argument, its value and what was expected.
 
-A number may be Python's, numpy's or a tensor without dimensions. A bool is not a number, and a number is no bool.
+A number may be Python's, NumPy's or a tensor without dimensions. A bool is not a number, nor a number a bool.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def flag(name: str, value: Any, *, what: str = "a bool") -> bool:
 
 
 def choice(name: str, value: Any, choices: Sequence[str], *, or_none: bool = False) -> None:
-    """The argument is one of these words."""
+    """Raise unless the argument is one of these words."""
     if value is None and or_none:
         return
     expected = f"{name} must be one of {', '.join(choices)}{' or None' if or_none else ''}"
@@ -60,7 +60,7 @@ def choice(name: str, value: Any, choices: Sequence[str], *, or_none: bool = Fal
 
 
 def pair(name: str, value: Any) -> tuple[Any, Any]:
-    """The argument as its two elements: of a tuple, a list, a tensor (2,) or an array (2,)."""
+    """The two elements of the argument: a tuple, a list, a tensor (2,) or an array (2,)."""
     if not isinstance(value, tuple | list) and getattr(value, "shape", None) == (2,):
         return value[0], value[1]
     if not isinstance(value, tuple | list):
@@ -71,7 +71,7 @@ def pair(name: str, value: Any) -> tuple[Any, Any]:
 
 
 def tensor(name: str, value: Any, *, or_none: bool = False) -> None:
-    """The argument is a tensor that stores every element: neither sparse nor nested, nor of another layout."""
+    """Raise unless the argument is a dense tensor: not sparse, not nested, of no other layout."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor{' or None' if or_none else ''}, got {_kind(value)}")
     if value.layout != torch.strided or value.is_nested:
@@ -81,7 +81,7 @@ def tensor(name: str, value: Any, *, or_none: bool = False) -> None:
 
 
 def device(name: str, value: Any) -> torch.device:
-    """The argument as a device: one already, its name or its number."""
+    """The argument, a device, its name or its number, as a device."""
     if not isinstance(value, torch.device | str | int) or isinstance(value, bool):
         raise TypeError(f"{name} must be a torch.device or its name, got {_kind(value)}")
     try:
@@ -91,7 +91,7 @@ def device(name: str, value: Any) -> torch.device:
 
 
 def floating_dtype(name: str, value: Any) -> torch.dtype:
-    """The argument as a dtype of real numbers with a fraction."""
+    """The argument as a floating dtype."""
     if not isinstance(value, torch.dtype):
         raise TypeError(f"{name} must be a torch.dtype or None, got {_kind(value)}")
     if not value.is_floating_point:
@@ -100,7 +100,7 @@ def floating_dtype(name: str, value: Any) -> torch.dtype:
 
 
 def integers(name: str, values: Any, *, on: torch.device | None = None) -> Tensor:
-    """The argument as a tensor: one already, an array of integers, or integers one by one."""
+    """The argument, a tensor, an array of integers or a sequence of integers, as a tensor."""
     if isinstance(values, Tensor):
         tensor(name, values)
         return values
@@ -136,8 +136,8 @@ _ELSEWHERE = {
     "logits_soft_cap": "softcap=",
     "attn_logits_soft_cap": "softcap=",
     "soft_cap": "softcap=",
-    "return_attn_probs": "return_lse= (weights are never made)",
-    "need_weights": "return_lse= (weights are never made)",
+    "return_attn_probs": "return_lse= (weights are never computed)",
+    "need_weights": "return_lse= (weights are never computed)",
     "s_aux": "sinks=",
     "seqlens_k": "key_lengths=",
     "cache_seqlens": "key_lengths=",
@@ -148,19 +148,19 @@ _ELSEWHERE = {
 
 
 def refuse_keywords(function: str, unknown: Iterable[str], served: str = "") -> NoReturn:
-    """A TypeError for keywords that a function does not have; it tells what ours is called, where it has a name.
+    """Raise TypeError for a keyword that a function does not have, with our name for it if there is one.
 
-    served: another name for the help, for functions that lack what `attention` has.
+    served: text at the end of the message.
     """
     name = next(iter(unknown))
     if name == "enable_gqa":
-        raise TypeError(f"{function}() takes no enable_gqa: fewer heads of k and v than of q are grouped always")
+        raise TypeError(f"{function}() takes no enable_gqa: k and v with fewer heads than q are always grouped")
     hint = f"; it is called {_ELSEWHERE[name]} here" if name in _ELSEWHERE else ""
     raise TypeError(f"{function}() got an unexpected keyword argument {name!r}{hint}{served}")
 
 
 def _plain(name: str, value: Any, what: str) -> Any:
-    """Numpy's numbers and tensors without dimensions as Python's; anything else as it is."""
+    """NumPy's numbers and tensors without dimensions as Python's numbers; anything else as it is."""
     if getattr(value, "shape", None) != () or not hasattr(value, "item"):
         return value
     if not isinstance(value, Tensor):
@@ -168,8 +168,8 @@ def _plain(name: str, value: Any, what: str) -> Any:
     tangent = forward_ad.unpack_dual(value).tangent
     if value.requires_grad or tangent is not None or torch._C._functorch.is_functorch_wrapped_tensor(value):
         raise TypeError(
-            f"{name} must be {what}: its tensor is read as a number, which has no gradient and no transform of "
-            "torch.func; detach it"
+            f"{name} must be {what}: a tensor is read as a number, so it cannot have a gradient or be in a "
+            "torch.func transform; detach it"
         )
     try:
         return value.item()
@@ -177,7 +177,7 @@ def _plain(name: str, value: Any, what: str) -> Any:
         if torch.compiler.is_compiling():
             raise
         raise TypeError(
-            f"{name} must be {what}, got a tensor that has no value to read ({value.device})"
+            f"{name} must be {what}, got a tensor whose value cannot be read ({value.device})"
         ) from problem
 
 
@@ -191,7 +191,7 @@ def _refuse_layout(name: str, value: Tensor) -> NoReturn:
 
 
 def _kind(value: Any) -> str:
-    """The type, and of a tensor or an array its shape and dtype."""
+    """The name of the type, with shape and dtype if it is a tensor."""
     kind = type(value).__name__
     if isinstance(value, Tensor) and not value.is_nested:
         return f"a {kind} of shape {tuple(value.shape)}, {value.dtype}"

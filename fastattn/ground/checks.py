@@ -1,4 +1,4 @@
-"""What every family checks of its arguments."""
+"""Checks that several families share."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def check_floating(name: str, t: Tensor) -> None:
 
 
 def check_same(name: str, t: Tensor, other_name: str, other: Tensor) -> None:
-    """One dtype, one device."""
+    """Raise unless both tensors have the same dtype and device."""
     if t.dtype != other.dtype:
         raise TypeError(f"{name} must have {other_name}'s dtype {other.dtype}, got {t.dtype}")
     if t.device != other.device:
@@ -34,7 +34,8 @@ def check_same(name: str, t: Tensor, other_name: str, other: Tensor) -> None:
 def check_beside(
     name: str, t: Tensor, q: Tensor, shapes: tuple[tuple[int, ...], ...] | None, of: str = "q"
 ) -> None:
-    """A tensor of one of these shapes, or of any, on the device of q, which the caller knows as `of`."""
+    """Raise unless `t` is a tensor on q's device, of one of these shapes (of any, if None). `of` is q's name in
+    the error."""
     arguments.tensor(name, t)
     if shapes is not None and tuple(t.shape) not in shapes:
         raise ValueError(f"{name} must have shape {' or '.join(map(str, shapes))}, got {shape_of(t)}")
@@ -52,7 +53,8 @@ def check_input(x: Tensor) -> None:
 def check_linear(
     name: str, weight: Tensor, bias_name: str, bias: Tensor | None, x: Tensor, source: str, width: int
 ) -> None:
-    """A torch.nn.Linear's weight (out, `width`) and bias (out,) or None, of x's dtype and device."""
+    """Raise unless these are a torch.nn.Linear's weight (out, `width`) and bias (out,) or None, of x's dtype and
+    device."""
     arguments.tensor(name, weight)
     if weight.dim() != 2 or weight.shape[1] != width:
         raise ValueError(f"{name} must have shape (out, {width}) ({source}), got {shape_of(weight)}")
@@ -74,7 +76,7 @@ def check_activation(activation: str) -> None:
     arguments.choice("activation", activation, ACTIVATIONS)
 
 
-# What a caller may give: how many keys on both sides of the diagonal, or on each; None for all.
+# The argument `window`: how many keys on both sides of the diagonal, or on each side; None for all.
 Window = int | Sequence[int | None] | Tensor | None
 
 
@@ -103,8 +105,8 @@ _WINDOW = "an integer or None, or a pair (left, right) of them"
 def window_that_hides(
     window: tuple[int | None, int | None], queries: int, keys: int
 ) -> tuple[int | None, int | None]:
-    """The window without bounds that hide nothing: the last query stands at the last key, the first one stands
-    `queries` - 1 keys before it. So sums of positions and bounds stay within the kernels' 32 bits, too."""
+    """The window, with None for bounds that hide no key: the last query stands at the last key, the first one
+    `queries` - 1 keys before it. It also keeps sums of positions and bounds within the kernels' 32 bits."""
     left, right = window
     return (
         None if left is None or left >= keys - 1 else left,

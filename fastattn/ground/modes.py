@@ -1,7 +1,8 @@
-"""What is kept from call to call: made once, outside of whatever mode the caller is in, for every later one.
+"""Caching of tensors from call to call. They are made outside of the caller's modes, so that every call can use
+them.
 
 A tensor made under `torch.inference_mode`, a FakeTensorMode, a transform of torch.func or another default device
-belongs to that mode. Kept, it would break, or silently spoil, calls outside of it.
+belongs to that mode. In a cache it would break later calls outside of the mode, or make their results wrong.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ def outside_modes() -> Iterator[None]:
     """Within, torch computes as at the start of a program: no inference mode, no gradients, no dispatch or
     function mode (fake tensors, tracers, default devices), no transform of torch.func.
 
-    The default dtype stays: whoever makes a floating tensor here names its dtype.
+    The default dtype stays as it is: name the dtype of every floating tensor that is made within.
     """
     if not _any_mode():
         yield
@@ -47,8 +48,8 @@ def outside_modes() -> Iterator[None]:
 
 
 def reading(method: Callable[..., R]) -> Callable[..., R]:
-    """A method that reads values: it runs outside of the caller's modes, on the real ones, or says that there are
-    none (fake tensors, the meta device)."""
+    """Decorator of a method that reads a mask's values: it runs outside of the caller's modes, and raises
+    ValueError if there are no values (fake tensors, the meta device)."""
 
     @wraps(method)
     def read(self: Any, *args: Any, **kwargs: Any) -> R:
@@ -59,8 +60,8 @@ def reading(method: Callable[..., R]) -> Callable[..., R]:
             raise
         except (RuntimeError, NotImplementedError, AssertionError) as problem:
             raise ValueError(
-                f"{method.__name__} reads the mask's values, and it holds none to read (fake, on the meta device, "
-                "or of a transform of torch.func)"
+                f"{method.__name__} needs the mask's values, which cannot be read (they are fake, meta or in a "
+                "torch.func transform)"
             ) from problem
 
     return read
@@ -82,10 +83,11 @@ def _any_mode() -> bool:
 
 
 def kept(maxsize: int) -> Callable[[Callable[..., R]], Callable[..., R]]:
-    """Keep the last `maxsize` results of a function that makes tensors, called outside of the caller's modes.
+    """Decorator of a function that makes tensors: it runs outside of the caller's modes, and its last `maxsize`
+    results are cached.
 
-    Arguments are hashed. One whose `lasts` is False holds a tensor of the caller's mode, whose values cannot be
-    read outside of it: then the function is called as it is, and nothing is kept.
+    Arguments are hashed. If an argument's `lasts` is False, it holds a tensor of the caller's mode, whose values
+    cannot be read outside of it: then the function runs in that mode, and its result is not cached.
     """
 
     def keep(function: Callable[..., R]) -> Callable[..., R]:
@@ -117,5 +119,5 @@ def lasts(t: Tensor) -> bool:
 
 
 def fake_mode() -> FakeTensorMode | None:
-    """The FakeTensorMode that is active, whose operators take no other tensors."""
+    """The active FakeTensorMode, if any. Its operators take fake tensors only."""
     return next((m for m in reversed(_get_current_dispatch_mode_stack()) if isinstance(m, FakeTensorMode)), None)

@@ -360,7 +360,7 @@ def _read(name: str, values: Tensor) -> Tensor:
 def _must_be_readable(name: str, values: Tensor) -> None:
     if not lasts(values) or values.is_meta:
         raise ValueError(
-            f"{name} must have values that can be read, got a tensor that is fake, meta or in a torch.func transform"
+            f"{name} must have values that can be read, got a tensor that is fake, meta or within torch.func"
         )
 
 

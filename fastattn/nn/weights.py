@@ -13,6 +13,7 @@ from torch import Tensor
 from fastattn.core.attention.definition import visible
 from fastattn.core.attention.dropout import dropout_mask, keep_mask
 from fastattn.core.attention.spec import AttentionSpec, check_dropout
+from fastattn.core.function import Function, saves_for_forward
 from fastattn.ground.checks import lse_dtype
 from fastattn.masks import Lowered, Mask, decode
 
@@ -53,7 +54,7 @@ def mean_weights(q: Tensor, k: Tensor, lse: Tensor, bias: Tensor | None, weighti
     )
 
 
-class _MeanWeights(torch.autograd.Function):
+class _MeanWeights(Function):
     generate_vmap_rule = True
 
     @staticmethod
@@ -92,13 +93,9 @@ class _MeanWeights(torch.autograd.Function):
         return dq, dk, torch.stack(dlse, 1), bias_gradient, None, None, None, None
 
 
+@saves_for_forward(5)
 class _DualMeanWeights(_MeanWeights):
     """_MeanWeights, with forward mode."""
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        _MeanWeights.setup_context(ctx, inputs, output)
-        ctx.save_for_forward(*inputs[:5])
 
     @staticmethod
     def jvp(ctx, *tangents):

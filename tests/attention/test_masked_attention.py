@@ -225,7 +225,7 @@ def test_a_mask_that_does_not_fit_is_named() -> None:
     lowered = masks.dilated(2).lower(1, 2, 70, 71)
     with pytest.raises(ValueError, match="mask was lowered for batch 1, heads 2, 70 queries, 71 keys"):
         fastattn.attention(q, k, v, mask=lowered)
-    with pytest.raises(ValueError, match="mask is lowered: join causal and window to it"):
+    with pytest.raises(ValueError, match="mask must lie within causal and window if it is lowered"):
         fastattn.attention(q, k, v, mask=masks.dilated(2).lower(1, 2, 70, 70, DEVICE), causal=True)
 
 

@@ -283,7 +283,7 @@ def test_what_a_mask_shows_is_counted_and_drawn_in_every_mode(name: str) -> None
 
     with FakeTensorMode():
         found.append(what_is_read(mask, lowered))
-        with pytest.raises(ValueError, match="visible reads the mask's values, and it holds none to read"):
+        with pytest.raises(ValueError, match="visible needs the mask's values, which cannot be read"):
             _ = MASKS_TO_READ["lists"].lower(1, 2, 10, 10).visible
     with torch.device("meta"):
         found.append(what_is_read(mask, lowered))

@@ -432,7 +432,7 @@ turned = functools.partial(fastattn.prepare_heads, X, cos=COS, sin=COS)
         (
             lambda: prepare(cos=COS, sin=COS.clone().requires_grad_()),
             ValueError,
-            "sin must not require a gradient, it has none here; detach it",
+            "sin must not require a gradient, because none is computed for it; detach it",
         ),
         (lambda: prepare(cos=COS, sin=COS.to("meta")), ValueError, "sin must be on x's device .*, got meta"),
         (lambda: turned(offsets=5), ValueError, "offsets must be between 0 and 4, for 5 rows .* 9 of cos; got 5"),

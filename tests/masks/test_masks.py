@@ -687,7 +687,11 @@ ERRORS: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
         ValueError,
         "style must be one of paper, huggingface, got 'etc'",
     ),
-    "bigbird across": (lambda: masks.bigbird().dense(1, 1, 64, 128), ValueError, "self-attention"),
+    "bigbird across": (
+        lambda: masks.bigbird().dense(1, 1, 64, 128),
+        ValueError,
+        "as many keys as queries, got 64 queries and 128 keys",
+    ),
     "counts in an or": (lambda: COUNTED | masks.causal(), ValueError, "combines with & only"),
     "counts in a not": (lambda: ~COUNTED, ValueError, "combines with & only"),
     "and instead of &": (lambda: masks.causal() and masks.window(3), TypeError, "not with and, or, not"),

@@ -1,8 +1,8 @@
-"""Derivatives of sums over tiles, of any order and in both modes, in O(N) memory; they serve every backend.
+"""Derivatives of sums over tiles, of any order and in both modes, in O(N) memory. Every backend uses them.
 
-A sum over tiles is linear in what its tiles give, so its derivative is the sum of its tiles' derivatives: again a
-sum over tiles, whose function is torch.func.vjp of the first one's. Second derivatives are pulled back through the
-gradients' sum, reverse over forward through the tangent's, and so on.
+The derivative of a sum over tiles is the sum of the derivatives of its tiles: again a sum over tiles, whose
+function is torch.func.vjp of the first one's. Second derivatives are the derivatives of the gradients' sum,
+reverse over forward mode those of the tangent's sum, and so on.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ def push(
 ) -> tuple[Tensor, ...]:
     """Forward mode: the tangent of each of the results. A tangent that is None is zero.
 
-    What is pulled back is linear in the cotangents; its own pull-back to them pushes forward. (torch.func.jvp of
-    the tile would not do: where dual tensors are in use, another level of them is refused.)
+    The pull-back is linear in the cotangents, so pulling it back once more pushes forward. (torch.func.jvp of the
+    tile cannot be used: it fails where dual tensors are already in use.)
     """
     which = [i for i, t in enumerate(tangents) if t is not None]
     outputs = range(len(function.outputs))
@@ -68,11 +68,11 @@ def _pulled(function: TileSum, outputs: Sequence[int], which: Sequence[int]) -> 
     def pulled(tile: Tile, *parts: Tensor | None) -> Sequence[Tensor]:
         inputs, cotangents = parts[:count], parts[count:]
 
-        def of(*given: Tensor | None) -> list[Tensor]:
-            results = function.function(tile, *given)
+        def chosen(*arguments: Tensor | None) -> list[Tensor]:
+            results = function.function(tile, *arguments)
             return [results[i] for i in outputs]
 
-        return pull_back(of, inputs, which)[1](list(cotangents))
+        return pull_back(chosen, inputs, which)[1](list(cotangents))
 
     falls = (*function.falls, *(function.falls[function.outputs[i]] for i in outputs))
     return TileSum(pulled, falls, tuple(which), function.spec)

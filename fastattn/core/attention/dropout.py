@@ -1,8 +1,10 @@
-"""Random numbers for dropout: keyed by seed, offset and position, so that every tiling and backend draws the same.
+"""Random numbers for dropout. They depend on seed, offset and position, so every tiling and backend draws the
+same.
 
 The weight of query i on key j of head h is dropped if a 16-bit number falls below dropout_p * 2**16. That number
 is one half of one of the four words that Philox-4x32 gives, after seven rounds, for the key `seed` and the counter
-(j // 8, i, h, offset): eight neighbouring keys share a call. Nothing is stored for the backward, it draws again.
+(j // 8, i, h, offset): eight neighbouring keys share a call. Nothing is stored for the backward; it draws them
+again.
 
 Source: Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3 (2011), section 3.3 and table 2 (seven rounds
 pass every test of BigCrush).
@@ -26,8 +28,8 @@ _HIGHEST_BITS = 0x8000800080008000 - 2**64
 def dropout_state(batch: int, device: torch.device | str | None = None) -> Tensor:
     """A fresh state (batch, 2), seed and offset of each batch entry, from torch's generator of the device.
 
-    What `fastattn.attention` draws where it is given a dropout_p and no dropout_state; `torch.manual_seed` and
-    activation checkpointing govern it as any random number.
+    `fastattn.attention` draws it if there is a dropout_p and no dropout_state. `torch.manual_seed` and activation
+    checkpointing act on it as on any random number.
     """
     batch = arguments.integer("batch", batch, least=0, what="an integer, the number of batch entries")
     device = None if device is None else arguments.device("device", device)
@@ -78,8 +80,8 @@ def keep_mask_of_groups(
     """Whether the weights on the keys of some groups (..., G) are kept, group g being the keys 8 g to 8 g + 7:
     (..., 8 G), leading dimensions as all arguments broadcast to."""
     words = torch.broadcast_tensors(*philox((groups, query, head, state[..., 1]), state[..., 0]))
-    # Two words side by side are four of the numbers. Those are unsigned and int16 is not: turning the highest bit
-    # over makes it compare them in the same order.
+    # Two words side by side hold four 16-bit numbers. They are unsigned, int16 is signed: flipping the highest bit
+    # makes it compare them in the same order.
     pairs = torch.stack((words[0] | words[1] << 32, words[2] | words[3] << 32), -1).bitwise_xor_(_HIGHEST_BITS)
     # On a CPU, comparing in place, converting and multiplying take a fifth of the time of a bool and masked_fill.
     return pairs.view(torch.int16).flatten(-2).ge_(round(dropout_p * 2**16) - 2**15).to(dtype)
@@ -90,13 +92,13 @@ def philox(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Philox-4x32: four random 32-bit words for each counter, held in int64; arguments and results broadcast.
 
-    Each word stays as small as what it depends on. Of a counter whose numbers vary along one dimension each, the
-    first two rounds and half of the third are done without repetitions.
+    Each word is only as large as the words that it depends on. If each number of the counter varies along one
+    dimension only, nothing is computed repeatedly in the first two rounds and half of the third.
     """
     c0, c1, c2, c3 = (c & _WORD for c in counter)
     k0, k1 = seed & _WORD, (seed >> 32) & _WORD
     for _ in range(rounds):
-        # Products wrap around at 64 bits; both halves of them are right all the same. The lower ones are cut off
+        # Products wrap around at 64 bits; both of their halves are right all the same. The lower half is masked
         # only where a product needs it.
         first, second = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
         c0 = ((second >> 32) ^ (c1 ^ k0)) & _WORD

@@ -106,7 +106,8 @@ def attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """softmax(scale q k^T) v, fused: no N x N tensor is ever stored, forward or backward.
 
-    Query i stands on the diagonal at key i + Lk - Lq (aligned bottom-right, as the last of a longer sequence).
+    Query i stands on the diagonal at key i + Lk - Lq (bottom-right alignment: the queries are the last positions
+    of a longer sequence).
 
     Args:
         q: queries (B, Hq, Lq, D); any strides. D and Dv may be any width from 1
@@ -117,34 +118,34 @@ def attention(
         scale: multiplier of the scores; 1/sqrt(D) by default. Or a tensor (), (Hq,) or (B, Hq), one for all or
             for each head, with gradient.
         window: (left, right), how many keys before and after the diagonal are seen; None is unbounded. A number n
-            is (n, n), with causal (n, 0); a query sees n keys on a side beside its own. What no query of a tile
-            sees is not computed.
+            is (n, n), with causal (n, 0); a query sees n keys on each side beside its own. Tiles in which no query
+            sees a key are not computed.
         key_lengths: (B,) integers, a tensor or a sequence; keys from there on are not seen (right padding). The
-            diagonal stays. What lies there in k, v and a bias is not read: it may be NaN, as in a cache that was
-            never written. Keys that a mask, a window or a bias hides before it are read: NaN there reaches every
-            query whose tile of queries meets the key's tile of keys, since 0 x NaN is NaN.
-        mask: which keys each query sees, a value of fastattn.masks or what its `lower` returned; seen is what
-            causal, window and key_lengths show, too. Granules of 64 x 64 that nobody sees are not computed.
-            What lies behind a `masks.key_lengths` in it is not read.
+            diagonal stays. k, v and a bias are not read there: they may be NaN, as in a cache that was never
+            written. But keys before that which a mask, a window or a bias hides are read. A NaN in such a key
+            reaches every query in the tiles that are computed with it, since 0 x NaN is NaN.
+        mask: which keys each query sees, a value of fastattn.masks or what its `lower` returned. A key must be
+            within causal, window and key_lengths, too. Blocks of 64 x 64 that no query may see are not computed,
+            and keys behind a `masks.key_lengths` in the mask are not read.
         bias: added to the scores; broadcasts to (B, Hq, Lq, Lk), any float dtype, with gradient, which is summed
-            over what is broadcast. -inf hides. Or a bool tensor: True is seen, as scaled_dot_product_attention
-            has it.
+            over broadcast dimensions. -inf hides a key. Or a bool tensor, in which True shows a key, as in
+            scaled_dot_product_attention.
         alibi_slopes: (Hq,) or (B, Hq); scores fall by the slope for each key of distance from the diagonal. No
             gradient.
         relative_bias: (Hq, 2 R + 1) or (B, Hq, 2 R + 1), added to the scores by distance: key j of query i takes
             value j - (i + Lk - Lq) + R, clamped to the first and the last. With gradient. `t5_relative_bias`
-            makes it of T5's table.
+            makes it from T5's table.
         softcap: scaled scores s become softcap * tanh(s / softcap), before any bias; None or 0 for no cap.
-        sinks: (Hq,) or (B, Hq), in nats; one more score per head that takes weight and gives no value. With
-            gradient.
-        dropout_p: the probability with which a weight is dropped, the others grow by 1 / (1 - dropout_p), to
-            16 bits. The backward draws the same numbers again; nothing is stored.
+        sinks: (Hq,) or (B, Hq), in nats; one more score in each row of the head, which takes weight and has no
+            value. With gradient.
+        dropout_p: the probability of dropping a weight, rounded to 16 bits; the others are multiplied by
+            1 / (1 - dropout_p). The backward draws the same numbers again, so nothing is stored.
         dropout_state: (B, 2) int64, seed and offset of each batch entry's random numbers; by default
-            `dropout_state` draws one from torch's generator. `dropout_mask` tells what it drops.
-        precision: how float32 products are made on a GPU: "ieee", "tf32x3" (three tf32 products, nearly as
-            exact) or "tf32"; by default as torch.backends.cuda.matmul says. It is a floor: a backend may be
-            more exact.
-        return_lse: also return the log-sum-exp of each row of scores, the sink among them; differentiable.
+            `dropout_state` draws one from torch's generator. `dropout_mask` shows what it drops.
+        precision: of float32 products on a GPU: "ieee", "tf32x3" (three tf32 products, nearly as
+            exact) or "tf32"; by default what torch.backends.cuda.matmul allows. A backend may be more
+            exact than that.
+        return_lse: also return the log-sum-exp of each row of scores, the sink included; differentiable.
         backend: "triton", "portable" or "reference"; by default the capability table chooses, or the
             environment variable FASTATTN_BACKEND.
 
@@ -171,7 +172,7 @@ def attention(
     return_lse, backend = flag("return_lse", return_lse), check_backend(backend)
     q, k, v = autocast(q, k, v)
     if isinstance(scale, Tensor):
-        # O(N) on the way in, and its gradient comes of q's.
+        # q is scaled beforehand, in O(N), and the gradient of the scale follows from that of q.
         check_heads(q=q, k=k, v=v)
         q, scale = prepare_heads(q, head_scale=check_scales(scale, q), backend=backend), 1.0
     spec = attention_spec(
@@ -215,22 +216,22 @@ def attention_backward(
     backend: str | None = None,
     **unknown: Any,
 ) -> tuple[Tensor, ...]:
-    """The gradients (dq, dk, dv) of `attention`, and of what is given of bias, relative_bias and sinks in this
-    order, with a batch dimension, for those who drive the backward themselves (rings, split keys).
+    """The gradients (dq, dk, dv) of `attention`, then those of bias, relative_bias and sinks as far as they are
+    given, with a batch dimension. For callers who run the backward themselves (ring attention, split keys).
 
     Args:
         dout: gradient of out (B, Hq, Lq, Dv); any strides, zero included.
-        out, lse: as returned by `attention`, or merged by `merge_states` from parts of the keys: the gradients
-            of a part are exact with the merged out and lse.
+        out, lse: as returned by `attention`, or merged by `merge_states` from parts of the keys. With the merged
+            out and lse the gradients of each part are exact.
         dlse: gradient of lse (B, Hq, Lq), or None.
-        q, k, v and the rest: as given to `attention`.
+        q, k, v and the others: the arguments of `attention`.
     """
     if unknown:
         refuse_keywords("attention_backward", unknown)
     backend = check_backend(backend)
     if isinstance(scale, Tensor) and scale.dim() > 0:
         raise TypeError(
-            "scale must be one number here, got a tensor of several: scale q by them, and dq, with prepare_heads"
+            "scale must be one number here, got a tensor of several; scale q and dq yourself, with prepare_heads"
         )
     spec = attention_spec(
         q, k, v, causal=causal, scale=scale, window=window, softcap=softcap, dropout_p=dropout_p,
@@ -238,7 +239,7 @@ def attention_backward(
     )  # fmt: skip
     if spec.dropout and dropout_state is None:
         raise ValueError(
-            "dropout_state must be given with a dropout_p, the one that attention was given; got None"
+            "dropout_state must be the one that attention was called with if there is a dropout_p; got None"
         )
     spec, key_lengths, masked = with_mask(q, k, spec, key_lengths, mask)
     tensors = score_tensors(
@@ -255,8 +256,8 @@ def attention_backward(
     )
     if scaled_q is not q:
         gradients = gradients._replace(q=gradients.q * (-1.0 if spec.scale < 0 else 0.0))
-    given = (True, True, True, *wanted, sinks is not None)
-    return tuple(g for g, is_given in zip(gradients, given, strict=True) if g is not None and is_given)
+    exist = (True, True, True, *wanted, sinks is not None)
+    return tuple(g for g, exists in zip(gradients, exist, strict=True) if g is not None and exists)
 
 
 def scores_asked(
@@ -290,7 +291,8 @@ def scores_asked(
 
 
 class _Masked(NamedTuple):
-    """What a mask beside them makes of the spec, the key lengths and the ScoreTensors that only a mask sets."""
+    """The spec and the key lengths of a call once its mask is applied, and the ScoreTensors that come from the
+    mask."""
 
     spec: AttentionSpec
     key_lengths: Tensor | Sequence[int] | None
@@ -304,7 +306,7 @@ def with_mask(
     key_lengths: Tensor | Sequence[int] | None,
     mask: Mask | Lowered | None,
 ) -> _Masked:
-    """The call with a mask: as numbers, intervals or lists."""
+    """Apply the mask of a call: it becomes numbers in the spec, intervals or lists."""
     if mask is None:
         return _Masked(spec, key_lengths, {})
     if not isinstance(mask, Mask | Lowered):
@@ -321,7 +323,9 @@ def with_mask(
         if isinstance(mask, Mask):
             lowered = (mask & window_mask(*bounds)).lower(*shape)
         elif not mask.is_within(*bounds):
-            raise ValueError("mask is lowered: join causal and window to it with & before it is")
+            raise ValueError(
+                "mask must lie within causal and window if it is lowered; combine them with & before you lower it"
+            )
         bounds = None, None
     if lowered.key_lengths is not None:
         lengths = lowered.key_lengths
@@ -338,7 +342,7 @@ def with_mask(
 
 
 def _other_mask(mask: object) -> str:
-    """What to do with a mask of another kind."""
+    """Advice for a mask of another library."""
     if isinstance(mask, Tensor):
         return "; a tensor is given as bias= (bool, True is seen, or float, added) or as masks.from_dense(tensor)"
     if type(mask).__name__ == "BlockMask":
@@ -366,11 +370,11 @@ def t5_relative_bias(table: Tensor, *, max_distance: int = 128, bidirectional: b
     exact = buckets // 2
     if max_distance <= exact:
         raise ValueError(
-            f"max_distance must be more than {exact}, the distances with a bucket each; got {max_distance}"
+            f"max_distance must be more than {exact}, since nearer keys have a bucket each; got {max_distance}"
         )
     distance = torch.arange(-max_distance, max_distance + 1, device=table.device)
     behind = -distance.clamp(max=0) if not bidirectional else distance.abs()
-    # In float32, as the models were trained: a boundary may fall on either side of an integer.
+    # In float32, as in training: rounding decides on which side of an integer a boundary falls.
     far = torch.log(behind.clamp(min=1).float() / exact) / math.log(max_distance / exact) * (buckets - exact)
     bucket = torch.where(behind < exact, behind, (exact + far.long()).clamp(max=buckets - 1))
     if bidirectional:
@@ -386,8 +390,7 @@ def merge_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> 
         lse_a, lse_b: their log-sum-exps (..., Lq) in nats. A sink belongs to one of the parts.
 
     Returns:
-        out and lse as one call over both sets would give; differentiable. Rows that saw nothing in both stay
-        0 and -inf.
+        out and lse of one call over both sets; differentiable. Rows that saw nothing in either stay 0 and -inf.
 
     Source: Milakov and Gimelshein, Online normalizer calculation for softmax (2018), section 3.1.
     """
@@ -402,7 +405,7 @@ def merge_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> 
             )
     check_same("out_b", out_b, "out_a", out_a)
     check_same("lse_b", lse_b, "lse_a", lse_a)
-    # Pivot on 0 where both are -inf, so that no infinity is taken from itself, in the gradient neither.
+    # Use 0 as the pivot where both are -inf: -inf minus -inf would be NaN, also in the gradient.
     top = torch.maximum(lse_a, lse_b).detach()
     top = top.masked_fill(top == float("-inf"), 0.0)
     weight_a, weight_b = torch.exp(lse_a - top), torch.exp(lse_b - top)

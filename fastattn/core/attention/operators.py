@@ -1,4 +1,4 @@
-"""Attention as torch knows it: opaque operators with fake kernels, autograd and vmap; fastattn.flops counts them.
+"""Attention as PyTorch operators, with fake kernels, autograd and vmap. fastattn.flops counts their operations.
 
 `fastattn::attention_forward`, its backward and its tangent choose a backend and run it; tracers see one node each.
 `Attention` is the thin autograd.Function that the functional calls, because torch.func.grad cannot see through an
@@ -135,7 +135,7 @@ class Attention(Function):
         precision,
         mask_layout,
         backend,
-    ):  # spelled out, because dynamo cannot trace a forward of *arguments
+    ):  # The arguments of forwards are spelled out, because torch.compile cannot trace a forward of *arguments.
         return torch.ops.fastattn.attention_forward(
             q, k, v, key_lengths, alibi_slopes, bias, relative_bias, sinks, dropout_state, mask, intervals, causal,
             scale, left, right, softcap, dropout, precision, mask_layout, backend,
@@ -216,7 +216,7 @@ class AttentionBackward(Function):
 
     @staticmethod
     def backward(ctx, *second):
-        # out and lse count as inputs of their own: what flows into them goes on through Attention.backward.
+        # out and lse are inputs here. Their gradients flow on through Attention.backward.
         needed = ScoreTensors(*ctx.needs_input_grad[9 : 9 + _COUNT])
         flags = (*ctx.needs_input_grad[:7], needed.bias, needed.relative_bias, needed.sinks)
         function, there, fixed, inputs = _sum_of_gradients(ctx)
@@ -227,8 +227,8 @@ class AttentionBackward(Function):
 
 
 def _sum_of_gradients(ctx):
-    """What AttentionBackward computes, as a sum over tiles: the sum, which of its gradients are there, and what it
-    takes."""
+    """AttentionBackward as a sum over tiles: the function, which of the gradients exist, the fixed tensors and the
+    inputs."""
     main, tensors = ctx.saved_tensors[:7], ScoreTensors(*ctx.saved_tensors[7:])
     fixed, learned = tiles.learned(tensors)
     there = (True, True, True, *ctx.wanted, tensors.sinks is not None)
@@ -275,7 +275,7 @@ _MOVED = len(Tangents._fields)
 
 
 def _of_tangent(saved: Sequence) -> tuple[ScoreTensors, tuple]:
-    """What AttentionTangent saved, as its sum over tiles takes it."""
+    """The fixed tensors and the inputs of AttentionTangent's sum over tiles, from what it saved."""
     fixed, learned = tiles.learned(ScoreTensors(*saved[5 + _MOVED :]))
     return fixed, (*saved[: 5 + _MOVED], *learned)
 
@@ -313,18 +313,19 @@ class DualAttentionBackward(AttentionBackward):
 
 
 def attention(*arguments) -> tuple[Tensor, Tensor]:
-    """Attention's arguments to (out, lse), differentiable."""
+    """(out, lse), differentiable; takes Attention's arguments."""
     if not torch.compiler.is_compiling():
         return DualAttention.apply(*arguments)
     q, k, v, *rest = arguments
-    # Dynamo refuses a tensor that is given to a Function twice, as in attention(x, x, x).
+    # torch.compile refuses a Function that gets the same tensor twice, as in attention(x, x, x).
     k = k.view_as(k) if k is q else k
     v = v.view_as(v) if v is q or v is arguments[1] else v
     return Attention.apply(q, k, v, *rest)
 
 
 def attention_backward(*arguments) -> tuple[Tensor, ...]:
-    """AttentionBackward's arguments to `Gradients`, differentiable; empty ones stand for what is not there."""
+    """The gradients, differentiable; takes AttentionBackward's arguments. A gradient that does not exist is
+    empty."""
     return (AttentionBackward if torch.compiler.is_compiling() else DualAttentionBackward).apply(*arguments)
 
 

@@ -1,6 +1,6 @@
 """What is asked of attention: validated once, then frozen.
 
-Everything below the front door takes a spec as given. Tensors travel beside it, never in it.
+Everything below the functional trusts a spec. Tensors travel beside it, never in it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ PRECISIONS = ("ieee", "tf32x3", "tf32")
 
 @dataclass(frozen=True)
 class AttentionSpec:
-    """Which attention: out = softmax(cap(scale * q k^T) + mask) v; the tensors of `ScoreTensors` join in.
+    """Which attention: out = softmax(cap(scale * q k^T) + mask) v; `ScoreTensors` has the tensors that take part.
 
     Query i stands on the diagonal at key i + Lk - Lq (bottom-right alignment).
 
@@ -38,9 +38,9 @@ class AttentionSpec:
     scale: the multiplier of the scores; positive.
     window: how many keys before and after the diagonal are seen; None for all.
     softcap: scores s become softcap * tanh(s / softcap); 0 for no cap.
-    dropout: the probability with which a weight is dropped; a multiple of 2**-16, see fastattn.dropout.
-    precision: how float32 products are made, one of PRECISIONS.
-    mask: how to take ScoreTensors.mask apart, see fastattn.masks.lists.packed; None without.
+    dropout: the probability of dropping a weight; a multiple of 2**-16, see dropout.py.
+    precision: of float32 products, one of PRECISIONS.
+    mask: the layout of ScoreTensors.mask, see fastattn.masks.lists.packed; None without a mask.
     """
 
     causal: bool = False
@@ -62,7 +62,7 @@ class AttentionSpec:
         return 0 if self.causal else self.window[1]
 
     def at(self, queries: int, keys: int) -> AttentionSpec:
-        """The same for so many queries and keys, without bounds that hide nothing there."""
+        """The same for this many queries and keys, without bounds that hide no key there."""
         bounds = self.left, self.right
         left, right = window_that_hides(bounds, queries, keys)
         if (left, right) == bounds:
@@ -77,18 +77,18 @@ class AttentionSpec:
 
 
 class ScoreTensors(NamedTuple):
-    """Tensors that shape the scores, each with the batch in front; None where they are not asked for.
+    """Tensors that change the scores, each with a batch dimension; None for those that are not given.
 
     key_lengths: (B,) int32; keys from there on are not seen.
     alibi_slopes: (B, Hq) fp32; the score falls by the slope for each key of distance from the diagonal.
     bias: (B or 1, Hq or 1, Lq or 1, Lk or 1); added to the scores, or, if bool, says which keys are seen.
     relative_bias: (B, Hq, 2 R + 1) in the log-sum-exp's dtype; added by distance from the diagonal, see
         `relative_index`.
-    sinks: (B, Hq) in the log-sum-exp's dtype; a score that takes weight and gives no value.
-    dropout_state: (B, 2) int64, seed and offset of each batch entry's random numbers, see fastattn.dropout.
+    sinks: (B, Hq) in the log-sum-exp's dtype; one more score in each row, which takes weight and has no value.
+    dropout_state: (B, 2) int64, seed and offset of each batch entry's random numbers, see dropout.py.
     mask: 1-D int64, block lists as fastattn.masks.lists.packed makes them; one for the whole batch.
-    intervals: (B, 2, Lq + Lk) int32, from which key to before which each query sees, then from which query to
-        before which each key is seen; no window stands beside them.
+    intervals: (B, 2, Lq + Lk) int32, the first key that each query sees and the one after the last, then the first
+        query that sees each key and the one after the last. There is no window beside them.
     """
 
     key_lengths: Tensor | None = None
@@ -131,7 +131,7 @@ class Saved(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Of a loss by what went into attention; None for what was not given or not wanted."""
+    """The gradients of what went into attention; None for what was not given or not wanted."""
 
     q: Tensor
     k: Tensor
@@ -142,7 +142,7 @@ class Gradients(NamedTuple):
 
 
 class Tangents(NamedTuple):
-    """Of what goes into attention, shaped like it; None for zero."""
+    """The tangents of what goes into attention, of the same shapes; None is zero."""
 
     q: Tensor | None = None
     k: Tensor | None = None
@@ -153,7 +153,7 @@ class Tangents(NamedTuple):
 
 
 class Wanted(NamedTuple):
-    """Which of the gradients that cost a pass of their own are asked for."""
+    """Which of the gradients that take a pass of their own are wanted."""
 
     bias: bool = False
     relative_bias: bool = False
@@ -174,8 +174,8 @@ def attention_spec(
     """Check q, k, v and the options against each other; the default scale is 1/sqrt(D), the default precision
     PyTorch's own for float32 products.
 
-    A scale of zero or below is legal for the caller, but not in a spec: see `positive_scale`. The window stays as
-    it is, whatever the lengths: a tracer may know no number for them. See `AttentionSpec.at`.
+    A caller may give a scale of zero or below, but a spec may not have one: see `positive_scale`. The window is
+    not cut to the lengths here, because a tracer may know no number for them: see `AttentionSpec.at`.
     """
     check_heads(q=q, k=k, v=v)
     left, right = check_window(window)
@@ -197,7 +197,7 @@ def check_scale(scale: float, name: str = "scale") -> float:
 
 
 def check_scales(scale: Tensor, q: Tensor) -> Tensor:
-    """A scale for each head, (Hq,) or (B, Hq), of one for all or for each."""
+    """The scale of each head, (Hq,) or (B, Hq)."""
     check_beside("scale", scale, q, ((), (q.shape[1],), tuple(q.shape[:2])))
     check_floating("scale", scale)
     return scale.expand(q.shape[1]) if scale.dim() == 0 else scale
@@ -212,17 +212,17 @@ def check_softcap(softcap: float | None) -> float:
 
 
 def check_dropout(dropout_p: float) -> float:
-    """The probability as the random numbers can tell it, in 2**16 steps."""
+    """The probability, rounded to the steps of 2**-16 that the random numbers have."""
     dropout_p = arguments.number("dropout_p", dropout_p)
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p must be at least 0 and below 1, got {dropout_p}")
-    # What is asked for and is not nothing or everything does not become so by rounding.
+    # Rounding must not turn a small probability into 0, nor one below 1 into 1.
     steps = min(max(round(dropout_p * 2**16), int(dropout_p > 0)), 2**16 - 1)
     return steps / 2**16
 
 
 def check_precision(precision: str | None, q: Tensor) -> str:
-    """How float32 products are made; PyTorch's global setting by default. Other dtypes have one way only."""
+    """The precision of float32 products, by default PyTorch's global setting; "ieee" for other dtypes."""
     if precision is not None:
         arguments.choice("precision", precision, PRECISIONS, or_none=True)
     if q.dtype != torch.float32 or q.device.type != "cuda":
@@ -231,7 +231,7 @@ def check_precision(precision: str | None, q: Tensor) -> str:
 
 
 def _bounded(side: int | None) -> int | None:
-    """A bound that an operator can take; one beyond all lengths is none."""
+    """A bound that an operator can take; one beyond all lengths is None."""
     return None if side is None or side >= 2**31 else side
 
 
@@ -247,10 +247,10 @@ def score_tensors(
     dropout_state: Tensor | None = None,
     drops: bool = True,
 ) -> ScoreTensors:
-    """Check the tensors that shape the scores, and give each of them a batch dimension.
+    """Check the tensors that change the scores, and give each of them a batch dimension.
 
-    The values of key_lengths are not read here: on a GPU that would wait for it. Lengths beyond Lk count as Lk,
-    negative ones as 0.
+    The values of key_lengths are not read here: on a GPU that would wait for the device. Lengths beyond Lk count
+    as Lk, negative ones as 0.
     """
     batch, heads = q.shape[:2]
     if key_lengths is not None:
@@ -259,7 +259,9 @@ def score_tensors(
         check_beside("alibi_slopes", alibi_slopes, q, ((heads,), (batch, heads)))
         check_floating("alibi_slopes", alibi_slopes)
         if alibi_slopes.requires_grad:
-            raise ValueError("alibi_slopes must not require a gradient, they have none here; detach them")
+            raise ValueError(
+                "alibi_slopes must not require a gradient, because none is computed for them; detach them"
+            )
         alibi_slopes = alibi_slopes.to(lse_dtype(q.dtype)).expand(batch, heads)
     if bias is not None:
         bias = check_bias(bias, q, k)
@@ -308,9 +310,9 @@ def check_bias(bias: Tensor, q: Tensor, k: Tensor) -> Tensor:
 
 
 def positive_scale(q: Tensor, spec: AttentionSpec) -> tuple[Tensor, AttentionSpec]:
-    """The same scores with a positive scale: the sign (or the zero) moves into q.
+    """q and the spec for the same scores with a positive scale: the sign (or the zero) moves into q.
 
-    The kernels take the maximum of the unscaled scores, which needs an order-preserving scale.
+    The kernels take the maximum of the unscaled scores, so the scale must preserve their order.
     """
     if spec.scale > 0:
         return q, spec
@@ -340,7 +342,7 @@ def check_heads(*, q: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 def check_gradients(q: Tensor, v: Tensor, *, dout: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None) -> None:
-    """What `attention_backward` is given must be shaped like what `attention` returned."""
+    """Raise unless the arguments of `attention_backward` have the shapes of what `attention` returned."""
     rows = q.shape[:3]
     for name, t in (("dout", dout), ("out", out)):
         arguments.tensor(name, t)

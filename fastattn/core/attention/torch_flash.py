@@ -24,8 +24,9 @@ _HIDDEN = float("-inf")
 
 
 def serves(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, tensors: ScoreTensors) -> bool:
-    """Whether PyTorch's flash attention computes this: one head width, its causal mask aligned top-left, nothing
-    else done to the scores. Except on a CPU: there it takes a mask, if that is no larger than what was given."""
+    """Whether PyTorch's flash attention computes this call: one head width, no mask but its causal one, which is
+    aligned top-left, and nothing else done to the scores. On a CPU it takes other masks, too; they are used if
+    they are no larger than what the caller gave."""
     if spec.softcap or q.shape[3] != v.shape[3] or q.numel() * k.numel() == 0:
         return False
     if q.device.type == "cpu":
@@ -40,8 +41,8 @@ def serves(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, tensors: ScoreT
 
 
 def serves_backward(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, tensors: ScoreTensors) -> bool:
-    """Whether it shall compute the gradients of what it serves: not in float16 on a CPU, where it takes two to
-    five times as long as tiles in float32 (torch 2.13, without float16 instructions)."""
+    """Whether it computes the gradients, too: all but those in float16 on a CPU, where it takes two to five times
+    as long as tiles in float32 (torch 2.13, without float16 instructions)."""
     return serves(q, k, v, spec, tensors) and (q.device.type != "cpu" or q.dtype != torch.float16)
 
 
@@ -63,7 +64,7 @@ def forward(
         q, k[:, :, seen], v[:, :, seen], 0.0, causal, attn_mask=mask, scale=spec.scale
     )
     if mask is not None and bool((empty := _empty_rows(mask, causal, q.shape[2])).any()):
-        # The operator says 0 of them, which is a log-sum-exp like any other.
+        # The operator gives these rows a log-sum-exp of 0. Nothing seen is -inf.
         out, lse = out.masked_fill(empty[..., None], 0.0), lse.masked_fill(empty, _HIDDEN)
     return out, lse.contiguous()
 
@@ -80,7 +81,7 @@ def backward(
         seen = _keys_seen(q, k, spec, tensors)
         if seen.start == seen.stop:
             return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        # Where all scores are -inf, any finite number makes exp(score - lse) zero; -inf would make it NaN.
+        # In rows whose scores are all -inf, any finite lse makes exp(score - lse) zero; -inf would make it NaN.
         dq, dk, dv = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
             dout, q, k[:, :, seen], v[:, :, seen], out, lse.masked_fill(lse == _HIDDEN, 0.0), 0.0, causal,
             attn_mask=_mask(q, k, spec, tensors, seen), scale=spec.scale,
@@ -95,7 +96,7 @@ def backward(
 
 
 def _backward_of(dout: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """The backward, with what the forward left one by one."""
+    """`backward`, with the fields of Saved one by one, as `_by_entry` cuts them."""
     return backward(dout, Saved(*rest[:5]), *rest[5:])
 
 
@@ -103,14 +104,14 @@ def _backward_of(dout: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _entries_differ(k: Tensor, tensors: ScoreTensors) -> bool:
-    """Whether batch entries have different lengths. Then each is a call of its own, that reads and computes
-    nothing but its own keys."""
+    """Whether batch entries have different lengths. Then each is a call of its own, which reads only its own
+    keys."""
     shortest, longest = key_counts(tensors.key_lengths, k.shape[2])
     return shortest != longest
 
 
 def _by_entry(function: Callable, inputs: tuple[Tensor, ...], spec: AttentionSpec, tensors: ScoreTensors) -> Any:
-    """What `function` returns, batch entry by batch entry."""
+    """The results of `function`, called for one batch entry at a time."""
     batch = inputs[0].shape[0]
 
     def entry(t: Tensor | None, b: int) -> Tensor | None:
@@ -127,13 +128,13 @@ def _by_entry(function: Callable, inputs: tuple[Tensor, ...], spec: AttentionSpe
 
 
 def _is_added(tensors: ScoreTensors) -> bool:
-    """Whether all that is done to the scores can be said by a mask."""
+    """Whether everything that is done to the scores can be written as one mask."""
     there = {name for name, t in tensors._asdict().items() if t is not None}
     return there <= {"key_lengths", "alibi_slopes", "bias"}
 
 
 def _skips(k: Tensor, spec: AttentionSpec) -> bool:
-    """Whether tiles leave out more than half of the keys, none of which the operator would."""
+    """Whether tiles would skip more than half of the keys. The operator skips none."""
     if spec.left is None or spec.right is None:
         return False
     return QUERY_TILE + spec.left + spec.right < k.shape[2] // 2
@@ -142,13 +143,13 @@ def _skips(k: Tensor, spec: AttentionSpec) -> bool:
 def _is_small(q: Tensor, k: Tensor, spec: AttentionSpec, tensors: ScoreTensors) -> bool:
     """Whether the mask has no more elements than a bias or key lengths have anyway, or than a tile of scores."""
     (batch, heads, queries, _), keys = q.shape, k.shape[2]
-    given = [] if tensors.bias is None else [tuple(_unexpanded(tensors.bias).shape)]
+    existing = [] if tensors.bias is None else [tuple(_unexpanded(tensors.bias).shape)]
     made = [(1, 1, queries, keys)] if _hides_by_window(q, k, spec) else []
     made += [] if tensors.alibi_slopes is None else [(*_unexpanded(tensors.alibi_slopes).shape, queries, keys)]
-    if not given + made:
+    if not existing + made:
         return True
-    whole = math.prod(torch.broadcast_shapes(*given, *made))
-    return whole <= max(batch * heads * QUERY_TILE * KEY_TILE, *map(math.prod, given), 0)
+    whole = math.prod(torch.broadcast_shapes(*existing, *made))
+    return whole <= max(batch * heads * QUERY_TILE * KEY_TILE, *map(math.prod, existing), 0)
 
 
 def _is_causal(q: Tensor, k: Tensor, spec: AttentionSpec) -> bool:
@@ -162,7 +163,7 @@ def _hides_by_window(q: Tensor, k: Tensor, spec: AttentionSpec) -> bool:
 
 
 def _keys_seen(q: Tensor, k: Tensor, spec: AttentionSpec, tensors: ScoreTensors) -> slice:
-    """The keys that any query may see: what lies beyond them is not read, whatever it holds."""
+    """The keys that any query may see. Keys outside of them are not read."""
     queries, keys = q.shape[2], k.shape[2]
     start = 0 if spec.left is None else max(0, keys - queries - spec.left)
     _, stop = key_counts(tensors.key_lengths, keys)
@@ -173,19 +174,19 @@ def _mask(q: Tensor, k: Tensor, spec: AttentionSpec, tensors: ScoreTensors, keys
     """What is added to the scores of these keys, broadcasting to (B, Hq, Lq, keys): -inf hides."""
     seen: list[Tensor] = []
     added: list[Tensor] = []
-    place = torch.arange(keys.start, keys.stop, device=q.device)
+    positions = torch.arange(keys.start, keys.stop, device=q.device)
     if tensors.bias is not None:
         bias = _unexpanded(tensors.bias)
         bias = bias[..., keys] if bias.shape[-1] > 1 else bias
         (seen if bias.dtype == torch.bool else added).append(bias)
-    # A bias may be anything where the operator's own causal mask hides it, too: NaN added to -inf is NaN.
+    # The bias may be NaN where the operator's own causal mask hides a key, and NaN added to -inf is NaN.
     if added and min(added[0].shape[-2:]) > 1 and _is_causal(q, k, spec):
-        seen.append(_distance(q, k, place) <= 0)
+        seen.append(_distance(q, k, positions) <= 0)
     if _hides_by_window(q, k, spec):
-        seen += [] if spec.left is None else [_distance(q, k, place) >= -spec.left]
-        seen += [] if spec.right is None else [_distance(q, k, place) <= spec.right]
+        seen += [] if spec.left is None else [_distance(q, k, positions) >= -spec.left]
+        seen += [] if spec.right is None else [_distance(q, k, positions) <= spec.right]
     if tensors.alibi_slopes is not None:
-        added.append(-_unexpanded(tensors.alibi_slopes)[..., None, None] * _distance(q, k, place).abs())
+        added.append(-_unexpanded(tensors.alibi_slopes)[..., None, None] * _distance(q, k, positions).abs())
     if not seen and not added:
         return None
     # The operator takes the heads' dtype or float32.
@@ -195,9 +196,9 @@ def _mask(q: Tensor, k: Tensor, spec: AttentionSpec, tensors: ScoreTensors, keys
     return mask[(None,) * (4 - mask.dim())]
 
 
-def _distance(q: Tensor, k: Tensor, place: Tensor) -> Tensor:
+def _distance(q: Tensor, k: Tensor, positions: Tensor) -> Tensor:
     """(Lq, keys): how many keys after its query's diagonal each key is."""
-    return place - torch.arange(q.shape[2], device=q.device)[:, None] - (k.shape[2] - q.shape[2])
+    return positions - torch.arange(q.shape[2], device=q.device)[:, None] - (k.shape[2] - q.shape[2])
 
 
 def _empty_rows(mask: Tensor, causal: bool, queries: int) -> Tensor:
@@ -209,7 +210,7 @@ def _empty_rows(mask: Tensor, causal: bool, queries: int) -> Tensor:
 
 
 def _unexpanded(t: Tensor) -> Tensor:
-    """Without the repetitions of an expanded tensor: they become dimensions of size 1."""
+    """The tensor with size 1 in dimensions that only repeat it (stride 0)."""
     for dim, (size, stride) in enumerate(zip(t.shape, t.stride(), strict=True)):
         t = t.narrow(dim, 0, 1) if size > 1 and stride == 0 else t
     return t

@@ -80,20 +80,21 @@ def attention_varlen(
     backend: str | None = None,
     **unknown: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`attention` of each sequence on its own; sequences lie one after another, with queries and keys of any
-    number, none included.
+    """`attention` within each of several sequences. They lie one after another; each may have any number of
+    queries and of keys, also none.
 
     Args:
         q: queries (total queries, Hq, D); any strides.
         k: keys (total keys, Hkv, D).
         v: values (total keys, Hkv, Dv).
-        cu_seqlens_q, cu_seqlens_k: where each sequence begins, and the end: (sequences + 1,) int32 or int64, from
-            0 up to the total or less. They are read here, which on a GPU waits for it; the intervals of keys made
-            of them are kept, so that further layers find them. Tokens behind the last sequence may hold anything.
-        max_seqlen_q, max_seqlen_k: the longest of each, for those who have them; nothing depends on them.
+        cu_seqlens_q, cu_seqlens_k: the first token of each sequence, and the end: (sequences + 1,) int32 or int64,
+            from 0 up to the total or less. Their values are read here; on a GPU that waits for the device. The
+            intervals of keys that they define are cached for further layers. Tokens behind the last sequence may
+            hold anything.
+        max_seqlen_q, max_seqlen_k: the longest sequences; accepted for compatibility, and not used.
         causal, window: counted from each sequence's own diagonal: its last query stands at its last key.
-        alibi_slopes: (Hq,) or (sequences, Hq). Where sequences differ in their slopes, or in how many more keys
-            than queries they have, there is a call for each sequence.
+        alibi_slopes: (Hq,) or (sequences, Hq). If sequences differ in their slopes, or in how many more keys than
+            queries they have, each sequence is computed by a call of its own.
         scale, softcap, sinks, dropout_p, precision, backend: as `attention`'s; sinks are (Hq,).
         return_lse: also return the log-sum-exp of each row of scores.
 
@@ -120,7 +121,7 @@ def attention_varlen(
     mask = masks.packed_sequences(cu_seqlens_q, cu_seqlens_k, causal, window)
     q, k, v = (_heads_first(name, t) for name, t in (("q", q), ("k", k), ("v", v)))
     with outside_modes():
-        # What lies behind the last sequence is not read.
+        # Tokens behind the last sequence are not read.
         ends = [min(int(cu.tensor[-1]), t.shape[2]) for cu, t in ((mask.queries, q), (mask.keys, k))]
     behind = q.shape[2] - ends[0]
     q, k, v = q[:, :, : ends[0]], k[:, :, : ends[1]], v[:, :, : ends[1]]
@@ -157,7 +158,7 @@ def _by_sequence(
 
 
 def _heads_first(name: str, t: Tensor) -> Tensor:
-    """(tokens, heads, width) as attention takes it, (1, heads, tokens, width)."""
+    """(tokens, heads, width) as (1, heads, tokens, width), which attention takes."""
     tensor(name, t)
     check_floating(name, t)
     if t.dim() != 3:

@@ -24,8 +24,8 @@ def prepare_heads(x: Tensor, spec: HeadsSpec, tensors: HeadTensors) -> Tensor:
 def prepare_heads_backward(
     dy: Tensor, x: Tensor, spec: HeadsSpec, tensors: HeadTensors
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The gradients of `prepare_heads`, written out, so that they can be differentiated again: dx, dnorm_weight
-    (B, H, D) and dhead_scale (B, H), None for what is not there."""
+    """The gradients of `prepare_heads`, written out so that they can be differentiated again: dx, dnorm_weight
+    (B, H, D) and dhead_scale (B, H), None if there is no norm_weight or head_scale."""
     normalised, inverse_size = _normalised(x, spec)
     gradient = _turned(dy.to(normalised.dtype), spec, tensors, back=True)
     weight, scale = tensors.norm_weight, tensors.head_scale
@@ -53,28 +53,29 @@ def prepare_heads_tangent(
     spec: HeadsSpec,
     tensors: HeadTensors,
 ) -> Tensor:
-    """How `prepare_heads` moves when x, norm_weight and head_scale move by dx, dweight and dscale; None for 0."""
+    """The tangent of `prepare_heads` for the tangents dx, dweight and dscale of x, norm_weight and head_scale;
+    None is 0."""
     normalised, inverse_size = _normalised(x, spec)
     weight, scale = tensors.norm_weight, tensors.head_scale
-    move = torch.zeros_like(normalised)
+    tangent = torch.zeros_like(normalised)
     if dx is not None:
-        move = dx.to(normalised.dtype)
+        tangent = dx.to(normalised.dtype)
         if spec.norm:
-            move = inverse_size * (move - normalised * (move * normalised).mean(-1, keepdim=True))
+            tangent = inverse_size * (tangent - normalised * (tangent * normalised).mean(-1, keepdim=True))
     weighted = normalised
     if weight is not None:
-        weighted, move = normalised * weight[:, :, None], move * weight[:, :, None]
+        weighted, tangent = normalised * weight[:, :, None], tangent * weight[:, :, None]
         if dweight is not None:
-            move = move + normalised * dweight[:, :, None]
+            tangent = tangent + normalised * dweight[:, :, None]
     if scale is not None:
-        move = move * scale[:, :, None, None]
+        tangent = tangent * scale[:, :, None, None]
         if dscale is not None:
-            move = move + weighted * dscale[:, :, None, None]
-    return _turned(move, spec, tensors).to(x.dtype)
+            tangent = tangent + weighted * dscale[:, :, None, None]
+    return _turned(tangent, spec, tensors).to(x.dtype)
 
 
 def _normalised(x: Tensor, spec: HeadsSpec) -> tuple[Tensor, Tensor]:
-    """x in fp32 at least, if asked for over its root mean square, and the inverse of that (B, H, L, 1), or 1."""
+    """x in fp32 at least, divided by its root mean square if `spec.norm`; and 1 / that (B, H, L, 1), or 1."""
     x = x.to(lse_dtype(x.dtype))
     if not spec.norm:
         return x, x.new_ones(())
@@ -102,8 +103,8 @@ def _turned(t: Tensor, spec: HeadsSpec, tensors: HeadTensors, back: bool = False
 
 
 def _rows_of_table(table: Tensor, offsets: Tensor | None, length: int) -> Tensor:
-    """(B, length, pairs) of a table (B, positions, pairs): from each offset on. Before the table its first row
-    stands, beyond it NaN."""
+    """The rows (B, length, pairs) of a table (B, positions, pairs), from each offset on. Positions before the
+    table take its first row, positions beyond it NaN."""
     if offsets is None:
         return table[:, :length]
     positions = offsets[:, None] + torch.arange(length, device=table.device)

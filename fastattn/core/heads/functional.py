@@ -1,4 +1,4 @@
-"""The front door of what happens to heads between projection and attention."""
+"""What happens to heads between projection and attention, as a function of tensors."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ def prepare_heads(
 ) -> Tensor:
     """head_scale * rotate(norm(x) * norm_weight): RMS norm of each head, rotary embedding and scale, in one pass.
 
-    Each step happens where it is asked for. Backward is one pass too, and keeps nothing but x.
+    A step is left out unless its arguments are given. The backward is one pass, too; only x is kept for it.
 
     Args:
         x: queries or keys (B, H, L, D); any strides.
-        norm_weight: (D,) or (H, D); asks for the norm. With gradient.
+        norm_weight: (D,) or (H, D); turns the norm on. With gradient.
         norm: divide every row by sqrt(its mean square + eps), also without a weight.
         eps: at least 1.2e-38.
-        cos, sin: the rotation, in any floating dtype, without gradient. (positions, W/2), the row of a position
-            standing at its number, or (B, L, W/2), a row for every row of x. The first W components of a head
-            turn in W/2 pairs, (a, b) to (a cos - b sin, b cos + a sin); the others pass.
-        interleaved: component 2i turns with 2i + 1 (RoFormer, GPT-J); else i with i + W/2 (GPT-NeoX, Llama).
-        offsets: the position of row 0: a number, or integers (B,), such as the lengths of a cache. Of a tensor,
-            negative positions (left padding) count as 0, and those beyond the table give NaN where its values
-            cannot be read beforehand (GPU, tracing).
+        cos, sin: the rotation, in any floating dtype, without gradient. Either (positions, W/2), a row for each
+            position, or (B, L, W/2), a row for each row of x. The first W components of a head form W/2 pairs; a
+            pair (a, b) becomes (a cos - b sin, b cos + a sin). The other components stay.
+        interleaved: component 2i is paired with 2i + 1 (RoFormer, GPT-J); else i with i + W/2 (GPT-NeoX, Llama).
+        offsets: the position of row 0: a number, or integers (B,), such as the lengths of a cache. In a tensor,
+            negative positions (left padding) count as 0. Positions beyond the table are an error where they can
+            be read beforehand; otherwise (GPU, tracing) their rows are NaN.
         head_scale: a number, or (H,) or (B, H). With gradient.
         backend: as `attention`'s.
 

@@ -1,7 +1,7 @@
-"""The operators that prepare heads for attention, made as attention's operators are.
+"""The preparation of heads as PyTorch operators, built like those of attention.
 
 `fastattn::prepare_heads` and its backward choose a backend and run it; tracers see one node each. `PrepareHeads`
-is the thin autograd.Function the front door calls.
+is the thin autograd.Function that the functional calls.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor, library
 
 from fastattn.core import backends, capabilities, derivatives
 from fastattn.core.capabilities import BACKWARD, FORWARD, Request
-from fastattn.core.function import Function, register_autograd
+from fastattn.core.function import Function, register_autograd, saves_for_forward
 from fastattn.core.heads import definition
 from fastattn.core.heads.spec import HeadsSpec, HeadTensors
 from fastattn.core.layout import empty_heads
@@ -30,7 +30,7 @@ _FORWARD, _BACKWARD = "fastattn::prepare_heads", "fastattn::prepare_heads_backwa
 
 
 def _spec(tensors: HeadTensors, norm: bool, eps: float, interleaved: bool) -> HeadsSpec:
-    """An operator's tensors and options, put together again."""
+    """The spec of an operator's tensors and options."""
     turned = 0 if tensors.cos is None else 2 * tensors.cos.shape[2]
     return HeadsSpec(norm, eps, turned, interleaved, tensors.head_scale is not None)
 
@@ -102,13 +102,10 @@ class PrepareHeads(Function):
         )
 
 
+@saves_for_forward(6)
 class PrepareHeadsEagerly(PrepareHeads):
-    """The same with forward mode, which torch.compile cannot trace; the tangent, a cheap map, is plain torch."""
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        PrepareHeads.setup_context(ctx, inputs, output)
-        ctx.save_for_forward(*inputs[:6])
+    """PrepareHeads with forward mode, which torch.compile cannot trace. The tangent is computed in plain
+    PyTorch."""
 
     @staticmethod
     def jvp(ctx, dx, dweight, _cos, _sin, _offsets, dscale, *_options):
@@ -164,7 +161,7 @@ def _backward_vmap(info: Any, in_dims: tuple, *arguments):
         return of_none(torch.ops.fastattn.prepare_heads_backward, in_dims, arguments)
     tensors = fold(info.batch_size, in_dims[:7], arguments[:7])
     gradients = torch.ops.fastattn.prepare_heads_backward(*tensors, *arguments[7:])
-    # What is not there is an empty tensor, without a batch.
+    # A gradient that does not exist is an empty tensor without a batch.
     return tuple(
         unfold(info.batch_size, (g,))[0] if g.dim() > 1 else g.expand(info.batch_size, 0) for g in gradients
     ), (0, 0, 0)

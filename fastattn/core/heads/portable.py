@@ -1,4 +1,4 @@
-"""The definition is what is wanted of heads: row by row, O(N) memory."""
+"""The definition of the heads' preparation serves as its portable backend: it takes O(N) memory."""
 
 from fastattn.core.heads.definition import backward, forward
 

@@ -18,11 +18,11 @@ SMALLEST_EPS = torch.finfo(torch.float32).tiny
 
 @dataclass(frozen=True)
 class HeadsSpec:
-    """Which preparation: y = head_scale * rotate(norm(x) * norm_weight), each step where it is asked for.
+    """Which preparation: y = head_scale * rotate(norm(x) * norm_weight); any of the steps may be left out.
 
     norm: divide each row by sqrt(its mean square + eps).
-    turned: how many leading components the rotation turns, in pairs; 0 for none.
-    interleaved: component 2i turns with 2i + 1; otherwise i with i + turned / 2.
+    turned: how many leading components are rotated, in pairs; 0 for none.
+    interleaved: component 2i is paired with 2i + 1; otherwise i with i + turned / 2.
     scaled: whether there is a head_scale.
     """
 
@@ -34,12 +34,12 @@ class HeadsSpec:
 
     @property
     def options(self) -> tuple[bool, float, bool]:
-        """What an operator takes beside its tensors, which say the rest: norm, eps, interleaved."""
+        """The arguments of an operator beside its tensors: norm, eps, interleaved."""
         return self.norm, self.eps, self.interleaved
 
 
 class HeadTensors(NamedTuple):
-    """Tensors beside x (B, H, L, D), each with the batch in front; None where they are not asked for.
+    """Tensors beside x (B, H, L, D), each with a batch dimension; None for a step that is left out.
 
     norm_weight: (B, H, D), in fp32, or fp64 for fp64 inputs.
     cos, sin: (B, positions, turned / 2), any floating dtype; at least L positions if there are no offsets.
@@ -66,19 +66,19 @@ def heads_spec(
     offsets: int | Tensor,
     head_scale: Tensor | float | None,
 ) -> tuple[HeadsSpec, HeadTensors]:
-    """Check what `prepare_heads` is given against x, and give every tensor its batch dimension."""
+    """Check the arguments of `prepare_heads` against x, and give every tensor a batch dimension."""
     _check_x(x)
     batch, heads, _, width = x.shape
     norm, interleaved = arguments.flag("norm", norm), arguments.flag("interleaved", interleaved)
     eps = check_eps(eps)
-    work = lse_dtype(x.dtype)
+    dtype = lse_dtype(x.dtype)
     if norm_weight is not None:
         check_beside("norm_weight", norm_weight, x, ((width,), (heads, width)), "x")
         check_floating("norm_weight", norm_weight)
-        norm_weight = norm_weight.to(work).expand(batch, heads, width)
+        norm_weight = norm_weight.to(dtype).expand(batch, heads, width)
     cos, sin, starts = _tables(x, cos, sin, offsets)
     if head_scale is not None:
-        head_scale = _scale(x, head_scale).to(work).expand(batch, heads)
+        head_scale = _scale(x, head_scale).to(dtype).expand(batch, heads)
     turned = 0 if cos is None else 2 * cos.shape[-1]
     spec = HeadsSpec(norm or norm_weight is not None, eps, turned, interleaved, head_scale is not None)
     return spec, HeadTensors(norm_weight, cos, sin, starts, head_scale)
@@ -99,7 +99,7 @@ def check_eps(eps: float) -> float:
 
 
 def _scale(x: Tensor, head_scale: Tensor | float) -> Tensor:
-    """A number for every head, or one for each, as a tensor."""
+    """The scale as a tensor: one number for all heads, or one for each."""
     if not isinstance(head_scale, Tensor):
         head_scale = arguments.number("head_scale", head_scale, what="a number or a torch.Tensor")
         return x.new_full((1,), head_scale, dtype=lse_dtype(x.dtype))
@@ -111,7 +111,8 @@ def _scale(x: Tensor, head_scale: Tensor | float) -> Tensor:
 def _tables(
     x: Tensor, cos: Tensor | None, sin: Tensor | None, offsets: int | Tensor
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """cos and sin (B, positions, pairs), and the offsets that are tensors: a number is cut off the tables."""
+    """cos and sin (B, positions, pairs), and the offsets if they are a tensor. If they are one number, the tables
+    begin there."""
     if cos is None or sin is None:
         if cos is not sin:
             raise ValueError(f"cos and sin must come together, got {'sin' if cos is None else 'cos'} alone")
@@ -149,7 +150,7 @@ def _check_tables(x: Tensor, cos: Tensor, sin: Tensor) -> None:
         if t.device != x.device:
             raise ValueError(f"{name} must be on x's device {x.device}, got {t.device}")
         if t.requires_grad:
-            raise ValueError(f"{name} must not require a gradient, it has none here; detach it")
+            raise ValueError(f"{name} must not require a gradient, because none is computed for it; detach it")
         fits = t.dim() == 2 or (t.dim() == 3 and t.shape[0] in (1, batch) and t.shape[1] == length)
         if not fits or not 1 <= t.shape[-1] <= width // 2:
             raise ValueError(
@@ -161,7 +162,8 @@ def _check_tables(x: Tensor, cos: Tensor, sin: Tensor) -> None:
 
 
 def _starts(x: Tensor, offsets: Tensor, positions: int) -> Tensor:
-    """The offsets as int32. Their values are read only where that waits for nothing: on the CPU, in eager mode."""
+    """The offsets as int32. Their values are checked only on the CPU in eager mode, where nothing waits for
+    them."""
     check_beside("offsets", offsets, x, ((x.shape[0],),), "x")
     if offsets.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"offsets must be int32 or int64, got {offsets.dtype}")

@@ -23,7 +23,7 @@ def activate(x: Tensor, activation: str) -> Tensor:
 
 
 def mlp(x: Tensor, weights: MLPWeights, spec: MLPSpec) -> Tensor:
-    """hidden W_out^T + b_out, where hidden = act(x W_in^T + b_in), in gated form times (x W_up^T + b_up).
+    """hidden W_out^T + b_out, where hidden = act(x W_in^T + b_in); if gated, that times (x W_up^T + b_up).
 
     x (T, d), w_in and w_up (h, d), w_out (out, h); returns (T, out).
     """
@@ -47,11 +47,11 @@ def mlp_backward(
         return mlp(x, filled._replace(**dict(zip(present, tensors, strict=True)), b_out=None), spec)
 
     dx, *gradients = torch.func.vjp(function, x, *(getattr(filled, name) for name in present))[1](dy)
-    of = dict(zip(present, gradients, strict=True))
-    dw, db = of["w_in"], of["b_in"]
-    if "w_up" in of:
-        dw, db = torch.cat((dw, of["w_up"])), torch.cat((db, of["b_up"]))
-    return dx, dw, db, of["w_out"], dy.sum(0)
+    by_name = dict(zip(present, gradients, strict=True))
+    dw, db = by_name["w_in"], by_name["b_in"]
+    if "w_up" in by_name:
+        dw, db = torch.cat((dw, by_name["w_up"])), torch.cat((db, by_name["b_up"]))
+    return dx, dw, db, by_name["w_out"], dy.sum(0)
 
 
 def forward(x: Tensor, weights: MLPWeights, spec: MLPSpec, save: bool) -> tuple[Tensor, Tensor]:

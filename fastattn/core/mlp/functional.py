@@ -23,7 +23,7 @@ def mlp(
     activation: str = "gelu",
     backend: str | None = None,
 ) -> Tensor:
-    """act(x W1^T + b1) W2^T + b2, fused: for the backward only x and the pre-activation are kept, once.
+    """act(x W1^T + b1) W2^T + b2, fused. Only x and the pre-activation are kept for the backward.
 
     Args:
         x: (..., d); any leading dimensions, any strides.
@@ -66,7 +66,7 @@ def gated_mlp(
     b_down: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """(act(x Wg^T + bg) * (x Wu^T + bu)) Wd^T + bd, fused: for the backward only x, gate and up are kept.
+    """(act(x Wg^T + bg) * (x Wu^T + bu)) Wd^T + bd, fused. Only x, gate and up are kept for the backward.
 
     Args:
         x: (..., d); any leading dimensions, any strides.
@@ -95,7 +95,7 @@ def _mlp(x: Tensor, weights: MLPWeights, activation: str, backend: str | None) -
     leading = x.shape[:-1]
     tokens = x.reshape(math.prod(leading), x.shape[-1])
     wanted = any(t is not None and t.requires_grad for t in (x, *weights))
-    # Under torch.func a wrapper need not say that a gradient is wanted outside of it.
+    # Under torch.func a wrapped tensor may not show that an outer transform wants its gradient.
     save = torch.is_grad_enabled() and (wanted or torch._C._are_functorch_transforms_active())
     y, _ = operators.mlp(tokens, *weights, activation, save, backend)
     return y.reshape(*leading, y.shape[-1])

@@ -1,4 +1,4 @@
-"""The MLP as torch knows it, made as attention's operators are.
+"""The MLP as PyTorch operators, built like those of attention.
 
 `fastattn::mlp_forward` and its backward choose a backend and run it; tracers see one node each. `MLP` is the thin
 autograd.Function that the functional calls.
@@ -65,7 +65,7 @@ def _backward_fake(dy, x, w_in, b_in, w_up, b_up, w_out, saved, wanted, activati
 
 
 class MLP(Function):
-    """(x, w_in, b_in, w_up, b_up, w_out, b_out, activation, save, backend) -> y, what was saved."""
+    """(x, w_in, b_in, w_up, b_up, w_out, b_out, activation, save, backend) -> y, saved (see backends.py)."""
 
     generate_vmap_rule = True
 
@@ -102,7 +102,7 @@ class MLP(Function):
 class MLPBackward(Function):
     """The gradients of MLP; differentiable once more, through the reference formula.
 
-    `saved` is a means to compute them: their dependence on the inputs goes through x and the weights.
+    No gradient flows into `saved`: the formula starts from x and the weights, from which it was computed.
     """
 
     generate_vmap_rule = True
@@ -127,7 +127,7 @@ class MLPBackward(Function):
 
 
 def _gradients(ctx, tensors: Sequence) -> list[Tensor]:
-    """The gradients wanted, by the reference formula."""
+    """The gradients that are wanted, by the reference formula."""
     dy, x, *weights = tensors
     spec = MLPSpec(ctx.activation, gated=weights[2] is not None)
     every = definition.mlp_backward(dy, x, MLPWeights(*weights), spec)
@@ -140,7 +140,8 @@ class DualMLP(MLP):
     @staticmethod
     def setup_context(ctx, inputs, output):
         MLP.setup_context(ctx, inputs, output)
-        # What MLP saves for the backward: torch.func.vmap keeps one list of mapped dimensions for both.
+        # The same tensors as MLP saves for the backward: torch.func.vmap keeps one list of their mapped
+        # dimensions.
         ctx.save_for_forward(*inputs[:6], output[1])
 
     @staticmethod
@@ -151,34 +152,22 @@ class DualMLP(MLP):
         def y(x, *weights):
             return [definition.mlp(x, MLPWeights(*weights), MLPSpec(ctx.options[0], weights[2] is not None))]
 
-        moved = x.new_zeros((x.shape[0], w_out.shape[0]))
+        dy = x.new_zeros((x.shape[0], w_out.shape[0]))
         if any(t is not None for t in tangents[:6]):
-            (moved,) = derivatives.push_through(y, tensors, tangents[:6])
-        return moved if tangents[6] is None else moved + tangents[6], None
+            (dy,) = derivatives.push_through(y, tensors, tangents[:6])
+        return dy if tangents[6] is None else dy + tangents[6], None
 
 
-class DualMLPBackward(MLPBackward):
-    """MLPBackward, with forward mode."""
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        MLPBackward.setup_context(ctx, inputs, output)
-        ctx.save_for_forward(*inputs[:7])
-
-    @staticmethod
-    def jvp(ctx, *tangents):
-        inputs = ctx.saved_tensors
-        moved = iter(derivatives.push_through(lambda *t: _gradients(ctx, t), inputs, tangents[:7]))
-        return tuple(next(moved) if want else inputs[0].new_empty(0) for want in ctx.wanted)
+DualMLPBackward = derivatives.with_forward_mode(MLPBackward, _gradients, 7)
 
 
 def mlp(*arguments) -> tuple[Tensor, Tensor]:
-    """MLP's arguments to y and what was saved, differentiable."""
+    """y and saved, differentiable; takes MLP's arguments."""
     return (MLP if torch.compiler.is_compiling() else DualMLP).apply(*arguments)
 
 
 def mlp_backward(*arguments) -> tuple[Tensor, ...]:
-    """MLPBackward's arguments to the gradients, differentiable."""
+    """The gradients, differentiable; takes MLPBackward's arguments."""
     return (MLPBackward if torch.compiler.is_compiling() else DualMLPBackward).apply(*arguments)
 
 
@@ -186,7 +175,7 @@ def mlp_backward(*arguments) -> tuple[Tensor, ...]:
 def _forward_vmap(info: Any, in_dims: tuple, x, *rest):
     if not info.batch_size or any(isinstance(dim, int) for dim in in_dims[1:]):
         return one_by_one(torch.ops.fastattn.mlp_forward, info.batch_size, in_dims, (x, *rest))
-    # One set of weights: the mapped dimension is more tokens.
+    # All samples share their weights: they are more tokens of one call.
     x = x.movedim(in_dims[0], 0).flatten(0, 1)
     y, saved = torch.ops.fastattn.mlp_forward(x, *rest)
     saved = unfold(info.batch_size, (saved,))[0] if saved.dim() == 2 else saved.expand(info.batch_size, 0)

@@ -20,7 +20,7 @@ def forward(x: Tensor, weights: MLPWeights, spec: MLPSpec, save: bool) -> tuple[
     if spec.gated:
         hidden *= saved[:, weights.w_in.shape[0] :]
     elif spec.activation == "relu":
-        saved = hidden  # its sign says all that the backward asks
+        saved = hidden  # the backward needs only its sign
     return F.linear(hidden, weights.w_out, weights.b_out), saved if save else x.new_empty(0)
 
 

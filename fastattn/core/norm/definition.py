@@ -29,8 +29,9 @@ def norm(
 def norm_backward(
     dy: Tensor, dtotal: Tensor | None, x: Tensor, weight: Tensor | None, spec: NormSpec
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of `norm`, written out, so that they can be differentiated again: of what was normalised, x,
-    to which dtotal comes as a result; and of weight and bias (B, W), in fp32 at least."""
+    """The gradients of `norm`, written out so that they can be differentiated again: of x, what was normalised,
+    and of weight and bias (B, W), in fp32 at least. dtotal, the gradient of the result x + residual, is added to
+    dx."""
     normalised, _, inverse = _standardised(x, spec)
     gradient = dy.to(normalised.dtype)
     dweight, dbias = (gradient * normalised).sum(1), gradient.sum(1)
@@ -44,8 +45,8 @@ def norm_backward(
 
 
 def _standardised(x: Tensor, spec: NormSpec) -> tuple[Tensor, Tensor | None, Tensor]:
-    """x in fp32 at least, less its mean if centred, over its deviation; that mean, or None, and the inverse of the
-    deviation, (B, R, 1)."""
+    """(x - mean) / deviation, in fp32 at least; the mean, or None where it counts as 0; and 1 / deviation. The
+    last two are (B, R, 1)."""
     x, mean = x.to(lse_dtype(x.dtype)), None
     if spec.centred:
         mean = x.mean(-1, keepdim=True)
@@ -55,7 +56,7 @@ def _standardised(x: Tensor, spec: NormSpec) -> tuple[Tensor, Tensor | None, Ten
 
 
 def _multiplier(weight: Tensor, like: Tensor, spec: NormSpec) -> Tensor:
-    """What normalised rows are multiplied by: (B, 1, W)."""
+    """The factor of normalised rows: (B, 1, W)."""
     return weight.to(like.dtype)[:, None] + spec.weight_offset
 
 

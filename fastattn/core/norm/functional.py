@@ -1,4 +1,4 @@
-"""The front door of norms over the last dimension."""
+"""Norms over the last dimension as functions of tensors: arguments are checked here once and become a spec."""
 
 from __future__ import annotations
 
@@ -47,22 +47,22 @@ def rms_norm(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """x / sqrt(mean(x^2) + eps) * (weight + weight_offset), over the last dimension, in one pass each way.
 
-    Computed in fp32 (fp64 for fp64 x) and rounded once, as torch.nn.functional.rms_norm is; models that round
-    before they multiply by the weight, as Llama's, differ by that rounding in half precision. Kept for the
-    backward: x, or its sum with the residual, and one number a row.
+    Computed in fp32 (fp64 for fp64 x) and rounded once, as torch.nn.functional.rms_norm is. Models that round
+    before they multiply by the weight, such as Llama, differ by that rounding in half precision. For the backward
+    x, or x + residual, and one number for each row are kept.
 
     Args:
         x: (..., W), any strides.
         weight: (W,), any floating dtype; None for 1. With gradient.
-        eps: at least 1.2e-38; None for the epsilon of float32 (of float64 for x in it), as torch's.
-        weight_offset: 1.0 for weights kept less one, as Gemma's.
-        residual: x's shape and dtype; x + residual is what is normalised, and a second result: the next residual.
-            Where it comes from gets a gradient from both.
+        eps: at least 1.2e-38; None for the epsilon of float32 (of float64 for fp64 x), as in torch.
+        weight_offset: added to the weight; 1.0 for models that store the weight minus one, such as Gemma.
+        residual: of x's shape and dtype. x + residual is normalised, and also returned: it is the next residual.
+            Gradients flow back through both results.
         backend: as `attention`'s.
 
     Returns:
-        y (..., W), contiguous, in x's dtype; with `residual`, (y, x + residual). Under autocast in float32 where
-        torch's norms are, which is everywhere but on the CPU.
+        y (..., W), contiguous, in x's dtype; with `residual`, (y, x + residual). Under autocast in float32, as
+        torch's norms, except on the CPU.
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what was expected, before anything runs.
@@ -114,7 +114,7 @@ def layer_norm(
 
     Args:
         bias: (W,), any floating dtype; None for 0. With gradient.
-        x, weight, eps, residual, backend: as `rms_norm`'s; kept for the backward are two numbers a row.
+        x, weight, eps, residual, backend: as `rms_norm`'s. For the backward two numbers for each row are kept.
 
     Returns, Raises: as `rms_norm`.
 
@@ -134,7 +134,7 @@ def _norm(
     spec: NormSpec,
     backend: str | None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """x as the rows (1, R, W) of one weight."""
+    """The norm of x as rows (1, R, W) with one weight."""
     if residual is None and backend is None and _torch_is_shorter(x, weight, bias, spec):
         if spec.centred:
             return F.layer_norm(x, x.shape[-1:], weight, bias, spec.eps)
@@ -147,31 +147,31 @@ def _norm(
     return y.view(x.shape) if residual is None else (y.view(x.shape), total.view(x.shape))
 
 
-# So many elements repay, on a CPU, what an operator of ours costs beside torch's RMS norm, which is several
-# operators there (benchmarks/test_norm_speed.py).
+# On a CPU a call of our operator has more overhead than torch's RMS norm, which is several operators there. From
+# this number of elements on ours is faster all the same (benchmarks/test_norm_speed.py).
 _REPAID_ON_CPU = 2**19
 
 
 def _serving(device: str, index: int | None) -> str:
-    """The backend that serves a call that asks for none; torch.compile cannot trace what is asked of a GPU."""
-    place = torch.device(device if index is None else f"{device}:{index}")
-    return os.environ.get("FASTATTN_BACKEND") or capabilities.default_backend(place)
+    """The backend of a call that names none. Constant for torch.compile, which cannot trace questions to a GPU."""
+    named = torch.device(device if index is None else f"{device}:{index}")
+    return os.environ.get("FASTATTN_BACKEND") or capabilities.default_backend(named)
 
 
-# As torch.compiler.assume_constant_result does, which would import all of dynamo with us.
+# What torch.compiler.assume_constant_result does; calling that would import all of dynamo with fastattn.
 _serving._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _torch_is_shorter(x: Tensor, weight: Tensor | None, bias: Tensor | None, spec: NormSpec) -> bool:
-    """Whether torch's own function computes what the portable backend would, where that serves, with less around
-    it."""
+    """Whether torch's own function computes the same as the portable backend would for this call, with less
+    overhead."""
     if _serving(x.device.type, x.device.index) != "portable":
         return False
     if any(t is not None and t.dtype != x.dtype for t in (weight, bias)):
         return False
     if x.device.type != "cpu":
         return spec.weight_offset == 0 or x.dtype == lse_dtype(x.dtype)
-    # In half precision the CPU's round more than once.
+    # In half precision torch's norms on the CPU round more than once.
     return x.dtype == lse_dtype(x.dtype) and (spec.centred or x.numel() < _REPAID_ON_CPU)
 
 

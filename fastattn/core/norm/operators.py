@@ -1,7 +1,7 @@
-"""The operators of norms, made as attention's operators are.
+"""The norms as PyTorch operators, built like those of attention.
 
 `fastattn::norm_forward` and `norm_backward` choose a backend and run it; tracers see one node each. `norm` is what
-the front door calls. x is (B, R, W) everywhere, weight and bias are (B, W), moments (B, R).
+the functional calls. x is (B, R, W) everywhere, weight and bias are (B, W), moments (B, R).
 """
 
 from __future__ import annotations
@@ -70,8 +70,8 @@ def _backward_fake(dy, dtotal, x, weight, mean, inverse, want_weight, want_bias,
 
 
 class Norm(Function):
-    """(x, residual, weight, bias, *options) -> (y, x + residual, mean, inverse deviation), of which the first two
-    are differentiable; what is not there is empty."""
+    """(x, residual, weight, bias, *options) -> (y, x + residual, mean, inverse deviation). The first two are
+    differentiable; a result that does not exist is an empty tensor."""
 
     generate_vmap_rule = True
 
@@ -105,12 +105,13 @@ class Norm(Function):
 
 
 class DualNorm(Norm):
-    """Norm, with forward mode, which torch.compile cannot trace; through the reference formula."""
+    """Norm, with forward mode through the reference formula. torch.compile cannot trace it."""
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         Norm.setup_context(ctx, inputs, output)
-        # What Norm saves for the backward: torch.func.vmap keeps one list of mapped dimensions for both.
+        # The same tensors as Norm saves for the backward: torch.func.vmap keeps one list of their mapped
+        # dimensions.
         residual = inputs[1]
         ctx.save_for_forward(inputs[0] if residual is None else output[1], *inputs[2:4], *output[2:])
         ctx.added = residual is not None
@@ -118,8 +119,8 @@ class DualNorm(Norm):
     @staticmethod
     def jvp(ctx, dx, dresidual, dweight, dbias, *_options):
         inputs = ctx.saved_tensors[:3]
-        moved = [t for t in (dx, dresidual) if t is not None]
-        dtotal = sum(moved[1:], moved[0]) if moved else None
+        terms = [t for t in (dx, dresidual) if t is not None]
+        dtotal = sum(terms[1:], terms[0]) if terms else None
         spec = NormSpec(*ctx.options[:3])
 
         def y(x, weight, bias):
@@ -135,7 +136,7 @@ class DualNorm(Norm):
 class NormBackward(Function):
     """The gradients of Norm; differentiable once more, through the reference formula.
 
-    The moments are a means to compute them: their dependence on the inputs goes through x.
+    No gradient flows into the moments: the formula starts from x, from which they were computed.
     """
 
     generate_vmap_rule = True
@@ -152,39 +153,27 @@ class NormBackward(Function):
     def setup_context(ctx, inputs, output):
         dy, dtotal, x, weight, _mean, _inverse, want_weight, want_bias, *options, _backend = inputs
         ctx.save_for_backward(dy, dtotal, x, weight)
-        ctx.wanted, ctx.spec = (want_weight, want_bias), NormSpec(*options)
+        ctx.wanted, ctx.spec = (True, want_weight, want_bias), NormSpec(*options)
 
     @staticmethod
     def backward(ctx, *second):
-        cotangents = [g for g, there in zip(second, (True, *ctx.wanted), strict=True) if there]
+        cotangents = [g for g, want in zip(second, ctx.wanted, strict=True) if want]
         found = derivatives.pull_through(lambda *t: _gradients(ctx, t), ctx.saved_tensors, cotangents)
         return *found, *(None,) * 8
 
 
 def _gradients(ctx, tensors: Sequence) -> list[Tensor]:
-    """Those that are wanted, by the reference formula."""
+    """The gradients that are wanted, by the reference formula."""
     dy, dtotal, x, weight = tensors
-    found = definition.norm_backward(dy, dtotal, x, weight, ctx.spec)
-    return [g for g, there in zip(found, (True, *ctx.wanted), strict=True) if there]
+    every = definition.norm_backward(dy, dtotal, x, weight, ctx.spec)
+    return [g for g, want in zip(every, ctx.wanted, strict=True) if want]
 
 
-class DualNormBackward(NormBackward):
-    """NormBackward, with forward mode."""
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        NormBackward.setup_context(ctx, inputs, output)
-        ctx.save_for_forward(*inputs[:4])
-
-    @staticmethod
-    def jvp(ctx, *tangents):
-        inputs = ctx.saved_tensors
-        moved = iter(derivatives.push_through(lambda *t: _gradients(ctx, t), inputs, tangents[:4]))
-        return tuple(next(moved) if there else inputs[0].new_empty(0) for there in (True, *ctx.wanted))
+DualNormBackward = derivatives.with_forward_mode(NormBackward, _gradients, 4)
 
 
 def norm(*arguments) -> tuple[Tensor, ...]:
-    """Norm's arguments to its results, differentiable."""
+    """Norm's results, differentiable; takes its arguments."""
     if (
         not torch.is_grad_enabled()
         and not torch._C._are_functorch_transforms_active()
@@ -195,14 +184,14 @@ def norm(*arguments) -> tuple[Tensor, ...]:
 
 
 def norm_backward(*arguments) -> tuple[Tensor, ...]:
-    """NormBackward's arguments to the gradients, differentiable."""
+    """The gradients, differentiable; takes NormBackward's arguments."""
     return (NormBackward if torch.compiler.is_compiling() else DualNormBackward).apply(*arguments)
 
 
 def _unfold(size: int, results: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-    """What is not there is an empty tensor, without a batch."""
-    parted = (unfold(size, (t,))[0] if t.dim() > 1 else t.expand(size, 0) for t in results)
-    return tuple(parted), (0,) * len(results)
+    """Results with their mapped dimension. One that does not exist is an empty tensor without a batch."""
+    unfolded = (unfold(size, (t,))[0] if t.dim() > 1 else t.expand(size, 0) for t in results)
+    return tuple(unfolded), (0,) * len(results)
 
 
 @library.register_vmap(_FORWARD, lib=_operators)

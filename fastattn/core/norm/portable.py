@@ -1,4 +1,4 @@
-"""Norms in plain PyTorch: torch's own operators where they compute the same, else the definition."""
+"""Norms in plain PyTorch: PyTorch's own norms where they compute the same, else the definition."""
 
 from __future__ import annotations
 

@@ -15,8 +15,8 @@ from fastattn.ground.checks import check_beside, check_floating, check_input, ch
 
 
 class Saved(NamedTuple):
-    """What the backward takes from a forward: what was normalised, (B, R, W), the weight, (B, W) or None, and of
-    each row, (B, R), the mean (None unless centred) and the inverse deviation."""
+    """What the backward takes from a forward: x, what was normalised (B, R, W); the weight (B, W) or None; and for
+    each row (B, R) the mean (None unless centred) and 1 / deviation."""
 
     x: Tensor
     weight: Tensor | None
@@ -29,8 +29,8 @@ class NormSpec:
     """Which norm: y = (x - mean) / deviation * (weight + weight_offset) + bias, over the last dimension.
 
     centred: whether there is a mean (layer norm) or it counts as 0 (RMS norm).
-    eps: what is added to the mean square before its root is taken.
-    weight_offset: what is added to the weight: 1 where it is kept less one.
+    eps: added to the mean square before the root is taken.
+    weight_offset: added to the weight; 1 for models that store the weight minus one.
     added: whether a residual is added to x beforehand.
     """
 
@@ -41,7 +41,7 @@ class NormSpec:
 
     @property
     def options(self) -> tuple[bool, float, float]:
-        """What an operator takes beside its tensors, which say the rest: centred, eps, weight_offset."""
+        """The arguments of an operator beside its tensors: centred, eps, weight_offset."""
         return self.centred, self.eps, self.weight_offset
 
 
@@ -55,7 +55,7 @@ def norm_spec(
     eps: float | None,
     weight_offset: float = 0.0,
 ) -> NormSpec:
-    """Check what `rms_norm` and `layer_norm` are given against x."""
+    """Check the arguments of `rms_norm` and `layer_norm` against x."""
     check_input(x)
     width = x.shape[-1]
     if width == 0:
@@ -64,7 +64,8 @@ def norm_spec(
         if t is not None:
             check_beside(name, t, x, None, "x")
             check_floating(name, t)
-            # Number by number: torch.compile does not see that a symbol in a tuple equals a number.
+            # Numbers are compared, not tuples: torch.compile does not see that a symbol in a tuple equals a
+            # number.
             if t.dim() != 1 or t.shape[0] != width:
                 raise ValueError(f"{name} must have shape ({width},), got {tuple(t.shape)}")
     if residual is not None:

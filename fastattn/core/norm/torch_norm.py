@@ -1,7 +1,7 @@
-"""PyTorch's own norms, where they compute what is asked: one pass over the rows each way.
+"""PyTorch's own norms, for the calls that they can compute: one pass over the rows, forward and backward.
 
-On the CPU it has no RMS norm. Forward that is a norm and two products there; backward it is the layer norm's with
-a mean of 0, which takes the gradient's mean from dx: here it is given back.
+PyTorch has no RMS norm for the CPU. There the forward is a vector norm and two products. The backward is the layer
+norm's with a mean of 0; it subtracts the mean of the gradient from dx, which is added again here.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from fastattn.ground.checks import lse_dtype
 
 
 def serves(x: Tensor, weight: Tensor | None, bias: Tensor | None, spec: NormSpec) -> bool:
-    """Whether they do: one weight serves all rows, and is exact in the dtype they take."""
+    """Whether PyTorch's norms compute this: all rows have one weight, which is exact in the dtype they take."""
     if x.device.type not in ("cpu", "cuda") or x.numel() == 0 or (bias is not None and not spec.centred):
         return False
     beside = [t for t in (weight, bias) if t is not None]
@@ -69,24 +69,24 @@ def _layer_norm(
     """Layer norm's backward, of rows (R, W)."""
     if weight is None and any(wanted):
         weight = torch.ones_like(rows[0])
-    # Of a bias it reads nothing but the size.
+    # Only the size of the bias is read.
     bias, mask = weight if wanted[1] else None, [True, *wanted]
     return torch.ops.aten.native_layer_norm_backward(dy, rows, [rows.shape[1]], mean, inverse, weight, bias, mask)
 
 
 def _taken(x: Tensor) -> torch.dtype:
-    """The dtype in which they take rows and weights: on the CPU fp32 for half precision, in which they round more
-    than once."""
+    """The dtype in which PyTorch's norms take rows and weights. On the CPU it is fp32 for half precision, in which
+    they would round more than once."""
     return lse_dtype(x.dtype) if x.device.type == "cpu" else x.dtype
 
 
 def _rows(t: Tensor, x: Tensor) -> Tensor:
-    """(R, W)."""
+    """The rows (R, W) of t, in the dtype that PyTorch's norms take."""
     return t.reshape(-1, x.shape[2]).to(_taken(x))
 
 
 def _weight(x: Tensor, weight: Tensor | None, spec: NormSpec) -> Tensor | None:
-    """(W,) of what normalised rows are multiplied by; None for 1."""
+    """The factor (W,) of normalised rows; None for 1."""
     if weight is None:
         return None
     weight = weight[0].to(_taken(x))
