@@ -3,9 +3,9 @@
 Tensors are (batch, length, heads, width), or packed (tokens, heads, width). Causal masks and windows are aligned
 bottom-right; a window of -1 is unbounded. Gradients are always deterministic.
 
-With return_attn_probs they return (out, softmax_lse, None): the log-sum-exp is (batch, heads, queries), or (heads,
-tokens) if packed, and has a gradient; the third, which holds the dropped weights in flash-attn, is not made. Rows
-that see no key give a log-sum-exp of -inf, where flash-attn gives +inf, and 0.
+With return_attn_probs they return (out, softmax_lse, None). The log-sum-exp is (batch, heads, queries), or (heads,
+tokens) if packed, and has a gradient. The third result, which holds the dropped weights in flash-attn, is not
+computed. Rows that see no key give 0 and a log-sum-exp of -inf, where flash-attn gives +inf.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def flash_attn_func(
     """`fastattn.attention` of q (B, Lq, Hq, D), k (B, Lk, Hkv, D) and v (B, Lk, Hkv, Dv): out (B, Lq, Hq, Dv).
 
     alibi_slopes: (Hq,) or (B, Hq).
-    deterministic: without effect, gradients are.
+    deterministic: without effect, since gradients always are.
     """
     return_attn_probs = _check_flags(deterministic, return_attn_probs)
     _check_shape(4, "(batch, length, heads, width)", q=q, k=k, v=v)
@@ -115,7 +115,7 @@ def flash_attn_varlen_func(
     """`fastattn.attention_varlen` of packed q (total queries, Hq, D), k and v (total keys, Hkv, D or Dv).
 
     alibi_slopes: (Hq,) or (sequences, Hq).
-    block_table: must be None, paged keys are not supported.
+    block_table: must be None; paged keys are not supported.
     """
     return_attn_probs = _check_flags(deterministic, return_attn_probs)
     if block_table is not None:
@@ -186,7 +186,7 @@ def _options(
     softcap: float,
     alibi_slopes: Tensor | None,
 ) -> dict[str, Any]:
-    """As our functions name them."""
+    """The options under the names that `fastattn.attention` has for them."""
     sides = [
         -1 if side is None else arguments.integer("window_size", side, what="a pair (left, right) of integers")
         for side in arguments.pair("window_size", window_size)
@@ -209,13 +209,13 @@ def _result(out: Tensor, lse: Tensor, return_attn_probs: bool) -> Result:
 
 
 def _check_flags(deterministic: bool, return_attn_probs: bool) -> bool:
-    """Whether attention's log-sum-exp is asked for; gradients are deterministic in any case."""
+    """Check both flags, and return whether the log-sum-exp is wanted."""
     arguments.flag("deterministic", deterministic)
     return arguments.flag("return_attn_probs", return_attn_probs)
 
 
 def _unpacked(name: str, t: Tensor, shape: str) -> tuple[Tensor, ...]:
-    """Queries, keys and values of one tensor, as views."""
+    """Queries, keys and values from one tensor, as views."""
     parts, dimensions = len(name), shape.count(",") + 1
     _check_shape(dimensions, shape, **{name: t})
     if t.shape[-3] != parts:
@@ -226,7 +226,7 @@ def _unpacked(name: str, t: Tensor, shape: str) -> tuple[Tensor, ...]:
 
 
 def _check_packed_keys(q: Tensor, kv: Tensor) -> None:
-    """What `fastattn.attention` would say of k and v, which the caller does not know, is said of kv."""
+    """Check kv here. `fastattn.attention` would name k and v in its errors, which the caller does not know."""
     check_same("kv", kv, "q", q)
     if kv.dim() == 5 and kv.shape[0] != q.shape[0]:
         raise ValueError(f"kv must have q's batch size {q.shape[0]}, got {kv.shape[0]}")

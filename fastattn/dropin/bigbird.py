@@ -1,4 +1,5 @@
-"""`transformers`' BigBird attention, sparse and full, by `fastattn.attention`; `fastattn.patch` puts it in."""
+"""`transformers`' BigBird attention, sparse and full, computed by `fastattn.attention`. `fastattn.patch` swaps it
+in."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ from fastattn.integrations.huggingface import fastattn_attention
 
 
 class FusedBigBirdBlockSparseAttention(BigBirdBlockSparseAttention):
-    """The same keys, as often as there, in training and in eval mode; weights are left to transformers' code."""
+    """Sees the same keys, as many times, in training and in eval mode. Calls for weights run transformers'
+    code."""
 
     def forward(
         self,
@@ -45,12 +47,12 @@ class FusedBigBirdBlockSparseAttention(BigBirdBlockSparseAttention):
         )  # fmt: skip
         padding = _padding(kwargs.get("uncast_to_mask", to_mask))
         out = attention(q, k, v, mask=mask, scale=width**-0.5, **padding)
-        # Padded queries give 0, as there.
+        # Padded queries give 0, as in transformers.
         return (out * from_mask).transpose(1, 2).flatten(2), None
 
 
 class FusedBigBirdSelfAttention(BigBirdSelfAttention):
-    """Full attention, of encoders and decoders, with their caches; weights are left to transformers' code."""
+    """Full attention of encoders and decoders, with their caches. Calls for weights run transformers' code."""
 
     def forward(
         self,
@@ -71,7 +73,7 @@ class FusedBigBirdSelfAttention(BigBirdSelfAttention):
         if encoder_hidden_states is not None:
             crosses, states, mask = True, encoder_hidden_states, encoder_attention_mask
         if crosses and past_key_values is not None and past_key_values.get_seq_length(self.layer_idx) > 0:
-            # The encoder's keys and values, of the first token.
+            # The encoder's keys and values, cached at the first token.
             k, v = past_key_values.layers[self.layer_idx].keys, past_key_values.layers[self.layer_idx].values
         else:
             k, v = (_heads(self, name, states) for name in ("key", "value"))
@@ -85,15 +87,16 @@ class FusedBigBirdSelfAttention(BigBirdSelfAttention):
 
 
 class FusedBigBirdAttention(BigBirdAttention):
-    """A BigBird's attention that stays fused when transformers replaces what computes it: short inputs switch a
-    block-sparse model to full attention."""
+    """Stays fused when transformers replaces the module that computes it: short inputs switch a block-sparse model
+    to full attention."""
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        """As transformers calls it; weights may be asked for by the configuration."""
+        """As transformers calls it. The configuration may ask for weights, too."""
         if self.config.output_attentions:
             kwargs["output_attentions"] = True
         if isinstance(self.self, FusedBigBirdBlockSparseAttention) and "to_mask" in kwargs:
-            # Transformers casts it anew for each layer. The tensor that all layers share has to be read only once.
+            # transformers casts the mask anew for each layer. The uncast tensor is the same for all layers, so its
+            # values are read only once.
             kwargs["uncast_to_mask"] = kwargs["to_mask"]
         return super().forward(*args, **kwargs)
 
@@ -117,10 +120,10 @@ def _heads(module: Any, projection: str, states: Tensor) -> Tensor:
 
 
 def _padding(to_mask: Tensor) -> dict[str, Any]:
-    """The padding (B, 1, 1, L), which is seen where it is not 0, as `fastattn.attention`'s arguments: nothing if
-    all is seen, lengths if the padding is on the right, else a bias."""
+    """The padding mask (B, 1, 1, L), not 0 where a key is seen, as arguments of `fastattn.attention`: none if
+    there is no padding, lengths if it is on the right, else a bias."""
     if type(to_mask) is not Tensor or torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return {"bias": to_mask.bool()}  # a tracer has no values to read
+        return {"bias": to_mask.bool()}  # a tracer cannot read values
     lengths = _read(to_mask)
     if lengths is None:
         return {"bias": to_mask.bool()}
@@ -129,8 +132,8 @@ def _padding(to_mask: Tensor) -> dict[str, Any]:
     return {"key_lengths": torch.tensor(lengths, dtype=torch.int32, device=to_mask.device)}
 
 
-# The last padding that was read: the tensor, its version, and its lengths. A model hands all its layers the same
-# tensor, and reading it waits for a GPU. Numbers are kept rather than a tensor, which would belong to the mode
+# The last padding that was read: the tensor, its version, and its lengths. A model gives all its layers the same
+# tensor, and reading it waits for the GPU. Numbers are kept, not a tensor: that would belong to the mode
 # (inference, a functional transform) in which it was made.
 _last_read: tuple[weakref.ref[Tensor], int, list[int] | None] | None = None
 
@@ -139,7 +142,7 @@ def _read(to_mask: Tensor) -> list[int] | None:
     """How many keys each batch element sees if the rest is padding on the right; None if it is elsewhere."""
     global _last_read
     if to_mask.is_inference():
-        return _lengths(to_mask)  # such a tensor does not count its changes
+        return _lengths(to_mask)  # inference tensors have no version counter
     last, version = _last_read, to_mask._version
     if last is None or last[0]() is not to_mask or last[1] != version:
         last = _last_read = (weakref.ref(to_mask), version, _lengths(to_mask))

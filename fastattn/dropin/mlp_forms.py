@@ -1,8 +1,9 @@
-"""MLPs in other people's modules, known by their parts, computed by the fused functions.
+"""MLPs in other people's modules, recognised by their parts and computed by the fused functions.
 
-A module becomes fused by its class alone: the new class derives from a form here and from the module's own class,
-so its parameters, hooks and state dict stay the same objects. What a form cannot serve in a call (hooks on a layer
-inside, dropout in training, weights that are not plain tensors) the module's own code computes.
+A module becomes fused when its class is replaced: the new class derives from a form in this file and from the
+module's own class, so its parameters, hooks and state dict stay the same objects. A call that the form cannot
+compute (hooks on a layer inside, dropout in training, weights that are not plain tensors) runs the module's own
+code.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ TORCH: dict[Any, str] = {
 
 
 def activation_name(activation: Any) -> str | None:
-    """What `fastattn.mlp` calls this module or function; None if it is another one."""
+    """The name of this module or function in `fastattn.mlp`; None if it has none there."""
     if not isinstance(activation, nn.Module):
         return TORCH.get(activation) if isinstance(activation, Hashable) else None
     kind = type(activation)
@@ -55,10 +56,9 @@ def activation_name(activation: Any) -> str | None:
 class Parts(NamedTuple):
     """One MLP: one layer or two (gate and up), an activation, maybe dropout, and a last layer.
 
-    activation: the module or function, or the name of what the module's own code computes without one.
-    dropouts: what is called between the layers.
-    around: the modules that contain these, which are not called either.
-    packed: "gate_up" or "up_gate" where the first layer gives both, in this order.
+    activation: the module or function; or the activation's name, if the module's own code computes it. dropouts:
+    what is called between the layers. around: the modules that contain these; they are not called either. packed:
+    "gate_up" or "up_gate" if the first layer computes both, in this order.
     """
 
     first: tuple[Any, ...]
@@ -74,7 +74,7 @@ class Parts(NamedTuple):
 
 
 def obstacle(parts: Parts, x: Tensor | None = None) -> str | None:
-    """Why the module's own code must compute this MLP; None if the fused function can, as things are now."""
+    """Why the module's own code must compute this MLP at present; None if the fused function can."""
     for layer in parts.layers:
         if reason := _layer_obstacle(layer, x):
             return reason
@@ -84,7 +84,7 @@ def obstacle(parts: Parts, x: Tensor | None = None) -> str | None:
         if type(dropout) not in (nn.Dropout, nn.Identity):
             return f"{_name(dropout)} between its layers"
     if len({layer.weight.dtype for layer in parts.layers}) > 1:
-        return "its layers have dtypes of their own"
+        return "its layers have different dtypes"
     for module in (activation, *parts.dropouts, *parts.around):
         if isinstance(module, nn.Module) and (reason := alteration(module, type(module))):
             return f"the {_name(module)} inside {reason}"
@@ -94,7 +94,7 @@ def obstacle(parts: Parts, x: Tensor | None = None) -> str | None:
 
 
 def dropout_obstacle(parts: Parts) -> str | None:
-    """Why it cannot be fused at present, in training, if its dropout is all that speaks against it."""
+    """Why its dropout forbids fusing in training; None if it does not, or if the module is in eval mode."""
     for dropout in parts.dropouts:
         if isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0:
             return f"dropout {dropout.p:g} between its layers, in training"
@@ -125,7 +125,7 @@ def _name(thing: Any) -> str:
 
 
 def fused(parts: Parts, x: Tensor) -> Tensor:
-    """The MLP of these parts, (..., d) to (..., out)."""
+    """Compute the MLP of these parts: (..., d) to (..., out)."""
     (*first, (w2, b2)) = [weights(layer) for layer in parts.layers]
     activation = parts.activation if parts.activation in ACTIVATIONS else activation_name(parts.activation)
     assert activation is not None
@@ -148,9 +148,11 @@ def weights(layer: Any) -> tuple[Tensor, Tensor | None]:
 class Names:
     """Where a kind of module has its parts: attribute names, with dots for parts of parts.
 
-    computes: which activation it is, found by trying; "" if the module or function `activation` says it itself.
-    custom: for which class of module, or function, this was found; None if it is written in the module's code.
-    only_in_eval: whether its own code computes something else in training, as with torch.nn.functional.dropout.
+    computes: the name of the activation, found by trying; "" if the module or function `activation` is a known
+    one. custom: the class of module, or the function, for which this was found; None if it is written in the
+    module's
+        code.
+    only_in_eval: whether its own code computes something else in training, such as torch.nn.functional.dropout.
     """
 
     first: tuple[str, ...]
@@ -193,7 +195,7 @@ def _get(module: Any, name: str) -> Any:
 
 
 def is_linear_like(module: Any) -> bool:
-    """Whether it is a linear layer of any library, quantised ones among them."""
+    """Whether it is a linear layer of any library, also a quantised one."""
     return isinstance(module, nn.Module) and (
         (hasattr(module, "in_features") and hasattr(module, "out_features")) or _is_conv1d(module)
     )
@@ -212,7 +214,7 @@ class Form(Fused):
 
     def _fused(self, x: Tensor) -> Tensor | None:
         """The MLP's result, or None if the module's own code must compute it."""
-        # Its code may ask any of its parts whether it trains.
+        # Its code may read the training flag of any of its parts.
         if self.names.only_in_eval and any(part.training for part in self.modules()):
             return None
         parts = self.names.read(self)
@@ -234,7 +236,7 @@ class FusedForward(Form):
 
 
 class FusedFeedForward(Form):
-    """One of torch's transformer layers."""
+    """A transformer layer of torch, whose MLP is in one method."""
 
     method = "_ff_block"
 
@@ -257,7 +259,7 @@ class FusedChunk(Form):
 
 
 class FusedSequential(Form):
-    """An nn.Sequential with Linear, activation, maybe Dropout, Linear among its modules, once or more often."""
+    """An nn.Sequential that contains Linear, activation, maybe Dropout, Linear, once or several times."""
 
     def forward(self, input: Any) -> Any:
         x, modules, i = input, list(self._modules.values()), 0
@@ -274,7 +276,7 @@ class FusedSequential(Form):
 
 
 def run_at(modules: list, i: int) -> Parts | None:
-    """The MLP that begins with module i."""
+    """The MLP that begins with module i; None if none does."""
     if len(modules) < i + 3 or not is_linear_like(modules[i]):
         return None
     activation, following = modules[i + 1 : i + 3]
@@ -288,7 +290,7 @@ def run_at(modules: list, i: int) -> Parts | None:
 
 
 def looks_like_activation(module: Any) -> bool:
-    """A norm, a dropout or a layer with parts or weights is no activation that could be asked for."""
+    """Whether it may be an activation: it has no modules inside, and is no norm, dropout or layer."""
     others = (nn.Dropout, nn.Identity, nn.Flatten, nn.LayerNorm)
     plain = isinstance(module, nn.Module) and not any(True for _ in module.children())
     return plain and not isinstance(module, others) and not is_linear_like(module)
@@ -311,7 +313,7 @@ def runs(module: nn.Module) -> list[Parts]:
     return found
 
 
-# MLPs that are spread over a module which does more; believed only if the numbers agree.
+# Modules that do more than their MLP, and where it is. They are swapped only if the results agree.
 KNOWN: tuple[tuple[type[Form], Names], ...] = (
     (FusedFeedForward, Names(("linear1",), "linear2", "activation", ("dropout",), ("dropout3",))),
     (FusedFeedForward, Names(("linear1",), "linear2", "activation", ("dropout",), ("dropout2",))),

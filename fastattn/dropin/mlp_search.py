@@ -1,9 +1,9 @@
 """MLPs found by their parts: two or three linear layers and an activation, whatever their names.
 
-Nothing is believed from names. The module's own code is run on inputs of several sizes and ranks, in training and
-in eval mode, and must give what the fused function gives. It is given random weights for this: zeros, with which
-some layers begin, agree with everything. It computes in float64, in which activations differ by far more than
-rounding.
+Names prove nothing. The module's own code is run on inputs of several sizes and ranks, in training and in eval
+mode, and its results must equal those of the fused function. It runs with random weights, because zeros, with
+which some layers are initialised, would agree with everything; and in float64, where two activations differ by far
+more than rounding.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fastattn.dropin import mlp_forms
-from fastattn.dropin.fused_classes import fused_class
+from fastattn.dropin.fused_classes import Call, agree, fused_class
 from fastattn.dropin.likeness import source_of
 from fastattn.dropin.mlp_forms import (
     Form,
@@ -36,12 +36,14 @@ from fastattn.ground.checks import ACTIVATIONS
 # Functional dropout in a module's code.
 DROPS = re.compile(r"(?<!self\.)\b(feature_)?(alpha_)?dropout\(")
 
-# Widths of the layers in a trial where the module lets us choose them: all different.
+# Widths of the layers in a trial of a module that works with any widths: all different.
 SMALL = {"in": 6, "hidden": 10, "out": 8}
+
+UNITS = 256  # of rounding, by which the results of two ways to compute an MLP may differ
 
 
 def known_form(module: nn.Module) -> tuple[type[Form], Names] | None:
-    """The form whose parts this module has under known names; None if it has none."""
+    """The known form and names that fit this module; None if none do."""
     for form, names in mlp_forms.KNOWN:
         if hasattr(module, form.method) and names.read(module) is not None:
             return form, names
@@ -94,7 +96,7 @@ def _widths(layer: Any) -> tuple[int, int]:
 
 
 def _with_activations(names: Names, found: list[tuple[str, Any]]) -> Iterator[Names]:
-    """The activation that the module names, or each that its code may compute."""
+    """The activation that the module holds; or else each one that its code may compute."""
     if found and activation_name(found[0][1]) is not None:
         yield replace(names, activation=found[0][0])
         return
@@ -108,16 +110,16 @@ def _with_activations(names: Names, found: list[tuple[str, Any]]) -> Iterator[Na
 
 
 def _has_nothing_of_its_own(module: nn.Module) -> bool:
-    """Whether its class alone says what it computes: no number or function that may change is kept in it."""
+    """Whether its class alone determines what it computes: the instance holds no number or function."""
     return set(vars(module)) <= set(vars(nn.Module())) and not module._buffers
 
 
 def found_way(module: nn.Module, form: type[Form], ways: list[Names]) -> Names | None:
     """The first of these ways in which the module computes just this MLP; None if it does not."""
-    # With a rate of 0 functional dropout does nothing, but the rate may change.
+    # Functional dropout does nothing at a rate of 0, but the rate may change later.
     drops = any(DROPS.search(source_of(kind)) for kind in type(module).__mro__ if kind not in nn.Module.__mro__)
-    both = [] if drops else ways
-    found = next((names for names in both if is_this_mlp(module, form, names)), None)
+    in_both_modes = [] if drops else ways
+    found = next((names for names in in_both_modes if is_this_mlp(module, form, names)), None)
     if found is None:
         in_eval = (replace(names, only_in_eval=True) for names in ways)
         found = next((names for names in in_eval if is_this_mlp(module, form, names)), None)
@@ -128,7 +130,7 @@ def found_way(module: nn.Module, form: type[Form], ways: list[Names]) -> Names |
 
 
 def is_this_mlp(module: nn.Module, form: type[Form], names: Names) -> bool:
-    """Whether the module's own code computes what the form would; see the head of this file."""
+    """Whether the module's own code computes the same as the form; see the top of this file."""
     made = fused_class(form, type(module), names)
     small = form is FusedForward and _trial(module, form, made, names, SMALL)
     return small or _trial(module, form, made, names, None)
@@ -142,46 +144,25 @@ def _trial(
         state, width = _random_state(module, names, widths)
         inputs = list(_inputs(width, next(iter(state.values())).device))
         for training in (False,) if names.only_in_eval else (True, False):
-            # A large layer is tried on one input in each mode, which takes long enough.
+            # A large layer is slow: it is tried on one input in each mode.
             for x in inputs if widths or names.only_in_eval else inputs[:1] if training else inputs[1:]:
                 with _quiet(module, names, training, widths):
-                    before = _notes(module)
-                    given = x.clone()
-                    expected = functional_call(_Call(module, type(module), own), state, (given,))
-                    if _notes(module) != before or not torch.equal(given, x):
-                        return False  # It leaves something behind that others may read.
-                    actual = functional_call(_Call(module, made, ours), state, (x.clone(),))
-                if not _agree(actual, expected):
+                    before = _attributes(module)
+                    own_input = x.clone()
+                    expected = functional_call(Call(module, type(module), own), state, (own_input,))
+                    if _attributes(module) != before or not torch.equal(own_input, x):
+                        return False  # It changes itself or its input, which others may read.
+                    actual = functional_call(Call(module, made, ours), state, (x.clone(),))
+                if not agree(actual, expected, UNITS):
                     return False
     except Exception:
-        # Whatever it computes, it is not called like an MLP.
+        # It cannot be called like an MLP.
         return False
     return True
 
 
-class _Call(nn.Module):
-    """One method of a module, as functional_call can call it; hooks on the module are not called."""
-
-    kind: type[nn.Module]
-    method: Callable
-
-    def __init__(self, module: nn.Module, kind: type[nn.Module], method: Callable) -> None:
-        super().__init__()
-        self.inner = module
-        self.kind, self.method = kind, method
-
-    def forward(self, x: Tensor) -> Any:
-        module: Any = self.inner
-        was = type(module)
-        module.__class__ = self.kind
-        try:
-            return self.method(module, x)
-        finally:
-            module.__class__ = was
-
-
 def _random_state(module: nn.Module, names: Names, widths: dict[str, int] | None) -> tuple[dict[str, Tensor], int]:
-    """Random values for all parameters that the MLP takes part in, and the width of its input."""
+    """Random values for the parameters of the MLP's modules, and the width of its input."""
     parts = names.read(module)
     assert parts is not None
     used = {id(part) for root in (*parts.layers, *parts.around) for part in root.modules()}
@@ -196,13 +177,13 @@ def _random_state(module: nn.Module, names: Names, widths: dict[str, int] | None
                 transposed = mlp_forms._is_conv1d(part)
                 shape = (out,) if key == "bias" else (inner, out) if transposed else (out, inner)
             path = ".".join(filter(None, ("inner", name, key)))
-            # Hidden layers of size one: there activations differ most.
+            # Scaled so that hidden values are about 1, where activations differ most.
             state[path] = numbers(shape) / (1.0 if len(shape) == 1 else min(shape) ** 0.5)
     return state, _widths(parts.first[0])[0] if widths is None else widths["in"]
 
 
 def _numbers(device: torch.device) -> Callable[[tuple[int, ...]], Tensor]:
-    """Normal numbers of any shape: some thousands drawn once, then repeated, for layers may be large."""
+    """Normal numbers of any shape. Some thousands are drawn and then repeated, because layers may be large."""
     generator = torch.Generator().manual_seed(0)
     dtype = torch.float32 if device.type == "mps" else torch.float64
     drawn, start = torch.randn(10007, generator=generator, dtype=dtype).to(device), 0
@@ -216,7 +197,7 @@ def _numbers(device: torch.device) -> Callable[[tuple[int, ...]], Tensor]:
 
 
 def _inputs(width: int, device: torch.device) -> Iterator[Tensor]:
-    """Two and three dimensions; rows from small to so large that a clamp shows."""
+    """Inputs of three and of two dimensions, with rows from small to so large that a clamp would show."""
     generator = torch.Generator().manual_seed(1)
     dtype = torch.float32 if device.type == "mps" else torch.float64
     x = torch.randn(2, 4, width, generator=generator, dtype=dtype).to(device)
@@ -227,8 +208,8 @@ def _inputs(width: int, device: torch.device) -> Iterator[Tensor]:
 
 @contextlib.contextmanager
 def _quiet(module: nn.Module, names: Names, training: bool, widths: dict[str, int] | None) -> Iterator[None]:
-    """The module in this mode, without dropout, gradients, autocast or draws from the user's generator; what it
-    keeps afterwards is what it kept before."""
+    """Within, the module is in this mode, without dropout, gradients and autocast. Afterwards its attributes and
+    the user's random generator are as before."""
     was = [(part, dict(vars(part))) for part in module.modules()]
     device = next(module.parameters()).device
     parts = names.read(module)
@@ -237,7 +218,7 @@ def _quiet(module: nn.Module, names: Names, training: bool, widths: dict[str, in
         for part, _ in was:
             part.training = training and not isinstance(part, nn.Dropout)
             if widths is not None and mlp_forms._is_conv1d(part):
-                # transformers' Conv1D reads its width from itself.
+                # transformers' Conv1D reads its width from an attribute.
                 vars(part)["nf"] = _trial_shape(parts, part, widths)[0]
         with (
             torch.random.fork_rng([device] if device.type == "cuda" else []),
@@ -246,27 +227,27 @@ def _quiet(module: nn.Module, names: Names, training: bool, widths: dict[str, in
         ):
             yield
     finally:
-        for part, kept in was:
-            for key in set(vars(part)) - set(kept):
+        for part, attributes in was:
+            for key in set(vars(part)) - set(attributes):
                 del vars(part)[key]
-            vars(part).update(kept)
+            vars(part).update(attributes)
 
 
 def _trial_shape(parts: Parts, layer: nn.Module, widths: dict[str, int]) -> tuple[int, int]:
-    """Out and in of one of the layers, in a trial of these widths."""
+    """The output and input width of a layer in a trial with these widths."""
     if layer is not parts.last:
         return widths["hidden"] * (2 if parts.packed else 1), widths["in"]
     as_wide = _widths(parts.last)[1] == _widths(parts.first[0])[0]
     return widths["in" if as_wide else "out"], widths["hidden"]
 
 
-def _notes(module: nn.Module) -> list[dict[str, int]]:
-    """What the module and its parts keep beside parameters."""
+def _attributes(module: nn.Module) -> list[dict[str, int]]:
+    """The identities of the attributes of the module and its parts."""
     return [{key: id(value) for key, value in vars(part).items()} for part in module.modules()]
 
 
 def _after_the_last(module: nn.Module, names: Names) -> tuple[str, ...]:
-    """Which of its dropouts take the last layer's result, in the order of the calls."""
+    """The dropouts that are applied to the last layer's result, in the order of the calls."""
     if not names.dropouts:
         return ()
     state, width = _random_state(module, names, None)
@@ -288,30 +269,22 @@ def _after_the_last(module: nn.Module, names: Names) -> tuple[str, ...]:
     try:
         with _quiet(module, names, False, None):
             x = next(_inputs(width, next(iter(state.values())).device))
-            functional_call(_Call(module, type(module), type(module).forward), state, (x,))
+            functional_call(Call(module, type(module), type(module).forward), state, (x,))
     finally:
         for handle in handles:
             handle.remove()
     return tuple(called)
 
 
-def _agree(actual: Any, expected: Any) -> bool:
-    """In every row, whatever its size."""
-    if not isinstance(expected, Tensor) or expected.shape != actual.shape or expected.dtype != actual.dtype:
-        return False
-    size = expected.abs().amax(-1, keepdim=True)
-    return bool(((actual - expected).abs() <= 256 * torch.finfo(expected.dtype).eps * size).all())
-
-
 def why_left(module: nn.Module) -> str | None:
-    """Why a module that looks like an MLP, and was not swapped, was left; None if it looks like none."""
+    """Why a module that looks like an MLP was not swapped; None if it does not look like one."""
     stacked = [p for p in module._parameters.values() if p is not None and p.dim() == 3 and min(p.shape) > 1]
     if len(stacked) >= 2 or (stacked and "expert" in type(module).__name__.lower()):
         return "experts: the weights of several MLPs lie in one tensor, and its own code sends each token to some"
     if isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict | FusedSequential):
         return None
     layers = [(name, part) for name, part in module.named_children() if is_linear_like(part)]
-    if not layers:  # BERT's kin have one in each of two modules.
+    if not layers:  # BERT and its like have one layer in each of two modules.
         found = [(name, mlp_forms._get(module, name)) for name in ("intermediate.dense", "output.dense")]
         layers = [(name, part) for name, part in found if is_linear_like(part)]
     for (first, a), (last, b) in permutations(layers, 2):

@@ -1,4 +1,4 @@
-"""Norms in other people's modules, known by what they compute, computed by the fused functions."""
+"""Norms in other people's modules, recognised by their results and computed by the fused functions."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from torch.func import functional_call
 
 from fastattn.core.intact import PLAIN
 from fastattn.core.norm.functional import layer_norm, rms_norm
-from fastattn.dropin.fused_classes import Fused, fused_class
+from fastattn.dropin.fused_classes import Call, Fused, agree, fused_class
 from fastattn.ground.checks import FLOATING
 from fastattn.ground.modes import without_autocast
 
 
 @dataclass(frozen=True)
 class NormNames:
-    """Which norm a kind of module computes, and where it has its epsilon, weight and bias. The epsilon is the
-    number itself if it is written in its code."""
+    """Which norm a class of module computes, and the names of its epsilon, weight and bias. If the epsilon is
+    written in its code, it is the number."""
 
     eps: str | float
     centred: bool
@@ -29,27 +29,29 @@ class NormNames:
     bias: str = "bias"
 
 
-# What is written in code, where no attribute says it.
-# Not float32's own: where that shows, other dtypes have theirs.
+# Epsilons that are tried if no attribute holds one. Not torch.finfo(float32).eps: code that computes with that
+# takes another one for other dtypes.
 EPSILONS = (1e-6, 1e-5, 1e-8, 1e-12)
+
+UNITS = 8  # of rounding, by which the results of two ways to compute a norm may differ
 
 
 class FusedNorm(Fused):
-    """A module that is a norm over the last dimension. What it computes is rounded once, at the end; its own code
-    may round before the weight, and decides what becomes of several dtypes."""
+    """A module that is a norm over the last dimension. Its result is rounded once, at the end; the module's own
+    code may round before the weight. Calls with several dtypes are left to that code."""
 
     names: NormNames
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         x: Any = args[0] if args else None
         known = len(args) == 1 and not kwargs and type(x) in PLAIN and not x.is_nested and x.dtype in FLOATING
-        # torch.fx notes every weight that is read, so none is before the input is known to be a tensor.
+        # torch.fx records every weight that is read: read them only once the input is known to be a tensor.
         weight, bias = _parameters(self, self.names) if known else (None, None)
         if not known or any(t is not None and not _fits(t, x) for t in (weight, bias)):
             return super().forward(*args, **kwargs)
         eps, offset = self.names.eps, self.names.weight_offset
         eps = getattr(self, eps) if isinstance(eps, str) else eps
-        # Autocast has no part in these modules' own code.
+        # Autocast does not change what these modules' own code computes.
         with without_autocast(x.device):
             if self.names.centred:
                 return layer_norm(x, weight, bias, eps=eps)
@@ -65,7 +67,7 @@ def _parameters(module: nn.Module, names: NormNames) -> tuple[Any, Any]:
 
 
 def names_of(module: nn.Module) -> NormNames | None:
-    """What this module computes, found out by trying; None if it is no norm that is known."""
+    """Which norm this module computes, found by trying; None if it is no known norm."""
     parameters = {key: value for key, value in module._parameters.items() if value is not None}
     if len(parameters) > 2 or any(t.dim() != 1 for t in parameters.values()):
         return None
@@ -86,8 +88,8 @@ def names_of(module: nn.Module) -> NormNames | None:
 
 @torch.no_grad()
 def _is_this_norm(module: nn.Module, names: NormNames) -> bool:
-    """Whether its own code computes what the fused one would, on rows of any size, in training and eval mode, with
-    random weights: ones would hide an offset, zeros everything."""
+    """Whether its own code computes the same as the fused norm, on rows of any size, in training and eval mode.
+    The weights are random: with ones an offset would not show, with zeros nothing."""
     own, made, was = type(module), fused_class(FusedNorm, type(module), names), dict(vars(module))
     width = next((len(t) for t in module._parameters.values() if t is not None), 8)
     device = next((t.device for t in module._parameters.values() if t is not None), torch.device("cpu"))
@@ -104,42 +106,15 @@ def _is_this_norm(module: nn.Module, names: NormNames) -> bool:
     try:
         for training in (True, False):
             module.training = training
-            expected = functional_call(_Call(module, own), state, (x.clone(),))
-            actual = functional_call(_Call(module, made), state, (x.clone(),))
-            if not _agree(actual, expected) or set(vars(module)) != set(was):
+            expected = functional_call(Call(module, own, own.forward), state, (x.clone(),))
+            actual = functional_call(Call(module, made, made.forward), state, (x.clone(),))
+            if not agree(actual, expected, UNITS) or set(vars(module)) != set(was):
                 return False
     except Exception:
-        # Whatever it computes, it is not called like a norm.
+        # It cannot be called like a norm.
         return False
     finally:
         for key in set(vars(module)) - set(was):
             del vars(module)[key]
         vars(module).update(was)
     return True
-
-
-class _Call(nn.Module):
-    """The forward of one of a module's classes, as functional_call can call it; hooks are not called."""
-
-    kind: type[nn.Module]
-
-    def __init__(self, module: nn.Module, kind: type[nn.Module]) -> None:
-        super().__init__()
-        self.inner = module
-        self.kind = kind
-
-    def forward(self, x: Tensor) -> Any:
-        module: Any = self.inner
-        was = type(module)
-        module.__class__ = self.kind
-        try:
-            return module.forward(x)
-        finally:
-            module.__class__ = was
-
-
-def _agree(actual: Tensor, expected: Any) -> bool:
-    if not isinstance(expected, Tensor) or expected.shape != actual.shape or expected.dtype != actual.dtype:
-        return False
-    size = expected.abs().amax(-1, keepdim=True)
-    return bool(((actual - expected).abs() <= 8 * torch.finfo(expected.dtype).eps * size).all())

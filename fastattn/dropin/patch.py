@@ -1,4 +1,4 @@
-"""One call that makes a model use the fused attention, MLPs and norms, and one that takes it back."""
+"""`patch` makes a model use the fused attention, MLPs and norms; `unpatch` takes it back."""
 
 from __future__ import annotations
 
@@ -26,14 +26,15 @@ MLP_NAMES = re.compile(r"mlp|ffn|feed_?forward|glu|expert", re.I)
 
 @dataclass(frozen=True)
 class Row:
-    """What became of one module.
+    """What `patch` did to one module.
 
     Attributes:
         name: its name in the model, "" for the model itself.
         kind: "attention", "mlp" or "norm".
-        was: its class, or what computed its attention, before; with its module if two classes share the name.
-        now: what does now; None if it was left as it is.
-        why: why it was left, when its own code still computes, or why it could not be tried.
+        was: its class before, or its attention implementation; with its Python module if two classes share the
+            name.
+        now: its class or implementation now; None if it was left as it is.
+        why: why it was left, in which calls its own code still computes, or why it could not be tried.
     """
 
     name: str
@@ -44,7 +45,7 @@ class Row:
 
 
 class Report:
-    """What `patch` did; prints as a table, and as a context manager takes it back at the end of its block.
+    """What `patch` did. It prints as a table; as a context manager it calls `unpatch` at the end of its block.
 
     Attributes:
         model: the model.
@@ -69,7 +70,7 @@ class Report:
         unpatch(self.model)
 
     def table(self) -> list[tuple[str, str, str, str, str]]:
-        """Modules that differ in their number alone are one line."""
+        """The lines of the table. Modules whose names differ only in a number share a line."""
         lines = Counter(
             (re.sub(r"(?<![^.])\d+(?![^.])", "*", row.name) or "(the model)", row.kind, row.was, row.now or "left",
              row.why)
@@ -88,7 +89,7 @@ class Report:
     __repr__ = __str__
 
     def __rich__(self) -> Any:
-        """The same as a table of rich's, for rich.print(report)."""
+        """The table as rich prints it, for rich.print(report)."""
         from rich.table import Table
 
         table = Table("module", "kind", "was", "now", "why")
@@ -100,35 +101,41 @@ class Report:
 def patch(
     model: nn.Module, *, attention: bool = True, mlp: bool = True, norm: bool = False, strict: bool = False
 ) -> Report:
-    """Make the model's attention and MLPs fused, in place; parameters, state dict and hooks stay what they are.
+    """Make the model's attention and MLPs fused, in place. Parameters, state dict and hooks stay the same objects.
 
-    torch.nn's MultiheadAttention, TransformerEncoderLayer and TransformerDecoderLayer get their counterparts'
-    classes; Hugging Face models get attn_implementation="fastattn", in their configuration (another model that
-    shares the configuration object shares this); MLPs are found by their parts, whatever their names: two
-    or three linear layers and an activation, plain or gated, gate and up apart or packed. Each is tried on inputs,
-    with random weights, before it is believed. Only instances change, no class. An optimiser made before goes on;
-    deepcopy, pickle, torch.save, torch.compile, torch.export, torch.fx, torch.jit.trace, autocast and gradient
-    checkpointing work. Patch before `fully_shard`; use torch.jit.script before `patch`, or after `unpatch`.
+    - torch.nn's MultiheadAttention, TransformerEncoderLayer and TransformerDecoderLayer get the classes of the
+    same
+      names in fastattn.nn.
+    - Hugging Face models get attn_implementation="fastattn" in their configuration. Another model that shares the
+      configuration object shares this, too.
+    - MLPs are found by their parts, whatever their names: two or three linear layers and an activation, plain or
+      gated, gate and up apart or packed. Each is swapped only after a trial with random weights, in which its own
+      code and the fused function gave equal results.
 
-    What looks like attention, an MLP or a norm and was left has a row in the report, with the reason. In training,
-    dropout between the layers of an MLP is left to its own code. A layer with hooks, an adapter, a parametrization
-    or weights that are no plain tensors is called as before.
+    Only instances change, no class does. An optimiser made before stays valid; deepcopy, pickle, torch.save,
+    torch.compile, torch.export, torch.fx, torch.jit.trace, autocast and gradient checkpointing work. Patch before
+    `fully_shard`; use torch.jit.script before `patch`, or after `unpatch`.
+
+    A module that looks like attention, an MLP or a norm and was left has a row in the report, with the reason. An
+    MLP with dropout between its layers runs its own code in training. A layer with hooks, an adapter, a
+    parametrization or weights that are no plain tensors is called as before.
 
     Args:
         model: any module, on its device.
         attention, mlp: what to swap.
-        norm: swap the norms, too: torch.nn's LayerNorm and RMSNorm get their counterparts' classes; modules with
-            a weight and nothing else, by whatever name, are tried on an input first. Not by default, for it pays
-            where the Triton kernels compute. Elsewhere PyTorch's norms still do, some ten microseconds later (RMS
-            norms of half a million elements and more gain on a CPU), and under torch.compile the compiler fuses a
-            module's own code anyway. Results are rounded once; Llama's norms also round before the weight.
-        strict: raise if anything of what was asked for is left, and leave everything.
+        norm: swap the norms, too. torch.nn's LayerNorm and RMSNorm get the classes of fastattn.nn; other modules
+            with a weight and nothing else are first tried on an input. Off by default, because it gains time only
+            where the Triton kernels compute. Elsewhere PyTorch's norms compute as before, and a call takes some
+            ten microseconds more (RMS norms of half a million elements and more gain on a CPU); under
+            torch.compile the compiler fuses a module's own code anyway. Results are rounded once; Llama's own
+            norms also round before the weight.
+        strict: raise if anything that was to be swapped is left, and change nothing.
 
     Returns:
-        A `Report`: print it. `with fastattn.patch(model): ...` is taken back after the block.
+        A `Report`, which prints as a table. `with fastattn.patch(model): ...` is taken back after the block.
 
     Raises:
-        TypeError: for what is no module.
+        TypeError: model is not a module.
         ValueError: if strict, naming what would be left and why.
 
     Example:
@@ -162,7 +169,7 @@ def patch(
 
 
 def _each(model: nn.Module, kind: str, swap_one: Callable[[str, Any], Row | None]) -> list[Row]:
-    """A row for each module that is of this kind. A module that cannot even be looked at is left."""
+    """A row for each module of this kind. A module that raises an error is left."""
     rows = []
     for name, module in model.named_modules():
         try:
@@ -178,7 +185,7 @@ def _each(model: nn.Module, kind: str, swap_one: Callable[[str, Any], Row | None
 
 
 def _innermost(rows: list[Row]) -> list[Row]:
-    """Without modules that were left, but in which others are: those are the MLPs."""
+    """The rows without modules that were left and contain other modules with rows: those are the MLPs."""
     names = [row.name for row in rows]
     return [row for row in rows if row.now or row.why == ALREADY or not _holds_another(row.name, names)]
 
@@ -193,7 +200,7 @@ def _prefix(name: str) -> str:
 
 
 def _with_full_names(rows: list[Row], classes: dict[str, Any]) -> list[Row]:
-    """Rows whose class shares its name with another class in the model say where it is from."""
+    """The rows, with the full name of a class that shares its name with another class in the model."""
     of_name: dict[str, set[Any]] = {}
     for row in rows:
         kind = classes.get(row.name)
@@ -210,7 +217,7 @@ def unpatch(model: nn.Module) -> None:
     """Take back what `patch` did to this model, or to the model it is a copy of; else do nothing.
 
     Raises:
-        RuntimeError: if a module's class was changed again since, as `fully_shard` does; nothing is then changed.
+        RuntimeError: a module's class was changed again since, as `fully_shard` does. Nothing is changed then.
     """
     patched = [(name, module) for name, module in model.named_modules() if WAS in module.__dict__]
     changed = [name for name, module in patched if not _is_ours(module)]
@@ -225,7 +232,7 @@ def unpatch(model: nn.Module) -> None:
 
 
 def _undo(module: nn.Module, kind: type[nn.Module], was: Any) -> None:
-    """Make the module again what it was before this call of `patch`."""
+    """Restore the module to what it was before this call of `patch`."""
     if was is None and (new := module.__dict__.pop(WAS, None)):
         if isinstance(new, type):
             restore_class(module, kind)
@@ -245,13 +252,13 @@ def _is_ours(module: nn.Module) -> bool:
 
 
 def _counterparts() -> dict[type[nn.Module], type[nn.Module]]:
-    """torch's classes that attend, and ours: each differs from its torch class in code alone."""
+    """torch's attention classes and ours. Each of ours differs from torch's in code only."""
     attending = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
     return {kind: COUNTERPARTS[kind] for kind in attending}
 
 
 def _swap_attention(name: str, module: nn.Module) -> Row | None:
-    """Swap a torch module that attends for its counterpart; None if it is no such module."""
+    """Swap a torch attention module for its counterpart; None if it is no such module."""
     counterparts, kind = _counterparts(), type(module)
     if not isinstance(module, tuple(counterparts)):
         return None
@@ -276,7 +283,7 @@ def _attention_obstacle(module: nn.Module) -> str | None:
 
 
 def _instance_obstacle(module: nn.Module) -> str | None:
-    """Why this instance is not to be changed, whatever its class."""
+    """Why this instance must not be changed, whatever its class; None if it may be."""
     if "forward" in module.__dict__:
         return "its forward was replaced on the instance"
     for parameter in module.parameters():
@@ -288,7 +295,7 @@ def _instance_obstacle(module: nn.Module) -> str | None:
 
 
 def _attention_left(model: nn.Module, rows: list[Row], hugging_face: list[str]) -> list[Row]:
-    """Rows for what attends in code of its own: the innermost modules that look so, outside of those with rows."""
+    """Rows for modules whose own code seems to attend: the innermost ones, outside of those that were swapped."""
     known = [row.name for row in rows]
     inside = tuple(_prefix(name) for name in (*hugging_face, *(row.name for row in rows if row.now)))
 
@@ -303,7 +310,7 @@ def _attention_left(model: nn.Module, rows: list[Row], hugging_face: list[str]) 
 
 
 def _swap_mlp(name: str, module: nn.Module) -> Row | None:
-    """Swap a module for one that computes its MLP fused; None if there is no MLP in it."""
+    """Make a module compute its MLP fused; None if there is no MLP in it."""
     kind, was = type(module), _class_name(module)
     if kind.__module__.startswith("fastattn.") and WAS not in module.__dict__:
         return None
@@ -371,7 +378,7 @@ def _class_of(module: nn.Module) -> type[nn.Module]:
 
 
 def _training_note(found: list[mlp_forms.Parts]) -> str:
-    """When the module's own code still computes, although swapped."""
+    """In which calls the module's own code still computes, although it was swapped."""
     dropouts = [dropout for run in found for dropout in run.dropouts if isinstance(dropout, nn.Dropout)]
     rates = {dropout.p for dropout in dropouts if dropout.p > 0}
     if not rates:
@@ -400,7 +407,7 @@ def _swap_huggingface(model: nn.Module) -> list[Row]:
         from fastattn.integrations import huggingface
 
         if any(_is_bigbird(part) for part in module.modules()):
-            continue  # Its attention modules are swapped one by one.
+            continue  # `_swap_bigbird` swaps its attention modules one by one.
         was = f"attn_implementation={module.config._attn_implementation!r}"
         reason, note = ALREADY if WAS in module.__dict__ else huggingface.obstacle_in_code(module), ""
         reason = reason or _meta_obstacle(module)
@@ -408,7 +415,7 @@ def _swap_huggingface(model: nn.Module) -> list[Row]:
             reason, untried = huggingface.try_against_eager(module)
             note = f"not compared with eager: {untried}" if untried else ""
         if reason and not any(ATTENDS.search(_class_name(part)) or attends(part) for part in module.modules()):
-            continue  # A model of convolutions or state spaces.
+            continue  # A model without attention, of convolutions or state spaces.
         if reason is None:
             before = huggingface.Before.of(module)
             try:
@@ -438,7 +445,7 @@ def _swap_bigbird(name: str, module: Any) -> Row | None:
 
     was = _class_name(module)
     if was == bigbird.BigBirdAttention.__name__:
-        # It computes nothing itself: what attends is a module in it, which it may replace later.
+        # It computes nothing itself: a module inside it attends, and it may replace that module later.
         if _bigbird_obstacle(module.self) is None:
             swap(module, bigbird.FusedBigBirdAttention)
         return None
@@ -450,7 +457,7 @@ def _swap_bigbird(name: str, module: Any) -> Row | None:
 
 
 def _bigbird_obstacle(module: Any) -> str | None:
-    """Why this module that attends is left to transformers' code; None if it can be swapped."""
+    """Why this attention module is left to transformers' code; None if it can be swapped."""
     from fastattn.dropin import bigbird
 
     if WAS in module.__dict__:
@@ -467,7 +474,7 @@ def _meta_obstacle(module: nn.Module) -> str | None:
 
 
 def _swap_norm(name: str, module: nn.Module) -> Row | None:
-    """Swap a norm for its counterpart of torch's, or for one that computes it fused; None if it is no norm."""
+    """Swap a norm for the class of fastattn.nn, or for one that computes it fused; None if it is no norm."""
     kind, ours = type(module), module.__dict__.get(WAS)
     named = isinstance(module, tuple(NORMS)) or is_norm(module)
     if not named and not may_be_norm(module):

@@ -1,15 +1,15 @@
-"""Every model that calls F.scaled_dot_product_attention on ours, by one call: `fastattn.sdpa.activate()`.
+"""`fastattn.sdpa.activate()`: every call of F.scaled_dot_product_attention in the process uses our attention.
 
-It goes through PyTorch's own registry of flash attention implementations, where ours has the name "fastattn".
-While it is active, those operators are ours to which PyTorch's selector routes its flash calls: on a GPU the ones
-in half precision without a mask, on a CPU the ones without dropout, masked or not.
+It goes through PyTorch's own registry of flash attention implementations, in which ours is called "fastattn".
+While it is active, it replaces the operators for flash attention. PyTorch calls these on a GPU in half precision
+without a mask, and on a CPU without dropout, masked or not.
 """
 
 from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -26,15 +26,15 @@ from fastattn.core.attention.spec import attention_spec, positive_scale, score_t
 from fastattn.ground.checks import FLOATING
 
 NAME = "fastattn"
-# The registry came into PyTorch in pieces.
+# Older versions of PyTorch have only parts of the registry.
 _RESTORES = hasattr(registry, "restore_flash_attention_impl")
 
 
 class Takeover:
     """The switch `fastattn.sdpa`: activate(), deactivate(), active, and `with fastattn.sdpa(): ...`.
 
-    It is global to the process, as PyTorch's registry is. Switch between training steps, not between a forward
-    and its backward: each must come from the same implementation.
+    It acts on the whole process, as PyTorch's registry does. Switch it between training steps, not between a
+    forward and its backward, which must use the same implementation.
 
     Example:
         >>> with fastattn.sdpa():
@@ -46,11 +46,11 @@ class Takeover:
 
     @property
     def active(self) -> bool:
-        """Whether PyTorch's flash attention is ours at present."""
+        """Whether PyTorch's flash attention is ours now."""
         return _RESTORES and registry.current_flash_attention_impl() == NAME
 
     def activate(self, backend: str | None = None) -> None:
-        """Put ours in the place of whatever flash attention PyTorch uses; `backend` as `fastattn.attention`'s."""
+        """Replace the flash attention that PyTorch uses by ours; `backend` as `fastattn.attention`'s."""
         if not _RESTORES:
             raise RuntimeError(f"fastattn.sdpa needs a PyTorch that can restore its own, got {torch.__version__}")
         if backend is not None and backend not in backends.NAMES:
@@ -84,7 +84,7 @@ class Takeover:
 
 
 class _Operators:
-    """Our kernels in PyTorch's flash operators, until `remove` is called."""
+    """Replaces PyTorch's flash attention operators by ours, until `remove` is called."""
 
     def __init__(self, backend: str | None = None) -> None:
         self.backend = backend
@@ -104,19 +104,19 @@ class _Operators:
         original = library.get_kernel(f"aten::{name}", key)
 
         def choose(keyset: Any, *arguments: Any, **options: Any) -> Any:
-            # The portable backend calls these operators itself, for what PyTorch's flash attention computes well.
+            # Inside of our own call the portable backend may call PyTorch's flash attention: it gets the original.
             if getattr(self.here, "inside", False) or not _served(arguments):
                 return original.call_boxed(keyset, *arguments, **options)
             self.here.inside = True
             try:
-                # Autograd and autocast are above these operators, and have done their part.
+                # Autograd and autocast have been applied above these operators.
                 with torch.no_grad(), torch.autocast(arguments[0].device.type, enabled=False):
                     return ours(*arguments, **options)
             finally:
                 self.here.inside = False
 
         with warnings.catch_warnings():
-            # That a kernel is replaced is the purpose.
+            # PyTorch warns that a kernel is replaced, which is intended.
             warnings.simplefilter("ignore")
             self.installed.impl(name, choose, key, with_keyset=True)
 
@@ -138,21 +138,11 @@ class _Operators:
         return _as_like(out, query), lse.mT.contiguous().mT
 
     def backward_on_cpu(
-        self,
-        grad_out: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        dropout_p: float,
-        is_causal: bool,
-        *,
-        attn_mask: Tensor | None = None,
-        scale: float | None = None,
+        self, *arguments: Any, attn_mask: Tensor | None = None, scale: float | None = None
     ) -> tuple[Tensor, ...]:
-        causal = TOP_LEFT if is_causal else None
-        return self._backward(grad_out, query, key, value, out, lse, causal, scale, attn_mask)
+        """As the operator is called: with the six tensors of `_backward`, dropout_p and is_causal."""
+        *tensors, _dropout_p, is_causal = arguments
+        return self._backward(tensors, TOP_LEFT if is_causal else None, scale, attn_mask)
 
     def forward_on_gpu(
         self,
@@ -165,7 +155,7 @@ class _Operators:
         *,
         scale: float | None = None,
     ) -> tuple[Any, ...]:
-        """The seed of the random numbers is handed to the backward as PyTorch's is, in two 64-bit words."""
+        """The backward gets the seed of the random numbers in two 64-bit words, where PyTorch's has its own."""
         words = dropout_state(1, query.device)[0] if dropout_p else query.new_zeros(2, dtype=torch.int64)
         out, lse = attend(
             query, key, value, causal=BOTTOM_RIGHT if is_causal else None, scale=scale, dropout_p=dropout_p,
@@ -176,44 +166,25 @@ class _Operators:
         seed = words.view(torch.uint64)
         return _as_like(out, query), lse.contiguous(), None, None, *lengths, seed, unused, query.new_empty(0)
 
-    def backward_on_gpu(
-        self,
-        grad_out: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        cum_seq_q: Tensor | None,
-        cum_seq_k: Tensor | None,
-        max_q: int,
-        max_k: int,
-        dropout_p: float,
-        is_causal: bool,
-        philox_seed: Tensor,
-        philox_offset: Tensor,
-        *,
-        scale: float | None = None,
-    ) -> tuple[Tensor, ...]:
+    def backward_on_gpu(self, *arguments: Any, scale: float | None = None) -> tuple[Tensor, ...]:
+        """As the operator is called: with the six tensors of `_backward`, cum_seq_q, cum_seq_k, max_q, max_k,
+        dropout_p, is_causal, philox_seed and philox_offset."""
+        tensors, (dropout_p, is_causal, seed, _offset) = arguments[:6], arguments[10:]
+        state = _state(seed.view(torch.int64), tensors[1]) if dropout_p else None
         causal = BOTTOM_RIGHT if is_causal else None
-        state = _state(philox_seed.view(torch.int64), query) if dropout_p else None
-        return self._backward(grad_out, query, key, value, out, lse, causal, scale, None, dropout_p, state)
+        return self._backward(tensors, causal, scale, dropout_p=dropout_p, state=state)
 
     def _backward(
         self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
+        tensors: Sequence[Tensor],
         causal: str | None,
         scale: float | None,
-        bias: Tensor | None,
+        bias: Tensor | None = None,
         dropout_p: float = 0.0,
         state: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
-        """dq, dk and dv; masks that come this way want no gradient."""
+        """dq, dk and dv from the tensors dout, q, k, v, out, lse. A mask that comes this way wants no gradient."""
+        dout, q, k, v, out, lse = tensors
         if dropout_p == 1:
             return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
         scale = q.shape[3] ** -0.5 if scale is None else scale
@@ -223,9 +194,9 @@ class _Operators:
             window=aligned.get("window", (None, None)), dropout_p=dropout_p,
         )  # fmt: skip
         scaled_q, positive = positive_scale(q, spec)
-        tensors = score_tensors(q, seen_k, bias=bias, dropout_state=state)
+        beside = score_tensors(q, seen_k, bias=bias, dropout_state=state)
         dq, dk, dv, *_ = torch.ops.fastattn.attention_backward(
-            dout, scaled_q, seen_k, seen_v, out, lse, None, False, False, *tensors,
+            dout, scaled_q, seen_k, seen_v, out, lse, None, False, False, *beside,
             *positive.options, self.backend,
         )  # fmt: skip
         if scaled_q is not q:
@@ -236,17 +207,17 @@ class _Operators:
 
 
 def _served(arguments: tuple[Any, ...]) -> bool:
-    """Whether the tensors of a call have dtypes and widths of ours."""
+    """Whether our operators take tensors of this dtype and width."""
     return arguments[0].dtype in FLOATING and arguments[0].shape[-1] > 0
 
 
 def _state(words: Tensor, q: Tensor) -> Tensor:
-    """The state of each batch entry, of a seed in the first word."""
+    """The dropout state of each batch entry, from the seed in the first word."""
     return torch.stack((words[0].expand(q.shape[0]), torch.arange(q.shape[0], device=q.device)), 1)
 
 
 def _as_like(out: Tensor, query: Tensor) -> Tensor:
-    """`out` laid out as PyTorch's operators lay it out: as the queries."""
+    """`out` in the memory layout of the queries, which PyTorch's operators give it."""
     like = torch.empty_like(query)
     return out if out.stride() == like.stride() else like.copy_(out)
 

@@ -3,9 +3,9 @@
     import fastattn.integrations.huggingface
     model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="fastattn")
 
-Importing this registers two functions with transformers under that name: one makes masks, one attends. What the
-first makes is a `Mask`, a few numbers, the padding and which sequence each token of a packed row is from, which a
-model hands on to the second.
+Importing this registers two functions with transformers under that name. One makes masks: a `Mask` is a few
+numbers, the padding, and which sequence each token of a packed row is from. A model passes it on to the other,
+which attends.
 """
 
 from __future__ import annotations
@@ -62,26 +62,26 @@ def fastattn_attention(
     """Attend, as transformers calls its attention functions.
 
     Args:
-        module: the attention module; its `is_causal` counts where neither mask nor `is_causal` is given.
+        module: the attention module; its `is_causal` decides if neither a mask nor `is_causal` is given.
         query: (B, Hq, Lq, D); key (B, Hkv, Lk, D); value (B, Hkv, Lk, Dv), heads not repeated.
         attention_mask: what `fastattn_mask` made; or a tensor (B, 1 or Hq, Lq, Lk), bool (True is seen) or added.
         dropout, scaling, softcap: as `fastattn.attention`'s dropout_p, scale and softcap.
-        s_aux, sinks: one name or the other: (Hq,) the sinks of heads, or (B, Hq, Lq, 1) those of queries.
+        s_aux, sinks: two names of the same argument: (Hq,) the sinks of heads, or (B, Hq, Lq, 1) those of queries.
         position_bias: (1 or B, 1 or Hq, Lq, Lk), added to the scores.
-        indices: (B, Lq, n), the keys that a query may see at most, in any order.
-        block_indices: (B, groups of heads, Lq, n), the blocks of keys that it may see at most, -1 is none; the
-            size of a block is that of the module's indexer.
-        cu_seq_lens_q, cu_seq_lens_k: (sequences + 1,), as transformers passes on for flash-attn: where each of the
-            sequences packed into the batch begins, and the end. The mask holds as well.
-        output_attentions: whether the weights are wanted: the model's own eager attention then computes the call.
-        kwargs: what changes no result (`huggingface_models.HARMLESS`).
+        indices: (B, Lq, n), the only keys that a query may see, in any order.
+        block_indices: (B, groups of heads, Lq, n), the only blocks of keys that it may see; -1 is none. The size
+            of a block is that of the module's indexer.
+        cu_seq_lens_q, cu_seq_lens_k: (sequences + 1,), as transformers passes them for flash-attn: the first token
+            of each sequence packed into the batch, and the end. The mask applies, too.
+        output_attentions: whether the weights are wanted; the model's own eager attention then computes the call.
+        kwargs: keywords that do not change the result (`huggingface_models.HARMLESS`).
 
     Returns:
         (B, Lq, Hq, Dv), and the weights (B, Hq, Lq, Lk) if they are wanted, else None.
 
     Raises:
-        ValueError: for a keyword that is not known, naming it; for weights of a model without an eager attention;
-            for a tensor as mask whose number of keys is not that of key.
+        ValueError: an unknown keyword, which is named; weights of a model without an eager attention; a tensor as
+            mask with another number of keys than `key`.
     """
     if kwargs:
         check_keywords(module, kwargs)
@@ -173,8 +173,8 @@ def _mask_of(
         mask = _of_these_keys(mask, keys)
     if mask is None:
         mask = _own_mask(module, query, keys, is_causal)
-    for kept in (_kept(indices, keys), _kept_blocks(module, block_indices, query.shape[1], keys)):
-        mask = mask if kept is None else _restricted(mask, kept)
+    for shown in (_shown(indices, keys), _shown_blocks(module, block_indices, query.shape[1], keys)):
+        mask = mask if shown is None else _restricted(mask, shown)
     return mask
 
 
@@ -194,19 +194,19 @@ def _options(
 
 
 def _of_these_keys(mask: Mask | Tensor, keys: int) -> Mask | Tensor:
-    """A mask for this many keys: one key's holds for all, as tensors broadcast, and a longer `Mask` is cut.
+    """A mask for this many keys. A mask of one key is broadcast, as tensors are, and a longer `Mask` is cut.
 
-    A longer tensor is refused, as in eager attention: a cache with a window has dropped the first keys.
+    A longer tensor is an error, as in eager attention: a cache with a window has dropped the first keys.
     """
     if mask.shape[-1] == 1:
         return mask.dense() if isinstance(mask, Mask) else mask
     if isinstance(mask, Mask) and mask.shape[-1] > keys:
         return mask.first_keys(keys)
-    raise ValueError(f"attention_mask is for {mask.shape[-1]} keys, and this layer has {keys}")
+    raise ValueError(f"attention_mask must be for this layer's {keys} keys, got one for {mask.shape[-1]}")
 
 
 def _collects_weights() -> bool:
-    """Whether the model collects its layers' weights: not every model passes output_attentions on to them."""
+    """Whether the model collects its layers' weights. Not every model passes output_attentions on to them."""
     collected = output_capturing._active_collector.get()
     return collected is not None and any(name.endswith("attentions") for name in collected)
 
@@ -221,7 +221,7 @@ def _with_weights(
     scaling: float | None,
     beside: dict[str, Tensor | float | None],
 ) -> tuple[Tensor, Tensor]:
-    """What the eager attention of the model computes, with its weights."""
+    """The output of the model's eager attention, and its weights."""
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     if eager is None:
         raise ValueError(
@@ -232,23 +232,23 @@ def _with_weights(
     if seen.dtype == torch.bool:
         lowest = torch.finfo(query.dtype).min
         seen = torch.zeros(seen.shape, dtype=query.dtype, device=seen.device).masked_fill(~seen, lowest)
-    given = {name: option for name, option in beside.items() if option is not None}
+    options = {name: option for name, option in beside.items() if option is not None}
     scaling = query.shape[3] ** -0.5 if scaling is None else scaling
-    return eager(module, query, key, value, seen, dropout=dropout, scaling=scaling, **given)
+    return eager(module, query, key, value, seen, dropout=dropout, scaling=scaling, **options)
 
 
-def _kept(indices: Tensor | None, keys: int) -> Tensor | None:
-    """A bool mask (B, 1, Lq, Lk) of the keys whose indices (B, Lq, n) are given."""
+def _shown(indices: Tensor | None, keys: int) -> Tensor | None:
+    """A bool mask (B, 1, Lq, Lk) that shows the keys with these indices (B, Lq, n)."""
     if indices is None:
         return None
-    kept = torch.zeros(*indices.shape[:-1], keys + 1, dtype=torch.bool, device=indices.device)
-    # Indices beyond the keys, or -1, say that there is no such key.
+    shown = torch.zeros(*indices.shape[:-1], keys + 1, dtype=torch.bool, device=indices.device)
+    # -1 and indices beyond the last key stand for no key.
     inside = torch.where((indices >= 0) & (indices < keys), indices, keys).long()
-    return kept.scatter(-1, inside, True)[:, None, :, :keys]
+    return shown.scatter(-1, inside, True)[:, None, :, :keys]
 
 
-def _kept_blocks(module: Any, block_indices: Tensor | None, heads: int, keys: int) -> Tensor | None:
-    """A bool mask (B, Hq, Lq, Lk) of the blocks of keys whose indices (B, groups of heads, Lq, n) are given."""
+def _shown_blocks(module: Any, block_indices: Tensor | None, heads: int, keys: int) -> Tensor | None:
+    """A bool mask (B, Hq, Lq, Lk) that shows the blocks of keys with these indices (B, groups of heads, Lq, n)."""
     if block_indices is None:
         return None
     size = getattr(getattr(module, "indexer", None), "block_size", None)
@@ -258,19 +258,19 @@ def _kept_blocks(module: Any, block_indices: Tensor | None, heads: int, keys: in
         )
     groups = block_indices.shape[1]
     blocks = -(-keys // size)
-    kept = torch.cat([_kept(row, blocks) for row in block_indices.unbind(1)], 1)  # type: ignore[misc]
-    return kept.repeat_interleave(size, -1)[..., :keys].repeat_interleave(heads // groups, 1)
+    shown = torch.cat([_shown(row, blocks) for row in block_indices.unbind(1)], 1)  # type: ignore[misc]
+    return shown.repeat_interleave(size, -1)[..., :keys].repeat_interleave(heads // groups, 1)
 
 
-def _restricted(mask: Mask | Tensor, kept: Tensor) -> Tensor:
-    """A mask that also hides what is not kept."""
+def _restricted(mask: Mask | Tensor, shown: Tensor) -> Tensor:
+    """The mask, hiding also the keys that `shown` hides."""
     seen = mask.dense() if isinstance(mask, Mask) else mask
-    return seen & kept if seen.dtype == torch.bool else seen.masked_fill(~kept, float("-inf"))
+    return seen & shown if seen.dtype == torch.bool else seen.masked_fill(~shown, float("-inf"))
 
 
 @torch.compiler.disable  # It reads the boundaries.
 def _of_boundaries(mask: Mask | Tensor, cu_seq_lens_q: Tensor, cu_seq_lens_k: Tensor) -> Mask | Tensor:
-    """A mask that hides more than places, and also what lies beyond the boundaries of packed sequences."""
+    """The mask, hiding also the keys of other packed sequences."""
     batch, _, queries, keys = mask.shape
     sequences = []
     for name, starts, length in (
@@ -281,8 +281,8 @@ def _of_boundaries(mask: Mask | Tensor, cu_seq_lens_q: Tensor, cu_seq_lens_k: Te
             if isinstance(mask, Mask) and _is_of_the_padding(mask, starts):
                 return mask
             raise ValueError(
-                f"cu_seq_lens_{name} must end at the {batch} x {length} tokens of the batch beside an attention "
-                f"mask, got {starts[-1]}"
+                f"cu_seq_lens_{name} must end at the {batch} x {length} tokens of the batch if there is an "
+                f"attention mask, got {starts[-1]}"
             )
         tokens = torch.arange(batch * length)
         sequences.append(
@@ -293,7 +293,7 @@ def _of_boundaries(mask: Mask | Tensor, cu_seq_lens_q: Tensor, cu_seq_lens_k: Te
 
 
 def _is_of_the_padding(mask: Mask, starts: tuple[int, ...]) -> bool:
-    """Whether these are the boundaries between a padded batch's rows without their padding."""
+    """Whether these boundaries are those of the rows of a padded batch, the padding left out."""
     if mask.padding is not None:
         lengths = mask.padding.sum(-1)
     elif mask.key_lengths is not None:
@@ -304,19 +304,19 @@ def _is_of_the_padding(mask: Mask, starts: tuple[int, ...]) -> bool:
 
 
 def _own_mask(module: nn.Module, query: Tensor, keys: int, is_causal: bool | None) -> Mask:
-    """The mask of a call without one: causal or all."""
+    """The mask of a call without one: causal, or every key."""
     queries = query.shape[2]
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal) and queries > 1
-    # Keys after the last query are those of an empty static cache: not written yet.
+    # Keys after the last query belong to an empty static cache and are not written yet.
     offset = min(0, keys - queries) if causal else keys - queries
     return Mask(torch.Size((query.shape[0], 1, queries, keys)), query.device, offset, causal)
 
 
-@torch.compiler.disable  # What it reads and builds is no matter of a graph.
+@torch.compiler.disable  # It reads values and builds a mask, which is no part of a graph.
 def _of_sequences(
     q: Tensor, k: Tensor, v: Tensor, cu_seq_lens_q: Tensor, cu_seq_lens_k: Tensor, **options: Any
 ) -> Tensor:
-    """`attention` of each of the sequences that lie one after another in the batch."""
+    """`attention` within each of the sequences that lie one after another in the batch."""
     queries, keys, values = (t.transpose(1, 2).flatten(0, 1) for t in (q, k, v))
     starts_q, starts_k = (
         torch.tensor(_read(Values(cu_seq_lens)), dtype=torch.int32, device="cpu")
@@ -328,9 +328,9 @@ def _of_sequences(
 
 @functools.lru_cache(maxsize=4)
 def _read(starts: Values) -> tuple[int, ...]:
-    """The boundaries as numbers: on a GPU the first layer waits for them, the others do not.
+    """The boundaries as numbers. On a GPU the first layer waits for the device, later layers do not.
 
-    No tensor is kept: it would belong to the mode that it was made in (inference, fake tensors).
+    Numbers are cached, not a tensor: that would belong to the mode in which it was made (inference, fake tensors).
     """
     return tuple(starts.tensor.tolist())
 
@@ -346,5 +346,5 @@ def _added(mask: Tensor | None, position_bias: Tensor | None) -> Tensor | None:
 
 AttentionInterface.register(NAME, fastattn_attention)
 AttentionMaskInterface.register(NAME, fastattn_mask)
-# Unpickling a patched model then imports this module, and with it registers "fastattn".
+# So that unpickling a patched model imports this module, which registers "fastattn".
 Before.__module__ = __name__

@@ -1,4 +1,4 @@
-"""The masks of attn_implementation="fastattn": a few numbers, the padding and the packed sequences."""
+"""The masks of attn_implementation="fastattn": a few numbers, the padding and the packed sequences of each row."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from fastattn.masks.algebra import smaller
 
 @dataclass(frozen=True, eq=False)
 class Mask:
-    """Which keys each query sees, without a tensor of queries x keys; where a tensor is needed, it becomes one.
+    """Which keys each query sees, without a tensor of queries x keys. `dense` makes that tensor.
 
-    As transformers' masks for scaled_dot_product_attention it says True for what is seen; indexed, repeated, or
-    joined by torch.cat to other masks that say so, it gives the bool tensor. It refuses everything else that a
-    tensor does: a model whose own code computes with its mask expects eager's, which is added to the scores.
+    As in transformers' masks for scaled_dot_product_attention, True is seen. Indexed, repeated, or joined by
+    torch.cat to other masks of this kind, it gives the bool tensor. Any other use as a tensor is an error: a model
+    whose own code computes with its mask expects the mask of eager attention, which is added to the scores.
 
     Attributes:
         shape: (batch, 1, queries, keys).
@@ -30,10 +30,10 @@ class Mask:
         window: how many keys before and after its own it sees; None is all.
         padding: (batch, keys), True is seen; or None.
         key_lengths: (batch,) int32, keys from there on are hidden; or None.
-        documents: (batch, keys) on the CPU, a number for each sequence packed into a row: a query sees keys of its
-            own; or None. There are then as many queries as keys.
-        lowered: with documents, all but the padding as `fastattn.attention` takes it, for all layers.
-        device: where the tensor would be.
+        documents: (batch, keys) on the CPU, the number of the packed sequence that each token is from: a query
+            sees keys of its own sequence; or None. With documents there are as many queries as keys.
+        lowered: with documents, the mask without the padding, lowered once for all layers.
+        device: the device of the tensor that `dense` makes.
     """
 
     shape: torch.Size
@@ -68,7 +68,7 @@ class Mask:
 
     @property
     def end(self) -> int:
-        """Keys from there on are seen by none."""
+        """The key from which on no query sees any."""
         return min(self.offset + self.shape[2], self.shape[3]) if self.causal else self.shape[3]
 
     @property
@@ -78,18 +78,18 @@ class Mask:
 
     @property
     def is_of_places(self) -> bool:
-        """Whether nothing matters but how far the key is from the query."""
+        """Whether the mask depends only on the distance of the key from the query."""
         return self.padding is None and self.key_lengths is None and self.documents is None
 
     def options(self, heads: int) -> dict[str, Any]:
-        """All but the padding, as `fastattn.attention`'s arguments."""
+        """The mask without the padding, as arguments of `fastattn.attention`."""
         if self.documents is not None:
             return {"mask": self.of_heads(heads)}
         beside = {} if self.key_lengths is None else {"key_lengths": self.key_lengths}
         return {"causal": self.causal, "window": self.window, **beside}
 
     def of_heads(self, heads: int) -> masks.Lowered:
-        """Of a mask with documents, all but the padding, for so many heads."""
+        """A mask with documents, without the padding, lowered for this many heads."""
         if self.lowered is not None and self.lowered.shape.heads == heads:
             return self.lowered
         assert self.documents is not None
@@ -128,7 +128,7 @@ class Mask:
     clone = detach = contiguous
 
     def first_keys(self, keys: int) -> Mask | Tensor:
-        """The mask of the first keys alone."""
+        """The mask for the first keys only."""
         if self.documents is not None:
             return self.dense()[..., :keys]
         padding = None if self.padding is None else self.padding[:, :keys]
@@ -141,13 +141,13 @@ class Mask:
         return self.dense().repeat(*sizes)
 
     def __getattr__(self, name: str) -> Any:
-        # What is asked with hasattr, by Python or by torch, is answered as for any object.
+        # Python and torch ask with hasattr, too: an AttributeError answers them.
         raise AttributeError(f"{name}: {_NO_TENSOR}" if hasattr(Tensor, name) else name)
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function is torch.where and isinstance(args[0], cls):
-            # As a condition it can only mean what is seen.
+            # As a condition it can only be meant as the bool tensor.
             return function(args[0].dense(), *args[1:], **(kwargs or {}))
         if function is torch.cat and all(isinstance(t, cls) or t.dtype == torch.bool for t in args[0]):
             # The keys of two sequences, side by side (T5Gemma 2).
@@ -158,7 +158,7 @@ class Mask:
 
 _NO_TENSOR = (
     'the attention mask of attn_implementation="fastattn" is no tensor to compute with. Eager\'s mask is added to '
-    "the scores, this one tells which keys are seen: code that reads it as eager's would be silently wrong. Use "
+    "the scores, but this one says which keys are seen: code that adds it would be silently wrong. Use "
     'attn_implementation="eager" for this model, or mask.dense() for the bool tensor (True is seen)'
 )
 
@@ -193,8 +193,8 @@ def fastattn_mask(
     device: torch.device | str = "cpu",
     **kwargs: Any,
 ) -> Mask | Tensor:
-    """A `Mask` where the pattern is causal, a window or all, with or without padding, in rows of one or of several
-    sequences; else the bool tensor.
+    """A `Mask` if the pattern is causal, a window or all keys, with or without padding, in rows of one or of
+    several sequences; else the bool tensor.
 
     Args:
         batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, device: as
@@ -202,11 +202,12 @@ def fastattn_mask(
             (batch, keys seen so far), True or 1 is seen.
     """
     if isinstance(attention_mask, Mask):
-        # It was made before, as generate does for all the layers at once.
+        # It was made before: generate makes it once for all layers.
         return attention_mask
     compiling = torch.compiler.is_compiling()
     pattern = declared_pattern(mask_function, **kwargs) if compiling else known_pattern(mask_function)
-    # The offset of a static cache is a tensor: reading it would break a graph, and for one query the row is small.
+    # The offset of a static cache is a tensor. Reading it would break a graph; for one query the bool tensor is
+    # small.
     unread = isinstance(q_offset, Tensor) and (q_length == 1 or compiling)
     if pattern is not None and not unread:
         documents = None if pattern.documents is None else pattern.documents.cpu()
@@ -227,19 +228,19 @@ def fastattn_mask(
 
 
 def _heads(options: dict[str, Any]) -> int:
-    """The model's query heads, as far as its configuration tells; layers with others lower a mask again."""
+    """The number of query heads in the configuration, else 1. Layers with another number lower the mask again."""
     return getattr(options.get("config"), "num_attention_heads", None) or 1
 
 
 def _is_servable(mask: Mask) -> bool:
-    """Whether `fastattn.attention` has this alignment: there the last query stands at the last key."""
+    """Whether `fastattn.attention` can align the mask so: there the last query stands at the last key."""
     _, _, queries, keys = mask.shape
     if mask.documents is not None:
         return mask.offset == 0 and queries == keys and mask.documents.shape == (mask.shape[0], keys)
     if not mask.causal and mask.window == (None, None):
         return True
     beyond = keys - queries - mask.offset
-    # Keys after the last query (of a static cache, not yet written) are cut off where nothing sees them.
+    # Keys after the last query (of a static cache, not yet written) are cut off if no query sees them.
     return beyond == 0 or (mask.causal and beyond > 0)
 
 
@@ -248,7 +249,7 @@ class Pattern(NamedTuple):
 
     causal, window: as `Mask`'s.
     documents: (batch, tokens), which of the sequences in a row each token is from; or None.
-    positions: (batch, tokens), by which causal and window go, if not by the token's place in the row; or None.
+    positions: (batch, tokens), which causal and window compare; None for the token's index in the row.
     """
 
     causal: bool = False
@@ -260,7 +261,7 @@ class Pattern(NamedTuple):
 def _has_its_places(pattern: Pattern) -> bool:
     """Whether tokens of one sequence are as far apart in the row as their positions say.
 
-    transformers finds the sequences by their positions, so they are; a mask function of other origin may differ.
+    That holds where transformers itself finds the sequences by their positions, but not for every mask function.
     """
     if pattern.positions is None:
         return True
@@ -271,12 +272,12 @@ def _has_its_places(pattern: Pattern) -> bool:
 
 
 def _inside(function: Callable) -> dict[str, Any]:
-    """What a mask function of transformers holds, by name."""
+    """The variables in the closure of a mask function, by name."""
     cells = function.__closure__ or ()
     return {name: cell.cell_contents for name, cell in zip(function.__code__.co_freevars, cells, strict=True)}
 
 
-# transformers' mask functions with a parameter are closures: known by their code.
+# transformers' mask functions with a parameter are closures, and are recognised by their code.
 _AND = masking_utils.and_masks().__code__
 _LEFT = masking_utils.sliding_window_overlay(1).__code__
 _BOTH = masking_utils.sliding_window_bidirectional_overlay(1).__code__
@@ -292,7 +293,7 @@ def known_pattern(function: Callable) -> Pattern | None:
         return Pattern()
     code = getattr(function, "__code__", None)
     if code is _LEFT:
-        # The window counts the query's own key.
+        # transformers' window includes the query's own key.
         return Pattern(window=(_inside(function)["sliding_window"] - 1, None))
     if code is _BOTH:
         size = _inside(function)["sliding_window"]
@@ -321,9 +322,9 @@ def declared_pattern(
     config: Any = None,
     **kwargs: Any,
 ) -> Pattern | None:
-    """As `known_pattern`, from the arguments beside the function: dynamo does not look into closures.
+    """As `known_pattern`, from the other arguments of a mask call: torch.compile cannot look into closures.
 
-    transformers allows its skips where nothing but local_size (a window, or the size of chunks) shapes the mask.
+    transformers allows its skips if the mask depends on nothing but local_size (a window, or the size of chunks).
     """
     if function in (masking_utils.causal_mask_function, masking_utils.bidirectional_mask_function):
         return known_pattern(function)
@@ -335,7 +336,7 @@ def declared_pattern(
 
 
 def _both(first: Pattern | None, second: Pattern | None) -> Pattern | None:
-    """What both let through; None if that is not one pattern."""
+    """The pattern of keys that both show; None if it is no pattern."""
     if first is None or second is None:
         return None
     tensors = []
@@ -348,10 +349,10 @@ def _both(first: Pattern | None, second: Pattern | None) -> Pattern | None:
 
 
 def _padding(attention_mask: Tensor | None, kv_length: int, kv_offset: int) -> tuple[Tensor | None, Tensor | None]:
-    """The padding of these keys (batch, keys), and key lengths where they say the same.
+    """The padding of these keys (batch, keys), or instead of it key lengths; neither if there is no padding.
 
-    Its values are read, once a forward, as transformers reads them for scaled_dot_product_attention: no padding
-    need cost nothing, and padding on the right hides whole tiles. Not while compiling.
+    Its values are read once in a forward, as transformers does for scaled_dot_product_attention, but not while
+    compiling. So a batch without padding needs no mask, and padding on the right lets whole tiles be skipped.
     """
     if attention_mask is None:
         return None, None

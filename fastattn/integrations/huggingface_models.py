@@ -1,7 +1,7 @@
-"""Which Hugging Face models compute the same with attn_implementation="fastattn", and why another does not.
+"""Which Hugging Face models compute the same with attn_implementation="fastattn", and why others do not.
 
-Importing this wraps the method by which transformers' models check an attn_implementation
-(`PreTrainedModel.get_correct_attn_implementation`): a model that cannot use "fastattn" says so when it is made.
+Importing this wraps the method with which transformers checks an attn_implementation
+(`PreTrainedModel.get_correct_attn_implementation`): making a model that cannot use "fastattn" is an error.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ SERVED = frozenset({
     "cu_seq_lens_q", "cu_seq_lens_k", "indices", "block_indices", "output_attentions",
 })  # fmt: skip
 
-# Keywords that change nothing in an attention function, by the reason. That eager attention reads none of them is
-# tested with all of transformers' modelling code.
+# Keywords that change no result of an attention function, sorted by the reason. A test checks with all of
+# transformers' modelling code that eager attention reads none of them.
 _HARMLESS_BECAUSE = {
     "given by position as well": ("query", "key", "value"),
     "the mask says the same": (
@@ -68,7 +68,7 @@ _HARMLESS_BECAUSE = {
 }  # fmt: skip
 HARMLESS = {name: reason for reason, names in _HARMLESS_BECAUSE.items() for name in names}
 
-# Keywords that change the result and are not computed, each with what to do.
+# Keywords that change the result and are not supported, each with advice.
 REFUSED = {
     "cache": 'continuous batching keeps keys in pages: use attn_implementation="sdpa" there',
     "head_mask": 'a factor for each head is not computed: use attn_implementation="eager"',
@@ -79,7 +79,7 @@ REFUSED = {
 
 
 def check_keywords(module: Any, keywords: dict[str, Any]) -> None:
-    """Raise a ValueError for keywords that could change the result and are not computed with."""
+    """Raise ValueError for a keyword that could change the result and is not supported."""
     for name, value in keywords.items():
         if value is None or name in HARMLESS:
             continue
@@ -91,7 +91,7 @@ def check_keywords(module: Any, keywords: dict[str, Any]) -> None:
 
 
 def keywords_passed(source: str) -> set[str]:
-    """The keywords that this modelling code itself passes to attention functions."""
+    """The keywords that this modelling code passes to attention functions by name."""
     return {
         keyword.arg
         for call in ast.walk(ast.parse(source))
@@ -102,17 +102,17 @@ def keywords_passed(source: str) -> set[str]:
 
 
 def is_attention_interface(function: ast.expr) -> bool:
-    """Whether an expression that is called names what `ALL_ATTENTION_FUNCTIONS.get_interface` gave."""
+    """Whether a called expression is the result of `ALL_ATTENTION_FUNCTIONS.get_interface`, by its usual names."""
     return ast.unparse(function).rsplit(".", 1)[-1] in ("attention_interface", "attention_fn")
 
 
 def obstacle(model: Any) -> str | None:
-    """Why `patch` is not to set this model's attention to "fastattn"; None if it can be."""
+    """Why `patch` must not set this model's attention to "fastattn"; None if it may."""
     return obstacle_in_code(model) or difference_from_eager(model)
 
 
 def obstacle_in_code(model: Any) -> str | None:
-    """As `obstacle`, from the model's configuration and code, without trying it."""
+    """As `obstacle`, but only from the model's configuration and code, without a trial."""
     if model.config._attn_implementation == NAME:
         return 'attn_implementation is "fastattn" already'
     if model.config.output_attentions:
@@ -128,7 +128,7 @@ def obstacle_in_code(model: Any) -> str | None:
 
 @functools.cache
 def obstacle_of_class(kind: Any) -> str | None:
-    """Why a class of models cannot use "fastattn", as far as its code tells; None if nothing speaks against it."""
+    """Why a class of models cannot use "fastattn", judged by its code; None if it can."""
     name, source = kind.__name__, _source(kind.__module__)
     if reason := READS_THE_MASK.get(kind.__module__):
         return f"the code of {name} computes with the mask outside of attention, too: {reason}"
@@ -138,7 +138,7 @@ def obstacle_of_class(kind: Any) -> str | None:
     vouched = kind._supports_sdpa or kind._supports_flex_attn or kind._supports_attention_backend
     if dispatches and not vouched and kind.__module__ not in COMPARED_BY_US:
         return (
-            f"transformers supports no attention but eager's for {name} (_supports_sdpa, _supports_flex_attn and "
+            f"transformers supports only eager attention for {name} (_supports_sdpa, _supports_flex_attn and "
             "_supports_attention_backend are False): its own code may read the mask, too"
         )
     if dispatches:
@@ -148,8 +148,9 @@ def obstacle_of_class(kind: Any) -> str | None:
     return None
 
 
-# Modules of transformers whose classes vouch for nothing but eager attention, and that agree with it in our tests
-# (logits, gradients and generation of whole models: test_models_that_restrict_or_sink_by_query_equal_eager).
+# Modules of transformers whose classes declare support for eager attention only, but equal it with "fastattn" in
+# our tests (logits, gradients and generation of whole models:
+# test_models_that_restrict_or_sink_by_query_equal_eager).
 COMPARED_BY_US = frozenset({"transformers.models.inkling2.modeling_inkling2"})
 
 
@@ -191,7 +192,7 @@ def _source(module: str) -> str:
 
 
 def _that_refuses(check: Callable) -> Callable:
-    """transformers' check of an attn_implementation, and before it ours."""
+    """transformers' check of an attn_implementation, after a check of ours."""
 
     @functools.wraps(check)
     def get_correct_attn_implementation(
@@ -208,9 +209,8 @@ def _that_refuses(check: Callable) -> Callable:
 
 
 def _that_sets_all_or_raises(change: Callable) -> Callable:
-    """transformers' `set_attn_implementation`, which logs where a model cannot follow: for ours an error comes.
-
-    What was set before the error is taken back.
+    """transformers' `set_attn_implementation`. It only logs if a model cannot use an implementation; for
+    "fastattn" that is an error, and nothing is changed.
     """
 
     @functools.wraps(change)
@@ -235,7 +235,7 @@ def _names_ours(attn_implementation: Any) -> bool:
 
 
 def _requests(config: Any, wanted: Any, found: dict[int, Any]) -> dict[int, Any]:
-    """The implementation that is asked for each configuration, by its id, as transformers reads a nested dict."""
+    """The implementation requested for each configuration, by its id, as transformers reads a nested dict."""
     own = wanted.get("") if isinstance(wanted, dict) else wanted
     found[id(config)] = own
     for name in config.sub_configs:
@@ -245,7 +245,7 @@ def _requests(config: Any, wanted: Any, found: dict[int, Any]) -> dict[int, Any]
 
 
 def _check_what_was_set(model: Any, wanted: str | dict) -> None:
-    """Raise for a model that was asked for ours and did not follow; and for a key that names no part of it."""
+    """Raise if a part of the model cannot use "fastattn" as requested, or if a key of `wanted` names no part."""
     if isinstance(wanted, dict):
         _check_names(model.config, wanted)
     requests = _requests(model.config, wanted, {})
@@ -262,7 +262,7 @@ def _check_names(config: Any, wanted: dict) -> None:
     for name, value in wanted.items():
         if name not in known and _names_ours(value):
             raise ValueError(
-                f"attn_implementation names {name!r}, and {type(config).__name__} has no such part: it has "
+                f"attn_implementation names {name!r}, but {type(config).__name__} has no such part: it has "
                 f"{', '.join(map(repr, known))}"
             )
         if isinstance(value, dict) and getattr(config, name, None) is not None:
@@ -288,7 +288,7 @@ if not hasattr(PreTrainedModel.get_correct_attn_implementation, "refuses"):
 
 @dataclass(frozen=True)
 class Before:
-    """The attention implementations of a model's configurations, to be restored; of a copy's too.
+    """The attention implementations of a model's configurations, to restore them in it or in a copy of it.
 
     Unpickling a patched model imports this class, and with it registers "fastattn".
     """
@@ -305,7 +305,7 @@ class Before:
 
 
 def _configurations(model: Any) -> list[Any]:
-    """Every configuration object in the model, each once, always in the same order."""
+    """Every configuration object in the model once, always in the same order."""
     waiting: list[Any] = [part.config for part in model.modules() if isinstance(part, PreTrainedModel)]
     found: dict[int, Any] = {}
     while waiting:
@@ -316,11 +316,11 @@ def _configurations(model: Any) -> list[Any]:
     return list(found.values())
 
 
-LEFT, TOKENS = 3, 8  # The second row of the trial begins with so many padded tokens.
+LEFT, TOKENS = 3, 8  # Padded tokens at the beginning of the trial's second row, and tokens of a row.
 
 
 def not_tried(model: Any) -> str | None:
-    """Why `difference_from_eager` cannot try a model; None if it can."""
+    """Why a model cannot be tried; None if it can."""
     parameters = list(model.parameters())
     if not parameters:
         return "it has no parameters"
@@ -352,7 +352,7 @@ def _trial_inputs(model: Any, seen: Tensor) -> dict[str, Tensor]:
 
 
 class Trial(NamedTuple):
-    """What came of trying a model.
+    """The result of trying a model.
 
     Attributes:
         differs: how "fastattn" differs from "eager"; None if nothing was found.
@@ -367,8 +367,8 @@ def try_against_eager(model: Any) -> Trial:
     """Run a model once with "eager" and once with "fastattn", on two short rows of tokens, one of them padded, or
     on two images.
 
-    In eval mode, without gradients and autocast, with the hooks off; parameters, buffers, attributes, the
-    implementations and torch's random numbers are afterwards what they were before.
+    It runs in eval mode, without gradients, autocast and hooks. Afterwards the model's parameters, buffers,
+    attributes and implementations and torch's random generator are as before.
     """
     if untried := not_tried(model):
         return Trial(untried=untried)
@@ -402,7 +402,8 @@ def try_against_eager(model: Any) -> Trial:
 
 
 def difference_from_eager(model: Any) -> str | None:
-    """How a model with "fastattn" differs from "eager" on the trial's input; None if it agrees or is not tried."""
+    """How a model with "fastattn" differs from "eager" on the trial's input; None if it does not, or is not
+    tried."""
     return try_against_eager(model).differs
 
 
@@ -412,15 +413,14 @@ def _set(model: Any, implementation: str) -> None:
 
 
 def _rows(model: Any, inputs: dict[str, Tensor]) -> Tensor:
-    torch.manual_seed(0)  # Some models draw in eval mode, too: ViTMAE chooses the patches that it sees.
+    torch.manual_seed(0)  # Some models draw in eval mode, too: ViTMAE chooses its patches at random.
     out = model(**inputs)
     return (out[0] if not isinstance(out, Tensor) else out).float()
 
 
 # The relative difference that rounding may cause, in units of the eps of the dtype times the root of the number of
-# layers.
-# Measured on Llama, GPT-2 and Mixtral with 2 to 64 layers, on a CPU: at most 3.1 in float32, where another machine
-# sums in another order; in half precision at most 1.2, and up to 6.9 where experts are chosen anew.
+# layers. Measured on Llama, GPT-2 and Mixtral with 2 to 64 layers, on a CPU: at most 3.1 in float32, where another
+# machine sums in another order; in half precision at most 1.2, and up to 6.9 where experts are chosen anew.
 UNITS = {torch.float16: 4, torch.bfloat16: 4}
 UNITS_OF_FLOAT32 = 32
 

@@ -313,7 +313,7 @@ def test_a_mask_of_more_keys_than_a_cache_with_a_window_holds_is_refused(entry: 
     cache = model(ids[:, :7], use_cache=True).past_key_values
     seen = torch.ones(2, 1, 12, 12, dtype=torch.bool).tril()
     mask = seen if dtype == torch.bool else torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(dtype).min)
-    with pytest.raises(ValueError, match="attention_mask is for 12 keys, and this layer has 8"):
+    with pytest.raises(ValueError, match="attention_mask must be for this layer's 8 keys, got one for 12"):
         model(ids[:, 7:], attention_mask=mask[:, :, 7:], past_key_values=cache)
 
 
@@ -365,7 +365,7 @@ def test_a_nested_dict_sets_parts_and_a_name_that_is_no_part_is_an_error() -> No
     model = clip()
     model.set_attn_implementation({"": "eager", "text_config": {"": "fastattn"}, "vision_config": "sdpa"})
     assert implementations(model) == {"": "eager", "text_config": "fastattn", "vision_config": "sdpa"}
-    with pytest.raises(ValueError, match="names 'vision', and CLIPConfig has no such part"):
+    with pytest.raises(ValueError, match="names 'vision', but CLIPConfig has no such part"):
         model.set_attn_implementation({"vision": "fastattn"})
 
 

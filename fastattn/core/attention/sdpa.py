@@ -1,6 +1,6 @@
-"""torch.nn.functional.scaled_dot_product_attention, with its signature and its semantics, by the fused attention.
+"""torch.nn.functional.scaled_dot_product_attention with the same arguments and results, on the fused attention.
 
-`attend` is what it shares with torch.nn's counterparts and with the takeover of torch's own operators.
+`attend` is used by fastattn.nn's counterparts of torch.nn, and by the takeover of torch's own operators, too.
 """
 
 from __future__ import annotations
@@ -37,18 +37,18 @@ def scaled_dot_product_attention(
 ) -> Tensor:
     """torch.nn.functional.scaled_dot_product_attention: the same arguments, the same result, no L x S tensor.
 
-    What torch refuses is refused in its words. What only torch has (nested tensors, other dtypes) torch
-    computes, and a warning says so once.
+    What torch refuses raises torch's error. What only torch can compute (nested tensors, other dtypes) is computed
+    by torch, with a warning the first time.
 
     Args:
         query: (..., Hq, L, E); any leading dimensions, or none; those of query, key and value broadcast.
         key, value: (..., H, S, E) and (..., H, S, Ev).
         attn_mask: broadcasts to (..., Hq, L, S). Bool: True is seen. Float: added to the scores, with gradient. Or
             a torch.nn.attention.bias.CausalBias. Or a value of fastattn.masks, or what its `lower` returned: its
-            batch is all leading dimensions but the heads', and it keeps its own alignment, bottom-right, so that
-            on L != S `masks.causal()` is not what is_causal is.
-        dropout_p: the probability of dropping a weight, to 16 bits; seeded by torch's generator, but other
-            numbers than torch's own.
+            batch is all leading dimensions before the heads. It keeps its own alignment, bottom-right: if L != S,
+            `masks.causal()` and is_causal are different masks.
+        dropout_p: the probability of dropping a weight, rounded to 16 bits; seeded by torch's generator, but the
+            numbers drawn are not torch's.
         is_causal: query i sees keys up to key i (aligned top-left, unlike `fastattn.attention`'s).
         scale: multiplier of the scores; 1/sqrt(E) by default.
         enable_gqa: each head of key and value serves Hq / H query heads in order.
@@ -56,11 +56,11 @@ def scaled_dot_product_attention(
 
     Returns:
         (..., Hq, L, Ev) in query's dtype. A row that sees no key gives 0. With four dimensions it is laid out
-        (B, L, Hq, Ev) in memory, so that heads are joined without a copy, with any other number contiguous.
+        (B, L, Hq, Ev) in memory, so that heads are joined without a copy; otherwise it is contiguous.
 
     Raises:
-        ValueError: a value of fastattn.masks beside is_causal=True, for another shape, or with inputs that only
-            torch takes.
+        ValueError: a value of fastattn.masks together with is_causal=True, for another shape, or with inputs that
+            only torch takes.
 
     Example:
         >>> q, k, v = (torch.randn(2, 4, 10, 16) for _ in range(3))
@@ -76,7 +76,7 @@ def scaled_dot_product_attention(
         ours = mask_alone("attn_mask", attn_mask, "is_causal", is_causal)
         attn_mask = None
     mask, causal = attn_mask, TOP_LEFT if is_causal else None
-    # A torch.nn.attention.bias.CausalBias, known by its attribute: importing the class would import dynamo.
+    # A torch.nn.attention.bias.CausalBias, recognised by its attribute: importing the class would import dynamo.
     variant = getattr(attn_mask, "variant", None)
     if variant is not None and not is_causal:
         mask, causal = None, BOTTOM_RIGHT if variant.name == "LOWER_RIGHT" else TOP_LEFT
@@ -98,11 +98,11 @@ def scaled_dot_product_attention(
 
 
 def _check_mask(attn_mask: Any, query: Any) -> None:
-    """Refuse what is no plain tensor on query's device: torch's error would not name attn_mask."""
+    """Raise unless attn_mask is a plain tensor on query's device. torch's own error would not name attn_mask."""
     if attn_mask is None or isinstance(attn_mask, Mask | Lowered):
         return
     tensor("attn_mask", attn_mask, or_none=True)
-    # A CausalBias is made of nothing, on no device.
+    # A CausalBias holds no values and is on no device.
     if isinstance(query, Tensor) and attn_mask.device != query.device and not hasattr(attn_mask, "variant"):
         raise ValueError(f"attn_mask must be on query's device {query.device}, got {attn_mask.device}")
 
@@ -121,8 +121,8 @@ def attend(
     dropout_state: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`fastattn.attention` as torch's callers need it: a dropout_p of 1, and causal masks aligned TOP_LEFT or
-    BOTTOM_RIGHT, which stand beside no `mask`. Returns out and lse."""
+    """`fastattn.attention` with what torch's callers need: dropout_p may be 1, and a causal mask is aligned
+    TOP_LEFT or BOTTOM_RIGHT (not together with `mask`). Returns out and lse."""
     scale = q.shape[3] ** -0.5 if scale is None else scale
     k, v, bias, aligned = align(q, k, v, bias, causal)
     nothing_is_left = dropout_p == 1
@@ -135,33 +135,33 @@ def attend(
 
 
 def mask_alone(name: str, mask: Mask | Lowered, hint: str, is_causal: bool) -> Mask | Lowered:
-    """The mask, a value of fastattn.masks, unless torch's flag `hint` stands beside it: the two may be aligned
-    differently."""
+    """The mask, a value of fastattn.masks. Raise if torch's flag `hint` is set, too, because the two may be
+    aligned differently."""
     if is_causal:
         raise ValueError(
-            f"{hint} must be False where {name} is a value of fastattn.masks, which says all that is seen: "
-            f"join masks.causal() to it with &; got {hint}=True"
+            f"{hint} must be False if {name} is a value of fastattn.masks: combine that with masks.causal() by & "
+            f"instead; got {hint}=True"
         )
     return mask
 
 
 def refusal_of_mask(name: str, obstacle: str) -> str:
-    """Says that a call with a value of fastattn.masks cannot be left to torch."""
+    """The error of a call that only torch can compute, with a value of fastattn.masks."""
     return f"{name} must be a tensor or None where PyTorch computes the call: {obstacle}; got a fastattn mask"
 
 
 def align(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: str | None
 ) -> tuple[Tensor, Tensor, Tensor | None, dict[str, Any]]:
-    """A causal mask of either alignment as `fastattn.attention` has it: the keys, values and bias to give it, and
-    its options."""
+    """A causal mask of either alignment in `fastattn.attention`'s terms: the keys, values and bias to call it
+    with, and its options."""
     queries, keys = q.shape[2], k.shape[2]
     if causal != TOP_LEFT or queries == keys:
         return k, v, bias, {"causal": causal is not None}
     if queries > keys:
-        # Seen from the bottom right, query i stands queries - keys before key i.
+        # Aligned bottom-right, query i stands at key i - (queries - keys): the window shows so many keys more.
         return k, v, bias, {"window": (None, queries - keys)}
-    # No query stands at the keys after the last of them: without these, the mask is square.
+    # No query sees the keys behind the last query. Without them the mask is square.
     if bias is not None and bias.shape[-1] > 1:
         bias = bias[..., :queries]
     return k[:, :, :queries], v[:, :, :queries], bias, {"causal": True}
@@ -176,7 +176,7 @@ def _obstacle(
     causal: str | None,
     enable_gqa: bool,
 ) -> str | None:
-    """Why this call is left to torch, which computes it or raises; None if it is served here."""
+    """Why this call is left to torch, which computes it or raises; None if it is computed here."""
     tensors = (query, key, value)
     if not all(isinstance(t, Tensor) for t in tensors) or any(t.is_nested for t in tensors):
         return "the inputs are not plain tensors"
@@ -199,7 +199,7 @@ def _obstacle(
 
 
 def dtype_obstacle(*tensors: Tensor) -> str | None:
-    """Why tensors of these dtypes are left to torch; autocast makes one dtype of several."""
+    """Why tensors of these dtypes are left to torch; None if they are not. Autocast converts different dtypes."""
     dtypes = {t.dtype for t in tensors}
     if not dtypes <= set(FLOATING):
         return f"the dtype is {tensors[0].dtype}"
@@ -261,7 +261,7 @@ _said: set[str] = set()
 
 
 def warn_once(message: str) -> None:
-    """Warn of what the caller's caller should know, once in a process."""
+    """Warn at the line that called the public function, once in a process."""
     if message not in _said:
         _said.add(message)
         warnings.warn(message, stacklevel=3)
