@@ -1,13 +1,13 @@
 """Heads on their way to attention: y = scale * rotate(norm(x) * weight), one pass forward and one backward.
 
-x is (B, H, L, D), as are y and the gradients. Nothing is saved but x: the backward computes a row's norm again.
+x, y and their gradients are (B, H, L, D). Only x is saved: the backward computes a row's norm again.
 
-A program takes BLOCK_M positions of one batch entry, and BLOCK_N heads of them one after the other, so that
-cosines and sines are loaded once for all. Whatever turns how, every component belongs to one pair: a tile is two
-tiles, the firsts of all pairs and the seconds.
+A program takes BLOCK_M positions of one batch entry, and BLOCK_N heads one after the other, so that cosines and
+sines are loaded once for all of them. Every component belongs to one pair, rotated or not: a tile is kept as two
+tiles, of the first and of the second components of all pairs.
 
-The gradients of weight and scale both follow from the sums over rows of dy, turned back, times norm(x): a float32
-line (D,) for each head of a program, added up in a fixed order. No atomics.
+The gradients of weight and scale both follow from sums over rows of norm(x) times dy rotated back: a float32 line
+(D,) for each head of a program. The lines are added up in a fixed order. No atomics.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ class Table(NamedTuple):
 
 
 class Rotation(NamedTuple):
-    """Cosines and sines (batch, position, pair) and the strides of both, and the position of each batch entry's
-    row 0; without offsets it is 0. Without rotation all is None: Triton 3.6 cannot compare a tuple that holds None
-    with None, nor does it keep a stride of 1 two tuples deep."""
+    """Cosines and sines (batch, position, pair) and the strides of both; the position of row 0 of each batch
+    entry, 0 without offsets. Without a rotation all fields are None: Triton 3.6 cannot compare a tuple that holds
+    None with None, nor keep a stride of 1 two tuples deep."""
 
     cos: torch.Tensor | None = None
     sin: torch.Tensor | None = None
@@ -46,7 +46,7 @@ class Rotation(NamedTuple):
 
 
 class Size(NamedTuple):
-    """Numbers of heads, of rows of a head, of tiles of rows and of groups of heads."""
+    """The numbers of heads, of rows of a head, of tiles of rows and of groups of heads."""
 
     heads: int
     rows: int
@@ -56,7 +56,7 @@ class Size(NamedTuple):
 
 @triton.jit
 def tile_position(size, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Program number -> batch entry, tile of rows, first head: neighbours read neighbouring heads."""
+    """Program number -> batch entry, tile of rows, first head. Neighbouring programs read neighbouring heads."""
     program = tl.program_id(0)
     group = program % size.groups
     tile = program // size.groups % size.tiles
@@ -65,8 +65,8 @@ def tile_position(size, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def pair_columns(WIDTH: tl.constexpr, TURNED: tl.constexpr, PAIRS: tl.constexpr):
-    """Half layout: the columns of each pair's first and second, i and i + TURNED / 2; what does not turn is paired
-    in the same way behind them. Third and fourth: which exist."""
+    """The columns of each pair's first and second component in the half layout: i and i + TURNED / 2. Components
+    that are not rotated are paired in the same way behind them. Third and fourth result: which of them exist."""
     half: tl.constexpr = TURNED // 2
     rest: tl.constexpr = (WIDTH - TURNED + 1) // 2
     pair = tl.arange(0, PAIRS)
@@ -88,10 +88,10 @@ def load_pairs(
     INTERLEAVED: tl.constexpr,
     PAIRS: tl.constexpr,
 ):
-    """Firsts and seconds (M, PAIRS) in float32, of the rows (M,) that exist; `rows` points to their beginnings.
-    Zeros elsewhere."""
+    """First and second components (M, PAIRS) in float32. `rows` (M,) points to the beginnings of the rows. Zeros
+    where a row or a component does not exist."""
     if INTERLEAVED:
-        # Neighbours in memory: loaded as they lie, parted in registers.
+        # Pairs are neighbours in memory: load them together, and split them in registers.
         columns = tl.arange(0, 2 * PAIRS)
         mask = exists[:, None] & (columns < WIDTH)[None, :]
         tile = tl.load(rows[:, None] + columns[None, :] * stride, mask=mask, other=0.0)
@@ -140,26 +140,26 @@ def row_pointers(tensor, batch, head, rows):
 
 @triton.jit
 def load_angles(rotation, batch, rows, exists, TURNED: tl.constexpr, PAIRS: tl.constexpr):
-    """Cosines and sines (M, PAIRS) of these rows in float32; zeros where no pair turns."""
+    """Cosines and sines (M, PAIRS) of these rows in float32; zeros for pairs that are not rotated."""
     positions = rows
     if rotation.offsets is not None:
         positions = tl.maximum(rows + tl.load(rotation.offsets + batch), 0)
     known = exists & (positions < rotation.positions)
     pair = tl.arange(0, PAIRS)
     mask = known[:, None] & (pair < TURNED // 2)[None, :]
-    places = batch.to(tl.int64) * rotation.batch + positions.to(tl.int64) * rotation.position
-    places = places[:, None] + pair[None, :] * rotation.pair
-    cos = tl.load(rotation.cos + places, mask=mask, other=0.0).to(tl.float32)
-    sin = tl.load(rotation.sin + places, mask=mask, other=0.0).to(tl.float32)
+    lines = batch.to(tl.int64) * rotation.batch + positions.to(tl.int64) * rotation.position
+    entries = lines[:, None] + pair[None, :] * rotation.pair
+    cos = tl.load(rotation.cos + entries, mask=mask, other=0.0).to(tl.float32)
+    sin = tl.load(rotation.sin + entries, mask=mask, other=0.0).to(tl.float32)
     if rotation.offsets is not None:
-        # Nobody could read the offsets beforehand: what stands beyond the table must not look like a number.
+        # The offsets cannot be checked on the host: positions beyond the table give NaN, not a plausible number.
         cos = tl.where((exists & (positions >= rotation.positions))[:, None], float("nan"), cos)
     return cos, sin
 
 
 @triton.jit
 def turn(firsts, seconds, cos, sin, WIDTH: tl.constexpr, TURNED: tl.constexpr):
-    """(a, b) -> (a cos - b sin, b cos + a sin) in each pair that turns."""
+    """(a, b) -> (a cos - b sin, b cos + a sin) in each pair that is rotated."""
     turned_firsts = firsts * cos - seconds * sin
     turned_seconds = seconds * cos + firsts * sin
     if TURNED != WIDTH:
@@ -211,9 +211,9 @@ def heads_kernel(x, y, weight, rotation, scale, size, eps, tile: tl.constexpr):
 
 @triton.jit
 def heads_gradient_kernel(dy, x, dx, partials, weight, rotation, scale, size, eps, tile: tl.constexpr):
-    """dx, and in `partials` (B, tiles, H, D) the sums over a tile's rows of dy, turned back, times norm(x).
+    """dx, and in `partials` (B, tiles, H, D) the sums over a tile's rows of norm(x) times dy rotated back.
 
-    `x` is not read where neither the norm nor the partials need it, which are None then.
+    `x` is not read if neither the norm nor the partials need it; then both are None.
     """
     batch, number, first_head = tile_position(size, tile.BLOCK_M, tile.BLOCK_N)
     rows = number * tile.BLOCK_M + tl.arange(0, tile.BLOCK_M)
@@ -268,8 +268,8 @@ def table(t: torch.Tensor | None) -> Table | None:
 
 
 def rotation_of(cos: torch.Tensor | None, sin: torch.Tensor | None, offsets: torch.Tensor | None) -> Rotation:
-    """Tables (B, positions, pairs) and offsets as a kernel argument, if there are any; offsets are copied if
-    expanded, tables if they lie differently."""
+    """Tables (B, positions, pairs) and offsets as a kernel argument, if there are any. Expanded offsets are
+    copied, and so are tables whose strides differ."""
     if cos is None or sin is None:
         return Rotation()
     cos, sin = near(cos, 1), near(sin, 1)
@@ -291,7 +291,7 @@ def size_of(x: torch.Tensor, tile: launch.Tiling) -> Size:
 
 
 def constants(x: torch.Tensor, cos: torch.Tensor | None, interleaved: bool) -> dict[str, object]:
-    """What is known at compile time: nothing turns as well in neighbours, which are loaded in one piece."""
+    """What is known at compile time. Without a rotation the layout is interleaved, which loads faster."""
     width = x.shape[3]
     return {
         "WIDTH": width,
@@ -354,7 +354,7 @@ def prepare_heads_backward(
     eps: float | None = None,
     interleaved: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """dx, and dnorm_weight (B, H, D) and dhead_scale (B, H) where they are given, of `prepare_heads`."""
+    """dx, and dnorm_weight (B, H, D) and dhead_scale (B, H) if there are any, of `prepare_heads`."""
     dx, dy = empty_heads(x), coalesced(dy)
     tile = tiling(heads_gradient_kernel, x)
     size = size_of(x, tile)

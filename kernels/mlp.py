@@ -2,11 +2,11 @@
 
 x is (T, d): T tokens of width d; the hidden layer has width h. Weights are (out, in), biases may be None.
 
-Saved for the backward, beside x: the pre-activation `pre` (T, h), gated gate and up side by side (T, 2h), in the
-input's dtype. ReLU saves only its output, whose sign is the mask, so it writes nothing more than in inference.
-Recomputed in the backward: the hidden layer, by the very function that made it, from the very value that was
-activated: `pre` is rounded to the dtype before the activation, as eager PyTorch rounds it, so the hidden
-layer has the same bits in both directions. In inference nothing is saved.
+Saved for the backward, beside x: the pre-activation `pre` (T, h), or if gated gate and up side by side (T, 2h), in
+the input's dtype. ReLU saves only its output, whose sign is the mask, so it writes no more than in inference,
+where nothing is saved. The backward computes the hidden layer again, with the same function from the same values:
+`pre` is rounded to the dtype before the activation, as eager PyTorch rounds it. So the hidden layer has the same
+bits in both directions.
 
     forward    hidden_kernel            pre = x W1^T + b1, activated in the epilogue   -> hidden [, pre]
                library                  y = hidden W2^T + b2
@@ -14,9 +14,10 @@ layer has the same bits in both directions. In inference nothing is saved.
                                         -> hidden, dpre, sums of dpre over each tile's rows
                library                  dx = dpre W1, dW1 = dpre^T x, dW2 = dy^T hidden
 
-Where launch.MLP_FUSED_UP_TO says that the vendor's GEMM is worth a pass over the hidden layer, the first product
-of each direction goes to the library too and `activation_kernel` or `activation_gradient_kernel` follows. The
-pairs share their epilogues. Bias gradients are per-tile float32 sums, added up in a fixed order: no atomics.
+Beyond the widths in launch.MLP_FUSED_UP_TO the library's GEMM saves more time than one more pass over the hidden
+layer costs. There the first product of each direction goes to the library, too, followed by `activation_kernel` or
+`activation_gradient_kernel`, which share their epilogues with the fused kernels. Bias gradients are float32 sums
+of each tile, added up in a fixed order: no atomics.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ import triton
 import triton.language as tl
 
 from . import launch
-from .tiles import near, tile_pointers
+from .tiles import Matrix, matrix, tile_pointers
 
 INVERSE_SQRT_2_PI: tl.constexpr = tl.constexpr(0.3989422804014327)
 MINUS_HALF_LOG2_E: tl.constexpr = tl.constexpr(-0.7213475204444817)
@@ -37,38 +38,24 @@ MINUS_HALF_LOG2_E: tl.constexpr = tl.constexpr(-0.7213475204444817)
 TWO_SQRT_2_OVER_PI: tl.constexpr = tl.constexpr(1.5957691216057308)
 GELU_CUBIC: tl.constexpr = tl.constexpr(0.044715)
 
-# Tiles of the hidden layer that are walked down before the next column of tiles begins, so that the programs in
-# flight read few rows and few weights, all from the L2 cache.
+# Rows of tiles whose columns are computed one after the other, so that the programs that run at a time read few
+# rows of x and few weights, which stay in the L2 cache.
 GROUP: tl.constexpr = tl.constexpr(8)
 
 
-class Matrix(NamedTuple):
-    """A (row, column) tensor: its pointer and strides in elements."""
-
-    pointer: torch.Tensor
-    row: int
-    column: int
-
-
 class Linear(NamedTuple):
-    """A linear map as a product's right-hand side, (in, out), and the bias (out,) or None that follows it."""
+    """A linear layer: its weight as a product's right-hand side (in, out), and its bias (out,) or None."""
 
     weight: Matrix
     bias: torch.Tensor | None
 
 
 class Size(NamedTuple):
-    """Of one product: T tokens, the width that is summed over, and the width of the hidden layer."""
+    """The sizes of a product: T tokens, the width that is summed over, and the width of the hidden layer."""
 
     tokens: int
     inner: int
     hidden: int
-
-
-def matrix(t: torch.Tensor) -> Matrix:
-    """`t` as a kernel argument."""
-    t = near(t, 2)
-    return Matrix(t, *t.stride())
 
 
 def linear_argument(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
@@ -121,7 +108,7 @@ def activate(x, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def activate_derivative(x, ACTIVATION: tl.constexpr):
-    """act'(x) in float32; for the ReLUs also of their clamped argument, whose sign says the same."""
+    """act'(x) in float32. For the ReLUs x may be clamped at 0, which does not change the result."""
     if ACTIVATION == "gelu":
         return normal_cdf(x) + x * INVERSE_SQRT_2_PI * tl.exp2(x * x * MINUS_HALF_LOG2_E)
     elif ACTIVATION == "gelu_tanh":
@@ -155,7 +142,7 @@ def block(matrix, row, column, ROWS: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit
 def load_operand(pointers, outside, inside, WHOLE: tl.constexpr):
-    """A tile of an operand, zeros beyond the matrix; WHOLE says that the summed side needs no look."""
+    """A tile of an operand, zeros beyond the matrix. WHOLE: the summed dimension needs no mask."""
     if WHOLE:
         return tl.load(pointers, mask=outside, other=0.0)
     else:
@@ -177,7 +164,7 @@ def products(
 ):
     """One tile of a @ first and of a @ second, from (row, column) on, in float32.
 
-    `a` (tokens, inner) is read once for both. If `second` is None, so is the sense of the second result.
+    `a` (tokens, inner) is read once for both. If `second` is None, the second result has no meaning.
     """
     rows = (row + tl.arange(0, BLOCK_M) < size.tokens)[:, None]
     columns = (column + tl.arange(0, BLOCK_N) < size.hidden)[None, :]
@@ -204,15 +191,15 @@ def products(
 
 @triton.jit
 def halves(tile):
-    """The left and the right half of a tile's columns; registers only, nothing moves."""
+    """The left and the right half of a tile's columns. No data moves between threads."""
     pairs = tl.reshape(tile, (tile.shape[0], 2, tile.shape[1] // 2))
     return tl.split(tl.permute(pairs, (0, 2, 1)))
 
 
 @triton.jit
 def quarters(tile):
-    """A tile's columns in four parts, left to right. An epilogue that finishes one part after the other keeps a
-    quarter of its intermediate values alive: done whole, the gradients' spill."""
+    """A tile's columns in four parts, left to right. An epilogue that handles one part at a time keeps only a
+    quarter of its intermediate values in registers; for the whole tile at once, the gradients' would spill."""
     left, right = halves(tile)
     first, second = halves(left)
     third, fourth = halves(right)
@@ -271,8 +258,9 @@ def finish(
 
 @triton.jit
 def hidden_kernel(x, first, second, saved, hidden, size, tile: tl.constexpr):
-    """hidden = act(x @ first), or if GATED act(x @ first) * (x @ second); what is activated goes to `saved`, or
-    None. GATED says whether `second` is there: Triton 3.6 cannot compare a Linear without bias with None."""
+    """hidden = act(x @ first), or if GATED act(x @ first) * (x @ second). The pre-activations are stored in
+    `saved`, if it is not None. GATED says whether there is a `second`: Triton 3.6 cannot compare a Linear without
+    bias with None."""
     tile_row, tile_column = grouped_tile(
         tl.program_id(0), tl.cdiv(size.tokens, tile.BLOCK_M), tl.cdiv(size.hidden, tile.BLOCK_N)
     )
@@ -304,7 +292,7 @@ def hidden_kernel(x, first, second, saved, hidden, size, tile: tl.constexpr):
 
 @triton.jit
 def store_partial(gradient, partials, tile_row, column, inside, width):
-    """The tile's share of a bias gradient: its sum over rows, one line of `partials` a row of tiles."""
+    """The tile's part of a bias gradient: its sum over rows. `partials` has one line for each row of tiles."""
     if partials is not None:
         columns = column + tl.arange(0, gradient.shape[1])
         pointers = partials + tl.cast(tile_row, tl.int64) * width + columns
@@ -346,7 +334,7 @@ def differentiate(
 
 @triton.jit
 def hidden_gradient_kernel(dy, weight, saved, hidden, dpre, partials, size, tile: tl.constexpr):
-    """dh = dy @ weight, and in its epilogue everything that follows from dh element by element."""
+    """dh = dy @ weight, and in the epilogue all elementwise work on dh."""
     tile_row, tile_column = grouped_tile(
         tl.program_id(0), tl.cdiv(size.tokens, tile.BLOCK_M), tl.cdiv(size.hidden, tile.BLOCK_N)
     )
@@ -373,7 +361,7 @@ def hidden_gradient_kernel(dy, weight, saved, hidden, dpre, partials, size, tile
 
 @triton.jit
 def activation_kernel(saved, hidden, size, tile: tl.constexpr):
-    """hidden = act(saved), gated act(gate) * up, after the library's product; may work in place."""
+    """hidden = act(saved), or if GATED act(gate) * up, after the library's product. May work in place."""
     tile_row, tile_column = grouped_tile(
         tl.program_id(0), tl.cdiv(size.tokens, tile.BLOCK_M), tl.cdiv(size.hidden, tile.BLOCK_N)
     )
@@ -390,7 +378,7 @@ def activation_kernel(saved, hidden, size, tile: tl.constexpr):
 
 @triton.jit
 def activation_gradient_kernel(dh, saved, hidden, dpre, partials, size, tile: tl.constexpr):
-    """What `hidden_gradient_kernel` does after its product, where the library has computed dh; also in place."""
+    """The epilogue of `hidden_gradient_kernel`, for dh from the library. May work in place."""
     tile_row, tile_column = grouped_tile(
         tl.program_id(0), tl.cdiv(size.tokens, tile.BLOCK_M), tl.cdiv(size.hidden, tile.BLOCK_N)
     )
@@ -403,21 +391,22 @@ def activation_gradient_kernel(dh, saved, hidden, dpre, partials, size, tile: tl
 
 
 def as_operand(dy: torch.Tensor) -> torch.Tensor:
-    """A gradient from above as products take it, by rows or by columns; that of a sum, one number, is written out
-    once instead of at each of its three uses."""
+    """The upstream gradient in a layout that products take: contiguous rows or columns. An expanded one (the
+    gradient of a sum) is copied once, instead of at each of its three uses."""
     return dy if 1 in dy.stride() else dy.contiguous()
 
 
 def inner_tile(dtype: torch.dtype) -> int:
-    """BLOCK_K: 128 bytes of a row, the widest line that shared memory is swizzled in."""
+    """BLOCK_K: 128 bytes of a row, the widest swizzle of shared memory."""
     return 128 // dtype.itemsize
 
 
 def is_fused(kernel: object, size: Size, operands: Sequence[torch.Tensor], fused: bool | None) -> bool:
     """Whether a product runs in our kernel and not in the library's; `fused` decides if it is not None.
 
-    Else launch.MLP_FUSED_UP_TO does, for operands whose lines start at multiples of 16 elements. Others are loaded
-    value by value, not ahead and asynchronously, and registers spill: those products are the library's.
+    Otherwise launch.MLP_FUSED_UP_TO decides, if the lines of all operands start at multiples of 16 elements.
+    Operands with other lines go to the library: our kernel would load them value by value, not asynchronously, and
+    spill registers.
     """
     if fused is not None:
         return fused
@@ -429,7 +418,7 @@ def is_fused(kernel: object, size: Size, operands: Sequence[torch.Tensor], fused
 
 
 def aligned(t: torch.Tensor) -> bool:
-    """Whether the lines of a matrix start at multiples of 16 elements, which is what Triton specialises for."""
+    """Whether the lines of a matrix start at multiples of 16 elements, for which Triton specialises a kernel."""
     unit = 1 in t.stride() and all(stride == 1 or stride % 16 == 0 for stride in t.stride())
     return unit and t.shape[1] % 16 == 0 and t.storage_offset() % 16 == 0
 
@@ -441,12 +430,12 @@ def tiling(table: dict, kernel: object, operand: torch.Tensor, size: Size) -> la
 
 
 def tile_count(size: Size, tile: launch.Tiling) -> int:
-    """Programs that cover the hidden layer, one a tile."""
+    """How many programs cover the hidden layer, one for each tile."""
     return triton.cdiv(size.tokens, tile.block_m) * triton.cdiv(size.hidden, tile.block_n)
 
 
 def saves_hidden(activation: str, gated: bool) -> bool:
-    """Whether the hidden layer itself is what is saved: ReLU's sign says all its backward asks."""
+    """Whether the hidden layer itself is saved: the backward of ReLU needs only its sign."""
     return activation == "relu" and not gated
 
 
@@ -565,7 +554,7 @@ def library_gradient(dy, weight, saved, hidden, dpre, size, gated, bias, activat
 
 
 def new_partials(dpre: torch.Tensor, size: Size, tile: launch.Tiling) -> torch.Tensor:
-    """Room for one float32 sum a column of dpre and a row of tiles."""
+    """Empty float32 sums, one for each column of dpre and each row of tiles."""
     return dpre.new_empty(triton.cdiv(size.tokens, tile.block_m), dpre.shape[1], dtype=torch.float32)
 
 
@@ -579,8 +568,8 @@ def hidden_backward(
     bias: bool,
     fused: bool | None,
 ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor | None]:
-    """From dy (T, out) and the second weight (out, h): the hidden layer if `keep`, the gradient of `saved`'s
-    pre-activations (T, h) or (T, 2h), and its sum over tokens if `bias`."""
+    """From dy (T, out) and the second weight (out, h): the hidden layer if `keep`; the gradient of the
+    pre-activations (T, h), or (T, 2h) if gated; and its sum over tokens if `bias`."""
     size = Size(*dy.shape, weight.shape[1])
     dpre = torch.empty_like(saved)
     if dpre.numel() == 0:
@@ -612,90 +601,52 @@ Gradients = tuple[torch.Tensor | None, ...]
 
 def mlp_forward(
     x: torch.Tensor,
-    w1: torch.Tensor,
-    b1: torch.Tensor | None,
-    w2: torch.Tensor,
-    b2: torch.Tensor | None,
+    linears: Sequence[tuple[torch.Tensor, torch.Tensor | None]],
+    w_out: torch.Tensor,
+    b_out: torch.Tensor | None,
     activation: str,
     save: bool,
     fused: bool | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """y (T, out) = act(x W1^T + b1) W2^T + b2, and what the backward needs, empty if not `save`.
+    """y (T, out) = hidden W_out^T + b_out, and what the backward needs, empty if not `save`.
 
-    x (T, d), w1 (h, d), w2 (out, h), of one dtype: float16, bfloat16 or float32. `fused` overrides the table
-    that chooses between our kernel and the library's product with an elementwise kernel.
+    `linears` is one (weight, bias), for hidden = act(x W^T + b), or gate's and up's, for hidden = act(x Wg^T + bg)
+    * (x Wu^T + bu). x (T, d), weights (h, d), w_out (out, h), of one dtype: float16, bfloat16 or float32. `fused`
+    overrides the table that chooses between our kernel and the library's product with an elementwise kernel.
     """
-    hidden, saved = hidden_forward(x, [(w1, b1)], activation, save, fused)
-    return linear(hidden, w2, b2), saved
+    hidden, saved = hidden_forward(x, linears, activation, save, fused)
+    return linear(hidden, w_out, b_out), saved
 
 
 def mlp_backward(
     dy: torch.Tensor,
     x: torch.Tensor,
-    w1: torch.Tensor,
-    w2: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    w_out: torch.Tensor,
     saved: torch.Tensor,
     activation: str,
     wanted: Sequence[bool] = Wanted(),
     fused: bool | None = None,
 ) -> Gradients:
-    """dx, dw1, db1, dw2, db2 of `mlp_forward`; None where not wanted (see Wanted)."""
-    wanted, dy = Wanted(*wanted), as_operand(dy)
-    hidden, dpre, db1 = hidden_backward(dy, w2, saved, False, activation, wanted.second, wanted.first_bias, fused)
-    dw2 = torch.mm(dy.t(), hidden) if wanted.second else None
-    del hidden
-    dw1 = torch.mm(dpre.t(), x) if wanted.first else None
-    dx = torch.mm(dpre, w1) if wanted.x else None
-    return dx, dw1, db1, dw2, column_sum(dy, dy.dtype) if wanted.second_bias else None
+    """dx, dw, db, dw_out, db_out of `mlp_forward`; None where not wanted (see Wanted).
 
-
-def gated_mlp_forward(
-    x: torch.Tensor,
-    w_gate: torch.Tensor,
-    b_gate: torch.Tensor | None,
-    w_up: torch.Tensor,
-    b_up: torch.Tensor | None,
-    w_down: torch.Tensor,
-    b_down: torch.Tensor | None,
-    activation: str,
-    save: bool,
-    fused: bool | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """y (T, out) = (act(x Wg^T + bg) * (x Wu^T + bu)) Wd^T + bd, and what the backward needs: gate and up side
-    by side (T, 2h), empty if not `save`. Arguments as `mlp_forward`'s."""
-    hidden, saved = hidden_forward(x, [(w_gate, b_gate), (w_up, b_up)], activation, save, fused)
-    return linear(hidden, w_down, b_down), saved
-
-
-def gated_mlp_backward(
-    dy: torch.Tensor,
-    x: torch.Tensor,
-    w_gate: torch.Tensor,
-    w_up: torch.Tensor,
-    w_down: torch.Tensor,
-    saved: torch.Tensor,
-    activation: str,
-    wanted: Sequence[bool] = Wanted(),
-    fused: bool | None = None,
-) -> Gradients:
-    """dx, dw (2h, d), db (2h,), dw_down, db_down of `gated_mlp_forward`; None where not wanted (see Wanted).
-
-    dw and db hold gate's gradient and then up's: one product serves both weights.
+    `weights` is one weight, or gate's and up's. Then dw (2h, d) and db (2h,) hold gate's gradient and then up's:
+    one product computes both.
     """
-    wanted, dy = Wanted(*wanted), as_operand(dy)
+    wanted, dy, gated = Wanted(*wanted), as_operand(dy), len(weights) == 2
     hidden, dpre, db = hidden_backward(
-        dy, w_down, saved, True, activation, wanted.second, wanted.first_bias, fused
+        dy, w_out, saved, gated, activation, wanted.second, wanted.first_bias, fused
     )
-    dw_down = torch.mm(dy.t(), hidden) if wanted.second else None
+    dw_out = torch.mm(dy.t(), hidden) if wanted.second else None
     del hidden
     dw = torch.mm(dpre.t(), x) if wanted.first else None
-    dx = input_gradient(dpre, w_gate, w_up) if wanted.x else None
-    return dx, dw, db, dw_down, column_sum(dy, dy.dtype) if wanted.second_bias else None
+    dx = input_gradient(dpre, *weights) if wanted.x else None
+    return dx, dw, db, dw_out, column_sum(dy, dy.dtype) if wanted.second_bias else None
 
 
-def input_gradient(dpre: torch.Tensor, w_gate: torch.Tensor, w_up: torch.Tensor) -> torch.Tensor:
-    """dgate Wg + dup Wu; one product if the weights are the halves of one packed (2h, d) matrix."""
-    packed = packed_weight(w_gate, w_up)
+def input_gradient(dpre: torch.Tensor, w_gate: torch.Tensor, w_up: torch.Tensor | None = None) -> torch.Tensor:
+    """dpre W, or dgate Wg + dup Wu: one product if these are the halves of one packed (2h, d) matrix."""
+    packed = w_gate if w_up is None else packed_weight(w_gate, w_up)
     if packed is not None:
         return torch.mm(dpre, packed)
     dgate, dup = dpre.tensor_split(2, 1)
@@ -703,7 +654,7 @@ def input_gradient(dpre: torch.Tensor, w_gate: torch.Tensor, w_up: torch.Tensor)
 
 
 def packed_weight(w_gate: torch.Tensor, w_up: torch.Tensor) -> torch.Tensor | None:
-    """The (2h, d) matrix whose halves, in memory too, are these weights; None if there is none."""
+    """The (2h, d) matrix whose halves these weights are, also in memory; None if they are not."""
     height, width = w_gate.shape
     follows = w_gate.storage_offset() + height * w_gate.stride(0) == w_up.storage_offset()
     same = w_gate.untyped_storage()._cdata == w_up.untyped_storage()._cdata

@@ -1,16 +1,16 @@
 """RMS norm and layer norm of rows: y = (x - mean) / deviation * (weight + offset) + bias.
 
-x is (B, R, W); weight and bias, each of which may be missing, are (B, W), one for the R rows of a batch entry.
-With a residual, what is normalised is x + residual, rounded to x's dtype, and a result too. Kept for the backward
-are x, or that sum, and of each row in float32 its mean (layer norm) and the inverse of its deviation.
+x is (B, R, W). weight and bias, each of which may be missing, are (B, W): one for the R rows of a batch entry.
+With a residual, x + residual is normalised, rounded to x's dtype, and is a second result. For the backward x, or
+that sum, is kept, and for each row in float32 its mean (layer norm) and 1 / deviation.
 
-Bytes, for elements of e bytes: forward reads x (and residual) and writes y (and the sum), 2 e (4 e) an element;
-backward reads x and dy (and the sum's gradient) and writes dx, 3 e (4 e). That is the floor, and all that rows
-within a tile of their table move. Wider rows are walked twice, the second time out of a cache, and their weight's
-and bias's gradients take a pass of their own, 2 e more.
+Memory traffic, for elements of e bytes: the forward reads x (and residual) and writes y (and the sum), 2 e (4 e)
+bytes for each element; the backward reads x and dy (and the sum's gradient) and writes dx, 3 e (4 e). That is the
+minimum, and rows that fit in one tile need no more. Wider rows are read twice, the second time from a cache, and
+the gradients of weight and bias take a pass of their own, 2 e more.
 
-Gradients of weight and bias: each of a fixed number of programs walks its rows in order and leaves a float32 line
-(W,); the lines are added up in a fixed order. No atomics.
+Gradients of weight and bias: each of a fixed number of programs adds up its rows in order and writes a float32
+line (W,); the lines are added up in a fixed order. No atomics.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ class Line(NamedTuple):
 
 
 class Moments(NamedTuple):
-    """(B, R) in float32: the mean of each row, None for 0, and the inverse of its deviation."""
+    """(B, R) in float32: the mean of each row, None for 0, and 1 / deviation."""
 
     mean: torch.Tensor | None
     inverse: torch.Tensor
 
 
 class Size(NamedTuple):
-    """Of a batch entry: rows, tiles of rows, and programs that share these out."""
+    """Of a batch entry: the numbers of rows, of tiles of rows, and of programs for these tiles."""
 
     rows: int
     tiles: int
@@ -59,13 +59,13 @@ class Size(NamedTuple):
 
 @triton.jit
 def row_pointers(tensor, batch, rows):
-    """Pointers to the beginnings of rows; 64-bit, tensors may pass 2**31 elements."""
+    """Pointers to the beginnings of rows; 64-bit, since tensors may pass 2**31 elements."""
     return tensor.pointer + tl.cast(batch, tl.int64) * tensor.batch + rows.to(tl.int64) * tensor.row
 
 
 @triton.jit
 def load_rows(tensor, batch, rows, exists, columns, WIDTH: tl.constexpr):
-    """(M, N) in float32, zeros where there is nothing."""
+    """A tile (M, N) in float32; zeros beyond the tensor."""
     pointers = row_pointers(tensor, batch, rows)[:, None] + columns[None, :] * tensor.column
     mask = exists[:, None] & (columns < WIDTH)[None, :]
     return tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
@@ -88,7 +88,7 @@ def load_line(tensor, batch, columns, WIDTH: tl.constexpr):
 
 @triton.jit
 def load_stream(x, residual, batch, rows, exists, columns, WIDTH: tl.constexpr):
-    """What is normalised: x, or its sum with the residual, rounded as it is kept."""
+    """What is normalised: x, or its sum with the residual, rounded to the dtype in which it is kept."""
     stream = load_rows(x, batch, rows, exists, columns, WIDTH)
     if residual is not None:
         stream += load_rows(residual, batch, rows, exists, columns, WIDTH)
@@ -106,8 +106,8 @@ def weighted(tile, weight, offset, batch, columns, WIDTH: tl.constexpr):
 
 @triton.jit
 def moments_of(stream, start, columns, WIDTH: tl.constexpr, CENTRED: tl.constexpr):
-    """The mean, 0 unless CENTRED, of the tile's columns that exist, from `start` on, and the sum of squares around
-    it: (M, 1) each."""
+    """The mean of a tile whose first column is `start` (0 unless CENTRED), over the columns that exist, and the
+    sum of squares around it: (M, 1) each."""
     mean = tl.zeros((stream.shape[0], 1), tl.float32)
     if CENTRED:
         mean = tl.sum(stream, 1)[:, None] / tl.minimum(stream.shape[1], WIDTH - start)
@@ -117,7 +117,8 @@ def moments_of(stream, start, columns, WIDTH: tl.constexpr, CENTRED: tl.constexp
 
 @triton.jit
 def merged(mean, squares, more_mean, more_squares, start, more):
-    """The moments of `start` columns and of `more` after them in one (Chan, Golub and LeVeque 1979, section 2)."""
+    """The moments of `start` columns merged with those of the next `more` (Chan, Golub and LeVeque 1979, section
+    2)."""
     step = more_mean - mean
     share = more / (start + more)
     return mean + step * share, squares + more_squares + step * step * (share * start)
@@ -125,7 +126,7 @@ def merged(mean, squares, more_mean, more_squares, start, more):
 
 @triton.jit
 def write_norm(stream, mean, inverse, affine, y, total, batch, rows, exists, columns, WIDTH: tl.constexpr):
-    """One tile of results; `affine` are weight, bias and what is added to the weight."""
+    """Write one tile of the results. `affine`: weight, bias, and the offset that is added to the weight."""
     weight, bias, offset = affine
     if total is not None:
         store_rows(total, stream, batch, rows, exists, columns, WIDTH)
@@ -137,9 +138,9 @@ def write_norm(stream, mean, inverse, affine, y, total, batch, rows, exists, col
 
 @triton.jit
 def norm_kernel(x, residual, weight, bias, y, total, moments, size, eps, offset, tile: tl.constexpr):
-    """y of BLOCK_M rows, in `total` their sum with `residual`, and their moments.
+    """y of BLOCK_M rows, their sum with `residual` in `total`, and their moments.
 
-    The first tile of columns stays in registers; those beyond it, if there are any, are loaded twice.
+    The first tile of columns stays in registers. Further ones, if there are any, are loaded twice.
     """
     program = tl.program_id(0)
     batch = program // size.tiles
@@ -168,7 +169,7 @@ def norm_kernel(x, residual, weight, bias, y, total, moments, size, eps, offset,
 
 @triton.jit
 def load_moments(moments, size, batch, rows, exists):
-    """Mean, 0 if there is none, and inverse deviation of these rows, (M, 1) each."""
+    """The mean of these rows, 0 if none is kept, and 1 / deviation: (M, 1) each."""
     line = tl.cast(batch, tl.int64) * size.rows + rows[:, None]
     mean = tl.zeros((rows.shape[0], 1), tl.float32)
     if moments.mean is not None:
@@ -178,14 +179,15 @@ def load_moments(moments, size, batch, rows, exists):
 
 @triton.jit
 def load_pair(dy, x, mean, inverse, batch, rows, exists, columns, WIDTH: tl.constexpr):
-    """dy, 0 where there is nothing, and x normalised."""
+    """A tile of dy, zeros beyond the tensor, and of normalised x."""
     normalised = (load_rows(x, batch, rows, exists, columns, WIDTH) - mean) * inverse
     return load_rows(dy, batch, rows, exists, columns, WIDTH), normalised
 
 
 @triton.jit
 def projections(gradient, normalised, WIDTH: tl.constexpr, CENTRED: tl.constexpr):
-    """What a tile adds to the means over a row of gradient * normalised and, CENTRED, of the gradient: (M, 1)."""
+    """A tile's part of two means over each row (M, 1): of gradient * normalised, and if CENTRED of the
+    gradient."""
     along = tl.sum(gradient * normalised, 1)[:, None] * (1.0 / WIDTH)
     level = tl.zeros((gradient.shape[0], 1), tl.float32)
     if CENTRED:
@@ -197,7 +199,7 @@ def projections(gradient, normalised, WIDTH: tl.constexpr, CENTRED: tl.constexpr
 def write_gradient(
     gradient, normalised, along, level, inverse, dtotal, dx, batch, rows, exists, columns, WIDTH: tl.constexpr
 ):
-    """One tile of dx: what comes through the norm, and what came to the sum."""
+    """Write one tile of dx: the gradient through the norm, plus that of the sum."""
     tile = (gradient - normalised * along - level) * inverse
     if dtotal is not None:
         tile += load_rows(dtotal, batch, rows, exists, columns, WIDTH)
@@ -206,7 +208,7 @@ def write_gradient(
 
 @triton.jit
 def store_sums(weight_sum, bias_sum, dweight, dbias, line, columns, WIDTH: tl.constexpr):
-    """These columns of a program's line (W,): sums over the rows of its tiles."""
+    """Write these columns of a program's line (W,): the sums over the rows of its tiles."""
     target = tl.cast(line, tl.int64) * WIDTH + columns
     if dweight is not None:
         tl.store(dweight + target, tl.sum(weight_sum, 0), mask=columns < WIDTH)
@@ -216,10 +218,10 @@ def store_sums(weight_sum, bias_sum, dweight, dbias, line, columns, WIDTH: tl.co
 
 @triton.jit
 def norm_gradient_kernel(dy, dtotal, x, weight, dx, dweight, dbias, moments, size, offset, tile: tl.constexpr):
-    """dx of every size.programs-th tile of rows; `dtotal` is the gradient of the sum.
+    """dx of every size.programs-th tile of rows. `dtotal` is the gradient of the sum.
 
-    In dweight and dbias (B, programs, W) what the weight and bias get from these rows; None unless a row fits in
-    one tile. Of wider rows, the first tile stays in registers, the others are loaded twice.
+    dweight and dbias (B, programs, W) take the sums over these rows; they are None unless a row fits in one tile.
+    Of wider rows the first tile stays in registers, the others are loaded twice.
     """
     line = tl.program_id(0)
     batch = line // size.programs
@@ -260,8 +262,8 @@ def norm_gradient_kernel(dy, dtotal, x, weight, dx, dweight, dbias, moments, siz
 
 @triton.jit
 def norm_sums_kernel(dy, x, dweight, dbias, moments, size, tile: tl.constexpr):
-    """dweight and dbias (B, programs, W), one of which may be None, of rows wider than a tile: one tile of columns
-    of every size.programs-th tile of rows."""
+    """dweight and dbias (B, programs, W) of rows wider than a tile; one may be None. A program takes one tile of
+    columns of every size.programs-th tile of rows."""
     column_tiles: tl.constexpr = (tile.WIDTH + tile.BLOCK_N - 1) // tile.BLOCK_N
     line = tl.program_id(0) // column_tiles
     batch = line // size.programs
@@ -298,7 +300,7 @@ def line_of(t: torch.Tensor | None) -> Line | None:
 
 
 def size_of(x: torch.Tensor, tile: launch.Tiling, programs: int) -> Size:
-    """The rows of x, shared out among at most `programs` of all batch entries, one at least of each."""
+    """The rows of x, split among at most `programs` programs in all, but at least one for each batch entry."""
     batch, rows, _ = x.shape
     tiles = triton.cdiv(rows, tile.block_m)
     return Size(rows, tiles, min(tiles, max(1, programs // batch)))
@@ -314,7 +316,7 @@ def norm_forward(
     eps: float,
     offset: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor]:
-    """y, x + residual (None without one), and the moments (B, R): mean (None unless `centred`), inverse deviation.
+    """y, x + residual (None without one), and the moments (B, R): mean (None unless `centred`) and 1 / deviation.
 
     x and residual (B, R, W), weight and bias (B, W), of any strides and floating dtypes up to float32.
     """
@@ -355,10 +357,11 @@ def norm_backward(
     offset: float = 0.0,
     wanted: tuple[bool, bool] = (False, False),
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """dx, which is the residual's gradient too, and dweight and dbias (B, W) in float32 where they are wanted.
+    """dx, which is the residual's gradient, too, and dweight and dbias (B, W) in float32 where they are wanted.
 
-    `saved` is (x, weight, mean, inverse): x is what was normalised, mean and inverse are as `norm_forward` gives
-    them. `dtotal` is the gradient that came to x as a result, None for 0. `wanted`: of weight and bias.
+    `saved` is (x, weight, mean, inverse): x is what was normalised, mean and inverse are results of
+    `norm_forward`. `dtotal` is the gradient of x + residual as a result, None for 0. `wanted`: whether dweight and
+    dbias are.
     """
     x, weight, mean, inverse = saved
     batch, _, width = x.shape

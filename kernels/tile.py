@@ -1,4 +1,4 @@
-"""A launch's compile-time choices, as one kernel argument."""
+"""The compile-time choices of a launch as one kernel argument."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import triton.language as tl
 
 
 class Tile:
-    """What is known of a launch at compile time: the sizes of a program's tile, how its products are made.
+    """What is known of a launch at compile time: the size of a program's tile, the precision of its products, ...
 
-    A kernel takes it as one constexpr, `tile: tl.constexpr`, and reads `tile.BLOCK_M`. An ordinary class, because
-    Triton 3.6 and 3.7 take a tuple apart and hand out bare integers. Equal values make one compiled kernel.
+    A kernel takes it as one constexpr, `tile: tl.constexpr`, and reads `tile.BLOCK_M`. It is an ordinary class,
+    because Triton 3.6 and 3.7 unpack a tuple to bare integers. Tiles with equal values share one compiled kernel.
     """
 
     def __init__(self, **values: Any) -> None:
         self._values = tuple(sorted(values.items()))
-        # Triton asks for it at every launch.
+        # Triton takes the repr at every launch.
         self._text = f"Tile({', '.join(f'{name}={value!r}' for name, value in self._values)})"
         for name, value in values.items():
             setattr(self, name, tl.constexpr(value))
@@ -32,11 +32,11 @@ class Tile:
         return self._text
 
     def values(self) -> dict[str, Any]:
-        """The choices by name, for the host."""
+        """The choices by name, for use outside of kernels."""
         return dict(self._values)
 
 
 @functools.lru_cache(maxsize=1024)
 def tile_of(**values: Any) -> Tile:
-    """The Tile of these choices, made once."""
+    """The Tile of these choices, cached."""
     return Tile(**values)

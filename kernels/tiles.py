@@ -1,4 +1,4 @@
-"""The shared vocabulary of the kernels: tensors as kernels see them, tiles, the online softmax."""
+"""What the kernels share: tensors as kernel arguments, tiles, the online softmax."""
 
 from __future__ import annotations
 
@@ -39,9 +39,17 @@ class Tensor2(NamedTuple):
     head: int
 
 
+class Matrix(NamedTuple):
+    """A (row, column) tensor: its pointer and strides in elements."""
+
+    pointer: torch.Tensor
+    row: int
+    column: int
+
+
 class Shape(NamedTuple):
-    """The numbers a kernel needs: query heads, query heads per key head, rows and columns of the scores, and batch
-    entries."""
+    """The sizes that a kernel needs: query heads, query heads per key head, rows and columns of the scores, and
+    batch entries."""
 
     heads: int
     group: int
@@ -57,17 +65,17 @@ LARGEST_TILE = 256
 def coalesced(t: torch.Tensor) -> torch.Tensor:
     """`t` with neighbouring columns side by side in memory; copied if they are not.
 
-    For gradients that come from above. That of a sum is one number, expanded to all: kernels that read it so are
-    compiled a second time and load value by value, more than once, where the copy is written once.
+    For upstream gradients. The gradient of a sum is one number, expanded. A kernel that reads it like that is
+    compiled again for it and loads value by value, several times; the copy is written once.
     """
     return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
 
 
 def near(t: torch.Tensor, inner: int, extent: int | None = LARGEST_TILE) -> torch.Tensor:
-    """`t`, for a kernel that adds up 32-bit offsets over its last `inner` dimensions, up to `extent` elements of
-    each (None: all). Copied first if they would pass 32 bits; what is repeated stays repeated.
+    """`t`, for a kernel that adds up 32-bit offsets in its last `inner` dimensions, over `extent` elements of each
+    (None: all). It is copied first if offsets would exceed 32 bits; expanded dimensions stay expanded.
 
-    Every tensor that a kernel takes with strides goes through here.
+    Every tensor that a kernel takes with strides must go through here.
     """
     sizes, strides = t.shape[-inner:], t.stride()[-inner:]
     reach = (size if extent is None else min(size, extent) for size in sizes)
@@ -94,13 +102,19 @@ def tensor2(t: torch.Tensor | None) -> Tensor2 | None:
     return None if t is None else Tensor2(t, *t.stride())
 
 
+def matrix(t: torch.Tensor) -> Matrix:
+    """`t` as a kernel argument."""
+    t = near(t, 2)
+    return Matrix(t, *t.stride())
+
+
 def shape_of(q: torch.Tensor, k: torch.Tensor) -> Shape:
     return Shape(q.shape[1], q.shape[1] // max(k.shape[1], 1), q.shape[2], k.shape[2], q.shape[0])
 
 
 @triton.jit
 def head_of(tensor, batch, head):
-    """Pointer to what belongs to one head of one batch entry; 64-bit, tensors may pass 2**31 elements."""
+    """Pointer to the beginning of one head of one batch entry; 64-bit, since tensors may pass 2**31 elements."""
     return tensor.pointer + batch.to(tl.int64) * tensor.batch + head.to(tl.int64) * tensor.head
 
 
@@ -181,8 +195,8 @@ def online_softmax_update(scores, scale, row_max, row_sum, MASKED: tl.constexpr)
 
 @triton.jit
 def heavy_first(program, tiles, heads, heads_per_section, CAUSAL: tl.constexpr):
-    """Program number -> (tile, head): the last tiles first, since causal ones grow; section by section of
-    heads, so that the keys and values in flight stay in the L2 cache."""
+    """Program number -> (tile, head). The last tiles come first, because causal ones grow. Heads are taken section
+    by section, so that the keys and values in use stay in the L2 cache."""
     section = program // (tiles * heads_per_section)
     first_head = section * heads_per_section
     width = tl.minimum(heads - first_head, heads_per_section)

@@ -12,7 +12,7 @@ from fastattn.kernels.attention.backward import attention_backward
 from fastattn.kernels.attention.forward import attention_forward
 from fastattn.kernels.attention.tangent import attention_tangent
 from fastattn.kernels.heads import prepare_heads, prepare_heads_backward
-from fastattn.kernels.mlp import gated_mlp_backward, gated_mlp_forward, mlp_backward, mlp_forward
+from fastattn.kernels.mlp import mlp_backward, mlp_forward
 from fastattn.kernels.norm import norm_backward, norm_forward
 from fastattn.masks import BlockLists
 
@@ -136,12 +136,9 @@ class MLPCall:
         w1, b1 = self.matrix(hidden, self.width), self.matrix(hidden)
         w2, b2 = self.matrix(self.width, hidden), self.matrix(self.width)
         b1, b2 = (b1, b2) if self.biases else (None, None)
-        if self.gated:
-            _, saved = gated_mlp_forward(x, w1, b1, w1, b1, w2, b2, self.activation, True, self.fused)
-            gated_mlp_backward(dy, x, w1, w1, w2, saved, self.activation, fused=self.fused)
-        else:
-            _, saved = mlp_forward(x, w1, b1, w2, b2, self.activation, True, self.fused)
-            mlp_backward(dy, x, w1, w2, saved, self.activation, fused=self.fused)
+        linears = [(w1, b1)] * (2 if self.gated else 1)
+        _, saved = mlp_forward(x, linears, w2, b2, self.activation, True, self.fused)
+        mlp_backward(dy, x, [w for w, _ in linears], w2, saved, self.activation, fused=self.fused)
 
     def matrix(self, *shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=DTYPES[self.dtype], device="meta")

@@ -12,13 +12,17 @@ from torch import Tensor, nn
 from fastattn.nn import MLP, Rotary, SelfAttention, TransformerModel
 
 
-class EagerAttention(nn.Module):
-    """A SelfAttention's parameters under attention by the textbook: every N x N pattern is a tensor."""
+class _Eager(nn.Module):
+    """Computes with the parameters of another layer."""
 
-    def __init__(self, layer: SelfAttention) -> None:
+    def __init__(self, layer: SelfAttention | MLP) -> None:
         super().__init__()
-        self.layer = layer
+        self.layer: Any = layer
         self.embed_dim = layer.embed_dim
+
+
+class EagerAttention(_Eager):
+    """Textbook attention with the parameters of a SelfAttention: every N x N pattern is a tensor."""
 
     def forward(self, x: Tensor) -> Tensor:
         layer = self.layer
@@ -29,31 +33,26 @@ class EagerAttention(nn.Module):
         scores = q @ k.mT * q.shape[3] ** -0.5
         later = torch.ones(scores.shape[2:], dtype=torch.bool, device=x.device).triu(1)
         pattern = scores.masked_fill(later, float("-inf")).softmax(-1)
-        return self.layer.out_proj((pattern @ v).transpose(1, 2).flatten(2))
+        return layer.out_proj((pattern @ v).transpose(1, 2).flatten(2))
 
 
 def rotated(x: Tensor, rotary: Rotary) -> Tensor:
-    """Rotary embedding of x (B, H, L, D), its halves turning together."""
+    """Rotary embedding of x (B, H, L, D), half layout."""
     half = rotary.width // 2
     cos, sin = rotary.tables(x)
     first, second, rest = x.split([half, half, x.shape[3] - rotary.width], dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), -1).to(x.dtype)
 
 
-class EagerMLP(nn.Module):
-    """An MLP's parameters under nn.Linear, F.gelu, nn.Linear."""
-
-    def __init__(self, layer: MLP) -> None:
-        super().__init__()
-        self.layer = layer
-        self.embed_dim = layer.embed_dim
+class EagerMLP(_Eager):
+    """nn.Linear, F.gelu, nn.Linear with the parameters of an MLP."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layer.down(F.gelu(self.layer.up(x), approximate="tanh"))
 
 
 def eager_twin(model: TransformerModel) -> TransformerModel:
-    """A copy with the same weights in which nothing is fused."""
+    """A copy with the same weights, in which nothing is fused."""
     twin = copy.deepcopy(model)
     blocks: Any = twin.blocks
     for block in blocks:

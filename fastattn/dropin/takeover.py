@@ -121,21 +121,12 @@ class _Operators:
             self.installed.impl(name, choose, key, with_keyset=True)
 
     def forward_on_cpu(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        *,
-        attn_mask: Tensor | None = None,
-        scale: float | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        out, lse = attend(
-            query, key, value, bias=attn_mask, causal=TOP_LEFT if is_causal else None, scale=scale,
-            backend=self.backend,
-        )  # fmt: skip
-        return _as_like(out, query), lse.mT.contiguous().mT
+        self, q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0, is_causal: bool = False, *,
+        attn_mask: Tensor | None = None, scale: float | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        causal = TOP_LEFT if is_causal else None
+        out, lse = attend(q, k, v, bias=attn_mask, causal=causal, scale=scale, backend=self.backend)
+        return _as_like(out, q), lse.mT.contiguous().mT
 
     def backward_on_cpu(
         self, *arguments: Any, attn_mask: Tensor | None = None, scale: float | None = None
@@ -145,26 +136,19 @@ class _Operators:
         return self._backward(tensors, TOP_LEFT if is_causal else None, scale, attn_mask)
 
     def forward_on_gpu(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        return_debug_mask: bool = False,
-        *,
-        scale: float | None = None,
-    ) -> tuple[Any, ...]:
+        self, q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0, is_causal: bool = False,
+        return_debug_mask: bool = False, *, scale: float | None = None,
+    ) -> tuple[Any, ...]:  # fmt: skip
         """The backward gets the seed of the random numbers in two 64-bit words, where PyTorch's has its own."""
-        words = dropout_state(1, query.device)[0] if dropout_p else query.new_zeros(2, dtype=torch.int64)
+        words = dropout_state(1, q.device)[0] if dropout_p else q.new_zeros(2, dtype=torch.int64)
         out, lse = attend(
-            query, key, value, causal=BOTTOM_RIGHT if is_causal else None, scale=scale, dropout_p=dropout_p,
-            dropout_state=_state(words, query) if dropout_p else None, backend=self.backend,
+            q, k, v, causal=BOTTOM_RIGHT if is_causal else None, scale=scale, dropout_p=dropout_p,
+            dropout_state=_state(words, q) if dropout_p else None, backend=self.backend,
         )  # fmt: skip
-        unused = query.new_zeros((), dtype=torch.uint64)
-        lengths = (query.shape[2], key.shape[2])
+        unused = q.new_zeros((), dtype=torch.uint64)
         seed = words.view(torch.uint64)
-        return _as_like(out, query), lse.contiguous(), None, None, *lengths, seed, unused, query.new_empty(0)
+        lengths = (q.shape[2], k.shape[2])
+        return _as_like(out, q), lse.contiguous(), None, None, *lengths, seed, unused, q.new_empty(0)
 
     def backward_on_gpu(self, *arguments: Any, scale: float | None = None) -> tuple[Tensor, ...]:
         """As the operator is called: with the six tensors of `_backward`, cum_seq_q, cum_seq_k, max_q, max_k,

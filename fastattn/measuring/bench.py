@@ -15,17 +15,9 @@ from typing import Any
 
 import torch
 
+from fastattn.measuring import peers
 from fastattn.measuring.measure import Notify, Row, as_json, compare_peers
-from fastattn.measuring.peers import (
-    FORWARD,
-    GPU_LIBRARIES,
-    TRAINING,
-    AttentionProblem,
-    MLPProblem,
-    Problem,
-    is_ours,
-    peers_of,
-)
+from fastattn.measuring.peers import AttentionProblem, MLPProblem, Problem, is_ours
 
 # Rounds of a machine with nothing else to do differ by a few percent.
 BUSY = 0.2
@@ -128,10 +120,10 @@ def run(options: argparse.Namespace) -> int:
     compiled = device.type == "cuda" if options.compile is None else options.compile
     rows: list[Row] = []
     for problem in short_problems(options, device):
-        peers = usable_peers(problem, device, compiled)
-        for direction in (FORWARD, TRAINING):
+        asked = usable_peers(problem, device, compiled)
+        for direction in (peers.FORWARD, peers.TRAINING):
             with _progress(f"{problem.family} {direction} {problem.label}") as notify:
-                measured = compare_peers(problem, direction, peers, device, rounds=options.rounds, notify=notify)
+                measured = compare_peers(problem, direction, asked, device, rounds=options.rounds, notify=notify)
             print_rows([row for row in measured if row.timing or "not installed" not in row.note])
             rows += measured
     print(_epilogue(compiled))
@@ -215,8 +207,14 @@ def usable_peers(problem: Problem, device: torch.device, compiled: bool) -> list
     """Everyone worth asking on this device."""
     left_out = set() if compiled else {"compiled eager", "flex_attention"}
     if device.type == "cpu":
-        left_out |= {"fastattn triton", "SDPA cuDNN", "SDPA memory-efficient", "flex_attention", *GPU_LIBRARIES}
-    return [name for name in peers_of(problem) if name not in left_out]
+        left_out |= {
+            "fastattn triton",
+            "SDPA cuDNN",
+            "SDPA memory-efficient",
+            "flex_attention",
+            *peers.GPU_LIBRARIES,
+        }
+    return [name for name in peers.peers_of(problem) if name not in left_out]
 
 
 @contextlib.contextmanager

@@ -1,9 +1,9 @@
-"""Which GPU is this, and which tiles does it get: frozen tables, chosen by counting, never at import time.
+"""Which tiles a kernel takes on which GPU: fixed tables, chosen by counting instructions, looked up at a launch.
 
-A row is looked up by architecture family, bytes per element and padded head width. Rows are bounds: the
-first row whose bytes and width are at least what is asked for applies. The figures beside the rows come from
-the compile report (`python -m benchmarks.compile_report`): spills and shared memory decide what is allowed,
-issue cycles over tensor-core cycles which of the allowed ones is taken.
+A row is looked up by architecture family, bytes per element and padded head width. Rows are bounds: the first row
+whose bytes and width are at least those of the call applies. The figures beside the rows come from the compile
+report (`python -m benchmarks.compile_report`). Tilings that spill, or that need too much shared memory, are ruled
+out; of the others the one with the fewest issue cycles per tensor-core cycle is taken.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ __all__ = [
     "norm_programs",
 ]
 
-# Compute capability -> the family whose table serves it: same tensor cores, same shared memory.
+# Compute capability -> the family whose table it uses, with the same tensor cores and shared memory.
 _FAMILIES = (
     (75, "sm_75"),
     (80, "sm_80"),
@@ -78,7 +78,7 @@ def family_of(backend: str, arch: int | str) -> str:
 
 @functools.cache
 def _family_of_device(device: torch.device) -> str:
-    """Asked once for each GPU, with that GPU current: a process may hold two kinds."""
+    """Computed once for each GPU, with that GPU as the current one: a process may have GPUs of two kinds."""
     with torch.cuda.device(device if device.type == "cuda" else -1):
         target = driver.active.get_current_target()
     return family_of(target.backend, target.arch)
@@ -97,9 +97,9 @@ def family(kernel: object, device: torch.device) -> str:
 def look_up(table: dict[str, tuple[Row, ...]], family: str, bytes: int, width: int, kind: str = "plain") -> Tiling:
     """The first row of the family's table that is wide enough; families not listed use sm_80's.
 
-    Other kinds than "plain" have rows of their own that come first: "shaped" scores and "intervals" hold more
-    registers, "heavy" even more, a tile must not be larger than "listed" granules, and "tf32" and "tf32x3"
-    products of float32 run on tensor cores, on every family.
+    Kinds other than "plain" have rows of their own, which come first: "shaped" scores and "intervals" need more
+    registers, "heavy" ones even more, a tile for "listed" granules must not be larger than these, and "tf32" and
+    "tf32x3" products of float32 run on tensor cores on every family.
     """
     rows = table.get(family) or table["sm_80"]
     if family != INTERPRETER:
@@ -111,7 +111,8 @@ def look_up(table: dict[str, tuple[Row, ...]], family: str, bytes: int, width: i
 
 
 def within_granules(tiling: Tiling) -> Tiling:
-    """The tiling for masks of 64 x 64 granules: a tile lies within one. Half the rows want half the warps."""
+    """The tiling for masks of 64 x 64 granules: a tile lies within one granule. Half the rows need half the
+    warps."""
     smaller = tiling.block_m > 64 and tiling.warps == 8
     return Tiling(min(tiling.block_m, 64), min(tiling.block_n, 64), 4 if smaller else tiling.warps, tiling.stages)
 
@@ -133,23 +134,23 @@ def on_device(tensor: torch.Tensor):
 
 
 def tile_width(width: int) -> int:
-    """The power of two a tile's inner side is padded to; tensor cores take no less than 16."""
+    """The power of two to which a tile's inner side is padded; tensor cores need at least 16."""
     return max(16, triton.next_power_of_2(width))
 
 
-# Keys and values (or queries and their gradients) of the heads in flight should stay in the L2 cache; the
-# smallest cache of the families served here is 6 MiB on sm_86, 40 MiB and more on sm_80 to sm_100.
+# Keys and values (or queries and their gradients) of the heads that are computed at a time should stay in the L2
+# cache. The smallest one of the families here is 6 MiB on sm_86; sm_80 to sm_100 have 40 MiB and more.
 L2_BUDGET = 16 * 2**20
 
 
 def heads_per_section(left: torch.Tensor, right: torch.Tensor, heads: int) -> int:
-    """How many heads' tiles to interleave: as many as have both operands in the L2 cache together."""
+    """How many heads to interleave: as many as fit into the L2 cache with both operands."""
     row_bytes = (left.shape[3] + right.shape[3]) * left.element_size()
     return min(max(1, heads), max(1, L2_BUDGET // max(1, left.shape[2] * row_bytes)))
 
 
-# A split visits at least so many tiles. The partial result of a split of n tiles of 64 keys is written and read
-# again in float32: that costs 2 / n of the bytes of keys and values that it loads.
+# The least number of tiles in a split. The partial result of a split of n tiles of 64 keys is written and read
+# again in float32; that costs 2 / n of the bytes of the keys and values that the split loads.
 LEAST_STEPS = 4
 
 # Number of processors that the interpreter pretends to have.
@@ -162,8 +163,8 @@ def _processors_of_device(index: int | None) -> int:
 
 
 def processors(family: str, device: torch.device) -> int:
-    """How many programs run side by side, at least: the GPU's multiprocessors. None is known of a device that is
-    not there."""
+    """The number of the GPU's multiprocessors: at least so many programs run side by side. 1 if there is no
+    GPU."""
     if family == INTERPRETER:
         return INTERPRETED_PROCESSORS
     return _processors_of_device(device.index) if device.type == "cuda" else 1

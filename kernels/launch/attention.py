@@ -13,15 +13,16 @@ _INTERPRETED = {
     "tangent": (Row(8, 256, Tiling(32, 16, 4, 1)),),
 }
 
-# Where the forward and dq visit the masked keys before the others. On sm_90, if the masked loop came second, ptxas
-# would make every asynchronous product of the kernel wait for the one before (its note C7515). Elsewhere the other
-# order takes fewer registers. Where they come first, bounds are also compared with keys counted from the tile's
-# start; so they are in dq of plain scores on sm_100 (issue / tensor of the masked loop at D = 128: 1.23 -> 1.05),
-# but not in the forward there, nor with shaped scores at D = 256, which would spill.
+# The families on which the forward and dq visit masked keys before the others. If the masked loop came second on
+# sm_90, ptxas would make every asynchronous product of the kernel wait for the one before (its note C7515).
+# Elsewhere the other order takes fewer registers. Where masked keys come first, bounds are compared with keys
+# counted from the tile's start. That is also better in dq of plain scores on sm_100 (issue / tensor of the masked
+# loop at D = 128: 1.23 -> 1.05), but not in the forward there, nor with shaped scores at D = 256, which would
+# spill.
 MASKED_FIRST = frozenset({"sm_90", INTERPRETER})
 PLAIN_DQ_RELATIVE = MASKED_FIRST | {"sm_100"}
 
-# float32 products are exact: fused multiply-adds, no tensor cores. Registers and shared memory bound their tiles.
+# float32 products are exact: fused multiply-adds, no tensor cores. Registers and shared memory limit their tiles.
 _EXACT = {
     "forward": (
         Row(4, 64, Tiling(64, 32, 8, 2)),
@@ -45,10 +46,10 @@ _EXACT = {
     ),
 }
 
-# Beside each row, as Triton 3.7.1 compiles it for bf16 of just that width (the worse of causal and not, where they
-# differ): registers a thread, shared memory, programs a multiprocessor; then issue over tensor-core cycles of the
-# full-tile loop and of the causal diagonal's. Nothing spills unless said. Not yet measured.
-# The pass that makes delta of out and its gradient: bounded by memory.
+# Beside each row, as Triton 3.7.1 compiles it for bf16 of exactly that width (causal or not, whichever is worse):
+# registers of a thread, shared memory, programs on a multiprocessor; then issue cycles over tensor-core cycles of
+# the loop over full tiles and of that over the causal diagonal. Nothing spills unless noted. Not yet measured. The
+# pass that computes delta from out and its gradient is bound by memory.
 ATTENTION_DELTA = Tiling(64, 64, 8, 3)
 
 ATTENTION_FORWARD = {
@@ -174,9 +175,9 @@ ATTENTION_DQ = {
 }
 
 
-# ---- attention with shaped scores ----
-# A window's left side, a soft cap or slopes hold more registers: these rows come before those above, where with
-# any of them, or all, those would spill (compile report, Triton 3.7.1). Repeated are the rows that would not.
+# ---- attention with shaped scores ---- A window's left side, a soft cap or slopes need more registers. These rows
+# come before those above, which would spill with any of them, or with all (compile report, Triton 3.7.1). Rows
+# that would not are repeated here.
 ATTENTION_FORWARD |= {
     "sm_80 shaped": (
         Row(2, 64, Tiling(128, 64, 8, 3)),  # 128 x 128: 4 spills
@@ -210,7 +211,7 @@ ATTENTION_DQ |= {
     "sm_100 shaped": (Row(2, 64, Tiling(64, 128, 8, 2)),),  # 128 x 128: 15 to 154, 128 x 64: 4
 }
 
-# Intervals hold two bounds a row.
+# Intervals need registers for two bounds of each row.
 ATTENTION_FORWARD["sm_80 intervals"] = (
     *ATTENTION_FORWARD["sm_80 shaped"],
     Row(2, 256, Tiling(64, 32, 8, 2)),  # 64 x 64: 2
@@ -221,7 +222,7 @@ ATTENTION_DQ["sm_100 intervals"] = (
     Row(2, 256, Tiling(128, 32, 8, 1)),  # 128 x 64: 27
 )
 
-# Biases bring a pointer for each score, dropout makes its random numbers in registers: smaller tiles still.
+# A bias needs a pointer for each score, and dropout computes its random numbers in registers: even smaller tiles.
 ATTENTION_FORWARD |= {
     "sm_80 heavy": (
         Row(2, 64, Tiling(128, 64, 8, 2)),
@@ -266,7 +267,7 @@ ATTENTION_DQ |= {
     ),
 }
 
-# Masks of lists, where those above, cut to granules, spill.
+# Block lists, where the rows above, cut to granules, would spill.
 ATTENTION_FORWARD |= {
     "sm_100 listed": (
         Row(2, 64, Tiling(64, 64, 4, 3)),  # 2 stages: 4
@@ -296,8 +297,8 @@ ATTENTION_DQ |= {
     ),
 }
 
-# sm_86 and sm_120: 99 KiB of shared memory bound these tiles before registers do. Where sm_120 has no rows of its
-# own, it takes sm_86's.
+# sm_86 and sm_120: 99 KiB of shared memory limit these tiles before registers do. Where sm_120 has no rows of its
+# own, it uses sm_86's.
 ATTENTION_FORWARD |= {
     "sm_86 shaped": (
         Row(2, 64, Tiling(128, 64, 8, 3)),
@@ -343,7 +344,7 @@ ATTENTION_DQ["sm_120 heavy"] = (
     Row(2, 128, Tiling(64, 64, 8, 2)),  # 128 x 32: 14
 )
 
-# Gradients of biases: square tiles, two products, and a sum that stays in registers.
+# Gradients of biases: square tiles, two products, and a sum in registers.
 _BIAS_EXACT = (Row(4, 64, Tiling(32, 32, 4, 1)), Row(4, 256, Tiling(16, 16, 4, 1)))
 ATTENTION_BIAS = {
     INTERPRETER: _INTERPRETED["bias"],
@@ -361,7 +362,7 @@ ATTENTION_BIAS = {
 }
 ATTENTION_BIAS["sm_100"] = ATTENTION_BIAS["sm_90"]
 
-# float32 on tensor cores: fragments of 32 bits, and of three products for tf32x3.
+# float32 on tensor cores: fragments of 32 bits, and for tf32x3 those of three products.
 ATTENTION_FORWARD |= {
     "tf32": (Row(4, 64, Tiling(64, 32, 4, 2)), Row(4, 256, Tiling(32, 16, 4, 1))),
     "tf32x3": (Row(4, 64, Tiling(32, 32, 4, 1)), Row(4, 128, Tiling(16, 16, 4, 1))),  # 64 x 32, 32 x 16: 6 to 14
@@ -373,7 +374,7 @@ ATTENTION_DQ |= {
     "tf32x3": (Row(4, 64, Tiling(32, 16, 4, 1)),),  # 32 x 32: 16
 }
 
-# Forward mode: the forward's loops with five products to its two, and twice the tiles.
+# Forward mode: the forward's loops, with five products instead of two, and twice as many tiles in registers.
 ATTENTION_TANGENT = {
     INTERPRETER: _INTERPRETED["tangent"],
     "sm_80": (

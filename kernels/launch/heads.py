@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from .rows import INTERPRETER, Row, Tiling
 
-# Heads on their way to attention: bounded by memory. Rows of a tile by heads that take their turn with its angles;
-# 16 elements a thread in tiles of 4,096. Loads and stores of aligned tensors are 16 bytes. Beside each row:
-# registers forward / backward, the most of sm_80 to sm_120 with norm, weight, rotation and scale. Nothing spills;
-# the same tiles on 4 warps took up to 128 / 188 and spilled 2 on sm_100 at D=256 (Triton 3.7.1). Not yet measured.
+# The preparation of heads is bound by memory. A tiling is rows by heads, which share the rows' angles; 16 elements
+# for each thread in tiles of 4,096. Loads and stores of aligned tensors have 16 bytes. Beside each row: registers,
+# forward / backward, the most on sm_80 to sm_120 with norm, weight, rotation and scale. Nothing spills; with 4
+# warps the same tiles took up to 128 / 188 and spilled 2 on sm_100 at D=256 (Triton 3.7.1). Not yet measured.
 HEADS_ELEMENTWISE = {
     INTERPRETER: (Row(4, 256, Tiling(16, 2, 4, 1)),),
     "sm_80": (

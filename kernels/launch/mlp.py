@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from .rows import EVERY, INTERPRETER, Row, Tiling
 
-# The MLP. A row's width counts the elements of the hidden layer (tokens x h): below what fills every
-# multiprocessor with the next row's tiles, smaller tiles share the work out better. Beside each row: the most
-# registers any activation takes, gated kernels after the slash where one table serves both; shared memory; and
-# programs a multiprocessor. Nothing spills. Compiled by Triton 3.7.1 from the launchers, aligned bf16 or fp32
-# tensors; not yet measured. IEEE float32 products have no tensor cores to feed: registers alone bound their tiles.
+# The MLP. A row's width is the number of elements of the hidden layer (tokens x h). If the next row's tiles would
+# not fill every multiprocessor, smaller tiles spread the work better. Beside each row: the most registers of any
+# activation, with the gated kernel's after a slash where both use one table; shared memory; and programs on a
+# multiprocessor. Nothing spills. Compiled by Triton 3.7.1 from the launchers, with aligned bf16 or fp32 tensors;
+# not yet measured. IEEE float32 products use no tensor cores: only registers limit their tiles.
 MLP_FORWARD = {
     INTERPRETER: (Row(4, EVERY, Tiling(32, 32, 4, 1)),),
     "sm_80": (
@@ -21,16 +21,17 @@ MLP_FORWARD = {
         Row(2, EVERY, Tiling(128, 128, 8, 3)),  # 139, 64 KiB, 1
         Row(4, EVERY, Tiling(64, 64, 8, 2)),  # 80, 16 KiB, 3
     ),
-    # At full tensor-core rate a 128 x 128 tile asks the L2 cache for 64 bytes a clock and multiprocessor, a
-    # 128 x 256 tile for 43; it gives some 30. The smaller tile goes twice on a multiprocessor, so that one's
-    # epilogue hides behind the other's products; the larger pays for its own.
+    # At full tensor-core rate a 128 x 128 tile reads 64 bytes from the L2 cache in each clock on each
+    # multiprocessor, a 128 x 256 tile 43; the cache delivers some 30. Two programs with the smaller tile fit on a
+    # multiprocessor, so that the epilogue of one overlaps the products of the other; with the larger tile nothing
+    # overlaps the epilogue.
     "sm_90": (
         Row(2, 132 * 128 * 128, Tiling(64, 64, 4, 3)),  # 64, 48 KiB, 4
         Row(2, 264 * 128 * 256, Tiling(128, 128, 8, 3)),  # 119, 96 KiB, 2
         Row(2, EVERY, Tiling(128, 256, 8, 3)),  # 231, 144 KiB, 1
         Row(4, EVERY, Tiling(64, 64, 8, 2)),  # 80, 16 KiB, 3
     ),
-    # Accumulators lie in tensor memory.
+    # Accumulators are in tensor memory.
     "sm_100": (
         Row(2, 148 * 128 * 128, Tiling(64, 64, 4, 3)),  # 64, 48 KiB, 4
         Row(2, 296 * 128 * 256, Tiling(128, 128, 8, 3)),  # 66, 96 KiB, 2
@@ -49,7 +50,7 @@ MLP_FORWARD = {
     ),
 }
 
-# Two accumulators: half the columns where they lie in registers (128 x 128 spills on sm_80).
+# Two accumulators: half the columns where they are in registers (128 x 128 spills on sm_80).
 MLP_GATED_FORWARD = {
     INTERPRETER: (Row(4, EVERY, Tiling(32, 32, 4, 1)),),
     "sm_80": (
@@ -119,20 +120,21 @@ MLP_BACKWARD = {
     ),
 }
 
-# The pass over the hidden layer after a library's product: bounded by memory, so whole 128-byte lines and few
-# registers, that many programs are in flight. Forward 48, backward 80, gated backward 126 at most, any family.
+# The pass over the hidden layer after a library's product is bound by memory: whole 128-byte lines, and few
+# registers, so that many programs run at a time. Registers on any family: forward 48, backward 80, gated backward
+# 126 at most.
 MLP_ELEMENTWISE = {
     INTERPRETER: (Row(4, EVERY, Tiling(32, 32, 4, 1)),),
     "sm_80": (Row(4, EVERY, Tiling(64, 64, 8, 1)),),
 }
 
-# Up to which summed width our product, epilogue included, is taken over the library's product and that pass,
-# by bytes per element; no entry, never. The pass moves 4 bytes a hidden element against 2 d flop of the product:
-# with R flop/s and B bytes/s that buys our product a slack of 2 R / (B d) against the library's, 350 / d percent
-# on an H200 (700 TFLOP/s, 4 TB/s), 260 / d on an A100. Where the library has no instructions that a kernel fed
-# by pointers lacks (sm_80, sm_86, sm_120) ours is assumed to come within 7 percent of it, on sm_90 (no TMA, no
-# specialised warps) within 17, on sm_100 and gfx942 within 35 and 20: assumptions to be replaced by measurements.
-# float32 without tensor cores gains 60 / d percent, less than any slack worth the name.
+# Up to which summed width d our product with its epilogue is used, rather than the library's product and that
+# pass, by bytes per element; without an entry never. The pass moves 4 bytes for each hidden element, the product
+# takes 2 d flop. With R flop/s and B bytes/s, our product may be 2 R / (B d) slower than the library's: 350 / d
+# percent on an H200 (700 TFLOP/s, 4 TB/s), 260 / d on an A100. On sm_80, sm_86 and sm_120, where the library has
+# no instructions that a kernel with pointers lacks, ours is assumed to be within 7 percent of it; on sm_90 (no
+# TMA, no specialised warps) within 17, on sm_100 and gfx942 within 35 and 20: assumptions, to be replaced by
+# measurements. In float32 without tensor cores the pass costs only 60 / d percent, less than ours would lose.
 MLP_FUSED_UP_TO = {
     INTERPRETER: {2: EVERY, 4: EVERY},
     "sm_80": {2: 4096},

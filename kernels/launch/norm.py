@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from .rows import EVERY, INTERPRETER, Row, Tiling
 
-# Norms of rows: bounded by memory. A tile is whole rows as far as registers go, 16 elements a thread forward and 8
-# or 16 backward, whose sums for weight and bias stay in registers. Loads and stores of aligned tensors are 16
-# bytes. Beside each row: registers, the most of sm_80 to sm_120 for layer norm in bf16 with weight, bias and
-# residual; after the slash in fp32, where compiled (Triton 3.7.1). Nothing spills but 3 on sm_120 at W=1024
-# backward. Not yet measured.
+# Norms are bound by memory. A tile has whole rows as far as they fit in registers: 16 elements for each thread
+# forward, 8 or 16 backward, where the sums for weight and bias stay in registers, too. Loads and stores of aligned
+# tensors have 16 bytes. Beside each row: registers, the most on sm_80 to sm_120 for layer norm in bf16 with
+# weight, bias and residual; after a slash in fp32, where compiled (Triton 3.7.1). Only W=1024 backward on sm_120
+# spills, 3. Not yet measured.
 NORM_FORWARD = {
     INTERPRETER: (Row(4, EVERY, Tiling(4, 32, 4, 1)),),
     "sm_80": (
@@ -40,15 +40,17 @@ NORM_BACKWARD = {
     ),
 }
 
-# How many programs share out the rows of a norm's backward: as many as have 8192 elements of dy, and of x, in
-# flight on every multiprocessor of the family's largest GPU: 32 KiB in half precision, where an H100's bandwidth
-# times latency is some 16. Each leaves a line of partial sums, so that more of them move more bytes.
+# How many programs the rows of a norm's backward are split among: so many that each multiprocessor of the family's
+# largest GPU loads 8192 elements of dy and of x at a time. That is 32 KiB in half precision; bandwidth times
+# latency of an H100 is some 16. Each program writes a line of partial sums, so more programs would move more
+# bytes.
 _NORM_ELEMENTS = 8192
 _MULTIPROCESSORS = {"sm_80": 108, "sm_86": 84, "sm_90": 132, "sm_100": 148, "sm_120": 188, "gfx942": 304}
 
 
 def norm_programs(family: str, tiling: Tiling) -> int:
-    """How many programs share out the rows: the same on every GPU of a family, as the order of sums is."""
+    """How many programs the rows are split among: the same on all GPUs of a family, so that sums have one
+    order."""
     if family == INTERPRETER:
         return 3
     units = _MULTIPROCESSORS.get(family, _MULTIPROCESSORS["sm_80"])

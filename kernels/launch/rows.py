@@ -1,4 +1,4 @@
-"""What a launch table is made of."""
+"""The rows of launch tables."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import NamedTuple
 from ..tile import Tile, tile_of
 
 INTERPRETER = "interpreter"
-EVERY = 2**63 - 1  # the width of a row that serves all
-# The compiler's own default changes with its version (off from 3.10 on), and the softmax is built of
-# multiply-subtracts that round once.
+EVERY = 2**63 - 1  # the width of a row for all widths
+# Triton's own default differs by version (off from 3.10 on), but the softmax needs multiply-subtracts that round
+# once.
 COMPILER_OPTIONS = {"enable_fp_fusion": True}
 
 

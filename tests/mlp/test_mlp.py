@@ -34,7 +34,10 @@ GATED = pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 
 @dataclass(frozen=True)
 class Problem:
-    """One call. `upstream` is how dy lies in memory: "contiguous", "transposed" or "expanded" (zero strides)."""
+    """One call: x (tokens, width) through a layer of `hidden` neurons to y (tokens, out).
+
+    upstream: how dy lies in memory, "contiguous", "transposed" or "expanded" (zero strides).
+    """
 
     tokens: int = 40
     width: int = 45

@@ -1007,7 +1007,7 @@ def test_under_autocast_on_a_cpu_it_has_the_dtype_of_torchs_modules():
         (lambda: SelfAttention(32.0, 4), TypeError, "embed_dim must be an integer, got float"),
         (lambda: SelfAttention(16, 4, head_dim=0), ValueError, "head_dim must be at least 1, got 0"),
         (lambda: SelfAttention(32, 4, num_kv_heads=3), ValueError, "num_heads 4, num_kv_heads 3"),
-        (lambda: SelfAttention(32, 4, rotary=Rotary(16)), ValueError, "at most head_dim = 8 .* got 16"),
+        (lambda: SelfAttention(32, 4, rotary=Rotary(16)), ValueError, "at most head_dim = 8 .* got width 16"),
         (lambda: SelfAttention(32, 4, rotary="half"), TypeError, "rotary must be a .*Rotary or a bool, got str"),
         (lambda: CrossAttention(32, 4, context_dim=0), ValueError, "context_dim must be at least 1, got 0"),
         (lambda: Rotary(7), ValueError, "width must be even.* got 7"),
@@ -1058,7 +1058,7 @@ SMALL_X = torch.zeros(2, 6, 32)
         (
             lambda: SelfAttention(32, 4, causal=True)(SMALL_X, mask=masks.dilated(2).lower(2, 4, 6, 6)),
             ValueError,
-            "mask is lowered",
+            "mask must lie within causal and window",
         ),
         (
             lambda: MODEL.blocks[0](SMALL_X, context_key_lengths=torch.ones(2).long()),

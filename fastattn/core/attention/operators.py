@@ -115,27 +115,10 @@ class Attention(Function):
 
     @staticmethod
     def forward(
-        q,
-        k,
-        v,
-        key_lengths,
-        alibi_slopes,
-        bias,
-        relative_bias,
-        sinks,
-        dropout_state,
-        mask,
-        intervals,
-        causal,
-        scale,
-        left,
-        right,
-        softcap,
-        dropout,
-        precision,
-        mask_layout,
-        backend,
-    ):  # The arguments of forwards are spelled out, because torch.compile cannot trace a forward of *arguments.
+        q, k, v, key_lengths, alibi_slopes, bias, relative_bias, sinks, dropout_state, mask, intervals, causal,
+        scale, left, right, softcap, dropout, precision, mask_layout, backend,
+    ):  # fmt: skip
+        # Arguments of forwards are spelled out, because torch.compile cannot trace a forward of *arguments.
         return torch.ops.fastattn.attention_forward(
             q, k, v, key_lengths, alibi_slopes, bias, relative_bias, sinks, dropout_state, mask, intervals, causal,
             scale, left, right, softcap, dropout, precision, mask_layout, backend,
@@ -174,33 +157,10 @@ class AttentionBackward(Function):
 
     @staticmethod
     def forward(
-        dout,
-        q,
-        k,
-        v,
-        out,
-        lse,
-        dlse,
-        want_bias,
-        want_relative_bias,
-        key_lengths,
-        alibi_slopes,
-        bias,
-        relative_bias,
-        sinks,
-        dropout_state,
-        mask,
-        intervals,
-        causal,
-        scale,
-        left,
-        right,
-        softcap,
-        dropout,
-        precision,
-        mask_layout,
-        backend,
-    ):
+        dout, q, k, v, out, lse, dlse, want_bias, want_relative_bias, key_lengths, alibi_slopes, bias,
+        relative_bias, sinks, dropout_state, mask, intervals, causal, scale, left, right, softcap, dropout,
+        precision, mask_layout, backend,
+    ):  # fmt: skip
         return torch.ops.fastattn.attention_backward(
             dout, q, k, v, out, lse, dlse, want_bias, want_relative_bias, key_lengths, alibi_slopes, bias,
             relative_bias, sinks, dropout_state, mask, intervals, causal, scale, left, right, softcap, dropout,
