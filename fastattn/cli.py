@@ -13,7 +13,7 @@ from fastattn.errors import CommandError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status. What its user can mend ends in one sentence on stderr."""
+    """Run one command; returns the exit status. A problem that the user can solve is one sentence on stderr."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     parser = _parser(arguments)
     options = parser.parse_args(arguments)
@@ -25,12 +25,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except CommandError as error:
         return _fail(options.command, str(error))
     except BrokenPipeError:
-        # Whoever read our output has left; nothing may be written on the way out either.
+        # The reader of our output is gone. Redirect it, so that Python does not fail again when it flushes.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
-        place = f" ({error.filename})" if error.filename else ""
-        return _fail(options.command, f"{error.strerror or error}{place}")
+        where = f" ({error.filename})" if error.filename else ""
+        return _fail(options.command, f"{error.strerror or error}{where}")
     except torch.OutOfMemoryError as error:
         return _fail(options.command, str(error).splitlines()[0])
     except KeyboardInterrupt:
@@ -43,7 +43,7 @@ def _fail(command: str, sentence: str, status: int = 1) -> int:
 
 
 def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
-    """Only the command that is asked for is imported."""
+    """The parser. Only the module of the command that is called is imported."""
     parser = argparse.ArgumentParser(
         prog="fastattn", description="Fused attention and MLP for PyTorch: exact, drop-in, open to look into."
     )

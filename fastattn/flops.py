@@ -1,7 +1,7 @@
-"""How many flops the operators do, for torch.utils.flop_counter: `import fastattn.flops` registers the formulas.
+"""The flops of the operators, for torch.utils.flop_counter: `import fastattn.flops` registers the formulas.
 
-A module of its own, because torch's flop counter imports Triton, a quarter of a second. `import fastattn` does
-it by itself where the flop counter is already imported.
+It is a module of its own, because torch's flop counter imports Triton, which takes a quarter of a second. If the
+flop counter is already imported, `import fastattn` imports this module, too.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from fastattn.core.attention.spec import ScoreTensors, Tangents
 
 
 def visible_scores(queries: int, keys: int, left: int | None, right: int | None) -> int:
-    """How many (query, key) pairs a window around the bottom-right-aligned diagonal shows; None is unbounded."""
+    """How many (query, key) pairs are in a window around the bottom-right diagonal; None is unbounded."""
     diagonal = keys - queries
     stops = queries * keys if right is None else _sum_of_clamped(diagonal + right + 1, queries, keys)
     starts = 0 if left is None else _sum_of_clamped(diagonal - left, queries, keys)
@@ -39,7 +39,7 @@ def attention_flops(
 ) -> int:
     """Multiplications and additions of the products over the visible scores, from the shapes of q, k and v.
 
-    Key lengths are values, not shapes: keys beyond them count.
+    Key lengths are values, not shapes, so keys beyond them are counted, too.
     """
     # Forward: q k^T is as wide as q, P v as v. Backward: q k^T, dS k and dS^T q; dout v^T and P^T dout.
     widths = 3 * q[3] + 2 * v[3] if backward else q[3] + v[3]

@@ -1,6 +1,6 @@
-"""`fastattn demo`: a transformer trains on the library's modules, and is then looked into.
+"""`fastattn demo`: trains a transformer built from the library's modules, and then shows what is inside it.
 
-Nothing but the standard library and torch is imported until the demo runs: rich and matplotlib are extras.
+Only the standard library and torch are imported until the demo runs: rich and matplotlib are extras.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Both acts; returns the exit status. Raises CommandError for what its user can mend."""
+    """Run both acts; returns the exit status. Raises CommandError for problems that the user can solve."""
     from fastattn.demo import checks
 
     checks.require_libraries("rich", "matplotlib")

@@ -1,4 +1,4 @@
-"""The two acts: what is done in which order, and what is said about it."""
+"""The two acts of the demo: what is done in which order, and the text about it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Scores = tuple[HeadScores, HeadScores]  # of a model's heads, and of even attent
 
 @dataclass
 class Demo:
-    """The settings, and the acts under them."""
+    """The settings, and the two acts."""
 
     corpus: text.Corpus
     source: str
@@ -45,7 +45,7 @@ class Demo:
 
     @classmethod
     def prepare(cls, options: argparse.Namespace) -> Demo:
-        """Everything that can go wrong is tried now, not after the training."""
+        """Check now everything that could go wrong after minutes of training."""
         steps = options.steps if options.steps is not None else QUICK_STEPS if options.quick else DEFAULT_STEPS
         if steps < 1:
             raise CommandError(f"--steps must be at least 1, got {steps}")
@@ -163,7 +163,8 @@ class Demo:
             )
 
     def _show_scores(self, training: induction.Training, text_model: TransformerModel) -> dict[str, Scores]:
-        """Per head: this model on repeated tokens, the text model on a passage it has not read."""
+        """Show the scores of each head: of this model on repeated tokens, of the text model on a held-out
+        passage."""
         exam = induction.repeated_sequences(torch.Generator().manual_seed(self.seed + 1))[0]
         passage = self.corpus.passage()[None]
         found = model_head_scores(text_model, passage.to(self.device))

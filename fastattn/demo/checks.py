@@ -1,4 +1,4 @@
-"""What must be true before minutes of training begin; each obstacle is one sentence."""
+"""Checks before minutes of training begin. Each error is one sentence."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ PICTURE_BYTES = 4 * 2**20  # more than all pictures take
 
 
 def require_libraries(*names: str) -> None:
-    """rich and matplotlib are extras, not dependencies."""
+    """Raise if one of these libraries is missing: rich and matplotlib are extras, not dependencies."""
     absent = [name for name in names if importlib.util.find_spec(name) is None]
     if absent:
         raise CommandError(f"the demo needs {' and '.join(absent)}: pip install 'fastattn[lens]'")
 
 
 def pick_device(name: str | None) -> torch.device:
-    """The device asked for; by default the GPU if there is one."""
+    """The named device; by default the GPU if there is one."""
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -41,7 +41,7 @@ def pick_device(name: str | None) -> torch.device:
 
 
 def check_backend(device: torch.device, backend: str | None) -> None:
-    """Ask the capability table, by a small call, whether the backend serves on this device."""
+    """Make a small call, which raises if the backend cannot compute on this device."""
     q = torch.zeros(1, 1, 8, 16, device=device, requires_grad=True)
     try:
         attention(q, q, q, causal=True, backend=backend).sum().backward()
@@ -50,7 +50,7 @@ def check_backend(device: torch.device, backend: str | None) -> None:
 
 
 def read_text(path: Path | None) -> bytes:
-    """The file's bytes; by default the English documentation that every CPython carries."""
+    """The bytes of the file; by default the English documentation that every CPython contains."""
     if path is None:
         try:
             from pydoc_data import topics
@@ -66,7 +66,7 @@ def read_text(path: Path | None) -> bytes:
 
 
 def prepare_folder(path: Path) -> Path:
-    """Create the folder for pictures and see that one can write there."""
+    """Create the folder for pictures, and check that files can be written there."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path) as probe:

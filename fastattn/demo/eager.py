@@ -1,4 +1,4 @@
-"""The comparison: the same model with attention and MLP as eager PyTorch writes them."""
+"""The same model with attention and MLP in eager PyTorch, for comparison."""
 
 from __future__ import annotations
 

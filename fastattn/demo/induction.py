@@ -1,7 +1,8 @@
 """Act two: a two-layer attention-only model in which induction heads form, and a look at its heads.
 
-Sequences repeat: a random period, over and over. To continue one, a head must find where the present token
-stood before and read what followed: induction. It takes two layers, a previous-token head below it.
+A sequence is a random period, repeated over and over. To continue it, a head must find where the present token
+stood before and read what followed: induction. That takes two layers: the head needs a previous-token head below
+it.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def make_model(seed: int, device: torch.device, backend: str | None = None, laye
 def repeated_sequences(generator: torch.Generator, batch: int = BATCH) -> tuple[Tensor, Tensor]:
     """Tokens (batch, 1 + LENGTH) and the period of each row (batch, 1).
 
-    The period is drawn for each row: with a fixed one, the model would learn the distance, not the content.
+    Each row has its own period: with a fixed one the model would learn the distance, not the content.
     """
     period = torch.randint(PERIODS[0], PERIODS[1] + 1, (batch, 1), generator=generator)
     words = torch.randint(VOCABULARY, (batch, PERIODS[1]), generator=generator)
@@ -50,18 +51,18 @@ def repeated_sequences(generator: torch.Generator, batch: int = BATCH) -> tuple[
 
 @dataclass(frozen=True)
 class Look:
-    """The model seen from outside and inside, at one step."""
+    """The losses and the head scores of the model at one step."""
 
     step: int
-    first_loss: float  # nats, on tokens that nothing foretells
-    repeat_loss: float  # nats, on tokens that have been seen one period ago
+    first_loss: float  # nats, on tokens that cannot be predicted
+    repeat_loss: float  # nats, on tokens that were seen one period ago
     accuracy: float  # on the latter
     scores: HeadScores  # each (layers, heads), on the CPU
 
 
 @dataclass
 class Training:
-    """What happened; `looks` in order."""
+    """A model in training, its losses and the looks inside, in order."""
 
     model: TransformerModel
     losses: list[float] = field(default_factory=list)
@@ -69,7 +70,8 @@ class Training:
 
 
 def train(training: Training, steps: int, every: int, seed: int) -> Iterator[int]:
-    """Train on fresh sequences, looking inside every few steps; yields the number of steps done, 0 first."""
+    """Train on fresh sequences, with a look inside after each `every` steps; yields the number of steps done, 0
+    first."""
     model = training.model
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
@@ -97,7 +99,7 @@ def look(model: TransformerModel, step: int, tokens: Tensor, period: Tensor) -> 
     logits = model(tokens[:, :-1].to(device)).float().cpu()
     targets = tokens[:, 1:]
     losses = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
-    # Target i of a row is word i; from word `period` + 1 on, its predecessor has been seen with its successor.
+    # Target i of a row is word i. From word `period` + 1 on, the word before it has been seen with its successor.
     foretold = torch.arange(LENGTH) > period
     unseen = torch.arange(LENGTH) < period
     scores = model_head_scores(model, tokens.to(device))
@@ -111,9 +113,10 @@ def look(model: TransformerModel, step: int, tokens: Tensor, period: Tensor) -> 
 
 
 def phase_change(looks: list[Look]) -> tuple[int, int] | None:
-    """Between which steps the loss on repeats fell from nine tenths of its first value to a tenth of the way.
+    """The steps between which the loss on repeats fell from nine tenths to one tenth of the way to its lowest
+    value.
 
-    None if it did not fall so far.
+    None if it did not fall to half.
     """
     first, lowest = looks[0].repeat_loss, min(look.repeat_loss for look in looks)
     if lowest > 0.5 * first:

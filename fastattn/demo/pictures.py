@@ -66,7 +66,7 @@ def _cost(axes: Axes, lengths: list[int], values: list[tuple], title: str) -> No
 
 
 def induction_training(looks: list[Look], path: Path) -> Path:
-    """The loss through the phase change, and the heads whose scores rise with it."""
+    """The loss through the phase change, and the heads whose scores rise at the same time."""
     figure = Figure(figsize=(8, 6), layout="constrained")
     losses, scores = figure.subplots(2, 1, sharex=True)
     steps = [look.step for look in looks]

@@ -1,4 +1,4 @@
-"""What the demo shows: progress on a terminal, plain lines where the output is piped."""
+"""What the demo prints: progress on a terminal, plain lines if the output is piped."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from fastattn.demo.text import Cost, Runs
 from fastattn.lens import HeadScores
 
 SCORE_NAMES = ("induction", "previous token", "duplicate token", "first token")
-STRONG = 0.4  # a score from which a head is called by it
+STRONG = 0.4  # the least score after which a head is named
 
 
 class Screen:
-    """A rich console with the demo's vocabulary."""
+    """A rich console, with a method for each thing that the demo prints."""
 
     def __init__(self) -> None:
         if hasattr(sys.stdout, "reconfigure"):
@@ -46,7 +46,8 @@ class Screen:
 
     @contextmanager
     def progress(self, task: str, total: int, note: str = "") -> Iterator[Any]:
-        """A bar with a note; yields advance(done, note). Nothing moves where the output is not a terminal."""
+        """A progress bar with a note; yields advance(done, note). Shows nothing if the output is not a
+        terminal."""
         columns = [
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
@@ -112,7 +113,7 @@ def rows_of(scores: HeadScores) -> list[tuple[str, list[float]]]:
 
 
 def name_of(values: list[float], chance: list[float]) -> str:
-    """What a head is called by its highest score, if that is high and well above chance; often nothing."""
+    """The name of a head after its highest score, if that is high and well above chance; else ""."""
     named = [
         (value, name)
         for value, even, name in zip(values, chance, SCORE_NAMES, strict=True)
@@ -130,13 +131,13 @@ def _shade(value: float) -> str:
 
 
 def readable(text: bytes) -> str:
-    """Bytes for a terminal: what is no text becomes a replacement mark, control characters too."""
+    """Bytes as text for a terminal. Invalid bytes and control characters become a replacement character."""
     characters = text.decode("utf-8", errors="replace")
     return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in characters)
 
 
 def progress_note(runs: Runs) -> str:
-    """The latest figures, for beside the bar."""
+    """The latest losses, shown beside the bar."""
     return "  ".join(f"{run.name} {run.losses[-1]:.2f}" for run in runs if run.losses) + " bits/byte"
 
 

@@ -49,7 +49,7 @@ class Corpus:
         return self.held_out.unfold(0, CONTEXT + 1, CONTEXT)[:most]
 
     def passage(self) -> Tensor:
-        """The held-out window (CONTEXT,) with most letters: prose, where there is any."""
+        """The held-out window (CONTEXT,) with the most letters: prose, if there is any."""
         windows = self.held_out.unfold(0, CONTEXT, CONTEXT)
         lower = windows | 0x20  # ASCII's capitals and small letters differ in this bit
         letters = ((lower >= ord("a")) & (lower <= ord("z"))).sum(1)
@@ -58,7 +58,7 @@ class Corpus:
 
 @dataclass
 class Run:
-    """One of the two models in training, and its record."""
+    """One of the two models in training, with its losses and times."""
 
     name: str
     model: TransformerModel
@@ -69,7 +69,7 @@ class Run:
 
     @property
     def step_seconds(self) -> float:
-        """Median; the first steps warm up."""
+        """The median, without the first steps, which warm up."""
         return statistics.median(self.seconds[3:] or self.seconds)
 
 
@@ -113,7 +113,7 @@ def train(
         yield step
         if step < steps:
             batch = corpus.batch(generator).to(next(runs[0].model.parameters()).device)
-            # In alternating order, so that neither always finds the caches warm.
+            # In alternating order, so that neither model always finds the caches warm.
             for run in runs if step % 2 == 0 else reversed(runs):
                 _train_step(run, batch, _schedule(step, steps))
 
@@ -152,7 +152,7 @@ def bits_per_byte(model: TransformerModel, windows: Tensor) -> float:
 
 
 def largest_difference(runs: Runs) -> float:
-    """Between the two curves of training losses, in bits per byte."""
+    """The largest difference between the two curves of training losses, in bits per byte."""
     return max(abs(a - b) for a, b in zip(runs[0].losses, runs[1].losses, strict=True))
 
 
@@ -186,7 +186,7 @@ def cost_lengths(device: torch.device, quick: bool) -> tuple[int, ...]:
 
 
 def measure_cost(runs: Runs, corpus: Corpus, length: int, repeats: int = 2) -> Cost:
-    """Forward and backward on one sequence: the fastest of a few, and the peak of allocated bytes."""
+    """The cost of forward and backward on one sequence: the fastest of a few, and the peak of allocated bytes."""
     device = next(runs[0].model.parameters()).device
     text = torch.cat([corpus.held_out, corpus.train])
     batch = text.repeat(math.ceil((length + 1) / len(text)))[None, : length + 1].to(device)
@@ -197,13 +197,13 @@ def measure_cost(runs: Runs, corpus: Corpus, length: int, repeats: int = 2) -> C
 
 
 def practice_step(run: Run, corpus: Corpus) -> Callable[[], None]:
-    """A training step's work without its effect, to be timed."""
+    """The computation of a training step without the update, to be timed."""
     batch = corpus.batch(torch.Generator().manual_seed(0)).to(next(run.model.parameters()).device)
     return functools.partial(_gradient, run.model, batch)
 
 
 def _gradient(model: TransformerModel, batch: Tensor) -> None:
-    """Forward and backward; what was allocated is freed, so that each call starts from the same."""
+    """Forward and backward. The gradients are freed, so that each call starts from the same state."""
     loss_of(model, batch).backward()
     model.zero_grad()
 

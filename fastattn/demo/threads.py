@@ -1,4 +1,4 @@
-"""How many threads a small model deserves."""
+"""How many threads make a small model fastest."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from contextlib import contextmanager
 
 import torch
 
-WORTHWHILE = 0.9  # a step must get down to this share of its time to justify twice the threads
+WORTHWHILE = 0.9  # twice as many threads must bring a step's time down to this factor
 
 
 @contextmanager
 def restored_threads() -> Iterator[None]:
-    """Whatever is settled within, afterwards all is as before."""
+    """Within, the number of threads may be changed; afterwards it is as before."""
     before = torch.get_num_threads()
     try:
         yield
@@ -24,9 +24,9 @@ def restored_threads() -> Iterator[None]:
 def settle_threads(step: Callable[[], None], most: int, repeats: int = 4) -> int:
     """Set and return the number of CPU threads, at most `most`, that makes the step fastest.
 
-    Small tensors gain little from many threads, and where others compute too, or a container grants fewer CPUs
-    than the machine has, threads wait for one another: then twice as many can take ten times as long. So the
-    number is doubled, from one, only as long as that pays.
+    Small tensors gain little from many threads. If other processes compute, too, or if a container has fewer CPUs
+    than the machine, threads wait for one another: twice as many may take ten times as long. So the number is
+    doubled, from one, only as long as that helps.
     """
     best, fewest_seconds = 1, _mean_seconds(step, 1, repeats)
     while 2 * best <= most:

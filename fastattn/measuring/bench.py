@@ -1,6 +1,6 @@
-"""`fastattn bench`: a short comparison with everyone else, on whatever device there is, printed as tables.
+"""`fastattn bench`: a short comparison with other implementations on this machine, printed as tables.
 
-The measuring is fastattn/measuring/measure.py's, which the suites in benchmarks/ use too.
+It measures with measure.py, as the suites in benchmarks/ do.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from fastattn.measuring import peers
 from fastattn.measuring.measure import Notify, Row, as_json, compare_peers
 from fastattn.measuring.peers import AttentionProblem, MLPProblem, Problem, is_ours
 
-# Rounds of a machine with nothing else to do differ by a few percent.
+# The spread from which the machine counts as busy. With nothing else to do, rounds differ by a few percent.
 BUSY = 0.2
 
 HEADINGS = ("", "time", "spread", "TFLOP/s", "peak memory", "x best peer")
 
 
 def cells(row: Row) -> tuple[str, ...]:
-    """A row as it is printed."""
+    """The cells of a printed row."""
     memory = "" if row.peak_bytes is None else _bytes(row.peak_bytes)
     if row.timing is None:
         return (row.peer, row.note, "", "", memory, "")
@@ -51,7 +51,7 @@ def _bytes(value: float) -> str:
 
 
 def print_rows(rows: list[Row], stream: Any = None) -> None:
-    """One table for a problem: in colour on a terminal, aligned plain text elsewhere or without rich."""
+    """Print the table of a problem: in colour on a terminal, else (or without rich) as aligned plain text."""
     stream = stream or sys.stdout
     title = f"{rows[0].problem.family} {rows[0].direction}: {rows[0].problem.label}"
     measured = [(row.timing.median, cells(row)) for row in rows if row.timing]
@@ -108,7 +108,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """`fastattn bench`: print a table for each problem; 0, or 1 if nothing of ours could be measured."""
+    """`fastattn bench`: print a table for each problem. Returns 0, or 1 if nothing of fastattn could be
+    measured."""
     try:
         device = pick_device(options.device)
         check_options(options)
@@ -129,7 +130,7 @@ def run(options: argparse.Namespace) -> int:
     print(_epilogue(compiled))
     spreads = [row.timing.spread for row in rows if row.timing]
     if spreads and statistics.median(spreads) > BUSY:
-        print("The spreads are large: this machine is busy. No difference smaller than them says anything.")
+        print("The spreads are large: this machine is busy. Differences smaller than the spreads mean nothing.")
     if options.json:
         with open(options.json, "w") as file:
             json.dump([as_json(row) for row in rows], file, indent=1)
@@ -142,7 +143,7 @@ def complain(sentence: str) -> int:
 
 
 def check_options(options: argparse.Namespace) -> None:
-    """Raise before anything is measured, not after a minute."""
+    """Raise for wrong options before anything is measured, not after a minute."""
     for name in ("rounds", "length", "width"):
         value = getattr(options, name)
         if value is not None and value < 1:
@@ -152,7 +153,7 @@ def check_options(options: argparse.Namespace) -> None:
 
 
 def pick_device(name: str | None) -> torch.device:
-    """The device asked for, or the GPU, or the CPU; ValueError if the one asked for is not there."""
+    """The named device; without a name the GPU, or the CPU. ValueError if there is no such device."""
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(name)
@@ -164,7 +165,8 @@ def pick_device(name: str | None) -> torch.device:
 
 
 def short_problems(options: argparse.Namespace, device: torch.device) -> list[Problem]:
-    """A few sizes: real ones on a GPU; on a CPU small ones, which show that it works and little more."""
+    """A few sizes: realistic ones on a GPU, small ones on a CPU, which show that everything works and little
+    more."""
     small = device.type == "cpu"
     dtype = options.dtype or ("float32" if small else "bfloat16")
     width = options.width or (64 if small else 128)
@@ -186,7 +188,7 @@ def short_problems(options: argparse.Namespace, device: torch.device) -> list[Pr
 
 
 def headline(device: torch.device) -> str:
-    """Device and versions, and what a CPU's figures are worth."""
+    """The device and versions, and on a CPU what the figures show."""
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
     return (
@@ -204,7 +206,7 @@ scores only; peak memory: allocated beyond the inputs; x best peer: time of the 
 
 
 def usable_peers(problem: Problem, device: torch.device, compiled: bool) -> list[str]:
-    """Everyone worth asking on this device."""
+    """The peers that can be measured on this device."""
     left_out = set() if compiled else {"compiled eager", "flex_attention"}
     if device.type == "cpu":
         left_out |= {
@@ -219,7 +221,7 @@ def usable_peers(problem: Problem, device: torch.device, compiled: bool) -> list
 
 @contextlib.contextmanager
 def _progress(what: str) -> Iterator[Notify]:
-    """A line on the terminal that says what is being measured, gone when it is done."""
+    """A line on the terminal that shows what is being measured; it is erased at the end."""
     if not sys.stderr.isatty():
         yield lambda step: None
         return

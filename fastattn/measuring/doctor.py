@@ -1,6 +1,7 @@
-"""`fastattn doctor`: what is here, which backend serves each feature and why, and whether it computes right.
+"""`fastattn doctor`: what is installed, which backend computes each feature and why, and whether it computes
+right.
 
-Plain text and no extras: this is what one runs, and pastes into an issue, when something is missing.
+Plain text without extras: the report to paste into an issue when something is wrong.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from fastattn.core.norm.functional import layer_norm, rms_norm
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """One flag; without it the report covers everything there is."""
+    """One flag; without it the report covers everything."""
     parser.add_argument("--features", action="store_true", help="print the page FEATURES.md and nothing else")
 
 
@@ -82,7 +83,7 @@ def _why_no_gpu() -> str:
 
 
 def default_reason(device: torch.device) -> str:
-    """Which backend serves on the device unless a call says otherwise, and why."""
+    """The backend on this device for calls that name none, and why."""
     asked = os.environ.get("FASTATTN_BACKEND")
     if asked:
         return f"FASTATTN_BACKEND asks for {asked}"
@@ -99,7 +100,7 @@ def default_reason(device: torch.device) -> str:
 
 
 def feature_rows(device: torch.device) -> list[tuple[str, ...]]:
-    """A row for each feature: family, name, who serves, why, and who else can be asked."""
+    """A row for each feature: family, name, the backend, the reason, and other backends that can be named."""
     rows: list[tuple[str, ...]] = [("", "", "served by", "because", "on request")]
     for feature in FEATURES:
         serving, reason = served_by(feature, device)
@@ -109,7 +110,7 @@ def feature_rows(device: torch.device) -> list[tuple[str, ...]]:
 
 
 def served_by(feature: Feature, device: torch.device) -> tuple[str, str]:
-    """The backend, "nothing" if the one asked for cannot, and the reason."""
+    """The backend that computes the feature ("nothing" if the requested one cannot), and the reason."""
     asked = os.environ.get("FASTATTN_BACKEND")
     preferred = asked or capabilities.default_backend(device)
     lack = _lack(feature, preferred, device)
@@ -135,7 +136,7 @@ def _lack(feature: Feature, backend: str, device: torch.device) -> str | None:
 
 @dataclass(frozen=True)
 class Case:
-    """A function of the front door, and how to make its inputs."""
+    """A public function, and the shapes of its inputs."""
 
     name: str
     call: Callable[..., Tensor]
@@ -203,16 +204,16 @@ def _tested(case: Case, device: torch.device, backend: str) -> tuple[tuple[str, 
     where = f"{backend} on {device}"
     try:
         error, eager = errors(case, device, backend)
-    except Exception as problem:  # whatever is broken here is what the doctor is asked about
+    except Exception as problem:  # any error here is what the report should show
         first_line = (str(problem).splitlines() or [""])[0]
         return (case.name, where, "", "", f"FAILED: {type(problem).__name__}: {first_line}"), False
-    # Twice eager's error, and a unit in the last place for where eager is exact by luck.
+    # Twice eager's error, plus a unit in the last place, because eager may be exact by luck.
     passed = error <= 2 * eager + torch.finfo(torch.float32).eps
     return (case.name, where, f"{error:.1e}", f"{eager:.1e}", "ok" if passed else "FAILED"), passed
 
 
 def errors(case: Case, device: torch.device, backend: str) -> tuple[float, float]:
-    """Largest error of the backend and of the eager computation, over the output and all gradients.
+    """The largest error of the backend and of the eager computation, over the output and all gradients.
 
     Each tensor's error is relative to its largest value.
     """
@@ -233,7 +234,7 @@ def _results(case: Case, inputs: list[Tensor], backend: str) -> list[Tensor]:
 
 
 def _distance(actual: Tensor, exact: Tensor) -> float:
-    """NaN counts as infinitely far."""
+    """The largest difference, relative to the largest value; infinite for NaN."""
     distance = ((actual.double() - exact).abs().max() / exact.abs().max()).item()
     return distance if distance == distance else float("inf")
 

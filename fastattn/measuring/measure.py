@@ -1,9 +1,9 @@
-"""How it is measured: everyone in one process, in interleaved rounds.
+"""How we measure: all peers in one process, in interleaved rounds.
 
-Each round times every peer once, in alternating order, so that a clock that drifts drifts for all. A figure is
-the median over rounds; its spread is the interquartile range over the median. On a GPU the time is the device's,
-between two events, with the launches queued up behind a pause so that the processor's share does not count; on a
-CPU it is the wall clock's. Before it is timed, everyone's output is held against the definition.
+Each round times every peer once, in alternating order, so that a drifting clock affects all of them. A figure is
+the median over rounds; its spread is the interquartile range over the median. On a GPU the device's time is taken
+between two events. The launches wait in the queue behind a pause, so that the time of the CPU does not count. On a
+CPU it is wall-clock time. Each peer's output is compared with the definition before it is timed.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Timing:
 
 @dataclass
 class Row:
-    """One peer at one problem. `error` is the sampled output's distance from the definition, relative."""
+    """One peer at one problem. `error` is the relative distance of the sampled output from the definition."""
 
     problem: Problem
     direction: str
@@ -77,7 +77,7 @@ class Row:
 
     @property
     def tflops(self) -> float | None:
-        """Useful operations a second, in units of 10^12: masked scores count for nobody."""
+        """Useful operations per second, in 10^12. Masked scores do not count, even if a peer computes them."""
         return self.problem.flops(self.direction) / self.timing.median / 1e12 if self.timing else None
 
 
@@ -90,7 +90,8 @@ def synchronize(device: torch.device) -> None:
 
 
 def seconds_a_call(call: Thunk, count: int, device: torch.device, pause: float = 0.0) -> float:
-    """Time of one of `count` calls in a row. On a GPU, `pause` seconds hold its queue while they are launched."""
+    """The time of one of `count` calls in a row. On a GPU its queue is paused for `pause` seconds while they are
+    launched."""
     if device.type != "cuda":
         start = time.perf_counter()
         for _ in range(count):
@@ -109,7 +110,7 @@ def seconds_a_call(call: Thunk, count: int, device: torch.device, pause: float =
 
 
 def _launch_seconds(call: Thunk, device: torch.device) -> float:
-    """The processor's time for one call, while the device has nothing else to do; 0 where they are the same."""
+    """The CPU's time to launch one call on an idle GPU; 0 if the device is the CPU."""
     if device.type != "cuda":
         return 0.0
     torch.cuda.synchronize(device)
@@ -132,7 +133,7 @@ def measure(
     seconds: float = ROUND_SECONDS,
     notify: Notify = lambda step: None,
 ) -> dict[str, Timing]:
-    """Interleaved rounds over calls that are warm already. `notify` hears each name before it is called."""
+    """Time warm calls in interleaved rounds. `notify` is called with each name before its call."""
     plan = {}
     for name, call in calls.items():
         notify(name)
@@ -166,7 +167,7 @@ def _no_garbage_collection() -> Iterator[None]:
 
 
 def peak_memory(call: Thunk, device: torch.device) -> int:
-    """The most bytes that are allocated at once during the call, beyond what was before; results included."""
+    """The peak of allocated bytes during the call, beyond those allocated before; results included."""
     if device.type != "cuda":
         return _peak_of_allocations(call)
     synchronize(device)
@@ -178,7 +179,7 @@ def peak_memory(call: Thunk, device: torch.device) -> int:
 
 
 def _peak_of_allocations(call: Thunk) -> int:
-    """On a CPU torch keeps no account, but its profiler sees each allocation and release."""
+    """torch has no memory statistics for CPUs, but its profiler sees each allocation and release."""
     from torch.profiler import ProfilerActivity, profile
 
     with _quiet_profiler(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
@@ -199,7 +200,7 @@ def _peak_of_allocations(call: Thunk) -> int:
 
 @contextlib.contextmanager
 def _quiet_profiler() -> Iterator[None]:
-    """The profiler's own log lines stay out of our tables."""
+    """Keeps the profiler's log lines out of our tables."""
     asked = os.environ.get("KINETO_LOG_LEVEL")
     os.environ["KINETO_LOG_LEVEL"] = asked or "99"
     try:
@@ -209,12 +210,12 @@ def _quiet_profiler() -> Iterator[None]:
             del os.environ["KINETO_LOG_LEVEL"]
 
 
-# ---- one problem, everyone ----
+# ---- one problem, all peers ----
 
 
 @dataclass(frozen=True)
 class Contender:
-    """A peer ready for one problem: built once, since building can mean compiling."""
+    """A peer, built for one problem. It is built once, because building may compile."""
 
     peer: str
     call: Callable[..., Tensor]
@@ -224,7 +225,7 @@ class Contender:
     def of(cls, problem: Problem, peer: str, inputs: tuple[Tensor, ...]) -> Contender:
         """Raises Unavailable, or what the peer raises."""
         call = peers_of(problem)[peer](problem, inputs[0].device)
-        return cls(peer, call, getattr(call, "prepare", lambda given: given)(inputs))
+        return cls(peer, call, getattr(call, "prepare", lambda unchanged: unchanged)(inputs))
 
     def direct(self, direction: str) -> tuple[Thunk, Tensor]:
         """The call to measure in this direction, and the peer's output."""
@@ -255,13 +256,13 @@ def _thunk(direction: str, call: Callable[..., Tensor], inputs: tuple[Tensor, ..
 
 
 def relative_error(problem: Problem, inputs: tuple[Tensor, ...], output: Tensor) -> float:
-    """Distance of the sampled rows from the definition, in units of the definition's size."""
+    """The distance of the sampled rows from the definition, relative to its size."""
     with torch.no_grad():
         exact = problem.sample(inputs)
         return float((problem.sample(inputs, output) - exact).norm() / exact.norm())
 
 
-# Far above rounding in any dtype, and above what quantised attention loses.
+# A relative error far above rounding in any dtype, and above that of quantised attention.
 WRONG = 0.1
 
 
@@ -275,9 +276,9 @@ def compare_peers(
     seconds: float = ROUND_SECONDS,
     notify: Notify = lambda step: None,
 ) -> list[Row]:
-    """A row for each peer: measured, or with a note why not. Never raises for what a peer does."""
+    """A row for each peer: measured, or with a note why not. An error in a peer is not raised."""
     torch.manual_seed(0)
-    torch.compiler.reset()  # or dynamo would stop recompiling after a few problems
+    torch.compiler.reset()  # otherwise dynamo would stop recompiling after a few problems
     inputs = problem.inputs(device)
     rows = {peer: Row(problem, direction, peer) for peer in peers}
     calls: dict[str, Thunk] = {}
@@ -313,7 +314,7 @@ def one_line(error: BaseException) -> str:
 
 
 def _forget(error: BaseException) -> None:
-    """Let go of the tensors that the frames of a failed call hold."""
+    """Release the tensors that the frames of a failed call hold."""
     error.__traceback__ = None
     if torch.cuda.is_available():
         with contextlib.suppress(RuntimeError):
@@ -328,7 +329,7 @@ def add_ratios(rows: list[Row]) -> None:
 
 
 def as_json(row: Row) -> dict[str, Any]:
-    """A row as plain data; times in seconds, one for each round."""
+    """A row as plain data. Times are in seconds, one for each round."""
     return {
         "problem": describe(row.problem),
         "label": row.problem.label,

@@ -1,9 +1,9 @@
-"""What is measured: problems, and everyone who can solve them, ourselves included.
+"""What is measured: problems, and all implementations (peers) that can solve them, fastattn included.
 
 A problem knows its inputs, its flops and its definition. A peer is a function `build(problem, device)` that
-returns the call to measure, `call(*inputs) -> output`, or raises `Unavailable` with the reason; a call that wants
-its inputs in another form has a method `prepare(inputs)` that is run once, untimed. Third-party libraries are
-imported when they are asked for, never before.
+returns the call to measure, `call(*inputs) -> output`, or raises `Unavailable` with the reason. A call that needs
+its inputs in another form has a method `prepare(inputs)`, which runs once and is not timed. Other libraries are
+imported only when they are measured.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class AttentionProblem:
         return f"{mask} B{self.batch} H{self.heads}{grouped} L{self.length} D{self.width} {self.dtype}"
 
     def flops(self, direction: str) -> int:
-        """Products over the visible scores, two forward and five backward; whatever a peer really computes."""
+        """Of the products over visible scores, two forward and five backward, whatever a peer really computes."""
         q = (self.batch, self.heads, self.length, self.width)
         k = (self.batch, self.key_heads or self.heads, self.length, self.width)
         forward = attention_flops(q, k, k, self.causal)
@@ -68,7 +68,7 @@ class AttentionProblem:
         return {FORWARD: forward, BACKWARD: backward, TRAINING: forward + backward}[direction]
 
     def inputs(self, device: torch.device) -> tuple[Tensor, ...]:
-        """q, k, v, laid out (batch, length, heads, width) in memory, as a linear layer leaves them."""
+        """q, k, v, laid out (batch, length, heads, width) in memory, as a linear layer writes them."""
         heads = (self.heads, self.key_heads or self.heads, self.key_heads or self.heads)
         sizes = [(self.batch, self.length, h, self.width) for h in heads]
         return tuple(_random(size, self.dtype, device).transpose(1, 2) for size in sizes)
@@ -95,7 +95,7 @@ class MLPProblem:
 
     @property
     def activation(self) -> str:
-        """The one of its form that every peer has: the tanh approximation of GELU; gated, SiLU (SwiGLU)."""
+        """One that every peer has: the tanh approximation of GELU; if gated SiLU (SwiGLU)."""
         return "silu" if self.gated else "gelu_tanh"
 
     @property
@@ -107,7 +107,7 @@ class MLPProblem:
         return mlp_flops(self.tokens, self.width, self.hidden, gated=self.gated, direction=direction)
 
     def inputs(self, device: torch.device) -> tuple[Tensor, ...]:
-        """x, then w1 and w2, or w_gate, w_up and w_down, (out, in), scaled so that outputs stay near one."""
+        """x, then w1 and w2, or w_gate, w_up and w_down, (out, in), scaled so that outputs are about one."""
         into, out = (self.hidden, self.width), (self.width, self.hidden)
         weights = [into, into, out] if self.gated else [into, out]
         scaled = [_random(size, self.dtype, device) * size[1] ** -0.5 for size in weights]
@@ -139,7 +139,7 @@ def _random(size: tuple[int, ...], dtype: str, device: torch.device) -> Tensor:
     return torch.randn(size, device=device, dtype=torch.float32).to(getattr(torch, dtype))
 
 
-# ---- ourselves ----
+# ---- fastattn ----
 
 
 def _ours(backend: str) -> Build:
@@ -158,7 +158,7 @@ def _ours(backend: str) -> Build:
 
 
 def _eager(problem: Problem, device: torch.device) -> Call:
-    """What one writes without a library: every intermediate stored."""
+    """What one writes without a library: every intermediate result is stored."""
     return _eager_attention(problem) if isinstance(problem, AttentionProblem) else _eager_mlp(problem)
 
 
@@ -188,16 +188,16 @@ def _compiled(problem: Problem, device: torch.device) -> Call:
 
 
 def _compile(function: Call) -> Call:
-    """torch.compile for these very sizes, its backward repeatable on one saved graph."""
+    """torch.compile for exactly these sizes, with a backward that can be repeated on one graph."""
     config = importlib.import_module("torch._functorch.config")
     if hasattr(config, "donated_buffer"):
-        # Else the backward overwrites what the forward saved, and cannot be timed on its own.
+        # Otherwise the backward overwrites what the forward saved, and cannot be timed alone.
         setattr(config, "donated_buffer", False)  # noqa: B010 - not in the module's type
     return torch.compile(function, dynamic=False, fullgraph=True)
 
 
 def _sdpa(name: str) -> Build:
-    """F.scaled_dot_product_attention with one backend and no other allowed."""
+    """F.scaled_dot_product_attention with only one backend allowed."""
 
     def build(problem: AttentionProblem, device: torch.device) -> Call:
         from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -227,9 +227,9 @@ def _flex(problem: AttentionProblem, device: torch.device) -> Call:
 
 
 class _PlainGemms(torch.autograd.Function):
-    """The matrix products of an MLP and nothing else: the floor no fused MLP goes below with these GEMMs.
+    """The matrix products of an MLP and nothing else: no fused MLP with these GEMMs can be faster.
 
-    Where the activation would come, the product before it goes through as it is; the results mean nothing.
+    There is no activation, so the results have no meaning.
     """
 
     @staticmethod
@@ -273,7 +273,7 @@ def _sage_attention(problem: AttentionProblem, device: torch.device) -> Call:
 
 
 class _Quack:
-    """Gated, it takes one weight in which gate's and up's rows alternate, as its checkpoints have it."""
+    """If gated, it takes one weight in which the rows of gate and up alternate, as in its checkpoints."""
 
     def __init__(self, problem: MLPProblem, device: torch.device) -> None:
         self.mlp = _imported("quack.mlp", "mlp_func")
@@ -326,10 +326,10 @@ MLP_PEERS: dict[str, Build] = {
     "Liger": _liger,
     "eager": _eager,
 }
-# Not a competitor: the least time the products take alone. Its output means nothing and is not checked.
+# Not a competitor, but the time of the products alone. Its output has no meaning and is not checked.
 FLOORS = frozenset({"plain GEMMs"})
 FORWARD_ONLY = frozenset({"SageAttention"})
-# What must be importable for whom.
+# The module that each of these peers imports.
 GPU_LIBRARIES = {
     "flash-attn 4": "flash_attn",
     "SageAttention": "sageattention",
@@ -347,5 +347,5 @@ def is_ours(peer: str) -> bool:
 
 
 def is_rival(peer: str) -> bool:
-    """Whether "the best peer" may be this one."""
+    """Whether this peer may be "the best peer" that fastattn is compared with."""
     return not is_ours(peer) and peer not in FLOORS
