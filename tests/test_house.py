@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ast
 import fnmatch
+from collections.abc import Iterator
 from pathlib import Path
 
+import public_api
 import pytest
 
 import fastattn
@@ -125,3 +127,42 @@ def test_kernels_import_nothing_of_the_library() -> None:
     for name in MODULES:
         if name.startswith("kernels."):
             assert all(other.startswith("kernels") for other in imported(name)), name
+
+
+MOST_PARAMETERS = 12
+# Functions that may take more, though they are not public, each with the reason.
+MORE_PARAMETERS = {
+    "core.attention.operators.Attention.forward": "torch.compile cannot trace a forward of *arguments",
+    "core.attention.operators.AttentionBackward.forward": "torch.compile cannot trace a forward of *arguments",
+    "core.attention.tiles._tangent_of_tile": "derivatives pass each tensor of a tile by position",
+    "core.attention.functional.scores_asked": "it takes the keywords of fastattn.attention that change scores",
+    "integrations.huggingface.attention_of_call": "it takes the keywords that transformers passes",
+}
+
+
+def functions(name: str) -> Iterator[tuple[str, int]]:
+    """The functions of a module by their names within it, with the number of their parameters. No overloads."""
+
+    def inside(node: ast.AST, path: str) -> Iterator[tuple[str, int]]:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.ClassDef):
+                yield from inside(child, f"{path}{child.name}.")
+            elif isinstance(child, ast.FunctionDef):
+                taken = [*child.args.posonlyargs, *child.args.args, *child.args.kwonlyargs]
+                if not any(ast.unparse(decorator) == "overload" for decorator in child.decorator_list):
+                    yield f"{path}{child.name}", len(taken) - (bool(taken) and taken[0].arg in ("self", "cls"))
+                yield from inside(child, f"{path}{child.name}.")
+
+    return inside(ast.parse(MODULES[name].read_text()), "")
+
+
+def test_only_public_functions_take_more_than_twelve_parameters() -> None:
+    names = {line.split("(")[0] for line in public_api.LISTED.read_text().splitlines()}
+    public = {name.removeprefix(f"{module}.") for name in names for module in public_api.MODULES}
+    private = {
+        f"{module}.{name}"
+        for module in MODULES
+        for name, count in functions(module)
+        if count > MOST_PARAMETERS and name.removesuffix(".__init__") not in public
+    }
+    assert private == set(MORE_PARAMETERS), "put what belongs together into one type, or give a reason above"
