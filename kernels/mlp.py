@@ -360,15 +360,22 @@ def hidden_gradient_kernel(dy, weight, saved, hidden, dpre, partials, size, tile
 
 
 @triton.jit
-def activation_kernel(saved, hidden, size, tile: tl.constexpr):
-    """hidden = act(saved), or if GATED act(gate) * up, after the library's product. May work in place."""
+def tile_in_hidden(size, tile: tl.constexpr):
+    """The program's tile of the hidden layer: its row of tiles, its first row and column, and which of its
+    elements exist."""
     tile_row, tile_column = grouped_tile(
         tl.program_id(0), tl.cdiv(size.tokens, tile.BLOCK_M), tl.cdiv(size.hidden, tile.BLOCK_N)
     )
     row = tile_row * tile.BLOCK_M
     column = tile_column * tile.BLOCK_N
     rows = (row + tl.arange(0, tile.BLOCK_M) < size.tokens)[:, None]
-    mask = rows & (column + tl.arange(0, tile.BLOCK_N) < size.hidden)[None, :]
+    return tile_row, row, column, rows & (column + tl.arange(0, tile.BLOCK_N) < size.hidden)[None, :]
+
+
+@triton.jit
+def activation_kernel(saved, hidden, size, tile: tl.constexpr):
+    """hidden = act(saved), or if GATED act(gate) * up, after the library's product. May work in place."""
+    _, row, column, mask = tile_in_hidden(size, tile)
     pre = tl.load(block(saved, row, column, tile.BLOCK_M, tile.BLOCK_N), mask=mask, other=0.0)
     up = None
     if tile.GATED:
@@ -379,13 +386,7 @@ def activation_kernel(saved, hidden, size, tile: tl.constexpr):
 @triton.jit
 def activation_gradient_kernel(dh, saved, hidden, dpre, partials, size, tile: tl.constexpr):
     """The epilogue of `hidden_gradient_kernel`, for dh from the library. May work in place."""
-    tile_row, tile_column = grouped_tile(
-        tl.program_id(0), tl.cdiv(size.tokens, tile.BLOCK_M), tl.cdiv(size.hidden, tile.BLOCK_N)
-    )
-    row = tile_row * tile.BLOCK_M
-    column = tile_column * tile.BLOCK_N
-    rows = (row + tl.arange(0, tile.BLOCK_M) < size.tokens)[:, None]
-    mask = rows & (column + tl.arange(0, tile.BLOCK_N) < size.hidden)[None, :]
+    tile_row, row, column, mask = tile_in_hidden(size, tile)
     dh_tile = tl.load(block(dh, row, column, tile.BLOCK_M, tile.BLOCK_N), mask=mask, other=0.0).to(tl.float32)
     differentiate(dh_tile, saved, hidden, dpre, partials, tile_row, column, size, tile.ACTIVATION, tile.GATED)
 

@@ -207,6 +207,26 @@ def write_gradient(
 
 
 @triton.jit
+def load_step(dy, x, moments, size, batch, tile_row, columns, tile: tl.constexpr):
+    """One tile of rows: which rows, which of them exist, their moments, dy and normalised x."""
+    rows = tile_row * tile.BLOCK_M + tl.arange(0, tile.BLOCK_M)
+    exists = rows < size.rows
+    mean, inverse = load_moments(moments, size, batch, rows, exists)
+    gradient, normalised = load_pair(dy, x, mean, inverse, batch, rows, exists, columns, tile.WIDTH)
+    return rows, exists, mean, inverse, gradient, normalised
+
+
+@triton.jit
+def add_to_sums(weight_sum, bias_sum, gradient, normalised, dweight, dbias):
+    """Add the gradients of weight and bias from one tile, where they are wanted."""
+    if dweight is not None:
+        weight_sum += gradient * normalised
+    if dbias is not None:
+        bias_sum += gradient
+    return weight_sum, bias_sum
+
+
+@triton.jit
 def store_sums(weight_sum, bias_sum, dweight, dbias, line, columns, WIDTH: tl.constexpr):
     """Write these columns of a program's line (W,): the sums over the rows of its tiles."""
     target = tl.cast(line, tl.int64) * WIDTH + columns
@@ -230,14 +250,10 @@ def norm_gradient_kernel(dy, dtotal, x, weight, dx, dweight, dbias, moments, siz
     weight_sum = tl.zeros((tile.BLOCK_M, tile.BLOCK_N), tl.float32)
     bias_sum = tl.zeros((tile.BLOCK_M, tile.BLOCK_N), tl.float32)
     for step in range(0, tl.cdiv(size.tiles - program, size.programs)):
-        rows = (program + step * size.programs) * tile.BLOCK_M + tl.arange(0, tile.BLOCK_M)
-        exists = rows < size.rows
-        mean, inverse = load_moments(moments, size, batch, rows, exists)
-        first, normalised = load_pair(dy, x, mean, inverse, batch, rows, exists, columns, tile.WIDTH)
-        if dweight is not None:
-            weight_sum += first * normalised
-        if dbias is not None:
-            bias_sum += first
+        rows, exists, mean, inverse, first, normalised = load_step(
+            dy, x, moments, size, batch, program + step * size.programs, columns, tile
+        )
+        weight_sum, bias_sum = add_to_sums(weight_sum, bias_sum, first, normalised, dweight, dbias)
         first = weighted(first, weight, offset, batch, columns, tile.WIDTH)
         along, level = projections(first, normalised, tile.WIDTH, tile.CENTRED)
         for start in range(tile.BLOCK_N, tile.WIDTH, tile.BLOCK_N):
@@ -272,14 +288,10 @@ def norm_sums_kernel(dy, x, dweight, dbias, moments, size, tile: tl.constexpr):
     weight_sum = tl.zeros((tile.BLOCK_M, tile.BLOCK_N), tl.float32)
     bias_sum = tl.zeros((tile.BLOCK_M, tile.BLOCK_N), tl.float32)
     for step in range(0, tl.cdiv(size.tiles - program, size.programs)):
-        rows = (program + step * size.programs) * tile.BLOCK_M + tl.arange(0, tile.BLOCK_M)
-        exists = rows < size.rows
-        mean, inverse = load_moments(moments, size, batch, rows, exists)
-        part, normalised = load_pair(dy, x, mean, inverse, batch, rows, exists, columns, tile.WIDTH)
-        if dweight is not None:
-            weight_sum += part * normalised
-        if dbias is not None:
-            bias_sum += part
+        _, _, _, _, gradient, normalised = load_step(
+            dy, x, moments, size, batch, program + step * size.programs, columns, tile
+        )
+        weight_sum, bias_sum = add_to_sums(weight_sum, bias_sum, gradient, normalised, dweight, dbias)
     store_sums(weight_sum, bias_sum, dweight, dbias, line, columns, tile.WIDTH)
 
 

@@ -200,19 +200,13 @@ def mlp_check(problem: MLPProblem, backend: str) -> Case:
 def correctness_cases() -> list[Case]:
     """4k to 32k; every width, both masks, grouped heads, odd lengths and lengths of their own."""
     attention = [
-        (1, 4, 4, 4096, 4096, 128, True, "bfloat16"),
-        (1, 4, 4, 4096, 4096, 64, True, "bfloat16"),
-        (1, 2, 2, 4096, 4096, 256, True, "bfloat16"),
-        (1, 2, 2, 32768, 32768, 128, True, "bfloat16"),
-        (1, 4, 2, 8192, 8192, 128, False, "bfloat16"),
-        (1, 4, 1, 4001, 5003, 80, True, "bfloat16"),
-        (1, 2, 2, 16384, 16384, 64, False, "float16"),
-        (1, 2, 2, 5003, 4001, 128, True, "float16"),
-        (2, 2, 2, 4096, 4096, 128, True, "float32"),
-        (1, 2, 2, 16384, 16384, 256, False, "bfloat16"),
-        (1, 2, 1, 32768, 32768, 64, True, "float16"),
-        (1, 2, 2, 8191, 8193, 40, False, "bfloat16"),
-    ]
+        (1, 4, 4, 4096, 4096, 128, True, "bfloat16"), (1, 4, 4, 4096, 4096, 64, True, "bfloat16"),
+        (1, 2, 2, 4096, 4096, 256, True, "bfloat16"), (1, 2, 2, 32768, 32768, 128, True, "bfloat16"),
+        (1, 4, 2, 8192, 8192, 128, False, "bfloat16"), (1, 4, 1, 4001, 5003, 80, True, "bfloat16"),
+        (1, 2, 2, 16384, 16384, 64, False, "float16"), (1, 2, 2, 5003, 4001, 128, True, "float16"),
+        (2, 2, 2, 4096, 4096, 128, True, "float32"), (1, 2, 2, 16384, 16384, 256, False, "bfloat16"),
+        (1, 2, 1, 32768, 32768, 64, True, "float16"), (1, 2, 2, 8191, 8193, 40, False, "bfloat16"),
+    ]  # fmt: skip
     mlps = [(8192, 256, 1024), (8192, 1024, 4096), (4096, 4096, 16384)]
     cases = [attention_check(*sizes, backend="triton") for sizes in attention]
     checks = [mlp_check(MLPProblem(*sizes, gated), "triton") for sizes in mlps for gated in (False, True)]

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from fastattn.core.attention.functional import attention
 from fastattn.core.attention.spec import attention_spec, check_key_lengths
+from fastattn.core.statistics.spec import check_lse
 from fastattn.ground.arguments import flag, tensor
-from fastattn.ground.checks import Window, check_window, lse_dtype
+from fastattn.ground.checks import Window, check_window
 from fastattn.ground.modes import without_autocast
 from fastattn.masks import Mask
 from fastattn.masks import window as window_mask
@@ -88,7 +89,7 @@ def head_scores(
     Wang et al., Interpretability in the Wild (2022), for duplicate token.
     """
     spec = attention_spec(q, k, k, causal=False, scale=scale)
-    _check_lse(lse, q)
+    check_lse(lse, q)
     _check_tokens(tokens, q, k)
     shown = _Shown.of(q, k, window, mask, key_lengths)
     with torch.no_grad(), without_autocast(q.device):
@@ -300,16 +301,6 @@ def _query_tile(lse: Tensor, keys: int) -> int:
 def _spans(stop: int, step: int) -> Iterator[slice]:
     for first in range(0, stop, step):
         yield slice(first, min(first + step, stop))
-
-
-def _check_lse(lse: Tensor, q: Tensor) -> None:
-    tensor("lse", lse)
-    if lse.dtype != lse_dtype(q.dtype):
-        raise TypeError(f"lse must be {lse_dtype(q.dtype)} for q of {q.dtype}, got {lse.dtype}")
-    if lse.shape != q.shape[:3]:
-        raise ValueError(f"lse must have shape {tuple(q.shape[:3])}, got {tuple(lse.shape)}")
-    if lse.device != q.device:
-        raise ValueError(f"lse must be on q's device {q.device}, got {lse.device}")
 
 
 def _check_tokens(tokens: Tensor, q: Tensor, k: Tensor) -> None:

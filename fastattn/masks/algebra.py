@@ -205,17 +205,9 @@ class Mask:
 
     @reading
     def flops(
-        self,
-        batch: int,
-        heads: int,
-        queries: int,
-        keys: int,
-        head_dim: int,
-        value_dim: int | None = None,
-        *,
-        backward: bool = False,
-        device: torch.device | str = "cpu",
-    ) -> int:
+        self, batch: int, heads: int, queries: int, keys: int, head_dim: int, value_dim: int | None = None, *,
+        backward: bool = False, device: torch.device | str = "cpu",
+    ) -> int:  # fmt: skip
         """Multiplications and additions of the matrix products over the seen pairs: 2 forward, 5 backward."""
         value_dim = head_dim if value_dim is None else value_dim
         widths = 3 * head_dim + 2 * value_dim if backward else head_dim + value_dim
@@ -223,16 +215,9 @@ class Mask:
 
     @reading
     def draw(
-        self,
-        queries: int,
-        keys: int | None = None,
-        *,
-        batch: int = 1,
-        heads: int = 1,
-        at: tuple[int, int] = (0, 0),
-        device: torch.device | str = "cpu",
-        width: int = 64,
-    ) -> str:
+        self, queries: int, keys: int | None = None, *, batch: int = 1, heads: int = 1,
+        at: tuple[int, int] = (0, 0), device: torch.device | str = "cpu", width: int = 64,
+    ) -> str:  # fmt: skip
         """A block picture in text, of batch element and head `at`: full, partial and empty granules, density.
 
         The picture is at most `width` characters wide. Where several granules share a character, it is full or
@@ -244,16 +229,9 @@ class Mask:
 
     @reading
     def save_png(
-        self,
-        path: str | Path,
-        queries: int,
-        keys: int | None = None,
-        *,
-        batch: int = 1,
-        heads: int = 1,
-        at: tuple[int, int] = (0, 0),
-        device: torch.device | str = "cpu",
-    ) -> None:
+        self, path: str | Path, queries: int, keys: int | None = None, *, batch: int = 1, heads: int = 1,
+        at: tuple[int, int] = (0, 0), device: torch.device | str = "cpu",
+    ) -> None:  # fmt: skip
         """The same picture as a PNG. Needs matplotlib (`pip install fastattn[lens]`)."""
         keys = queries if keys is None else keys
         lowered = self.lower(batch, heads, queries, keys, device, closed_forms=False)

@@ -7,7 +7,7 @@ undecided ones are evaluated pair by pair. So memory is O(N), not counting the l
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -91,30 +91,11 @@ def build_lists(mask: Lowerable, shape: Shape) -> BlockLists:
     keep = mask.repeats and bool((full.counts != 0).any() or (partial.counts != 0).any())
     full_rows, partial_rows = (_by_row(e, len(distinct), shape, keep) for e in (full, partial))
     full_columns, partial_columns = (_by_column(e, len(distinct), shape, keep) for e in (full, partial))
-    row_items, row_merges = shared_out(full_rows.offsets, partial_rows.offsets)
-    column_items, column_merges = shared_out(full_columns.offsets, partial_columns.offsets)
-    return BlockLists(
-        full_offsets=full_rows.offsets,
-        full_columns=full_rows.others,
-        partial_offsets=partial_rows.offsets,
-        partial_columns=partial_rows.others,
-        partial_tiles=partial_rows.tiles,
-        full_counts=full_rows.counts,
-        partial_counts=partial_rows.counts,
-        column_full_offsets=full_columns.offsets,
-        column_full_rows=full_columns.others,
-        column_partial_offsets=partial_columns.offsets,
-        column_partial_rows=partial_columns.others,
-        column_partial_tiles=partial_columns.tiles,
-        column_full_counts=full_columns.counts,
-        column_partial_counts=partial_columns.counts,
-        bit_tiles=bit_tiles,
-        pattern=torch.tensor(pattern, dtype=torch.int32, device=shape.device).view(batch, heads),
-        row_items=row_items,
-        row_merges=row_merges,
-        column_items=column_items,
-        column_merges=column_merges,
-    )
+    which = torch.tensor(pattern, dtype=torch.int32, device=shape.device).view(batch, heads)
+    by_row, by_column = _fields(full_rows, partial_rows), _fields(full_columns, partial_columns)
+    row_work = shared_out(full_rows.offsets, partial_rows.offsets)
+    column_work = shared_out(full_columns.offsets, partial_columns.offsets)
+    return BlockLists._make((*by_row, *by_column, bit_tiles, which, *row_work, *column_work))
 
 
 def _granules(mask: Lowerable, shape: Shape, batch: int, head: int, tiles: _Tiles) -> tuple[_Entries, _Entries]:
@@ -328,6 +309,11 @@ class _Lists(NamedTuple):
     others: Tensor
     tiles: Tensor
     counts: Tensor | None
+
+
+def _fields(full: _Lists, partial: _Lists) -> tuple[Any, ...]:
+    """The fields of BlockLists for these lists, in its order: first by row, then by column."""
+    return full.offsets, full.others, partial.offsets, partial.others, partial.tiles, full.counts, partial.counts
 
 
 def _by_row(entries: _Entries, patterns: int, shape: Shape, keep: bool) -> _Lists:

@@ -8,8 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from largest_tensor import LargestTensor
 
 from fastattn import attention, masks
 from fastattn.lens import HeadScores, even_scores, head_scores, model_head_scores
@@ -151,19 +150,6 @@ def test_even_scores_are_those_of_a_head_whose_scores_are_all_equal(causal):
         even_scores(tokens, causal=causal), dense_scores(nothing, nothing, tokens, causal, 1.0), strict=True
     ):
         torch.testing.assert_close(even.double(), expected[0], atol=1e-6, rtol=1e-6)
-
-
-class LargestTensor(TorchDispatchMode):
-    """Watches every operator's results for the one with most elements, whatever it is a view of."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, torch.Tensor):
-                self.elements = max(self.elements, leaf.numel())
-        return result
 
 
 def test_no_tensor_is_larger_than_a_tile_at_eight_thousand_tokens():

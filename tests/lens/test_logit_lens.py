@@ -6,8 +6,8 @@ import importlib
 
 import pytest
 import torch
+from largest_tensor import LargestTensor
 from lens_models import ALL, LAYERS, VOCABULARY, make, text
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastattn import lens
 from fastattn.lens import vocabulary
@@ -68,23 +68,12 @@ def test_positions_choose_what_is_read(positions, expected):
     assert torch.equal(some.inputs, tokens[:, list(expected)])
 
 
-class LargestTensor(TorchDispatchMode):
-    numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for t in result if isinstance(result, tuple | list) else [result]:
-            if isinstance(t, torch.Tensor):
-                self.numel = max(self.numel, t.numel())
-        return result
-
-
 def test_logits_of_all_layers_and_positions_are_never_stored():
     model = make("own", vocab_size=20_000, max_length=512).float()
     tokens = text(1, 512)
     with LargestTensor() as largest:
         lens.logit_lens(model, tokens, targets=3)
-    assert largest.numel <= vocabulary.TILE_LOGITS < 512 * 20_000
+    assert largest.elements <= vocabulary.TILE_LOGITS < 512 * 20_000
 
 
 def test_the_model_keeps_its_hooks_its_mode_and_its_gradients():

@@ -11,9 +11,9 @@ from attention_problems import Problem, problems
 from hardware import DEVICE
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from largest_tensor import LargestTensor
 from tolerance import assert_as_exact_as_eager
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import fastattn
@@ -324,18 +324,6 @@ def test_a_scale_for_each_head_is_taken_as_attention_takes_it() -> None:
 # ---- what it takes ----
 
 
-class Largest(TorchDispatchMode):
-    """How many elements the largest tensor has that any operation makes."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        sizes = [t.numel() for t in tree_leaves(out) if isinstance(t, Tensor) and t.dim()]
-        self.elements = max([self.elements, *sizes])
-        return out
-
-
 @pytest.mark.parametrize("name", ["causal", "lists"])
 def test_no_tensor_grows_as_the_square_of_the_length(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # A mode of PyTorch's does not look inside of an operator.
@@ -347,7 +335,7 @@ def test_no_tensor_grows_as_the_square_of_the_length(name: str, monkeypatch: pyt
         mask = {"causal": masks.causal(), "lists": masks.bigbird(random=1)}[name].lower(1, 1, length, length)
         _, lse = fastattn.attention(case_q, case_q, case_q, mask=mask, return_lse=True)
         labels = torch.arange(length)[None] % 50
-        with Largest() as largest:
+        with LargestTensor() as largest:
             given = {"labels": labels, "query_weights": lse, "thumbnail": 16, "mask": mask}
             attention_statistics(case_q, case_q, lse, case_q, want=NAMES, **given)
             gather_weights(case_q, case_q, lse, torch.arange(length), 0, mask=mask)

@@ -66,13 +66,7 @@ def sweep(
 
 
 def gather(
-    q: Tensor,
-    k: Tensor,
-    lse: Tensor,
-    rows: Tensor,
-    columns: Tensor,
-    spec: AttentionSpec,
-    tensors: ScoreTensors,
+    q: Tensor, k: Tensor, lse: Tensor, rows: Tensor, columns: Tensor, spec: AttentionSpec, tensors: ScoreTensors
 ) -> Tensor:
     """The weights of the pairs (rows[n], columns[n]): (B, Hq, n)."""
     return weights_of(q, k, lse, spec, tensors)[0][:, :, rows, columns]

@@ -46,13 +46,7 @@ def sweep(
 
 
 def gather(
-    q: Tensor,
-    k: Tensor,
-    lse: Tensor,
-    rows: Tensor,
-    columns: Tensor,
-    spec: AttentionSpec,
-    tensors: ScoreTensors,
+    q: Tensor, k: Tensor, lse: Tensor, rows: Tensor, columns: Tensor, spec: AttentionSpec, tensors: ScoreTensors
 ) -> Tensor:
     """The weights of the pairs (rows[n], columns[n]), (B, Hq, n): of every tile that has one, 64 keys wide."""
     found = q.new_zeros(*q.shape[:2], len(rows), dtype=lse.dtype)
