@@ -2,7 +2,7 @@
 
 A change counts when it is outside the noise band of the pair: the larger of 2% and both runs' spreads (the
 interquartile range over the median, of interleaved rounds) added up. Rivals are compared too: they did not
-change, so how far they moved is how far the machine moved.
+change, so a change of their times is a change of the machine.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Change(NamedTuple):
 
     @property
     def matters(self) -> bool:
-        # Measured alike in both directions: twice as fast is as far as half as fast.
+        # In logarithms, so that twice as fast is as large a change as half as fast.
         return abs(math.log(self.after / self.before)) > math.log1p(self.band)
 
 
@@ -46,7 +46,7 @@ def load(folder: str) -> dict[str, Any]:
 
 
 def measurements(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Rows by name: the problem, the direction and who."""
+    """Rows by name: the problem, the direction and the peer."""
     return {
         f"{row['problem']['family']} {row['direction']} {row['label']}: {row['peer']}": row
         for row in results["speed"]
@@ -77,7 +77,9 @@ def report(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
         return [*lines, "Nothing was measured in both."]
     rivals = [c.after / c.before for c in found if not c.ours]
     if rivals:
-        lines.append(f"The rivals' times moved by {statistics.median(rivals) - 1:+.1%} (median of {len(rivals)}).")
+        lines.append(
+            f"The rivals' times changed by {statistics.median(rivals) - 1:+.1%} (median of {len(rivals)})."
+        )
     for title, chosen in (
         (
             "Ours, slower",
@@ -103,7 +105,7 @@ def report(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
             lines += ["", title, *plain_table(("", "before", "after", "change", "noise"), table)]
     quiet = sum(c.ours and not c.matters for c in found)
     lines += ["", f"Ours, within the noise: {quiet} of {sum(c.ours for c in found)}."]
-    return [*lines, *_no_longer_measured(before, after), *_proofs(before, after)]
+    return [*lines, *_measured_once(before, after), *_proofs(before, after)]
 
 
 def _differing_environment(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
@@ -112,7 +114,7 @@ def _differing_environment(before: dict[str, Any], after: dict[str, Any]) -> lis
     return [f"{key}: {before.get(key)} -> {after.get(key)}" for key in keys]
 
 
-def _no_longer_measured(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+def _measured_once(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     """Measurements of one folder that the other lacks, with its reason if it has one."""
     lines = []
     old, new = measurements(before), measurements(after)

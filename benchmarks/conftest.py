@@ -1,4 +1,5 @@
-"""The speed suites: `pytest benchmarks`. Everyone at one problem is measured together, and then reported."""
+"""The speed suites: `pytest benchmarks`. All peers at one problem are measured together, then reported one by
+one."""
 
 from __future__ import annotations
 
@@ -28,7 +29,7 @@ def measured(problem: Problem, direction: str) -> dict[str, measure.Row]:
 class Replay:
     """A clock that shows the rounds already measured, since pytest-benchmark itself cannot interleave.
 
-    `step` is the function it believes it times: each call moves the clock on by one measured round.
+    pytest-benchmark times `step`: each call moves the clock on by one measured round.
     """
 
     def __init__(self) -> None:

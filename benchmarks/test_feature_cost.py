@@ -1,4 +1,4 @@
-"""What each thing done to scores, weights and heads costs over plain attention: a ratio, forward and backward."""
+"""The time of each option of attention beside plain attention's, forward and backward."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def learned(*shape: int, dtype: torch.dtype | None = None) -> Tensor:
     return random(*shape, dtype=dtype).requires_grad_()
 
 
-# What plain attention is given beside causal.
+# The arguments of each call, beside causal.
 FEATURES: dict[str, Callable[[], dict]] = {
-    # The gradient of its lse keeps PyTorch's own flash attention out of the backward.
+    # The loss takes lse too: PyTorch's flash attention has no gradient for it, so our own backward runs.
     "plain": lambda: {},
     "window": lambda: {"window": (LENGTH // 8, None)},
     "key lengths": lambda: {"key_lengths": torch.full((BATCH,), LENGTH * 3 // 4, device=DEVICE)},
@@ -46,11 +46,11 @@ FEATURES: dict[str, Callable[[], dict]] = {
 @pytest.mark.parametrize("feature", FEATURES)
 def test_cost(benchmark, feature: str) -> None:
     q, k, v = (learned(BATCH, HEADS, LENGTH, WIDTH) for _ in range(3))
-    given = FEATURES[feature]()
-    leaves = [q, k, v, *(t for t in given.values() if isinstance(t, Tensor) and t.requires_grad)]
+    arguments = FEATURES[feature]()
+    leaves = [q, k, v, *(t for t in arguments.values() if isinstance(t, Tensor) and t.requires_grad)]
 
     def step() -> None:
-        out, lse = fastattn.attention(q, k, v, causal=True, return_lse=True, backend=BACKEND, **given)
+        out, lse = fastattn.attention(q, k, v, causal=True, return_lse=True, backend=BACKEND, **arguments)
         torch.autograd.grad(out.sum() + lse.sum(), leaves)
         if DEVICE.type == "cuda":
             torch.cuda.synchronize()

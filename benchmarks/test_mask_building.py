@@ -1,4 +1,4 @@
-"""Building a mask's lists, against flex_attention's block mask: `pytest benchmarks/test_mask_building.py`.
+"""The time to build a mask's lists, beside flex_attention's block mask: `pytest benchmarks/test_mask_building.py`.
 
 Each reports the bytes it leaves, the largest tensor it made on the way, and visited / ideal: granules the kernels
 visit over what the seen pairs fill. flex_attention's builder looks at every pair, so it stops at 8192 on a CPU.
@@ -13,19 +13,18 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from benchmarks.conftest import DEVICE
 from fastattn import masks
 from fastattn.masks import algebra
+from tests.largest_tensor import LargestTensor
 
 LENGTHS = (8192, 131072)
 FLEX_LENGTHS = (8192,) if DEVICE.type == "cpu" else (8192, 32768)
 
 
 class Case(NamedTuple):
-    """A kind of mask at a length, in our words and as a mask_mod."""
+    """A kind of mask at a length, as our mask and as a mask_mod."""
 
     name: str
     ours: Callable[[int], masks.Mask]
@@ -60,18 +59,6 @@ CASES = (
 )
 
 
-class LargestTensor(TorchDispatchMode):
-    """The bytes of the largest tensor that any operation made."""
-
-    nbytes = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        made = (t.untyped_storage().nbytes() for t in tree_leaves(out) if isinstance(t, Tensor))
-        self.nbytes = max(self.nbytes, *made, 0)
-        return out
-
-
 @pytest.mark.parametrize("builder", ("fastattn", "flex_attention"))
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -79,14 +66,14 @@ def test_building(benchmark, case: Case, length: int, builder: str) -> None:
     if builder == "flex_attention" and case.theirs is None:
         pytest.skip("flex_attention has no such mask")
     if builder == "flex_attention" and length not in FLEX_LENGTHS:
-        pytest.skip("it would look at every pair")
+        pytest.skip("flex_attention would evaluate every pair")
     benchmark.group = f"{case.name}, {length} tokens"
 
     if builder == "fastattn":
         mask = case.ours(length)
 
         def build():
-            algebra._lower.cache_clear()
+            algebra._lower.forget()
             lowered = mask.lower(1, 1, length, length, DEVICE, closed_forms=False)
             synchronise()
             return lowered

@@ -1,5 +1,5 @@
-"""Attention under a mask of block lists against dense causal attention and what else can say the mask, forward and
-backward where they have one; with visited and ideal granules, and peak memory."""
+"""Attention with a mask of block lists, beside dense causal attention and other libraries with the same mask:
+forward, and backward where they have one; with visited and ideal granules, and peak memory."""
 
 from __future__ import annotations
 

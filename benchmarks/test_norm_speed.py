@@ -61,7 +61,7 @@ def call_of(case: str, peer: str, width: int, direction: str) -> measure.Thunk:
 
 @functools.cache
 def measured(case: str, width: int, direction: str) -> dict[str, tuple[measure.Timing, int]]:
-    """Everyone in interleaved rounds, once a session: time and peak bytes of each."""
+    """Time and peak bytes of each peer, measured in interleaved rounds, once a session."""
     calls = {peer: call_of(case, peer, width, direction) for peer in PEERS if is_a_peer(case, peer)}
     for call in calls.values():
         call()

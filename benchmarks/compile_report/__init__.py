@@ -1,7 +1,7 @@
-"""The compile report: what the compiler makes of every kernel we ship, for GPUs that need not be there.
+"""The compile report: what the compiler makes of every kernel we ship, for GPUs that this machine need not have.
 
     targets.py      the GPUs: their limits and rates
-    launches.py     the public calls whose kernels are looked at
+    launches.py     the public calls whose kernels are compiled
     compiling.py    runs those calls on meta tensors and catches what they would have launched
     disassembly.py  machine code -> instructions, loops, tensor-core work
     rows.py         one row a kernel: resources, and a first-order model of each main loop

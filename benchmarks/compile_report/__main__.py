@@ -1,4 +1,4 @@
-"""What the compiler makes of every kernel we ship, for GPUs that need not be there."""
+"""What the compiler makes of every kernel we ship, for GPUs that this machine need not have."""
 
 from __future__ import annotations
 
@@ -28,8 +28,10 @@ from benchmarks.compile_report.targets import TARGETS
 def arguments(words: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m benchmarks.compile_report", description=__doc__)
     parser.add_argument("--target", action="append", choices=list(TARGETS), help="repeatable; default: all")
-    parser.add_argument("--only", default="", metavar="TEXT", help="calls named so, as in 'bf16 D=128'")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there, too")
+    parser.add_argument(
+        "--only", default="", metavar="TEXT", help="only calls whose name contains TEXT, as 'bf16 D=128'"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows to FILE")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes; default: one a core")
     parser.add_argument("--no-cache", action="store_true", help="do not read results of earlier runs")
     action = parser.add_mutually_exclusive_group()
@@ -48,10 +50,10 @@ def arguments(words: Sequence[str] | None) -> argparse.Namespace:
 def main(words: Sequence[str] | None = None) -> int:
     asked = arguments(words)
     targets = asked.target or list(TARGETS)
-    # Wide enough for the table where nobody looks: logs and pipes.
+    # A pipe or a log has no width of its own: take one that holds the table.
     console = Console(width=None if sys.stdout.isatty() else 200)
     if asked.update and (asked.target or asked.only):
-        console.print("--update rewrites the whole file: it goes with neither --target nor --only")
+        console.print("--update rewrites the whole file: it cannot be combined with --target or --only")
         return 2
     started = time.monotonic()
     if asked.sweep:

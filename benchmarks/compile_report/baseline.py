@@ -36,13 +36,13 @@ def write(rows: list[Row]) -> None:
 
 
 def complaints(rows: list[Row], everything: bool) -> list[str]:
-    """What is wrong with the rows, one line each. `everything` says that none was left out, so that a row of the
-    committed file that is not there has vanished."""
+    """What is wrong with the rows, one line each. `everything`: no call was left out, so a row of the committed
+    file that is missing is a kernel that is gone."""
     committed = json.loads(COMMITTED.read_text())
     known = committed["spills"]
     found = [complaint for row in rows for complaint in resource_complaints(row, known.get(row.name, 0))]
     if committed["triton"] != triton.__version__:
-        # Another compiler makes other loops; its spills and memory are still ours to answer for.
+        # Another compiler makes other loops, so ratios say nothing; spills and memory have to be right with each.
         return found
     return found + ratio_complaints(ratios(rows), committed["issue_over_tensor"], everything)
 

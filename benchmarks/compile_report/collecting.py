@@ -35,7 +35,7 @@ class Job(NamedTuple):
 
 
 class Task(Protocol):
-    """A Job, or anything like it: its repr says everything its rows depend on, the sources aside."""
+    """A Job, or anything like it: its repr names everything its rows depend on, beside the sources."""
 
     @property
     def target(self) -> str: ...
@@ -60,7 +60,7 @@ def cache_folder() -> Path:
 
 @functools.cache
 def source_hash() -> str:
-    """Of the kernels, their launchers and this report, comments aside, and the versions of what compiles them."""
+    """A hash of the kernels, their launchers and this report, without comments, and of the compilers' versions."""
     digest = hashlib.sha256(f"{triton.__version__} {torch.__version__}".encode())
     for file in sorted([*KERNELS.rglob("*.py"), *HERE.glob("*.py")]):
         digest.update(ast.dump(ast.parse(file.read_text())).encode())

@@ -27,8 +27,8 @@ class Compiled:
     metadata: Any
 
 
-class QuestionsOnly:
-    """A Triton driver that says which target is current, and can do nothing else."""
+class TargetOnly:
+    """A Triton driver that only tells which target is current; it cannot load or launch a kernel."""
 
     def __init__(self, target: Target):
         self.target = target
@@ -49,9 +49,10 @@ class QuestionsOnly:
 
 @contextlib.contextmanager
 def catching(target: Target, only: str | None = None) -> Iterator[list[Compiled]]:
-    """Within, kernels are compiled for `target` and listed instead of launched; only the kernel `only`, if given.
+    """Inside, kernels are compiled for `target` and put on the list, not launched; only the kernel `only`, if
+    given.
 
-    The stand-in driver stays: there may be no other to go back to. The process is the report's own.
+    The driver stays in place afterwards: without a GPU there is no other, and the process does nothing else.
     """
     caught: list[Compiled] = []
     run = JITFunction.run
@@ -64,7 +65,7 @@ def catching(target: Target, only: str | None = None) -> Iterator[list[Compiled]
         caught.append(Compiled(kernel.__name__, tile_of(keywords), warps, compiled.asm, compiled.metadata))
         return compiled
 
-    driver.set_active(QuestionsOnly(target))
+    driver.set_active(TargetOnly(target))
     launch._family_of_device.cache_clear()
     with mock.patch.object(JITFunction, "run", compile_only):
         yield caught
@@ -72,8 +73,8 @@ def catching(target: Target, only: str | None = None) -> Iterator[list[Compiled]
 
 def tile_of(keywords: dict[str, Any]) -> str:
     """ "128x64, 8 warps, 2 stages", from a launch's keywords."""
-    given = {**keywords["tile"].values(), **keywords} if "tile" in keywords else keywords
-    sides = [str(given[side]) for side in ("BLOCK_M", "BLOCK_N", "BLOCK_K") if side in given]
+    constants = {**keywords["tile"].values(), **keywords} if "tile" in keywords else keywords
+    sides = [str(constants[side]) for side in ("BLOCK_M", "BLOCK_N", "BLOCK_K") if side in constants]
     parts = ["x".join(sides)]
     parts += [f"{keywords[name]} {word}" for name, word in _HARDWARE.items() if name in keywords]
     return ", ".join(part for part in parts if part)

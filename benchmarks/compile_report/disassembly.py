@@ -118,7 +118,8 @@ def fifth_generation_shapes(ptx: str) -> list[tuple[int, int, int]]:
 def innermost_loops(instructions: list[Instruction], addresses: set[int]) -> list[list[Instruction]]:
     """The loops that hold some of the addresses, without those that hold a smaller such loop, in code order.
 
-    Natural loops of the control-flow graph, so that waits the assembler moved out of line count where they run.
+    These are natural loops of the control-flow graph: a wait that the assembler moved elsewhere in the code counts
+    in the loop that runs it.
     """
     blocks = basic_blocks(instructions)
     loops = [
@@ -196,16 +197,17 @@ def reaching(tail: int, head: int, before: list[list[int]]) -> set[int]:
 
 
 def are_serialised(instructions: list[Instruction]) -> bool:
-    """Whether the assembler makes every asynchronous product of sm_90 wait for the one before: it does so to a
-    whole kernel, without a word, where it cannot prove that nobody touches an accumulator meanwhile (C7515)."""
+    """Whether the assembler makes every asynchronous product of sm_90 wait for the one before. It does so in a
+    whole kernel, without an error, where it cannot prove that no instruction uses an accumulator meanwhile
+    (C7515)."""
     products = sum(i.name == "HGMMA" for i in instructions)
     waits = sum(i.opcode.startswith("WARPGROUP.DEPBAR") for i in instructions)
     return 0 < products <= waits
 
 
 def loop_flops(ttir: str) -> list[int]:
-    """For each innermost loop with matrix products of a kernel, in order, their floating-point operations: what
-    the source asks for, from Triton's own representation, however the compiler goes about it."""
+    """For each innermost loop of a kernel with matrix products, in order, the floating-point operations of those
+    products: as the source has them, read from Triton's own representation, whatever instructions they become."""
     found: list[int] = []
     opened: list[list[int] | None] = []  # the regions around a line; for loops, the operations within
     for line in map(str.strip, ttir.splitlines()):

@@ -1,11 +1,11 @@
-"""What compilers have got wrong on Hopper before, looked for in what they make of our kernels.
+"""Errors that compilers have made on Hopper before, searched for in our compiled kernels.
 
 - ptxas (12.9) gave a register that an asynchronous product still reads to another value before the product's wait.
 - Triton before 3.7.1 computed a product of a transposed product wrongly.
-- An asynchronous copy after a wait needs a barrier between them: a wait speaks for one warp, or one warp group,
+- An asynchronous copy after a wait needs a barrier between them: a wait holds for one warp, or one warp group,
   and others may still read the buffer that the copy fills.
 
-Each scan returns sentences, one for each place; none is as it should be.
+Each scan returns a sentence for every place it finds, and none for a correct kernel.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def overwritten_fragments(instructions: list[Instruction]) -> list[str]:
     """
 
     def step(groups: tuple[frozenset[int], ...], instruction: Instruction):
-        # groups[-1] is open.
+        # The last group is open: it takes products until one of them closes it.
         if instruction.opcode.startswith("WARPGROUP.DEPBAR"):
             closed, most = groups[:-1], int(instruction.operands.split(",")[1], 16)
             return (*closed[max(0, len(closed) - most) :], groups[-1]), ""
@@ -83,7 +83,7 @@ def overwritten_fragments(instructions: list[Instruction]) -> list[str]:
 
 
 def fragment(product: Instruction) -> frozenset[int]:
-    """The registers of an HGMMA's left operand; none where that lies in shared memory."""
+    """The registers of an HGMMA's left operand; none where it is in shared memory."""
     found = re.match(r"R\d+, R(\d+)\b", product.operands)
     return _registers(int(found[1]), FRAGMENT_REGISTERS) if found else frozenset()
 
@@ -175,7 +175,7 @@ def transposed_products(ttir: str) -> list[str]:
     while before != len(products) + len(turned):
         before = len(products) + len(turned)
         for results, operator, operands in operations:
-            if operator == "tt.load":  # what is loaded is made of no product, whatever its address is made of
+            if operator == "tt.load":  # a loaded value is not made of a product, even where its address is
                 continue
             if operator == "tt.dot" or products.intersection(operands):
                 products |= results
@@ -192,9 +192,9 @@ _NAME = re.compile(r"%\w+(?:#\d+)?")
 
 
 def _operations(lines: list[str]) -> Iterator[tuple[set[str], str, list[str]]]:
-    """(results, operator, operands) of each line, each value by a name of its own: two regions may both have a %x.
-    What a region yields goes to the results of the loop or branch around it, one by one; what a loop carries is
-    made of what it begins with, too."""
+    """(results, operator, operands) of each line. Every value gets a unique name, since two regions may both have
+    a %x. The values that a region yields become the results of its loop or branch, one by one; a value that a loop
+    carries comes from its initial value, too."""
     numbers = itertools.count()
     scopes: list[dict[str, str]] = [{}]
     regions: list[tuple[list[str], list[str]]] = []  # the results of a loop or branch, and what it carries

@@ -1,4 +1,4 @@
-"""Which public calls the report looks at: together they launch every kernel with every row of its table."""
+"""The public calls that the report compiles: together they launch every kernel with every row of its table."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _heads() -> torch.Tensor:
     return torch.empty((4, 16), device="meta")
 
 
-# What attention may do to its scores, one by one and all at once.
+# The options that change scores, one by one and all at once.
 SHAPES: dict[str, dict] = {
     "window": {"window": (512, None)},
     "softcap": {"softcap": 30.0},
@@ -34,7 +34,7 @@ SHAPES["everything"] = {name: value for shape in list(SHAPES.values()) for name,
 
 
 def _lists(counted: bool) -> BlockLists:
-    """Of one mask for all heads; only addresses and types matter here."""
+    """Block lists of one mask for all heads; only shapes, strides and dtypes matter here."""
 
     def take(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -91,7 +91,8 @@ class AttentionCall:
         return AttentionSpec(**{"causal": self.causal, "scale": self.head_dim**-0.5, **ask}), tensors, lists
 
     def heads(self, heads: int, width: int) -> torch.Tensor:
-        """As a linear layer leaves them: (batch, tokens, heads, width), seen as (batch, heads, tokens, width)."""
+        """As a linear layer returns them: (batch, tokens, heads, width) in memory, (batch, heads, tokens, width)
+        as shape."""
         shape = (4, 4096, heads, width)
         return torch.empty(shape, dtype=DTYPES[self.dtype], device="meta").transpose(1, 2)
 
@@ -191,8 +192,8 @@ class NormCall:
         norm_backward(x, total, (x, weight, *moments), wanted=(True, self.centred))
 
 
-# What AMD's target is not asked: it has no rows for it, and compiles ten times slower.
-WATCHED_CLOSELY = (
+# Not compiled for AMD's target: the tables have no rows for it, and it compiles ten times slower.
+NOT_ON_AMD = (
     "bias", "bool mask", "padding as bias", "relative bias", "dropout", "intervals", "lists", "lists that count",
     "tf32", "tf32x3",
 )  # fmt: skip
@@ -239,5 +240,5 @@ CALLS: tuple[Call, ...] = (
 
 
 def calls_for(target: Target) -> tuple[Call, ...]:
-    """The calls to look at on this target."""
-    return tuple(c for c in CALLS if target.backend == "cuda" or getattr(c, "shaped", "") not in WATCHED_CLOSELY)
+    """The calls to compile for this target."""
+    return tuple(c for c in CALLS if target.backend == "cuda" or getattr(c, "shaped", "") not in NOT_ON_AMD)

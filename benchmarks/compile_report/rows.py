@@ -25,8 +25,8 @@ class Loop:
 
     kind: str  # "full tile" or "masked"
     instructions: int
-    tensor_cycles: float  # the limit: the products of the source at the tensor cores' full rate
-    busy_cycles: float  # what the tensor cores are kept busy by the instructions chosen for them
+    tensor_cycles: float  # the limit: the source's products at the tensor cores' full rate
+    busy_cycles: float  # cycles for which the chosen instructions keep the tensor cores busy
     issue_cycles: float
     special_cycles: float
 
@@ -72,7 +72,7 @@ class Row:
 
     @property
     def fits(self) -> bool:
-        """Whether a program finds the shared (and tensor) memory it asks for."""
+        """Whether the target has the shared and tensor memory that a program asks for."""
         return self.shared <= self.shared_limit and self.tensor_memory <= MOST_TENSOR_MEMORY_COLUMNS
 
     @property
@@ -149,7 +149,7 @@ def main_loops(
     target: Target,
 ) -> tuple[Loop, ...]:
     """The innermost loops with tensor-core work, of `flops` operations each; the one that issues least for its
-    work walks the full tiles."""
+    work is the loop over full tiles."""
     codes = disassembly.innermost_loops(instructions, set(tensor))
     if tensor and len(codes) != len(flops):
         raise ValueError(f"{len(codes)} loops in the machine code for {len(flops)} in the source")
@@ -179,7 +179,7 @@ def resident_programs(registers: int, shared: int, warps: int, target: Target) -
         # Four SIMDs of 512 registers a lane, in units of eight, and at most eight waves each.
         waves = 4 * min(8, 512 // max(8, -(-registers // 8) * 8))
         return min(waves // warps, target.shared_memory // max(1, shared))
-    # Registers are given to a warp 256 at a time, and shared out among four schedulers.
+    # A warp gets registers in units of 256; they are divided among four schedulers.
     warps_by_registers = REGISTERS // max(256, -(-registers * 32 // 256) * 256) // SCHEDULERS * SCHEDULERS
     return min(
         warps_by_registers // warps,

@@ -1,4 +1,4 @@
-"""Other tiles for one kernel: what the launch tables' rows were chosen from."""
+"""Compile one kernel with other tiles: the rows of the launch tables were chosen from such lists."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def subjects(width: int, dtype: str) -> dict[str, Subject]:
 
 
 def candidates(sides: tuple[int, ...], warps: tuple[int, ...], stages: tuple[int, ...]) -> list[launch.Tiling]:
-    """Tiles whose scores alone leave room in the registers: at most 128 a thread, at least 16."""
+    """Tiles of at least 16 and at most 128 scores a thread, so that registers are left for the rest."""
     every = itertools.starmap(launch.Tiling, itertools.product(sides, sides, warps, stages))
     return [tile for tile in every if 16 <= tile.block_m * tile.block_n / (32 * tile.warps) <= 128]
 

@@ -28,7 +28,7 @@ _TEXT_COLUMNS = ("kernel", "tile", "tensor instructions", "loop")
 
 
 def table_of(title: str, rows: list[Row]) -> Table:
-    """One line a main loop; cycles are a program's, of one SM."""
+    """One line for each main loop; cycles are those of one program on one SM."""
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for column in COLUMNS:
         table.add_column(column, justify="left" if column in _TEXT_COLUMNS else "right", overflow="fold")

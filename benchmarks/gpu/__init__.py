@@ -1,15 +1,16 @@
-"""The GPU run: one command that proves and measures everything on a machine with a GPU, nine minutes a call.
+"""The GPU run: one command that tests and measures everything on a machine with a GPU, nine minutes a call.
 
-`python -m benchmarks.gpu` (`make gpu`) from the checkout, nothing installed. What fails or hangs is a row that
-says so: every case runs in a worker process with a time limit, and the worker is started again after a loss.
+`python -m benchmarks.gpu` (`make gpu`) runs from the checkout without an installation. Every case runs in a worker
+process with a time limit. A case that fails or hangs becomes a row that says so, and a worker that died is started
+again.
 
     __main__      arguments, the folder, the exit code
     run           the sections in order, within the budget
-    plan          which cases, the most important first; and what of them --dry-run launches
+    plan          the cases, the most important first; and those that --dry-run launches
     kinds         calls of every family and kind as data: tensors and a function, whose definition is a backend
-    kernel_cases  the proofs that need torch and triton only
+    kernel_cases  the checks that need torch and triton only
     correctness   ours against float64
-    features      what is timed beside plain attention and MLPs, and who else can compute it
+    features      what is timed beside plain attention and MLPs, and the other implementations of it
     sweep         launch configurations beside the one in the table
     suite         the test suite in processes of its own; shards cuts it, recorder notes each outcome
     state         what earlier calls have finished
@@ -17,7 +18,7 @@ says so: every case runs in a worker process with a time limit, and the worker i
     rehearsal     --dry-run: everything launched on a pretended GPU
     pool, worker  the parent's and the worker's side of a process; cases is what a worker does
     compilations  how many kernels were compiled, and for how long
-    paths         where the checkout is, and texts without any trace of that
+    paths         where the checkout is, and how its path is removed from texts
     environment   device, driver, versions, commit; and nothing else about the machine
     report        report.md and its plots from results.json
 """

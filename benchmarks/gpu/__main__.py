@@ -46,12 +46,18 @@ def results_folder(rehearsal: bool, device: str) -> Path:
 
 def read_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
-    parser.add_argument("--dry-run", action="store_true", help="launch everything on a GPU that is only pretended")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="launch everything on a pretended GPU, compute nothing"
+    )
     parser.add_argument("--only", nargs="+", choices=FAMILIES, metavar="FAMILY", help=", ".join(FAMILIES))
     parser.add_argument("--budget", type=float, metavar="SECONDS", help="how long this call may take")
-    parser.add_argument("--fresh", action="store_true", help="begin anew, whatever earlier calls have finished")
-    parser.add_argument("--state", type=Path, default=ROOT / ".gpu-run", help="where finished parts are kept")
-    parser.add_argument("--report", metavar="FOLDER", help="only write report.md again from its results.json")
+    parser.add_argument(
+        "--fresh", action="store_true", help="run everything again, also what earlier calls finished"
+    )
+    parser.add_argument("--state", type=Path, default=ROOT / ".gpu-run", help="where finished cases are kept")
+    parser.add_argument(
+        "--report", metavar="FOLDER", help="only write report.md again, from results.json in FOLDER"
+    )
     return parser.parse_args(arguments)
 
 
@@ -62,7 +68,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     import torch
 
-    # Imported late: what a plan needs is torch, and perhaps it is missing.
+    # Imported here, because --report works without torch.
     from benchmarks.gpu import rehearsal, state
     from benchmarks.gpu.environment import describe_environment
     from benchmarks.gpu.plan import dry_plan, real_plan

@@ -18,7 +18,7 @@ Notify = Callable[[str], None]
 
 
 def compare_peers(case: Case, device: torch.device, notify: Notify) -> Rows:
-    """Everyone at one problem in one direction."""
+    """Every peer at one problem in one direction."""
     rows = measure.compare_peers(
         problem_from(case["problem"]),
         case["direction"],
@@ -32,7 +32,7 @@ def compare_peers(case: Case, device: torch.device, notify: Notify) -> Rows:
 
 
 def warm(case: Case, device: torch.device, notify: Notify) -> Rows:
-    """Compile what a later case will launch, into the caches on disk; nothing is timed and nothing is said."""
+    """Compile what a later case will launch, into the caches on disk; nothing is timed and no row is returned."""
     if "sizes" in case:
         return _warm_call(case, device, notify)
     problem = problem_from(case["problem"])
@@ -40,7 +40,7 @@ def warm(case: Case, device: torch.device, notify: Notify) -> Rows:
     inputs = problem.inputs(device)
     for peer in case["peers"]:
         notify(peer)
-        with contextlib.suppress(Exception):  # the measurement will meet it again, and report it
+        with contextlib.suppress(Exception):  # the measurement meets the same error and reports it
             contender = measure.Contender.of(problem, peer, inputs)
             for direction in DIRECTIONS:
                 contender.direct(direction)[0]()
@@ -56,7 +56,7 @@ def _warm_call(case: Case, device: torch.device, notify: Notify) -> Rows:
     builders = {features.OURS: lambda: lambda *tensors: call.function("triton", *tensors), **rivals}
     for peer in case["peers"]:
         notify(peer)
-        with contextlib.suppress(Exception):  # the measurement will meet it again, and report it
+        with contextlib.suppress(Exception):  # the measurement meets the same error and reports it
             for direction in DIRECTIONS:
                 features.direct(builders[peer](), call.tensors, direction)()
     return []

@@ -36,7 +36,8 @@ def check_kernel(sizes: Sizes, device: torch.device, notify: Callable[[str], Non
     eager = results_and_gradients(call, "reference", call.tensors, sizes)
     notify("float64")
     exact = results_and_gradients(call, "reference", tuple(t.double() for t in call.tensors), sizes)
-    # The backward is given delta = rowsum(dout * out) of the rounded out: an error that sums over rows share.
+    # The backward computes delta = rowsum(dout * out) from the rounded out. Gradients that are sums over rows
+    # contain that rounding, and the eager computation does not: they are allowed it on top.
     rounding = torch.finfo(dtype).eps * float(exact["result 0"].norm())
     rows = []
     for name, theirs in exact.items():
@@ -49,7 +50,7 @@ def check_kernel(sizes: Sizes, device: torch.device, notify: Callable[[str], Non
 def results_and_gradients(
     call: kinds.Call, backend: str, tensors: tuple[Tensor, ...], sizes: Sizes
 ) -> dict[str, Tensor]:
-    """By name: "result 0" and on, then "dq" and so on. The same upstream gradients whatever the dtype."""
+    """By name: "result 0" and on, then "dq" and so on. The upstream gradients are the same in every dtype."""
     leaves = [t.detach().requires_grad_() for t in tensors]
     results = call.function(backend, *leaves)
     results = results if isinstance(results, tuple) else (results,)
@@ -59,7 +60,7 @@ def results_and_gradients(
     torch.manual_seed(1)
     upstream = torch.randn(results[0].shape, device=results[0].device).to(getattr(torch, sizes.dtype))
     flowing = [(results[0], upstream.to(results[0].dtype))]
-    if sizes.family == "norm" and len(results) == 2:  # the stream of residuals has a gradient, too
+    if sizes.family == "norm" and len(results) == 2:  # the sum with the residual has a gradient, too
         flowing.append((results[1], torch.ones_like(results[1])))
     outputs, gradients = zip(*flowing, strict=True)
     names = [f"d{name}" for name in call.names]
@@ -110,7 +111,7 @@ def in_slices(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, spec: AttentionSpec
     dk, dv = torch.zeros_like(k, dtype=sums), torch.zeros_like(v, dtype=sums)
     for start in range(0, queries, rows):
         stop = min(start + rows, queries)
-        # Causal is aligned bottom-right, so these rows see no key beyond this one, and are aligned to it.
+        # Causal is aligned bottom-right: without the keys that these rows do not see, the slice is causal too.
         end = max(0, stop + keys - queries) if spec.causal else keys
         if end == 0:
             continue

@@ -1,7 +1,7 @@
 """What is timed beside plain attention and MLPs: masks, scores, packed sequences, norms, heads; and small calls.
 
-A rival takes the tensors of the call (see kinds) and gives what ours gives first. Every rival's output is held
-against the definition before it is timed.
+A rival is another implementation: it takes the tensors of the call (see kinds) and returns what our call returns
+first. Its output is compared with the definition before it is timed.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ Rival = Callable[..., Tensor]
 Notify = Callable[[str], None]
 
 
-# ---- who else can compute it ----
+# ---- other implementations ----
 
 
 def rivals(sizes: Sizes, device: torch.device) -> dict[str, Callable[[], Rival]]:
-    """Functions that build a rival, by name; building may raise what it lacks."""
+    """By name, functions that build a rival. They raise Unavailable where a library or a feature is missing."""
     if sizes.family in ("attention", "masks", "scores"):
         return _attention_rivals(sizes, device)
     if sizes.family == "varlen":
@@ -59,16 +59,16 @@ def _attention_rivals(sizes: Sizes, device: torch.device) -> dict[str, Callable[
     return found
 
 
-def _dense_mask(sizes: Sizes, device: torch.device, given: dict[str, Any]) -> Tensor | None:
-    """Which keys are seen, as SDPA takes it; None if all are, or causality says it."""
-    if "key_lengths" in given:
-        return torch.arange(sizes.length, device=device) < given["key_lengths"][:, None, None, None]
-    if "window" in given:
+def _dense_mask(sizes: Sizes, device: torch.device, options: dict[str, Any]) -> Tensor | None:
+    """The mask as SDPA takes it; None where `is_causal` or no mask at all is enough."""
+    if "key_lengths" in options:
+        return torch.arange(sizes.length, device=device) < options["key_lengths"][:, None, None, None]
+    if "window" in options:
         i, j = torch.arange(sizes.length, device=device)[:, None], torch.arange(sizes.length, device=device)
-        return (j <= i) & (i - j <= given["window"][0])
-    if "mask" in given:
-        return given["mask"].dense(sizes.batch, sizes.heads, sizes.length, sizes.length, device)
-    bias = given.get("bias")
+        return (j <= i) & (i - j <= options["window"][0])
+    if "mask" in options:
+        return options["mask"].dense(sizes.batch, sizes.heads, sizes.length, sizes.length, device)
+    bias = options.get("bias")
     return bias if bias is not None and bias.dtype == torch.bool else None
 
 
@@ -78,16 +78,16 @@ def _sdpa(sizes: Sizes, device: torch.device, backend: str) -> Rival:
     if set(kinds.options(sizes, device)) & {"softcap", "alibi_slopes", "sinks", "relative_bias"}:
         raise Unavailable("has no such argument")
     torch.manual_seed(0)
-    given = kinds.options(sizes, device)
-    mask = _dense_mask(sizes, device, given)
-    causal = bool(given.get("causal")) and mask is None
+    options = kinds.options(sizes, device)
+    mask = _dense_mask(sizes, device, options)
+    causal = bool(options.get("causal")) and mask is None
     chosen = getattr(SDPBackend, backend)
 
     def call(q: Tensor, k: Tensor, v: Tensor, *bias: Tensor) -> Tensor:
         seen = bias[0].expand(sizes.batch, sizes.heads, sizes.length, -1) if bias else mask
         with sdpa_kernel(chosen):
             return F.scaled_dot_product_attention(
-                q, k, v, attn_mask=seen, is_causal=causal, dropout_p=given.get("dropout_p", 0.0), enable_gqa=True
+                q, k, v, attn_mask=seen, is_causal=causal, dropout_p=options.get("dropout_p", 0.0), enable_gqa=True
             )
 
     return call
@@ -96,26 +96,26 @@ def _sdpa(sizes: Sizes, device: torch.device, backend: str) -> Rival:
 def _flex(sizes: Sizes, device: torch.device) -> Rival:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    given = kinds.options(sizes, device)
-    if "dropout_p" in given:
+    options = kinds.options(sizes, device)
+    if "dropout_p" in options:
         raise Unavailable("has no dropout")
-    if "sinks" in given:
+    if "sinks" in options:
         raise Unavailable("has no sinks")
     torch.manual_seed(0)
-    given = kinds.options(sizes, device)
-    dense, slopes, length = _dense_mask(sizes, device, given), given.get("alibi_slopes"), sizes.length
+    options = kinds.options(sizes, device)
+    dense, slopes, length = _dense_mask(sizes, device, options), options.get("alibi_slopes"), sizes.length
     block_mask = None
     if dense is not None:
         seen = dense.expand(sizes.batch, sizes.heads, length, length)
         shape = (sizes.batch if seen.stride(0) else None, sizes.heads if seen.stride(1) else None)
         block_mask = create_block_mask(lambda b, h, i, j: seen[b, h, i, j], *shape, length, length, device=device)
-    elif given.get("causal"):
+    elif options.get("causal"):
         block_mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, length, length, device=device)
 
     def call(q: Tensor, k: Tensor, v: Tensor, *learned: Tensor) -> Tensor:
         def score(s: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-            if "softcap" in given:
-                s = given["softcap"] * torch.tanh(s / given["softcap"])
+            if "softcap" in options:
+                s = options["softcap"] * torch.tanh(s / options["softcap"])
             if slopes is not None:
                 s = s - slopes[h] * (i - j)
             if learned and sizes.kind == "bias":
@@ -138,7 +138,7 @@ def _flash_attention_4(sizes: Sizes) -> Rival:
         "window": {"window_size": (sizes.length // 8, 0)},
     }.get(sizes.kind)  # fmt: skip
     if asked is None:
-        raise Unavailable("not asked for this kind")
+        raise Unavailable("not compared for this kind")
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         result = flash(*(t.transpose(1, 2) for t in (q, k, v)), **asked)
@@ -148,11 +148,11 @@ def _flash_attention_4(sizes: Sizes) -> Rival:
 
 
 def _eager_attention(sizes: Sizes, device: torch.device) -> Rival:
-    """What one writes without a library: every intermediate stored."""
+    """What one writes without a library; every intermediate result is stored."""
     torch.manual_seed(0)
-    given = kinds.options(sizes, device)
-    mask = _dense_mask(sizes, device, given)
-    if mask is None and given.get("causal"):
+    options = kinds.options(sizes, device)
+    mask = _dense_mask(sizes, device, options)
+    if mask is None and options.get("causal"):
         mask = torch.ones(sizes.length, sizes.length, dtype=torch.bool, device=device).tril()
     distance = torch.arange(sizes.length, device=device) - torch.arange(sizes.length, device=device)[:, None]
     if sizes.kind == "everything":
@@ -161,10 +161,10 @@ def _eager_attention(sizes: Sizes, device: torch.device) -> Rival:
     def call(q: Tensor, k: Tensor, v: Tensor, *learned: Tensor) -> Tensor:
         k, v = (t.repeat_interleave(sizes.heads // sizes.key_heads, 1) for t in (k, v))
         scores = q @ k.mT * sizes.width**-0.5
-        if "softcap" in given:
-            scores = given["softcap"] * torch.tanh(scores / given["softcap"])
-        if "alibi_slopes" in given:
-            scores = scores + (given["alibi_slopes"][:, None, None] * distance).to(q.dtype)
+        if "softcap" in options:
+            scores = options["softcap"] * torch.tanh(scores / options["softcap"])
+        if "alibi_slopes" in options:
+            scores = scores + (options["alibi_slopes"][:, None, None] * distance).to(q.dtype)
         if learned and sizes.kind in ("bias", "padding bias"):
             scores = scores + learned[0]
         if learned and sizes.kind == "relative bias":
@@ -175,7 +175,7 @@ def _eager_attention(sizes: Sizes, device: torch.device) -> Rival:
             sink = learned[0].to(q.dtype)[:, None, None].expand(*scores.shape[:3], 1)
             scores = torch.cat((scores, sink), -1)
         weights = torch.softmax(scores, -1)[..., : sizes.length]
-        return F.dropout(weights, given.get("dropout_p", 0.0)) @ v
+        return F.dropout(weights, options.get("dropout_p", 0.0)) @ v
 
     return call
 
@@ -256,14 +256,14 @@ def _imported(module: str, name: str) -> Any:
     try:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
-        raise Unavailable(f"{module} is not here") from error
+        raise Unavailable(f"{module}.{name} cannot be imported") from error
 
 
 # ---- timing ----
 
 
 def compare(case: dict[str, Any], device: torch.device, notify: Notify) -> list[dict[str, Any]]:
-    """Everyone at one call in one direction: a row each, measured or with a note why not."""
+    """A row for each peer at one call in one direction: its time, or a note why there is none."""
     sizes = Sizes(**case["sizes"])
     torch.compiler.reset()
     call = kinds.build(sizes, device)
@@ -298,7 +298,8 @@ def compare(case: dict[str, Any], device: torch.device, notify: Notify) -> list[
 
 
 def relative_error(found: Tensor, expected: Tensor, sizes: Sizes, peer: str) -> float:
-    """Distance from the definition; others drop other weights than we do, so only their size is compared."""
+    """Distance from the definition. Other libraries drop other weights than ours, so with dropout only norms are
+    compared."""
     if sizes.kind == "dropout" and peer != OURS:
         return float((found.norm() - expected.norm()).abs() / expected.norm())
     return float((found - expected).norm() / expected.norm())
@@ -330,7 +331,8 @@ def device_clock(
 def wall_clock(
     thunks: dict[str, Callable[[], Any]], device: torch.device, case: dict[str, Any], notify: Notify
 ) -> dict[str, measure.Timing]:
-    """Seconds a call by the wall, many calls in a row: of small calls the processor's time is the longer one."""
+    """Seconds for a call, by the wall clock over many calls: small calls take longer on the CPU than on the
+    GPU."""
     taken: dict[str, list[float]] = {peer: [] for peer in thunks}
     for number in range(case["rounds"]):
         for peer in thunks if number % 2 == 0 else reversed(list(thunks)):
@@ -363,11 +365,12 @@ def _add_ratios(rows: list[dict[str, Any]]) -> None:
         row["ratio"] = min(times) / row["seconds"] if times and row["seconds"] else None
 
 
-# ---- which ----
+# ---- the cases ----
 
 
 def cases(timing: dict[str, Any], absent: list[str]) -> list[dict[str, Any]]:
-    """Every kind once at the sizes that are trained most, families in turn, so that each gets its part."""
+    """Every kind once at sizes common in training, one of each family in turn, so that a short run has some of
+    each."""
     many = {"batch": 2, "heads": 16, "key_heads": 4, "length": 4096, "width": 128}
     groups = [
         [Sizes("masks", kind, **many) for kind in kinds.MASK_KINDS if kind != "random lists"],
@@ -390,7 +393,7 @@ def cases(timing: dict[str, Any], absent: list[str]) -> list[dict[str, Any]]:
 
 
 def small_calls(timing: dict[str, Any], absent: list[str]) -> list[dict[str, Any]]:
-    """Calls so short that Python and the launch are what is timed."""
+    """Calls so short that most of their time is Python and the launch."""
     small = {"batch": 1, "heads": 8, "key_heads": 8, "length": 128, "width": 64}
     found = []
     for sizes in (

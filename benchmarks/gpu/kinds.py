@@ -1,7 +1,7 @@
 """Calls of every family and kind, as plain data: what the proofs check and the measurements time.
 
 A `Sizes` names a call. `build` makes its tensors and a function `call(backend, *tensors)`; with the backend
-"reference" that function is the definition, so whoever checks or times it needs nothing else.
+"reference" that function is the definition, so checks and measurements need nothing else.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fastattn import masks
 
 MASK_KINDS = ("window", "documents", "bigbird", "prefix", "random lists", "key lengths", "boolean mask")
 SCORE_KINDS = ("softcap", "alibi", "sinks", "bias", "padding bias", "relative bias", "dropout", "everything")
-# Kinds whose extra tensors have gradients: these get them.
+# Arguments that have a gradient, beside q, k and v.
 LEARNED = ("bias", "relative_bias", "sinks")
 
 
@@ -57,7 +57,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Call:
-    """`function(backend, *tensors)` gives a tensor or several; all tensors but `fixed` ones have gradients."""
+    """`function(backend, *tensors)` returns one tensor or several; each of `tensors` has a gradient."""
 
     function: Callable[..., Tensor | tuple[Tensor, ...]]
     tensors: tuple[Tensor, ...]
@@ -65,7 +65,7 @@ class Call:
 
 
 def build(sizes: Sizes, device: torch.device) -> Call:
-    """The same tensors each time."""
+    """The call; each time with the same tensors."""
     torch.manual_seed(0)
     return BUILDERS[sizes.family](sizes, device)
 
@@ -121,7 +121,7 @@ def options(sizes: Sizes, device: torch.device) -> dict[str, Any]:
 
 
 def scattered(queries: int, keys: int) -> Tensor:
-    """A mask of no pattern that a closed form could say: bool (queries, keys)."""
+    """A mask that no formula of masks describes: bool (queries, keys)."""
     return (torch.arange(queries)[:, None] * 7 + torch.arange(keys) * 13) % 11 < 4
 
 
@@ -136,15 +136,15 @@ def slopes_of(sizes: Sizes, device: torch.device) -> Tensor:
 
 
 def attention_call(sizes: Sizes, device: torch.device) -> Call:
-    given = options(sizes, device)
-    learned = {n: t for n in LEARNED if (t := given.get(n)) is not None and t.is_floating_point()}
-    given = {name: value for name, value in given.items() if name not in learned}
-    if "mask" in given:
+    arguments = options(sizes, device)
+    learned = {n: t for n in LEARNED if (t := arguments.get(n)) is not None and t.is_floating_point()}
+    arguments = {name: value for name, value in arguments.items() if name not in learned}
+    if "mask" in arguments:
         keys = sizes.keys or sizes.length
-        given["mask"] = given["mask"].lower(sizes.batch, sizes.heads, sizes.length, keys, device)
+        arguments["mask"] = arguments["mask"].lower(sizes.batch, sizes.heads, sizes.length, keys, device)
 
     def function(backend: str, q: Tensor, k: Tensor, v: Tensor, *others: Tensor) -> tuple[Tensor, Tensor]:
-        asked = {**given, **dict(zip(learned, others, strict=True))}
+        asked = {**arguments, **dict(zip(learned, others, strict=True))}
         return fastattn.attention(q, k, v, **asked, return_lse=True, backend=backend)
 
     return Call(function, (*heads_of(sizes, device), *learned.values()), ("q", "k", "v", *learned))
@@ -201,8 +201,8 @@ def mlp_call(sizes: Sizes, device: torch.device) -> Call:
         tensors |= {"b_down": random(sizes, device, sizes.width)}
     names = tuple(tensors)
 
-    def function(backend: str, *given: Tensor) -> Tensor:
-        t = dict(zip(names, given, strict=True))
+    def function(backend: str, *values: Tensor) -> Tensor:
+        t = dict(zip(names, values, strict=True))
         asked = {"activation": activation, "backend": backend}
         if gated:
             asked |= {name: t[name] for name in ("b_gate", "b_up", "b_down") if name in t}
@@ -222,8 +222,8 @@ def norm_call(sizes: Sizes, device: torch.device) -> Call:
     names = tuple(tensors)
     norm = {"rms": fastattn.rms_norm, "layer": fastattn.layer_norm}[form]
 
-    def function(backend: str, *given: Tensor) -> Tensor | tuple[Tensor, ...]:
-        return norm(**dict(zip(names, given, strict=True)), eps=1e-6, backend=backend)
+    def function(backend: str, *values: Tensor) -> Tensor | tuple[Tensor, ...]:
+        return norm(**dict(zip(names, values, strict=True)), eps=1e-6, backend=backend)
 
     return Call(function, tuple(tensors.values()), names)
 
@@ -240,8 +240,8 @@ def heads_call(sizes: Sizes, device: torch.device) -> Call:
         cos, sin = angles_of(sizes, device)
         fixed = {"cos": cos, "sin": sin, "interleaved": "interleaved" in steps}
 
-    def function(backend: str, *given: Tensor) -> Tensor:
-        return fastattn.prepare_heads(**dict(zip(names, given, strict=True)), **fixed, backend=backend)
+    def function(backend: str, *values: Tensor) -> Tensor:
+        return fastattn.prepare_heads(**dict(zip(names, values, strict=True)), **fixed, backend=backend)
 
     return Call(function, tuple(tensors.values()), names)
 

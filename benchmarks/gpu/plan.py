@@ -1,4 +1,4 @@
-"""Which cases, the most important first: what the deadline cuts off is the end of a list.
+"""The cases, the most important first: a deadline cuts off the end of a list.
 
 A `Plan` is the run's or, for --dry-run, that of its rehearsal on a pretended GPU.
 """
@@ -26,7 +26,7 @@ from fastattn.measuring.peers import (
 
 Case = dict[str, Any]
 
-# Of the libraries only those that are installed: the report says once who was not.
+# Only installed libraries are compared; the report lists the others once.
 ABSENT = [peer for peer, module in GPU_LIBRARIES.items() if importlib.util.find_spec(module) is None]
 ATTENTION_RIVALS = [
     peer
@@ -34,7 +34,7 @@ ATTENTION_RIVALS = [
     if peer not in ABSENT
 ]
 MLP_RIVALS = [peer for peer in ("plain GEMMs", "compiled eager", "eager", "quack", "Liger") if peer not in ABSENT]
-# Compiling it costs seconds for each problem, so it is asked at a few.
+# flex_attention compiles for seconds at each problem, so it is timed at a few only.
 FLEX_LENGTHS, FLEX_WIDTHS = (4096, 16384), (64, 128)
 TOKENS = 16384
 
@@ -65,7 +65,7 @@ class Plan:
         return self.device == "pretended"
 
     def of(self, families: list[str]) -> Plan:
-        """Only what is about these families."""
+        """Only the cases of these families."""
 
         def chosen(cases: tuple[Case, ...]) -> tuple[Case, ...]:
             return tuple(case for case in cases if case["family"] in families)
@@ -198,7 +198,8 @@ def mlp_check(problem: MLPProblem, backend: str) -> Case:
 
 
 def correctness_cases() -> list[Case]:
-    """4k to 32k; every width, both masks, grouped heads, odd lengths and lengths of their own."""
+    """4k to 32k; every width, both masks, grouped heads, odd lengths, and queries and keys of different
+    lengths."""
     attention = [
         (1, 4, 4, 4096, 4096, 128, True, "bfloat16"), (1, 4, 4, 4096, 4096, 64, True, "bfloat16"),
         (1, 2, 2, 4096, 4096, 256, True, "bfloat16"), (1, 2, 2, 32768, 32768, 128, True, "bfloat16"),

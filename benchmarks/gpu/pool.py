@@ -1,4 +1,4 @@
-"""The parent's side of a worker: ask for a case, wait no longer than allowed, start again after a loss."""
+"""The parent's side of a worker: send a case, wait no longer than allowed, start a new process after a loss."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from typing import Any
 
 from benchmarks.gpu.paths import ROOT, clean, python_path
 
-# Signals by which a process ends through its own fault; others come from outside, such as for want of memory.
+# Signals by which a process ends through its own fault; others come from outside, as when memory runs out.
 CRASHES = {signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGILL, signal.SIGFPE}
 START_LIMIT = 120.0  # importing torch and making a CUDA context, on a busy machine
 
 
 @dataclass
 class Answer:
-    """The rows of a case; or who was at work when it went wrong (`step`), and what is known of it (`note`)."""
+    """The rows of a case; or the step at which it went wrong (`step`), and why (`note`)."""
 
     rows: list[dict[str, Any]] = field(default_factory=list)
     step: str = ""
@@ -147,14 +147,15 @@ def _forward_lines(pipe: int, messages: queue.Queue) -> None:
     messages.put(None)
 
 
-# A peer that cost this many cases their time is not asked again.
+# A peer that hung or died this many times is not run again.
 PATIENCE = 2
 
 
 def compare_survivors(
     worker: Worker, case: dict[str, Any], offences: dict[str, int], *, step_limit: float, deadline: float
 ) -> list[dict[str, Any]]:
-    """A case of several peers, asked again without each one that hangs or kills the worker: its row says so."""
+    """Run a case of several peers. After a peer that hangs or kills the worker it is run again without that peer,
+    and the peer's row says so."""
     rows: list[dict[str, Any]] = []
     peers = [peer for peer in case["peers"] if offences.get(peer, 0) < PATIENCE]
     rows += [
@@ -176,7 +177,7 @@ def compare_survivors(
 
 
 def failed_row(case: dict[str, Any], peer: str, note: str) -> dict[str, Any]:
-    """A row like measure.as_json's, of someone who has no time to show."""
+    """A row like measure.as_json's, for a peer without a time."""
     nothing = dict.fromkeys(("seconds", "spread", "tflops", "peak_bytes", "error", "ratio"))
     return {
         "problem": case["problem"] if "problem" in case else case["sizes"],

@@ -59,7 +59,7 @@ def _text(report: pytest.TestReport | pytest.CollectReport) -> str:
 
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
-    """After an illegal address no test of this process can pass any more: end it, the others get a new one."""
+    """After an illegal address no test can pass in this process: end it; the tests after it run in a new one."""
     outcome = yield
     report = outcome.get_result()
     if _path and report.outcome == "failed" and _device_is_lost():

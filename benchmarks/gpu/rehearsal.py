@@ -28,7 +28,7 @@ LARGE = 2**18  # elements
 
 
 def obstacle() -> str | None:
-    """Why nothing can be rehearsed here, in words; None if it can."""
+    """Why nothing can be rehearsed here; None if it can."""
     if not (ROOT / "tests" / "pretended_gpu").is_dir():
         return "this checkout has no tests/pretended_gpu"
     from tests import pretended_gpu
@@ -45,7 +45,8 @@ def pretended() -> Iterator[None]:
 
 
 class LeaveOut(TorchDispatchMode):
-    """Within, large floating tensors are made, but not computed: what they hold means nothing."""
+    """While it is active, large floating-point results are allocated but not computed: their values mean
+    nothing."""
 
     def __torch_dispatch__(self, operator, types, arguments=(), keywords=None):
         keywords = keywords or {}
@@ -80,7 +81,7 @@ def _device_of(keywords: dict[str, Any]) -> dict[str, Any]:
 
 
 def launch(case: dict[str, Any], device: torch.device, notify: Callable[[str], None]) -> list[dict[str, Any]]:
-    """Launch what the case `of` would launch of ours; raises what a GPU would refuse."""
+    """Launch our kernels of the case `of`; raises where a GPU would refuse."""
     inner = case["of"]
     notify(OURS)
     for step in LAUNCHERS[inner["kind"]](inner, device):
@@ -126,7 +127,7 @@ def _check_attention(case: dict[str, Any], device: torch.device) -> Steps:
 
 
 def _tiling(case: dict[str, Any], device: torch.device) -> Steps:
-    """A candidate's row, in the direction that uses it. That it does not fit is an answer, and no failure."""
+    """A candidate's row, in the direction that uses it. That it does not fit is a result, and no failure."""
     problem = problem_from(case["problem"])
     inputs = problem.inputs(device)
     with sweep.launched_with(case):

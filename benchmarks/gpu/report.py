@@ -15,7 +15,7 @@ FLOORS = ("plain GEMMs",)
 
 
 def write_report(folder: Path) -> None:
-    """Write report.md, and PNG plots if matplotlib is there; a sentence stands for what is missing."""
+    """Write report.md, and PNG plots if matplotlib is installed; where results are missing a sentence says so."""
     results = json.loads((folder / "results.json").read_text())
     plots = _plots(results, folder)
     parts = [
@@ -48,7 +48,7 @@ def table(headings: Iterable[str], lines: Iterable[Iterable[Any]]) -> str:
 
 
 def _verdict(results: dict[str, Any]) -> str:
-    """The first line says whether this run proves anything; then all that failed or was not run."""
+    """The first line says what this run proves; then everything that failed or was not run."""
     verdict = results.get("verdict") or {"line": "INCOMPLETE: the run was cut off.", "failures": [], "missing": []}
     text = f"**{verdict['line']}**"
     for title, sentences in (("Failed", verdict["failures"]), ("Not run to its end", verdict["missing"])):
@@ -96,12 +96,12 @@ def _head(results: dict[str, Any]) -> str:
     if results["dry_run"]:
         text += "\n\n**A rehearsal on a pretended GPU: everything was launched, nothing was computed or timed.**"
     if results.get("only"):
-        text += f"\n\nAsked were only: {', '.join(results['only'])}."
+        text += f"\n\nOnly these families were run: {', '.join(results['only'])}."
     if results.get("absent"):
         text += f"\n\nNot installed here, so not compared: {', '.join(results['absent'])}."
     return text + (
         "\n\nHow a figure was made and in which order to read the tables: benchmarks/README.md. Times are medians"
-        " of interleaved rounds; `x best` is the best peer's time over ours, above 1 we are faster."
+        " of interleaved rounds; `x best` is the best peer's time divided by ours: above 1 we are faster."
     )
 
 
@@ -278,13 +278,13 @@ def _without(heading: str, headings: tuple[str, ...], lines: list[tuple]) -> tup
 
 
 def _features(results: dict[str, Any]) -> str:
-    """A line for each call and direction: ours, who is fastest, and everyone's time over ours."""
+    """A line for each call and direction: ours, and every peer's time divided by ours, the fastest first."""
     rows = results["features"]
     if not rows:
         return "## Masks, scores, packed sequences, norms and heads\n\nNot reached."
     return (
-        "## Masks, scores, packed sequences, norms and heads\n\nTime over ours: above 1 we are faster. Who is not"
-        " named lacks the feature.\n\n" + _against_ours(rows, 1e3, "ms")
+        "## Masks, scores, packed sequences, norms and heads\n\nA peer's time divided by ours: above 1 we are"
+        " faster. A library that is not named lacks the feature.\n\n" + _against_ours(rows, 1e3, "ms")
     )
 
 
@@ -292,7 +292,7 @@ def _small_calls(rows: Rows) -> str:
     if not rows:
         return "## Small calls\n\nNot reached."
     return (
-        "## Small calls\n\nBy the wall, many calls in a row: Python and launches take the time.\n\n"
+        "## Small calls\n\nWall-clock time over many calls: most of it is Python and launches.\n\n"
         + _against_ours(rows, 1e6, "us")
     )
 
@@ -316,7 +316,7 @@ def _against_ours(rows: Rows, unit: float, name: str) -> str:
         lines.append((label, direction, f"{ours['seconds'] * unit:.4g}", f"{ours['spread']:.1%}", best, others))
     text = table(("call", "direction", f"ours, {name}", "spread", "x best", "others' time over ours"), lines)
     if notes:
-        text += "\n\n<details><summary>Who could not be measured</summary>\n\n" + "\n".join(notes) + "\n</details>"
+        text += "\n\n<details><summary>Not measured</summary>\n\n" + "\n".join(notes) + "\n</details>"
     return text
 
 

@@ -1,4 +1,4 @@
-"""The sections in order, within the budget; everything found so far is on disk after every case."""
+"""The sections in order, within the budget; after every case all results so far are on disk."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from benchmarks.gpu.report import write_report
 from benchmarks.gpu.state import State
 from benchmarks.gpu.suite import Suite
 
-# Shares of the time that is left when a section begins; what one does not use goes to those after it.
+# Each section's share of the time that is left when it begins; time it does not use goes to those after it.
 SHARES = {
     "kernels": 0.20, "suite": 0.36, "ceilings": 0.03, "attention": 0.13, "mlp": 0.07, "features": 0.12,
     "small calls": 0.02, "sweep": 0.07,
 }  # fmt: skip
 REPORT_SECONDS = 12.0
-# Where each section's rows are kept in results.json; these are timed, so that nothing else may run.
+# Where each section's rows are kept in results.json; these sections are timed, so nothing else runs beside them.
 SPEED = {"attention": "speed", "mlp": "speed", "features": "features", "small calls": "small_calls"}
 REAL_SIZES = "correctness at real sizes"
 SWEEP = "launch configurations"
@@ -48,7 +48,7 @@ class Run:
         self.lock = threading.Lock()
         self.compilations = state.folder / "compilations.jsonl"
         self.worker = self.new_worker()
-        self.crew = [self.new_worker() for _ in range(plan.processes)]  # idle while anyone is timed
+        self.crew = [self.new_worker() for _ in range(plan.processes)]  # idle while something is timed
         self.results: dict[str, Any] = {
             "environment": environment, "dry_run": plan.rehearsal, "only": only, "absent": ABSENT,
             "planned": self.planned(), "sections": [], "suite": {}, "kernels": [], "correctness": [],
@@ -71,7 +71,7 @@ class Run:
     # ---- the clock and the files ----
 
     def deadline(self, section: str) -> float:
-        """When this section must end: its share, of what is left, among the sections still to come."""
+        """When this section must end: its share of the time left, among the sections still to come."""
         share = self.left[section] / sum(self.left.values())
         del self.left[section]
         now = time.monotonic()
@@ -101,7 +101,7 @@ class Run:
     ) -> None:
         """Run the cases in order, by these workers side by side, until the deadline; rows go to results[name].
 
-        `rows_of` gives a case's rows, and whether it ran to its end: then the next call will not ask it again.
+        `rows_of` gives a case's rows, and whether it ran to its end: then the next call does not run it again.
         """
         begin, cases = time.monotonic(), list(cases)
         reached: set[int] = set()
@@ -200,7 +200,7 @@ class Run:
             thread.join()
 
     def warm(self, deadline: float, workers: list[Worker]) -> None:
-        """Compile what will be timed; what the cases answer does not matter."""
+        """Compile what will be timed; the answers are not used."""
         waiting: queue.Queue[Case] = queue.Queue()
         for case in warm_cases(self.plan):
             waiting.put(case)

@@ -1,4 +1,4 @@
-"""Which tests a GPU is asked, in which order, and how they are cut into shards for processes of their own."""
+"""Which tests run on a GPU, in which order, and how they are cut into shards, one process each."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ KERNEL_TESTS = {
     "test_derivatives": "tangent",
     "test_varlen": "varlen",
 }
-# Files that compute nothing on a GPU: they are for machines without one, where they run in every commit.
+# Files that compute nothing on a GPU: they run on machines without one, at every commit.
 NOT_ON_A_GPU = frozenset(
     {
         "test_bench",
@@ -48,7 +48,7 @@ def family_of(test: str) -> str:
 
 
 def in_order(tests: Iterable[str], families: Iterable[str] | None = None) -> list[str]:
-    """The tests to ask, kernels' first; of these families only, if any are named."""
+    """The tests to run, those of kernels first; of these families only, if any are named."""
     wanted = [t for t in tests if stem(t) not in NOT_ON_A_GPU]
     if families is not None:
         wanted = [t for t in wanted if family_of(t) in set(families)]

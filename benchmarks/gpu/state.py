@@ -1,6 +1,7 @@
 """What earlier calls of the same run have finished, so that the next call goes on where they were cut off.
 
-A run belongs to these sources, this device and these versions: anything else begins anew, in a folder of its own.
+State belongs to one set of sources, one device and one set of versions. Any other starts from nothing, in another
+folder.
 """
 
 from __future__ import annotations

@@ -97,7 +97,7 @@ class Suite:
         events = process.events
         self.asked = shards.in_order((e["test"] for e in events if e["outcome"] == "found"), self.families)
         self.unreadable = [e for e in events if e["outcome"] == "unreadable" and self._wanted(e["test"])]
-        # Files that are skipped as a whole, for want of a library they are about.
+        # Files that are skipped as a whole, because the library they test is missing.
         for event in events:
             if event["outcome"] == "skipped" and self._wanted(event["test"]):
                 self.asked.append(event["test"])
@@ -123,7 +123,7 @@ class Suite:
             self._settle(shard, process, ended)
 
     def _note(self, event: Event) -> None:
-        """One outcome; a failure outlives what comes after it, such as the passing of a teardown."""
+        """Keep one outcome; a test that failed stays failed, also when its teardown passes."""
         with self.lock:
             if event["outcome"] in FINAL and self._outcome(event["test"]) != "failed":
                 self.state.keep_test(event)
@@ -131,7 +131,7 @@ class Suite:
                     self.say(f"  failed: {event['test']}")
 
     def _settle(self, shard: list[str], process: Process, ended: int | str) -> None:
-        """A process is over: judge the test it was at, and put the tests after it back in front."""
+        """A process ended: judge the test that it was running, and put the tests after that one back in front."""
         left = [test for test in shard if self._outcome(test) not in FINAL]
         if not left or ended == "cut off":
             return
@@ -142,7 +142,7 @@ class Suite:
                 self.state.keep_test({"test": culprit, "seconds": 0.0, **verdict_on(ended, words)})
             left.remove(culprit)
         elif len(left) == len(shard):
-            # Not one test began: it would be the same again.
+            # No test began, so another process would end the same.
             with self.lock:
                 self.notes.append(clean(f"{shard[0]} and {len(shard) - 1} more could not start: {words}"))
             return
@@ -171,7 +171,7 @@ class Suite:
         }
 
     def _missing(self, events: list[Event], skips: Counter[str]) -> list[str]:
-        """In words, everything for which the suite is incomplete; empty if it is complete."""
+        """A sentence for everything that makes the suite incomplete; empty if it is complete."""
         missing = list(self.notes)
         for event in self.unreadable:
             last = clean(event["text"]).strip().splitlines() or [""]
@@ -185,7 +185,8 @@ class Suite:
 
 
 def verdict_on(ended: int | str, words: str) -> Event:
-    """What the end of a process says of the test it was at: `ended` is its exit code, or why it was ended."""
+    """The outcome of the test that a process was running when it ended: `ended` is its exit code, or why it was
+    ended."""
     if ended == "hung":
         return {"outcome": "hung", "text": "no answer in time"}
     if isinstance(ended, int) and ended < 0 and -ended not in CRASHES:
@@ -245,7 +246,7 @@ class Process:
         return found
 
     def _end(self) -> None:
-        """Its children end, too: one that hangs in a kernel would share the device with what is timed later."""
+        """Ends its children, too: one that hangs in a kernel would share the device with what is timed later."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -264,7 +265,7 @@ class Process:
 
 
 def _by_family(events: list[Event]) -> dict[str, dict[str, int]]:
-    """Counts of outcomes for each family; a skip for want of a library counts as lacking."""
+    """Counts of outcomes for each family; a skip because a library is missing counts as "lacking"."""
     families: dict[str, Counter[str]] = {}
     for event in events:
         lacking = event["outcome"] == "skipped" and LACKING.search(event["text"])

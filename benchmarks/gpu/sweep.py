@@ -1,4 +1,4 @@
-"""Launch configurations beside the one in the table, for the shapes where we are furthest behind.
+"""Launch configurations other than the table's, for the shapes where we are furthest behind.
 
 A candidate differs from the table's row in tile sides, warps or stages. It is put into the table of the worker
 that tries it, so what is timed is the public call, launched as it would be with that row. All candidates are
@@ -30,7 +30,7 @@ from fastattn.measuring.peers import (
 WORTHWHILE = 0.03
 CANDIDATES = 24
 FARTHEST = 3  # steps from the table's row to a candidate
-# Candidates whatever the distance: two programs fit on a multiprocessor.
+# Always tried, however far from the row: tiles of which two programs fit on one multiprocessor.
 SMALL = ((64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 4, 2), (64, 128, 4, 2), (64, 32, 4, 2))
 FUSED = "MLP_FUSED_UP_TO"
 
@@ -62,7 +62,7 @@ def rows_of(table: str, family: str) -> tuple[Any, ...]:
 
 
 def current(table: str, family: str, key: tuple[int, int]) -> Any:
-    """The row that serves now."""
+    """The row in use: the first whose limits hold this key."""
     return next(row for row in rows_of(table, family) if key[0] <= row.bytes and key[1] <= row.width)
 
 

@@ -16,7 +16,7 @@ MOST_NAMED = 6
 
 
 class Verdict(NamedTuple):
-    """`failures` and `missing` in words, one sentence each."""
+    """`failures` and `missing` hold one sentence for each."""
 
     code: int
     line: str

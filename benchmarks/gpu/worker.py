@@ -1,7 +1,7 @@
 """A process that runs cases: JSON lines in on stdin, JSON lines out on a pipe of its own.
 
 Usage: python -m benchmarks.gpu.worker PIPE DEVICE HANDLERS; DEVICE is cpu, cuda or pretended. Before each step it
-says what it is about to do, so that the parent knows whom to blame for a silence. After an error that leaves the
+sends the name of that step, so that the parent knows which step hangs. After an error that leaves the
 device unusable (an illegal address poisons the whole CUDA context) it says so and ends.
 """
 

@@ -243,7 +243,7 @@ def test_the_comparison_tells_what_got_faster_slower_and_lost(tmp_path, capsys):
         (tmp_path / name / "results.json").write_text(json.dumps(results))
     assert compare.main([str(tmp_path / "a"), str(tmp_path / "b")]) == 0
     said = capsys.readouterr().out
-    assert "device: G -> H" in said and "-50.0%" in said and "rivals' times moved by +10.0%" in said
+    assert "device: G -> H" in said and "-50.0%" in said and "rivals' times changed by +10.0%" in said
     assert said.index("Ours, faster") < said.index("Rivals outside") < said.index("Measured before only")
     assert "Fails now:\n  t1" in said
     assert compare.main([str(tmp_path / "a"), str(tmp_path / "nowhere")]) == 1
