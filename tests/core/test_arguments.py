@@ -281,7 +281,7 @@ def test_every_public_function_is_tried() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("keywords", "message"),
     [
         ({"attn_mask": Q}, "attention.. got an unexpected keyword argument 'attn_mask'; it is called bias="),
         ({"is_causal": True}, "it is called causal= here"),
@@ -291,14 +291,14 @@ def test_every_public_function_is_tried() -> None:
         ({"block_mask": None}, "it is called mask= "),
         ({"score_mod": None}, "it is called bias=, relative_bias="),
         ({"dropout": 0.1}, "it is called dropout_p= here"),
-        ({"enable_gqa": True}, "grouped always"),
+        ({"enable_gqa": True}, "are always grouped"),
         ({"made_up": 1}, "unexpected keyword argument 'made_up'$"),
         ({"mask": torch.ones(8, 8, dtype=torch.bool)}, "a tensor is given as bias= .* or as masks.from_dense"),
     ],
 )
-def test_other_libraries_words_are_told_ours(given: dict, message: str) -> None:
+def test_other_libraries_words_are_told_ours(keywords: dict, message: str) -> None:
     with pytest.raises(TypeError, match=message):
-        fastattn.attention(Q, Q, Q, **given)
+        fastattn.attention(Q, Q, Q, **keywords)
 
 
 def test_a_tensor_where_a_batch_size_is_meant_is_told_so() -> None:
