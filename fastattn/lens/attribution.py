@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,10 @@ from fastattn.ground.checks import lse_dtype
 from fastattn.ground.modes import without_autocast
 from fastattn.lens.adapters import Adapter, adapt
 from fastattn.lens.frozen import FrozenNorm
-from fastattn.lens.running import check_model, hooks, last_stream, neuron_activations
+from fastattn.lens.places import Name, Z, read
+from fastattn.lens.running import check_mlps, check_model, check_streams, hooks, last_stream, neuron_activations
 from fastattn.lens.showing import Shown, bars, finished, heat, new_figure
-from fastattn.lens.sources import pulled_to_values
+from fastattn.lens.sources import attention_of_layer
 from fastattn.lens.texts import Token, Words, position_of, token_of_each_row, token_rows
 
 
@@ -57,7 +59,8 @@ class Attribution(Shown):
 
         With P the head's pattern, i the position, u the direction that is read: P_ij (v_j . W_O u). As out_i is
         the sum of P_ij v_j, P_ij is what the backward of attention gives to v_j: one backward of one layer, in
-        O(L) memory, of the attention that the model has. The model runs again, up to that layer.
+        O(L) memory, of the attention that the model has (of Hugging Face's "fastattn" or "sdpa"). The model runs
+        again, up to that layer.
         """
         layer = self.adapter.layer(layer)
         head = _index("head", head, self.adapter.num_heads)
@@ -65,15 +68,11 @@ class Attribution(Shown):
             out = self.adapter.projections(layer).out[head].to(self.total.dtype)
             direction = self._state.to_heads[layer] @ out.mT
 
-        def upstream(heads_out: Tensor) -> Tensor:
-            """The gradient of the head's component with respect to what `out` is given (B, L, Hq Dv)."""
-            gradient = torch.zeros_like(heads_out).unflatten(-1, (self.adapter.num_heads, -1))
-            gradient[:, self.position, head] = direction.to(gradient.dtype)
-            return gradient.flatten(-2)
-
-        values, gradients = pulled_to_values(self.adapter, layer, self.tokens, self._state.options, upstream)
-        wide = self.total.dtype
-        shares = (values.to(wide) * gradients.to(wide)).sum((-2, -1))
+        attention = attention_of_layer(self.adapter, layer, self.tokens, self._state.options)
+        upstream = torch.zeros_like(attention.heads_out)
+        upstream[:, head, self.position] = direction.to(upstream.dtype)
+        values, wide = attention.values.detach(), self.total.dtype
+        shares = (values.to(wide) * attention.pulled(upstream).to(wide)).sum((1, -1))
         self._check_same_model(f"L{layer}H{head}", shares, values.dtype)
         return shares
 
@@ -190,6 +189,7 @@ def attribution(
     """
     adapter, words = adapt(model), Words(tokenizer)
     check_linear_head(adapter, "attribution")
+    check_mlps(adapter)
     tokens = token_rows("tokens", tokens, adapter, words)
     place = position_of("position", position, tokens.shape[1])
     wanted = token_of_each_row("target", target, len(tokens), adapter, words)
@@ -222,31 +222,33 @@ def check_linear_head(adapter: Adapter, what: str) -> None:
             f"activation between the last stream and the unembedding ({adapter.family.head})"
         )
     adapter.unembedding_weight  # noqa: B018  (raises where there is none)
+    check_streams(adapter)
 
 
 def _seen(adapter: Adapter, tokens: Tensor, place: int, options: dict[str, Any]) -> tuple[dict[Any, Any], Tensor]:
     """What the parts make of the tokens at one position, by part, and what the unembedding is given there (B, d).
 
-    Embeddings and what layers join from their heads are tensors (B, ...), MLPs the activations of their neurons,
-    norms pairs of a `FrozenNorm` and 1 / scale (B,).
+    Embeddings are tensors (B, d), heads (B, Hq, Dv), MLPs the activations of their neurons (B, neurons), norms
+    pairs of a `FrozenNorm` and 1 / scale (B,).
     """
     seen: dict[Any, Any] = {}
 
-    def keep(key: Any) -> Any:
+    def keep(key: Any, dim: int = 1) -> Any:
         def see(t: Tensor) -> None:
-            t = t if t.dim() == 3 else t[None]  # positions may come without a batch
-            seen[key] = t[:, place].expand(len(tokens), -1)
+            t = t if t.dim() > 2 else t[None]  # positions may come without a batch
+            at = t.select(dim, place)
+            seen[key] = at.expand(len(tokens), *at.shape[1:])
 
         return see
 
-    with hooks() as hooked:
+    with hooks() as hooked, ExitStack() as stack:
         for i, module in enumerate(adapter.embeddings):
             hooked.on_output(module, keep(("embedding", i)))
         for key, norm in _norms(adapter):
             if norm is not adapter.final_norm:  # what that is given ends the run
                 hooked.on_input(norm, keep(key))
         for layer in range(adapter.num_layers):
-            hooked.on_input(adapter.part("out", layer), keep(("out", layer)))
+            stack.callback(read(adapter, Name(layer, Z), keep(("heads", layer), dim=2)).remove)
             if adapter.part("mlp", layer) is not None:
                 hooked.on_input(adapter.part("mlp", layer), keep(("mlp", layer)))
         state = seen["final norm"] = last_stream(adapter, tokens, options)[:, place]
@@ -324,7 +326,7 @@ class _Parts:
         self.to_heads[layer] = direction
         if weights.out_bias is not None:
             self.components[f"L{layer} attention bias"] = self.dot(weights.out_bias, direction)
-        outputs = self.seen["out", layer].unflatten(-1, (self.adapter.num_heads, -1)).to(direction.dtype)
+        outputs = self.seen["heads", layer].to(direction.dtype)
         read = torch.einsum("hed,bd->bhe", weights.out.to(direction.dtype), direction)
         for head in reversed(range(self.adapter.num_heads)):
             self.components[f"L{layer}H{head}"] = self.dot(outputs[:, head], read[:, head])

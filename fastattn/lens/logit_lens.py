@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fastattn.ground.arguments import integer
 from fastattn.ground.checks import lse_dtype
 from fastattn.lens.adapters import Adapter, adapt
-from fastattn.lens.running import Hooks, check_model, hooks, last_stream
+from fastattn.lens.running import Hooks, check_model, check_streams, hooks, last_stream
 from fastattn.lens.showing import Shown, finished, new_figure, plain_labels
 from fastattn.lens.texts import Token, Words, position_of, token_of_each_row, token_rows
 from fastattn.lens.vocabulary import TILE_LOGITS, Reading, Unembedding, read, rows_at_once
@@ -150,6 +150,7 @@ def logit_lens(
         wanted = (wanted if wanted.dim() == 2 else wanted[:, None]).expand(shape).flatten()
     if tuned is not None:
         tuned.check_fits(adapter)
+    check_streams(adapter)
     check_model(model)
     with torch.no_grad():
         streams = _streams(adapter, tokens, places, options)
@@ -282,6 +283,7 @@ class TunedLens(nn.Module):
         """
         adapter = adapt(model)
         self.check_fits(adapter)
+        check_streams(adapter)
         check_model(model)
         optimizer = torch.optim.Adam(self.parameters(), lr=learning_rate)
         losses = []

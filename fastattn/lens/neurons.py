@@ -16,7 +16,7 @@ from fastattn.ground.modes import without_autocast
 from fastattn.lens.adapters import Adapter, adapt
 from fastattn.lens.attribution import check_linear_head, logit_direction
 from fastattn.lens.frozen import FrozenNorm
-from fastattn.lens.running import check_model, hooks, last_stream, neuron_activations
+from fastattn.lens.running import check_mlps, check_model, hooks, last_stream, neuron_activations
 from fastattn.lens.showing import Shown, bars, finished, new_figure
 from fastattn.lens.texts import Token, Words, counted_positions, token_of_each_row, token_rows
 
@@ -149,6 +149,7 @@ def neurons(
     """
     adapter, words = adapt(model), Words(tokenizer)
     check_linear_head(adapter, "neurons")
+    check_mlps(adapter)
     _check_blocks(adapter)
     top, places = integer("top", top, least=1), integer("places", places, least=1)
     wanted = token_of_each_row("token", token, 1, adapter, words)

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from fastattn.ground.checks import lse_dtype
-from fastattn.lens.adapters import Adapter, adapt
+from fastattn.lens.adapters import adapt
 from fastattn.lens.running import check_model, last_stream
 from fastattn.lens.showing import Shown, finished, heat, new_figure, plain_labels
-from fastattn.lens.sources import Watched, values_of, watched_values
+from fastattn.lens.sources import Watched, watched_values
 from fastattn.lens.texts import Words, position_of, token_rows
 
 
@@ -81,7 +81,8 @@ def rollout(
     bias the model has.
 
     Args:
-        model: any that `adapt` knows, with or without a head; in eval mode if it has dropout.
+        model: any that `adapt` knows, with or without a head, of Hugging Face's those with attn_implementation
+            "fastattn" or "sdpa"; in eval mode if it has dropout.
         tokens: ids (B, L), or text if there is a tokenizer.
         query: the position; the last by default.
         tokenizer: a Hugging Face tokenizer: takes text, and prints tokens as text.
@@ -112,19 +113,18 @@ def rollout(
         reach[:, place] = 1.0
         rows = [reach]
         for layer in reversed(range(adapter.num_layers)):
-            reach = (reach + _through_attention(adapter, watched.pop(layer), reach)) / 2
+            reach = (reach + _through_attention(watched.pop(layer), reach)) / 2
             rows.append(reach)
     by_layer = torch.stack(rows[::-1])
     return Rollout(by_layer[0], by_layer, tokens, place, words)
 
 
-def _through_attention(adapter: Adapter, layer: Watched, reach: Tensor) -> Tensor:
+def _through_attention(attention: Watched, reach: Tensor) -> Tensor:
     """sum_i reach_i P_ij (B, L), P the mean of the heads' patterns."""
     # Half precision keeps small weights when the largest is 1.
     largest = reach.amax(-1, keepdim=True)
-    upstream = torch.zeros_like(layer.heads_out).unflatten(-1, (adapter.num_heads, -1))
+    upstream = torch.zeros_like(attention.heads_out)
     # Every component of a value is weighted alike: one of them tells.
-    upstream[..., 0] = (reach / largest)[..., None].to(upstream.dtype)
-    (gradient,) = torch.autograd.grad(layer.heads_out, layer.leaf, upstream.flatten(-2))
-    column_sums = values_of(adapter, gradient)[..., 0].to(reach.dtype).sum(-1)
-    return column_sums * largest / adapter.num_heads
+    upstream[..., 0] = (reach / largest)[:, None].to(upstream.dtype)
+    column_sums = attention.pulled(upstream)[..., 0].to(reach.dtype).sum(1)
+    return column_sums * largest / attention.heads_out.shape[1]

@@ -104,6 +104,30 @@ def neuron_activations(adapter: Adapter, layer: int, x: Tensor) -> Tensor:
             return reached.value
 
 
+def check_mlps(adapter: Adapter) -> None:
+    """Neurons are read by running an MLP alone.
+
+    Raises:
+        ValueError: an MLP is no module of its own: its layers lie in the block, and the activation between them.
+    """
+    for layer in range(adapter.num_layers):
+        if adapter.part("mlp", layer) is not None and adapter.part("mlp", layer) is adapter.part("up", layer):
+            raise ValueError(
+                f"model must have its MLPs in modules of their own, and in family {adapter.family.name} their "
+                "layers lie in the block"
+            )
+
+
+def check_streams(adapter: Adapter) -> None:
+    """Streams are read as (B, L, d).
+
+    Raises:
+        ValueError: the model's are (L, B, d).
+    """
+    if adapter.sequence_first:
+        raise ValueError("model must have streams (batch, length, width): build its layers with batch_first=True")
+
+
 def check_model(model: nn.Module) -> None:
     """Dropout would draw anew in every run, and nothing would fit together.
 

@@ -8,57 +8,54 @@ soft cap, sink and layout of heads that this attention knows.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastattn.lens.adapters import Adapter
-from fastattn.lens.running import Reached, hooks, last_stream
-
-
-def pulled_to_values(
-    adapter: Adapter, layer: int, tokens: Tensor, options: dict[str, Any], upstream: Callable[[Tensor], Tensor]
-) -> tuple[Tensor, Tensor]:
-    """The values of a layer (B, L, Hkv, Dv) and what is pulled back to them, same shape.
-
-    Args:
-        upstream: makes of what attention gives, (B, L, Hq Dv), the gradient to pull back, same shape.
-    """
-
-    with watched_values(adapter, [layer]) as watched, hooks() as hooked:
-        hooked.on_input(adapter.part("out", layer), _reach)
-        last_stream(adapter, tokens, options)
-        leaf, heads_out = watched[layer].leaf, watched[layer].heads_out
-        (gradient,) = torch.autograd.grad(heads_out, leaf, upstream(heads_out.detach()))
-    return values_of(adapter, leaf.detach()), values_of(adapter, gradient)
-
-
-def _reach(heads_out: Tensor) -> None:
-    raise Reached(heads_out)
+from fastattn.lens.places import Name, change
+from fastattn.lens.running import Reached, last_stream
 
 
 class Watched:
-    """One layer's attention with its graph: `heads_out` (B, L, Hq Dv), from `leaf`, what gives the values."""
+    """One layer's attention with its graph: `heads_out` (B, Hq, L, Dv) from the leaf `values` (B, Hkv, L, Dv)."""
 
-    leaf: Tensor
+    values: Tensor
     heads_out: Tensor
+
+    def pulled(self, upstream: Tensor) -> Tensor:
+        """sum_i P_ij g_i, summed over the query heads of each key head (B, Hkv, L, Dv), for g (B, Hq, L, Dv)."""
+        (gradient,) = torch.autograd.grad(self.heads_out, self.values, upstream)
+        return gradient
+
+
+def attention_of_layer(adapter: Adapter, layer: int, tokens: Tensor, options: dict[str, Any]) -> Watched:
+    """The attention of one layer with its graph; the model runs up to there."""
+
+    def reach(heads_out: Tensor) -> Tensor:
+        raise Reached(heads_out)
+
+    with watched_values(adapter, [layer]) as watched, ExitStack() as stack:
+        stack.callback(change(adapter, _name(layer, "z"), reach).remove)
+        last_stream(adapter, tokens, options)
+    return watched[layer]
 
 
 @contextmanager
 def watched_values(adapter: Adapter, layers: Iterable[int]) -> Iterator[dict[int, Watched]]:
     """Within, these layers' attention keeps a graph from its values to its result, and nothing else does.
 
-    Values are made leaves; gradients are recorded from there up to the layer that joins the heads.
+    Values are made leaves; gradients are recorded from there until the heads are read.
     """
     watched = {layer: Watched() for layer in layers}
 
     def begin(layer: int) -> Callable[[Tensor], Tensor]:
-        def see(made: Tensor) -> Tensor:
+        def see(values: Tensor) -> Tensor:
             torch.set_grad_enabled(True)
-            watched[layer].leaf = made.detach().requires_grad_()
-            return watched[layer].leaf
+            watched[layer].values = values.detach().requires_grad_()
+            return watched[layer].values
 
         return see
 
@@ -71,17 +68,12 @@ def watched_values(adapter: Adapter, layers: Iterable[int]) -> Iterator[dict[int
         return see
 
     # An inference tensor cannot be part of a graph.
-    with torch.inference_mode(False), torch.no_grad(), hooks() as hooked:
+    with torch.inference_mode(False), torch.no_grad(), ExitStack() as stack:
         for layer in watched:
-            maker = adapter.part("v", layer)
-            hooked.on_output(adapter.part("q", layer) if maker is None else maker, begin(layer))
-            hooked.on_input(adapter.part("out", layer), end(layer))
+            stack.callback(change(adapter, _name(layer, "v"), begin(layer)).remove)
+            stack.callback(change(adapter, _name(layer, "z"), end(layer)).remove)
         yield watched
 
 
-def values_of(adapter: Adapter, made: Tensor) -> Tensor:
-    """Values (B, L, Hkv, Dv) as they lie in what their layer gives, which may be queries and keys, too."""
-    if adapter.family.v is not None:
-        return made.unflatten(-1, (adapter.num_kv_heads, -1))
-    heads = made.unflatten(-1, (adapter.num_heads + 2 * adapter.num_kv_heads, -1))
-    return heads[..., 2::3, :] if adapter.family.interleaved else heads[..., -adapter.num_kv_heads :, :]
+def _name(layer: int, x: str) -> Name:
+    return Name(layer, f"attention.hook_{x}")

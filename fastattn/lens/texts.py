@@ -46,7 +46,7 @@ def token_rows(name: str, tokens: str | Tensor, adapter: Adapter, words: Words) 
     Raises:
         TypeError, ValueError: tokens that are no integers, of another rank, empty or not in the vocabulary.
     """
-    table = adapter.embeddings[0].weight
+    table = adapter.embeddings[0].weight if adapter.embeddings else next(adapter.model.parameters())
     if table.device.type == "meta":
         raise ValueError(
             "model must hold its weights, and its embedding is on the meta device: offloaded, or not loaded yet"
@@ -60,7 +60,8 @@ def token_rows(name: str, tokens: str | Tensor, adapter: Adapter, words: Words) 
         raise ValueError(f"{name} must have shape (batch, length), neither of them 0; got {tuple(tokens.shape)}")
     if tokens.device != table.device:
         raise ValueError(f"{name} must be on the model's device {table.device}, got {tokens.device}")
-    _check_in_vocabulary(name, tokens, table.shape[0])
+    if adapter.embeddings:
+        _check_in_vocabulary(name, tokens, table.shape[0])
     return tokens
 
 

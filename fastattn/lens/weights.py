@@ -33,7 +33,7 @@ def _exactly(function: F) -> F:
 
     @functools.wraps(function)
     def exact(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        with torch.no_grad(), without_autocast(adapt(model).embeddings[0].weight.device):
+        with torch.no_grad(), without_autocast(adapt(model).part("out", 0).weight.device):
             return function(model, *args, **kwargs)
 
     return exact  # type: ignore[return-value]

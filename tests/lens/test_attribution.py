@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lens_models import ALL, HEADS, LAYERS, PRE_NORM, WIDTH, make, text
+from lens_models import ALL, HEADS, LAYERS, LIKE_LLAMA, PRE_NORM, WIDTH, make, text
 from torch import nn
 
 import fastattn
@@ -12,7 +12,7 @@ from fastattn import lens
 from fastattn.lens import adapters
 
 EXACT = {"atol": 1e-12, "rtol": 1e-12}
-FP32_NORMS = ("llama", "qwen3", "gemma3")  # their norms round to float32, whatever the model's dtype
+FP32_NORMS = ("llama", *LIKE_LLAMA, "qwen3", "gemma3")  # their norms round to float32, whatever the model's dtype
 
 
 def logits(model, tokens, **options):
@@ -30,7 +30,7 @@ def rounding(name, found):
 
 
 @pytest.mark.parametrize("attention", ["fastattn", "sdpa"])
-@pytest.mark.parametrize("name", PRE_NORM)
+@pytest.mark.parametrize("name", [*PRE_NORM, *LIKE_LLAMA])
 def test_the_parts_sum_to_the_models_own_logit_difference(name, attention):
     model, tokens = make(name, attention), text()
     position, target, against = 11, torch.tensor([7, 9]), 8
@@ -81,7 +81,7 @@ def dense_patterns(model, tokens):
 
 
 @pytest.mark.parametrize("attention", ["fastattn", "sdpa"])
-@pytest.mark.parametrize("name", PRE_NORM)
+@pytest.mark.parametrize("name", [*PRE_NORM, *LIKE_LLAMA])
 def test_a_heads_part_by_source_and_an_mlps_by_neuron_sum_to_their_components(name, attention):
     model, tokens = make(name, attention), text()
     found = lens.attribution(model, tokens, 7, 8, position=11)

@@ -185,6 +185,14 @@ def test_a_step_of_the_tuned_lens_is_that_of_dense_autograd(monkeypatch):
         torch.testing.assert_close(parameter.grad, gradient, atol=1e-10, rtol=1e-8)
 
 
+def test_training_a_tuned_lens_never_stores_the_logits_of_all_positions():
+    model = make("own", vocab_size=20_000, max_length=512).float()
+    tuned = lens.TunedLens.of(model)
+    with LargestTensor() as largest:
+        tuned.fit(model, [text(1, 512)])
+    assert largest.numel <= vocabulary.TILE_LOGITS < 512 * 20_000
+
+
 def test_a_file_that_holds_no_tuned_lens_is_refused(tmp_path):
     torch.save({"weight": torch.zeros(2)}, tmp_path / "other.pt")
     with pytest.raises(ValueError, match=r"a file that TunedLens.save wrote"):

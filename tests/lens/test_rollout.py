@@ -55,14 +55,10 @@ def test_half_precision_keeps_small_weights():
     torch.testing.assert_close(found, expected, atol=2e-4, rtol=0.05)
     # What reaches a long text's tokens is below the smallest number of float16, 6e-8.
     layer = Watched()
-    layer.leaf = torch.ones(1, 2, 2 * 16, dtype=torch.float16, requires_grad=True)  # as v_proj gives it
-    layer.heads_out = (
-        layer.leaf.unflatten(-1, (2, 16)).repeat_interleave(2, 2).flatten(2)
-    )  # P is 1, each to itself
+    layer.values = torch.ones(1, 2, 2, 16, dtype=torch.float16, requires_grad=True)
+    layer.heads_out = layer.values.repeat_interleave(2, 1)  # every position attends to itself
     reach = torch.tensor([[1e-9, 2e-9]])
-    model = make("llama", head_dim=16)
-    with torch.enable_grad():
-        through = _through_attention(lens.adapt(model), layer, reach)
+    through = _through_attention(layer, reach)
     torch.testing.assert_close(through, reach, atol=0, rtol=1e-3)
 
 
