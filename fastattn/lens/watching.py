@@ -506,7 +506,8 @@ class _Observer:
                 f"{', '.join(('attention.' + name) for name in (*STATISTICS, *MATCHES))}"
             )
         unit = torch.eye(keys, dtype=call.v.dtype, device=call.v.device)
-        return call.attend(v=unit.expand(batch, call.k.shape[1], keys, keys))
+        # Values as wide as there are keys are more than the kernels compute: the backend is free.
+        return call.attend(v=unit.expand(batch, call.k.shape[1], keys, keys), backend=None)
 
     def _statistics(self, call: Call, names: set[str | None]) -> dict[str, Any]:
         matches = [kind for kind in MATCHES if kind in names]

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastattn
 from fastattn import lens
-from fastattn.lens import places
+from fastattn.lens import places, watching
 from fastattn.lens.watching import STATISTICS
 
 CLOSE = {"atol": 1e-12, "rtol": 1e-12}
@@ -246,6 +246,19 @@ def test_two_watches_at_once_both_see_and_leave_nothing():
         model(text(length=3))
     assert one["blocks.0.attn.hook_q"].shape[2] == 3 and two["blocks.1.attn.hook_q"].shape[2] == 20
     assert not hooks_in(model) and not places._ATTENTIONS
+
+
+def test_a_pattern_is_computed_whatever_backend_the_model_asks_for():
+    # Its values are as wide as there are keys, wider than the kernels compute.
+    q, k = torch.randn(1, 2, 4, 8), torch.randn(1, 2, 600, 8)
+    call, observed = places.Call(q, k, k, {"causal": True, "backend": "triton"}), []
+    with pytest.raises(ValueError, match="triton"):
+        call.attend(v=torch.eye(600).expand(1, 2, 600, 600))
+    observer = watching._Observer.__new__(watching._Observer)
+    observer.layer, observer.pattern_limit, observer.records = 0, 10**6, [("pattern", observed.append)]
+    observer(call)
+    hidden = ~torch.ones(4, 600, dtype=torch.bool).tril(596)
+    torch.testing.assert_close(observed[0], (q @ k.mT * 8**-0.5).masked_fill(hidden, -torch.inf).softmax(-1))
 
 
 def test_a_pattern_above_the_limit_is_refused_and_the_statistics_are_named():
