@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from fastattn.ground.arguments import choice, integer, number, tensor
-from fastattn.lens.adapters import Adapter, adapt
+from fastattn.lens.adapters import Adapter, adapt_blocks
 from fastattn.lens.places import Call, Name, change, find, kinds_of, listen
+from fastattn.lens.running import check_model
 from fastattn.lens.watching import Step, pick, split_steps, watch
 from fastattn.masks import Lowered, Mask
 
@@ -447,19 +448,13 @@ def _without(key: int, edits: list[_Edit]) -> None:
 
 def _adapter(model: nn.Module) -> Adapter:
     """The model's parts; dropout that is active is refused, since no two runs could be compared."""
-    adapter = adapt(model)
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Dropout) and module.training and module.p > 0:
-            raise ValueError(
-                f"model must be in eval mode, without dropout; {name} has p={module.p:g}: call model.eval()"
-            )
+    adapter = adapt_blocks(model)
+    check_model(model)
     if any(module.training and getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         raise ValueError(
             "model must not checkpoint its gradients, since its backward would compute again what was changed, "
             "unchanged: call model.gradient_checkpointing_disable()"
         )
-    if model.training and float(getattr(getattr(model, "config", None), "attention_dropout", None) or 0.0):
-        raise ValueError("model must be in eval mode, without dropout; its attention has some: call model.eval()")
     return adapter
 
 

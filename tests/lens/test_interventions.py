@@ -431,7 +431,7 @@ def test_shapes_that_do_not_fit_are_named():
 def test_dropout_that_is_active_is_refused(name, fields):
     model = make(name, **fields).train()
     with (
-        pytest.raises(ValueError, match=r"must be in eval mode.*call model.eval"),
+        pytest.raises(ValueError, match=r"must not drop anything.*call model.eval"),
         lens.ablate(model, heads=[(0, 0)]),
     ):
         pass

@@ -10,6 +10,7 @@ from torch import nn
 import fastattn
 from fastattn import lens, masks
 from fastattn.lens import places
+from fastattn.lens.adapters import adapt_blocks
 
 CLOSE = {"atol": 1e-12, "rtol": 1e-12}
 HEADS, WIDTH, LAYERS = 4, 32, 3
@@ -61,7 +62,7 @@ def test_what_is_recorded_is_what_the_model_computes_with(batch_first, norm_firs
         watched = model(tokens, padding)
     with torch.no_grad():
         torch.testing.assert_close(watched, model(tokens, padding), **CLOSE)
-    adapter = lens.adapt(model)
+    adapter = adapt_blocks(model)
     assert adapter.post_norm is not norm_first and adapter.num_heads == HEADS
     for layer, block in enumerate(model.encoder.layers):
         get = {name.split(".", 2)[2]: value for name, value in seen.items() if name.startswith(f"blocks.{layer}.")}
@@ -130,7 +131,7 @@ def test_before_they_are_patched_streams_can_be_seen_and_attention_cannot():
 
 def test_what_has_no_streams_of_one_length_or_several_stacks_is_refused():
     with pytest.raises(ValueError, match="several stacks of layers, encoder, decoder"):
-        lens.adapt(nn.Transformer(WIDTH, HEADS, 1, 1, 48))
+        lens.watch(nn.Transformer(WIDTH, HEADS, 1, 1, 48), "blocks.0.resid_pre").__enter__()
     encoder = fastattn.nn.TransformerEncoder(
         nn.TransformerEncoderLayer(WIDTH, HEADS, 48, batch_first=True), 1
     ).eval()
@@ -147,5 +148,13 @@ def test_what_has_no_streams_of_one_length_or_several_stacks_is_refused():
         torch.no_grad(),
     ):
         encoder(x[0])
-    with pytest.raises(ValueError, match="model has no unembedding that its family names"):
-        lens.adapt(encoder).logits(x)
+
+
+@pytest.mark.parametrize(
+    "ask", [lens.adapt, lambda m: lens.head_report(m, text()), lambda m: lens.rollout(m, text())]
+)
+def test_what_needs_tokens_and_logits_is_refused(ask):
+    with pytest.raises(
+        ValueError, match=r"model attends with torch.nn.MultiheadAttention: watch, ablate, .* serve it"
+    ):
+        ask(make())
