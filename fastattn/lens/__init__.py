@@ -4,6 +4,7 @@ from fastattn.core.statistics.functional import attention_statistics, gather_wei
 from fastattn.core.statistics.spec import Matches, TopKeys
 from fastattn.lens.adapters import Adapter, Family, Projections, adapt, families, register
 from fastattn.lens.attribution import Attribution, attribution
+from fastattn.lens.causal_trace import CausalTrace, causal_trace
 from fastattn.lens.head_report import HeadReport, head_report
 from fastattn.lens.heads import HeadScores, even_scores, head_scores, model_head_scores
 from fastattn.lens.interventions import (
@@ -24,6 +25,7 @@ from fastattn.lens.weights import VirtualWeights, composition, copying_scores, v
 __all__ = [
     "Adapter",
     "Attribution",
+    "CausalTrace",
     "Family",
     "Firing",
     "HeadReport",
@@ -42,6 +44,7 @@ __all__ = [
     "adapt",
     "attention_statistics",
     "attribution",
+    "causal_trace",
     "composition",
     "copying_scores",
     "even_scores",
