@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from largest_tensor import LargestTensor
 from lens_models import HEADS, LAYERS, PRE_NORM, VOCABULARY, WIDTH, make
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastattn import lens
 
@@ -102,24 +102,13 @@ def test_a_head_that_reads_only_what_another_writes_scores_highest():
     assert scores[0, 0, 2, 3] > 2 * scores[0, 1:, 2].max()
 
 
-class LargestTensor(TorchDispatchMode):
-    numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for t in result if isinstance(result, tuple | list) else [result]:
-            if isinstance(t, torch.Tensor):
-                self.numel = max(self.numel, t.numel())
-        return result
-
-
 def test_no_matrix_of_the_streams_width_is_made_for_composition():
     width, head = 512, 8
     model = make("own-attention-only", embed_dim=width, head_dim=head)
     with LargestTensor() as largest:
         lens.composition(model, "q")
     weights = 3 * HEADS * head * width
-    assert largest.numel <= weights < HEADS * width * width
+    assert largest.elements <= weights < HEADS * width * width
 
 
 @pytest.mark.parametrize("name", PRE_NORM)

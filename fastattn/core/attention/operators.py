@@ -28,7 +28,7 @@ from fastattn.core.attention.spec import (
 from fastattn.core.capabilities import BACKWARD, FORWARD, TANGENT, Request
 from fastattn.core.function import Function, register_autograd
 from fastattn.core.layout import empty_heads
-from fastattn.core.mapped import fold, of_none, one_by_one, shares_batch, unfold
+from fastattn.core.mapped import fold, one_by_one, shares_batch, unfold
 from fastattn.ground.checks import lse_dtype
 
 _operators = library.Library("fastattn", "FRAGMENT")
@@ -292,9 +292,7 @@ def attention_backward(*arguments) -> tuple[Tensor, ...]:
 @library.register_vmap(_FORWARD, lib=_operators)
 def _forward_vmap(info: Any, in_dims: tuple, *arguments):
     operator, count = torch.ops.fastattn.attention_forward, 3 + _COUNT
-    if not info.batch_size:
-        return of_none(operator, in_dims, arguments)
-    if shares_batch(in_dims, arguments, 0, (3 + _BIAS,)):
+    if not info.batch_size or shares_batch(in_dims, arguments, 0, (3 + _BIAS,)):
         return one_by_one(operator, info.batch_size, in_dims, arguments)
     tensors = fold(info.batch_size, in_dims[:count], arguments[:count])
     return unfold(info.batch_size, operator(*tensors, *arguments[count:])), (0, 0)
@@ -303,9 +301,7 @@ def _forward_vmap(info: Any, in_dims: tuple, *arguments):
 @library.register_vmap(_BACKWARD, lib=_operators)
 def _backward_vmap(info: Any, in_dims: tuple, *arguments):
     operator, count = torch.ops.fastattn.attention_backward, 9 + _COUNT
-    if not info.batch_size:
-        return of_none(operator, in_dims, arguments)
-    if shares_batch(in_dims, arguments, 1, (9 + _BIAS,)):
+    if not info.batch_size or shares_batch(in_dims, arguments, 1, (9 + _BIAS,)):
         return one_by_one(operator, info.batch_size, in_dims, arguments)
     folded = fold(info.batch_size, (*in_dims[:7], *in_dims[9:count]), (*arguments[:7], *arguments[9:count]))
     gradients = operator(*folded[:7], *arguments[7:9], *folded[7:], *arguments[count:])
@@ -319,9 +315,7 @@ def _backward_vmap(info: Any, in_dims: tuple, *arguments):
 def _tangent_vmap(info: Any, in_dims: tuple, *arguments):
     operator, count = torch.ops.fastattn.attention_tangent, 5 + _MOVED + _COUNT
     biases = 5 + Tangents._fields.index("bias"), 5 + _MOVED + _BIAS
-    if not info.batch_size:
-        return of_none(operator, in_dims, arguments)
-    if shares_batch(in_dims, arguments, 0, biases):
+    if not info.batch_size or shares_batch(in_dims, arguments, 0, biases):
         return one_by_one(operator, info.batch_size, in_dims, arguments)
     tensors = fold(info.batch_size, in_dims[:count], arguments[:count])
     return unfold(info.batch_size, operator(*tensors, *arguments[count:])), (0, 0)

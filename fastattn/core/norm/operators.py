@@ -6,7 +6,7 @@ the functional calls. x is (B, R, W) everywhere, weight and bias are (B, W), mom
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -194,21 +194,20 @@ def _unfold(size: int, results: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], t
     return tuple(unfolded), (0,) * len(results)
 
 
-@library.register_vmap(_FORWARD, lib=_operators)
-def _forward_vmap(info: Any, in_dims: tuple, *arguments):
-    if not info.batch_size:
-        return of_none(torch.ops.fastattn.norm_forward, in_dims, arguments)
-    tensors = fold(info.batch_size, in_dims[:4], arguments[:4])
-    return _unfold(info.batch_size, torch.ops.fastattn.norm_forward(*tensors, *arguments[4:]))
+def _vmap_rule(operator: Callable, count: int) -> Callable:
+    """The rule for vmap of an operator whose first `count` arguments are tensors."""
+
+    def rule(info: Any, in_dims: tuple, *arguments):
+        if not info.batch_size:
+            return of_none(operator, in_dims, arguments)
+        tensors = fold(info.batch_size, in_dims[:count], arguments[:count])
+        return _unfold(info.batch_size, operator(*tensors, *arguments[count:]))
+
+    return rule
 
 
-@library.register_vmap(_BACKWARD, lib=_operators)
-def _backward_vmap(info: Any, in_dims: tuple, *arguments):
-    if not info.batch_size:
-        return of_none(torch.ops.fastattn.norm_backward, in_dims, arguments)
-    tensors = fold(info.batch_size, in_dims[:6], arguments[:6])
-    return _unfold(info.batch_size, torch.ops.fastattn.norm_backward(*tensors, *arguments[6:]))
-
+library.register_vmap(_FORWARD, _vmap_rule(torch.ops.fastattn.norm_forward, 4), lib=_operators)
+library.register_vmap(_BACKWARD, _vmap_rule(torch.ops.fastattn.norm_backward, 6), lib=_operators)
 
 for _name, _function in ((_FORWARD, Norm), (_BACKWARD, NormBackward)):
     register_autograd(_name, _function, _operators)
