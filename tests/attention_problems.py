@@ -80,7 +80,7 @@ class Problem:
         return AttentionSpec(self.causal, scale, self.window, self.softcap, dropout, precision, layout)
 
     def arguments(self, tensors: ScoreTensors) -> dict[str, object]:
-        """What `fastattn.attention` is called with, beside q, k and v, for these tensors to come of it."""
+        """The keywords of `fastattn.attention` that stand for this problem and these tensors."""
         options = {name: getattr(self, name) for name in ("causal", "scale", "window", "softcap", "precision")}
         options |= {name: t for name, t in tensors._asdict().items() if name not in ("mask", "intervals")}
         mask = self.lowered() if self.lists or self.intervals else None
@@ -136,7 +136,7 @@ MASKS = {
 
 @contextmanager
 def implementation(name: str):
-    """The backend argument that selects an implementation, within which it is the one that runs."""
+    """The `backend` argument of an implementation; inside the block that implementation is the one that runs."""
     if name == "tiled":
         with mock.patch.object(torch_flash, "serves", lambda *_: False):
             yield "portable"
@@ -186,8 +186,8 @@ def check(problem: Problem, name: str) -> None:
 
         actual = run((*inputs, *learned.values()), (dout, dlse), ours)
     for position, (a, x, e) in enumerate(zip(actual, exact, eager, strict=True)):
-        # delta is made of the rounded output, and goes into every gradient of what is added to the scores, summed
-        # over rows that share a value: with the roundings of dout * out, which add up as random numbers do.
+        # delta is computed from the rounded output and enters every gradient of what is added to the scores,
+        # summed over rows that share a value: with the roundings of dout * out, which add up as random numbers do.
         rounded = problem.dtype if position >= 5 else None
         tiny = TINY + (torch.finfo(problem.dtype).eps * float((dout * exact[0]).norm()) if rounded else 0.0)
         assert_as_exact_as_eager(a, x, e.to(a.dtype), gradient=position >= 2, dtype=rounded, tiny=tiny)

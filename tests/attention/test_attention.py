@@ -193,7 +193,7 @@ def test_rows_that_see_nothing_give_zero_output_and_zero_gradients(name: str) ->
     q, k, v = (t.requires_grad_() for t in Problem(queries=50, keys=20, causal=True).inputs())
     with implementation(name) as backend:
         out, lse = fastattn.attention(q, k, v, causal=True, return_lse=True, backend=backend)
-        # A gradient that is NaN where lse is -inf is what merging with another empty part may send.
+        # Where lse is -inf, merging with another empty part may send a gradient of NaN.
         dlse = torch.where(torch.isinf(lse), torch.nan, 1.0)
         gradients = torch.autograd.grad((out, lse), (q, k, v), (torch.ones_like(out), dlse))
     blind = slice(0, 30)

@@ -230,7 +230,7 @@ def check_tangents(problem: Problem, name: str) -> None:
     _, exact = jvp(call.definition, tuple(inputs), tuple(directions))
     _, eager = jvp(call.definition, call.inputs, call.directions)
     for a, x, e in zip(ours, exact, eager, strict=True):
-        # out' holds the rounded out, times lse'.
+        # The tangent contains the rounded out times the tangent of lse: allow for that rounding.
         x, e = torch.nan_to_num(x, nan=0.0), torch.nan_to_num(e, nan=0.0)
         assert_as_exact_as_eager(a, x, e.to(a.dtype), gradient=True, dtype=problem.dtype, tiny=2e-5)
 
@@ -335,7 +335,7 @@ def test_no_derivative_stores_what_grows_with_the_square_of_the_length(transform
     )
     with implementation("tiled") as backend, LargestTensor() as seen:
         call = Call(problem, backend)
-        # Which rows see something is the test's own, and not made within.
+        # The rows that see something are found by the test and do not count: give it them before.
         call.sees = torch.ones((), dtype=torch.bool, device=DEVICE)
         seen.elements = 0
         TRANSFORMS[transform](call.ours, call.inputs, call.directions)

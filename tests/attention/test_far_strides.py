@@ -17,8 +17,8 @@ pytestmark = pytest.mark.skipif(
 
 
 def far(t: Tensor, dim: int) -> Tensor:
-    """The same values, neighbours of one dimension so far apart that 32-bit offsets over a few would overflow. Of
-    the memory between them nothing is touched."""
+    """The same values, with the neighbours of one dimension so far apart that 32-bit offsets over a few of them
+    would overflow. The memory between them is never touched."""
     order = [dim, *(d for d in range(t.dim()) if d != dim)]
     dense = t.permute(order)
     step = 2**31 // max(1, t.shape[dim] - 1) + 2**16
@@ -29,7 +29,7 @@ def far(t: Tensor, dim: int) -> Tensor:
 
 
 def repeated(t: Tensor, dim: int) -> Tensor:
-    """One slice of it, as often as there are."""
+    """The first slice in the place of every other, with a stride of 0."""
     return t.narrow(dim, 0, 1).expand(t.shape)
 
 

@@ -240,7 +240,7 @@ IN_ENTRIES = {
 
 
 def entries_at_once(entries: int, looked_up: int | None = None):
-    """Within, a batch has so many entries, if heads are not wider than a granule."""
+    """Inside the block, entries are computed so many at a time, if heads are not wider than a granule."""
     elements = entries * masks.GRANULE**2
     sizes = {"FEWEST_ELEMENTS": elements, "MOST_ELEMENTS": elements, "LOOKED_UP": looked_up or 2 * entries + 1}
     return mock.patch.multiple(granules, **sizes)

@@ -1,4 +1,4 @@
-"""What is done to scores and weights does what its originators' own code does, and dropout drops as it says."""
+"""Each option of scores and weights computes what its authors' code computes; dropout drops what it should."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_equal_to_flex_attention(case: str, name: str) -> None:
     }[case]
     with implementation(name) as backend:
         out, lse = fastattn.attention(*inputs, **options, return_lse=True, backend=backend)
-    # On a CPU flex_attention has no backward; ours is held against the definition's.
+    # On a CPU flex_attention has no backward; ours is compared with the definition's.
     theirs = flex_attention(*inputs, score_mod=score_mod, enable_gqa=True, return_lse=True)
     same((out, lse), theirs)
 
@@ -232,14 +232,14 @@ def test_as_many_weights_are_dropped_as_asked_wherever_one_looks(dropout_p: floa
         assert ((mean - (1 - dropout_p)).abs() < 5 * deviation / count**0.5).all(), dimensions
     centred = (kept - kept.mean()) / deviation
     for dimension in range(4):
-        # Neighbours in any direction know nothing of one another.
+        # Neighbours in any direction are drawn independently.
         neighbours = (centred * centred.roll(1, dimension)).mean()
         assert neighbours.abs() < 5 / kept.numel() ** 0.5, dimension
 
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 def test_the_mask_that_was_drawn_is_the_mask_that_is_told(name: str) -> None:
-    # Orthogonal values read the weights themselves: what is dropped is zero.
+    # With a unit matrix as values the output is the weights: those that are dropped are zero.
     q, k, _ = Problem(batch=2, heads=3, key_heads=3, queries=37, keys=61, width=16).inputs()
     v = torch.eye(61, device=DEVICE).expand(2, 3, 61, 61)
     torch.manual_seed(3)

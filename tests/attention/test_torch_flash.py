@@ -20,13 +20,13 @@ HIDDEN = float("-inf")
 
 @pytest.fixture(autouse=True)
 def on_a_cpu() -> None:
-    """Wherever the tests run: CUDA's operator takes no mask."""
+    """Only on a CPU: CUDA's operator takes no mask."""
     if torch.empty(0).device.type != "cpu":
         pytest.skip("this is about the operator for CPUs")
 
 
 def torch_computes(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, tensors: ScoreTensors) -> bool:
-    """`serves`, and not in vain."""
+    """`serves`, which must say yes: else the test would test nothing."""
     served = serves(q, k, v, spec, tensors)
     assert served
     return served
@@ -95,7 +95,7 @@ def test_a_bias_that_is_merely_low_hides_nothing() -> None:
 
 
 def mask_of(keys: int, queries: int | None = None, batch: int = 1, **options) -> Tensor | None:
-    """What torch's kernel is given; False if it is not asked."""
+    """The mask that torch's kernel gets; False if that kernel is not called."""
     spec = AttentionSpec(window=options.pop("window", (None, None)), causal=options.pop("causal", False))
     q, k = torch.empty(batch, 2, queries or keys, 16), torch.empty(batch, 2, keys, 16)
     tensors = ScoreTensors(**options)

@@ -299,7 +299,7 @@ def huggingface_attention(length: int, block: int, heads: int, *, training: bool
 
 
 def our_bigbird(block: int, lengths: list[int], *, training: bool, backend: str = "portable"):
-    """The same of ours: padded queries give 0, as there."""
+    """The same with fastattn: padded queries give 0, as in transformers."""
     mask = masks.bigbird(block, 3, style="huggingface", seed=4, training=training)
     mask = mask & masks.key_lengths(lengths)
 

@@ -180,12 +180,12 @@ JUNK = {
 }
 # Where scaled_dot_product_attention leaves the error to torch, which raises RuntimeError.
 TORCHS_WORDS = ("query", "key", "value", "attn_mask")
-# (function, argument): junk that is none there.
+# (function, argument): wrong values that this argument may be.
 NO_JUNK = {("rms_norm", "x"): {"six dimensions"}, ("layer_norm", "x"): {"six dimensions"}}
 
 
 def arguments_of(function: Callable) -> list[str]:
-    """Of a module, what its forward takes."""
+    """The names of a function's parameters, or of those of a module's forward."""
     function = function.forward if isinstance(function, torch.nn.Module) else function
     parameters = inspect.signature(function).parameters.values()
     return [p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]

@@ -1,4 +1,5 @@
-"""fastattn.core.intact: a part may be read uncalled only while calling it would do no more than its class says."""
+"""fastattn.core.intact: the weights of a part may be used without calling it only while a call would do
+no more than its class does."""
 
 from __future__ import annotations
 
@@ -27,7 +28,7 @@ def with_weight(linear: nn.Linear, weight: Tensor) -> None:
 
 
 def as_plain_attribute(linear: nn.Linear) -> None:
-    """As hypernetworks and flattened parameters have it."""
+    """The weight becomes a plain tensor, as in hypernetworks and flattened parameters."""
     weight = linear.weight.detach().as_subclass(Packed)
     del linear.weight
     linear.weight = weight

@@ -1,4 +1,4 @@
-"""What is kept from call to call serves every mode, whichever it was made in."""
+"""What is cached serves every mode, also if it was made in another one."""
 
 from __future__ import annotations
 

@@ -144,7 +144,7 @@ def anatomy(model: nn.Module) -> list:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
-    """How often the fused functions were called, by what computes them: each counts where it is used."""
+    """How often the fused functions were called, counted in the modules that call them."""
     counts = {"mlp": 0, "attention": 0}
 
     def counted(kind: str, function: Callable) -> Callable:
@@ -408,7 +408,7 @@ class Noisy(Doubled):
 
 
 class PackedLinear(nn.Linear):
-    """As quantised layers of other libraries are: a Linear by inheritance alone."""
+    """Derived from Linear with another formula, like the quantised layers of other libraries."""
 
     def forward(self, x: Tensor) -> Tensor:
         return 3 * super().forward(x)
@@ -465,7 +465,7 @@ def own_bigbird() -> nn.Module:
     from transformers.models.big_bird import modeling_big_bird
 
     class OwnBigBirdAttention(modeling_big_bird.BigBirdSelfAttention):
-        """With code of its own, as far as anybody knows."""
+        """A derived class: its code may be another."""
 
     return OwnBigBirdAttention(transformers.BigBirdConfig(**SIZES))
 
@@ -985,7 +985,7 @@ class GEGLU(Found):
 
 
 class OwnMLPBlock(nn.Sequential):
-    """As torchvision has it: a name alone."""
+    """A class that adds nothing but a name, as torchvision's MLPBlock does."""
 
 
 FOUND: dict[str, tuple[Callable[[], nn.Module], tuple]] = {
@@ -1022,7 +1022,7 @@ def test_an_mlp_is_found_by_its_parts_whatever_their_names(
     for other in ("mlp", "gated_mlp"):
         monkeypatch.setattr(mlp_forms, other, noted(other, getattr(mlp_forms, other)))
     with torch.no_grad():
-        # With weights of another size, too, for what was believed then must still be true.
+        # Weights of another size: what the trial found must be true of them, too.
         for weight in model.parameters():
             weight.copy_(torch.randn_like(weight))
     for training in (False, True):

@@ -69,7 +69,7 @@ class Problem:
 
     @functools.cached_property
     def rotation(self) -> dict[str, object]:
-        """The keywords of the rotation; its tables are no pure rotations, as of models that scale them."""
+        """The keywords of the rotation; its tables also scale, as those of some models do."""
         if not self.turned:
             return {}
         generator = torch.Generator().manual_seed(1)
@@ -87,7 +87,7 @@ class Problem:
         )
 
     def definition(self, x: Tensor, weight: Tensor | None, scale: Tensor | None) -> Tensor:
-        """Said otherwise than in the library: complex numbers, fp32 at least, one rounding."""
+        """Written in another way than in the library: complex numbers, fp32 at least, one rounding."""
         y = x.to(torch.promote_types(x.dtype, torch.float32))
         if self.norm or weight is not None:
             y = y / (y.square().mean(-1, keepdim=True) + 1e-6).sqrt()

@@ -177,7 +177,7 @@ def test_logits_and_every_gradient_are_eagers(name: str, padding: str) -> None:
     model.set_attn_implementation("fastattn")
     ours = result(model, inputs, counts)
     if name == "t5":
-        # Its scores are not scaled down, so that both results round more: each is held against float64.
+        # Its scores are not scaled down, so that both results round more: each is compared with float64.
         exact = result(model.double(), inputs, counts)
         assert_same_results(eager, exact)
         assert_same_results(ours, exact)
@@ -209,7 +209,7 @@ def packed_inputs(model: nn.Module) -> tuple[dict[str, Tensor], Tensor]:
 
 @pytest.fixture
 def no_dense_mask(monkeypatch: pytest.MonkeyPatch) -> list[Lowered]:
-    """Within, a mask of queries x keys is an error; what each layer's attention is given instead."""
+    """During the test a mask of queries x keys is an error; the list holds what each layer's attention gets."""
     seen, attend = [], huggingface.attention
 
     def refuse(*_: object, **__: object) -> None:

@@ -1,4 +1,4 @@
-"""Masks: every expression of the algebra is lowered to lists that say exactly the same, cheaply."""
+"""Masks: every expression of the algebra is lowered to lists that mean exactly the same, at low cost."""
 
 from __future__ import annotations
 

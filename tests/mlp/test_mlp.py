@@ -85,7 +85,7 @@ class Problem:
 
 @contextlib.contextmanager
 def implementation(name: str):
-    """The backend argument that selects an implementation, within which it is the one that runs."""
+    """The `backend` argument of an implementation; inside the block that implementation is the one that runs."""
     if name == "library":
         with mock.patch.dict(launch.MLP_FUSED_UP_TO, {family: {} for family in launch.MLP_FUSED_UP_TO}):
             yield "triton"

@@ -121,7 +121,7 @@ def eager_transformer(model, tokens):
 
 
 def shaken(module, std=0.3):
-    """The module with every parameter off its initial value, so that none can be ignored unseen."""
+    """The module with every parameter off its initial value, so that a result without one of them is another."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in module.parameters():
@@ -243,7 +243,7 @@ def test_gpt2_checkpoint_gives_gpt2s_logits_and_gradients_to_float32_accuracy(si
     theirs.double()
     assert_as_exact_as_eager(logits, theirs(tokens).logits.detach(), eager)
     exact_grads = gradients(theirs, tokens, lambda tokens: theirs(tokens).logits)
-    # Gradients take the road of the weights, through the same renaming and transposition.
+    # The gradients are renamed and transposed as the weights are.
     heads = theirs.config.n_head
     eager_grads, exact_grads = (
         dict(TransformerModel.from_gpt2(found, num_heads=heads).named_parameters())

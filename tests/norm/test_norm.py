@@ -101,7 +101,7 @@ class Problem:
         return (y,) if residual is None else (y, total)
 
     def roundings(self, inputs: list[Tensor | None], upstreams: list[Tensor]) -> list[float]:
-        """A few in fp32 of the largest terms in each result and gradient, which may cancel."""
+        """For each result and gradient a few fp32 roundings of its largest terms: these may cancel."""
         x, _, weight, _ = inputs
         if x.numel() == 0:
             return [0.0] * (1 + 2 * self.residual + 1 + self.weight + self.bias)

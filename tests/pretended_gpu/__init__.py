@@ -60,7 +60,7 @@ GPUS = {
 
 
 def obstacle() -> str | None:
-    """Why no GPU can be pretended here, in words; None if one can."""
+    """Why no GPU can be pretended here; None if one can."""
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0", "false", "off"):
         return "TRITON_INTERPRET is set: nothing would be launched"
     if torch.version.cuda or torch.version.hip:
@@ -122,7 +122,7 @@ def build(folder: Path) -> Path:
     library = place / "libcuda.so.1"
     if not library.exists():
         place.mkdir(parents=True, exist_ok=True)
-        # Through a second file: another process may look at the same time.
+        # Written to another file and renamed: another process may look for the library meanwhile.
         partial = library.with_suffix(f".{os.getpid()}")
         command = [compiler(), "-shared", "-fPIC", "-O1", "-Wl,-soname,libcuda.so.1", f"-I{include}"]
         subprocess.run([*command, str(SOURCE), "-o", str(partial)], check=True)
@@ -132,7 +132,7 @@ def build(folder: Path) -> Path:
 
 @contextlib.contextmanager
 def pretended_gpus(*gpus: Gpu, folder: Path | None = None) -> Iterator[Driver]:
-    """Within, torch and Triton believe that this machine has these GPUs; `folder` keeps the built driver."""
+    """Inside the block torch and Triton find these GPUs in this machine; `folder` keeps the built driver."""
     from fastattn.ground import modes
     from tests.pretended_gpu.tensors import GpuTensor, OnGpu, made_on_host
 

@@ -137,7 +137,8 @@ def forward(sizes: Sizes, *names: str) -> None:
 
 
 def backward(sizes: Sizes, *names: str, lse: bool = False, summed: bool = False) -> None:
-    """With gradients of all there is; `summed`: upstream is one number for all, as of a loss that is a sum."""
+    """With gradients of every input; `summed`: the upstream gradient is one number, expanded, as that of a sum
+    is."""
     given = features(sizes, *names)
     q, k, v = (t.detach().requires_grad_() for t in sizes.qkv())
     out, row_lse = fastattn.attention(q, k, v, **given, return_lse=True)

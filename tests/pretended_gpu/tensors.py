@@ -80,7 +80,7 @@ def numbered(device: torch.device) -> torch.device:
 
 
 class OnGpu(TorchDispatchMode):
-    """Within, "cuda" is a device."""
+    """Inside the block "cuda" is a device."""
 
     def __torch_dispatch__(self, operator, types, arguments=(), keywords=None):
         return _run(operator, arguments, keywords or {})
