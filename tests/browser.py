@@ -41,7 +41,7 @@ def browser() -> Iterator[Browser]:
         os.dup2(read, 3)
         os.dup2(write, 4)
 
-    with tempfile.TemporaryDirectory() as profile:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         command = [chromium(), "--headless=new", "--remote-debugging-pipe", f"--user-data-dir={profile}"]
         # Root has no sandbox, and a container's /dev/shm is small.
         command += [

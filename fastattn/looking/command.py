@@ -38,6 +38,7 @@ def look(options: argparse.Namespace) -> None:
         target=target,
         against=against,
         cut=cut,
+        say=lambda what: print(f"  {what} ...", flush=True),
     )
     page = make_page(report)
     options.out.write_text(page, encoding="utf-8")

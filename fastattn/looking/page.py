@@ -204,9 +204,14 @@ def _plain(values: Tensor) -> Any:
 
 
 def _word(report: Report, token: int) -> str:
-    """A token as text; as its number if there is no tokenizer."""
+    """A token as it reads behind another one, with its space if it has one; a number without a tokenizer."""
     tokenizer = report.words.tokenizer
-    return str(token) if tokenizer is None else tokenizer.decode([token])
+    if tokenizer is None:
+        return str(token)
+    # Alone, tokens of SentencePiece lose their space, and word pieces do not say whether they begin a word.
+    other = int(report.tokens[len(report.tokens) // 2])
+    before, both = tokenizer.decode([other]), tokenizer.decode([other, token])
+    return both.removeprefix(before) if both.startswith(before) and both != before else tokenizer.decode([token])
 
 
 def _escaped(text: str) -> str:

@@ -93,6 +93,7 @@ def make_report(
     target: Token | None = None,
     against: Token | None = None,
     cut: int | None = None,
+    say: Callable[[str], object] = lambda _: None,
 ) -> Report:
     """Ask everything of a model about one text.
 
@@ -104,16 +105,19 @@ def make_report(
         target, against: the tokens whose logits after the last position are taken apart; by default the two most
             probable ones. With a target and no `against` it is the target's logit alone.
         cut: how many tokens the text had before it was cut.
+        say: is told what is asked next.
 
     Raises:
         TypeError, ValueError: as the lens's functions raise them.
     """
     adapter, words = adapt(model), Words(tokenizer)
     tokens = token_rows("tokens", tokens, adapter, words)
+    say("heads")
     heads = look_at_heads(model, tokens)
     report = Report(title, adapter.family.name, tokens[0], words, cut, heads)
     if obstacle := _obstacle(lambda: adapter.unembedding_weight):
         return replace(report, missing=dict.fromkeys(("lens", "attribution", "neurons"), obstacle))
+    say("logit lens")
     if target is None:
         best = logit_lens(model, tokens, 2, positions=-1).tokens[-1, 0, 0]
         target, against = int(best[0]), int(best[1])
@@ -123,12 +127,14 @@ def make_report(
     if obstacle := _obstacle(lambda: check_linear_head(adapter, "attribution")):
         missing["attribution"] = obstacle
     else:
+        say("attribution")
         found = attribution(model, tokens, target, against, tokenizer=tokenizer)
         report = replace(report, attribution=found, sources=_sources(found))
     # Without a text it refuses the same models, and runs none.
     if obstacle := _obstacle(lambda: neurons(model, target, top=1, tokenizer=tokenizer)):
         missing["neurons"] = obstacle
     else:
+        say("neurons")
         report = replace(report, neurons=neurons(model, target, tokens, top=TOP_NEURONS, tokenizer=tokenizer))
     return replace(report, missing=missing)
 

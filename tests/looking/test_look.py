@@ -11,6 +11,7 @@ from pathlib import Path
 import lens_models
 import numpy as np
 import pytest
+import real_models
 import torch
 from browser import browser
 from hypothesis import given, settings
@@ -209,6 +210,18 @@ def test_every_family_has_a_page_and_what_it_cannot_be_asked_is_said(name):
     assert (held["lags"]["bins"][0][0] < 0) == (name in ("bert", "own-encoder"))
 
 
+def test_word_pieces_and_words_read_as_they_stand_in_a_text(model):
+    transformers = pytest.importorskip("transformers")
+    tokenizers = pytest.importorskip("tokenizers")
+    vocabulary = {"[UNK]": 0, "the": 1, "play": 2, "##ing": 3, "cat": 4}
+    inner = tokenizers.Tokenizer(tokenizers.models.WordPiece(vocabulary, unk_token="[UNK]"))
+    inner.pre_tokenizer, inner.decoder = tokenizers.pre_tokenizers.Whitespace(), tokenizers.decoders.WordPiece()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=inner)
+    ids = torch.tensor([tokenizer.encode("the cat playing the cat")])
+    held = contents(page.make_page(report.make_report(model, ids, title="", tokenizer=tokenizer, target=4)))
+    assert [held["words"][str(i)] for i in ids[0].tolist()] == [" the", " cat", " play", "ing", " the", " cat"]
+
+
 def test_a_target_alone_is_not_held_against_another(model):
     made = report.make_report(model, text(16), title="", tokenizer=Letters(), target="C")
     about = contents(page.make_page(made))["attribution"]
@@ -319,6 +332,9 @@ def test_it_shows_the_numbers_of_the_head_that_is_chosen_by_a_click(shown, held)
     close(numbers, torch.tensor([values[layer][head] for values in held["scores"].values()]), rtol=0, atol=5.1e-4)
     after = words_of(shown, "#head-scores dd"), shown.do("document.querySelector('#lags').innerHTML")
     assert after[0] != before[0] and after[1] != before[1]
+    heights = shown.do("[...document.querySelectorAll('#lags i')].map((e) => parseFloat(e.style.height))")
+    weights = unpacked(held["lags"]["weights"])[layer, head]
+    close(heights, 100 * weights / weights.max(), rtol=1e-3, atol=1e-3)
     received = unpacked(held["detail"]["layers"][layer]["received"])[head]
     best = received.argsort(descending=True)[:8]
     assert [int(p) for p in words_of(shown, "#keys td:nth-child(2)")] == best.tolist()
@@ -374,7 +390,7 @@ def test_it_shows_the_lens_at_the_token_that_is_clicked(shown, held):
         close(values[::-1], unpacked(about[name])[:, place], rtol=0, atol=0.51 * 10**-digits)
     ids = unpacked(about["tokens"])[-1, place].int().tolist()
     best = words_of(shown, "#lens-table tbody tr:first-child td.best .token")
-    assert best == [held["words"][str(i)].replace("\n", "⏎").replace(" ", "␣") for i in ids]
+    assert best == [{"\n": "⏎", " ": "␣"}.get(Letters.words[i], Letters.words[i]) for i in ids]
 
 
 def test_it_shows_the_bars_and_what_a_head_read(shown, held):
@@ -425,6 +441,22 @@ def test_a_page_with_sections_missing_and_heads_without_detail_says_so(opened, t
 # ---- the command ----
 
 
+@pytest.mark.real
+def test_smollm2_is_looked_at_on_a_fact():
+    if not real_models.SMOLLM2.exists():
+        pytest.skip(f"{real_models.SMOLLM2} does not exist; `make real` fetches it")
+    subject = subjects.find_subject("smollm2", torch.device("cpu"))
+    ids = torch.tensor([subject.tokenizer.encode("The Eiffel Tower is located in the city of")])
+    made = report.make_report(subject.model, ids, title=subject.title, tokenizer=subject.tokenizer)
+    held = contents(page.make_page(made))
+    with torch.no_grad():
+        own = subject.model(ids).logits[0, -1]
+    best = own.topk(2)
+    assert held["attribution"]["target"] == " Paris" == subject.tokenizer.decode([int(best.indices[0])])
+    close(held["attribution"]["total"], best.values[0] - best.values[1], rtol=1e-4, atol=1e-4)
+    assert unpacked(held["lens"]["rank"])[-1, -1] == 1 and len(held["scores"]["induction"]) == 30
+
+
 @pytest.fixture
 def checkpoint(tmp_path):
     """A folder with a tiny Llama and a tokenizer of words."""
@@ -447,7 +479,7 @@ def test_a_checkpoint_in_a_folder_is_looked_at(checkpoint, tmp_path, capsys):
     assert f"{out}, 0." in capsys.readouterr().out
     held = contents(out.read_text(encoding="utf-8"))
     assert held["family"] == "Llama" and held["cut"] == 13 and "tiny-llama" in held["title"]
-    assert held["tokens"]["shape"] == [10] and held["attribution"]["target"] == "dog"
+    assert held["tokens"]["shape"] == [10] and held["attribution"]["target"] == " dog"
 
 
 def test_the_demo_is_trained_and_looked_at(tmp_path, monkeypatch):
