@@ -8,8 +8,10 @@ import torch
 
 from benchmarks.compile_report.targets import Target
 from fastattn.core.attention.spec import AttentionSpec, ScoreTensors, Tangents, Wanted
+from fastattn.core.statistics.spec import SUMS, StatisticsSpec, StatisticsTensors, empty_results
 from fastattn.kernels.attention.backward import attention_backward
 from fastattn.kernels.attention.forward import attention_forward
+from fastattn.kernels.attention.statistics import attention_statistics
 from fastattn.kernels.attention.tangent import attention_tangent
 from fastattn.kernels.heads import prepare_heads, prepare_heads_backward
 from fastattn.kernels.mlp import mlp_backward, mlp_forward
@@ -110,6 +112,30 @@ class TangentCall(AttentionCall):
         lse = torch.empty((4, 16, 4096), device="meta")
         spec, tensors, lists = self.asked()
         attention_tangent((q, k, k, q, lse), Tangents(q, k, k), spec, tensors, lists)
+
+
+@dataclass(frozen=True)
+class StatisticsCall(AttentionCall):
+    """All statistics that have a kernel: by query, by key and by lag."""
+
+    want: tuple[str, ...] = tuple(name for name in SUMS if name != "top_keys")
+
+    @property
+    def name(self) -> str:
+        alone = f" {' '.join(self.want)}" if len(self.want) < len(SUMS) - 1 else ""
+        return f"{super().name.replace('attention', 'statistics', 1)}{alone}"
+
+    def run(self) -> None:
+        q, k = self.heads(16, self.head_dim), self.heads(4, self.head_dim)
+        lse = torch.empty((4, 16, 4096), device="meta")
+        attention, tensors, lists = self.asked()
+        before = (0, 1) if "match_mass" in self.want else ()
+        thumbnail = (64, 64) if "thumbnail" in self.want else (0, 0)
+        spec = StatisticsSpec(attention, self.want, (0, 4096), 0, thumbnail, before)
+        labels = torch.empty((2, 4, 4096), dtype=torch.int32, device="meta")
+        bins = torch.empty(4096, dtype=torch.int32, device="meta")
+        asked = StatisticsTensors(lse, lse, labels, labels, bins)
+        attention_statistics(q, k, lse, spec, asked, tensors, lists, empty_results(spec, q, k))
 
 
 @dataclass(frozen=True)
@@ -220,6 +246,16 @@ CALLS: tuple[Call, ...] = (
     *(AttentionCall("fp32", width, True, shaped=kind) for width in (64, 128, 256) for kind in ("tf32", "tf32x3")),
     *(AttentionCall("fp32", width, True) for width in (64, 128, 256)),
     AttentionCall("fp32", 64, True, shaped="bias"),
+    *(
+        StatisticsCall("bf16", width, True, shaped=shape)
+        for width in (64, 128, 256)
+        for shape in ("", "everything", "bias", "lists")
+    ),
+    *(StatisticsCall("bf16", width, True, want=("mass", "entropy")) for width in (64, 128)),
+    *(StatisticsCall("bf16", width, False, shaped="intervals") for width in (64, 256)),
+    StatisticsCall("bf16", 64, False, shaped="lists that count"),
+    *(StatisticsCall("fp32", width, True) for width in (64, 128, 256)),
+    *(StatisticsCall("fp32", width, True, shaped=kind) for width in (64, 256) for kind in ("tf32", "tf32x3")),
     *(MLPCall("bf16", 1024, "gelu", fused=True, tokens=tokens) for tokens in (128, 1024, 8192)),
     *(MLPCall("bf16", 1024, "silu", gated=True, fused=True, tokens=tokens) for tokens in (128, 8192)),
     MLPCall("bf16", 1024, "gelu", fused=False),

@@ -88,6 +88,7 @@ def _wants(*names: str) -> Callable[[Request], bool]:
 
 
 _FORWARD_ONLY = frozenset({FORWARD})
+_BY_KEY = ("received", "max_received", "weighted_received")
 _BY_QUERY = ("mass", "entropy", "max_logit", "sum_of_squares", "mean_distance")
 _Q, _K, _V = 0, 1, 2
 _HEADS, _LENGTH, _WIDTH = 1, 2, 3
@@ -159,17 +160,28 @@ FEATURES: tuple[Feature, ...] = (
     Feature("norm", "float32", _is(torch.float32)),
     Feature("norm", "float64", _is(torch.float64), triton=frozenset()),
     *(
-        Feature("statistics", name, needed, triton=frozenset(), portable=_FORWARD_ONLY, reference=_FORWARD_ONLY)
-        for name, needed in (
-            ("by query: entropy, largest logit and weight, distance, mass in a mask", _wants(*_BY_QUERY)),
-            ("by query: value norms", _wants("value_norm")),
-            ("by query: weight on matching labels", _wants("match_mass")),
-            ("by query: top keys", _wants("top_keys")),
-            ("by key: received, also weighted, largest", _wants("received", "max_received", "weighted_received")),
-            ("by lag", _wants("lag_profile")),
-            ("thumbnail", _wants("thumbnail")),
-            ("single weights and windows", _wants("gather")),
-            ("all that attention does to scores, without dropout", lambda r: True),
+        Feature("statistics", name, needed, triton, portable=_FORWARD_ONLY, reference=_FORWARD_ONLY)
+        for name, needed, triton in (
+            (
+                "by query: entropy, largest logit and weight, distance, mass in a mask",
+                _wants(*_BY_QUERY),
+                _FORWARD_ONLY,
+            ),
+            ("by query: value norms", _wants("value_norm"), _FORWARD_ONLY),
+            ("by query: weight on matching labels", _wants("match_mass"), _FORWARD_ONLY),
+            ("by query: top keys", _wants("top_keys"), frozenset()),
+            ("by key: received, weighted, largest", _wants(*_BY_KEY), _FORWARD_ONLY),
+            ("by lag", _wants("lag_profile"), _FORWARD_ONLY),
+            ("thumbnail, up to 128 columns", _wants("thumbnail"), _FORWARD_ONLY),
+            ("thumbnail of more columns", lambda r: r.spec.thumbnail[1] > 128, frozenset()),
+            ("single weights and windows", _wants("gather"), _FORWARD_ONLY),
+            ("all that attention does to scores, without dropout", lambda r: True, _FORWARD_ONLY),
+            ("head widths 8 to 256", lambda r: not _has_other_widths(r), _FORWARD_ONLY),
+            ("head widths below 8 or above 256", _has_other_widths, frozenset()),
+            ("float16", _is(torch.float16), _FORWARD_ONLY),
+            ("bfloat16", _is(torch.bfloat16), _FORWARD_ONLY),
+            ("float32", _is(torch.float32), _FORWARD_ONLY),
+            ("float64", _is(torch.float64), frozenset()),
         )
     ),
 )

@@ -57,9 +57,9 @@ def tile_gradient(
 
 
 @triton.jit
-def add_tile(total, operands, batch, head, start, key_start, problem, tile: tl.constexpr):
-    """Add to `total` the gradient of one head's scores: queries from `start` on, keys from `key_start` on, as far
-    as they are seen."""
+def add_tile(function: tl.constexpr, total, operands, batch, head, start, key_start, problem, tile: tl.constexpr):
+    """Add to `total` what `function` makes of one head's tile, such as the gradient of its scores: queries from
+    `start` on, keys from `key_start` on, as far as they are seen."""
     lists = problem.lists
     key_count = key_count_of(batch, problem)
     queries = start + tl.arange(0, tile.BLOCK_M)
@@ -70,9 +70,7 @@ def add_tile(total, operands, batch, head, start, key_start, problem, tile: tl.c
             # Once more: kept over the branch they would cost 4 percent more instructions (sm_90, D = 128).
             bounds = key_bounds(queries, batch, key_count, problem)
             score_terms = load_score_terms(problem.scores, problem.dropout, batch, head)
-            total = tile_gradient(
-                total, operands, batch, head, start, key_start, bounds, score_terms, problem, tile
-            )
+            total = function(total, operands, batch, head, start, key_start, bounds, score_terms, problem, tile)
     else:
         score_terms = load_score_terms(problem.scores, problem.dropout, batch, head)
         # Its granule may be in the row's lists: once, or once for each number of times that its keys count.
@@ -85,9 +83,7 @@ def add_tile(total, operands, batch, head, start, key_start, problem, tile: tl.c
         ):
             bounds = words_of(lists, entry, queries), key_count
             entry_terms = with_multiplicity(score_terms, lists.partial_counts, entry)
-            total = tile_gradient(
-                total, operands, batch, head, start, key_start, bounds, entry_terms, problem, tile
-            )
+            total = function(total, operands, batch, head, start, key_start, bounds, entry_terms, problem, tile)
         end = tl.load(lists.full_offsets + row + 1)
         for entry in tl.range(
             first_at(lists.full, tl.load(lists.full_offsets + row), end, granule),
@@ -95,9 +91,7 @@ def add_tile(total, operands, batch, head, start, key_start, problem, tile: tl.c
         ):
             bounds = tl.full([tile.BLOCK_M], -1, tl.int64), key_count
             entry_terms = with_multiplicity(score_terms, lists.full_counts, entry)
-            total = tile_gradient(
-                total, operands, batch, head, start, key_start, bounds, entry_terms, problem, tile
-            )
+            total = function(total, operands, batch, head, start, key_start, bounds, entry_terms, problem, tile)
     return total
 
 
@@ -132,7 +126,7 @@ def bias_gradient_kernel(
         of_column, of_row = member % columns, member // columns % rows
         head, batch = member // (columns * rows) % heads, member // (columns * rows) // heads
         total = add_tile(
-            total, operands, bias_batch + batch, bias_head + head,
+            tile_gradient, total, operands, bias_batch + batch, bias_head + head,
             (row + of_row) * tile.BLOCK_M, (column + of_column) * tile.BLOCK_N, problem, tile,
         )  # fmt: skip
 
@@ -153,9 +147,9 @@ def bias_gradient_kernel(
 
 
 @triton.jit
-def diagonal_sums_kernel(q, k, v, dout, sums, row_values, problem, tile: tl.constexpr):
-    """One program a head and diagonal of square tiles: sums the tiles, then the diagonals of what comes out; those
-    hold the same distances in each."""
+def add_diagonal(function: tl.constexpr, operands, problem, tile: tl.constexpr):
+    """The sum of all tiles on this program's diagonal of square tiles, of what `function` makes of them; their own
+    diagonals hold the same distances in each."""
     tl.static_assert(tile.BLOCK_M == tile.BLOCK_N, "tiles must be square")
     shape = problem.shape
     row_tiles, column_tiles = tl.cdiv(shape.queries, tile.BLOCK_M), tl.cdiv(shape.keys, tile.BLOCK_N)
@@ -163,15 +157,27 @@ def diagonal_sums_kernel(q, k, v, dout, sums, row_values, problem, tile: tl.cons
     ahead = tl.program_id(0) % diagonals - (row_tiles - 1)
     flat_head = tl.program_id(0) // diagonals
     batch, head = flat_head // shape.heads, flat_head % shape.heads
-    operands = (q, k, v, dout, row_values)
     total = tl.zeros([tile.BLOCK_M, tile.BLOCK_N], tl.float32)
     for number in tl.range(tl.maximum(0, -ahead), tl.minimum(row_tiles, column_tiles - ahead)):
         start, key_start = number * tile.BLOCK_M, (number + ahead) * tile.BLOCK_N
-        total = add_tile(total, operands, batch, head, start, key_start, problem, tile)
+        total = add_tile(function, total, operands, batch, head, start, key_start, problem, tile)
+    return total
+
+
+@triton.jit
+def store_diagonals(total, sums, tile: tl.constexpr):
+    """Store what each diagonal of this program's sum of tiles adds up to, lowest distance first."""
     places = sums + tl.program_id(0).to(tl.int64) * 2 * tile.BLOCK_M
     distance = tl.arange(0, tile.BLOCK_N)[None, :] - tl.arange(0, tile.BLOCK_M)[:, None] + (tile.BLOCK_M - 1)
     for diagonal in tl.range(0, 2 * tile.BLOCK_M):
         tl.store(places + diagonal, tl.sum(tl.sum(tl.where(distance == diagonal, total, 0.0), 1), 0))
+
+
+@triton.jit
+def diagonal_sums_kernel(q, k, v, dout, sums, row_values, problem, tile: tl.constexpr):
+    """One program a head and diagonal of square tiles: sums the tiles, then the diagonals of what comes out."""
+    total = add_diagonal(tile_gradient, (q, k, v, dout, row_values), problem, tile)
+    store_diagonals(total, sums, tile)
 
 
 def bias_gradient(call: Call, operands: tuple, row_values: tuple) -> torch.Tensor:

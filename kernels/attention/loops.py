@@ -88,11 +88,12 @@ def rows_of(lists, split: bool = True) -> Lists:
     )
 
 
-def columns_of(lists) -> Lists:
-    """The lists by columns, of a BlockLists, as a kernel argument."""
+def columns_of(lists, split: bool = True) -> Lists:
+    """The lists by columns, of a BlockLists, as a kernel argument; `split`: programs may split a column."""
     if lists is None:
         return NO_LISTS
-    return Lists(*lists[7:14], *_patterns(lists), *_lengths(lists.column_full_offsets, lists.column_items))
+    items = lists.column_items if split else None
+    return Lists(*lists[7:14], *_patterns(lists), *_lengths(lists.column_full_offsets, items))
 
 
 def _patterns(lists) -> tuple:
@@ -400,4 +401,53 @@ def loop_over_keys(step: tl.constexpr, state, operands, score_terms, position, p
             state = step(
                 state, operands, entry_terms, key_start, queries, bounds, key_count, problem, tile, masked
             )
+    return state
+
+
+# ---- the loop of a tile of keys ----
+
+
+@triton.jit
+def loop_over_queries(
+    step: tl.constexpr, state, operands, score_terms, position, rows, problem, tile: tl.constexpr
+):
+    """Let `step` fold into the state, tile by tile, the queries of one head that see a key at `position`.
+    Tiles before query rows[0], and from query rows[1] on, are left out, except by lists.
+
+    As in `loop_over_keys`, tiles that are seen whole are visited by a loop without mask code.
+    """
+    start, batch, head, split = position
+    lists = problem.lists
+    key_count = key_count_of(batch, problem)
+    if lists.full is None:
+        seen = query_bounds(start + tl.arange(0, tile.BLOCK_N), batch, problem)
+        first, full, whole, stop = query_tiles(start, seen, key_count, problem, tile)
+        begin, end = rows[0] // tile.BLOCK_M, tl.cdiv(rows[1], tile.BLOCK_M)
+        for part in tl.static_range(3):
+            low = first if part == 0 else full if part == 1 else whole
+            high = full if part == 0 else whole if part == 1 else stop
+            for number in tl.range(tl.maximum(low, begin), tl.minimum(high, end)):
+                query_start = number * tile.BLOCK_M
+                queries = query_start + tl.arange(0, tile.BLOCK_M)
+                bounds = key_bounds(queries, batch, key_count, problem)
+                masked: tl.constexpr = part != 1
+                state = step(state, operands, score_terms, query_start, start, bounds, problem, tile, masked)
+    else:
+        pieces: tl.constexpr = GRANULE // tile.BLOCK_M
+        column = list_of(lists, batch, head, start)
+        partial, full_list = lists.partial_offsets + column, lists.full_offsets + column
+        low, high = part_of_range(tl.load(partial), tl.load(partial + 1), split, lists.items)
+        for number in tl.range(low * pieces, high * pieces):
+            entry = number // pieces
+            query_start = tl.load(lists.partial + entry) * GRANULE + (number - entry * pieces) * tile.BLOCK_M
+            bounds = words_of(lists, entry, query_start + tl.arange(0, tile.BLOCK_M)), key_count
+            terms = with_multiplicity(score_terms, lists.partial_counts, entry)
+            state = step(state, operands, terms, query_start, start, bounds, problem, tile, True)
+        low, high = part_of_range(tl.load(full_list), tl.load(full_list + 1), split, lists.items)
+        for number in tl.range(low * pieces, high * pieces):
+            entry = number // pieces
+            query_start = tl.load(lists.full + entry) * GRANULE + (number - entry * pieces) * tile.BLOCK_M
+            bounds = tl.full([tile.BLOCK_M], -1, tl.int64), key_count
+            terms = with_multiplicity(score_terms, lists.full_counts, entry)
+            state = step(state, operands, terms, query_start, start, bounds, problem, tile, False)
     return state

@@ -80,9 +80,9 @@ class Call:
         row = launch.look_up(table, self.family, self.q.element_size(), self.widest, self.kind)
         return row if self.lists is None else launch.within_granules(row)
 
-    def tile(self, tiling: launch.Tiling, relative: bool | None = None) -> Tile:
-        """The compile-time choices of a launch. `relative`: bounds are compared with keys that are counted from
-        the tile's start; None is as launch.MASKED_FIRST says."""
+    def tile(self, tiling: launch.Tiling, relative: bool | None = None, **choices: int) -> Tile:
+        """The compile-time choices of a launch, and more `choices` of a kernel's own. `relative`: bounds are
+        compared with keys that are counted from the tile's start; None is as launch.MASKED_FIRST says."""
         masked_first = self.family in launch.MASKED_FIRST
         return tile_of(
             HEAD_DIM=self.q.shape[3],
@@ -94,6 +94,7 @@ class Call:
             PRECISION=self.precision,
             MASKED_FIRST=masked_first,
             RELATIVE=masked_first if relative is None else relative,
+            **choices,
         )
 
     def scores(self, sinks: bool = False) -> Scores:

@@ -11,6 +11,7 @@ _INTERPRETED = {
     "dq": (Row(8, 256, Tiling(32, 16, 4, 1)),),
     "bias": (Row(8, 256, Tiling(32, 32, 4, 1)),),
     "tangent": (Row(8, 256, Tiling(32, 16, 4, 1)),),
+    "statistics": (Row(8, 256, Tiling(32, 16, 4, 1)),),
 }
 
 # The families on which the forward and dq visit masked keys before the others. If the masked loop came second on
@@ -403,4 +404,20 @@ ATTENTION_TANGENT = {
         Row(2, 128, Tiling(32, 16, 8, 2)),  # 64 x 16: 4 to 81
         Row(2, 256, Tiling(16, 16, 8, 2)),  # 32 x 16: 55 to 140
     ),
+}
+
+# One product, and sums over its tile by query or by key. Where a thumbnail is asked for, its product in float32
+# takes most of the registers.
+_STATISTICS_EXACT = (Row(4, 64, Tiling(32, 32, 4, 1)), Row(4, 256, Tiling(32, 16, 8, 1)))
+_STATISTICS_HEAVY = (Row(2, 128, Tiling(32, 32, 8, 1)),)  # 64 x 32: 79 to 122 spills on sm_90
+ATTENTION_STATISTICS = {
+    INTERPRETER: _INTERPRETED["statistics"],
+    "sm_80": (
+        Row(2, 128, Tiling(64, 64, 8, 2)),
+        Row(2, 256, Tiling(32, 32, 4, 1)),
+        *_STATISTICS_EXACT,
+    ),
+    **{f"{name} heavy": _STATISTICS_HEAVY for name in ("sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "gfx942")},
+    "shaped": (Row(2, 128, Tiling(64, 32, 8, 1)), Row(2, 256, Tiling(32, 16, 4, 1))),
+    "tf32": (Row(4, 256, Tiling(32, 16, 8, 1)),),
 }

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 import fastattn
-from fastattn import masks
+from fastattn import lens, masks
+from fastattn.core.statistics.spec import NAMES
 from tests.pretended_gpu.tensors import numbered
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -238,6 +239,46 @@ def _with_precision(sizes: Sizes, precision: str) -> None:
     fastattn.attention(q, k, v, precision=precision, causal=True).backward(torch.ones_like(q))
 
 
+# ---- statistics of attention ----
+
+KERNELS_FOR = tuple(name for name in NAMES if name != "top_keys")
+
+
+def statistics(sizes: Sizes, *names: str, want: tuple[str, ...] = KERNELS_FOR, **asked: Any) -> None:
+    q, k, v = sizes.qkv()
+    lse = tensor(sizes.batch, sizes.heads, sizes.queries)
+    if "match_mass" in want:
+        asked |= {"labels": torch.zeros(sizes.batch, sizes.keys, dtype=torch.int64, device="cuda")}
+        asked |= {"match": ("induction", "duplicate", "previous")}
+    if "weighted_received" in want:
+        asked["query_weights"] = tensor(1)
+    lens.attention_statistics(q, k, lse, v, want=want, **asked, **features(sizes, *names))
+
+
+def statistics_calls() -> Iterator[Call]:
+    def of(title: str, *arguments: Any, launches: bool = True, **keywords: Any) -> Call:
+        return Call(f"statistics, {title}", lambda: statistics(*arguments, **keywords), launches)
+
+    for name in FEATURES:
+        if name != "dropout":
+            yield of(name, Sizes(queries=203 if name in SQUARE else 113, keys=203), name)
+    together = tuple(name for name in TOGETHER if name != "dropout")
+    for dtype, width in itertools.product(DTYPES, (8, 40, 64, 128, 256)):
+        yield of(f"{dtype} D={width}", Sizes(width=width, dtype=dtype), "causal")
+        yield of(f"{dtype} D={width}, together", Sizes(width=width, dtype=dtype), *together)
+    for name in KERNELS_FOR:
+        yield of(f"{name} alone", Sizes(), "causal", want=(name,))
+    for width in (64, 256):
+        yield of(f"tf32 D={width}", Sizes(width=width, dtype="fp32"), "causal", precision="tf32")
+        yield of(f"tf32x3 D={width}", Sizes(width=width, dtype="fp32"), "causal", precision="tf32x3")
+    for layout in ("strided", "columns", "misaligned"):
+        yield of(layout, Sizes(layout=layout), "causal")
+    yield of("a thumbnail of 128 columns", Sizes(), want=("thumbnail",), thumbnail=128)
+    yield of("one query and key", Sizes(queries=1, keys=1))
+    yield of("the last queries", Sizes(), "causal", queries=slice(-16, None))
+    yield of("no keys", Sizes(queries=0, keys=0), launches=False)
+
+
 # ---- MLPs ----
 
 
@@ -447,4 +488,4 @@ def other_calls() -> Iterator[Call]:
 
 
 def all_calls() -> list[Call]:
-    return [*attention_calls(), *mlp_calls(), *heads_calls(), *norm_calls(), *other_calls()]
+    return [*attention_calls(), *statistics_calls(), *mlp_calls(), *heads_calls(), *norm_calls(), *other_calls()]

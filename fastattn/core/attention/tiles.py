@@ -125,16 +125,17 @@ class Scores:
         if self.spec.softcap:
             bent = torch.tanh(scores / self.spec.softcap)
             scores, slope = self.spec.softcap * bent, self.spec.scale * (1.0 - bent.square())
-        diagonal = self._diagonal(tile, q.device).repeat(self.group, 1)
-        keys = torch.arange(tile.columns.start, tile.columns.stop, device=q.device)
         if self.tensors.alibi_slopes is not None:
-            distance = (keys - diagonal).abs()
+            diagonal = self._diagonal(tile, q.device).repeat(self.group, 1)
+            distance = (torch.arange(tile.columns.start, tile.columns.stop, device=q.device) - diagonal).abs()
             scores = scores - self.per_row(self.tensors.alibi_slopes, q.shape[2]) * distance
         for added in self.added(tile, bias, relative_bias):
             scores = scores + added
         if self.lists is not None:
             scores = scores + self._counts(self.lists, tile)
-        return self._hide(scores, tile, diagonal, keys), slope
+        for hidden in self.hidden(tile, q.device):
+            scores = scores.masked_fill(hidden, float("-inf"))
+        return scores, slope
 
     def added(self, tile: Tile, bias: Tensor | None, relative_bias: Tensor | None) -> Iterator[Tensor]:
         """What a bias (the tile's part) and a relative bias add to the scores of one tile."""
@@ -179,24 +180,33 @@ class Scores:
         every = of_heads(lists, counts, self.batch, self.heads).expand(-1, self.heads, -1, -1)
         return grouped(every, self.key_heads).to(self.dtype)
 
-    def _hide(self, scores: Tensor, tile: Tile, diagonal: Tensor, keys: Tensor) -> Tensor:
-        """-inf where the window or the key length hides; tiles that are seen whole are left alone."""
-        left, right, hidden = self.spec.left, self.spec.right, float("-inf")
+    @property
+    def is_plain(self) -> bool:
+        """Whether nothing is done to the products but to scale and to hide them."""
+        tensors = self.tensors
+        added = tensors.bias is not None and tensors.bias.dtype != torch.bool
+        shaped = any(t is not None for t in (tensors.alibi_slopes, tensors.relative_bias, self.lists))
+        return not (added or shaped or self.spec.softcap)
+
+    def hidden(self, tile: Tile, device: torch.device) -> Iterator[Tensor]:
+        """Where the window, a bool bias, the key lengths and intervals hide scores of a tile, one after the other,
+        bool, broadcasting to the scores. What hides nothing is left out."""
+        diagonal = self._diagonal(tile, device).repeat(self.group, 1)
+        keys = torch.arange(tile.columns.start, tile.columns.stop, device=device)
+        left, right = self.spec.left, self.spec.right
         if left is not None and tile.columns.start < tile.rows.stop - 1 + self.shift - left:
-            scores = scores.masked_fill(keys < diagonal - left, hidden)
+            yield keys < diagonal - left
         if right is not None and tile.columns.stop - 1 > tile.rows.start + self.shift + right:
-            scores = scores.masked_fill(keys > diagonal + right, hidden)
+            yield keys > diagonal + right
         if self.tensors.bias is not None and self.tensors.bias.dtype == torch.bool:
-            seen = self._every_head(part_of(self.tensors.bias, "scores", tile), tile)
-            scores = scores.masked_fill(~seen, hidden)
-        if self.tensors.key_lengths is not None:
-            scores = scores.masked_fill(keys >= self.tensors.key_lengths[:, None, None, None], hidden)
+            yield ~self._every_head(part_of(self.tensors.bias, "scores", tile), tile)
+        if self.tensors.key_lengths is not None and tile.columns.stop > self.shortest:
+            yield keys >= self.tensors.key_lengths[:, None, None, None]
         if self.tensors.intervals is not None:
             start, stop = (
                 self.tensors.intervals[:, None, :, tile.rows, None].repeat(1, 1, 1, self.group, 1).unbind(2)
             )
-            scores = scores.masked_fill((keys < start) | (keys >= stop), hidden)
-        return scores
+            yield (keys < start) | (keys >= stop)
 
 
 @dataclass(frozen=True)
