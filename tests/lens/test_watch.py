@@ -404,3 +404,34 @@ def test_statistics_of_attention_are_those_of_the_pattern(name, attention):
 
 def seen_heads(seen):
     return seen["blocks.0.attention.hook_v"].shape[1]
+
+
+@pytest.mark.parametrize("attention", ["fastattn", "sdpa"])
+@pytest.mark.parametrize("way", ["packed", "left padding", "cache"])
+def test_what_shapes_a_call_of_attention_shapes_what_is_seen_of_it(attention, way):
+    model, tokens = make("llama", attention), text(length=24)
+    given = {
+        "packed": {
+            "position_ids": torch.cat([torch.arange(9), torch.arange(15)])[None].expand(2, -1),
+            "use_cache": False,
+        },
+        "left padding": {"attention_mask": (torch.arange(24) >= torch.tensor([[0], [7]])).long()},
+        "cache": {},
+    }[way]
+    names = [f"blocks.*.attention.{x}" for x in ("pattern", "entropy", "received", "hook_v", "hook_z")]
+    with torch.no_grad(), lens.watch(model, names) as seen:
+        model(tokens, **given)
+        if way == "cache":
+            cache = model(tokens[:, :20]).past_key_values
+            model(tokens[:, 20:], past_key_values=cache)
+    pattern, entropy, received, v, z = (seen[name] for name in names)
+    real = (given.get("attention_mask", torch.ones(2, 24)) > 0)[:, None, -z.shape[3] :, None]
+    torch.testing.assert_close((pattern @ v.repeat_interleave(2, 2)) * real, z * real, **CLOSE)
+    torch.testing.assert_close(entropy, -torch.special.xlogy(pattern, pattern).sum(-1), atol=1e-9, rtol=1e-9)
+    torch.testing.assert_close(received, pattern.sum(-2), atol=1e-9, rtol=1e-9)
+    hidden = {
+        "packed": pattern[..., 9:, :9],
+        "left padding": pattern[:, 1, :, 7:, :7],
+        "cache": pattern[..., :3, -1],
+    }[way]
+    assert hidden.abs().max() == 0 and pattern.shape[-2:] == ((4, 24) if way == "cache" else (24, 24))
