@@ -3,7 +3,7 @@
     blocks.3.resid_pre         (B, L, d)         the residual stream that block 3 reads
     blocks.3.resid_mid         (B, L, d)         the stream between attention and MLP; none in parallel blocks
     blocks.3.resid_post        (B, L, d)         the stream that it leaves
-    blocks.3.attention.hook_q  (B, Hq, L, D)     queries as attention takes them, normed and turned
+    blocks.3.attention.hook_q  (B, Hq, L, D)     queries as attention takes them, after norm and rotation
     blocks.3.attention.hook_k  (B, Hkv, L, D)    keys, likewise
     blocks.3.attention.hook_v  (B, Hkv, L, Dv)   values
     blocks.3.attention.hook_z  (B, Hq, L, Dv)    what each head read, before the output layer
