@@ -244,18 +244,6 @@ def adapt(model: nn.Module) -> Adapter:
         >>> adapt(model).num_layers
         3
     """
-    adapter = adapt_blocks(model)
-    if adapter.num_layers and isinstance(adapter.part("attention", 0), nn.MultiheadAttention):
-        raise ValueError(
-            "model attends with torch.nn.MultiheadAttention: watch, ablate, scale_heads, knock_out, steer, "
-            "patch_activations, patch_pattern and path_patch serve it, and nothing else of fastattn.lens does"
-        )
-    return adapter
-
-
-def adapt_blocks(model: nn.Module) -> Adapter:
-    """As `adapt`, and of models with a torch.nn.TransformerEncoder in them, too: these have blocks to look into,
-    but no tokens, no logits, and maybe streams (L, B, d)."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if hasattr(model, "_orig_mod") or any(module._compiled_call_impl is not None for module in model.modules()):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastattn.ground.arguments import choice, integer, number, tensor
-from fastattn.lens.adapters import Adapter, adapt_blocks
+from fastattn.lens.adapters import Adapter, adapt
 from fastattn.lens.places import Call, Name, change, find, kinds_of, listen
 from fastattn.lens.running import check_model
 from fastattn.lens.watching import Step, pick, split_steps, watch
@@ -448,7 +448,7 @@ def _without(key: int, edits: list[_Edit]) -> None:
 
 def _adapter(model: nn.Module) -> Adapter:
     """The model's parts; dropout that is active is refused, since no two runs could be compared."""
-    adapter = adapt_blocks(model)
+    adapter = adapt(model)
     check_model(model)
     if any(module.training and getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         raise ValueError(

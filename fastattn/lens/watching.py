@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastattn.core.statistics.functional import attention_statistics
 from fastattn.ground.arguments import integer, tensor
-from fastattn.lens.adapters import Adapter, adapt_blocks
+from fastattn.lens.adapters import Adapter, adapt
 from fastattn.lens.places import Call, Kind, Name, find, kinds_of, listen, read
 
 PATTERN_LIMIT = 2**24  # weights of one pattern, over batch and heads: 64 MiB in fp32
@@ -384,7 +384,7 @@ def watch(
 
     Source: names and what they mean: Nanda and Bloom, TransformerLens (2022).
     """
-    adapter = adapt_blocks(model)
+    adapter = adapt(model)
     pattern_limit, top = integer("pattern_limit", pattern_limit, least=0), integer("top", top, least=1)
     if labels is not None:
         tensor("labels", labels)

@@ -10,7 +10,6 @@ from torch import nn
 import fastattn
 from fastattn import lens, masks
 from fastattn.lens import places
-from fastattn.lens.adapters import adapt_blocks
 
 CLOSE = {"atol": 1e-12, "rtol": 1e-12}
 HEADS, WIDTH, LAYERS = 4, 32, 3
@@ -62,7 +61,7 @@ def test_what_is_recorded_is_what_the_model_computes_with(batch_first, norm_firs
         watched = model(tokens, padding)
     with torch.no_grad():
         torch.testing.assert_close(watched, model(tokens, padding), **CLOSE)
-    adapter = adapt_blocks(model)
+    adapter = lens.adapt(model)
     assert adapter.post_norm is not norm_first and adapter.num_heads == HEADS
     for layer, block in enumerate(model.encoder.layers):
         get = {name.split(".", 2)[2]: value for name, value in seen.items() if name.startswith(f"blocks.{layer}.")}
@@ -148,13 +147,5 @@ def test_what_has_no_streams_of_one_length_or_several_stacks_is_refused():
         torch.no_grad(),
     ):
         encoder(x[0])
-
-
-@pytest.mark.parametrize(
-    "ask", [lens.adapt, lambda m: lens.head_report(m, text()), lambda m: lens.rollout(m, text())]
-)
-def test_what_needs_tokens_and_logits_is_refused(ask):
-    with pytest.raises(
-        ValueError, match=r"model attends with torch.nn.MultiheadAttention: watch, ablate, .* serve it"
-    ):
-        ask(make())
+    with pytest.raises(ValueError, match="model has no unembedding that its family names"):
+        lens.adapt(encoder).logits(x)
