@@ -190,7 +190,7 @@ def test_training_a_tuned_lens_never_stores_the_logits_of_all_positions():
     tuned = lens.TunedLens.of(model)
     with LargestTensor() as largest:
         tuned.fit(model, [text(1, 512)])
-    assert largest.numel <= vocabulary.TILE_LOGITS < 512 * 20_000
+    assert largest.elements <= vocabulary.TILE_LOGITS < 512 * 20_000
 
 
 def test_a_file_that_holds_no_tuned_lens_is_refused(tmp_path):
