@@ -366,6 +366,16 @@ def test_the_token_under_the_pointer_shows_its_top_keys(shown, held):
     assert words_of(shown, "#keys caption") == ["Tokens that receive most"]
 
 
+@pytest.mark.parametrize("width", [1280, 400])
+def test_the_text_stays_under_the_pointer_that_reads_it(shown, file, width):
+    shown.open(file, width)
+    shown.wait("document.body?.dataset.drawn")
+    top = "scrollY + document.getElementById('text').getBoundingClientRect().top"
+    before = shown.do(top)
+    shown.point("#text span:nth-child(41)")
+    assert "token 40" in words_of(shown, "#keys caption")[0] and shown.do(top) == before
+
+
 def test_it_can_be_used_with_the_keyboard_alone(shown):
     shown.do("document.querySelector('#head-map [tabindex=\"0\"]').focus()")
     shown.press("ArrowRight")
