@@ -236,7 +236,7 @@ def _seen(adapter: Adapter, tokens: Tensor, place: int, options: dict[str, Any])
     def keep(key: Any, dim: int = 1) -> Any:
         def see(t: Tensor) -> None:
             t = t if t.dim() > 2 else t[None]  # positions may come without a batch
-            at = t.select(dim, place)
+            at = t.select(dim, place).clone()  # a view would keep all positions
             seen[key] = at.expand(len(tokens), *at.shape[1:])
 
         return see

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -80,7 +81,7 @@ def last_stream(adapter: Adapter, tokens: Tensor, options: dict[str, Any]) -> Te
         else:
             hooked.on_output(adapter.blocks[-1], reach)
         try:
-            adapter.model(tokens, **options)
+            adapter.model(tokens, **{**_without_cache(adapter.model), **options})
         except Reached as reached:
             return reached.value
     raise ValueError(f"model, a {type(adapter.model).__name__}, did not run its last block on the tokens")
@@ -102,6 +103,12 @@ def neuron_activations(adapter: Adapter, layer: int, x: Tensor) -> Tensor:
             return adapter.part("mlp", layer)(x)
         except Reached as reached:
             return reached.value
+
+
+def _without_cache(model: nn.Module) -> dict[str, bool]:
+    """What tells a Hugging Face model to keep no keys and values for a next token."""
+    takes = inspect.signature(model.forward).parameters
+    return {"use_cache": False} if "use_cache" in takes else {}
 
 
 def check_mlps(adapter: Adapter) -> None:

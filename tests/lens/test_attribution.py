@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 from lens_models import ALL, HEADS, LAYERS, LIKE_LLAMA, PRE_NORM, WIDTH, make, text
@@ -297,3 +299,12 @@ def test_interventions_count():
 def test_models_without_values_are_refused():
     with pytest.raises(ValueError, match="its embedding is on the meta device"):
         lens.attribution(make("own").to("meta"), text(), 7)
+
+
+def test_nothing_of_other_positions_is_kept():
+    module = importlib.import_module("fastattn.lens.attribution")
+    model, tokens = make("gemma3"), text(2, 100)
+    seen, state = module._seen(lens.adapt(model), tokens, 50, {})
+    tensors = [t for value in seen.values() for t in (value if isinstance(value, tuple) else [value])]
+    for t in [state, *(t for t in tensors if isinstance(t, torch.Tensor))]:
+        assert t.untyped_storage().nbytes() <= t.numel() * t.element_size()
