@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 
 import pytest
 import torch
@@ -197,3 +198,17 @@ def test_a_file_that_holds_no_tuned_lens_is_refused(tmp_path):
     torch.save({"weight": torch.zeros(2)}, tmp_path / "other.pt")
     with pytest.raises(ValueError, match=r"a file that TunedLens.save wrote"):
         lens.TunedLens.load(tmp_path / "other.pt")
+
+
+def test_rich_prints_the_same_table_and_takes_brackets_for_text():
+    console = pytest.importorskip("rich.console").Console(width=200, record=True, file=io.StringIO())
+
+    class Brackets(Tokenizer):
+        def decode(self, ids):
+            return f"[red]{ids[0]}"
+
+    seen = lens.logit_lens(make("own"), text(), top=1, tokenizer=Brackets())
+    console.print(seen)
+    printed = console.export_text()
+    assert all(cell in printed for line in seen.table() for cell in line)
+    assert printed.count("[red]") == LAYERS + 1
