@@ -336,6 +336,22 @@ def test_mass_within_a_mask_of_a_masked_call_is_the_weight_that_both_show() -> N
         attention_statistics(q, k, lse, want="mass", within=within, **given)
 
 
+def test_packed_sequences_are_looked_at_each_on_its_own() -> None:
+    q, k, v = (torch.randn(50, 2, 16, dtype=torch.float64) for _ in range(3))
+    starts = torch.tensor([0, 20, 20, 50])
+    _, lse = fastattn.attention_varlen(q, k, v, starts, starts, causal=True, return_lse=True)
+    mask = masks.packed_sequences(starts, starts, causal=True)
+    heads = [t.transpose(0, 1)[None] for t in (q, k)]
+    found = attention_statistics(*heads, lse[None], want=("entropy", "received"), mask=mask)
+    for begin, end in ((0, 20), (20, 50)):
+        q_one, k_one = (t[:, :, begin:end] for t in heads)
+        one = attention_statistics(
+            q_one, k_one, lse[None, :, begin:end], want=("entropy", "received"), causal=True
+        )
+        torch.testing.assert_close(found.entropy[..., begin:end], one.entropy, rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(found.received[..., begin:end], one.received, rtol=1e-12, atol=1e-14)
+
+
 def test_a_scale_for_each_head_is_taken_as_attention_takes_it() -> None:
     q, k, v = Problem(heads=3, key_heads=3).inputs()
     scale = torch.tensor([0.1, -0.3, 0.0])

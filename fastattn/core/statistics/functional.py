@@ -107,6 +107,8 @@ def attention_statistics(
         backend: as attention's.
         given: whatever else attention was given (causal, scale, window, mask, bias, ...). The same, or the weights
             are not the ones that it used.
+            Packed sequences (`attention_varlen`) are one batch entry: q.transpose(0, 1)[None] and so on, lse[None]
+            and mask=masks.packed_sequences(cu_seqlens_q, cu_seqlens_k, causal).
 
     Returns:
         A named tuple with a field for each of `want`, in that order; fp32 (fp64 for fp64 inputs), no gradient.
