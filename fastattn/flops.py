@@ -50,7 +50,7 @@ def attention_flops(
 _TENSORS = len(ScoreTensors._fields)
 
 
-@register_flop_formula(torch.ops.fastattn.attention_forward)
+@register_flop_formula([torch.ops.fastattn.attention_forward, torch.ops.fastattn.attention_forward_max])
 def _forward(q, k, v, *args, out_shape=None, **kwargs) -> int:
     causal, _, left, right, *_ = args[_TENSORS:]
     return attention_flops(q, k, v, causal, (left, right))

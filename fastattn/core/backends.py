@@ -1,6 +1,7 @@
 """The backends: each family has a module for each, with the same functions. fastattn.core.capabilities chooses.
 
-attention   forward(q, k, v, spec, tensors) -> out, lse
+attention   forward(q, k, v, spec, tensors, maxima=None) -> out, lse
+                `maxima` (B, Hq, Lq), -inf, gets the largest score of each row.
             backward(dout, dlse, saved, spec, tensors, wanted) -> Gradients
             tangent(saved, tangents, spec, tensors) -> the tangents of out and lse
                 `saved` is a Saved: q, k, v, out, lse.

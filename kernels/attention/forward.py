@@ -56,7 +56,7 @@ def forward_step(
 
 
 @triton.jit
-def attention_forward_kernel(q, k, v, out, lse, partials, lse_partials, problem, tile: tl.constexpr):
+def attention_forward_kernel(q, k, v, out, lse, maxima, partials, lse_partials, problem, tile: tl.constexpr):
     shape, scores = problem.shape, problem.scores
     position = position_of(shape.queries, shape.heads, problem, later_are_heavier(problem), tile.BLOCK_M)
     start, batch, head, split = position
@@ -69,7 +69,7 @@ def attention_forward_kernel(q, k, v, out, lse, partials, lse_partials, problem,
     accumulator = tl.zeros([tile.BLOCK_M, tile.VALUE_WIDTH], tl.float32)
     row_max = tl.full([tile.BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([tile.BLOCK_M], tl.float32)
-    if scores.sinks is not None:
+    if (scores.sinks is not None) and (maxima is None):
         # One more key, seen by all, whose value is zero; of several splits the first has it.
         sink = tl.load(head_of(scores.sinks, batch, head)) * LOG2_E
         row_max = tl.zeros([tile.BLOCK_M], tl.float32) + tl.where(split[0] == 0, sink, float("-inf"))
@@ -78,6 +78,20 @@ def attention_forward_kernel(q, k, v, out, lse, partials, lse_partials, problem,
     accumulator, row_max, row_sum = loop_over_keys(
         forward_step, (accumulator, row_max, row_sum), operands, score_terms, position, problem, tile
     )
+
+    if maxima is not None:
+        # The largest score of a key; so a sink comes in last.
+        queries = start + tl.arange(0, tile.BLOCK_M)
+        pointers = head_of(maxima, batch, head) + queries.to(tl.int64) * maxima.row
+        tl.store(pointers, row_max * LN_2, mask=queries < shape.queries)
+        if scores.sinks is not None:
+            sink = tl.load(head_of(scores.sinks, batch, head)) * LOG2_E
+            new_max = tl.maximum(row_max, sink)
+            pivot = tl.where(new_max == float("-inf"), 0.0, new_max)
+            rescale = tl.exp2(row_max - pivot)
+            row_sum = row_sum * rescale + tl.exp2(sink - pivot)
+            accumulator *= rescale[:, None]
+            row_max = new_max
 
     # A row that saw nothing has sum 0: output 0, lse -inf.
     empty = row_sum == 0.0
@@ -102,12 +116,19 @@ def attention_forward_kernel(q, k, v, out, lse, partials, lse_partials, problem,
 
 
 def attention_forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: Any, tensors: Any, lists: Any = None
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    spec: Any,
+    tensors: Any,
+    lists: Any = None,
+    maxima: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """softmax(scale q k^T) v and its row-wise log-sum-exp.
 
     q (B, Hq, Lq, D), k (B, Hkv, Lk, D), v (B, Hkv, Lk, Dv), any strides, one dtype of fp16, bf16, fp32; the rest
     as `Call` says. Returns out (B, Hq, Lq, Dv) in the inputs' dtype and lse (B, Hq, Lq) in nats, fp32.
+    `maxima` (B, Hq, Lq) fp32 gets the largest score of each row, -inf if it sees no key; then no loop is split.
     """
     batch, heads, queries, _ = q.shape
     out = empty_heads(batch, heads, queries, v.shape[3], q)
@@ -116,10 +137,11 @@ def attention_forward(
         return out, lse
     with launch.on_device(q):
         call = Call(attention_forward_kernel, q, k, v, spec, tensors, lists)
-        tiling, rows = call.tiling(launch.ATTENTION_FORWARD), rows_of(lists)
+        tiling, rows = call.tiling(launch.ATTENTION_FORWARD), rows_of(lists, split=maxima is None)
+        whole = lists is None or maxima is not None
         splits = splits_of(
-            rows, None if lists is None else lists.row_merges, queries, tiling.block_m, batch * heads,
-            triton.cdiv(k.shape[2], tiling.block_n), call.processors,
+            rows, None if whole else lists.row_merges, queries, tiling.block_m, batch * heads,
+            0 if maxima is not None else triton.cdiv(k.shape[2], tiling.block_n), call.processors,
         )  # fmt: skip
         partials, lse_partials = partials_of(splits, out), partials_of(splits, lse)
         attention_forward_kernel[(splits.programs * batch * heads,)](
@@ -128,6 +150,7 @@ def attention_forward(
             tensor4(v),
             tensor4(out),
             tensor3(lse),
+            None if maxima is None else tensor3(maxima),
             argument(partials),
             argument(lse_partials),
             call.problem(rows, splits.count, launch.heads_per_section(k, v, batch * heads), sinks=True),

@@ -241,6 +241,11 @@ def _with_precision(sizes: Sizes, precision: str) -> None:
 
 # ---- statistics of attention ----
 
+
+def with_maxima(sizes: Sizes, *names: str) -> None:
+    fastattn.attention(*sizes.qkv(), **features(sizes, *names), return_max=True)
+
+
 KERNELS_FOR = tuple(name for name in NAMES if name != "top_keys")
 
 
@@ -273,6 +278,9 @@ def statistics_calls() -> Iterator[Call]:
         yield of(f"tf32x3 D={width}", Sizes(width=width, dtype="fp32"), "causal", precision="tf32x3")
     for layout in ("strided", "columns", "misaligned"):
         yield of(layout, Sizes(layout=layout), "causal")
+    for name in ("causal", "sinks", "lists that share rows"):
+        sizes = Sizes(queries=1024, keys=1024) if "share" in name else Sizes()
+        yield Call(f"attention, {name}, largest scores", lambda n=name, s=sizes: with_maxima(s, n))
     yield of("a thumbnail of 128 columns", Sizes(), want=("thumbnail",), thumbnail=128)
     yield of("one query and key", Sizes(queries=1, keys=1))
     yield of("the last queries", Sizes(), "causal", queries=slice(-16, None))

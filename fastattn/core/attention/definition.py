@@ -244,7 +244,11 @@ def _sum_of_group(gradient: Tensor, t: Tensor) -> Tensor:
     return gradient.unflatten(1, (t.shape[1], gradient.shape[1] // max(1, t.shape[1]))).sum(2)
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, tensors: ScoreTensors) -> tuple[Tensor, Tensor]:
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, tensors: ScoreTensors, maxima: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    if maxima is not None and maxima.numel() * k.shape[2]:
+        maxima.copy_(scores_of(q, keys_there(k, tensors.key_lengths), spec, tensors).amax(-1))
     out, lse = attention(q, k, v, spec, tensors)
     return heads_last(out), lse
 

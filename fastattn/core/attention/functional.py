@@ -80,6 +80,16 @@ def attention(
     return_lse: Literal[True],
     backend: str | None = ...,
 ) -> tuple[Tensor, Tensor]: ...
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    return_max: Literal[True],
+    return_lse: bool = ...,
+    **given: Any,
+) -> tuple[Tensor, ...]: ...
 
 
 def attention(
@@ -101,9 +111,10 @@ def attention(
     dropout_state: Tensor | None = None,
     precision: str | None = None,
     return_lse: bool = False,
+    return_max: bool = False,
     backend: str | None = None,
     **unknown: Any,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor, ...]:
     """softmax(scale q k^T) v, fused: no N x N tensor is ever stored, forward or backward.
 
     Query i stands on the diagonal at key i + Lk - Lq (bottom-right alignment: the queries are the last positions
@@ -146,13 +157,16 @@ def attention(
             exact) or "tf32"; by default what torch.backends.cuda.matmul allows. A backend may be more
             exact than that.
         return_lse: also return the log-sum-exp of each row of scores, the sink included; differentiable.
+        return_max: also return the largest score of each row, as it goes into the softmax: scaled, capped, biased.
+            A sink is no key. Without gradient. On a GPU the kernel has it anyway; the portable backend computes
+            all of its own tiles for it.
         backend: "triton", "portable" or "reference"; by default the capability table chooses, or the
             environment variable FASTATTN_BACKEND.
 
     Returns:
         out (B, Hq, Lq, Dv) in the inputs' dtype, laid out (B, Lq, Hq, Dv) in memory; with `return_lse` also
         lse (B, Hq, Lq) in nats, fp32 (fp64 for fp64 inputs). A row that sees no key gives 0 and -inf, or the
-        sink's score.
+        sink's score. With `return_max` the maxima (B, Hq, Lq) come last, like lse; -inf for a row without keys.
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what was expected, before anything runs.
@@ -187,6 +201,9 @@ def attention(
         sinks=sinks, dropout_state=dropout_state, drops=spec.dropout > 0,
     )._replace(**masked)  # fmt: skip
     q, spec = positive_scale(q, spec)
+    if return_max is not False and flag("return_max", return_max):
+        out, lse, maxima = operators.AttentionMax.apply(q, k, v, *tensors, *spec.options, backend)
+        return (out, lse, maxima) if return_lse else (out, maxima)
     out, lse = operators.attention(q, k, v, *tensors, *spec.options, backend)
     return (out, lse) if return_lse else out
 

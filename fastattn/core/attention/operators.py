@@ -34,6 +34,7 @@ from fastattn.ground.checks import lse_dtype
 _operators = library.Library("fastattn", "FRAGMENT")
 _GRADIENTS = ", ".join(["Tensor"] * len(Gradients._fields))
 _operators.define(f"attention_forward(Tensor q, Tensor k, Tensor v, {SCORES}) -> (Tensor, Tensor)")
+_operators.define(f"attention_forward_max(Tensor q, Tensor k, Tensor v, {SCORES}) -> (Tensor, Tensor, Tensor)")
 _operators.define(
     "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? dlse, "
     f"bool want_bias, bool want_relative_bias, {SCORES}) -> ({_GRADIENTS})"
@@ -44,6 +45,7 @@ _operators.define(
     "-> (Tensor, Tensor)"
 )
 _FORWARD, _BACKWARD = "fastattn::attention_forward", "fastattn::attention_backward"
+_FORWARD_MAX = "fastattn::attention_forward_max"
 _TANGENT = "fastattn::attention_tangent"
 
 
@@ -53,6 +55,16 @@ def _forward(q, k, v, *rest) -> tuple[Tensor, Tensor]:
     request = Request("attention", spec, (q, k, v), score_tensors=tensors)
     chosen = capabilities.choose(request, FORWARD, backend)
     return backends.load("attention", chosen).forward(q, k, v, spec, tensors)
+
+
+def _forward_max(q, k, v, *rest) -> tuple[Tensor, Tensor, Tensor]:
+    tensors, spec, backend = put_together(rest)
+    spec = spec.at(q.shape[2], k.shape[2])
+    request = Request("attention", spec, (q, k, v), score_tensors=tensors)
+    chosen = capabilities.choose(request, FORWARD, backend)
+    maxima = q.new_full(q.shape[:3], float("-inf"), dtype=lse_dtype(q.dtype))
+    out, lse = backends.load("attention", chosen).forward(q, k, v, spec, tensors, maxima)
+    return out, lse, maxima
 
 
 def _backward(dout, q, k, v, out, lse, dlse, want_bias, want_relative_bias, *rest) -> tuple[Tensor, ...]:
@@ -80,6 +92,7 @@ _COUNT = len(ScoreTensors._fields)
 _BIAS = ScoreTensors._fields.index("bias")
 _OPTIONS = len(AttentionSpec().options) + 1  # and the backend
 _operators.impl("attention_forward", _forward, "CompositeExplicitAutograd")
+_operators.impl("attention_forward_max", _forward_max, "CompositeExplicitAutograd")
 _operators.impl("attention_backward", _backward, "CompositeExplicitAutograd")
 _operators.impl("attention_tangent", _tangent, "CompositeExplicitAutograd")
 
@@ -89,6 +102,12 @@ def _forward_fake(q, k, v, *_):
     batch, heads, queries, _ = q.shape
     lse = q.new_empty((batch, heads, queries), dtype=lse_dtype(q.dtype))
     return empty_heads((batch, heads, queries, v.shape[3]), q), lse
+
+
+@library.register_fake(_FORWARD_MAX, lib=_operators)
+def _forward_max_fake(q, k, v, *_):
+    out, lse = _forward_fake(q, k, v)
+    return out, lse, torch.empty_like(lse)
 
 
 @library.register_fake(_BACKWARD, lib=_operators)
@@ -106,6 +125,33 @@ def _backward_fake(dout, q, k, v, out, lse, dlse, want_bias, want_relative_bias,
 @library.register_fake(_TANGENT, lib=_operators)
 def _tangent_fake(q, k, v, out, lse, *_):
     return empty_heads(out.shape, out), torch.empty_like(lse, memory_format=torch.contiguous_format)
+
+
+def _save(ctx, inputs, output) -> None:
+    """What the backward of attention needs."""
+    q, k, v, *rest = inputs
+    ctx.options = rest[_COUNT:]
+    ctx.save_for_backward(q, k, v, *output, *rest[:_COUNT])
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx, dout, dlse) -> tuple:
+    """The gradients of attention by its arguments."""
+    q, k, v, out, lse, *tensors = ctx.saved_tensors
+    if dout is None:
+        dout = torch.zeros_like(out)
+    needed = ScoreTensors(*ctx.needs_input_grad[3 : 3 + _COUNT])
+    gradients = Gradients(
+        *attention_backward(
+            dout, q, k, v, out, lse, dlse, needed.bias, needed.relative_bias, *tensors, *ctx.options
+        )
+    )
+    beside = ScoreTensors(
+        bias=gradients.bias if needed.bias else None,
+        relative_bias=gradients.relative_bias if needed.relative_bias else None,
+        sinks=gradients.sinks if needed.sinks else None,
+    )
+    return *gradients[:3], *beside, *(None,) * _OPTIONS
 
 
 class Attention(Function):
@@ -126,28 +172,34 @@ class Attention(Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        q, k, v, *rest = inputs
-        ctx.options = rest[_COUNT:]
-        ctx.save_for_backward(q, k, v, *output, *rest[:_COUNT])
-        ctx.set_materialize_grads(False)
+        _save(ctx, inputs, output)
 
     @staticmethod
     def backward(ctx, dout, dlse):
-        q, k, v, out, lse, *tensors = ctx.saved_tensors
-        if dout is None:
-            dout = torch.zeros_like(out)
-        needed = ScoreTensors(*ctx.needs_input_grad[3 : 3 + _COUNT])
-        gradients = Gradients(
-            *attention_backward(
-                dout, q, k, v, out, lse, dlse, needed.bias, needed.relative_bias, *tensors, *ctx.options
-            )
-        )
-        beside = ScoreTensors(
-            bias=gradients.bias if needed.bias else None,
-            relative_bias=gradients.relative_bias if needed.relative_bias else None,
-            sinks=gradients.sinks if needed.sinks else None,
-        )
-        return *gradients[:3], *beside, *(None,) * _OPTIONS
+        return _gradients(ctx, dout, dlse)
+
+
+class AttentionMax(Attention):
+    """Attention, and the largest score of each row, which has no gradient."""
+
+    @staticmethod
+    def forward(
+        q, k, v, key_lengths, alibi_slopes, bias, relative_bias, sinks, dropout_state, mask, intervals, causal,
+        scale, left, right, softcap, dropout, precision, mask_layout, backend,
+    ):  # fmt: skip
+        return torch.ops.fastattn.attention_forward_max(
+            q, k, v, key_lengths, alibi_slopes, bias, relative_bias, sinks, dropout_state, mask, intervals, causal,
+            scale, left, right, softcap, dropout, precision, mask_layout, backend,
+        )  # fmt: skip
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _save(ctx, inputs, output[:2])
+        ctx.mark_non_differentiable(output[2])
+
+    @staticmethod
+    def backward(ctx, dout, dlse, _dmaxima):
+        return _gradients(ctx, dout, dlse)
 
 
 class AttentionBackward(Function):
@@ -291,11 +343,22 @@ def attention_backward(*arguments) -> tuple[Tensor, ...]:
 
 @library.register_vmap(_FORWARD, lib=_operators)
 def _forward_vmap(info: Any, in_dims: tuple, *arguments):
-    operator, count = torch.ops.fastattn.attention_forward, 3 + _COUNT
+    return _mapped_forward(torch.ops.fastattn.attention_forward, info, in_dims, arguments)
+
+
+@library.register_vmap(_FORWARD_MAX, lib=_operators)
+def _forward_max_vmap(info: Any, in_dims: tuple, *arguments):
+    return _mapped_forward(torch.ops.fastattn.attention_forward_max, info, in_dims, arguments)
+
+
+def _mapped_forward(operator: Any, info: Any, in_dims: tuple, arguments: tuple):
+    count = 3 + _COUNT
     if not info.batch_size or shares_batch(in_dims, arguments, 0, (3 + _BIAS,)):
         return one_by_one(operator, info.batch_size, in_dims, arguments)
-    tensors = fold(info.batch_size, in_dims[:count], arguments[:count])
-    return unfold(info.batch_size, operator(*tensors, *arguments[count:])), (0, 0)
+    results = unfold(
+        info.batch_size, operator(*fold(info.batch_size, in_dims[:count], arguments[:count]), *arguments[count:])
+    )
+    return results, (0,) * len(results)
 
 
 @library.register_vmap(_BACKWARD, lib=_operators)
@@ -321,5 +384,10 @@ def _tangent_vmap(info: Any, in_dims: tuple, *arguments):
     return unfold(info.batch_size, operator(*tensors, *arguments[count:])), (0, 0)
 
 
-for _name, _function in ((_FORWARD, Attention), (_BACKWARD, AttentionBackward), (_TANGENT, AttentionTangent)):
+for _name, _function in (
+    (_FORWARD, Attention),
+    (_FORWARD_MAX, AttentionMax),
+    (_BACKWARD, AttentionBackward),
+    (_TANGENT, AttentionTangent),
+):
     register_autograd(_name, _function, _operators)

@@ -17,8 +17,12 @@ from fastattn.core.layout import heads_last, zero_heads
 from fastattn.ground.checks import lse_dtype
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, tensors: ScoreTensors) -> tuple[Tensor, Tensor]:
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, tensors: ScoreTensors, maxima: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     with product_precision(q, spec):
+        if maxima is not None:
+            return _tiled_forward(q, k, v, spec, tensors, maxima)
         if torch_flash.serves(q, k, v, spec, tensors):
             out, lse = torch_flash.forward(q, k, v, spec, tensors)
             return heads_last(out), lse
@@ -73,7 +77,7 @@ def _sums_of_low_rows(saved: Saved, spec: AttentionSpec, tensors: ScoreTensors) 
 
 
 def _tiled_forward(
-    q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, tensors: ScoreTensors
+    q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, tensors: ScoreTensors, maxima: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     batch, heads, queries, _ = q.shape
     dtype = lse_dtype(q.dtype)
@@ -91,7 +95,11 @@ def _tiled_forward(
             k_tile, v_tile = (scores.part_of(t, "columns", tile).to(dtype) for t in (k, v))
             part = None if bias is None else tiles.part_of(bias, "scores", tile).to(dtype)
             values, _ = scores.of(tile, q_tile, k_tile, part, relative_bias)
-            new_max = torch.maximum(row_max, values.amax(-1, keepdim=True))
+            highest = values.amax(-1, keepdim=True)
+            if maxima is not None:
+                most = maxima[:, :, rows]
+                torch.maximum(most, ungrouped(highest, heads)[..., 0], out=most)
+            new_max = torch.maximum(row_max, highest)
             pivot = new_max.masked_fill(new_max == float("-inf"), 0.0)
             weights = torch.exp(values - pivot)
             rescale = torch.exp(row_max - pivot)

@@ -12,8 +12,10 @@ from fastattn.masks import BlockLists
 from fastattn.masks.lists import unpacked
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, tensors: ScoreTensors) -> tuple[Tensor, Tensor]:
-    return _forward.attention_forward(q, k, v, spec, tensors, _lists(spec, tensors))
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, tensors: ScoreTensors, maxima: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    return _forward.attention_forward(q, k, v, spec, tensors, _lists(spec, tensors), maxima)
 
 
 def backward(
