@@ -179,17 +179,22 @@ def load_row_values(pointer, tensor, rows, row_count, other):
 
 
 @triton.jit
-def online_softmax_update(scores, scale, row_max, row_sum, MASKED: tl.constexpr):
+def online_softmax_update(scores, scale, row_max, row_sum, MASKED: tl.constexpr, IN_NATS: tl.constexpr = False):
     """Fold one tile of raw scores into the running softmax, in powers of two.
 
     Returns the tile's weights, the factor that rescales what was accumulated before, and the new running
-    maximum (scaled, in log2 units) and sum. Only a masked tile can leave a row without a maximum: it pivots
+    maximum (scaled, in log2 units) and sum. Scores IN_NATS, and their maximum, stay so until it is subtracted:
+    they may be as low as numbers go. Only a masked tile can leave a row without a maximum: it pivots
     on 0, so that -inf minus -inf never happens.
     """
     new_max = tl.maximum(row_max, tl.max(scores, 1) * scale)
     pivot = tl.where(new_max == float("-inf"), 0.0, new_max) if MASKED else new_max
-    weights = tl.exp2(scores * scale - pivot[:, None])
-    rescale = tl.exp2(row_max - pivot)
+    if IN_NATS:
+        weights = tl.exp2((scores * scale - pivot[:, None]) * LOG2_E)
+        rescale = tl.exp2((row_max - pivot) * LOG2_E)
+    else:
+        weights = tl.exp2(scores * scale - pivot[:, None])
+        rescale = tl.exp2(row_max - pivot)
     return weights, rescale, new_max, row_sum * rescale + tl.sum(weights, 1)
 
 

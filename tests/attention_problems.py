@@ -44,6 +44,7 @@ class Problem:
     lengths: bool = False
     alibi: bool = False
     sinks: bool = False
+    head_scale: bool = False  # of any sign
     bias: tuple[int, int, int, int] | None = None  # 1 where the bias has size 1, else 0
     masked: bool = False  # the bias says which keys are seen
     radius: int | None = None  # of a relative bias
@@ -75,14 +76,16 @@ class Problem:
     def spec(self) -> AttentionSpec:
         dropout = check_dropout(self.dropout)
         layout = self.lowered().packed[1] if self.lists else None
-        scale = self.scale or self.width**-0.5
+        scale = 1.0 if self.head_scale else self.scale or self.width**-0.5
         precision = self.precision or "ieee"
         return AttentionSpec(self.causal, scale, self.window, self.softcap, dropout, precision, layout)
 
     def arguments(self, tensors: ScoreTensors) -> dict[str, object]:
         """The keywords of `fastattn.attention` that stand for this problem and these tensors."""
         options = {name: getattr(self, name) for name in ("causal", "scale", "window", "softcap", "precision")}
-        options |= {name: t for name, t in tensors._asdict().items() if name not in ("mask", "intervals")}
+        elsewhere = ("mask", "intervals", "head_scale")
+        options |= {name: t for name, t in tensors._asdict().items() if name not in elsewhere}
+        options |= {} if tensors.head_scale is None else {"scale": tensors.head_scale}
         mask = self.lowered() if self.lists or self.intervals else None
         return {**options, "dropout_p": self.dropout, "mask": mask}
 
@@ -107,7 +110,10 @@ class Problem:
             state = fastattn.dropout_state(batch, DEVICE)
         words = self.lowered().packed[0] if self.lists else None
         intervals = self.lowered().intervals.expand(batch, -1, -1) if self.intervals else None
-        return ScoreTensors(lengths, slopes, bias, relative, sinks, state, words, intervals)
+        scales = None
+        if self.head_scale:
+            scales = (torch.randn(heads, device=DEVICE) * self.width**-0.5).expand(batch, heads)
+        return ScoreTensors(lengths, slopes, bias, relative, sinks, state, words, intervals, scales)
 
     def lowered(self) -> masks.Lowered:
         """The mask for this call, as block lists even where it has a closed form; or as intervals."""
@@ -190,10 +196,12 @@ def check(problem: Problem, name: str) -> None:
         # summed over rows that share a value: with the roundings of dout * out, which add up as random numbers do.
         rounded = problem.dtype if position >= 5 else None
         tiny = TINY + (torch.finfo(problem.dtype).eps * float((dout * exact[0]).norm()) if rounded else 0.0)
+        if rounded and list(learned)[position - 5] == "head_scale":
+            tiny *= problem.width**0.5  # and times the products that are scaled
         assert_as_exact_as_eager(a, x, e.to(a.dtype), gradient=position >= 2, dtype=rounded, tiny=tiny)
 
 
-LEARNED = ("bias", "relative_bias", "sinks")
+LEARNED = ("bias", "relative_bias", "sinks", "head_scale")
 
 
 def sees(problem: Problem, tensors: ScoreTensors) -> Tensor:
@@ -228,12 +236,13 @@ STRATEGIES = {
     "lengths": st.booleans(),
     "alibi": st.booleans(),
     "sinks": st.booleans(),
+    "head_scale": st.booleans(),
     "bias": st.none() | st.tuples(*[st.integers(0, 1)] * 4),
     "masked": st.booleans(),
     "radius": st.none() | st.integers(0, 40),
     "dropout": st.sampled_from([0.0, 0.3]),
 }
-ON_SCORES = ("softcap", "lengths", "alibi", "sinks", "bias", "masked", "radius", "dropout")
+ON_SCORES = ("softcap", "lengths", "alibi", "sinks", "head_scale", "bias", "masked", "radius", "dropout")
 
 
 def strategies_of(*fields: str) -> dict[str, st.SearchStrategy]:

@@ -27,6 +27,7 @@ FLOORS = (
     ("core.*.spec", "core.attention.dropout"),
     ("core.*.definition",),
     ("core.*.tiles", "core.*.granules", "core.*.torch_flash", "core.*.whole_rows", "core.*.torch_norm"),
+    ("core.*.head_scales",),
     ("core.*.portable", "core.*.triton", "core.attention.derivatives"),
     ("core.capabilities",),
     ("core.*.operators",),

@@ -140,6 +140,7 @@ with pretended_gpus(GPUS["H100"]) as driver:
     print(*sorted(name for name, sides in grids), *{sides for name, sides in grids})
 """) == [
         "attention_delta_kernel attention_dkdv_kernel attention_dq_kernel attention_forward_kernel "
+        "attention_remainder_kernel "
         "diagonal_sums_kernel merge_kernel norm_gradient_kernel norm_kernel norm_sums_kernel 1"
     ]
 

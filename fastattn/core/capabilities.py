@@ -115,6 +115,7 @@ FEATURES: tuple[Feature, ...] = (
     ),
     Feature("attention", "dropout", lambda r: r.spec.dropout > 0),
     Feature("attention", "attention sinks, with gradient", lambda r: r.score_tensors.sinks is not None),
+    Feature("attention", "scale of each head, with gradient", lambda r: r.score_tensors.head_scale is not None),
     Feature("attention", "lengths of their own for queries and keys", _differ(_LENGTH, _Q, _K)),
     Feature("attention", "grouped-query heads", _differ(_HEADS, _Q, _K)),
     Feature("attention", "head widths 8 to 256", lambda r: not _has_other_widths(r)),

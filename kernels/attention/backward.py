@@ -1,11 +1,12 @@
 """Attention, backward: deterministic, three passes, no atomics.
 
 Saved from the forward: q, k, v, out and lse. Recomputed: the weights P = exp(S - lse).
-  delta  one program a tile of rows: delta = rowsum(dout * out) - dlse, and lse in log2 units
+  delta  one program a tile of rows: delta = rowsum(dout * out) - dlse, see row_values.py
   dk/dv  one program a tile of keys loops over the query tiles that see it, of all query heads of its group
   dq     one program a tile of queries loops over the keys it sees, as the forward does
 With dS = P * (dP - delta) and dP = dout v^T: dq = scale dS k, dk = scale dS^T q, dv = P^T dout
-(Dao 2023, algorithm 2; the dlse term is d lse_i / d S_ij = P_ij).
+(Dao 2023, algorithm 2; the dlse term is d lse_i / d S_ij = P_ij). Where each head has a scale s of its own:
+dq = s scale dS k, and ds is the sum of q * (scale dS k).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import triton
 import triton.language as tl
 
 from .. import launch
-from ..tiles import LARGEST_TILE, LOG2_E, coalesced, head_of, load_row_values, load_tile, tensor3, tensor4
+from ..tiles import LOG2_E, coalesced, head_of, load_tile, tensor3, tensor4
 from .bias import bias_gradient, relative_bias_gradient
 from .loops import (
     GRANULE,
@@ -36,47 +37,10 @@ from .loops import (
     words_of,
 )
 from .problem import Call, empty_heads
-from .scores import cap, finish_scores, keep_mask, load_score_terms, score_factor, score_gradient
-from .splits import argument, merge, partials_of, splits_of, store_result
-
-
-class RowValues(NamedTuple):
-    """A row's log-sum-exp in log2 units, and its delta: float32 (batch, heads, 2, rows padded to whole tiles)."""
-
-    pointer: torch.Tensor
-    rows: int
-
-
-@triton.jit
-def row_values_of(row_values, batch, head, shape):
-    """Where one head's log-sum-exps begin; its deltas are `row_values.rows` further."""
-    return row_values.pointer + (batch * shape.heads + head).to(tl.int64) * 2 * row_values.rows
-
-
-@triton.jit
-def attention_delta_kernel(out, dout, lse, dlse, row_values, shape, tile: tl.constexpr):
-    """Per row: its lse in log2 units and its delta. Rows that saw nothing, and the padding up to a whole
-    number of the largest tiles, get +inf and 0: their weights come out as exp2(-inf) = 0 with no mask."""
-    tiles = row_values.rows // tile.BLOCK_M
-    flat_head = tl.program_id(0) // tiles
-    batch, head = flat_head // shape.heads, flat_head % shape.heads
-    start = tl.program_id(0) % tiles * tile.BLOCK_M
-    rows = start + tl.arange(0, tile.BLOCK_M)
-    row_lse = load_row_values(head_of(lse, batch, head), lse, rows, shape.queries, float("-inf"))
-    out_pointer, dout_pointer = head_of(out, batch, head), head_of(dout, batch, head)
-    out_tile = load_tile(
-        out_pointer, out, start, shape.queries, tile.VALUE_DIM, tile.BLOCK_M, tile.VALUE_WIDTH, True
-    )
-    dout_tile = load_tile(
-        dout_pointer, dout, start, shape.queries, tile.VALUE_DIM, tile.BLOCK_M, tile.VALUE_WIDTH, True
-    )
-    delta = tl.sum(out_tile.to(tl.float32) * dout_tile.to(tl.float32), 1)
-    if dlse is not None:
-        delta -= load_row_values(head_of(dlse, batch, head), dlse, rows, shape.queries, 0.0)
-    empty = row_lse == float("-inf")
-    values = row_values.pointer + flat_head.to(tl.int64) * 2 * row_values.rows + rows
-    tl.store(values, tl.where(empty, float("inf"), row_lse * LOG2_E))
-    tl.store(values + row_values.rows, tl.where(empty, 0.0, delta))
+from .row_values import RowValues, load_remainder, load_rows, row_values_of
+from .row_values import row_values as row_values_for
+from .scores import cap, finish_scores, keep_mask, load_score_terms, score_gradient, softmax_weights
+from .splits import argument, merge, partials_of, splits_of, store_result, store_row_values
 
 
 @triton.jit
@@ -91,7 +55,7 @@ def next_tile(cursor, tiles, q, dout, row_values):
         member + tl.where(last, 1, 0),
         q_pointer + tl.where(last, q.head, 0),
         dout_pointer + tl.where(last, dout.head, 0),
-        values + tl.where(last, 2 * row_values.rows, 0),
+        values + tl.where(last, row_values.head, 0),
     )
 
 
@@ -105,7 +69,7 @@ def tile_at(number, tiles, beginning, q, dout, row_values):
         number // tl.maximum(tiles, 1),
         q_pointer + member * q.head,
         dout_pointer + member * dout.head,
-        values + member * 2 * row_values.rows,
+        values + member * row_values.head,
     )
 
 
@@ -137,10 +101,11 @@ def dkdv_step(
     products = tl.dot(k_tile, tl.trans(q_tile), input_precision=tile.PRECISION)
     dweights = tl.dot(v_tile, tl.trans(dout_tile), input_precision=tile.PRECISION)
     keys = key_start + tl.arange(0, tile.BLOCK_N)
-    capped = cap(products, scores)
+    capped = cap(products, scores, score_terms)
     values = finish_scores(capped, scores, score_terms, queries[None, :], keys[:, None], shape)
     lse = tl.load(row_values + queries)
-    weights = tl.exp2(values * score_factor(scores) - lse[None, :])
+    remainder = load_remainder(row_values + queries, padded_rows, scores)
+    weights = softmax_weights(values, scores, lse[None, :], remainder[None, :])
     if MASKED and problem.lists.full is not None:
         # The bounds are a word for each query, whose bits say which keys of the granule it sees.
         weights = tl.where(is_bit_set(bounds[None, :], (keys % GRANULE)[:, None]), weights, 0.0)
@@ -164,6 +129,9 @@ def dkdv_step(
     dscores = weights * (dweights - delta[None, :])
     if scores.softcap is not None:
         dscores *= 1.0 - capped * capped
+    if scores.head_scale is not None:
+        # The heads of a group have scales of their own.
+        dscores *= score_terms[7]
     dv = tl.dot(kept_weights.to(dout_tile.dtype), dout_tile, dv, input_precision=tile.PRECISION)
     dk = tl.dot(dscores.to(q_tile.dtype), q_tile, dk, input_precision=tile.PRECISION)
     return dk, dv
@@ -296,7 +264,10 @@ def dq_step(
 
 
 @triton.jit
-def attention_dq_kernel(q, k, v, dout, dq, partials, row_values, problem, tile: tl.constexpr):
+def attention_dq_kernel(
+    q, k, v, dout, dq, partials, dscale, dscale_partials, row_values, problem, tile: tl.constexpr
+):
+    """`dscale` is what each row gives to the gradient of its head's scale; None without such scales."""
     shape = problem.shape
     position = position_of(shape.queries, shape.heads, problem, later_are_heavier(problem), tile.BLOCK_M)
     start, batch, head, _split = position
@@ -306,7 +277,7 @@ def attention_dq_kernel(q, k, v, dout, dq, partials, row_values, problem, tile: 
         dout_pointer, dout, start, shape.queries, tile.VALUE_DIM, tile.BLOCK_M, tile.VALUE_WIDTH, True
     )
     values = row_values_of(row_values, batch, head, shape) + start + tl.arange(0, tile.BLOCK_M)
-    rows = (q_tile, dout_tile, tl.load(values), tl.load(values + row_values.rows))
+    rows = (q_tile, dout_tile, load_rows(values, row_values.rows, problem.scores))
     k_pointer = head_of(k, batch, head // shape.group)
     v_pointer = head_of(v, batch, head // shape.group)
     score_terms = load_score_terms(problem.scores, problem.dropout, batch, head)
@@ -316,11 +287,16 @@ def attention_dq_kernel(q, k, v, dout, dq, partials, row_values, problem, tile: 
         position, problem, tile,
     )  # fmt: skip
     dq_tile *= tl.cast(problem.scores.scale, tl.float32)
+    if dscale is not None:
+        row_dscale = tl.sum(dq_tile * q_tile.to(tl.float32), 1)
+        store_row_values(dscale, dscale_partials, row_dscale, position, shape.queries, problem, tile.BLOCK_M)
+        dq_tile *= score_terms[7]
     store_result(dq, partials, dq_tile, position, shape.queries, problem, tile.HEAD_DIM, tile.BLOCK_M, tile.WIDTH)
 
 
 class Gradients(NamedTuple):
-    """Of q, k and v in their shapes and dtype; of what was given and wanted of bias, relative bias and sinks."""
+    """Of q, k and v in their shapes and dtype; of what was given and wanted of bias, relative bias, sinks and
+    scales of heads."""
 
     q: torch.Tensor
     k: torch.Tensor
@@ -328,6 +304,7 @@ class Gradients(NamedTuple):
     bias: torch.Tensor | None
     relative_bias: torch.Tensor | None
     sinks: torch.Tensor | None
+    head_scale: torch.Tensor | None
 
 
 def attention_backward(
@@ -339,7 +316,7 @@ def attention_backward(
     wanted: Any,
     lists: Any = None,
 ) -> Gradients:
-    """Gradients of attention_forward's (out, lse) with respect to q, k, v, the biases if wanted, and the sinks.
+    """Gradients of attention_forward's (out, lse) with respect to q, k, v, the biases if wanted, sinks and scales.
 
     `saved` is (q, k, v, out, lse). dout is like out, dlse like lse or None; any strides, zero included. `wanted`
     says which of the gradients of bias and relative_bias to compute.
@@ -348,38 +325,17 @@ def attention_backward(
     dout = coalesced(dout)
     with launch.on_device(q):
         call = Call(attention_dq_kernel, q, k, v, spec, tensors, lists)
-        row_values = _row_values(call, dout, out, lse, dlse)
         operands = (tensor4(q), tensor4(k), tensor4(v), tensor4(dout))
+        row_values = row_values_for(call, operands[:2], dout, out, lse, dlse)
         dk, dv = _dkdv(call, dout, operands, row_values)
-        dq = _dq(call, operands, row_values)
+        dq, dscale = _dq(call, operands, row_values)
         dbias = drelative = None
         if wanted.bias and tensors.bias is not None:
             dbias = bias_gradient(call, operands, row_values)
         if wanted.relative_bias and tensors.relative_bias is not None:
             drelative = relative_bias_gradient(call, operands, row_values)
-    dsinks = None if tensors.sinks is None else _sink_gradient(tensors.sinks, row_values.pointer)
-    return Gradients(dq, dk, dv, dbias, drelative, dsinks)
-
-
-def _row_values(
-    call: Call, dout: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, dlse: torch.Tensor | None
-) -> RowValues:
-    batch, heads, queries, _ = call.q.shape
-    rows = triton.cdiv(queries, LARGEST_TILE) * LARGEST_TILE
-    values = torch.empty((batch, heads, 2, rows), dtype=torch.float32, device=lse.device)
-    if values.numel():
-        tiling = launch.ATTENTION_DELTA
-        attention_delta_kernel[(rows // tiling.block_m * batch * heads,)](
-            tensor4(out),
-            tensor4(dout),
-            tensor3(lse),
-            None if dlse is None else tensor3(dlse.contiguous()),
-            RowValues(values, rows),
-            call.shape,
-            tile=call.tile(tiling),
-            **tiling.compiler_options(),
-        )
-    return RowValues(values, rows)
+    dsinks = None if tensors.sinks is None else _sink_gradient(call, tensors.sinks, row_values)
+    return Gradients(dq, dk, dv, dbias, drelative, dsinks, dscale)
 
 
 def _dkdv(call: Call, dout: torch.Tensor, operands: tuple, row_values: RowValues) -> tuple:
@@ -410,9 +366,14 @@ def _dkdv(call: Call, dout: torch.Tensor, operands: tuple, row_values: RowValues
     return dk, dv
 
 
-def _dq(call: Call, operands: tuple, row_values: RowValues) -> torch.Tensor:
+def _dq(call: Call, operands: tuple, row_values: RowValues) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The gradients of q and of the scales of heads."""
     batch, heads, queries, head_dim = call.q.shape
     dq = empty_heads(batch, heads, queries, head_dim, call.q)
+    dscale = dscale_partials = None
+    if call.tensors.head_scale is not None:
+        # Rows that are split are left out here, and are found among the partial results.
+        dscale = torch.zeros((batch, heads, queries), dtype=torch.float32, device=dq.device)
     if dq.numel():
         tiling, rows = call.tiling(launch.ATTENTION_DQ), rows_of(call.lists)
         splits = splits_of(
@@ -420,21 +381,32 @@ def _dq(call: Call, operands: tuple, row_values: RowValues) -> torch.Tensor:
             triton.cdiv(call.k.shape[2], tiling.block_n), call.processors,
         )  # fmt: skip
         partials = partials_of(splits, dq)
+        dscale_partials = None if dscale is None else partials_of(splits, dscale)
         relative = call.family in (launch.PLAIN_DQ_RELATIVE if call.kind == "plain" else launch.MASKED_FIRST)
         attention_dq_kernel[(splits.programs * batch * heads,)](
             *operands,
             tensor4(dq),
             argument(partials),
+            None if dscale is None else tensor3(dscale),
+            argument(dscale_partials),
             row_values,
             call.problem(rows, splits.count, launch.heads_per_section(call.k, call.v, batch * heads)),
             tile=call.tile(tiling, relative),
             **tiling.compiler_options(),
         )
         merge(splits, partials, dq)
-    return dq
+    if dscale is None:
+        return dq, None
+    total = dscale.sum(-1)
+    if dscale_partials is not None:
+        total += dscale_partials.unflatten(0, (-1, batch)).sum((0, 3))
+    return dq, total
 
 
-def _sink_gradient(sinks: torch.Tensor, row_values: torch.Tensor) -> torch.Tensor:
+def _sink_gradient(call: Call, sinks: torch.Tensor, row_values: RowValues) -> torch.Tensor:
     """dsinks (B, Hq): a sink's weight times what its value, zero, lacks to the row's mean: -delta."""
-    lse, delta = row_values.unbind(2)
-    return -(torch.exp2(sinks[..., None] * LOG2_E.value - lse) * delta).sum(-1)
+    lse, delta, *remainder = row_values.pointer.unbind(2)
+    if not call.in_nats:
+        return -(torch.exp2(sinks[..., None] * LOG2_E.value - lse) * delta).sum(-1)
+    weights = torch.exp2((sinks[..., None] - lse) * LOG2_E.value - remainder[0])
+    return -(weights * delta).sum(-1)

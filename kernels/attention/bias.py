@@ -26,6 +26,7 @@ from .loops import (
     words_of,
 )
 from .problem import Call
+from .row_values import load_rows, row_values_of
 from .scores import load_score_terms, score_gradient
 
 
@@ -48,8 +49,8 @@ def tile_gradient(
     key_count = key_count_of(batch, problem)
     k_tile = load_tile(k_pointer, k, key_start, key_count, tile.HEAD_DIM, tile.BLOCK_N, tile.WIDTH, True)
     v_tile = load_tile(v_pointer, v, key_start, key_count, tile.VALUE_DIM, tile.BLOCK_N, tile.VALUE_WIDTH, True)
-    values = row_values.pointer + (batch * shape.heads + head).to(tl.int64) * 2 * row_values.rows + queries
-    rows = (q_tile, dout_tile, tl.load(values), tl.load(values + row_values.rows))
+    values = row_values_of(row_values, batch, head, shape) + queries
+    rows = (q_tile, dout_tile, load_rows(values, row_values.rows, problem.scores))
     dscores, _capped = score_gradient(
         rows, k_tile, v_tile, key_start, queries, bounds, score_terms, problem, tile, True
     )

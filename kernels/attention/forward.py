@@ -16,8 +16,8 @@ from .. import launch
 from ..tiles import LN_2, LOG2_E, head_of, load_tile, online_softmax_update, tensor3, tensor4
 from .loops import is_visible, later_are_heavier, loop_over_keys, position_of, rows_of
 from .problem import Call, empty_heads
-from .scores import cap, finish_scores, keep_mask, load_score_terms, score_factor
-from .splits import argument, merge, partials_of, splits_of, store_result, store_row_values
+from .scores import cap, finish_scores, is_in_nats, keep_mask, load_score_terms, score_factor, score_unit
+from .splits import argument, merge, partials_of, splits_of, store_partial_values, store_result, store_row_values
 
 
 @triton.jit
@@ -40,11 +40,18 @@ def forward_step(
     k_tile = load_tile(k_pointer, k, start, key_count, tile.HEAD_DIM, tile.BLOCK_N, tile.WIDTH, MASKED)
     products = tl.dot(q_tile, tl.trans(k_tile), input_precision=tile.PRECISION)
     columns = start + tl.arange(0, tile.BLOCK_N)[None, :]
-    values = finish_scores(cap(products, scores), scores, score_terms, queries[:, None], columns, problem.shape)
+    capped = cap(products, scores, score_terms)
+    values = finish_scores(capped, scores, score_terms, queries[:, None], columns, problem.shape)
     if MASKED:
         values = tl.where(is_visible(start, bounds, problem, tile), values, float("-inf"))
+    # A sum of floats may be -inf, too.
     weights, rescale, row_max, row_sum = online_softmax_update(
-        values, score_factor(scores), row_max, row_sum, MASKED or scores.bias is not None
+        values,
+        score_factor(scores),
+        row_max,
+        row_sum,
+        MASKED or scores.bias is not None or scores.relative is not None,
+        is_in_nats(scores),
     )
     if problem.dropout is not None:
         keep = keep_mask(problem.dropout, score_terms, queries, start, tile.BLOCK_N, False)
@@ -56,7 +63,19 @@ def forward_step(
 
 
 @triton.jit
-def attention_forward_kernel(q, k, v, out, lse, maxima, partials, lse_partials, problem, tile: tl.constexpr):
+def lse_of(row_max, row_sum, scores):
+    """The log-sum-exp in nats."""
+    if is_in_nats(scores):
+        return row_max + tl.log2(row_sum) * LN_2
+    else:
+        return (row_max + tl.log2(row_sum)) * LN_2
+
+
+@triton.jit
+def attention_forward_kernel(
+    q, k, v, out, lse, maxima, partials, lse_partials, remainders, problem, tile: tl.constexpr
+):
+    """`remainders` are what the log-sum-exps of partial results lose by rounding; None for scores not in nats."""
     shape, scores = problem.shape, problem.scores
     position = position_of(shape.queries, shape.heads, problem, later_are_heavier(problem), tile.BLOCK_M)
     start, batch, head, split = position
@@ -71,7 +90,7 @@ def attention_forward_kernel(q, k, v, out, lse, maxima, partials, lse_partials, 
     row_sum = tl.zeros([tile.BLOCK_M], tl.float32)
     if (scores.sinks is not None) and (maxima is None):
         # One more key, seen by all, whose value is zero; of several splits the first has it.
-        sink = tl.load(head_of(scores.sinks, batch, head)) * LOG2_E
+        sink = tl.load(head_of(scores.sinks, batch, head)) * score_unit(scores)
         row_max = tl.zeros([tile.BLOCK_M], tl.float32) + tl.where(split[0] == 0, sink, float("-inf"))
         row_sum += tl.where(split[0] == 0, 1.0, 0.0)
     operands = (q_tile, k_pointer, v_pointer, k, v)
@@ -83,20 +102,23 @@ def attention_forward_kernel(q, k, v, out, lse, maxima, partials, lse_partials, 
         # The largest score of a key; so a sink comes in last.
         queries = start + tl.arange(0, tile.BLOCK_M)
         pointers = head_of(maxima, batch, head) + queries.to(tl.int64) * maxima.row
-        tl.store(pointers, row_max * LN_2, mask=queries < shape.queries)
+        largest = row_max if is_in_nats(scores) else row_max * LN_2
+        tl.store(pointers, largest, mask=queries < shape.queries)
         if scores.sinks is not None:
-            sink = tl.load(head_of(scores.sinks, batch, head)) * LOG2_E
+            sink = tl.load(head_of(scores.sinks, batch, head)) * score_unit(scores)
             new_max = tl.maximum(row_max, sink)
             pivot = tl.where(new_max == float("-inf"), 0.0, new_max)
-            rescale = tl.exp2(row_max - pivot)
-            row_sum = row_sum * rescale + tl.exp2(sink - pivot)
+            # From the units of the scores to those of exp2.
+            to_log2 = LOG2_E if is_in_nats(scores) else 1.0
+            rescale = tl.exp2((row_max - pivot) * to_log2)
+            row_sum = row_sum * rescale + tl.exp2((sink - pivot) * to_log2)
             accumulator *= rescale[:, None]
             row_max = new_max
 
     # A row that saw nothing has sum 0: output 0, lse -inf.
     empty = row_sum == 0.0
     row_sum = tl.where(empty, 1.0, row_sum)
-    row_lse = tl.where(empty, float("-inf"), (row_max + tl.log2(row_sum)) * LN_2)
+    row_lse = tl.where(empty, float("-inf"), lse_of(row_max, row_sum, scores))
     growth = 1.0
     if problem.dropout is not None:
         growth = tl.cast(problem.dropout.growth, tl.float32)
@@ -112,6 +134,9 @@ def attention_forward_kernel(q, k, v, out, lse, maxima, partials, lse_partials, 
         tile.BLOCK_M,
         tile.VALUE_WIDTH,
     )
+    if remainders is not None:
+        remainder = tl.where(empty, 0.0, (row_max - row_lse) + tl.log2(row_sum) * LN_2)
+        store_partial_values(remainders, remainder, position, shape.queries, problem, tile.BLOCK_M)
     store_row_values(lse, lse_partials, row_lse, position, shape.queries, problem, tile.BLOCK_M)
 
 
@@ -144,6 +169,7 @@ def attention_forward(
             0 if maxima is not None else triton.cdiv(k.shape[2], tiling.block_n), call.processors,
         )  # fmt: skip
         partials, lse_partials = partials_of(splits, out), partials_of(splits, lse)
+        remainders = partials_of(splits, lse) if call.in_nats else None
         attention_forward_kernel[(splits.programs * batch * heads,)](
             tensor4(q),
             tensor4(k),
@@ -153,9 +179,10 @@ def attention_forward(
             None if maxima is None else tensor3(maxima),
             argument(partials),
             argument(lse_partials),
+            argument(remainders),
             call.problem(rows, splits.count, launch.heads_per_section(k, v, batch * heads), sinks=True),
             tile=call.tile(tiling),
             **tiling.compiler_options(),
         )
-        merge(splits, partials, out, lse_partials, lse)
+        merge(splits, partials, out, lse_partials, lse, remainders)
     return out, lse

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..tiles import LOG2_E, heavy_first
+from ..tiles import heavy_first
 
 # Lists say for each granule, 64 x 64 scores, who is seen.
 GRANULE: tl.constexpr = tl.constexpr(64)
@@ -311,12 +311,12 @@ def list_of(lists, batch, head, start):
 
 @triton.jit
 def with_multiplicity(score_terms, counts, entry):
-    """The score terms, with how often an entry's keys count, in log2 units."""
-    slope, bias, relative, head, seed, offset, _ = score_terms
+    """The score terms, with the logarithm of how often an entry's keys count."""
+    slope, bias, relative, head, seed, offset, _, head_scale = score_terms
     count = 0.0
     if counts is not None:
-        count = tl.load(counts + entry) * LOG2_E
-    return slope, bias, relative, head, seed, offset, count
+        count = tl.load(counts + entry)
+    return slope, bias, relative, head, seed, offset, count, head_scale
 
 
 @triton.jit

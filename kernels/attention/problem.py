@@ -31,9 +31,10 @@ class Call:
     """What the launches of one call have in common. To be made where the tensors' device is current.
 
     `spec` has the options of a call (causal, scale, left, right, softcap, dropout, precision), `tensors` what
-    shapes the scores, None for what is not asked: key_lengths (B,) int32 in [0, Lk]; alibi_slopes and sinks
-    (B, Hq) fp32; bias (B or 1, Hq or 1, Lq or 1, Lk or 1), float or bool; relative_bias (B, Hq, 2 R + 1) fp32;
-    dropout_state (B, 2) int64; intervals (B, 2, Lq + Lk) int32, see loops.Window. `lists` are BlockLists or None.
+    shapes the scores, None for what is not asked: key_lengths (B,) int32 in [0, Lk]; alibi_slopes, sinks and
+    head_scale (B, Hq) fp32; bias (B or 1, Hq or 1, Lq or 1, Lk or 1), float or bool; relative_bias
+    (B, Hq, 2 R + 1) fp32; dropout_state (B, 2) int64; intervals (B, 2, Lq + Lk) int32, see loops.Window. `lists`
+    are BlockLists or None.
     """
 
     def __init__(
@@ -72,8 +73,14 @@ class Call:
             return "listed"
         if tensors.intervals is not None:
             return "intervals"
-        shaped = self.spec.left is not None or self.spec.softcap or tensors.alibi_slopes is not None
-        return "shaped" if shaped else "plain"
+        shaped = any(t is not None for t in (self.spec.left, tensors.alibi_slopes, tensors.head_scale))
+        return "shaped" if shaped or self.spec.softcap else "plain"
+
+    @property
+    def in_nats(self) -> bool:
+        """Whether scores are in nats, see `scores.is_in_nats`."""
+        bias, relative_bias = self.tensors.bias, self.tensors.relative_bias
+        return relative_bias is not None or (bias is not None and bias.dtype != torch.bool)
 
     def tiling(self, table: dict) -> launch.Tiling:
         """The table's row for this call."""
@@ -102,7 +109,7 @@ class Call:
         tensors, multiplicity = self.tensors, self.lists is not None and self.lists.full_counts is not None
         return scores_of(
             self.spec.scale, self.spec.softcap or None, tensors.alibi_slopes, tensors.bias, tensors.relative_bias,
-            tensors.sinks if sinks else None, multiplicity,
+            tensors.sinks if sinks else None, multiplicity, tensors.head_scale,
         )  # fmt: skip
 
     def problem(

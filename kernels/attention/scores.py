@@ -8,13 +8,14 @@ import torch
 import triton
 import triton.language as tl
 
-from ..tiles import LOG2_E, Tensor2, Tensor3, Tensor4, head_of, near, tensor2, tensor3
+from ..tiles import LN_2, LOG2_E, Tensor2, Tensor3, Tensor4, head_of, near, tensor2, tensor3
 from .loops import is_visible
 
 
 class Scores(NamedTuple):
     """What is done to q k^T: the scale, and what is not None of a soft cap, ALiBi slopes (batch, head), a bias
-    (floats are added, bytes say which keys are seen), a bias by distance (batch, head, 2 radius + 1) and sinks."""
+    (floats are added, bytes say which keys are seen), a bias by distance (batch, head, 2 radius + 1), sinks and a
+    scale for each head, (batch, head), of any sign."""
 
     scale: float
     softcap: float | None
@@ -23,7 +24,8 @@ class Scores(NamedTuple):
     relative: Tensor3 | None
     radius: int | None
     sinks: Tensor2 | None
-    multiplicity: int | None
+    head_scale: Tensor2 | None
+    multiplicity: int | None  # the last: Triton 3.6 loses a stride of 1 in a tuple that comes last
 
 
 class Dropout(NamedTuple):
@@ -43,6 +45,7 @@ def scores_of(
     relative_bias: torch.Tensor | None,
     sinks: torch.Tensor | None,
     multiplicity: bool = False,
+    head_scale: torch.Tensor | None = None,
 ) -> Scores:
     """What is done to the scores as a kernel argument. The bias (B or 1, H or 1, Lq or 1, Lk or 1) repeats itself
     where it has size 1."""
@@ -60,6 +63,7 @@ def scores_of(
         relative,
         radius,
         tensor2(sinks),
+        tensor2(head_scale),
         1 if multiplicity else None,
     )
 
@@ -92,12 +96,41 @@ def is_plain(scores):
         and scores.bias is None
         and scores.relative is None
         and scores.multiplicity is None
+        and scores.head_scale is None
     )
 
 
 @triton.jit
+def scale_of(scores, score_terms):
+    """By what q k^T is multiplied."""
+    if scores.head_scale is not None:
+        return tl.cast(scores.scale, tl.float32) * score_terms[7]
+    else:
+        return tl.cast(scores.scale, tl.float32)
+
+
+@triton.jit
+def is_in_nats(scores):
+    """Whether `finish_scores` returns nats: where floats are added. The lowest finite number, by which masks hide,
+    would become -inf in log2 units."""
+    if scores.relative is None and scores.bias is not None:
+        return scores.bias.pointer.dtype.element_ty != tl.uint8
+    else:
+        return scores.relative is not None
+
+
+@triton.jit
+def score_unit(scores):
+    """What `finish_scores` multiplies by, so that a score is in its units."""
+    if is_in_nats(scores):
+        return 1.0
+    else:
+        return LOG2_E
+
+
+@triton.jit
 def score_factor(scores):
-    """What makes `finish_scores` log2 units."""
+    """What makes log2 units of what `finish_scores` returns, if that is not in nats."""
     if is_plain(scores):
         return tl.cast(scores.scale, tl.float32) * LOG2_E
     else:
@@ -105,17 +138,59 @@ def score_factor(scores):
 
 
 @triton.jit
-def cap(products, scores):
+def log2_factor(scores):
+    """What makes log2 units of what `finish_scores` returns, in nats or not."""
+    if is_in_nats(scores):
+        return LOG2_E
+    else:
+        return score_factor(scores)
+
+
+@triton.jit
+def nats_factor(scores):
+    """What makes nats of what `finish_scores` returns."""
+    if is_plain(scores):
+        return tl.cast(scores.scale, tl.float32)
+    elif is_in_nats(scores):
+        return 1.0
+    else:
+        return LN_2
+
+
+@triton.jit
+def softmax_weights(values, scores, lse, remainder):
+    """exp(score - lse), of what `finish_scores` returned; `lse` is in the same units. In nats, `remainder` is what
+    the log-sum-exp lost by rounding, in log2 units. There the difference comes first: it is small where both are
+    huge."""
+    if is_in_nats(scores):
+        return tl.exp2((values - lse) * LOG2_E - remainder)
+    else:
+        return tl.exp2(values * score_factor(scores) - lse)
+
+
+@triton.jit
+def sink_weights_of(scores, lse, batch, head):
+    """The weight that a head's sink takes in each row; `lse` is in the units of the scores."""
+    sink = tl.load(head_of(scores.sinks, batch, head))
+    if is_in_nats(scores):
+        return tl.exp2((sink - lse) * LOG2_E)
+    else:
+        return tl.exp2(sink * LOG2_E - lse)
+
+
+@triton.jit
+def cap(products, scores, score_terms):
     """From q k^T to the tanh of a soft cap; without one the products as they are."""
     if scores.softcap is not None:
-        return tanh(products * (tl.cast(scores.scale, tl.float32) / tl.cast(scores.softcap, tl.float32)))
+        return tanh(products * (scale_of(scores, score_terms) / tl.cast(scores.softcap, tl.float32)))
     else:
         return products
 
 
 @triton.jit
 def finish_scores(capped, scores, score_terms, queries, keys, shape):
-    """From what `cap` returns to scores, up to `score_factor`.
+    """From what `cap` returns to scores: in nats where floats are added (`is_in_nats`), else in log2 units, up to
+    `score_factor`.
 
     Without cap and biases they are the products as they are, so that maximum and exponential take the scale in
     their own multiply-adds. `queries` and `keys` broadcast to the tile; those that do not exist read the last
@@ -123,17 +198,19 @@ def finish_scores(capped, scores, score_terms, queries, keys, shape):
     """
     slope, bias, relative = score_terms[0], score_terms[1], score_terms[2]
     if scores.softcap is not None:
-        capped = capped * (tl.cast(scores.softcap, tl.float32) * LOG2_E)
+        capped = capped * (tl.cast(scores.softcap, tl.float32) * score_unit(scores))
     elif not is_plain(scores):
-        capped = capped * (tl.cast(scores.scale, tl.float32) * LOG2_E)
+        capped = capped * (scale_of(scores, score_terms) * score_unit(scores))
     if scores.multiplicity is not None:
-        capped += score_terms[6]
+        capped += score_terms[6] * score_unit(scores)
     if scores.slopes is not None:
-        capped -= (slope * LOG2_E) * tl.abs(keys - queries - (shape.keys - shape.queries)).to(tl.float32)
+        capped -= (slope * score_unit(scores)) * tl.abs(keys - queries - (shape.keys - shape.queries)).to(
+            tl.float32
+        )
     if scores.relative is not None:
         distance = keys - queries - (shape.keys - shape.queries)
         column = tl.minimum(tl.maximum(distance, -scores.radius), scores.radius) + scores.radius
-        capped += tl.load(relative + column * scores.relative.row) * LOG2_E
+        capped += tl.load(relative + column * scores.relative.row)
     if scores.bias is not None:
         # 32-bit offsets from the tile's first row and column: half the registers.
         first_row, first_column = tl.min(queries), tl.min(keys)
@@ -144,15 +221,15 @@ def finish_scores(capped, scores, score_terms, queries, keys, shape):
         if scores.bias.pointer.dtype.element_ty == tl.uint8:
             capped = tl.where(values != 0, capped, float("-inf"))
         else:
-            capped += values.to(tl.float32) * LOG2_E
+            capped += values.to(tl.float32)
     return capped
 
 
 @triton.jit
 def load_score_terms(scores, dropout, batch, head):
     """What one head's scores and weights take from memory: its slope, where its biases begin, its number, and
-    the seed and offset of its random numbers; 0 for what is not asked, and for how often keys count."""
-    slope, bias, relative, seed, offset = 0.0, 0, 0, 0, 0
+    the seed and offset of its random numbers; 0 for what is not asked, and for how often keys count; its scale."""
+    slope, bias, relative, seed, offset, head_scale = 0.0, 0, 0, 0, 0, 1.0
     if scores.slopes is not None:
         slope = tl.load(head_of(scores.slopes, batch, head))
     if scores.bias is not None:
@@ -161,7 +238,9 @@ def load_score_terms(scores, dropout, batch, head):
         relative = head_of(scores.relative, batch, head)
     if dropout is not None:
         seed, offset = tl.load(dropout.state + batch * 2), tl.load(dropout.state + batch * 2 + 1)
-    return slope, bias, relative, head, seed, offset, 0.0
+    if scores.head_scale is not None:
+        head_scale = tl.load(head_of(scores.head_scale, batch, head))
+    return slope, bias, relative, head, seed, offset, 0.0, head_scale
 
 
 @triton.jit
@@ -201,16 +280,17 @@ def score_gradient(
     MASKED: tl.constexpr,
 ):
     """The gradient of a tile of scores, queries down, and what `cap` made of the products. Operands are the
-    queries' q and dout, their log-sum-exps in log2 units and their deltas."""
-    q_tile, dout_tile, lse, delta = operands
+    queries' q and dout, and their row values: log-sum-exps, deltas and remainders."""
+    q_tile, dout_tile, row_values = operands
+    lse, delta, remainder = row_values
     scores, dropout = problem.scores, problem.dropout
     # Both products first: the second one runs while the weights are made from the first.
     products = tl.dot(q_tile, tl.trans(k_tile), input_precision=tile.PRECISION)
     dweights = tl.dot(dout_tile, tl.trans(v_tile), input_precision=tile.PRECISION)
     keys = start + tl.arange(0, tile.BLOCK_N)[None, :]
-    capped = cap(products, scores)
+    capped = cap(products, scores, score_terms)
     values = finish_scores(capped, scores, score_terms, queries[:, None], keys, problem.shape)
-    weights = tl.exp2(values * score_factor(scores) - lse[:, None])
+    weights = softmax_weights(values, scores, lse[:, None], remainder[:, None])
     if MASKED:
         weights = tl.where(is_visible(start, bounds, problem, tile), weights, 0.0)
     if dropout is not None:

@@ -107,22 +107,40 @@ def store_row_values(out, partials, values, position, length, problem, BLOCK: tl
     if partials is None:
         tl.store(pointers, values, mask=rows < length)
     else:
-        pointer = head_of(partials, problem.shape.batches * split[2] + batch, head)
-        if problem.lists.full is None:
-            tl.store(pointer + rows, values, mask=rows < length)
-        elif split[2] < 0:
-            tl.store(pointers, values, mask=rows < length)
-        else:
-            tl.store(pointer + rows % GRANULE, values)
+        if problem.lists.full is not None:
+            tl.store(pointers, values, mask=(rows < length) & (split[2] < 0))
+        store_partial_values(partials, values, position, length, problem, BLOCK)
+
+
+@triton.jit
+def store_partial_values(partials, values, position, length, problem, BLOCK: tl.constexpr):
+    """Store this split's part of a value a row, if it is one of several splits."""
+    start, batch, head, split = position
+    rows = start + tl.arange(0, BLOCK)
+    pointer = head_of(partials, problem.shape.batches * split[2] + batch, head)
+    if problem.lists.full is None:
+        tl.store(pointer + rows, values, mask=rows < length)
+    elif split[2] >= 0:
+        tl.store(pointer + rows % GRANULE, values)
+
+
+@triton.jit
+def load_part(value_partials, remainders, entry, head, rows, row_count):
+    """The log-sum-exps of a partial result, and what they lost by rounding."""
+    part = load_row_values(head_of(value_partials, entry, head), value_partials, rows, row_count, float("-inf"))
+    if remainders is None:
+        return part, tl.zeros_like(part)
+    else:
+        return part, load_row_values(head_of(remainders, entry, head), remainders, rows, row_count, 0.0)
 
 
 @triton.jit
 def merge_kernel(
-    partials, value_partials, out, values, merges, slots, length, heads, batches,
+    partials, value_partials, remainders, out, values, merges, slots, length, heads, batches,
     DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program merges BLOCK rows of one head: by the log-sum-exps of the partial results, if there are any,
-    else it adds them."""
+    else it adds them. `remainders` are what those lost by rounding; None is nothing."""
     tiles = tl.num_programs(0) // (batches * heads)
     tile_number, flat_head = tl.program_id(0) % tiles, tl.program_id(0) // tiles
     batch, head = flat_head // heads, flat_head % heads
@@ -140,28 +158,26 @@ def merge_kernel(
     if values is not None:
         for number in tl.range(0, slots):
             entry = batches * (slot + number) + batch
-            part = load_row_values(
-                head_of(value_partials, entry, head), value_partials, row + offsets, rows, float("-inf")
-            )
+            part, remainder = load_part(value_partials, remainders, entry, head, row + offsets, rows)
             new_most = tl.maximum(most, part)
             # A row that saw nothing so far pivots on 0: -inf minus -inf never happens.
-            pivot = tl.where(new_most == float("-inf"), 0.0, new_most) * LOG2_E
-            total = total * tl.exp2(most * LOG2_E - pivot) + tl.exp2(part * LOG2_E - pivot)
+            pivot = tl.where(new_most == float("-inf"), 0.0, new_most)
+            total = total * tl.exp2((most - pivot) * LOG2_E) + tl.exp2(((part - pivot) + remainder) * LOG2_E)
             most = new_most
         empty = total == 0.0
-        total = tl.where(empty, float("-inf"), most + tl.log2(tl.where(empty, 1.0, total)) * LN_2)
+        total = tl.where(empty, 1.0, total)
+        lse = tl.where(empty, float("-inf"), most + tl.log2(total) * LN_2)
         exists = start + offsets < length
-        tl.store(head_of(values, batch, head) + (start + offsets).to(tl.int64) * values.row, total, mask=exists)
-        total = tl.where(total == float("-inf"), 0.0, total)
+        tl.store(head_of(values, batch, head) + (start + offsets).to(tl.int64) * values.row, lse, mask=exists)
+        most = tl.where(empty, 0.0, most)
     accumulator = tl.zeros([BLOCK, WIDTH], tl.float32)
     for number in tl.range(0, slots):
         entry = batches * (slot + number) + batch
         tile = load_tile(head_of(partials, entry, head), partials, row, rows, DIM, BLOCK, WIDTH, True)
         if values is not None:
-            part = load_row_values(
-                head_of(value_partials, entry, head), value_partials, row + offsets, rows, float("-inf")
-            )
-            tile *= tl.exp2((part - total) * LOG2_E)[:, None]
+            part, remainder = load_part(value_partials, remainders, entry, head, row + offsets, rows)
+            # Not by the log-sum-exp: it may have lost the logarithm of the total by rounding.
+            tile *= (tl.exp2(((part - most) + remainder) * LOG2_E) / total)[:, None]
         accumulator += tile
     store_tile(head_of(out, batch, head), out, start, length, DIM, accumulator, BLOCK, WIDTH)
 
@@ -172,9 +188,11 @@ def merge(
     out: torch.Tensor,
     value_partials: torch.Tensor | None = None,
     values: torch.Tensor | None = None,
+    remainders: torch.Tensor | None = None,
 ) -> None:
     """Make `out` (batch, heads, rows, width) of its partial results, where there are any, and the values (batch,
-    heads, rows) of theirs: log-sum-exps, which weigh those of `out`."""
+    heads, rows) of theirs: log-sum-exps, which weigh those of `out`. `remainders` are what these lost by
+    rounding."""
     if splits.slots == 0:
         return
     batch, heads, rows, width = out.shape
@@ -182,6 +200,7 @@ def merge(
     merge_kernel[(triton.cdiv(shared_rows, ROWS) * batch * heads,)](
         argument(partials),
         argument(value_partials),
+        argument(remainders),
         tensor4(out),
         None if values is None else tensor3(values),
         splits.merges,

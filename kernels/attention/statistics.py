@@ -31,7 +31,7 @@ from .loops import (
     rows_of,
 )
 from .problem import Call
-from .scores import cap, finish_scores, load_score_terms, score_factor
+from .scores import cap, finish_scores, load_score_terms, log2_factor
 
 
 class Labels(NamedTuple):
@@ -51,8 +51,9 @@ def weights_of_tile(
     scores = problem.scores
     products = tl.dot(q_tile, tl.trans(k_tile), input_precision=tile.PRECISION)
     keys = start + tl.arange(0, tile.BLOCK_N)[None, :]
-    values = finish_scores(cap(products, scores), scores, score_terms, queries[:, None], keys, problem.shape)
-    values = values * score_factor(scores)
+    capped = cap(products, scores, score_terms)
+    values = finish_scores(capped, scores, score_terms, queries[:, None], keys, problem.shape)
+    values = values * log2_factor(scores)
     if MASKED:
         values = tl.where(is_visible(start, bounds, problem, tile), values, float("-inf"))
     return values, tl.exp2(values - row_lse[:, None])

@@ -2,7 +2,7 @@
 
 Saved from the forward: q, k, v, out and lse. One program a tile of queries loops over the keys it sees, as the
 forward does, and recomputes the weights P = exp(S - lse). With S' = scale (q' k^T + q k'^T), times the soft cap's
-slope, plus bias':
+slope, plus bias'; or, with a scale s of each head, scale (s (q' k^T + q k'^T) + s' q k^T):
   lse' = rowsum(P * S'), a sink's weight times its tangent included
   out' = (P * S') v + P v' - lse' out
 (the product rule on out = P v, with P' = P * (S' - lse')). Tangents that are None are absent at compile time. They
@@ -18,17 +18,22 @@ import triton
 import triton.language as tl
 
 from .. import launch
-from ..tiles import (
-    LN_2,
-    LOG2_E,
-    head_of,
-    load_tile,
-    store_tile,
-    tensor4,
-)
+from ..tiles import head_of, load_tile, store_tile, tensor2, tensor4
 from .loops import is_visible, later_are_heavier, loop_over_keys, position_of, rows_of
 from .problem import Call, empty_heads
-from .scores import cap, finish_scores, keep_mask, load_score_terms, score_factor, scores_of
+from .row_values import is_rounded
+from .scores import (
+    cap,
+    finish_scores,
+    is_in_nats,
+    keep_mask,
+    load_score_terms,
+    nats_factor,
+    score_unit,
+    scores_of,
+    sink_weights_of,
+    softmax_weights,
+)
 
 
 @triton.jit
@@ -45,12 +50,11 @@ def tangent_step(
     MASKED: tl.constexpr,
 ):
     """Add what the keys from `start` on give to (out' + lse' out, lse')."""
-    q_tile, q_tangent_tile, lse, pointers, k, v, q_tangent, k_tangent, v_tangent, score_tangents, tangent_terms = (
-        operands
-    )
+    q_tile, q_tangent_tile, lse, pointers, k, v, moved, score_tangents, tangent_terms, scale_tangent = operands
+    q_tangent, k_tangent, v_tangent = moved
     k_pointer, v_pointer, k_tangent_pointer, v_tangent_pointer = pointers
     scores, shape = problem.scores, problem.shape
-    accumulator, dlse = state
+    accumulator, dlse, row_sum = state
     k_tile = load_tile(k_pointer, k, start, key_count, tile.HEAD_DIM, tile.BLOCK_N, tile.WIDTH, MASKED)
     products = tl.dot(q_tile, tl.trans(k_tile), input_precision=tile.PRECISION)
     dproducts = tl.zeros([tile.BLOCK_M, tile.BLOCK_N], tl.float32)
@@ -62,15 +66,19 @@ def tangent_step(
         )
         dproducts = tl.dot(q_tile, tl.trans(k_tangent_tile), dproducts, input_precision=tile.PRECISION)
     keys = start + tl.arange(0, tile.BLOCK_N)[None, :]
-    capped = cap(products, scores)
+    capped = cap(products, scores, score_terms)
     values = finish_scores(capped, scores, score_terms, queries[:, None], keys, shape)
-    weights = tl.exp2(values * score_factor(scores) - lse[:, None])
+    weights = softmax_weights(values, scores, lse[:, None], 0.0)
     if MASKED:
         weights = tl.where(is_visible(start, bounds, problem, tile), weights, 0.0)
+    if is_in_nats(scores):
+        row_sum += tl.sum(weights, 1)
+    if scores.head_scale is not None:
+        dproducts = dproducts * score_terms[7] + products * scale_tangent
     if scores.softcap is not None:
         dproducts *= 1.0 - capped * capped
     dscores = finish_scores(dproducts, score_tangents, tangent_terms, queries[:, None], keys, shape)
-    dweights = weights * (dscores * (score_factor(score_tangents) * LN_2))
+    dweights = weights * (dscores * nats_factor(score_tangents))
     if MASKED and (score_tangents.bias is not None or score_tangents.relative is not None):
         # The tangent of a bias may be anything where it is hidden.
         dweights = tl.where(weights == 0.0, 0.0, dweights)
@@ -85,13 +93,14 @@ def tangent_step(
             v_tangent_pointer, v_tangent, start, key_count, tile.VALUE_DIM, tile.BLOCK_N, tile.VALUE_WIDTH, MASKED
         )
         accumulator = tl.dot(weights.to(v_tile.dtype), v_tangent_tile, accumulator, input_precision=tile.PRECISION)
-    return accumulator, dlse
+    return accumulator, dlse, row_sum
 
 
 @triton.jit
 def attention_tangent_kernel(
-    q, k, v, out, lses, q_tangent, k_tangent, v_tangent, out_tangent, score_tangents, problem, tile: tl.constexpr
-):
+    q, k, v, out, lses, q_tangent, k_tangent, v_tangent, out_tangent, score_tangents, head_scale_tangent, problem,
+    tile: tl.constexpr,
+):  # fmt: skip
     """`lses` are the log-sum-exps and where their tangents go, both contiguous."""
     lse, lse_tangent = lses
     shape, scores = problem.shape, problem.scores
@@ -118,21 +127,32 @@ def attention_tangent_kernel(
     # Rows that saw nothing, or do not exist: exp2(-inf) is 0, and so is everything that follows.
     values = (batch * shape.heads + head).to(tl.int64) * shape.queries + queries
     row_lse = tl.load(lse + values, mask=queries < shape.queries, other=float("-inf"))
-    row_lse = tl.where(row_lse == float("-inf"), float("inf"), row_lse * LOG2_E)
+    row_lse = tl.where(row_lse == float("-inf"), float("inf"), row_lse * score_unit(scores))
 
+    row_sum = tl.zeros([tile.BLOCK_M], tl.float32)
     dlse = tl.zeros([tile.BLOCK_M], tl.float32)
-    if score_tangents.sinks is not None:
-        sink = tl.load(head_of(scores.sinks, batch, head)) * LOG2_E
-        dlse += tl.exp2(sink - row_lse) * tl.load(head_of(score_tangents.sinks, batch, head))
+    if scores.sinks is not None:
+        sink_weights = sink_weights_of(scores, row_lse, batch, head)
+        row_sum += sink_weights
+        if score_tangents.sinks is not None:
+            dlse += sink_weights * tl.load(head_of(score_tangents.sinks, batch, head))
+    scale_tangent = 0.0
+    if head_scale_tangent is not None:
+        scale_tangent = tl.load(head_of(head_scale_tangent, batch, head))
+    moved = q_tangent, k_tangent, v_tangent
     operands = (
-        q_tile, q_tangent_tile, row_lse, pointers, k, v, q_tangent, k_tangent, v_tangent, score_tangents,
-        tangent_terms,
+        q_tile, q_tangent_tile, row_lse, pointers, k, v, moved, score_tangents, tangent_terms, scale_tangent,
     )  # fmt: skip
     accumulator = tl.zeros([tile.BLOCK_M, tile.VALUE_WIDTH], tl.float32)
-    accumulator, dlse = loop_over_keys(
-        tangent_step, (accumulator, dlse), operands, score_terms, position, problem, tile
+    accumulator, dlse, row_sum = loop_over_keys(
+        tangent_step, (accumulator, dlse, row_sum), operands, score_terms, position, problem, tile
     )
 
+    if is_in_nats(scores):
+        # Weights that do not add up to 1 because the log-sum-exp was rounded.
+        growth = 1.0 / tl.where(is_rounded(row_lse) & (row_sum > 0.0), row_sum, 1.0)
+        accumulator *= growth[:, None]
+        dlse *= growth
     if problem.dropout is not None:
         accumulator *= tl.cast(problem.dropout.growth, tl.float32)
     out_pointer = head_of(out, batch, head)
@@ -152,8 +172,8 @@ def attention_tangent(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The tangents of attention_forward's out and lse, shaped like them.
 
-    `saved` is (q, k, v, out, lse). `tangents` of q, k, v, bias, relative_bias and sinks are each in the shape and
-    dtype of what they belong to, None for zero; any strides, zero included.
+    `saved` is (q, k, v, out, lse). `tangents` of q, k, v, bias, relative_bias, sinks and head_scale are each in
+    the shape and dtype of what they belong to, None for zero; any strides, zero included.
     """
     q, k, v, out, lse = saved
     batch, heads, queries, value_dim = out.shape
@@ -176,6 +196,7 @@ def attention_tangent(
             *moved,
             tensor4(out_tangent),
             scores_of(spec.scale, None, None, tangents.bias, tangents.relative_bias, tangents.sinks),
+            tensor2(tangents.head_scale),
             problem,
             tile=call.tile(tiling),
             **tiling.compiler_options(),

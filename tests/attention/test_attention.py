@@ -36,6 +36,7 @@ SAMPLES = {
     "relative position bias (T5), with gradient": Problem(radius=12, queries=70, keys=85, heads=3, key_heads=1),
     "dropout": Problem(dropout=0.2, queries=50, keys=70, batch=2),
     "attention sinks, with gradient": Problem(sinks=True, queries=40, keys=24, causal=True),
+    "scale of each head, with gradient": Problem(head_scale=True, heads=6, key_heads=2, queries=40, keys=50),
     "lengths of their own for queries and keys": Problem(causal=True, queries=37, keys=90),
     "grouped-query heads": Problem(heads=6, key_heads=2, causal=True, queries=40, keys=40),
     "head widths 8 to 256": Problem(width=40, value_width=40, heads=1, key_heads=1),

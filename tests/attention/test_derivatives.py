@@ -99,7 +99,7 @@ def test_grad_of_grad_equals_double_backward_of_the_definition() -> None:
 
 EVERYTHING = Problem(
     batch=2, heads=4, queries=7, keys=9, width=8, value_width=10, window=(4, 3), softcap=1.5, lengths=True,
-    alibi=True, sinks=True, bias=(1, 0, 0, 0), radius=3, dropout=0.25, dtype=torch.float64,
+    alibi=True, sinks=True, bias=(1, 0, 0, 0), radius=3, dropout=0.25, head_scale=True, dtype=torch.float64,
 )  # fmt: skip
 UNSHAPED = replace(EVERYTHING, window=(None, None))
 SEES_NOTHING = Problem(queries=9, keys=5, causal=True, dtype=torch.float64)
@@ -189,7 +189,7 @@ def test_every_composition_of_modes_equals_the_definition(transform: str, proble
         torch.testing.assert_close(a, torch.nan_to_num(x, nan=0.0), rtol=1e-8, atol=1e-9)
 
 
-@pytest.mark.parametrize("which", ["q", "k", "v", "bias", "relative_bias", "sinks"])
+@pytest.mark.parametrize("which", ["q", "k", "v", "bias", "relative_bias", "sinks", "head_scale"])
 def test_a_tangent_may_be_of_one_input_alone(which: str) -> None:
     for name in ("triton", "tiled", "reference"):
         dtype = torch.float32 if name == "triton" else torch.float64

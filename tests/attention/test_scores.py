@@ -7,10 +7,12 @@ import torch
 import torch.nn.functional as F
 from attention_problems import IMPLEMENTATIONS, Problem, implementation
 from hardware import DEVICE, ON_GPU
+from tolerance import assert_as_exact_as_eager
 from torch.nn.attention.flex_attention import flex_attention
 from torch.utils.checkpoint import checkpoint
 
 import fastattn
+from fastattn.core.attention import head_scales
 from fastattn.core.attention.dropout import philox
 from fastattn.core.attention.spec import check_precision
 
@@ -368,3 +370,69 @@ def test_a_table_that_is_none_of_t5s_is_named() -> None:
         fastattn.t5_relative_bias(torch.zeros(8))
     with pytest.raises(ValueError, match="max_distance must be more than 8"):
         fastattn.t5_relative_bias(torch.zeros(32, 4), max_distance=8)
+
+
+@pytest.fixture(params=[*IMPLEMENTATIONS, "halves"])
+def scaling(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """An implementation; "halves" is what the portable backend does on CUDA."""
+    if request.param != "halves":
+        return request.param
+    monkeypatch.setattr(head_scales, "_in_halves", lambda *_: True)
+    return "portable"
+
+
+def test_a_scale_of_each_head_is_as_exact_in_half_precision_as_a_number(scaling: str) -> None:
+    torch.manual_seed(0)
+    # Large scores, so that the weights tell of every rounding; a scale with many digits.
+    q, k, v, dout = (torch.randn(1, 4, 64, 32, device=DEVICE).half() for _ in range(4))
+    number = 0.7377
+
+    def results(dtype: torch.dtype, scale: float | torch.Tensor, backend: str) -> tuple[torch.Tensor, ...]:
+        leaves = [t.to(dtype).requires_grad_() for t in (q, k, v)]
+        out = fastattn.attention(*leaves, scale=scale, backend=backend)
+        return out, *torch.autograd.grad(out, leaves, dout.to(dtype))
+
+    exact = results(torch.float64, number, "reference")
+    with implementation(scaling) as backend:
+        ours = results(torch.float16, torch.full((4,), number, device=DEVICE), backend)
+        by_number = results(torch.float16, number, backend)
+    for a, n, x in zip(ours, by_number, exact, strict=True):
+        errors = [(t.double() - x).abs().mean() for t in (a, n)]
+        assert errors[0] <= 1.1 * errors[1]
+
+
+def test_scales_of_zero_and_below_are_exact_and_have_gradients(scaling: str) -> None:
+    torch.manual_seed(0)
+    inputs = [torch.randn(2, heads, 33, 16, device=DEVICE).half() for heads in (4, 2, 2)]
+    scales = torch.tensor([[0.3, -0.4, 0.0, 1.1], [1e-45, 2.0, -0.7, 0.0]], device=DEVICE)
+    weight = torch.randn(2, 4, 33, 16, device=DEVICE).half()
+
+    def results(function, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+        leaves = [t.to(dtype).requires_grad_() for t in inputs]
+        learned = scales.to(torch.promote_types(dtype, torch.float32)).requires_grad_()
+        out = function(*leaves, learned)
+        return out, *torch.autograd.grad((out * weight.to(dtype)).sum(), (*leaves, learned))
+
+    def eager(q, k, v, scale):
+        scores = (q @ k.repeat_interleave(2, 1).mT).to(scale.dtype) * scale[:, :, None, None]
+        return torch.softmax(scores, -1).to(q.dtype) @ v.repeat_interleave(2, 1)
+
+    with implementation(scaling) as backend:
+        actual = results(lambda *t: fastattn.attention(*t[:3], scale=t[3], backend=backend), torch.float16)
+    exact, expected = results(eager, torch.float64), results(eager, torch.float16)
+    for position, (a, x, e) in enumerate(zip(actual, exact, expected, strict=True)):
+        tiny = 1e-5
+        if position == 4:
+            # delta is made of the rounded output. Its errors add up over rows, times products of sqrt(width).
+            tiny += 4 * torch.finfo(torch.float16).eps * float((weight * exact[0]).norm())
+        assert_as_exact_as_eager(a, x, e, gradient=position > 0, tiny=tiny, dtype=torch.float16)
+
+
+def test_the_explicit_backward_takes_scales_and_returns_their_gradient() -> None:
+    q, k, v, dout = (torch.randn(1, 2, 20, 16, device=DEVICE, requires_grad=True) for _ in range(4))
+    scale = torch.tensor([0.3, -0.2], device=DEVICE, requires_grad=True)
+    out, lse = fastattn.attention(q, k, v, scale=scale, return_lse=True)
+    expected = torch.autograd.grad(out, (q, k, v, scale), dout)
+    ours = fastattn.attention_backward(*(t.detach() for t in (dout, q, k, v, out, lse)), scale=scale.detach())
+    for a, e in zip(ours, expected, strict=True):
+        torch.testing.assert_close(a, e.expand_as(a))

@@ -122,7 +122,17 @@ FEATURES: dict[str, Callable[[Sizes], dict[str, Any]]] = {
 }
 # Features whose masks need as many queries as keys.
 SQUARE = ("lists that count", "documents")
-TOGETHER = ("window", "key lengths", "soft cap", "slopes", "sinks", "bias", "relative bias", "dropout")
+TOGETHER = (
+    "window",
+    "key lengths",
+    "soft cap",
+    "slopes",
+    "sinks",
+    "scale for each head",
+    "bias",
+    "relative bias",
+    "dropout",
+)
 
 
 def features(sizes: Sizes, *names: str) -> dict[str, Any]:
@@ -203,7 +213,7 @@ def attention_calls() -> Iterator[Call]:
     # Forward mode: of any of its tangents, any may be missing.
     for count in range(4):
         for moved in itertools.combinations("qkv", count):
-            for name in ("full", "sinks", "bias", "relative bias"):
+            for name in ("full", "sinks", "bias", "relative bias", "scale for each head"):
                 if moved or name != "full":
                     chosen = "".join(moved)
                     title = f"{name}, tangents of {chosen or 'nothing else'}"
@@ -213,6 +223,7 @@ def attention_calls() -> Iterator[Call]:
     for name in ("full", "key lengths", "bias", "sinks"):
         yield of(f"one query, {name}, forward", forward, Sizes(batch=1, queries=1, keys=5000), name)
     yield of("few queries, backward", backward, Sizes(batch=1, queries=7, keys=3000), lse=True)
+    yield of("few queries, scales", backward, Sizes(batch=1, queries=7, keys=3000), "scale for each head", "bias")
     yield of("few keys, backward", backward, Sizes(batch=1, queries=3000, keys=7), lse=True)
     # More batch entries times heads than a grid has in y and z.
     many = Sizes(batch=8209, heads=8, key_heads=8, queries=5, keys=5, width=16)

@@ -25,8 +25,8 @@ from fastattn.core.layout import heads_last
 from fastattn.ground.checks import lse_dtype
 from fastattn.masks.lists import decode, unpacked
 
-# Below it float32 rounds a log-sum-exp by more than 1e-3: where all keys of a row have a bias of -1e9, say.
-LOWEST_EXACT = -(2.0**13)
+# Beyond it, either way, float32 rounds a log-sum-exp by more than 2**-11.
+LARGEST_EXACT = 2.0**13
 
 
 def visible(
@@ -69,7 +69,7 @@ def attention(
         scores = torch.cat((scores, sink), -1)
     lse = torch.logsumexp(scores.to(lse_dtype(q.dtype)), -1)
     weights = torch.softmax(scores, -1).masked_fill((lse == float("-inf"))[..., None], 0.0)[..., : k.shape[2]]
-    return _dropped(weights, spec, tensors) @ _every_head(v, q), lse
+    return _dropped(weights.to(q.dtype), spec, tensors) @ _every_head(v, q), lse
 
 
 def attention_backward(
@@ -84,10 +84,8 @@ def attention_backward(
     empty = (lse == float("-inf"))[..., None]
     scores = scores_of(q, k, spec, tensors)
     safe_lse = lse[..., None].masked_fill(empty, float("inf"))
-    weights = torch.exp(scores - safe_lse)
-    # Scores so low that their log-sum-exp rounds to their maximum: weights add up to more than 1.
-    low = (safe_lse < LOWEST_EXACT) & ~empty
-    weights = (weights / weights.sum(-1, keepdim=True).masked_fill(~low, 1.0)).to(q.dtype)
+    weights, sink_weights = _weights(scores, safe_lse, tensors)
+    weights = weights.to(q.dtype)
     delta = (dout * out).sum(-1, keepdim=True)
     if dlse is not None:
         delta = delta - dlse[..., None]
@@ -101,17 +99,17 @@ def attention_backward(
     if wanted.relative_bias and tensors.relative_bias is not None:
         drelative = sum_by_distance(dscores, tensors.relative_bias, q.shape[2] - k.shape[2])
     if tensors.sinks is not None:
-        sink_weights = torch.exp(tensors.sinks[:, :, None, None] - safe_lse)
         dsinks = -(sink_weights * delta).sum((2, 3)).to(tensors.sinks.dtype)
-    dscores = dscores * spec.scale
     if spec.softcap:
-        products = q @ _every_head(k, q).transpose(2, 3) * spec.scale
-        dscores = dscores * (1.0 - torch.tanh(products / spec.softcap).square())
-    dscores = dscores.to(q.dtype)
+        dscores = dscores * _cap_slope(q, k, spec, tensors)
+    dscale = None
+    if tensors.head_scale is not None:
+        dscale = (dscores * _products(q, k, spec)).sum((2, 3)).to(tensors.head_scale.dtype)
+    dscores = (_scaled(dscores, tensors) * spec.scale).to(q.dtype)
     dq = dscores @ _every_head(k, q)
     dk = _sum_of_group(dscores.transpose(2, 3) @ q, k)
     dv = _sum_of_group(_dropped(weights, spec, tensors).transpose(2, 3) @ dout, v)
-    return Gradients(dq, dk, dv, dbias, drelative, dsinks)
+    return Gradients(dq, dk, dv, dbias, drelative, dsinks, dscale)
 
 
 def attention_tangent(
@@ -123,15 +121,18 @@ def attention_tangent(
     dk, dv = (None if t is None else keys_there(t, tensors.key_lengths) for t in (tangents.k, tangents.v))
     safe_lse = lse[..., None].masked_fill((lse == float("-inf"))[..., None], float("inf"))
     scores = scores_of(q, k, spec, tensors)
-    weights = torch.exp(scores - safe_lse).to(q.dtype)
+    weights, sink_weights = _weights(scores, safe_lse, tensors)
+    weights = weights.to(q.dtype)
     dscores = torch.zeros_like(weights)
     if tangents.q is not None:
-        dscores = dscores + tangents.q @ _every_head(k, q).transpose(2, 3) * spec.scale
+        dscores = dscores + _products(tangents.q, k, spec)
     if dk is not None:
-        dscores = dscores + q @ _every_head(dk, q).transpose(2, 3) * spec.scale
+        dscores = dscores + _products(q, dk, spec)
+    dscores = _scaled(dscores, tensors)
+    if tangents.head_scale is not None:
+        dscores = dscores + tangents.head_scale[:, :, None, None] * _products(q, k, spec)
     if spec.softcap:
-        products = q @ _every_head(k, q).transpose(2, 3) * spec.scale
-        dscores = dscores * (1.0 - torch.tanh(products / spec.softcap).square())
+        dscores = dscores * _cap_slope(q, k, spec, tensors)
     if tangents.bias is not None:
         dscores = dscores + tangents.bias.to(dscores.dtype)
     if tangents.relative_bias is not None:
@@ -140,9 +141,8 @@ def attention_tangent(
     dweights = weights * dscores.masked_fill(scores == float("-inf"), 0.0)
     dlse = dweights.sum(-1, dtype=lse.dtype)
     if tangents.sinks is not None and tensors.sinks is not None:
-        sink_weights = torch.exp(tensors.sinks[:, :, None] - safe_lse[..., 0])
-        dlse = dlse + (sink_weights * tangents.sinks[:, :, None]).to(lse.dtype)
-    dout = _dropped(dweights, spec, tensors) @ _every_head(v, q) - dlse[..., None].to(out.dtype) * out
+        dlse = dlse + (sink_weights[..., 0] * tangents.sinks[:, :, None]).to(lse.dtype)
+    dout = _dropped(dweights.to(q.dtype), spec, tensors) @ _every_head(v, q) - dlse[..., None].to(out.dtype) * out
     if dv is not None:
         dout = dout + _dropped(weights, spec, tensors) @ _every_head(dv, q)
     return dout, dlse
@@ -157,6 +157,23 @@ def keys_there(t: Tensor, key_lengths: Tensor | None) -> Tensor:
     return torch.where(there[:, None, :, None], t, 0.0)
 
 
+def is_rounded(lse: Tensor) -> Tensor:
+    """Which log-sum-exps are so huge that rounding changes the weights made of them, as where all keys of a row
+    have a bias of -1e9."""
+    return (lse.abs() > LARGEST_EXACT) & lse.isfinite()
+
+
+def _weights(scores: Tensor, lse: Tensor, tensors: ScoreTensors) -> tuple[Tensor, Tensor]:
+    """The weights exp(score - lse) of the keys (B, Hq, Lq, Lk) and of the sinks (B, Hq, Lq, 1; zeros without);
+    those of rows whose log-sum-exps are rounded are made to add up to 1."""
+    weights = torch.exp(scores - lse)
+    sink_weights = torch.zeros_like(lse)
+    if tensors.sinks is not None:
+        sink_weights = torch.exp(tensors.sinks[:, :, None, None] - lse)
+    sums = (weights.sum(-1, keepdim=True) + sink_weights).masked_fill(~is_rounded(lse), 1.0)
+    return weights / sums, sink_weights / sums
+
+
 def _dropped(weights: Tensor, spec: AttentionSpec, tensors: ScoreTensors) -> Tensor:
     """What is kept of the weights (B, Hq, Lq, Lk), and their gradients, under dropout."""
     if tensors.dropout_state is None:
@@ -168,7 +185,10 @@ def _dropped(weights: Tensor, spec: AttentionSpec, tensors: ScoreTensors) -> Ten
 def scores_of(q: Tensor, k: Tensor, spec: AttentionSpec, tensors: ScoreTensors) -> Tensor:
     """The scores, -inf where hidden."""
     queries, keys = q.shape[2], k.shape[2]
-    scores = q @ _every_head(k, q).transpose(2, 3) * spec.scale
+    scores = _scaled(_products(q, k, spec), tensors)
+    if tensors.relative_bias is not None or (tensors.bias is not None and tensors.bias.dtype != torch.bool):
+        # As precise as the bias may be: float32's lowest number would be -inf in half precision.
+        scores = scores.to(lse_dtype(q.dtype))
     if spec.softcap:
         scores = spec.softcap * torch.tanh(scores / spec.softcap)
     if tensors.alibi_slopes is not None:
@@ -189,6 +209,20 @@ def scores_of(q: Tensor, k: Tensor, spec: AttentionSpec, tensors: ScoreTensors) 
         seen = seen & seen_here
         scores = scores + counts.masked_fill(~seen_here, 0.0).to(scores.dtype)
     return scores.masked_fill(~seen, float("-inf"))
+
+
+def _products(q: Tensor, k: Tensor, spec: AttentionSpec) -> Tensor:
+    return q @ _every_head(k, q).transpose(2, 3) * spec.scale
+
+
+def _scaled(products: Tensor, tensors: ScoreTensors) -> Tensor:
+    """Times the scale of each head, in its precision."""
+    return products if tensors.head_scale is None else products * tensors.head_scale[:, :, None, None]
+
+
+def _cap_slope(q: Tensor, k: Tensor, spec: AttentionSpec, tensors: ScoreTensors) -> Tensor:
+    """By what the soft cap multiplies the derivative of the scores."""
+    return 1.0 - torch.tanh(_scaled(_products(q, k, spec), tensors) / spec.softcap).square()
 
 
 def _by_distance(relative_bias: Tensor, queries: int, keys: int) -> Tensor:

@@ -75,7 +75,7 @@ def _pulled(function: TileSum, outputs: Sequence[int], which: Sequence[int]) -> 
         return pull_back(chosen, inputs, which)[1](list(cotangents))
 
     falls = (*function.falls, *(function.falls[function.outputs[i]] for i in outputs))
-    return TileSum(pulled, falls, tuple(which), function.spec)
+    return TileSum(pulled, function.names, falls, tuple(which), function.spec)
 
 
 def apply(function: TileSum, tensors: ScoreTensors, inputs: Sequence[Tensor | None]) -> tuple[Tensor, ...]:

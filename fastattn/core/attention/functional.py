@@ -18,15 +18,12 @@ from fastattn.core.attention.spec import (
     ScoreTensors,
     attention_spec,
     check_gradients,
-    check_heads,
     check_key_lengths,
-    check_scales,
     positive_scale,
     score_tensors,
 )
 from fastattn.core.autocast import autocast
 from fastattn.core.capabilities import check_backend
-from fastattn.core.heads.functional import prepare_heads
 from fastattn.ground.arguments import flag, integer, refuse_keywords, tensor
 from fastattn.ground.checks import Window, check_floating, check_same
 from fastattn.masks import Lowered, Mask
@@ -185,12 +182,9 @@ def attention(
         refuse_keywords("attention", unknown)
     return_lse, backend = flag("return_lse", return_lse), check_backend(backend)
     q, k, v = autocast(q, k, v)
-    if isinstance(scale, Tensor):
-        # q is scaled beforehand, in O(N), and the gradient of the scale follows from that of q.
-        check_heads(q=q, k=k, v=v)
-        q, scale = prepare_heads(q, head_scale=check_scales(scale, q), backend=backend), 1.0
+    number, head_scale = _scales(scale)
     spec = attention_spec(
-        q, k, v, causal=causal, scale=scale, window=window, softcap=softcap, dropout_p=dropout_p,
+        q, k, v, causal=causal, scale=number, window=window, softcap=softcap, dropout_p=dropout_p,
         precision=precision,
     )  # fmt: skip
     if spec.dropout and dropout_state is None:
@@ -198,7 +192,7 @@ def attention(
     spec, key_lengths, masked = with_mask(q, k, spec, key_lengths, mask)
     tensors = score_tensors(
         q, k, key_lengths=key_lengths, alibi_slopes=alibi_slopes, bias=bias, relative_bias=relative_bias,
-        sinks=sinks, dropout_state=dropout_state, drops=spec.dropout > 0,
+        sinks=sinks, dropout_state=dropout_state, drops=spec.dropout > 0, head_scale=head_scale,
     )._replace(**masked)  # fmt: skip
     q, spec = positive_scale(q, spec)
     if return_max is not False and flag("return_max", return_max):
@@ -218,7 +212,7 @@ def attention_backward(
     *,
     dlse: Tensor | None = None,
     causal: bool = False,
-    scale: float | None = None,
+    scale: float | Tensor | None = None,
     window: Window = None,
     key_lengths: Tensor | Sequence[int] | None = None,
     mask: Mask | Lowered | None = None,
@@ -233,8 +227,9 @@ def attention_backward(
     backend: str | None = None,
     **unknown: Any,
 ) -> tuple[Tensor, ...]:
-    """The gradients (dq, dk, dv) of `attention`, then those of bias, relative_bias and sinks as far as they are
-    given, with a batch dimension. For callers who run the backward themselves (ring attention, split keys).
+    """The gradients (dq, dk, dv) of `attention`, then those of bias, relative_bias, sinks and a scale of each head
+    as far as they are given, with a batch dimension. For callers who run the backward themselves (ring attention,
+    split keys).
 
     Args:
         dout: gradient of out (B, Hq, Lq, Dv); any strides, zero included.
@@ -246,12 +241,11 @@ def attention_backward(
     if unknown:
         refuse_keywords("attention_backward", unknown)
     backend = check_backend(backend)
-    if isinstance(scale, Tensor) and scale.dim() > 0:
-        raise TypeError(
-            "scale must be one number here, got a tensor of several; scale q and dq yourself, with prepare_heads"
-        )
+    if isinstance(scale, Tensor) and scale.dim() == 0:
+        scale = scale.item()
+    number, head_scale = _scales(scale)
     spec = attention_spec(
-        q, k, v, causal=causal, scale=scale, window=window, softcap=softcap, dropout_p=dropout_p,
+        q, k, v, causal=causal, scale=number, window=window, softcap=softcap, dropout_p=dropout_p,
         precision=precision,
     )  # fmt: skip
     if spec.dropout and dropout_state is None:
@@ -261,7 +255,7 @@ def attention_backward(
     spec, key_lengths, masked = with_mask(q, k, spec, key_lengths, mask)
     tensors = score_tensors(
         q, k, key_lengths=key_lengths, alibi_slopes=alibi_slopes, bias=bias, relative_bias=relative_bias,
-        sinks=sinks, dropout_state=dropout_state, drops=spec.dropout > 0,
+        sinks=sinks, dropout_state=dropout_state, drops=spec.dropout > 0, head_scale=head_scale,
     )._replace(**masked)  # fmt: skip
     check_gradients(q, v, dout=dout, out=out, lse=lse, dlse=dlse)
     scaled_q, positive = positive_scale(q, spec)
@@ -273,7 +267,7 @@ def attention_backward(
     )
     if scaled_q is not q:
         gradients = gradients._replace(q=gradients.q * (-1.0 if spec.scale < 0 else 0.0))
-    exist = (True, True, True, *wanted, sinks is not None)
+    exist = (True, True, True, *wanted, sinks is not None, head_scale is not None)
     return tuple(g for g, exists in zip(gradients, exist, strict=True) if g is not None and exists)
 
 
@@ -293,18 +287,23 @@ def scores_asked(
     sinks: Tensor | None = None,
     precision: str | None = None,
 ) -> tuple[Tensor, AttentionSpec, ScoreTensors]:
-    """What `attention`'s arguments ask of the scores alone, for those who look at them (fastattn.lens): q with a
-    scale of its own in it, the spec and the tensors."""
-    if isinstance(scale, Tensor):
-        check_heads(q=q, k=k, v=k)
-        q, scale = prepare_heads(q, head_scale=check_scales(scale, q)), 1.0
-    spec = attention_spec(q, k, k, causal=causal, scale=scale, window=window, softcap=softcap, precision=precision)
+    """What `attention`'s arguments ask of the scores alone, for those who look at them (fastattn.lens): q with the
+    sign of the scale in it, the spec and the tensors."""
+    number, head_scale = _scales(scale)
+    spec = attention_spec(
+        q, k, k, causal=causal, scale=number, window=window, softcap=softcap, precision=precision
+    )
     spec, key_lengths, masked = with_mask(q, k, spec, key_lengths, mask)
     tensors = score_tensors(
         q, k, key_lengths=key_lengths, alibi_slopes=alibi_slopes, bias=bias, relative_bias=relative_bias,
-        sinks=sinks,
+        sinks=sinks, head_scale=head_scale,
     )._replace(**masked)  # fmt: skip
     return *positive_scale(q, spec), tensors
+
+
+def _scales(scale: float | Tensor | None) -> tuple[float | None, Tensor | None]:
+    """A scale as a spec takes it, and as ScoreTensors does."""
+    return (1.0, scale) if isinstance(scale, Tensor) else (scale, None)
 
 
 class _Masked(NamedTuple):

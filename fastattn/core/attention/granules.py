@@ -21,7 +21,7 @@ from torch import Tensor
 from fastattn.core.attention.definition import of_distances, relative_index
 from fastattn.core.attention.dropout import keep_mask_of_groups
 from fastattn.core.attention.spec import AttentionSpec, Gradients, Saved, ScoreTensors, Wanted
-from fastattn.core.attention.tiles import key_counts
+from fastattn.core.attention.tiles import adds_floats, key_counts
 from fastattn.core.layout import heads_last
 from fastattn.ground.checks import lse_dtype
 from fastattn.masks.lists import GRANULE, by_row, of_heads, rows_of_intervals, unpack, unpacked
@@ -51,8 +51,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, tensors: Score
         highest = torch.maximum(before, rows.reduce(logits.amax(-1), "max"))
         # A row that has seen only hidden keys has maximum -inf. Use 0 as its pivot: -inf minus -inf is NaN.
         pivot = highest.masked_fill(highest == -math.inf, 0.0)
-        rescale = torch.exp2(before - pivot)
-        weights = logits.sub_(rows.of_entries(pivot)[..., None]).exp2_()
+        rescale = call.powers_(before - pivot)
+        weights = call.powers_(logits.sub_(rows.of_entries(pivot)[..., None]))
         row_max[rows.which] = highest
         row_sum[rows.which] = row_sum[rows.which] * rescale + rows.reduce(weights.sum(-1))
         if (keep := call.keep_mask(entries)) is not None:
@@ -60,7 +60,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, tensors: Score
         products = workspace.product("left", weights, workspace.gather("right", values, entries.columns))
         total[rows.which] = total[rows.which] * rescale[..., None] + rows.reduce(products)
     total /= row_sum.masked_fill(row_sum == 0, 1.0).mul_(1.0 - spec.dropout)[..., None]
-    lse = (row_max + row_sum.log2()) / LOG2E
+    lse = row_max / call.unit + row_sum.log()
     return joined(total, q, q.dtype), joined(lse[..., None], q, lse.dtype)[..., 0].contiguous()
 
 
@@ -106,12 +106,12 @@ def _gradients(
     lengths = call.tensors.key_lengths
     queries, upstream = Granules(saved.q), Granules(dout)
     keys, values = Granules(saved.k, lengths), Granules(saved.v, lengths)
-    lse_rows, delta_rows = (rows_of(t)[..., None] for t in (lse * LOG2E, delta))
+    lse_rows, delta_rows = (rows_of(t)[..., None] for t in (lse * call.unit, delta))
     dq, dk, dv = (t.zeros(workspace.dtype) for t in (queries, keys, values))
     for entries in call.batches():
         rows, columns = EntryGroups(entries.rows), EntryGroups(entries.columns)
         logits, slope = call.logits(entries, queries, keys, workspace)
-        weights = logits.sub_(lse_rows[entries.rows]).exp2_()
+        weights = call.powers_(logits.sub_(lse_rows[entries.rows]))
         dout_tiles = workspace.gather("left", upstream, entries.rows).mul_(1.0 / (1.0 - call.spec.dropout))
         v_tiles = workspace.gather("right", values, entries.columns)
         dscores, keep = workspace.product("dscores", dout_tiles, v_tiles.mT), call.keep_mask(entries)
@@ -165,6 +165,9 @@ class Call:
         self.rows, self.columns = (-(-t.shape[2] // GRANULE) for t in (q, k))
         self.shift = k.shape[2] - q.shape[2]
         self.dtype, self.device = lse_dtype(q.dtype), q.device
+        # Of scores: log 2, but nats where floats are added. The lowest finite number, by which masks hide, would
+        # become -inf in units of log 2.
+        self.unit = 1.0 if adds_floats(tensors) else LOG2E
         self._of_octets = unpack(torch.arange(256, device=q.device))[:, :8].to(self.dtype).log()
         elements = min(max(q.numel() // 4, FEWEST_ELEMENTS), MOST_ELEMENTS)
         self.size = max(1, elements // (GRANULE * max(GRANULE, q.shape[3], v.shape[3])))
@@ -203,14 +206,14 @@ class Call:
         heads = self.batch * self.heads
         row_max = torch.full((heads, self.rows * GRANULE), -math.inf, dtype=self.dtype, device=self.device)
         if self.tensors.sinks is not None:
-            row_max.copy_(self.tensors.sinks.reshape(heads, 1) * LOG2E)
+            row_max.copy_(self.tensors.sinks.reshape(heads, 1) * self.unit)
         row_sum = torch.full_like(row_max, float(self.tensors.sinks is not None))
         return row_max.view(-1, GRANULE), row_sum.view(-1, GRANULE)
 
     def logits(
         self, entries: Entries, queries: Granules, keys: Granules, workspace: Workspace
     ) -> tuple[Tensor, Tensor | None]:
-        """Their scores (E, 64, 64), in units of log 2, -inf where hidden; and by what a soft cap multiplies their
+        """Their scores (E, 64, 64), in `unit`, -inf where hidden; and by what a soft cap multiplies their
         derivative."""
         q_tiles, k_tiles = (
             workspace.gather("left", queries, entries.rows),
@@ -218,23 +221,27 @@ class Call:
         )
         logits, slope = workspace.empty("logits", len(q_tiles), GRANULE, GRANULE), None
         scale, cap = self.spec.scale, self.spec.softcap
-        logits.baddbmm_(q_tiles, k_tiles.mT, beta=0, alpha=scale / cap if cap else scale * LOG2E)
+        logits.baddbmm_(q_tiles, k_tiles.mT, beta=0, alpha=scale / cap if cap else scale * self.unit)
         if cap:
             slope = 1.0 - logits.tanh_().square()
-            logits.mul_(cap * LOG2E)
+            logits.mul_(cap * self.unit)
         for added in self._added(entries):
             logits.add_(added)
         self._hide(logits, entries, workspace)
         return logits, slope
 
+    def powers_(self, differences: Tensor) -> Tensor:
+        """The exponentials of differences of scores, in place."""
+        return (differences if self.unit == LOG2E else differences.mul_(LOG2E)).exp2_()
+
     def _added(self, entries: Entries) -> Iterator[Tensor]:
         """What multiplicity, slopes and biases add to the scores; each broadcasts to (E, 64, 64)."""
         if entries.counts is not None:
-            yield entries.counts.to(self.dtype)[:, None, None] * LOG2E
+            yield entries.counts.to(self.dtype)[:, None, None] * self.unit
         if self.tensors.alibi_slopes is not None:
             queries = self._positions(entries.rows, self.rows) + self.shift
             distance = (self._positions(entries.columns, self.columns)[:, None] - queries[..., None]).abs()
-            slopes = self.tensors.alibi_slopes.flatten()[entries.rows // self.rows] * -LOG2E
+            slopes = self.tensors.alibi_slopes.flatten()[entries.rows // self.rows] * -self.unit
             yield distance * slopes[:, None, None]
         if self.tensors.bias is not None:
             yield self._bias(self.tensors.bias, entries)
@@ -266,14 +273,14 @@ class Call:
             )
         )
         found = bias[batch[:, None, None], head[:, None, None], i[:, :, None], j[:, None]]
-        return torch.where(found, 0.0, -math.inf) if bias.dtype == torch.bool else found.to(self.dtype) * LOG2E
+        return torch.where(found, 0.0, -math.inf) if bias.dtype == torch.bool else found.to(self.dtype)
 
     def _relative_bias(self, relative_bias: Tensor, entries: Entries) -> Tensor:
         """(E, 64, 64). A granule has 127 distances, of which each query reads 64 in a row."""
         first = (self.diagonal_of(entries) * GRANULE - self.shift)[:, None]
         distance = first + torch.arange(1 - GRANULE, GRANULE, device=self.device)
         index = relative_index(distance, relative_bias.shape[2] // 2)
-        found = relative_bias.flatten(0, 1).to(self.dtype)[(entries.rows // self.rows)[:, None], index] * LOG2E
+        found = relative_bias.flatten(0, 1).to(self.dtype)[(entries.rows // self.rows)[:, None], index]
         return found.unfold(1, GRANULE, 1).flip(1)
 
     def head_of(self, entries: Entries) -> tuple[Tensor, Tensor]:

@@ -118,6 +118,7 @@ def _backward_fake(dout, q, k, v, out, lse, dlse, want_bias, want_relative_bias,
         (tensors.bias, want_bias),
         (tensors.relative_bias, want_relative_bias),
         (tensors.sinks, tensors.sinks is not None),
+        (tensors.head_scale, tensors.head_scale is not None),
     )
     return *heads, *(q.new_empty(t.shape, dtype=t.dtype) if want else q.new_empty(0) for t, want in beside)
 
@@ -150,24 +151,25 @@ def _gradients(ctx, dout, dlse) -> tuple:
         bias=gradients.bias if needed.bias else None,
         relative_bias=gradients.relative_bias if needed.relative_bias else None,
         sinks=gradients.sinks if needed.sinks else None,
+        head_scale=gradients.head_scale if needed.head_scale else None,
     )
     return *gradients[:3], *beside, *(None,) * _OPTIONS
 
 
 class Attention(Function):
-    """(q, k, v, *ScoreTensors, *options) -> (out, lse), both differentiable; by q, k, v, biases and sinks."""
+    """(q, k, v, *ScoreTensors, *options) -> (out, lse), both differentiable; by q, k, v and tiles.LEARNED."""
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(
-        q, k, v, key_lengths, alibi_slopes, bias, relative_bias, sinks, dropout_state, mask, intervals, causal,
-        scale, left, right, softcap, dropout, precision, mask_layout, backend,
+        q, k, v, key_lengths, alibi_slopes, bias, relative_bias, sinks, dropout_state, mask, intervals, head_scale,
+        causal, scale, left, right, softcap, dropout, precision, mask_layout, backend,
     ):  # fmt: skip
         # Arguments of forwards are spelled out, because torch.compile cannot trace a forward of *arguments.
         return torch.ops.fastattn.attention_forward(
-            q, k, v, key_lengths, alibi_slopes, bias, relative_bias, sinks, dropout_state, mask, intervals, causal,
-            scale, left, right, softcap, dropout, precision, mask_layout, backend,
+            q, k, v, key_lengths, alibi_slopes, bias, relative_bias, sinks, dropout_state, mask, intervals,
+            head_scale, causal, scale, left, right, softcap, dropout, precision, mask_layout, backend,
         )  # fmt: skip
 
     @staticmethod
@@ -184,12 +186,12 @@ class AttentionMax(Attention):
 
     @staticmethod
     def forward(
-        q, k, v, key_lengths, alibi_slopes, bias, relative_bias, sinks, dropout_state, mask, intervals, causal,
-        scale, left, right, softcap, dropout, precision, mask_layout, backend,
+        q, k, v, key_lengths, alibi_slopes, bias, relative_bias, sinks, dropout_state, mask, intervals, head_scale,
+        causal, scale, left, right, softcap, dropout, precision, mask_layout, backend,
     ):  # fmt: skip
         return torch.ops.fastattn.attention_forward_max(
-            q, k, v, key_lengths, alibi_slopes, bias, relative_bias, sinks, dropout_state, mask, intervals, causal,
-            scale, left, right, softcap, dropout, precision, mask_layout, backend,
+            q, k, v, key_lengths, alibi_slopes, bias, relative_bias, sinks, dropout_state, mask, intervals,
+            head_scale, causal, scale, left, right, softcap, dropout, precision, mask_layout, backend,
         )  # fmt: skip
 
     @staticmethod
@@ -210,13 +212,13 @@ class AttentionBackward(Function):
     @staticmethod
     def forward(
         dout, q, k, v, out, lse, dlse, want_bias, want_relative_bias, key_lengths, alibi_slopes, bias,
-        relative_bias, sinks, dropout_state, mask, intervals, causal, scale, left, right, softcap, dropout,
-        precision, mask_layout, backend,
+        relative_bias, sinks, dropout_state, mask, intervals, head_scale, causal, scale, left, right, softcap,
+        dropout, precision, mask_layout, backend,
     ):  # fmt: skip
         return torch.ops.fastattn.attention_backward(
             dout, q, k, v, out, lse, dlse, want_bias, want_relative_bias, key_lengths, alibi_slopes, bias,
-            relative_bias, sinks, dropout_state, mask, intervals, causal, scale, left, right, softcap, dropout,
-            precision, mask_layout, backend,
+            relative_bias, sinks, dropout_state, mask, intervals, head_scale, causal, scale, left, right, softcap,
+            dropout, precision, mask_layout, backend,
         )  # fmt: skip
 
     @staticmethod
@@ -230,11 +232,11 @@ class AttentionBackward(Function):
     def backward(ctx, *second):
         # out and lse are inputs here. Their gradients flow on through Attention.backward.
         needed = ScoreTensors(*ctx.needs_input_grad[9 : 9 + _COUNT])
-        flags = (*ctx.needs_input_grad[:7], needed.bias, needed.relative_bias, needed.sinks)
+        flags = (*ctx.needs_input_grad[:7], *_learned(needed))
         function, there, fixed, inputs = _sum_of_gradients(ctx)
         cotangents = [s for s, is_there in zip(second, there, strict=True) if is_there]
-        *main, bias, relative_bias, sinks = derivatives.pull(function, fixed, inputs, cotangents, flags)
-        beside = ScoreTensors(bias=bias, relative_bias=relative_bias, sinks=sinks)
+        pulled = derivatives.pull(function, fixed, inputs, cotangents, flags)
+        main, beside = pulled[:7], _score_tensors(pulled[7:])
         return *main, None, None, *beside, *(None,) * _OPTIONS
 
 
@@ -243,8 +245,19 @@ def _sum_of_gradients(ctx):
     inputs."""
     main, tensors = ctx.saved_tensors[:7], ScoreTensors(*ctx.saved_tensors[7:])
     fixed, learned = tiles.learned(tensors)
-    there = (True, True, True, *ctx.wanted, tensors.sinks is not None)
-    return tiles.gradients(ctx.spec, ctx.wanted, there[-1]), there, fixed, (*main, *learned)
+    sinks, head_scale = tensors.sinks is not None, tensors.head_scale is not None
+    there = (True, True, True, *ctx.wanted, sinks, head_scale)
+    return tiles.gradients(ctx.spec, ctx.wanted, sinks, head_scale), there, fixed, (*main, *learned)
+
+
+def _learned(values: ScoreTensors) -> tuple:
+    """Of one value for each of ScoreTensors, those of the ones that have a gradient."""
+    return tuple(getattr(values, name) for name in tiles.LEARNED)
+
+
+def _score_tensors(learned: Sequence) -> ScoreTensors:
+    """The other way round."""
+    return ScoreTensors(**dict(zip(tiles.LEARNED, learned, strict=True)))
 
 
 class AttentionTangent(Function):
@@ -269,17 +282,16 @@ class AttentionTangent(Function):
     def backward(ctx, *second):
         fixed, inputs = _of_tangent(ctx.saved_tensors)
         needed = ScoreTensors(*ctx.needs_input_grad[5 + _MOVED : 5 + _MOVED + _COUNT])
-        flags = (*ctx.needs_input_grad[: 5 + _MOVED], needed.bias, needed.relative_bias, needed.sinks)
+        flags = (*ctx.needs_input_grad[: 5 + _MOVED], *_learned(needed))
         pulled = derivatives.pull(tiles.tangent(ctx.spec), fixed, inputs, second, flags)
-        *main, bias, relative_bias, sinks = pulled
-        beside = ScoreTensors(bias=bias, relative_bias=relative_bias, sinks=sinks)
+        main, beside = pulled[: 5 + _MOVED], _score_tensors(pulled[5 + _MOVED :])
         return *main, *beside, *(None,) * _OPTIONS
 
     @staticmethod
     def jvp(ctx, *tangents):
         fixed, inputs = _of_tangent(ctx.saved_tensors)
         moved = ScoreTensors(*tangents[5 + _MOVED : 5 + _MOVED + _COUNT])
-        tangents = (*tangents[: 5 + _MOVED], moved.bias, moved.relative_bias, moved.sinks)
+        tangents = (*tangents[: 5 + _MOVED], *_learned(moved))
         return derivatives.push(tiles.tangent(ctx.spec), fixed, inputs, tangents)
 
 
@@ -303,7 +315,7 @@ class DualAttention(Attention):
     @staticmethod
     def jvp(ctx, q, k, v, *rest):
         saved, moved = ctx.saved_tensors, ScoreTensors(*rest[:_COUNT])
-        tangents = Tangents(q, k, v, moved.bias, moved.relative_bias, moved.sinks)
+        tangents = Tangents(q, k, v, *_learned(moved))
         return AttentionTangent.apply(*saved[:5], *tangents, *saved[5:], *ctx.options)
 
 
@@ -319,7 +331,7 @@ class DualAttentionBackward(AttentionBackward):
     def jvp(ctx, *tangents):
         function, there, fixed, inputs = _sum_of_gradients(ctx)
         moved = ScoreTensors(*tangents[9 : 9 + _COUNT])
-        tangents = (*tangents[:7], moved.bias, moved.relative_bias, moved.sinks)
+        tangents = (*tangents[:7], *_learned(moved))
         pushed = iter(derivatives.push(function, fixed, inputs, tangents))
         return tuple(next(pushed) if is_there else inputs[0].new_empty(0) for is_there in there)
 

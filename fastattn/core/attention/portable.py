@@ -7,10 +7,12 @@ lists the tiles are its granules, many at once (see fastattn.core.attention.gran
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
-from fastattn.core.attention import definition, granules, tiles, torch_flash, whole_rows
+from fastattn.core.attention import definition, granules, head_scales, tiles, torch_flash, whole_rows
 from fastattn.core.attention.spec import AttentionSpec, Gradients, Saved, ScoreTensors, Tangents, Wanted
 from fastattn.core.attention.tiles import Scores, grouped, product_precision, times, ungrouped
 from fastattn.core.layout import heads_last, zero_heads
@@ -20,6 +22,8 @@ from fastattn.ground.checks import lse_dtype
 def forward(
     q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, tensors: ScoreTensors, maxima: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
+    if tensors.head_scale is not None:
+        return head_scales.forward(functools.partial(forward, maxima=maxima), q, k, v, spec, tensors)
     with product_precision(q, spec):
         if maxima is not None:
             return _tiled_forward(q, k, v, spec, tensors, maxima)
@@ -36,18 +40,19 @@ def forward(
 def backward(
     dout: Tensor, dlse: Tensor | None, saved: Saved, spec: AttentionSpec, tensors: ScoreTensors, wanted: Wanted
 ) -> Gradients:
+    if tensors.head_scale is not None:
+        return head_scales.backward(backward, dout, dlse, saved, spec, tensors, wanted)
     q, k, v = saved[:3]
-    if (sums := _sums_of_low_rows(saved, spec, tensors)) is not None:
-        # Gradients are linear in the weights of a row, and in what comes from above.
-        dout = (dout / sums[..., None]).to(dout.dtype)
-        dlse = None if dlse is None else dlse / sums
     with product_precision(q, spec):
         if dlse is None and not wanted.bias and torch_flash.serves_backward(q, k, v, spec, tensors):
+            dout, _ = _for_rounded_rows(dout, None, saved, spec, tensors)
             dq, dk, dv = torch_flash.backward(dout, saved, spec, tensors)
             return Gradients(heads_last(dq), heads_last(dk), heads_last(dv))
         if granules.serves(spec, tensors):
+            dout, dlse = _for_rounded_rows(dout, dlse, saved, spec, tensors)
             return granules.backward(dout, dlse, saved, spec, tensors, wanted)
         if not wanted.bias and whole_rows.serves(q, k, spec, tensors):
+            dout, dlse = _for_rounded_rows(dout, dlse, saved, spec, tensors)
             return whole_rows.backward(dout, dlse, saved, spec, tensors)
         return _tiled_backward(dout, dlse, saved, spec, tensors, wanted)
 
@@ -58,22 +63,21 @@ def tangent(saved: Saved, tangents: Tangents, spec: AttentionSpec, tensors: Scor
     return dout, dlse
 
 
-def _sums_of_low_rows(saved: Saved, spec: AttentionSpec, tensors: ScoreTensors) -> Tensor | None:
-    """What the weights exp(score - lse) of each row (B, Hq, Lq) add up to, where that is not 1: where scores are
-    so low that their log-sum-exp rounds to their maximum. None if there are no such rows.
-
-    That sum is how the log-sum-exp moves when all scores do.
-    """
-    _, (bias, relative_bias, _) = tiles.learned(tensors)
-    if bias is None and relative_bias is None:
-        return None
-    low = (saved.lse < definition.LOWEST_EXACT) & (saved.lse > float("-inf"))
-    if not bool(low.any()):
-        return None
-    moved = {"bias": bias} if bias is not None else {"relative_bias": relative_bias}
-    tangents = Tangents(**{name: torch.ones_like(t) for name, t in moved.items() if t is not None})
-    _, sums = tangent(saved, tangents, spec, tensors)
-    return sums.masked_fill(~low, 1.0)
+def _for_rounded_rows(
+    dout: Tensor, dlse: Tensor | None, saved: Saved, spec: AttentionSpec, tensors: ScoreTensors
+) -> tuple[Tensor, Tensor | None]:
+    """What comes from above, divided by what the weights exp(score - lse) of each row add up to: not 1 where the
+    log-sum-exp is rounded. Gradients are linear in the weights of a row, and in what comes from above."""
+    fixed, learned = tiles.learned(tensors)
+    if not tiles.adds_floats(tensors) or not bool(definition.is_rounded(saved.lse).any()):
+        return dout, dlse
+    scores = Scores(saved.q, saved.k, spec, fixed)
+    shares = torch.ones_like(saved.lse)
+    for rows in scores.rows():
+        remainder = scores.remainder(rows, saved.q, saved.k, saved.lse, *learned)
+        if remainder is not None:
+            shares[:, :, rows] = torch.exp(-remainder)
+    return (dout * shares[..., None]).to(dout.dtype), None if dlse is None else dlse * shares
 
 
 def _tiled_forward(
@@ -81,7 +85,7 @@ def _tiled_forward(
 ) -> tuple[Tensor, Tensor]:
     batch, heads, queries, _ = q.shape
     dtype = lse_dtype(q.dtype)
-    fixed, (bias, relative_bias, sinks) = tiles.learned(tensors)
+    fixed, (bias, relative_bias, sinks, _) = tiles.learned(tensors)
     scores = Scores(q, k, spec, fixed)
     out = zero_heads((batch, heads, queries, v.shape[3]), q, q.dtype)
     lse = q.new_empty((batch, heads, queries), dtype=dtype)
@@ -123,7 +127,7 @@ def _tiled_backward(
     dout: Tensor, dlse: Tensor | None, saved: Saved, spec: AttentionSpec, tensors: ScoreTensors, wanted: Wanted
 ) -> Gradients:
     fixed, learned = tiles.learned(tensors)
-    function = tiles.gradients(spec, wanted, tensors.sinks is not None)
+    function = tiles.gradients(spec, wanted, tensors.sinks is not None, False)
     found = iter(function(fixed, (dout, *saved, dlse, *learned)))
     dq, dk, dv = next(found), next(found), next(found)
     dbias = next(found) if wanted.bias else None

@@ -89,6 +89,7 @@ class ScoreTensors(NamedTuple):
     mask: 1-D int64, block lists as fastattn.masks.lists.packed makes them; one for the whole batch.
     intervals: (B, 2, Lq + Lk) int32, the first key that each query sees and the one after the last, then the first
         query that sees each key and the one after the last. There is no window beside them.
+    head_scale: (B, Hq) in the log-sum-exp's dtype, of any sign; multiplies the scores, beside the spec's scale.
     """
 
     key_lengths: Tensor | None = None
@@ -99,14 +100,15 @@ class ScoreTensors(NamedTuple):
     dropout_state: Tensor | None = None
     mask: Tensor | None = None
     intervals: Tensor | None = None
+    head_scale: Tensor | None = None
 
 
 NO_TENSORS = ScoreTensors()
 # What an attention operator takes beside its tensors, in the order of ScoreTensors and AttentionSpec.
 SCORES = (
     "Tensor? key_lengths, Tensor? alibi_slopes, Tensor? bias, Tensor? relative_bias, Tensor? sinks, "
-    "Tensor? dropout_state, Tensor? mask, Tensor? intervals, bool causal, float scale, SymInt? left, "
-    "SymInt? right, float softcap, float dropout, str precision, int[]? mask_layout, str? backend"
+    "Tensor? dropout_state, Tensor? mask, Tensor? intervals, Tensor? head_scale, bool causal, float scale, "
+    "SymInt? left, SymInt? right, float softcap, float dropout, str precision, int[]? mask_layout, str? backend"
 )
 
 
@@ -139,6 +141,7 @@ class Gradients(NamedTuple):
     bias: Tensor | None = None
     relative_bias: Tensor | None = None
     sinks: Tensor | None = None
+    head_scale: Tensor | None = None
 
 
 class Tangents(NamedTuple):
@@ -150,6 +153,7 @@ class Tangents(NamedTuple):
     bias: Tensor | None = None
     relative_bias: Tensor | None = None
     sinks: Tensor | None = None
+    head_scale: Tensor | None = None
 
 
 class Wanted(NamedTuple):
@@ -197,10 +201,10 @@ def check_scale(scale: float, name: str = "scale") -> float:
 
 
 def check_scales(scale: Tensor, q: Tensor) -> Tensor:
-    """The scale of each head, (Hq,) or (B, Hq)."""
+    """A scale for all heads or for each, (), (Hq,) or (B, Hq)."""
     check_beside("scale", scale, q, ((), (q.shape[1],), tuple(q.shape[:2])))
     check_floating("scale", scale)
-    return scale.expand(q.shape[1]) if scale.dim() == 0 else scale
+    return scale
 
 
 def check_softcap(softcap: float | None) -> float:
@@ -246,6 +250,7 @@ def score_tensors(
     sinks: Tensor | None = None,
     dropout_state: Tensor | None = None,
     drops: bool = True,
+    head_scale: Tensor | None = None,
 ) -> ScoreTensors:
     """Check the tensors that change the scores, and give each of them a batch dimension.
 
@@ -285,7 +290,11 @@ def score_tensors(
             raise TypeError(f"dropout_state must be int64, got {dropout_state.dtype}")
         if not drops:
             dropout_state = None
-    return ScoreTensors(key_lengths, alibi_slopes, bias, relative_bias, sinks, dropout_state)
+    if head_scale is not None:
+        head_scale = check_scales(head_scale, q).to(lse_dtype(q.dtype)).expand(batch, heads)
+    return ScoreTensors(
+        key_lengths, alibi_slopes, bias, relative_bias, sinks, dropout_state, head_scale=head_scale
+    )
 
 
 def check_key_lengths(key_lengths: Tensor | Sequence[int], q: Tensor, k: Tensor) -> Tensor:
@@ -312,11 +321,16 @@ def check_bias(bias: Tensor, q: Tensor, k: Tensor) -> Tensor:
 def positive_scale(q: Tensor, spec: AttentionSpec) -> tuple[Tensor, AttentionSpec]:
     """q and the spec for the same scores with a positive scale: the sign (or the zero) moves into q.
 
-    The kernels take the maximum of the unscaled scores, so the scale must preserve their order.
+    The kernels take the maximum of the unscaled scores, so the scale must preserve their order. One too small for
+    the dtype of the scores becomes the smallest one: as 0 it would make NaN of what is hidden.
     """
-    if spec.scale > 0:
+    smallest = torch.finfo(lse_dtype(q.dtype)).tiny
+    if spec.scale >= smallest:
         return q, spec
-    return q * (-1.0 if spec.scale < 0 else 0.0), replace(spec, scale=abs(spec.scale) or 1.0)
+    scale = max(abs(spec.scale), smallest) if spec.scale else 1.0
+    if spec.scale <= 0:
+        q = q * (-1.0 if spec.scale < 0 else 0.0)
+    return q, replace(spec, scale=scale)
 
 
 def check_heads(*, q: Tensor, k: Tensor, v: Tensor) -> None:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +23,8 @@ from fastattn.core.layout import zero_heads
 from fastattn.ground.checks import lse_dtype
 from fastattn.masks.lists import GRANULE, BlockLists, columns_seen, log_counts, of_heads, unpacked
 
+# The ScoreTensors that have a gradient, a bias only if it is no mask; the last in Gradients and Tangents, too.
+LEARNED = ("bias", "relative_bias", "sinks", "head_scale")
 QUERY_TILE, KEY_TILE = 256, 512
 # Smaller tiles leave out more of a mask of lists (BigBird of 4096 tokens, two heads, forward and backward on a
 # CPU: 10 MiB and 0.8 s instead of 13 MiB and 0.9 s).
@@ -30,12 +33,27 @@ LISTED_QUERY_TILE, LISTED_KEY_TILE = 128, 256
 
 @dataclass(frozen=True)
 class Tile:
-    """Some rows and columns of the scores; `first` is one tile of each row, for what is done once a row."""
+    """Some rows and columns of the scores; `first` is one tile of each row, for what is done once a row.
+    `remainder` (B, Hq, rows) is what the rows' log-sum-exps lost by rounding, see `Scores.remainder`."""
 
     scores: Scores
     rows: slice
     columns: slice
     first: bool
+    remainder: Tensor | None = None
+
+    def weights(self, values: Tensor, lse: Tensor) -> Tensor:
+        """exp(scores - lse), for scores and log-sum-exps (B, Hkv, group * rows, 1) of grouped rows."""
+        # The difference of the two comes first, since it is small where both are huge.
+        logs = values - lse
+        if self.remainder is not None:
+            logs = logs - grouped(self.remainder[..., None], self.scores.key_heads)
+        return torch.exp(logs)
+
+    def sink_weights(self, sinks: Tensor, lse: Tensor) -> Tensor:
+        """The weights (B, Hq, rows) of sinks (B, Hq)."""
+        logs = sinks[..., None] - lse
+        return torch.exp(logs if self.remainder is None else logs - self.remainder)
 
 
 class Scores:
@@ -66,7 +84,7 @@ class Scores:
             t = t[batch] if t.shape[0] > 1 else t
             return t[:, heads] if t.shape[1] > 1 else t
 
-        names = ("alibi_slopes", "bias", "relative_bias", "sinks")
+        names = ("alibi_slopes", *LEARNED)
         beside = {name: of(t) for name in names if (t := getattr(self.tensors, name)) is not None}
         lengths, intervals = (
             None if t is None else t[batch] for t in (self.tensors.key_lengths, self.tensors.intervals)
@@ -106,6 +124,37 @@ class Scores:
         start = 0 if left is None else max(0, rows.start + self.shift - left)
         stop = self.longest if right is None else min(self.longest, rows.stop + self.shift + right)
         return start, max(start, stop)
+
+    def remainder(
+        self,
+        rows: slice,
+        q: Tensor,
+        k: Tensor,
+        lse: Tensor,
+        bias: Tensor | None,
+        relative_bias: Tensor | None,
+        sinks: Tensor | None,
+        head_scale: Tensor | None = None,
+    ) -> Tensor | None:
+        """What the log-sum-exps of these rows lost by rounding (B, Hq, rows), 0 for all but huge ones; None if
+        there is none of those. Where a bias puts all keys of a row at -1e9, say, float32 rounds the log-sum-exp to
+        the maximum, and the weights exp(score - lse) of n equal scores add up to n."""
+        if (bias is None and relative_bias is None) or not self.heads:
+            return None
+        rounded = definition.is_rounded(lse[:, :, rows])
+        # A tracer has nothing to read.
+        if type(lse) is Tensor and not bool(rounded.any()):
+            return None
+        lse = lse[:, :, rows].masked_fill(~rounded, float("inf"))
+        sums = torch.zeros_like(lse) if sinks is None else torch.exp(sinks[..., None] - lse)
+        q_rows = self.scaled(grouped(q[:, :, rows].to(self.dtype), self.key_heads), head_scale)
+        for tile in self.tiles_of(rows):
+            part = None if bias is None else part_of(bias, "scores", tile).to(self.dtype)
+            k_tile = self.part_of(k, "columns", tile).to(self.dtype)
+            values, _ = self.of(tile, q_rows, k_tile, part, relative_bias)
+            weights = tile.weights(values, grouped(lse[..., None], self.key_heads))
+            sums = sums + ungrouped(weights.sum(-1, keepdim=True), self.heads)[..., 0]
+        return sums.masked_fill(~rounded | (sums == 0), 1.0).log()
 
     def part_of(self, t: Tensor, falls: str, tile: Tile) -> Tensor:
         """What of a tensor falls on a tile; zeros for the keys behind a batch entry's length."""
@@ -158,6 +207,11 @@ class Scores:
         span = tile.columns.start, tile.columns.stop
         keep = keep_mask(state[:, None, None, None], head, query, *span, dropout, self.dtype)
         return grouped(keep.mul_(1.0 / (1.0 - dropout)), self.key_heads)
+
+    def scaled(self, q: Tensor, head_scale: Tensor | None) -> Tensor:
+        """Grouped rows of q, or the like, times the scales of their heads (B, Hq); in the dtype of sums, so that
+        the scores are as exact as if they were scaled themselves."""
+        return q if head_scale is None else q * self.per_row(head_scale, q.shape[2])
 
     def per_row(self, values: Tensor, rows: int) -> Tensor:
         """A value for each query head (B, Hq), for each of the grouped rows: (B, Hkv, rows, 1)."""
@@ -214,6 +268,7 @@ class TileSum:
     """A sum over the tiles of `function(tile, *parts)`, where the parts are what of each input falls on the tile.
 
     function: from a Tile and, in the dtype sums are made in, parts (or None) to one tensor for each output.
+    names: what the first inputs are; GRADIENT_INPUTS or TANGENT_INPUTS.
     falls: how each input falls on tiles: "rows", "columns", "scores" (a bias, which may have size 1) or "whole".
     outputs: the inputs whose shape and dtype the results have.
 
@@ -221,6 +276,7 @@ class TileSum:
     """
 
     function: Callable[..., Sequence[Tensor]]
+    names: tuple[str, ...]
     falls: tuple[str, ...]
     outputs: tuple[int, ...]
     spec: AttentionSpec
@@ -237,7 +293,9 @@ class TileSum:
             return tuple(total.to(t.dtype) for total, t in zip(sums, likes, strict=True))
         with product_precision(q, self.spec):
             for rows in scores.rows():
+                remainder = self._remainder(scores, rows, inputs)
                 for tile in scores.tiles_of(rows):
+                    tile = tile if remainder is None else replace(tile, remainder=remainder)
                     parts = (
                         None if t is None else scores.part_of(t, falls, tile).to(work)
                         for t, falls in zip(inputs, self.falls, strict=True)
@@ -247,13 +305,27 @@ class TileSum:
                         part_of(total, self.falls[i], tile).add_(g)
         return tuple(total.to(t.dtype) for total, t in zip(sums, likes, strict=True))
 
+    def _remainder(self, scores: Scores, rows: slice, inputs: Sequence[Tensor | None]) -> Tensor | None:
+        """Of these rows, see `Scores.remainder`; a constant to every derivative."""
+        named = dict(zip(self.names, inputs, strict=False))
+        q, k, lse = named["q"], named["k"], named["lse"]
+        assert q is not None and k is not None and lse is not None
+        return scores.remainder(rows, q, k, lse, *(named[name] for name in LEARNED))
+
 
 # ---- the two sums that everything else derives from ----
 
 # What they take beside ScoreTensors without gradient; None where it is not asked for.
-GRADIENT_INPUTS = ("dout", "q", "k", "v", "out", "lse", "dlse", "bias", "relative_bias", "sinks")
-_TANGENTS = ("q_tangent", "k_tangent", "v_tangent", "bias_tangent", "relative_bias_tangent", "sinks_tangent")
-TANGENT_INPUTS = ("q", "k", "v", "out", "lse", *_TANGENTS, "bias", "relative_bias", "sinks")
+GRADIENT_INPUTS = ("dout", "q", "k", "v", "out", "lse", "dlse", *LEARNED)
+TANGENT_INPUTS = (
+    "q",
+    "k",
+    "v",
+    "out",
+    "lse",
+    *(f"{name}_tangent" for name in ("q", "k", "v", *LEARNED)),
+    *LEARNED,
+)
 _FALLS = {
     **dict.fromkeys(("q", "dout", "out", "lse", "dlse", "q_tangent"), "rows"),
     **dict.fromkeys(("k", "v", "k_tangent", "v_tangent"), "columns"),
@@ -261,45 +333,50 @@ _FALLS = {
 }
 
 
-def gradients(spec: AttentionSpec, wanted: Wanted, sinks: bool) -> TileSum:
-    """The gradients of attention, from GRADIENT_INPUTS: of q, k, v, and of what is wanted of the biases and sinks,
-    in the order of `Gradients`."""
-    there = {"q": True, "k": True, "v": True, **wanted._asdict(), "sinks": sinks}
+def gradients(spec: AttentionSpec, wanted: Wanted, sinks: bool, head_scale: bool) -> TileSum:
+    """The gradients of attention, from GRADIENT_INPUTS: of q, k, v, and of what is wanted of LEARNED, in the order
+    of `Gradients`."""
+    there = {"q": True, "k": True, "v": True, **wanted._asdict(), "sinks": sinks, "head_scale": head_scale}
     names = tuple(name for name, is_there in there.items() if is_there)
 
     def function(tile: Tile, *parts: Tensor | None) -> Sequence[Tensor]:
         return _gradients_of_tile(tile, names, *parts)
 
     falls = tuple(_FALLS.get(name, "whole") for name in GRADIENT_INPUTS)
-    return TileSum(function, falls, tuple(GRADIENT_INPUTS.index(name) for name in names), spec)
+    outputs = tuple(GRADIENT_INPUTS.index(name) for name in names)
+    return TileSum(function, GRADIENT_INPUTS, falls, outputs, spec)
 
 
 def tangent(spec: AttentionSpec) -> TileSum:
     """The tangents of attention's out and lse, from TANGENT_INPUTS."""
     falls = tuple(_FALLS.get(name, "whole") for name in TANGENT_INPUTS)
-    return TileSum(_tangent_of_tile, falls, (TANGENT_INPUTS.index("out"), TANGENT_INPUTS.index("lse")), spec)
+    outputs = TANGENT_INPUTS.index("out"), TANGENT_INPUTS.index("lse")
+    return TileSum(_tangent_of_tile, TANGENT_INPUTS, falls, outputs, spec)
 
 
-def _gradients_of_tile(
-    tile: Tile, names, dout, q, k, v, out, lse, dlse, bias, relative_bias, sinks
-) -> Sequence[Tensor]:
+def _gradients_of_tile(tile: Tile, names, dout, q, k, v, out, lse, dlse, *learned) -> Sequence[Tensor]:
     """With P = exp(S - lse), dP = dout v^T and delta = rowsum(dout * out) - dlse, dS = P * (dP - delta)."""
     scores = tile.scores
+    bias, relative_bias, sinks, head_scale = learned
     delta = (dout * out).sum(-1)
     if dlse is not None:
         delta = delta - dlse
     # Rows that saw nothing: exp(-inf - inf) is 0 and so is everything that follows.
     empty = lse == float("-inf")
-    lse, delta = lse.masked_fill(empty, float("inf"))[..., None], delta.masked_fill(empty, 0.0)[..., None]
-    q_rows, dout_rows, lse_rows, delta_rows = (grouped(t, scores.key_heads) for t in (q, dout, lse, delta))
-    values, slope = scores.of(tile, q_rows, k, bias, relative_bias)
+    lse, delta = lse.masked_fill(empty, float("inf")), delta.masked_fill(empty, 0.0)
+    q_rows, dout_rows, lse_rows, delta_rows = (
+        grouped(t, scores.key_heads) for t in (q, dout, lse[..., None], delta[..., None])
+    )
+    scaled_q = scores.scaled(q_rows, head_scale)
+    values, slope = scores.of(tile, scaled_q, k, bias, relative_bias)
     keep = scores.keep_mask(tile)
-    weights = torch.exp(values - lse_rows)
+    weights = tile.weights(values, lse_rows)
     dscores = weights * (times(dout_rows @ v.mT, keep) - delta_rows)
     dproducts = dscores * slope
+    dscaled_q = dproducts @ k
     results = [
-        ungrouped(dproducts @ k, scores.heads),
-        dproducts.mT @ q_rows,
+        ungrouped(scores.scaled(dscaled_q, head_scale), scores.heads),
+        dproducts.mT @ scaled_q,
         times(weights, keep).mT @ dout_rows,
     ]
     if "bias" in names:
@@ -310,26 +387,47 @@ def _gradients_of_tile(
         shift = tile.columns.start - tile.rows.start - scores.shift
         results.append(definition.sum_by_distance(ungrouped(dscores, scores.heads), relative_bias, shift))
     if "sinks" in names:
-        dsinks = -(torch.exp(sinks[..., None, None] - lse) * delta).sum((2, 3))
+        dsinks = -(tile.sink_weights(sinks, lse) * delta).sum(2)
         results.append(dsinks if tile.first else torch.zeros_like(sinks))
+    if "head_scale" in names:
+        results.append(ungrouped(dscaled_q * q_rows, scores.heads).sum((2, 3)))
     return results
 
 
 def _tangent_of_tile(
-    tile: Tile, q, k, v, out, lse, dq, dk, dv, dbias, drelative_bias, dsinks, bias, relative_bias, sinks
+    tile: Tile,
+    q,
+    k,
+    v,
+    out,
+    lse,
+    dq,
+    dk,
+    dv,
+    dbias,
+    drelative_bias,
+    dsinks,
+    dhead_scale,
+    bias,
+    relative_bias,
+    sinks,
+    head_scale,
 ) -> Sequence[Tensor]:
     """With P = exp(S - lse): lse' = sum P S', out' = sum P S' v + sum P v' - lse' out. Here a d says tangent."""
     scores = tile.scores
     lse = lse.masked_fill(lse == float("-inf"), float("inf"))
     q_rows = grouped(q, scores.key_heads)
-    values, slope = scores.of(tile, q_rows, k, bias, relative_bias)
+    scaled_q = scores.scaled(q_rows, head_scale)
+    values, slope = scores.of(tile, scaled_q, k, bias, relative_bias)
     keep = scores.keep_mask(tile)
-    weights = torch.exp(values - grouped(lse[..., None], scores.key_heads))
+    weights = tile.weights(values, grouped(lse[..., None], scores.key_heads))
     moved = list(scores.added(tile, dbias, drelative_bias))
     if dq is not None:
-        moved.append(grouped(dq, scores.key_heads) @ k.mT * slope)
+        moved.append(scores.scaled(grouped(dq, scores.key_heads), head_scale) @ k.mT * slope)
     if dk is not None:
-        moved.append(q_rows @ dk.mT * slope)
+        moved.append(scaled_q @ dk.mT * slope)
+    if dhead_scale is not None:
+        moved.append(scores.scaled(q_rows, dhead_scale) @ k.mT * slope)
     # The tangent of a bias may be anything where it is hidden.
     change = sum(moved, torch.zeros_like(values)).masked_fill(values == float("-inf"), 0.0)
     dweights = weights * change
@@ -338,7 +436,7 @@ def _tangent_of_tile(
     if dv is not None:
         dout = dout + times(weights, keep) @ dv
     if dsinks is not None and tile.first:
-        dlse = dlse + (torch.exp(sinks[..., None] - lse) * dsinks[..., None])[..., None]
+        dlse = dlse + (tile.sink_weights(sinks, lse) * dsinks[..., None])[..., None]
     return ungrouped(dout, scores.heads) - dlse * out, dlse[..., 0]
 
 
@@ -356,11 +454,29 @@ def key_counts(lengths: Tensor | None, keys: int) -> tuple[int, int]:
     return shortest, longest
 
 
-def learned(tensors: ScoreTensors) -> tuple[ScoreTensors, tuple[Tensor | None, Tensor | None, Tensor | None]]:
-    """The tensors without a gradient, and those with one: bias, relative bias and sinks."""
+class Learned(NamedTuple):
+    """The ScoreTensors that have a gradient, as LEARNED names them."""
+
+    bias: Tensor | None
+    relative_bias: Tensor | None
+    sinks: Tensor | None
+    head_scale: Tensor | None
+
+
+def learned(tensors: ScoreTensors) -> tuple[ScoreTensors, Learned]:
+    """The tensors without a gradient, and those with one."""
     is_mask = tensors.bias is not None and tensors.bias.dtype == torch.bool
-    fixed = tensors._replace(bias=tensors.bias if is_mask else None, relative_bias=None, sinks=None)
-    return fixed, (None if is_mask else tensors.bias, tensors.relative_bias, tensors.sinks)
+    fixed = tensors._replace(
+        bias=tensors.bias if is_mask else None, relative_bias=None, sinks=None, head_scale=None
+    )
+    bias = None if is_mask else tensors.bias
+    return fixed, Learned(bias, tensors.relative_bias, tensors.sinks, tensors.head_scale)
+
+
+def adds_floats(tensors: ScoreTensors) -> bool:
+    """Whether a bias of floats, or one by distance, is added to the scores."""
+    bias = tensors.bias
+    return tensors.relative_bias is not None or (bias is not None and bias.dtype != torch.bool)
 
 
 def part_of(t: Tensor, falls: str, tile: Tile) -> Tensor:

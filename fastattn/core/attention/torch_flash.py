@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastattn.core.attention.spec import NO_TENSORS, AttentionSpec, Saved, ScoreTensors
-from fastattn.core.attention.tiles import KEY_TILE, QUERY_TILE, key_counts
+from fastattn.core.attention.tiles import KEY_TILE, QUERY_TILE, adds_floats, key_counts
 from fastattn.ground.checks import lse_dtype
 
 _aten = torch.ops.aten
@@ -30,7 +30,12 @@ def serves(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, tensors: ScoreT
     if spec.softcap or q.shape[3] != v.shape[3] or q.numel() * k.numel() == 0:
         return False
     if q.device.type == "cpu":
-        return _is_added(tensors) and not _skips(k, spec) and _is_small(q, k, spec, tensors)
+        return (
+            _is_added(tensors)
+            and not _skips(k, spec)
+            and _is_small(q, k, spec, tensors)
+            and not _reaches_earlier_rows(q, k, spec, tensors)
+        )
     if q.device.type != "cuda" or torch.version.cuda is None:
         return False
     if tensors != NO_TENSORS or _hides_by_window(q, k, spec):
@@ -128,9 +133,20 @@ def _by_entry(function: Callable, inputs: tuple[Tensor, ...], spec: AttentionSpe
 
 
 def _is_added(tensors: ScoreTensors) -> bool:
-    """Whether everything that is done to the scores can be written as one mask."""
+    """Whether everything that is done to the scores can be written as one mask. Slopes beside a bias of floats
+    could, but where the bias is huge, their sum rounds otherwise than if they are added one by one."""
     there = {name for name, t in tensors._asdict().items() if t is not None}
-    return there <= {"key_lengths", "alibi_slopes", "bias"}
+    both = tensors.alibi_slopes is not None and adds_floats(tensors)
+    return there <= {"key_lengths", "alibi_slopes", "bias"} and not both
+
+
+def _reaches_earlier_rows(q: Tensor, k: Tensor, spec: AttentionSpec, tensors: ScoreTensors) -> bool:
+    """Whether a bias of each key holds NaN or +inf beside the operator's own causal mask. That adds -inf to it,
+    which gives NaN in earlier rows, too, which do not see the key."""
+    bias = tensors.bias
+    if bias is None or bias.dtype == torch.bool or not _is_causal(q, k, spec):
+        return False
+    return bias.shape[2] == 1 < bias.shape[3] and not bool((bias < math.inf).all())
 
 
 def _skips(k: Tensor, spec: AttentionSpec) -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastattn.core.attention.dropout import keep_mask
 from fastattn.core.attention.spec import AttentionSpec, Gradients, Saved, ScoreTensors
-from fastattn.core.attention.tiles import grouped, ungrouped
+from fastattn.core.attention.tiles import adds_floats, grouped, ungrouped
 from fastattn.core.layout import zero_heads
 from fastattn.ground.checks import lse_dtype
 
@@ -42,13 +42,14 @@ def forward(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, tensors: Score
     work = lse_dtype(q.dtype)
     out = zero_heads((*q.shape[:3], v.shape[3]), q, q.dtype)
     lse = q.new_full(q.shape[:3], float("-inf"), dtype=work)
+    unit = _unit(tensors)
     for block in _blocks(q, k, spec, tensors):
         weights = block.scores(q, k, spec, tensors)
         pivot = weights.amax(-1, keepdim=True)
         # A row that sees nothing has maximum -inf. Use 0 as its pivot: -inf minus -inf is NaN.
         pivot.masked_fill_(pivot == float("-inf"), 0.0)
-        row_sum = weights.sub_(pivot).exp2_().sum(-1, keepdim=True)
-        block.of(lse, "rows").copy_((pivot + row_sum.log2())[..., 0]).div_(LOG2E)
+        row_sum = _powers_(weights.sub_(pivot), unit).sum(-1, keepdim=True)
+        block.of(lse, "rows").copy_((pivot / unit + row_sum.log())[..., 0])
         weights.mul_(block.keep_mask(spec, tensors, work))
         total = _product(weights, block.of(v, "columns").to(work))
         total /= row_sum.masked_fill_(row_sum == 0, 1.0).mul_(1.0 - spec.dropout)
@@ -63,6 +64,7 @@ def backward(
     q, k, v, out, lse = saved
     work = lse.dtype
     dq, dk, dv = (zero_heads(t.shape, t, work) for t in (q, k, v))
+    unit = _unit(tensors)
     for block in _blocks(q, k, spec, tensors):
         dout_rows = block.of(dout, "rows").to(work)
         delta = (dout_rows * block.of(out, "rows")).sum(-1, keepdim=True)
@@ -72,8 +74,8 @@ def backward(
         # Rows that saw nothing: exp(-inf - inf) is 0, and so is everything that follows.
         empty = row_lse == float("-inf")
         delta.masked_fill_(empty, 0.0)
-        row_lse = row_lse.masked_fill(empty, float("inf")).mul_(LOG2E)
-        weights = block.scores(q, k, spec, tensors).sub_(row_lse).exp2_()
+        row_lse = row_lse.masked_fill(empty, float("inf")).mul_(unit)
+        weights = _powers_(block.scores(q, k, spec, tensors).sub_(row_lse), unit)
         dout_rows = dout_rows * (1.0 / (1.0 - spec.dropout))
         keys, values = (block.of(t, "columns").to(work) for t in (k, v))
         dscores = _product(dout_rows, values.mT)
@@ -107,9 +109,10 @@ class Block(NamedTuple):
         return t[self.batch, self.heads_of_keys, self.columns]
 
     def scores(self, q: Tensor, k: Tensor, spec: AttentionSpec, tensors: ScoreTensors) -> Tensor:
-        """(batch, heads, rows, columns), in units of log 2, -inf where hidden."""
+        """(batch, heads, rows, columns), in `_unit`, -inf where hidden."""
+        unit = _unit(tensors)
         work = lse_dtype(q.dtype)
-        scores = _product(self.of(q, "rows").to(work) * (spec.scale * LOG2E), self.of(k, "columns").to(work).mT)
+        scores = _product(self.of(q, "rows").to(work) * (spec.scale * unit), self.of(k, "columns").to(work).mT)
         if tensors.bias is not None:
             slices = (self.batch, self.heads, self.rows, self.columns)
             sizes = zip(slices, tensors.bias.shape, strict=True)
@@ -117,7 +120,7 @@ class Block(NamedTuple):
             if bias.dtype == torch.bool:
                 scores.masked_fill_(~bias, float("-inf"))
             else:
-                scores.add_(bias, alpha=LOG2E)
+                scores.add_(bias)
         shift = k.shape[2] - q.shape[2]
         keys = torch.arange(self.columns.start, self.columns.stop, device=q.device)
         diagonal = torch.arange(self.rows.start, self.rows.stop, device=q.device)[:, None] + shift
@@ -135,6 +138,17 @@ class Block(NamedTuple):
         query = torch.arange(self.rows.start, self.rows.stop, device=state.device)[:, None]
         state = state[self.batch, None, None, None]
         return keep_mask(state, head, query, self.columns.start, self.columns.stop, spec.dropout, dtype)
+
+
+def _unit(tensors: ScoreTensors) -> float:
+    """The unit of scores: log 2, but nats where floats are added. The lowest finite number, by which masks hide,
+    would become -inf in units of log 2."""
+    return 1.0 if adds_floats(tensors) else LOG2E
+
+
+def _powers_(differences: Tensor, unit: float) -> Tensor:
+    """The exponentials of differences of scores, in place."""
+    return (differences if unit == LOG2E else differences.mul_(LOG2E)).exp2_()
 
 
 def _blocks(q: Tensor, k: Tensor, spec: AttentionSpec, tensors: ScoreTensors) -> Iterator[Block]:

@@ -497,8 +497,9 @@ def _masses_within(call: _Call, picked: _Queries, within: Mask | Sequence[Mask],
         if mask.repeats:
             raise ValueError(f"within must be a mask whose keys count once, got {mask!r}")
         joined = mask if given.get("mask") is None else given["mask"] & mask
-        # call.q has in it what of the scale a spec cannot say.
-        options = {**given, "mask": joined, "scale": call.spec.scale}
+        # call.q has the sign of a scale in it that is one number.
+        scale = call.spec.scale if call.tensors.head_scale is None else call.tensors.head_scale
+        options = {**given, "mask": joined, "scale": scale}
         inside = _call("attention_statistics", call.q, call.k, call.lse, call.backend, options)
         spec = StatisticsSpec(inside.spec, ("mass",), picked.rows)
         lse = picked.only(call.lse)

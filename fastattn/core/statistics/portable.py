@@ -126,7 +126,7 @@ class _Rows:
 
     def __init__(self, scores: Scores, rows: slice, q: Tensor, lse: Tensor) -> None:
         self.scores, self.rows, work = scores, rows, lse.dtype
-        self.q = grouped(q[:, :, rows].to(work), scores.key_heads)
+        self.q = scores.scaled(grouped(q[:, :, rows].to(work), scores.key_heads), scores.tensors.head_scale)
         # A row that saw nothing has lse -inf. Use +inf: its weights are 0.
         row_lse = lse[:, :, rows].masked_fill(lse[:, :, rows] == -math.inf, math.inf) * LOG2E
         self.lse = grouped(row_lse[..., None], scores.key_heads)
@@ -145,7 +145,7 @@ class _Rows:
             for hidden in scores.hidden(tile, k.device):
                 logs.masked_fill_(hidden, HIDDEN)
             return logs if self.whole else logs.clamp_(min=HIDDEN)
-        _, (bias, relative_bias, _) = tiles.learned(scores.tensors)
+        _, (bias, relative_bias, *_) = tiles.learned(scores.tensors)
         part = None if bias is None else tiles.part_of(bias, "scores", tile).to(work)
         logs = scores.of(tile, self.q, k_tile, part, relative_bias)[0]
         return logs.mul_(LOG2E).sub_(self.lse).clamp_(min=HIDDEN)
