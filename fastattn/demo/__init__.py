@@ -15,12 +15,18 @@ INDUCTION_STEPS, QUICK_INDUCTION_STEPS = 400, 20
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
+        "--story", metavar="NAME", help="tell one of the stories of --list instead, each within three CPU minutes"
+    )
+    parser.add_argument("--list", action="store_true", help="name the stories, and do nothing else")
+    parser.add_argument(
         "--text", type=Path, metavar="FILE", help="what to read (default: the documentation inside this Python)"
     )
     parser.add_argument(
         "--output", type=Path, default=Path("fastattn-demo"), metavar="DIR", help="where pictures go (%(default)s)"
     )
-    parser.add_argument("--steps", type=int, help=f"training steps of the text model (default: {DEFAULT_STEPS})")
+    parser.add_argument(
+        "--steps", type=int, help=f"training steps of the text model ({DEFAULT_STEPS}), or of a story"
+    )
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: the GPU if there is one)")
     parser.add_argument("--seed", type=int, default=0, help="of weights, batches and samples (%(default)s)")
     parser.add_argument(
@@ -30,10 +36,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Run both acts; returns the exit status. Raises CommandError for problems that the user can solve."""
-    from fastattn.demo import checks
+    """Run both acts, or one story; returns the exit status. CommandError: a problem that the user can solve."""
+    from fastattn.demo import checks, stories
 
+    if options.list:
+        print(stories.listing())
+        return 0
     checks.require_libraries("rich", "matplotlib")
+    if options.story is not None:
+        return stories.run(options)
     from fastattn.demo.acts import Demo
     from fastattn.demo.threads import restored_threads
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,19 +24,14 @@ PERIODS = (8, 24)
 LEARNING_RATE, WARMUP, CLIP = 3e-3, 50, 1.0
 
 
-def make_model(seed: int, device: torch.device, backend: str | None = None, layers: int = 2) -> TransformerModel:
+def make_model(
+    seed: int, device: torch.device, backend: str | None = None, layers: int = 2, **fields: Any
+) -> TransformerModel:
+    """Attention only, rotary positions; `fields` are those of a TransformerConfig that should differ."""
     torch.manual_seed(seed)
-    return TransformerModel(
-        vocab_size=VOCABULARY + 1,
-        embed_dim=64,
-        num_heads=4,
-        num_layers=layers,
-        positions="rotary",
-        mlp=None,
-        embedding_std=1.0,
-        tied=False,
-        backend=backend,
-    ).to(device)
+    usual = {"positions": "rotary", "mlp": None, "embedding_std": 1.0, "tied": False}
+    sizes = {"vocab_size": VOCABULARY + 1, "embed_dim": 64, "num_heads": 4, "num_layers": layers}
+    return TransformerModel(**{**sizes, **usual, **fields}, backend=backend).to(device)
 
 
 def repeated_sequences(generator: torch.Generator, batch: int = BATCH) -> tuple[Tensor, Tensor]:

@@ -44,7 +44,7 @@ def _losses(axes: Axes, runs: Runs, difference: float) -> None:
     _logarithmic(axes)
     axes.set_title(f"The two training curves differ by at most {difference:.0e} bits", loc="left", fontsize=10)
     axes.legend(frameon=False, ncols=2, loc="upper right", fontsize=9)
-    _plain(axes)
+    plain(axes)
 
 
 def _cost(axes: Axes, lengths: list[int], values: list[tuple], title: str) -> None:
@@ -62,7 +62,7 @@ def _cost(axes: Axes, lengths: list[int], values: list[tuple], title: str) -> No
     axes.set_title(title, loc="left", fontsize=10)
     axes.xaxis.set_minor_locator(NullLocator())
     axes.legend(frameon=False, loc="upper left", fontsize=9)
-    _plain(axes)
+    plain(axes)
 
 
 def induction_training(looks: list[Look], path: Path) -> Path:
@@ -85,7 +85,7 @@ def induction_training(looks: list[Look], path: Path) -> Path:
     scores.legend(frameon=False, loc="upper left", fontsize=9)
     change = phase_change(looks)
     for axes in (losses, scores):
-        _plain(axes)
+        plain(axes)
         if change:
             axes.axvspan(*change, color=QUIET, alpha=0.15, lw=0)
     return _save(figure, path)
@@ -129,7 +129,8 @@ def _logarithmic(axes: Axes) -> None:
     axes.yaxis.set_minor_locator(NullLocator())
 
 
-def _plain(axes: Axes) -> None:
+def plain(axes: Axes) -> None:
+    """Two spines and a quiet grid."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.2)
 
