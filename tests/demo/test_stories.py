@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
+import real_models
 import torch
 
 from fastattn.cli import main
@@ -71,3 +72,34 @@ def test_a_distance_scores_as_induction_until_the_period_changes(tmp_path):
     assert found["previous token in layer 0"] < 0.2
     assert found["lag"] == found["lag, other period"] == 15
     assert found["accuracy, other period"] < 0.1 and found["induction in layer 0, other period"] < 0.1
+
+
+@pytest.mark.slow
+def test_zero_positions_are_a_set_before_training_and_an_order_after(tmp_path):
+    found = tell("zero-positions", tmp_path)
+    assert found["positions before"] == 0 and found["change before"] < 1e-5 and found["accuracy before"] < 0.2
+    assert found["positions after"] > 1 and found["change after"] > 0.5 and found["accuracy after"] > 0.95
+
+
+@pytest.mark.slow
+def test_the_answer_of_induction_is_read_after_the_last_layer_and_not_before(tmp_path):
+    found = tell("logit-lens", tmp_path)
+    assert found["second copy, output"] > 0.7 and found["mean rank, output"] < 3
+    assert found["second copy, before the last layer"] < 0.15 and found["first copy, output"] < 0.1
+    assert found["KL before the last layer"] > 1
+
+
+@pytest.mark.real
+def test_smollm2_shows_its_induction_heads_its_fact_and_who_wrote_it(tmp_path):
+    real_models.smollm2()  # skips where the weights are absent
+    found = tell("smollm2", tmp_path)
+    assert found["lowest induction score"] > 0.5
+    assert found["loss without induction heads"] - found["loss"] > 4 * (
+        found["loss without others"] - found["loss"]
+    )
+    assert found["loss without induction heads"] - found["loss"] > 0.3
+    assert found["rank before layer 20"] > 100 and found["rank at the output"] == 1
+    assert found["noised"] < 0.25 * found["clean"] and found["best resid_post"] > 0.9 * found["clean"]
+    assert abs(found["sum"] - found["difference"]) < 1e-6 * found["size of the parts"]
+    assert found["difference"] > 0
+    assert found["log probability of Paris lost"] > 0.2 and found["log probability of an lost"] > 0.5

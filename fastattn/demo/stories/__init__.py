@@ -38,6 +38,21 @@ STORIES = (
         "A head in layer 0 scores high in induction without any: all its texts repeat with one period.",
         "positional_shortcut",
     ),
+    Story(
+        "zero-positions",
+        "An encoder whose learned positions start at zero sees a set, until training teaches it the order.",
+        "zero_positions",
+    ),
+    Story(
+        "logit-lens",
+        "The answer that induction finds can be read from the stream after the last layer, and not before.",
+        "logit_lens",
+    ),
+    Story(
+        "smollm2",
+        "In a real model: induction heads, a fact traced and read layer by layer, neurons, and an exact sum.",
+        "smollm2",
+    ),
 )
 
 

@@ -19,10 +19,10 @@ STEPS = 400
 
 def tell(stage: Stage) -> dict[str, float]:
     stage.say("""
-        Sequences of random tokens repeat, each with a period of its own. The second time round every token
-        can be foretold: find where the present token stood before, and read what followed it there. A head
-        that does this is an induction head. It needs to know of each place which token stood before it, and
-        a head of a layer below must have written that there. So two layers can do it, and one cannot.
+        Sequences of random tokens repeat, each with a period of its own. The second time round every token can
+        be foretold: find where the present token stood before, and read what followed it there. A head that
+        does this is an induction head. It needs to know of each place which token stood before it, and a head
+        of a layer below must have written that there. So two layers can do it, and one cannot.
     """)
     trained = {layers: _train(stage, layers) for layers in (2, 1)}
     stage.table(

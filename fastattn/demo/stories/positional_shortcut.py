@@ -25,8 +25,8 @@ PERIOD, OTHER, STEPS, BATCH = 16, 11, 250, 64
 
 def tell(stage: Stage) -> dict[str, float]:
     stage.say(f"""
-        A model of two layers reads random tokens that repeat, all with the same period, {PERIOD}. Then we
-        ask which head does induction, on sequences of that period and on others of period {OTHER}.
+        A model of two layers reads random tokens that repeat, all with the same period, {PERIOD}. Then we ask
+        which head does induction, on sequences of that period and on others of period {OTHER}.
     """)
     model = make_model(
         stage.seed, stage.device, stage.backend, positions="learned", max_length=LENGTH + 1, embedding_std=0.02
@@ -54,10 +54,10 @@ def tell(stage: Stage) -> dict[str, float]:
     lags = {period: int(profile.argmax()) for period, profile in profiles.items()}
     stage.say(f"""
         Head {head} of layer 0 has a high induction score. But a true induction head stands above a previous-
-        token head, and there is none. The lag profile shows what it does: it looks back {lags[PERIOD]}
-        tokens where the period is {PERIOD}, and {lags[OTHER]} tokens where the period is {OTHER}. It has
-        learned a distance, and does not compare tokens. With another period it fails. So take a score as
-        evidence only on texts where a shortcut fails: draw the period anew for each sequence.
+        token head, and there is none. The lag profile shows what it does: it looks back {lags[PERIOD]} tokens
+        where the period is {PERIOD}, and {lags[OTHER]} tokens where the period is {OTHER}. It has learned a
+        distance, and does not compare tokens. With another period it fails. So take a score as evidence only on
+        texts where a shortcut fails: draw the period anew for each sequence.
     """)
     stage.picture(_figure(profiles, f"layer 0, head {head}"), "story_positional_shortcut")
     return {

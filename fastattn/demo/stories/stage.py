@@ -55,7 +55,9 @@ class Stage:
         self.screen.act(name)
         self.say(sentence)
         if self.quick:
-            self.say("This is a quick run of a few steps: what is said of the outcome holds for the whole training.")
+            self.say(
+                "This is a quick run of a few steps: what is said of the outcome holds for the whole training."
+            )
         with restored_threads():
             yield
         self.say(f"Done in {time.perf_counter() - start:.0f} s.")
@@ -73,11 +75,6 @@ class Stage:
         for line in lines:
             table.add_row(*(Text(cell) for cell in line))  # Text: brackets in a token are no markup
         self.screen.console.print(table)
-        self.screen.say()
-
-    def show(self, answer: Any) -> None:
-        """An answer of the lens, as its table."""
-        self.screen.console.print(answer)
         self.screen.say()
 
     def picture(self, figure: Any, name: str) -> Path:
