@@ -82,6 +82,13 @@ def test_zero_positions_are_a_set_before_training_and_an_order_after(tmp_path):
 
 
 @pytest.mark.slow
+def test_the_neuron_that_writes_the_space_is_missed_and_others_are_not(tmp_path):
+    found = tell("neuron", tmp_path)
+    assert found["added"] > 0 and found["lost"] > 0.05
+    assert found["lost"] > 3 * found["lost without another, at most"]
+
+
+@pytest.mark.slow
 def test_the_answer_of_induction_is_read_after_the_last_layer_and_not_before(tmp_path):
     found = tell("logit-lens", tmp_path)
     assert found["second copy, output"] > 0.7 and found["mean rank, output"] < 3

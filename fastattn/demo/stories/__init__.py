@@ -44,6 +44,11 @@ STORIES = (
         "zero_positions",
     ),
     Story(
+        "neuron",
+        "The neuron of a text model that writes the space, found by what it adds, confirmed by taking it out.",
+        "neuron",
+    ),
+    Story(
         "logit-lens",
         "The answer that induction finds can be read from the stream after the last layer, and not before.",
         "logit_lens",
