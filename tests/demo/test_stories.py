@@ -82,6 +82,15 @@ def test_zero_positions_are_a_set_before_training_and_an_order_after(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_transformer_fits_a_line_in_its_context_and_its_error_follows_least_squares(tmp_path):
+    found = tell("in-context-regression", tmp_path)
+    assert 0.8 < found["error with nothing seen"] < 1.2
+    assert found["largest distance to least squares below three pairs"] < 0.25
+    assert found["error with seven pairs"] < 0.2 and found["largest rise"] < 0.03
+    assert found["least squares with three pairs"] < 1e-6
+
+
+@pytest.mark.slow
 def test_the_neuron_that_writes_the_space_is_missed_and_others_are_not(tmp_path):
     found = tell("neuron", tmp_path)
     assert found["added"] > 0 and found["lost"] > 0.05

@@ -44,6 +44,11 @@ STORIES = (
         "zero_positions",
     ),
     Story(
+        "in-context-regression",
+        "A transformer fits a line from examples in its context; its error follows least squares, from above.",
+        "in_context_regression",
+    ),
+    Story(
         "neuron",
         "The neuron of a text model that writes the space, found by what it adds, confirmed by taking it out.",
         "neuron",
