@@ -408,7 +408,11 @@ ATTENTION_TANGENT = {
 
 # One product, and sums over its tile by query or by key. Where a thumbnail is asked for, its product in float32
 # takes most of the registers.
-_STATISTICS_EXACT = (Row(4, 64, Tiling(32, 32, 4, 1)), Row(4, 256, Tiling(32, 16, 8, 1)))
+_STATISTICS_EXACT = (
+    Row(4, 64, Tiling(32, 32, 4, 1)),
+    Row(4, 128, Tiling(32, 16, 8, 1)),
+    Row(4, 256, Tiling(16, 16, 8, 1)),  # 32 x 16: 3 spills on sm_86
+)
 _STATISTICS_HEAVY = (Row(2, 128, Tiling(32, 32, 8, 1)),)  # 64 x 32: 79 to 122 spills on sm_90
 ATTENTION_STATISTICS = {
     INTERPRETER: _INTERPRETED["statistics"],
@@ -417,7 +421,13 @@ ATTENTION_STATISTICS = {
         Row(2, 256, Tiling(32, 32, 4, 1)),
         *_STATISTICS_EXACT,
     ),
+    "sm_100": (
+        Row(2, 128, Tiling(32, 32, 8, 1)),  # 64 x 64: 357 to 381
+        Row(2, 256, Tiling(32, 32, 4, 1)),
+        *_STATISTICS_EXACT,
+    ),
+    "sm_80 intervals": (Row(2, 64, Tiling(32, 32, 8, 1)),),  # 64 x 32: 4
     **{f"{name} heavy": _STATISTICS_HEAVY for name in ("sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "gfx942")},
     "shaped": (Row(2, 128, Tiling(64, 32, 8, 1)), Row(2, 256, Tiling(32, 16, 4, 1))),
-    "tf32": (Row(4, 256, Tiling(32, 16, 8, 1)),),
+    "tf32": (Row(4, 128, Tiling(32, 16, 8, 1)), Row(4, 256, Tiling(16, 16, 8, 1))),  # 32 x 16: 3 on sm_86
 }
