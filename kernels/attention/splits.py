@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from .. import launch
+from ..tile import tile_of
 from ..tiles import (
     LN_2,
     LOG2_E,
@@ -136,25 +137,24 @@ def load_part(value_partials, remainders, entry, head, rows, row_count):
 
 @triton.jit
 def merge_kernel(
-    partials, value_partials, remainders, out, values, merges, slots, length, heads, batches,
-    DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    partials, value_partials, remainders, out, values, merges, slots, length, heads, batches, tile: tl.constexpr
 ):  # fmt: skip
     """One program merges BLOCK rows of one head: by the log-sum-exps of the partial results, if there are any,
     else it adds them. `remainders` are what those lost by rounding; None is nothing."""
     tiles = tl.num_programs(0) // (batches * heads)
     tile_number, flat_head = tl.program_id(0) % tiles, tl.program_id(0) // tiles
     batch, head = flat_head // heads, flat_head % heads
-    start = tile_number * BLOCK
+    start = tile_number * tile.BLOCK_M
     slot, row, rows = 0, start, length
     if merges is not None:
-        pieces: tl.constexpr = GRANULE // BLOCK
+        pieces: tl.constexpr = GRANULE // tile.BLOCK_M
         merge = merges + tile_number // pieces * 3
-        row, rows = tile_number % pieces * BLOCK, GRANULE
+        row, rows = tile_number % pieces * tile.BLOCK_M, GRANULE
         start = tl.load(merge) * GRANULE + row
         slot, slots = tl.load(merge + 1), tl.load(merge + 2)
-    offsets = tl.arange(0, BLOCK)
-    most = tl.full([BLOCK], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK], tl.float32)
+    offsets = tl.arange(0, tile.BLOCK_M)
+    most = tl.full([tile.BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([tile.BLOCK_M], tl.float32)
     if values is not None:
         for number in tl.range(0, slots):
             entry = batches * (slot + number) + batch
@@ -170,16 +170,18 @@ def merge_kernel(
         exists = start + offsets < length
         tl.store(head_of(values, batch, head) + (start + offsets).to(tl.int64) * values.row, lse, mask=exists)
         most = tl.where(empty, 0.0, most)
-    accumulator = tl.zeros([BLOCK, WIDTH], tl.float32)
+    accumulator = tl.zeros([tile.BLOCK_M, tile.WIDTH], tl.float32)
     for number in tl.range(0, slots):
         entry = batches * (slot + number) + batch
-        tile = load_tile(head_of(partials, entry, head), partials, row, rows, DIM, BLOCK, WIDTH, True)
+        part_tile = load_tile(
+            head_of(partials, entry, head), partials, row, rows, tile.DIM, tile.BLOCK_M, tile.WIDTH, True
+        )
         if values is not None:
             part, remainder = load_part(value_partials, remainders, entry, head, row + offsets, rows)
             # Not by the log-sum-exp: it may have lost the logarithm of the total by rounding.
-            tile *= (tl.exp2(((part - most) + remainder) * LOG2_E) / total)[:, None]
-        accumulator += tile
-    store_tile(head_of(out, batch, head), out, start, length, DIM, accumulator, BLOCK, WIDTH)
+            part_tile *= (tl.exp2(((part - most) + remainder) * LOG2_E) / total)[:, None]
+        accumulator += part_tile
+    store_tile(head_of(out, batch, head), out, start, length, tile.DIM, accumulator, tile.BLOCK_M, tile.WIDTH)
 
 
 def merge(
@@ -208,9 +210,7 @@ def merge(
         rows,
         heads,
         batch,
-        DIM=width,
-        WIDTH=launch.tile_width(width),
-        BLOCK=ROWS,
+        tile=tile_of(BLOCK_M=ROWS, DIM=width, WIDTH=launch.tile_width(width)),
         num_warps=4,
         **launch.COMPILER_OPTIONS,
     )

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from .. import launch
-from ..tiles import head_of, load_tile, store_tile, tensor2, tensor4
+from ..tiles import head_of, load_tile, store_tile, tensor4
 from .loops import is_visible, later_are_heavier, loop_over_keys, position_of, rows_of
 from .problem import Call, empty_heads
 from .row_values import is_rounded
@@ -98,11 +98,11 @@ def tangent_step(
 
 @triton.jit
 def attention_tangent_kernel(
-    q, k, v, out, lses, q_tangent, k_tangent, v_tangent, out_tangent, score_tangents, head_scale_tangent, problem,
+    q, k, v, out, values, q_tangent, k_tangent, v_tangent, out_tangent, score_tangents, problem,
     tile: tl.constexpr,
 ):  # fmt: skip
-    """`lses` are the log-sum-exps and where their tangents go, both contiguous."""
-    lse, lse_tangent = lses
+    """`values` are contiguous: log-sum-exps, where their tangents go, and the tangents of the heads' scales."""
+    lse, lse_tangent, head_scale_tangent = values
     shape, scores = problem.shape, problem.scores
     position = position_of(shape.queries, shape.heads, problem, later_are_heavier(problem), tile.BLOCK_M)
     start, batch, head, _split = position
@@ -125,8 +125,8 @@ def attention_tangent_kernel(
     score_terms = load_score_terms(scores, problem.dropout, batch, head)
     tangent_terms = load_score_terms(score_tangents, None, batch, head)
     # Rows that saw nothing, or do not exist: exp2(-inf) is 0, and so is everything that follows.
-    values = (batch * shape.heads + head).to(tl.int64) * shape.queries + queries
-    row_lse = tl.load(lse + values, mask=queries < shape.queries, other=float("-inf"))
+    row_index = (batch * shape.heads + head).to(tl.int64) * shape.queries + queries
+    row_lse = tl.load(lse + row_index, mask=queries < shape.queries, other=float("-inf"))
     row_lse = tl.where(row_lse == float("-inf"), float("inf"), row_lse * score_unit(scores))
 
     row_sum = tl.zeros([tile.BLOCK_M], tl.float32)
@@ -138,7 +138,7 @@ def attention_tangent_kernel(
             dlse += sink_weights * tl.load(head_of(score_tangents.sinks, batch, head))
     scale_tangent = 0.0
     if head_scale_tangent is not None:
-        scale_tangent = tl.load(head_of(head_scale_tangent, batch, head))
+        scale_tangent = tl.load(head_scale_tangent + batch * shape.heads + head)
     moved = q_tangent, k_tangent, v_tangent
     operands = (
         q_tile, q_tangent_tile, row_lse, pointers, k, v, moved, score_tangents, tangent_terms, scale_tangent,
@@ -164,7 +164,7 @@ def attention_tangent_kernel(
         head_of(out_tangent, batch, head), out_tangent, start, shape.queries, tile.VALUE_DIM, accumulator,
         tile.BLOCK_M, tile.VALUE_WIDTH,
     )  # fmt: skip
-    tl.store(lse_tangent + values, dlse, mask=queries < shape.queries)
+    tl.store(lse_tangent + row_index, dlse, mask=queries < shape.queries)
 
 
 def attention_tangent(
@@ -182,6 +182,7 @@ def attention_tangent(
     if lse_tangent.numel() == 0:
         return out_tangent, lse_tangent
     moved = (None if t is None else tensor4(t) for t in (tangents.q, tangents.k, tangents.v))
+    head_scale_tangent = None if tangents.head_scale is None else tangents.head_scale.contiguous()
     with launch.on_device(q):
         call = Call(attention_tangent_kernel, q, k, v, spec, tensors, lists)
         tiling = call.tiling(launch.ATTENTION_TANGENT)
@@ -192,11 +193,10 @@ def attention_tangent(
             tensor4(k),
             tensor4(v),
             tensor4(out),
-            (lse.contiguous(), lse_tangent),
+            (lse.contiguous(), lse_tangent, head_scale_tangent),
             *moved,
             tensor4(out_tangent),
             scores_of(spec.scale, None, None, tangents.bias, tangents.relative_bias, tangents.sinks),
-            tensor2(tangents.head_scale),
             problem,
             tile=call.tile(tiling),
             **tiling.compiler_options(),

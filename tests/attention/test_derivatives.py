@@ -360,8 +360,9 @@ def test_tiles_that_a_window_hides_are_not_visited() -> None:
 
     problem = Problem(heads=1, key_heads=1, queries=2048, keys=2048, width=8, causal=True, window=(100, None))
     q, k, _ = problem.inputs()
-    tiles.TileSum(function, ("rows", "rows", "columns"), (1,), problem.spec)(
-        tiles.learned(problem.score_tensors())[0], (q, q, k)
+    names, falls = ("dout", "q", "k", "lse"), ("rows", "rows", "columns", "rows")
+    tiles.TileSum(function, names, falls, (1,), problem.spec)(
+        tiles.learned(problem.score_tensors())[0], (q, q, k, torch.zeros(q.shape[:3]))
     )
     assert len(visited) == sum(
         len(range(max(0, row - 100), row + tiles.QUERY_TILE, tiles.KEY_TILE))

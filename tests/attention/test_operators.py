@@ -33,6 +33,7 @@ def test_opcheck(causal: bool, backend: str) -> None:
         relative_bias=torch.randn(1, 4, 9, device=DEVICE, requires_grad=True),
         sinks=torch.randn(1, 4, device=DEVICE, requires_grad=True),
         dropout_state=fastattn.dropout_state(1, DEVICE),
+        head_scale=torch.rand(1, 4, device=DEVICE, requires_grad=True),
     )
     documents = masks.packed_sequences([0, 9, 20], [0, 13, 24], causal).lower(1, 4, 20, 24, DEVICE)
     plain = *ScoreTensors(), *AttentionSpec(causal, 0.25).options
@@ -45,7 +46,7 @@ def test_opcheck(causal: bool, backend: str) -> None:
     for dlse in (None, torch.randn_like(lse)):
         arguments = (torch.randn_like(out), q, k, v, out, lse, dlse, True, True, *options, backend)
         library.opcheck(torch.ops.fastattn.attention_backward.default, arguments)
-    moved = (torch.randn_like(t) for t in (q, k, v, *options[2:5]))
+    moved = (torch.randn_like(t) for t in (q, k, v, *options[2:5], tensors.head_scale))
     arguments = (q, k, v, out, lse, *moved, *options, backend)
     library.opcheck(torch.ops.fastattn.attention_tangent.default, arguments)
 
