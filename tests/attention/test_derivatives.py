@@ -19,7 +19,7 @@ from torch.func import grad, jacfwd, jvp, vmap
 import fastattn
 from fastattn.core.attention import definition as attention_definition
 from fastattn.core.attention import tiles
-from fastattn.core.attention.spec import ScoreTensors
+from fastattn.core.attention.spec import ScoreTensors, Wanted
 from fastattn.core.mlp import definition as mlp_definition
 from fastattn.core.mlp.spec import MLPSpec, MLPWeights
 
@@ -360,9 +360,10 @@ def test_tiles_that_a_window_hides_are_not_visited() -> None:
 
     problem = Problem(heads=1, key_heads=1, queries=2048, keys=2048, width=8, causal=True, window=(100, None))
     q, k, _ = problem.inputs()
-    names, falls = ("dout", "q", "k", "lse"), ("rows", "rows", "columns", "rows")
-    tiles.TileSum(function, names, falls, (1,), problem.spec)(
-        tiles.learned(problem.score_tensors())[0], (q, q, k, torch.zeros(q.shape[:3]))
+    inputs = {"dout": q, "q": q, "k": k, "v": k, "out": q, "lse": torch.zeros(q.shape[:3])}
+    whole = tiles.gradients(problem.spec, Wanted(), False, False)
+    replace(whole, function=function, outputs=(1,))(
+        tiles.learned(problem.score_tensors())[0], tuple(map(inputs.get, whole.names))
     )
     assert len(visited) == sum(
         len(range(max(0, row - 100), row + tiles.QUERY_TILE, tiles.KEY_TILE))
