@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import library
 
 
 class Function(torch.autograd.Function):
@@ -35,10 +36,10 @@ def saves_for_forward(count: int) -> Callable[[type[Function]], type[Function]]:
     return with_saving
 
 
-def register_autograd(name: str, function: type[Function], operators: torch.library.Library) -> None:
+def register_autograd(name: str, function: type[Function], operators: library.Library) -> None:
     """Give the operator the Function's gradient, for tracers, which see the operator and not the Function."""
 
     def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
         function.setup_context(ctx, inputs, output)
 
-    torch.library.register_autograd(name, function.backward, setup_context=setup_context, lib=operators)
+    library.register_autograd(name, function.backward, setup_context=setup_context, lib=operators)

@@ -156,7 +156,8 @@ def pretended_gpus(*gpus: Gpu, folder: Path | None = None) -> Iterator[Driver]:
         # The assembler takes as long as everything before it, and the compile report runs it on every kernel.
         # What is kept in its place must never be taken for machine code: it gets a cache of its own.
         if "TRITON_CACHE_DIR" not in os.environ:
-            stack.enter_context(mock.patch.dict(os.environ, {"TRITON_CACHE_DIR": tempfile.mkdtemp()}))
+            folder = stack.enter_context(tempfile.TemporaryDirectory())
+            stack.enter_context(mock.patch.dict(os.environ, {"TRITON_CACHE_DIR": folder}))
         stack.enter_context(mock.patch.object(CUDABackend, "make_cubin", lambda *_: b"\x7fELF, pretended"))
         cuda = CudaDriver()
         cuda.get_current_stream = lambda device=None: (driver.device() if device is None else device) + 1

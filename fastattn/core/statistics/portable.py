@@ -38,11 +38,11 @@ def sweep(
     if q.numel() * k.numel() == 0:
         return results
     every = Scores(q, k, spec.attention, tensors)
-    space = _Space(lse)
+    workspace = _Workspace(lse)
     with tiles.product_precision(q, spec.attention):
         for batch, key_heads in _parts(every):
             heads = slice(key_heads.start * every.group, key_heads.stop * every.group)
-            part = _Sweep(every.part(batch, key_heads), spec, _part_of(asked, batch, heads), space)
+            part = _Sweep(every.part(batch, key_heads), spec, _part_of(asked, batch, heads), workspace)
             there = {
                 name: (t[:, batch, heads] if name == "match_mass" else t[batch, heads])
                 for name, t in results.items()
@@ -73,7 +73,7 @@ def gather(
                 True,
             )
             queries = _Rows(tile.scores, tile.rows, q, lse)
-            logs = ungrouped(queries.log_weights(tile, k, _Space(lse)), q.shape[1])
+            logs = ungrouped(queries.log_weights(tile, k, _Workspace(lse)), q.shape[1])
             found[:, :, pairs] = torch.exp2(logs[:, :, rows[pairs] - first, columns[pairs] - start])
     return found
 
@@ -95,7 +95,7 @@ def _part_of(asked: StatisticsTensors, batch: slice, heads: slice) -> Statistics
     return StatisticsTensors(weights, norms, own, others, asked.row_bins)
 
 
-class _Space:
+class _Workspace:
     """The memory of what is computed on a tile, by name, the same for every tile: fresh pages for each would take
     as long as what is computed on them."""
 
@@ -134,12 +134,12 @@ class _Rows:
         nobody = row_lse == math.inf
         self.nobody, self.whole = bool(nobody.all()), not bool(nobody.any())
 
-    def log_weights(self, tile: Tile, k: Tensor, space: _Space) -> Tensor:
+    def log_weights(self, tile: Tile, k: Tensor, workspace: _Workspace) -> Tensor:
         """The logarithms of a tile's weights, of base 2, HIDDEN where hidden: (B, Hkv, group x rows, columns)."""
         scores, work = self.scores, self.lse.dtype
         k_tile = scores.part_of(k, "columns", tile).to(work)
         if self.scaled_q is not None:
-            logs = space.of("logs", (*self.q.shape[:3], k_tile.shape[2]))
+            logs = workspace.of("logs", (*self.q.shape[:3], k_tile.shape[2]))
             torch.bmm(self.scaled_q.flatten(0, 1), k_tile.flatten(0, 1).mT, out=logs.flatten(0, 1))
             logs.sub_(self.lse)
             for hidden in scores.hidden(tile, k.device):
@@ -154,8 +154,10 @@ class _Rows:
 class _Sweep:
     """The sweep of some batch elements and heads."""
 
-    def __init__(self, scores: Scores, spec: StatisticsSpec, asked: StatisticsTensors, space: _Space) -> None:
-        self.scores, self.spec, self.asked, self.space = scores, spec, asked, space
+    def __init__(
+        self, scores: Scores, spec: StatisticsSpec, asked: StatisticsTensors, workspace: _Workspace
+    ) -> None:
+        self.scores, self.spec, self.asked, self.workspace = scores, spec, asked, workspace
         self.want = set(spec.want)
 
     def run(self, q: Tensor, k: Tensor, lse: Tensor, results: dict[str, Tensor]) -> None:
@@ -169,22 +171,22 @@ class _Sweep:
                 continue
             for tile in scores.tiles_of(rows):
                 if tile.columns.start < tile.columns.stop:
-                    logs = ungrouped(queries.log_weights(tile, k, self.space), scores.heads)
+                    logs = ungrouped(queries.log_weights(tile, k, self.workspace), scores.heads)
                     self.add(tile, logs, ungrouped(queries.lse, scores.heads)[..., 0], results)
 
     def add(self, tile: Tile, logs: Tensor, row_lse: Tensor, results: dict[str, Tensor]) -> None:
         """Add what one tile of logarithms of weights (B, Hq, M, N), of base 2, gives."""
-        want, rows, columns, space = self.want, tile.rows, tile.columns, self.space
+        want, rows, columns, workspace = self.want, tile.rows, tile.columns, self.workspace
         if "max_logit" in want:
             highest = logs.amax(-1)
             highest = ((highest + row_lse) / LOG2E).masked_fill_(highest <= HIDDEN / 2, -math.inf)
             # Of a query that is not asked for, or saw nothing, the log-sum-exp is infinite.
             most = results["max_logit"][:, :, rows]
             torch.maximum(most, highest.masked_fill_(row_lse == math.inf, -math.inf), out=most)
-        weights = space.of("weights", logs.shape)
+        weights = workspace.of("weights", logs.shape)
         if "lag_profile" in want:
             height = logs.shape[2]
-            weights = space.skewed(tuple(logs.shape))[..., height - 1 : height - 1 + logs.shape[3]]
+            weights = workspace.skewed(tuple(logs.shape))[..., height - 1 : height - 1 + logs.shape[3]]
         torch.exp2(logs, out=weights)
         if "max_received" in want:
             most = results["max_received"][:, :, columns]
@@ -199,7 +201,7 @@ class _Sweep:
         if "top_keys" in want:
             self._add_top(tile, weights, results)
         if "lag_profile" in want:
-            self._add_lags(tile, space.skewed(tuple(logs.shape)), results["lag_profile"])
+            self._add_lags(tile, workspace.skewed(tuple(logs.shape)), results["lag_profile"])
         self._add_products_by_columns(tile, weights, results)
         self._add_products_by_rows(tile, weights, results)
 
@@ -258,7 +260,7 @@ class _Sweep:
             if tile.columns.stop - 1 > tile.rows.start + self.scores.shift - before:
                 matches = matches & (key <= diagonal - before)
             # The logarithms have been read: their memory is free.
-            product = torch.mul(weights, matches[:, None], out=self.space.of("logs", weights.shape))
+            product = torch.mul(weights, matches[:, None], out=self.workspace.of("logs", weights.shape))
             masses[kind] += product.sum(-1)
 
     def _add_top(self, tile: Tile, weights: Tensor, results: dict[str, Tensor]) -> None:
