@@ -75,6 +75,23 @@ def test_a_distance_scores_as_induction_until_the_period_changes(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_displaced_circuit_copies_without_an_induction_score_and_the_lag_profile_finds_it(tmp_path):
+    found = tell("displaced-circuit", tmp_path)
+    assert found["accuracy"] > 0.85 and found["induction"] < 0.3
+    assert (found["first lag"], found["second lag"]) == (17, 21)
+    assert (found["first lag expected"], found["second lag expected"]) == (17, 21)
+
+
+@pytest.mark.slow
+def test_a_trace_finds_the_mlp_where_a_fact_must_be_looked_up_and_ablation_agrees(tmp_path):
+    found = tell("causal-trace", tmp_path)
+    assert found["known"] > 0.95 and found["noised"] < 0.25
+    assert found["MLP at the subject"] > 0.4 > 0.25 > found["MLP elsewhere, at most"]
+    assert found["attention at the end"] > 0.9
+    assert found["without MLPs at the subject"] < 0.25 < 0.4 < found["without MLPs elsewhere, at least"]
+
+
+@pytest.mark.slow
 def test_zero_positions_are_a_set_before_training_and_an_order_after(tmp_path):
     found = tell("zero-positions", tmp_path)
     assert found["positions before"] == 0 and found["change before"] < 1e-5 and found["accuracy before"] < 0.2

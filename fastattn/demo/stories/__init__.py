@@ -39,6 +39,11 @@ STORIES = (
         "positional_shortcut",
     ),
     Story(
+        "displaced-circuit",
+        "Two texts read word by word in turn are copied without an induction head; the lag profile shows how.",
+        "displaced_circuit",
+    ),
+    Story(
         "zero-positions",
         "An encoder whose learned positions start at zero sees a set, until training teaches it the order.",
         "zero_positions",
@@ -52,6 +57,11 @@ STORIES = (
         "neuron",
         "The neuron of a text model that writes the space, found by what it adds, confirmed by taking it out.",
         "neuron",
+    ),
+    Story(
+        "causal-trace",
+        "A trace finds the one place where a small model can look its facts up, and ablation agrees.",
+        "causal_trace",
     ),
     Story(
         "logit-lens",

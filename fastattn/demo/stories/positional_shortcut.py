@@ -15,8 +15,8 @@ from torch import Tensor
 
 from fastattn.demo.induction import LENGTH, START, VOCABULARY, make_model
 from fastattn.demo.pictures import EAGER, FUSED, plain
-from fastattn.demo.stories.stage import Stage, percent
-from fastattn.lens import HeadReport, head_report, watch
+from fastattn.demo.stories.stage import Stage, lag_profiles, percent
+from fastattn.lens import HeadReport, head_report
 from fastattn.lens.showing import new_figure
 from fastattn.nn import TransformerModel
 
@@ -83,17 +83,6 @@ def accuracy(model: TransformerModel, tokens: Tensor, period: int) -> float:
     """On the tokens that can be foretold, from the second of the second copy on."""
     right = model(tokens[:, :-1]).argmax(-1) == tokens[:, 1:]
     return right[:, period + 1 :].float().mean().item()
-
-
-@torch.no_grad()
-def lag_profiles(model: TransformerModel, tokens: Tensor) -> Tensor:
-    """(layers, heads, L): the share of a head's attention, over all queries, that is on the token l back."""
-    length = tokens.shape[1]
-    with watch(model, "blocks.*.attention.lag_profile") as seen:
-        model(tokens)
-    profiles = torch.stack([seen[f"blocks.{i}.attention.lag_profile"] for i in range(len(model.blocks))])
-    # Lag l stands at l + length - 1; the negative ones are of keys after the query.
-    return profiles[..., length - 1 :].mean(1).float().cpu() / length
 
 
 def _best(report: HeadReport, score: str, layer: int) -> float:

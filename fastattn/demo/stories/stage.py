@@ -19,6 +19,8 @@ from fastattn.demo import checks
 from fastattn.demo.screen import Screen
 from fastattn.demo.threads import restored_threads
 from fastattn.errors import CommandError
+from fastattn.lens import watch
+from fastattn.nn import TransformerModel
 
 LEARNING_RATE, WARMUP, CLIP = 3e-3, 50, 1.0
 QUICK_STEPS = 6
@@ -135,3 +137,14 @@ class Stage:
 
 def percent(value: float) -> str:
     return f"{value:.0%}"
+
+
+@torch.no_grad()
+def lag_profiles(model: TransformerModel, tokens: Tensor) -> Tensor:
+    """(layers, heads, L): the share of a head's attention, over all queries, that is on the token l back."""
+    length = tokens.shape[1]
+    with watch(model, "blocks.*.attention.lag_profile") as seen:
+        model(tokens)
+    profiles = torch.stack([seen[f"blocks.{i}.attention.lag_profile"] for i in range(len(model.blocks))])
+    # Lag l stands at l + length - 1; the negative ones are of keys after the query.
+    return profiles[..., length - 1 :].mean(1).float().cpu() / length
