@@ -1,0 +1,342 @@
+"""No kernel touches what it was not given, uses what nobody wrote, or depends on the order of its programs.
+
+Shown by `sanitizers.sanitized` in the interpreter: it finds each of these faults in a kernel that has it, and none
+in ours.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from attention_problems import Problem, problems
+from hardware import DEVICE, ON_GPU
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sanitizers import ORDERS, Finding, sanitized
+from torch import Tensor
+from torch.autograd import forward_ad
+
+import fastattn
+from fastattn import kernels, lens
+from fastattn.kernels import launch
+
+pytestmark = pytest.mark.skipif(
+    ON_GPU, reason="checks kernels in Triton's interpreter; on a GPU: compute-sanitizer"
+)
+
+BACKEND = "triton"
+
+
+# What it finds.
+
+
+@triton.jit
+def copy_kernel(x, y, size, gap, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(y + at, tl.load(x + at * gap, mask=at < size, other=0.0), mask=at < size)
+
+
+@triton.jit
+def copy_without_mask_kernel(x, y, size, gap, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(y + at, tl.load(x + at * gap), mask=at < size)
+
+
+@triton.jit
+def store_without_mask_kernel(x, y, size, gap, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(y + at, tl.load(x + at * gap, mask=at < size, other=0.0))
+
+
+@triton.jit
+def one_sum_kernel(x, y, size, gap, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(y, tl.load(y) + tl.sum(tl.load(x + at * gap, mask=at < size, other=0.0), 0))
+
+
+@triton.jit
+def neighbour_kernel(x, y, size, gap, BLOCK: tl.constexpr):
+    """The last program reads what the one before it writes."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    before = tl.load(y + at - BLOCK, mask=(at >= BLOCK) & (at < size), other=0.0)
+    tl.store(y + at, tl.load(x + at * gap, mask=at < size, other=0.0) + before, mask=at < size)
+
+
+def launched(kernel, order: str = "given", gap: int = 1) -> Tensor:
+    x, y = torch.arange(20.0 * gap)[::gap], torch.empty(20)
+    with sanitized(order):
+        kernel[(3,)](x, y, 20, gap, BLOCK=8)
+    return y
+
+
+@pytest.mark.parametrize("gap", [1, 3])
+def test_a_sound_kernel_passes_in_every_order(gap: int) -> None:
+    for order in ORDERS:
+        assert torch.equal(launched(copy_kernel, order, gap), torch.arange(20.0 * gap)[::gap])
+
+
+@pytest.mark.parametrize(
+    "kernel, words",
+    [
+        (copy_without_mask_kernel, r"program \(2, 0, 0\) of \(3, 1, 1\), loads element 20 .* shape \(20,\)"),
+        (store_without_mask_kernel, r"program \(2, 0, 0\) of \(3, 1, 1\), stores element 20 .* \(20,\)"),
+        (one_sum_kernel, r"programs 0 and 1 both store to element 0"),
+        (neighbour_kernel, r"program 1 loads what program 0 stores, element 0"),
+    ],
+)  # fmt: skip
+def test_each_fault_is_found_and_named(kernel, words: str) -> None:
+    with pytest.raises(Finding, match=words):
+        launched(kernel)
+
+
+def test_the_gap_between_the_elements_of_a_view_belongs_to_nobody() -> None:
+    x, y = torch.arange(60.0)[::3], torch.empty(20)
+    with pytest.raises(Finding, match=r"loads element 1 .* shape \(20,\) and strides \(3,\)"), sanitized():
+        copy_kernel[(3,)](x, y, 20, 1, BLOCK=8)
+
+
+def test_memory_that_nobody_wrote_is_not_a_number() -> None:
+    with sanitized():
+        assert torch.empty(4).isnan().all() and torch.empty(4, dtype=torch.int32).eq(2**31 - 1).all()
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+# Ours.
+
+
+def forward_and_backward(call: Callable[..., object], inputs: Sequence[Tensor]) -> list[Tensor]:
+    """All that `call` returns, and the gradient of each input that has one; upstream gradients are drawn."""
+    torch.manual_seed(1)
+    leaves = [t.detach().requires_grad_(t.is_floating_point()) for t in inputs]
+    results = call(*leaves)
+    outs = [t for t in (results if isinstance(results, tuple) else (results,)) if t.requires_grad]
+    upstream = [torch.randn(t.shape, device=DEVICE).to(t.dtype) for t in outs]
+    learned = [t for t in leaves if t.requires_grad]
+    return [*outs, *torch.autograd.grad(outs, learned, upstream)]
+
+
+def attention(problem: Problem) -> list[Tensor]:
+    torch.manual_seed(0)
+    tensors = problem.score_tensors()
+    names = [n for n, t in tensors._asdict().items() if n in ("bias", "relative_bias", "sinks") and t is not None]
+
+    def call(q: Tensor, k: Tensor, v: Tensor, *beside: Tensor) -> tuple[Tensor, ...]:
+        given = problem.arguments(tensors._replace(**dict(zip(names, beside, strict=True))))
+        return fastattn.attention(q, k, v, **given, return_lse=True, backend=BACKEND)
+
+    return forward_and_backward(call, [*problem.inputs(), *(getattr(tensors, n) for n in names)])
+
+
+def attention_tangent(problem: Problem) -> list[Tensor]:
+    torch.manual_seed(0)
+    given = problem.arguments(problem.score_tensors())
+    with forward_ad.dual_level():
+        duals = [forward_ad.make_dual(t, torch.randn(t.shape).to(t.dtype)) for t in problem.inputs()]
+        results = fastattn.attention(*duals, **given, return_lse=True, backend=BACKEND)
+        return [part for t in results for part in forward_ad.unpack_dual(t)]
+
+
+def statistics(problem: Problem) -> list[Tensor]:
+    torch.manual_seed(0)
+    q, k, v = problem.inputs()
+    given = problem.arguments(problem.score_tensors())
+    _, lse = fastattn.attention(q, k, v, **given, return_lse=True, backend="reference")
+    found = lens.attention_statistics(
+        q, k, lse, v, want=("entropy", "max_logit", "mean_distance", "value_norm", "match_mass", "received",
+        "max_received", "weighted_received", "lag_profile"), labels=torch.randint(5, k.shape[::2]),
+        match=("induction", "previous"), query_weights=torch.ones_like(lse), backend=BACKEND, **given,
+    )  # fmt: skip
+    return [t for t in found if t is not None]
+
+
+def mlp(
+    tokens: int, width: int, hidden: int, *, gated: bool, strided: bool, inference: bool = False
+) -> list[Tensor]:
+    torch.manual_seed(0)
+    x = torch.randn(width, tokens).t() if strided else torch.randn(tokens, width)
+    names = ("w_gate", "w_up", "w_down", "b_gate", "b_up", "b_down") if gated else ("w1", "b1", "w2", "b2")
+    sizes = {"b_down": (width,), "b2": (width,), "w_down": (width, hidden), "w2": (width, hidden)}
+    sizes |= dict.fromkeys(("b_gate", "b_up", "b1"), (hidden,))
+    weights = [torch.randn(sizes.get(name, (hidden, width))) / width**0.5 for name in names]
+    function = fastattn.gated_mlp if gated else fastattn.mlp
+
+    def call(x: Tensor, *weights: Tensor) -> Tensor:
+        return function(x, **dict(zip(names, weights, strict=True)), backend=BACKEND)
+
+    if inference:
+        with torch.no_grad():
+            return [call(x, *weights)]
+    return forward_and_backward(call, [x, *weights])
+
+
+def norm(rows: int, width: int, *, centred: bool, strided: bool) -> list[Tensor]:
+    torch.manual_seed(0)
+    x, residual = (
+        torch.randn(2, rows, 2 * width)[..., ::2] if strided else torch.randn(2, rows, width) for _ in "xr"
+    )
+    names = ("weight", "bias") if centred else ("weight",)
+
+    def call(x: Tensor, residual: Tensor, *affine: Tensor) -> tuple[Tensor, Tensor]:
+        function = fastattn.layer_norm if centred else fastattn.rms_norm
+        return function(x, residual=residual, **dict(zip(names, affine, strict=True)), backend=BACKEND)
+
+    return forward_and_backward(call, [x, residual, *(torch.randn(width) for _ in names)])
+
+
+def heads(length: int, width: int, *, interleaved: bool, strided: bool) -> list[Tensor]:
+    torch.manual_seed(0)
+    x = torch.randn(2, length, 3, width).transpose(1, 2) if strided else torch.randn(2, 3, length, width)
+    cos, sin = torch.randn(2, length, width // 4)
+
+    def call(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+        return fastattn.prepare_heads(
+            x, cos=cos, sin=sin, norm_weight=weight, head_scale=scale, interleaved=interleaved, backend=BACKEND
+        )
+
+    return forward_and_backward(call, [x, torch.randn(width), torch.randn(3)])
+
+
+def by_library(call: Callable[[], list[Tensor]]) -> list[Tensor]:
+    """With PyTorch's matrix products, and our kernels between them, as for wide MLPs."""
+    with mock.patch.dict(launch.MLP_FUSED_UP_TO, {family: {} for family in launch.MLP_FUSED_UP_TO}):
+        return call()
+
+
+def check(call: Callable[[], list[Tensor]], orders: Sequence[str] = ORDERS) -> set[str]:
+    """Sound, no NaN out of unwritten memory, and the same bits in every order; the kernels that ran."""
+    expected = None
+    for seed, order in enumerate(orders):
+        with sanitized(order, seed) as watch:
+            found = call()
+        expected = expected or found
+        for t, first in zip(found, expected, strict=True):
+            assert not t.isnan().any() and torch.equal(t, first), order
+    assert watch.addresses > 0
+    return watch.kernels
+
+
+PLAIN = Problem(queries=37, keys=53, causal=True, key_heads=1, lse_gradient=True)
+EVERYTHING = Problem(
+    queries=37, keys=53, window=(20, 9), lengths=True, alibi=True, sinks=True, bias=(0, 0, 0, 0), radius=9,
+    softcap=2.0, dropout=0.3,
+)  # fmt: skip
+BOTH_WAYS = {"attention_forward_kernel", "attention_delta_kernel", "attention_dkdv_kernel", "attention_dq_kernel"}
+WITH_BIAS = BOTH_WAYS | {"attention_remainder_kernel", "bias_gradient_kernel"}
+# A call, and the kernels that it runs.
+CALLS = {
+    "attention": (partial(attention, PLAIN), BOTH_WAYS),
+    "attention of strided heads": (
+        partial(attention, Problem(queries=37, keys=53, width=24, layout="strided")),
+        BOTH_WAYS,
+    ),
+    "attention, every score feature": (partial(attention, EVERYTHING), WITH_BIAS | {"diagonal_sums_kernel"}),
+    "attention of one query, split over keys": (
+        partial(attention, Problem(heads=1, key_heads=1, queries=1, keys=700)),
+        BOTH_WAYS | {"merge_kernel"},
+    ),
+    "attention, sequences": (partial(attention, Problem(intervals=True, queries=70, keys=70)), BOTH_WAYS),
+    "attention, forward mode": (
+        partial(attention_tangent, Problem(queries=37, keys=53, sinks=True, causal=True)),
+        {"attention_forward_kernel", "attention_tangent_kernel"},
+    ),
+    "statistics": (
+        partial(statistics, Problem(queries=37, keys=53, causal=True)),
+        {"query_statistics_kernel", "key_statistics_kernel", "lag_profile_kernel"},
+    ),
+    "mlp": (
+        partial(mlp, 33, 21, 45, gated=False, strided=True),
+        {"hidden_kernel", "hidden_gradient_kernel"},
+    ),
+    "gated mlp": (
+        partial(mlp, 33, 21, 45, gated=True, strided=False),
+        {"hidden_kernel", "hidden_gradient_kernel"},
+    ),
+    "mlp with the library's products": (
+        partial(by_library, partial(mlp, 33, 32, 48, gated=False, strided=False)),
+        {"activation_kernel", "activation_gradient_kernel"},
+    ),
+    "layer norm": (partial(norm, 33, 21, centred=True, strided=True), {"norm_kernel", "norm_gradient_kernel"}),
+    "wide RMS norm": (
+        partial(norm, 33, 43, centred=False, strided=False),
+        {"norm_kernel", "norm_gradient_kernel", "norm_sums_kernel"},
+    ),
+    "heads": (
+        partial(heads, 21, 24, interleaved=False, strided=True),
+        {"heads_kernel", "heads_gradient_kernel"},
+    ),
+    "interleaved heads": (
+        partial(heads, 21, 24, interleaved=True, strided=False),
+        {"heads_kernel", "heads_gradient_kernel"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_call_touches_its_tensors_only_and_gives_the_same_bits_in_every_order(name: str) -> None:
+    call, kernels_of_it = CALLS[name]
+    assert check(call, ("shuffled", "reversed")) == kernels_of_it
+
+
+def test_the_calls_above_run_every_kernel_there_is() -> None:
+    files = [file for folder in kernels.__path__ for file in Path(folder).rglob("*.py")]
+    there = {name for file in files for name in re.findall(r"^def (\w+_kernel)\(", file.read_text(), re.MULTILINE)}
+    assert there == set().union(*(kernels_of_it for _, kernels_of_it in CALLS.values()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "problem",
+    [
+        Problem(heads=1, key_heads=1, queries=770, keys=770, lists="global"),
+        Problem(heads=1, key_heads=1, queries=130, keys=130, lists="random"),
+        Problem(heads=1, key_heads=1, queries=130, keys=130, lists="bigbird"),
+        Problem(bias=(1, 1, 1, 1)),
+        Problem(queries=5, keys=70, scale=3e6, bias=(0, 0, 0, 0)),
+        Problem(queries=0),
+        Problem(keys=0, sinks=True),
+    ],
+    ids=["rows that share lists", "lists", "keys that count", "one bias", "huge scores", "no queries", "no keys"],
+)
+def test_rarer_calls_of_attention_are_sound(problem: Problem) -> None:
+    check(partial(attention, problem))
+    if problem.queries:
+        check(partial(statistics, problem))
+
+
+DRAWN = settings(max_examples=12)
+
+
+@pytest.mark.slow
+@DRAWN
+@given(problem=problems)
+def test_attention_of_any_kind_is_sound(problem: Problem) -> None:
+    check(partial(attention, problem))
+
+
+@pytest.mark.slow
+@DRAWN
+@given(st.integers(1, 70), st.integers(1, 70), st.integers(1, 70), st.booleans(), st.booleans())
+def test_mlps_of_any_size_are_sound(tokens: int, width: int, hidden: int, gated: bool, strided: bool) -> None:
+    check(partial(mlp, tokens, width, hidden, gated=gated, strided=strided))
+
+
+@pytest.mark.slow
+@DRAWN
+@given(st.integers(1, 70), st.integers(1, 300), st.booleans(), st.booleans())
+def test_norms_of_any_size_are_sound(rows: int, width: int, centred: bool, strided: bool) -> None:
+    check(partial(norm, rows, width, centred=centred, strided=strided))
+
+
+@pytest.mark.slow
+@DRAWN
+@given(st.integers(1, 70), st.integers(2, 30), st.booleans(), st.booleans())
+def test_heads_of_any_size_are_sound(length: int, quarter: int, interleaved: bool, strided: bool) -> None:
+    check(partial(heads, length, 4 * quarter, interleaved=interleaved, strided=strided))
