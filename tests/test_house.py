@@ -22,7 +22,7 @@ FLOORS = (
     ("kernels", "kernels.*", "errors"),
     ("ground", "ground.*"),
     ("masks", "masks.*"),
-    ("core.function", "core.mapped", "core.layout", "core.intact"),
+    ("core.function", "core.mapped", "core.layout", "core.intact", "core.workspace"),
     ("core.autocast", "core.derivatives", "core.backends"),
     ("core.*.spec", "core.attention.dropout"),
     ("core.*.definition",),

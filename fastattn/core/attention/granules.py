@@ -23,6 +23,7 @@ from fastattn.core.attention.dropout import keep_mask_of_groups
 from fastattn.core.attention.spec import AttentionSpec, Gradients, Saved, ScoreTensors, Wanted
 from fastattn.core.attention.tiles import adds_floats, key_counts
 from fastattn.core.layout import heads_last
+from fastattn.core.workspace import Workspace
 from fastattn.ground.checks import lse_dtype
 from fastattn.masks.lists import GRANULE, by_row, of_heads, rows_of_intervals, unpack, unpacked
 
@@ -40,7 +41,7 @@ def serves(spec: AttentionSpec, tensors: ScoreTensors) -> bool:
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, tensors: ScoreTensors) -> tuple[Tensor, Tensor]:
-    call, workspace = Call(q, k, v, spec, tensors), Workspace(lse_dtype(q.dtype), q.device)
+    call, workspace = Call(q, k, v, spec, tensors), GranuleWorkspace(lse_dtype(q.dtype), q.device)
     queries, keys, values = Granules(q), Granules(k, tensors.key_lengths), Granules(v, tensors.key_lengths)
     row_max, row_sum = call.beginning()
     total = row_max.new_zeros(*row_max.shape, v.shape[3])
@@ -102,7 +103,7 @@ def _gradients(
     beside: Sequence[BiasGradient | RelativeBiasGradient],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk and dv in granules; those of `beside` are given the gradient of every batch of scores."""
-    workspace = Workspace(lse.dtype, lse.device)
+    workspace = GranuleWorkspace(lse.dtype, lse.device)
     lengths = call.tensors.key_lengths
     queries, upstream = Granules(saved.q), Granules(dout)
     keys, values = Granules(saved.k, lengths), Granules(saved.v, lengths)
@@ -211,7 +212,7 @@ class Call:
         return row_max.view(-1, GRANULE), row_sum.view(-1, GRANULE)
 
     def logits(
-        self, entries: Entries, queries: Granules, keys: Granules, workspace: Workspace
+        self, entries: Entries, queries: Granules, keys: Granules, workspace: GranuleWorkspace
     ) -> tuple[Tensor, Tensor | None]:
         """Their scores (E, 64, 64), in `unit`, -inf where hidden; and by what a soft cap multiplies their
         derivative."""
@@ -248,7 +249,7 @@ class Call:
         if self.tensors.relative_bias is not None:
             yield self._relative_bias(self.tensors.relative_bias, entries)
 
-    def _hide(self, logits: Tensor, entries: Entries, workspace: Workspace) -> None:
+    def _hide(self, logits: Tensor, entries: Entries, workspace: GranuleWorkspace) -> None:
         """-inf where bits or key lengths hide; last, because a bias may be anything there."""
         if entries.tiles is not None:
             hidden = self._hidden(entries.tiles, workspace)
@@ -310,7 +311,7 @@ class Call:
         """Where the queries or keys of granules stand: (E, 64)."""
         return (numbers % of_a_head * GRANULE)[:, None] + torch.arange(GRANULE, device=self.device)
 
-    def _hidden(self, tiles: Tensor, workspace: Workspace) -> Tensor:
+    def _hidden(self, tiles: Tensor, workspace: GranuleWorkspace) -> Tensor:
         """0 where a bit is set, else -inf, found byte by byte in a table: (E, 64, 64)."""
         octets = self.lists.bit_tiles[tiles].view(torch.uint8).flatten().int()
         found = torch.index_select(self._of_octets, 0, octets, out=workspace.empty("hidden", len(octets), 8))
@@ -428,23 +429,8 @@ class EntryGroups:
         total.index_add_(0, self.which, self.reduce(values))
 
 
-class Workspace:
-    """Memory for the intermediate results of a batch, by name. Every batch reuses it: new memory for each batch
-    would take as long as the computation on it."""
-
-    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
-        self.dtype, self.device = dtype, device
-        self._held: dict[str, Tensor] = {}
-        self._views: dict[tuple[str, tuple[int, ...]], Tensor] = {}
-
-    def empty(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        if (name, shape) not in self._views:
-            size = math.prod(shape)
-            if name not in self._held or self._held[name].numel() < size:
-                self._views.clear()  # views would keep the old memory alive
-                self._held[name] = torch.empty(size, dtype=dtype or self.dtype, device=self.device)
-            self._views[name, shape] = self._held[name][:size].view(shape)
-        return self._views[name, shape]
+class GranuleWorkspace(Workspace):
+    """Also memory for the granules of a batch of entries."""
 
     def gather(self, name: str, granules: Granules, numbers: Tensor) -> Tensor:
         """These granules (E, 64, W)."""
@@ -458,9 +444,6 @@ class Workspace:
         if granules.unseen is not None:
             rows.masked_fill_(granules.unseen.index_select(0, numbers).view(-1, 1), 0.0)
         return rows.view(len(numbers), GRANULE, granules.width)
-
-    def product(self, name: str, a: Tensor, b: Tensor) -> Tensor:
-        return torch.bmm(a, b, out=self.empty(name, len(a), a.shape[1], b.shape[2]))
 
 
 def rows_of(t: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from fastattn.core.attention import tiles
 from fastattn.core.attention.spec import AttentionSpec, ScoreTensors
 from fastattn.core.attention.tiles import KEY_TILE, LISTED_QUERY_TILE, QUERY_TILE, Scores, Tile, grouped, ungrouped
 from fastattn.core.statistics.spec import StatisticsSpec, StatisticsTensors, empty_results
+from fastattn.core.workspace import Workspace
 from fastattn.masks.lists import GRANULE
 
 # Scores of a tile over all of its heads: 1 MiB in fp32.
@@ -26,8 +27,8 @@ ELEMENTS = 2**18
 LOG2E = math.log2(math.e)
 # The logarithm of a hidden weight. exp2 of it is 0, and 0 times it is 0, where 0 times -inf is NaN.
 HIDDEN = -1e30
-# Keys of a group, of which the largest weight is looked at first.
-GROUP = 16
+# Keys that the largest weights are picked from at once, and of a group, of which the largest is looked at first.
+PICKED, GROUP = 2048, 16
 
 
 def sweep(
@@ -38,7 +39,7 @@ def sweep(
     if q.numel() * k.numel() == 0:
         return results
     every = Scores(q, k, spec.attention, tensors)
-    workspace = _Workspace(lse)
+    workspace = _Workspace(lse.dtype, lse.device)
     with tiles.product_precision(q, spec.attention):
         for batch, key_heads in _parts(every):
             heads = slice(key_heads.start * every.group, key_heads.stop * every.group)
@@ -73,19 +74,25 @@ def gather(
                 True,
             )
             queries = _Rows(tile.scores, tile.rows, q, lse)
-            logs = ungrouped(queries.log_weights(tile, k, _Workspace(lse)), q.shape[1])
+            logs = ungrouped(queries.log_weights(tile, k, _Workspace(lse.dtype, lse.device)), q.shape[1])
             found[:, :, pairs] = torch.exp2(logs[:, :, rows[pairs] - first, columns[pairs] - start])
     return found
 
 
 def _parts(scores: Scores) -> Iterator[tuple[slice, slice]]:
     """Batch elements and key heads whose tiles fit in the cache: several of both, or one."""
-    one = scores.group * min(scores.queries, QUERY_TILE) * min(scores.keys, KEY_TILE)
+    one = scores.group * min(scores.queries, _height(scores)) * min(scores.keys, KEY_TILE)
     heads_at_once = min(scores.key_heads, max(1, ELEMENTS // one))
     batch_at_once = min(scores.batch, max(1, ELEMENTS // (one * scores.key_heads)))
     for b in _spans(0, scores.batch, batch_at_once):
         for h in _spans(0, scores.key_heads, heads_at_once):
             yield b, h
+
+
+def _height(scores: Scores) -> int:
+    """The queries of a tile. Fewer leave out more of what lies behind the diagonal, or outside of a mask of
+    lists."""
+    return QUERY_TILE if scores.lists is None and scores.spec.right is None else LISTED_QUERY_TILE
 
 
 def _part_of(asked: StatisticsTensors, batch: slice, heads: slice) -> StatisticsTensors:
@@ -95,20 +102,12 @@ def _part_of(asked: StatisticsTensors, batch: slice, heads: slice) -> Statistics
     return StatisticsTensors(weights, norms, own, others, asked.row_bins)
 
 
-class _Workspace:
-    """The memory of what is computed on a tile, by name, the same for every tile: fresh pages for each would take
-    as long as what is computed on them."""
+class _Workspace(Workspace):
+    """Also memory for tiles whose diagonals are summed."""
 
-    def __init__(self, like: Tensor) -> None:
-        self.like = like
-        self._held: dict[str, Tensor] = {}
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__(dtype, device)
         self._skewed: dict[tuple[int, ...], Tensor] = {}
-
-    def of(self, name: str, shape: Sequence[int]) -> Tensor:
-        size = math.prod(shape)
-        if name not in self._held or self._held[name].numel() < size:
-            self._held[name] = self.like.new_empty(size)
-        return self._held[name][:size].view(shape)
 
     def skewed(self, shape: tuple[int, ...]) -> Tensor:
         """For tiles (B, H, M, N): rows of N elements with M - 1 zeros before them and more behind. Read with one
@@ -117,7 +116,8 @@ class _Workspace:
             if len(self._skewed) > 3:
                 self._skewed.clear()
             height, width = shape[2:]
-            self._skewed[shape] = self.like.new_zeros(*shape[:2], height, 2 * height + width)
+            size = (*shape[:2], height, 2 * height + width)
+            self._skewed[shape] = torch.zeros(size, dtype=self.dtype, device=self.device)
         return self._skewed[shape]
 
 
@@ -139,7 +139,7 @@ class _Rows:
         scores, work = self.scores, self.lse.dtype
         k_tile = scores.part_of(k, "columns", tile).to(work)
         if self.scaled_q is not None:
-            logs = workspace.of("logs", (*self.q.shape[:3], k_tile.shape[2]))
+            logs = workspace.empty("logs", *self.q.shape[:3], k_tile.shape[2])
             torch.bmm(self.scaled_q.flatten(0, 1), k_tile.flatten(0, 1).mT, out=logs.flatten(0, 1))
             logs.sub_(self.lse)
             for hidden in scores.hidden(tile, k.device):
@@ -151,6 +151,47 @@ class _Rows:
         return logs.mul_(LOG2E).sub_(self.lse).clamp_(min=HIDDEN)
 
 
+class _SideBySide:
+    """The weights of some queries on the keys of several tiles, until the largest of them are picked together: to
+    pick from eight tiles takes hardly longer than from one."""
+
+    def __init__(self, workspace: _Workspace) -> None:
+        self.workspace = workspace
+        self.spans: list[slice] = []
+        self.width = 0
+
+    def fits(self, tile: Tile) -> bool:
+        return not self.spans or self.width + tile.columns.stop - tile.columns.start <= PICKED
+
+    def room(self, tile: Tile, shape: Sequence[int]) -> Tensor:
+        """Where the weights of one more tile are written."""
+        self.held = self.workspace.empty("side by side", *shape[:3], PICKED)
+        self.spans.append(tile.columns)
+        self.width += shape[3]
+        return self.held[..., self.width - shape[3] : self.width]
+
+    def largest(self, top: int) -> tuple[Tensor, Tensor]:
+        """The weights and the keys of the largest, (B, H, M, top or fewer); none is there any more.
+
+        The largest `top` are among the `top` groups of keys that have the largest weights."""
+        keys = [torch.arange(span.start, span.stop, device=self.held.device) for span in self.spans]
+        groups = -(-self.width // GROUP)
+        weights = self.held[..., : groups * GROUP]
+        weights[..., self.width :] = 0.0
+        if top < groups:
+            # Every groups-th key is of one group.
+            chosen = weights.unflatten(3, (GROUP, groups)).amax(3).topk(top).indices
+            step = torch.arange(0, groups * GROUP, groups, device=weights.device)[:, None]
+            candidates = (chosen[..., None, :] + step).flatten(3)
+            found, order = weights.gather(3, candidates).topk(top)
+            place = candidates.gather(3, order)
+        else:
+            found, place = weights.topk(min(top, weights.shape[3]))
+        unused = place.new_full((groups * GROUP - self.width,), -1)
+        self.spans, self.width = [], 0
+        return found, torch.cat((*keys, unused))[place].masked_fill_(found == 0, -1)
+
+
 class _Sweep:
     """The sweep of some batch elements and heads."""
 
@@ -159,13 +200,13 @@ class _Sweep:
     ) -> None:
         self.scores, self.spec, self.asked, self.workspace = scores, spec, asked, workspace
         self.want = set(spec.want)
+        self.beside = _SideBySide(workspace)
 
     def run(self, q: Tensor, k: Tensor, lse: Tensor, results: dict[str, Tensor]) -> None:
         """Add to the results, which are those of the same batch elements and heads."""
         scores = self.scores
         first, stop = self.spec.rows
-        height = QUERY_TILE if scores.lists is None else LISTED_QUERY_TILE
-        for rows in _spans(first // GRANULE * GRANULE, stop, height):
+        for rows in _spans(first // GRANULE * GRANULE, stop, _height(scores)):
             queries = _Rows(scores, rows, q, lse)
             if queries.nobody:
                 continue
@@ -173,6 +214,8 @@ class _Sweep:
                 if tile.columns.start < tile.columns.stop:
                     logs = ungrouped(queries.log_weights(tile, k, self.workspace), scores.heads)
                     self.add(tile, logs, ungrouped(queries.lse, scores.heads)[..., 0], results)
+            if "top_keys" in self.want:
+                self._pick(rows, results)
 
     def add(self, tile: Tile, logs: Tensor, row_lse: Tensor, results: dict[str, Tensor]) -> None:
         """Add what one tile of logarithms of weights (B, Hq, M, N), of base 2, gives."""
@@ -183,10 +226,7 @@ class _Sweep:
             # Of a query that is not asked for, or saw nothing, the log-sum-exp is infinite.
             most = results["max_logit"][:, :, rows]
             torch.maximum(most, highest.masked_fill_(row_lse == math.inf, -math.inf), out=most)
-        weights = workspace.of("weights", logs.shape)
-        if "lag_profile" in want:
-            height = logs.shape[2]
-            weights = workspace.skewed(tuple(logs.shape))[..., height - 1 : height - 1 + logs.shape[3]]
+        weights = self._room(tile, logs.shape, results)
         torch.exp2(logs, out=weights)
         if "max_received" in want:
             most = results["max_received"][:, :, columns]
@@ -198,9 +238,9 @@ class _Sweep:
             results["sum_of_squares"][:, :, rows] += torch.linalg.vector_norm(weights, dim=-1).square_()
         if "match_mass" in want:
             self._add_matches(tile, weights, results["match_mass"][:, :, :, rows])
-        if "top_keys" in want:
-            self._add_top(tile, weights, results)
         if "lag_profile" in want:
+            if "top_keys" in want:
+                self._shifted(logs.shape).copy_(weights)
             self._add_lags(tile, workspace.skewed(tuple(logs.shape)), results["lag_profile"])
         self._add_products_by_columns(tile, weights, results)
         self._add_products_by_rows(tile, weights, results)
@@ -260,29 +300,31 @@ class _Sweep:
             if tile.columns.stop - 1 > tile.rows.start + self.scores.shift - before:
                 matches = matches & (key <= diagonal - before)
             # The logarithms have been read: their memory is free.
-            product = torch.mul(weights, matches[:, None], out=self.workspace.of("logs", weights.shape))
+            product = torch.mul(weights, matches[:, None], out=self.workspace.empty("logs", *weights.shape))
             masses[kind] += product.sum(-1)
 
-    def _add_top(self, tile: Tile, weights: Tensor, results: dict[str, Tensor]) -> None:
-        """Merge the largest of the tile into the running list.
+    def _room(self, tile: Tile, shape: Sequence[int], results: dict[str, Tensor]) -> Tensor:
+        """Where the weights of a tile are written."""
+        if "top_keys" in self.want:
+            if not self.beside.fits(tile):
+                self._pick(tile.rows, results)
+            return self.beside.room(tile, shape)
+        if "lag_profile" in self.want:
+            return self._shifted(shape)
+        return self.workspace.empty("weights", *shape)
 
-        The largest `top` are among the `top` groups of 16 keys that have the largest weights."""
-        best, numbers = (results[name][:, :, tile.rows] for name in ("top_keys", "top_key_numbers"))
-        top, width = self.spec.top, weights.shape[3]
-        groups = width // GROUP
-        if width % GROUP == 0 and 2 * top <= groups:
-            # Every groups-th key is of one group.
-            _, chosen = weights.unflatten(3, (GROUP, groups)).amax(3).topk(top)
-            step = torch.arange(0, width, groups, device=weights.device)[:, None]
-            candidates = (chosen[..., None, :] + step).flatten(3)
-            found, order = weights.gather(3, candidates).topk(top)
-            place = candidates.gather(3, order)
-        else:
-            found, place = weights.topk(min(top, width))
-        place = (place + tile.columns.start).masked_fill_(found == 0, -1)
+    def _shifted(self, shape: Sequence[int]) -> Tensor:
+        """The place of a tile's weights among the zeros of `skewed`."""
+        height, width = shape[2:]
+        return self.workspace.skewed(tuple(shape))[..., height - 1 : height - 1 + width]
+
+    def _pick(self, rows: slice, results: dict[str, Tensor]) -> None:
+        """Merge the largest of the weights that stand side by side into the running list."""
+        best, numbers = (results[name][:, :, rows] for name in ("top_keys", "top_key_numbers"))
+        found, keys = self.beside.largest(self.spec.top)
         merged, order = torch.cat((best, found), -1).sort(dim=-1, descending=True, stable=True)
-        numbers.copy_(torch.cat((numbers, place), -1).gather(-1, order)[..., :top])
-        best.copy_(merged[..., :top])
+        numbers.copy_(torch.cat((numbers, keys), -1).gather(-1, order)[..., : self.spec.top])
+        best.copy_(merged[..., : self.spec.top])
 
     def _add_lags(self, tile: Tile, skewed: Tensor, profile: Tensor) -> None:
         """Sums along diagonals, which stand below one another if rows are read with one element more."""
