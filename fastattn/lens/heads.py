@@ -1,12 +1,13 @@
-"""What each attention head does: four scores, in O(N) memory, from the log-sum-exp the fused pass saves.
+"""What each attention head does: four scores, in O(N) memory, from the log-sum-exp that the fused pass saves.
 
-The pattern of a head is P_ij = exp(s_ij - lse_i) where query i sees key j and 0 elsewhere, so any sum over it can
-be taken tile by tile, without ever storing it. All four sums run over keys at or before the query.
+They are statistics of attention (fastattn.core.statistics): the weight on matching keys, averaged over the queries
+that see one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from fastattn.core.attention.functional import attention
 from fastattn.core.attention.spec import attention_spec, check_key_lengths
+from fastattn.core.statistics.functional import attention_statistics
 from fastattn.core.statistics.spec import check_lse
 from fastattn.ground.arguments import flag, tensor
 from fastattn.ground.checks import Window, check_window
@@ -24,9 +26,6 @@ from fastattn.masks.lists import Shape
 from fastattn.masks.lowering import Positions
 from fastattn.nn import SelfAttention
 from fastattn.nn.attention import asked_for
-
-KEY_TILE = 512
-TILE_SCORES = 2**21  # scores held at once, over batch and heads: 8 MiB in fp32
 
 
 class HeadScores(NamedTuple):
@@ -88,36 +87,20 @@ def head_scores(
     Source: Olsson et al., In-context Learning and Induction Heads (2022), for induction and previous token;
     Wang et al., Interpretability in the Wild (2022), for duplicate token.
     """
-    spec = attention_spec(q, k, k, causal=False, scale=scale)
+    attention_spec(q, k, k, causal=False, scale=scale)
     check_lse(lse, q)
     _check_tokens(tokens, q, k)
     shown = _Shown.of(q, k, window, mask, key_lengths)
-    with torch.no_grad(), without_autocast(q.device):
-        # Seen by key head: (B, Hkv, group, Lq, ...), so that grouped heads need no copy of k.
-        q = q.unflatten(1, (k.shape[1], -1))
-        # A row that sees no key has lse -inf. With +inf its weights are 0: -inf minus -inf is NaN.
-        lse = lse.masked_fill(lse == float("-inf"), float("inf")).unflatten(1, (k.shape[1], -1))
-        position = torch.arange(k.shape[2], device=q.device)[k.shape[2] - q.shape[3] :, None]
-        first = torch.zeros_like(position)
-        one_before = (position - 1).clamp(min=0)
-        previous = _weights_of_one_key(q, _one_before_each_query(k, q.shape[3]), lse, spec.scale)
-        sink = _weights_of_one_key(q, k[:, :, :1], lse, spec.scale)
-        induction, duplicate, may_induce, may_repeat = _masses_of_matching_keys(
-            q, k, lse, tokens, spec.scale, shown
-        )
-        return HeadScores(
-            induction=_mean(induction, may_induce),
-            previous_token=_mean_of_one_key(previous, shown.times(position, one_before), position),
-            duplicate_token=_mean(duplicate, may_repeat),
-            first_token=_mean_of_one_key(sink, shown.times(position, first), position),
-        )
+    with without_autocast(q.device):
+        follows = shown if shown.mask is None else shown._replace(mask=shown.mask & _KeyBefore(shown.mask))
+        found = _mean_masses(q, k, lse, tokens, ("induction",), scale, follows)
+        found += _mean_masses(q, k, lse, tokens, ("previous", "duplicate", "first"), scale, shown)
+        return HeadScores(*found)
 
 
 class _Shown(NamedTuple):
-    """Which keys the queries see, and which queries are padding."""
+    """Which keys the queries see: a mask, and how many positions of each batch element are no padding."""
 
-    shape: Shape
-    key_heads: int
     mask: Mask | None
     lengths: Tensor | None
 
@@ -136,25 +119,41 @@ class _Shown(NamedTuple):
         if mask is not None and (ends := mask.key_ends(q.device)) is not None:
             ends = ends.clamp(max=k.shape[2]).expand(q.shape[0])
             lengths = ends if lengths is None else torch.minimum(lengths, ends)
-        return cls(shape, k.shape[1], mask, lengths)
+        return cls(mask, lengths)
 
-    def times(self, positions: Tensor, keys: Tensor) -> Tensor:
-        """How often keys count for the queries at these positions: 0 where they are hidden, and for padding.
 
-        From integers that broadcast to (M, N), to such as broadcast to (B, Hkv, group, M, N).
-        """
-        shape, device = self.shape, keys.device
-        batch = torch.arange(shape.batch, device=device).view(-1, 1, 1, 1)
-        times = torch.ones(1, 1, 1, 1, dtype=torch.int64, device=device)
-        if self.lengths is not None:
-            times = (torch.maximum(positions, keys) < self.lengths[batch]).long()
-        if self.mask is not None:
-            head = torch.arange(shape.heads, device=device).view(-1, 1, 1)
-            at = Positions(shape, batch, head, positions - shape.offset, keys)
-            times = times * self.mask.sees(at) * self.mask.counts(at)
-        if times.shape[1] == 1:
-            return times.unsqueeze(2)
-        return times.unflatten(1, (self.key_heads, -1))
+@dataclass(frozen=True)
+class _KeyBefore(Mask):
+    """The keys whose predecessor a mask shows."""
+
+    mask: Mask
+
+    def sees(self, at: Positions) -> Tensor:
+        return self.mask.sees(at._replace(key=(at.key - 1).clamp(min=0))) & (at.key > 0)
+
+
+def _mean_masses(
+    q: Tensor, k: Tensor, lse: Tensor, tokens: Tensor, kinds: Sequence[str], scale: float | None, shown: _Shown
+) -> list[Tensor]:
+    """Of each kind of match the weight on such keys, averaged over the queries that see one: (Hq,)."""
+    # All kinds are of keys at or before the query: the rest need not be looked at.
+    asked = {"want": "match_mass", "labels": tokens.long(), "match": kinds, "causal": True}
+    options = {**asked, "mask": shown.mask, "key_lengths": shown.lengths}
+    mass = attention_statistics(q, k, lse, scale=scale, **options).match_mass
+    # A head without scores gives all keys that it sees the same weight, so it gives matches some if it sees any.
+    heads = 1 if shown.mask is None else q.shape[1]
+    nothing = q.new_zeros(len(q), heads, 1, 1)
+    even = torch.full((len(q), heads, q.shape[2]), 30.0, dtype=lse.dtype, device=lse.device)
+    there = attention_statistics(
+        nothing.expand(-1, -1, q.shape[2], 1), nothing.expand(-1, -1, k.shape[2], 1), even, **options
+    ).match_mass
+    counted = there > 0
+    if shown.lengths is not None:
+        position = torch.arange(k.shape[2] - q.shape[2], k.shape[2], device=q.device)
+        counted = counted & (position < shown.lengths[:, None, None])
+    # Padding may hold NaN.
+    counted = counted.expand(mass.shape)
+    return list(mass.masked_fill(~counted, 0.0).sum((1, 3)) / counted.sum((1, 3)))
 
 
 def even_scores(tokens: Tensor, *, causal: bool = True) -> HeadScores:
@@ -234,73 +233,6 @@ def _observe(layer: SelfAttention, tokens: Tensor, scores: list[HeadScores]) -> 
     points = {"q": layer.hook_q, "k": layer.hook_k, "v": layer.hook_v}
     handles = [point.register_forward_hook(keep(name)) for name, point in points.items()]
     return [*handles, layer.register_forward_hook(score, with_kwargs=True)]
-
-
-def _weights_of_one_key(q: Tensor, keys: Tensor, lse: Tensor, scale: float) -> Tensor:
-    """P of one listed key for each query, without a sweep: q (B, Hkv, G, Lq, D), keys (B, Hkv, Lq or 1, D)."""
-    q, keys = q.to(lse.dtype), keys[:, :, None].to(lse.dtype)
-    return torch.exp((q * keys).sum(-1) * scale - lse)
-
-
-def _one_before_each_query(k: Tensor, queries: int) -> Tensor:
-    """Key i - 1 for each query i (B, Hkv, Lq, D); for position 0, which has none, any key."""
-    start = k.shape[2] - queries
-    return k[:, :, start - 1 : -1] if start else k.roll(1, dims=2)
-
-
-def _masses_of_matching_keys(
-    q: Tensor, k: Tensor, lse: Tensor, tokens: Tensor, scale: float, shown: _Shown
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Weight on keys after, and on keys with, an earlier copy of the query's token; and which queries see such.
-
-    One tiled sweep. Returns four (B, Hkv, G, Lq), the last two bool.
-    """
-    queries, keys = q.shape[3], k.shape[2]
-    induction, duplicate = torch.zeros_like(lse), torch.zeros_like(lse)
-    may_induce = torch.zeros_like(lse, dtype=torch.bool)
-    may_repeat = torch.zeros_like(may_induce)
-    positions = torch.arange(keys, device=q.device)
-    before = tokens.roll(1, dims=1)  # the token before each key; position 0 has none
-    for rows in _spans(queries, _query_tile(lse, keys)):
-        query_positions = positions[keys - queries :][rows][:, None]
-        query_tokens = tokens[:, keys - queries :][:, None, None, rows, None]
-        for columns in _spans(keys - queries + rows.stop, KEY_TILE):
-            scores = q[..., rows, :].to(lse.dtype) @ k[:, :, None, columns].to(lse.dtype).mT * scale
-            times = shown.times(query_positions, positions[columns])
-            hidden = (times == 0) | (positions[columns] > query_positions)
-            weights = torch.exp(scores.masked_fill(hidden, float("-inf")) - lse[..., rows, None]) * times
-            follows = (before[:, None, None, None, columns] == query_tokens) & ~hidden & (positions[columns] > 0)
-            follows = follows & (shown.times(query_positions, (positions[columns] - 1).clamp(min=0)) > 0)
-            repeats = tokens[:, None, None, None, columns] == query_tokens
-            repeats = repeats & ~hidden & (positions[columns] < query_positions)
-            induction[..., rows] += (weights * follows).sum(-1)
-            duplicate[..., rows] += (weights * repeats).sum(-1)
-            may_induce[..., rows] |= follows.any(-1)
-            may_repeat[..., rows] |= repeats.any(-1)
-    return induction, duplicate, may_induce, may_repeat
-
-
-def _mean(mass: Tensor, counted: Tensor) -> Tensor:
-    """Mean of (B, Hkv, G, Lq) over the counted, for each head."""
-    # Padding may hold NaN.
-    return (mass.masked_fill(~counted, 0.0).sum((0, 3)) / counted.sum((0, 3))).flatten()
-
-
-def _mean_of_one_key(weights: Tensor, times: Tensor, position: Tensor) -> Tensor:
-    """Mean of the weights (B, Hkv, G, Lq) of one key before each query, over the queries that see it."""
-    times = (times * (position > 0))[..., 0].expand(weights.shape)
-    return _mean(weights * times, times > 0)
-
-
-def _query_tile(lse: Tensor, keys: int) -> int:
-    """As many queries as keep the scores of a tile within bounds."""
-    rows_at_once = lse.shape[0] * lse.shape[1] * lse.shape[2]
-    return max(1, TILE_SCORES // max(1, rows_at_once * min(keys, KEY_TILE)))
-
-
-def _spans(stop: int, step: int) -> Iterator[slice]:
-    for first in range(0, stop, step):
-        yield slice(first, min(first + step, stop))
 
 
 def _check_tokens(tokens: Tensor, q: Tensor, k: Tensor) -> None:

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from largest_tensor import LargestTensor
 
 from fastattn import attention, masks
+from fastattn.core.statistics import operators, portable
 from fastattn.lens import HeadScores, even_scores, head_scores, model_head_scores
-from fastattn.lens import heads as heads_module
 from fastattn.nn import TransformerModel
 
 
@@ -94,15 +94,11 @@ def scores_of(q, k, tokens, causal, scale=None) -> HeadScores:
     causal=st.booleans(),
     vocabulary=st.sampled_from([1, 3, 50]),
     scale=st.sampled_from([None, 1.7, -0.3]),
-    tile=st.sampled_from([1, 60, 2**21]),
 )
-def test_scores_are_the_dense_definition(queries, more_keys, groups, causal, vocabulary, scale, tile):
+def test_scores_are_the_dense_definition(queries, more_keys, groups, causal, vocabulary, scale):
     heads, key_heads = groups
     q, k, tokens = problem(1, heads, key_heads, queries, queries + more_keys, vocabulary=vocabulary)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(heads_module, "TILE_SCORES", tile)
-        patch.setattr(heads_module, "KEY_TILE", 16)
-        ours = scores_of(q, k, tokens, causal, scale)
+    ours = scores_of(q, k, tokens, causal, scale)
     exact = dense_scores(q, k, tokens, causal, 16**-0.5 if scale is None else scale)
     for name, actual, expected in zip(HeadScores._fields, ours, exact, strict=True):
         torch.testing.assert_close(
@@ -152,14 +148,16 @@ def test_even_scores_are_those_of_a_head_whose_scores_are_all_equal(causal):
         torch.testing.assert_close(even.double(), expected[0], atol=1e-6, rtol=1e-6)
 
 
-def test_no_tensor_is_larger_than_a_tile_at_eight_thousand_tokens():
+def test_no_tensor_is_larger_than_a_tile_at_eight_thousand_tokens(monkeypatch):
+    # A mode of PyTorch's does not look inside of an operator.
+    monkeypatch.setattr(torch.ops.fastattn, "attention_statistics", operators._statistics)
     length, heads = 8192, 2
     q, k, tokens = problem(1, heads, 1, length, length, width=8, dtype=torch.float32)
     _, lse = attention(q, k, k, causal=True, return_lse=True)
     with LargestTensor() as watched:
         scores = head_scores(q, k, lse, tokens)
     assert all(score.isfinite().all() for score in scores)
-    assert watched.elements <= heads_module.TILE_SCORES < heads * length**2 / 50
+    assert watched.elements <= 2 * portable.ELEMENTS < heads * length**2 / 50
 
 
 def small_model(**fields) -> TransformerModel:

@@ -16,8 +16,10 @@ from largest_tensor import LargestTensor
 from tolerance import assert_as_exact_as_eager
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 import fastattn
+import fastattn.flops
 from fastattn import masks
 from fastattn.core import capabilities
 from fastattn.core.attention import definition as attention_definition
@@ -391,6 +393,34 @@ def test_no_tensor_grows_as_the_square_of_the_length(name: str, monkeypatch: pyt
             gather_weights(case_q, case_q, lse, torch.arange(length), 0, mask=mask)
         found.append(largest.elements)
     assert 2**14 <= found[1] <= max(4 * found[0], 2 * portable.ELEMENTS) < 4096**2 / 8
+
+
+@pytest.mark.parametrize("window", [{}, {"causal": True}, {"window": (5, 3)}])
+def test_flops_are_those_of_the_scores_that_the_queries_see(window: dict) -> None:
+    q, k = torch.randn(2, 3, 17, 8), torch.randn(2, 3, 23, 8)
+    _, lse = fastattn.attention(q, k, k, return_lse=True, **window)
+    pattern = fastattn.attention(q, k, torch.eye(23).expand(2, 3, 23, 23), backend="reference", **window)
+    with FlopCounterMode(display=False) as swept:
+        attention_statistics(q, k, lse, want=("entropy", "received"), queries=slice(2, 11), **window)
+    with FlopCounterMode(display=False) as gathered:
+        gather_weights(q, k, lse, [1, 5, 9], 4, **window)
+    assert swept.get_total_flops() == 2 * 8 * int((pattern[:, :, 2:11] > 0).sum()) > 0
+    assert gathered.get_total_flops() == 2 * 8 * 2 * 3 * 3
+
+
+@pytest.mark.parametrize(
+    "problem", [Problem(queries=70, keys=1300), Problem(queries=1100, keys=1100, causal=True)]
+)
+@pytest.mark.parametrize("picked", [512, 2048])
+def test_top_keys_are_picked_from_the_whole_row(picked: int, problem, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(portable, "PICKED", picked)
+    case = Case(replace(problem, batch=1, heads=2, key_heads=1), top=20)
+    # The lag profile has its own place for weights.
+    for want in ("top_keys", ("lag_profile", "top_keys")):
+        found = attention_statistics(case.q, case.k, case.lse, want=want, top=20, **case.given).top_keys
+        expected = case.pattern.topk(20)
+        torch.testing.assert_close(found.weights.double(), expected.values, rtol=1e-3, atol=1e-6)
+        case.check_keys(found, expected.values, None)
 
 
 def test_the_same_call_gives_the_same_bits() -> None:
