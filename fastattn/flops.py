@@ -11,15 +11,21 @@ from torch.utils.flop_counter import register_flop_formula
 
 # These define the operators.
 import fastattn.core.attention.operators
-import fastattn.core.mlp.operators  # noqa: F401
+import fastattn.core.mlp.operators
+import fastattn.core.statistics.operators  # noqa: F401
 from fastattn.core.attention.spec import ScoreTensors, Tangents
+from fastattn.core.statistics.spec import StatisticsTensors
 
 
-def visible_scores(queries: int, keys: int, left: int | None, right: int | None) -> int:
-    """How many (query, key) pairs are in a window around the bottom-right diagonal; None is unbounded."""
-    diagonal = keys - queries
-    stops = queries * keys if right is None else _sum_of_clamped(diagonal + right + 1, queries, keys)
-    starts = 0 if left is None else _sum_of_clamped(diagonal - left, queries, keys)
+def visible_scores(
+    queries: int, keys: int, left: int | None, right: int | None, rows: tuple[int, int] | None = None
+) -> int:
+    """How many (query, key) pairs are in a window around the bottom-right diagonal; None is unbounded. Of all
+    queries, or of those from `rows[0]` to before `rows[1]`."""
+    first, stop = rows or (0, queries)
+    count, diagonal = stop - first, keys - queries + first
+    stops = count * keys if right is None else _sum_of_clamped(diagonal + right + 1, count, keys)
+    starts = 0 if left is None else _sum_of_clamped(diagonal - left, count, keys)
     return stops - starts
 
 
@@ -92,3 +98,17 @@ def _mlp_forward(x, w_in, b_in, w_up, b_up, w_out, *args, out_shape=None, **kwar
 @register_flop_formula(torch.ops.fastattn.mlp_backward)
 def _mlp_backward(dy, x, w_in, b_in, w_up, b_up, w_out, saved, wanted, *args, out_shape=None, **kwargs) -> int:
     return mlp_flops(x, w_in, w_out, w_up is not None, wanted)
+
+
+@register_flop_formula(torch.ops.fastattn.attention_statistics)
+def _statistics(q, k, lse, *args, out_shape=None, **kwargs) -> int:
+    """Of q k^T over the visible scores of the queries asked for. What is summed over them is no product."""
+    _, (first, stop, *_), *scores = args[len(StatisticsTensors._fields) :]
+    causal, _, left, right, *_ = scores[_TENSORS:]
+    return 2 * q[0] * q[1] * visible_scores(q[2], k[2], left, 0 if causal else right, (first, stop)) * q[3]
+
+
+@register_flop_formula(torch.ops.fastattn.attention_weights)
+def _weights(q, k, lse, rows, *args, out_shape=None, **kwargs) -> int:
+    """Of the products of the pairs asked for."""
+    return 2 * q[0] * q[1] * rows[0] * q[3]

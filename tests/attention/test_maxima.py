@@ -70,6 +70,34 @@ def test_it_is_the_statistic_and_comes_alone_if_asked_alone() -> None:
         fastattn.attention(q, k, v, return_max=1)
 
 
+def test_forward_mode_passes_it_by() -> None:
+    """out and lse have their tangents; the maxima have none."""
+    q, k, v, moved = (torch.randn(1, 2, 12, 8, dtype=torch.float64, device=DEVICE) for _ in range(4))
+
+    def both(q, most):
+        found = fastattn.attention(q, k, v, causal=True, return_lse=True, return_max=most)
+        return found[:2]
+
+    for ours, theirs in zip(
+        torch.func.jvp(lambda q: both(q, True), (q,), (moved,))[1],
+        torch.func.jvp(lambda q: both(q, False), (q,), (moved,))[1],
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs)
+        assert ours.any()
+    _, none = torch.func.jvp(lambda q: fastattn.attention(q, k, v, return_max=True)[1], (q,), (moved,))
+    assert not none.any()
+    second = [torch.func.hessian(lambda q, m=most: both(q, m)[0].square().sum())(q) for most in (True, False)]
+    torch.testing.assert_close(*second)
+
+
+def test_it_compiles_where_one_tensor_is_queries_keys_and_values() -> None:
+    x = torch.randn(1, 2, 20, 8, requires_grad=True)
+    step = torch.compile(lambda x: fastattn.attention(x, x, x, return_max=True), backend="eager", fullgraph=True)
+    for ours, theirs in zip(step(x), fastattn.attention(x, x, x, return_max=True), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 def test_it_compiles_into_one_graph() -> None:
     leaves = [torch.randn(1, 2, 20, 8, requires_grad=True) for _ in range(3)]
     step = torch.compile(lambda *t: fastattn.attention(*t, return_max=True), backend="eager", fullgraph=True)

@@ -196,7 +196,7 @@ def attention(
     )._replace(**masked)  # fmt: skip
     q, spec = positive_scale(q, spec)
     if return_max is not False and flag("return_max", return_max):
-        out, lse, maxima = operators.AttentionMax.apply(q, k, v, *tensors, *spec.options, backend)
+        out, lse, maxima = operators.attention_max(q, k, v, *tensors, *spec.options, backend)
         return (out, lse, maxima) if return_lse else (out, maxima)
     out, lse = operators.attention(q, k, v, *tensors, *spec.options, backend)
     return (out, lse) if return_lse else out

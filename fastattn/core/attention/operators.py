@@ -319,6 +319,19 @@ class DualAttention(Attention):
         return AttentionTangent.apply(*saved[:5], *tangents, *saved[5:], *ctx.options)
 
 
+class DualAttentionMax(AttentionMax):
+    """AttentionMax, with forward mode for out and lse."""
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        DualAttention.setup_context(ctx, inputs, output[:2])
+        ctx.mark_non_differentiable(output[2])
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        return *DualAttention.jvp(ctx, *tangents), None
+
+
 class DualAttentionBackward(AttentionBackward):
     """AttentionBackward, with forward mode."""
 
@@ -340,11 +353,19 @@ def attention(*arguments) -> tuple[Tensor, Tensor]:
     """(out, lse), differentiable; takes Attention's arguments."""
     if not torch.compiler.is_compiling():
         return DualAttention.apply(*arguments)
-    q, k, v, *rest = arguments
-    # torch.compile refuses a Function that gets the same tensor twice, as in attention(x, x, x).
-    k = k.view_as(k) if k is q else k
-    v = v.view_as(v) if v is q or v is arguments[1] else v
-    return Attention.apply(q, k, v, *rest)
+    return Attention.apply(*_each_once(*arguments))
+
+
+def attention_max(*arguments) -> tuple[Tensor, Tensor, Tensor]:
+    """(out, lse, maxima), the first two differentiable; takes Attention's arguments."""
+    if not torch.compiler.is_compiling():
+        return DualAttentionMax.apply(*arguments)
+    return AttentionMax.apply(*_each_once(*arguments))
+
+
+def _each_once(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple:
+    """torch.compile refuses a Function that gets the same tensor twice, as in attention(x, x, x)."""
+    return q, k.view_as(k) if k is q else k, v.view_as(v) if v is q or v is k else v, *rest
 
 
 def attention_backward(*arguments) -> tuple[Tensor, ...]:
