@@ -63,10 +63,21 @@ def report(request: pytest.FixtureRequest) -> Callable[[Problem, str, str], None
     return hand_over
 
 
+_notes: list[str] = []
+
+
+@pytest.fixture
+def note() -> Callable[[str], None]:
+    """A line below pytest-benchmark's table."""
+    return _notes.append
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """pytest-benchmark's own table shows times only: TFLOP/s, memory and ratios go below it."""
-    if _measured:
+    if _measured or _notes:
         terminalreporter.write_line("")
         terminalreporter.write_line(bench.headline(DEVICE))
+    for line in _notes:
+        terminalreporter.write_line(line)
     for rows in _measured:
         bench.print_rows(rows, terminalreporter)

@@ -24,7 +24,7 @@ FLOORS = (
     ("masks", "masks.*"),
     ("core.function", "core.mapped", "core.layout", "core.intact", "core.workspace"),
     ("core.autocast", "core.derivatives", "core.backends"),
-    ("core.*.spec", "core.attention.dropout"),
+    ("core.*.spec", "core.attention.dropout", "core.statistics.labels", "core.statistics.queries"),
     ("core.*.definition",),
     ("core.*.tiles", "core.*.granules", "core.*.torch_flash", "core.*.whole_rows", "core.*.torch_norm"),
     ("core.*.head_scales",),

@@ -7,6 +7,7 @@ While something is tapped, the functions in its table are wrapped; without taps 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -18,11 +19,12 @@ NAMES = ("sdpa", NAME)
 
 
 class Tap(Protocol):
-    """What is done with a call: `change` gives the q, k, v to go on with, `call` sees what attention is asked."""
+    """What is done with a call: `change` gives the q, k, v to go on with; `call` sees what attention is asked, and
+    returns the context in which it is computed."""
 
     def change(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]: ...
 
-    def call(self, module: nn.Module, *arguments: Any, **options: Any) -> None: ...
+    def call(self, module: nn.Module, *arguments: Any, **options: Any) -> AbstractContextManager[Any]: ...
 
 
 _TAPS: dict[int, Tap] = {}
@@ -73,10 +75,11 @@ def _tapped(original: Callable) -> Any:
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *arguments: Any, **options: Any
     ) -> Any:
         tap = _TAPS.get(id(module))
-        if tap is not None:
-            query, key, value = tap.change(query, key, value)
-            tap.call(module, query, key, value, *arguments, **options)
-        return original(module, query, key, value, *arguments, **options)
+        if tap is None:
+            return original(module, query, key, value, *arguments, **options)
+        query, key, value = tap.change(query, key, value)
+        with tap.call(module, query, key, value, *arguments, **options):
+            return original(module, query, key, value, *arguments, **options)
 
     attend.original = original  # type: ignore[attr-defined]
     return attend

@@ -2,9 +2,10 @@
 
 from fastattn.core.statistics.functional import attention_statistics, gather_weights, match_mass
 from fastattn.core.statistics.spec import Matches, TopKeys
-from fastattn.lens.adapters import Adapter, Family, Projections, adapt, families, register
+from fastattn.lens.adapters import Adapter, Projections, adapt
 from fastattn.lens.attribution import Attribution, attribution
 from fastattn.lens.causal_trace import CausalTrace, causal_trace
+from fastattn.lens.family_table import Family, families, register
 from fastattn.lens.head_report import HeadReport, head_report
 from fastattn.lens.heads import HeadScores, even_scores, head_scores, model_head_scores
 from fastattn.lens.interventions import (
@@ -19,7 +20,8 @@ from fastattn.lens.interventions import (
 from fastattn.lens.logit_lens import LogitLens, TunedLens, logit_lens
 from fastattn.lens.neurons import Firing, Neuron, Neurons, neurons
 from fastattn.lens.rollout import Rollout, rollout
-from fastattn.lens.watching import Seen, watch
+from fastattn.lens.seen import Seen
+from fastattn.lens.watching import watch
 from fastattn.lens.weights import VirtualWeights, composition, copying_scores, virtual_weights
 
 __all__ = [

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastattn.core.statistics.functional import attention_statistics, match_mass
-from fastattn.core.statistics.spec import KINDS
+from fastattn.core.statistics.labels import KINDS
 from fastattn.ground.modes import without_autocast
 from fastattn.lens.adapters import adapt
 from fastattn.lens.places import Call, listen

@@ -20,6 +20,7 @@ from fastattn.core.statistics.spec import check_lse
 from fastattn.ground.arguments import flag, tensor
 from fastattn.ground.checks import Window, check_window
 from fastattn.ground.modes import without_autocast
+from fastattn.lens.running import check_model
 from fastattn.masks import Mask
 from fastattn.masks import window as window_mask
 from fastattn.masks.lists import Shape
@@ -137,8 +138,8 @@ def _mean_masses(
 ) -> list[Tensor]:
     """Of each kind of match the weight on such keys, averaged over the queries that see one: (Hq,)."""
     # All kinds are of keys at or before the query: the rest need not be looked at.
-    asked = {"want": "match_mass", "labels": tokens.long(), "match": kinds, "causal": True}
-    options = {**asked, "mask": shown.mask, "key_lengths": shown.lengths}
+    options: dict[str, Any] = {"want": "match_mass", "labels": tokens.long(), "match": kinds, "causal": True}
+    options |= {"mask": shown.mask, "key_lengths": shown.lengths}
     mass = attention_statistics(q, k, lse, scale=scale, **options).match_mass
     # A head without scores gives all keys that it sees the same weight, so it gives matches some if it sees any.
     heads = 1 if shown.mask is None else q.shape[1]
@@ -184,8 +185,7 @@ def model_head_scores(
 
     Args:
         model: a `fastattn.nn.TransformerModel`, or any module that takes tokens and whose `SelfAttention` layers,
-            all with the same number of heads, read the stream of those tokens. It runs as it is: put it in eval
-            mode if it has dropout.
+            all with the same number of heads, read the stream of those tokens; in eval mode if it has dropout.
         tokens: token ids (B, L).
         mask, window, key_lengths: what the model is called with beside the tokens, if anything. Positions from
             key_lengths on (right padding), and positions that see no key, are not averaged over. For padding on
@@ -195,12 +195,16 @@ def model_head_scores(
     Returns:
         Four tensors (layers, heads), layers in the order in which they ran.
 
+    Raises:
+        ValueError: the model has no such layer, or drops.
+
     Example:
         >>> sizes = {"vocab_size": 64, "embed_dim": 64, "num_heads": 4, "num_layers": 2}
         >>> model = fastattn.nn.TransformerModel(**sizes, positions=None)
         >>> model_head_scores(model, torch.randint(64, (1, 32))).previous_token.shape
         torch.Size([2, 4])
     """
+    check_model(model)
     layers = [module for module in model.modules() if isinstance(module, SelfAttention)]
     if not layers:
         raise ValueError(f"model must contain fastattn.nn.SelfAttention, got a {type(model).__name__} without")

@@ -21,6 +21,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 from fastattn.core.attention.functional import attention
 from fastattn.core.attention.sdpa import TOP_LEFT, align
 from fastattn.lens.adapters import Adapter
+from fastattn.lens.once import Once
 from fastattn.nn import MultiheadAttention
 
 STREAM = ("batch", "position", "width")
@@ -177,15 +179,19 @@ class _Attention:
     def change(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
         return tuple(self.slots[kind](tensor) for kind, tensor in zip(PROJECTED, (q, k, v), strict=True))
 
-    def call(self, module: nn.Module, *arguments: Any, **options: Any) -> None:
-        if self.listeners:
-            from fastattn.integrations.huggingface import attention_of_call
+    def call(self, module: nn.Module, *arguments: Any, **options: Any) -> AbstractContextManager[Any]:
+        if not self.listeners:
+            return nullcontext()
+        from fastattn.integrations.huggingface import attention_of_call
 
-            self.tell(Call(*attention_of_call(module, *arguments, **options)))
+        return self.tell(Call(*attention_of_call(module, *arguments, **options)))
 
-    def tell(self, call: Call) -> None:
-        for listener in self.listeners:
-            listener(call)
+    def tell(self, call: Call) -> Once:
+        """Let the listeners have the call; returns the context in which it is computed."""
+        with Once() as once:
+            for listener in self.listeners:
+                listener(call)
+        return once
 
     @property
     def unused(self) -> bool:
@@ -221,17 +227,10 @@ def change(
 
 
 def listen(adapter: Adapter, layer: int, function: Callable[[Call], None]) -> Removable:
-    """Let `function` have the `Call` of a layer's attention, before it is computed, in every forward."""
+    """Let `function` have the `Call` of a layer's attention, before it is computed, in every forward. If it asks
+    for that attention itself, it is computed once."""
     state, release = _attention(adapter, layer)
-    if adapter.family.hooks is None:
-        return _added(state.listeners, function, release)
-    handles = _assembled(adapter, layer, function)
-
-    def remove() -> None:
-        for handle in handles:
-            handle.remove()
-
-    return Removable(remove)
+    return _added(state.listeners, function, release)
 
 
 def _added(to: list, function: Any, release: Callable[[], None], first: bool = False) -> Removable:
@@ -245,30 +244,13 @@ def _added(to: list, function: Any, release: Callable[[], None], first: bool = F
     return Removable(remove)
 
 
-def _assembled(adapter: Adapter, layer: int, function: Callable[[Call], None]) -> list[Any]:
-    """The calls of an attention of ours: what its forward was given, and then q, k and v in this order."""
-    module = adapter.part("attention", layer)
-    parts: dict[str, Any] = {}
-
-    def begin(_module: nn.Module, _inputs: Any, options: dict[str, Any]) -> None:
-        parts["options"] = {n: o for n, o in options.items() if n in ("mask", "window", "key_lengths")}
-
-    def last(v: Tensor) -> None:
-        function(Call(parts.pop("q"), parts.pop("k"), v, module.options(**parts.pop("options"))))
-
-    names = {x: Name(layer, f"attention.hook_{x}") for x in "qk"}
-    handles = [read(adapter, name, partial(parts.__setitem__, x)) for x, name in names.items()]
-    handles.append(read(adapter, Name(layer, "attention.hook_v"), last))
-    return [*handles, module.register_forward_pre_hook(begin, with_kwargs=True)]
-
-
 def _attention(adapter: Adapter, layer: int) -> tuple[_Attention, Callable[[], None]]:
-    """The state of a tapped Hugging Face attention, and what releases it; of others, an empty one."""
+    """The state of an attention that is tapped, and what releases it."""
     module = adapter.part("attention", layer)
-    if adapter.family.hooks is not None:
-        return _Attention(), lambda: None
     tap: Callable[[Any, Any], None]
-    if isinstance(module, nn.MultiheadAttention):
+    if adapter.family.hooks is not None:
+        tap, untap = partial(_tap_own, adapter, layer), _untap_own
+    elif isinstance(module, nn.MultiheadAttention):
         tap, untap = _tap_torch, _untap_torch
     else:
         from fastattn.integrations import huggingface_taps
@@ -286,6 +268,42 @@ def _attention(adapter: Adapter, layer: int) -> tuple[_Attention, Callable[[], N
     return state, release
 
 
+class _OwnForward:
+    """The forward of an attention of ours while it is listened to. Its call is what the forward is given, and then
+    q, k and v, which are hooked in this order."""
+
+    def __init__(self, adapter: Adapter, layer: int, module: Any, state: _Attention) -> None:
+        self.module, self.state = module, state
+        self.parts: dict[str, Any] = {}
+        self.own = module.__dict__.get("forward")  # accelerate puts one there, too
+        self.original = module.forward
+        names = {x: Name(layer, f"attention.hook_{x}") for x in "qk"}
+        self.handles = [read(adapter, name, partial(self.parts.__setitem__, x)) for x, name in names.items()]
+        self.handles.append(read(adapter, Name(layer, "attention.hook_v"), self.hear))
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        self.parts["options"] = {n: o for n, o in options.items() if n in ("mask", "window", "key_lengths")}
+        with ExitStack() as self.stack:
+            return self.original(*arguments, **options)
+
+    def hear(self, v: Tensor) -> None:
+        parts = self.parts
+        call = Call(parts.pop("q"), parts.pop("k"), v, self.module.options(**parts.pop("options")))
+        self.stack.enter_context(self.state.tell(call))
+
+
+def _tap_own(adapter: Adapter, layer: int, module: nn.Module, state: _Attention) -> None:
+    module.__dict__["forward"] = _OwnForward(adapter, layer, module, state)
+
+
+def _untap_own(module: nn.Module) -> None:
+    forward = module.__dict__.pop("forward")
+    for handle in forward.handles:
+        handle.remove()
+    if forward.own is not None:
+        module.__dict__["forward"] = forward.own
+
+
 def _tap_torch(module: nn.Module, state: _Attention) -> None:
     """Let `state` see what goes into attention and out of it, in a MultiheadAttention of ours."""
     if not isinstance(module, MultiheadAttention):
@@ -297,9 +315,9 @@ def _tap_torch(module: nn.Module, state: _Attention) -> None:
 
     def attend(q: Tensor, k: Tensor, v: Tensor, *arguments: Any, **options: Any) -> tuple[Tensor, Tensor | None]:
         q, k, v = state.change(q, k, v)
-        if state.listeners:
-            state.tell(_call_of_torch(module, q, k, v, *arguments, **options))
-        z, weights = original(q, k, v, *arguments, **options)
+        listened = bool(state.listeners)
+        with state.tell(_call_of_torch(module, q, k, v, *arguments, **options)) if listened else nullcontext():
+            z, weights = original(q, k, v, *arguments, **options)
         return state.slots[Z](z), weights
 
     module.__dict__["_attend"] = attend

@@ -10,7 +10,7 @@ from lens_models import ALL, HEADS, LAYERS, LIKE_LLAMA, PRE_NORM, WIDTH, make, t
 from torch import nn
 
 from fastattn import lens
-from fastattn.lens import adapters
+from fastattn.lens import family_table
 
 
 def run(model, tokens, watched):
@@ -132,11 +132,11 @@ def test_a_model_without_a_row_is_told_which_rows_there_are_and_how_to_add_one()
 
 
 def test_a_row_that_names_what_is_not_there_says_what_is_missing(monkeypatch):
-    monkeypatch.setattr(adapters, "_FAMILIES", dict(adapters._FAMILIES))
-    lens.register(dataclasses.replace(adapters.FASTATTN, name="wrong", out="attention.output"))
+    monkeypatch.setattr(family_table, "_FAMILIES", dict(family_table._FAMILIES))
+    lens.register(dataclasses.replace(family_table.FASTATTN, name="wrong", out="attention.output"))
     with pytest.raises(ValueError, match=r"family wrong says that out of block 0 is at attention.output"):
         lens.adapt(make("own"))
-    lens.register(dataclasses.replace(adapters.FASTATTN, name="wrong", blocks="layers"))
+    lens.register(dataclasses.replace(family_table.FASTATTN, name="wrong", blocks="layers"))
     with pytest.raises(ValueError, match="says that blocks is at layers"):
         lens.adapt(make("own"))
 
@@ -151,10 +151,10 @@ def test_a_registered_family_serves_its_models_and_their_subclasses(monkeypatch)
     class Derived(Renamed):
         pass
 
-    monkeypatch.setattr(adapters, "_FAMILIES", dict(adapters._FAMILIES))
+    monkeypatch.setattr(family_table, "_FAMILIES", dict(family_table._FAMILIES))
     library = __name__.split(".")[0]
     lens.register(
-        dataclasses.replace(adapters.FASTATTN, name="mine", models=(f"{library}.Renamed",), base="inner")
+        dataclasses.replace(family_table.FASTATTN, name="mine", models=(f"{library}.Renamed",), base="inner")
     )
     assert lens.adapt(Derived(make("own"))).num_layers == LAYERS
 

@@ -11,7 +11,7 @@ from torch import nn
 
 import fastattn
 from fastattn import lens
-from fastattn.lens import adapters
+from fastattn.lens import family_table
 
 EXACT = {"atol": 1e-12, "rtol": 1e-12}
 FP32_NORMS = ("llama", *LIKE_LLAMA, "qwen3", "gemma3")  # their norms round to float32, whatever the model's dtype
@@ -164,7 +164,7 @@ def test_it_works_under_inference_mode_and_leaves_gradients_and_hooks_alone():
 
 def test_post_norm_blocks_sum_through_their_frozen_norms(monkeypatch):
     transformers = pytest.importorskip("transformers")
-    monkeypatch.setattr(adapters, "_FAMILIES", dict(adapters._FAMILIES))
+    monkeypatch.setattr(family_table, "_FAMILIES", dict(family_table._FAMILIES))
     lens.register(
         lens.Family(
             name="GPT-1", models=("transformers.OpenAIGPTLMHeadModel",), base="transformer", blocks="h",

@@ -9,7 +9,7 @@ import torch
 from test_torch_models import HEADS, LAYERS, make, text
 
 from fastattn import lens
-from fastattn.lens import adapters
+from fastattn.lens import family_table
 
 
 def patterns(model, tokens):
@@ -37,9 +37,9 @@ def test_rollout_and_the_head_report_answer(batch_first, norm_first):
 
 def registered(monkeypatch, model):
     """A row for the whole model, with its embedding and its head."""
-    monkeypatch.setattr(adapters, "_FAMILIES", dict(adapters._FAMILIES))
+    monkeypatch.setattr(family_table, "_FAMILIES", dict(family_table._FAMILIES))
     row = dataclasses.replace(
-        adapters.TORCH, name="mine", models=("test_torch_models.Model",), blocks="encoder.layers",
+        family_table.TORCH, name="mine", models=("test_torch_models.Model",), blocks="encoder.layers",
         embeddings=("embedding",), final_norm="encoder.norm", unembedding="head",
         num_heads="encoder.layers.0.self_attn.num_heads",
     )  # fmt: skip

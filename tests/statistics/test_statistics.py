@@ -395,6 +395,17 @@ def test_no_tensor_grows_as_the_square_of_the_length(name: str, monkeypatch: pyt
     assert 2**14 <= found[1] <= max(4 * found[0], 2 * portable.ELEMENTS) < 4096**2 / 8
 
 
+def test_rows_that_see_a_sink_alone_have_no_top_keys() -> None:
+    """They have a log-sum-exp, and no tile."""
+    q, k, sinks = torch.randn(1, 2, 700, 8), torch.randn(1, 2, 5, 8), torch.randn(2)
+    _, lse = fastattn.attention(q, k, k, causal=True, sinks=sinks, return_lse=True)
+    for backend in BACKENDS:
+        found = attention_statistics(
+            q, k, lse, want="top_keys", causal=True, sinks=sinks, backend=backend
+        ).top_keys
+        assert (found.keys[:, :, :695] == -1).all() and (found.keys[:, :, -1] >= 0).any(-1).all()
+
+
 @pytest.mark.parametrize("window", [{}, {"causal": True}, {"window": (5, 3)}])
 def test_flops_are_those_of_the_scores_that_the_queries_see(window: dict) -> None:
     q, k = torch.randn(2, 3, 17, 8), torch.randn(2, 3, 23, 8)

@@ -19,18 +19,15 @@ from fastattn.core.attention.spec import AttentionSpec, ScoreTensors, check_head
 from fastattn.core.autocast import autocast
 from fastattn.core.capabilities import check_backend
 from fastattn.core.statistics import operators
+from fastattn.core.statistics.labels import Kind, check_kind, check_labels, labels_of, possible
+from fastattn.core.statistics.queries import Queries, check_queries
 from fastattn.core.statistics.spec import (
-    ANYWHERE,
     SUMS,
-    Kind,
     Matches,
     StatisticsSpec,
     StatisticsTensors,
     TopKeys,
-    check_kind,
-    check_labels,
     check_lse,
-    check_queries,
     check_query_weights,
     check_thumbnail,
     check_want,
@@ -132,7 +129,7 @@ def attention_statistics(
     kinds = (match,) if isinstance(match, str) or callable(match) else tuple(match)
     call = _call("attention_statistics", q, k, lse, backend, given)
     chosen = check_queries(queries, q.shape[2])
-    picked = _Queries(chosen, q.shape[2])
+    picked = Queries(chosen, q.shape[2])
     sums = _sums_for(names, within)
     asked, extra = _asked(call, names, picked, kinds, labels, query_weights, v, output, thumbnail)
     spec = StatisticsSpec(
@@ -197,8 +194,8 @@ def match_mass(
     check_kind("kind", kind)
     call = _call("match_mass", q, k, lse, backend, given)
     check_labels(labels, q, k)
-    picked = _Queries(check_queries(queries, q.shape[2]), q.shape[2])
-    own, others, before = _labels_of(labels, q.shape[2], (kind,))
+    picked = Queries(check_queries(queries, q.shape[2]), q.shape[2])
+    own, others, before = labels_of(labels, q.shape[2], (kind,))
     if kind in ("previous", "first"):
         mass = _mass_of_one_key(call, 0 if kind == "first" else None)
     else:
@@ -209,7 +206,7 @@ def match_mass(
             found = operators.statistics(call.q, call.k, lse, asked, spec, call.tensors, call.backend)
             _check_masses(found["mass"], call)
             mass = found["match_mass"][0]
-    return Matches(picked.of(mass), picked.of(_possible(own[0], others[0], before[0], k.shape[2])))
+    return Matches(picked.of(mass), picked.of(possible(own[0], others[0], before[0], k.shape[2])))
 
 
 def gather_weights(
@@ -278,46 +275,6 @@ def _call(function: str, q: Tensor, k: Tensor, lse: Tensor, backend: str | None,
     return _Call(q, k.detach(), lse.detach(), spec, tensors, backend)
 
 
-class _Queries:
-    """The queries that are asked for, of so many."""
-
-    def __init__(self, chosen: slice | Tensor, length: int) -> None:
-        self.chosen, self.length = chosen, length
-
-    @property
-    def count(self) -> int:
-        return len(self.chosen) if isinstance(self.chosen, Tensor) else self.chosen.stop - self.chosen.start
-
-    @property
-    def rows(self) -> tuple[int, int]:
-        """From the first to after the last."""
-        if isinstance(self.chosen, slice):
-            return self.chosen.start, self.chosen.stop
-        return (int(self.chosen.min()), int(self.chosen.max()) + 1) if len(self.chosen) else (0, 0)
-
-    def of(self, t: Tensor, dim: int = -1) -> Tensor:
-        """What of a value for each query belongs to those asked for, in their order."""
-        if isinstance(self.chosen, Tensor):
-            return t.index_select(dim, self.chosen.to(t.device))
-        if (self.chosen.start, self.chosen.stop) == (0, self.length):
-            return t
-        return t.narrow(dim, self.chosen.start, self.count)
-
-    def spread(self, values: Tensor, other: float) -> Tensor:
-        """The other way round: (..., queries asked for) to (..., all queries)."""
-        every = values.new_full((*values.shape[:-1], self.length), other)
-        if isinstance(self.chosen, Tensor):
-            return every.index_copy_(-1, self.chosen.to(values.device), values)
-        every[..., self.chosen] = values
-        return every
-
-    def only(self, lse: Tensor) -> Tensor:
-        """The log-sum-exps, +inf for queries that are not asked for: then all of their weights are 0."""
-        if self.count == self.length:
-            return lse
-        return self.spread(self.of(lse), float("inf"))
-
-
 class _Extra(NamedTuple):
     thumbnail: tuple[int, int]
     before: tuple[int, ...]
@@ -336,7 +293,7 @@ def _sums_for(names: Sequence[str], within: object) -> set[str]:
 def _asked(
     call: _Call,
     names: Sequence[str],
-    picked: _Queries,
+    picked: Queries,
     kinds: Sequence[Kind],
     labels: Tensor | None,
     query_weights: Tensor | None,
@@ -353,7 +310,7 @@ def _asked(
             for kind in kinds:
                 check_kind("match", kind)
             check_labels(labels, q, k)
-            own, others, before = _labels_of(labels, q.shape[2], kinds)
+            own, others, before = labels_of(labels, q.shape[2], kinds)
             asked, extra = asked._replace(query_labels=own, key_labels=others), extra._replace(before=before)
         if "weighted_received" in names:
             weights = _needed("query_weights", query_weights, "weighted_received")
@@ -366,7 +323,7 @@ def _asked(
             # The n-th of the queries asked for, in the order in which q has them, is in row n * rows // count.
             number = torch.arange(picked.count, device=q.device) * rows // max(picked.count, 1)
             ordered = (
-                _Queries(picked.chosen.sort().values, picked.length)
+                Queries(picked.chosen.sort().values, picked.length)
                 if isinstance(picked.chosen, Tensor)
                 else picked
             )
@@ -408,71 +365,6 @@ def _value_norms(v: Tensor, output: Tensor | None, call: _Call) -> Tensor:
     return norms
 
 
-def _labels_of(labels: Tensor, queries: int, kinds: Sequence[Kind]) -> tuple[Tensor, Tensor, tuple[int, ...]]:
-    """For each kind what queries want and what keys offer, int32 (kinds, B, Lq) and (kinds, B, Lk), which match
-    where they are equal, and how many keys before its diagonal the match of a query stands at least."""
-    found, before = [], []
-    batch, keys = labels.shape
-    labels = labels.long()
-    place = torch.arange(keys, device=labels.device).expand(batch, keys)
-    for kind in kinds:
-        if kind == "previous":
-            wanted, offered, distance = place - 1, place, 1
-        elif kind == "first":
-            wanted, offered, distance = torch.zeros_like(place), place, 1
-        elif kind == "duplicate":
-            wanted, offered, distance = *_ranks(labels, labels), 1
-        elif kind == "induction":
-            wanted, offered = _ranks(labels, labels)
-            # No token stands before the first.
-            offered, distance = torch.cat((torch.full_like(offered[:, :1], -1), offered[:, :-1]), 1), 0
-        else:
-            assert callable(kind)
-            wanted, offered, distance = *_ranks(*_checked_labels(kind, labels)), ANYWHERE
-        found.append((wanted[:, keys - queries :], offered))
-        before.append(distance)
-    own, others = (torch.stack(ts).to(torch.int32).contiguous() for ts in zip(*found, strict=True))
-    return own, others, tuple(before)
-
-
-def _checked_labels(kind: Any, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """What a function of labels returns."""
-    returned = kind(labels)
-    expected = f"two tensors of integers {tuple(labels.shape)}, what queries want and what keys offer"
-    if not isinstance(returned, tuple | list) or len(returned) != 2:
-        raise TypeError(f"kind's function must return {expected}; got {type(returned).__name__}")
-    for t in returned:
-        if not isinstance(t, Tensor) or t.is_floating_point() or t.is_complex() or t.dtype == torch.bool:
-            raise TypeError(
-                f"kind's function must return {expected}; got {type(t).__name__} {getattr(t, 'dtype', '')}"
-            )
-        if t.shape != labels.shape:
-            raise ValueError(f"kind's function must return {expected}; got one of shape {shape_of(t)}")
-    return returned[0].long(), returned[1].long()
-
-
-def _ranks(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """Numbers from 0 for two tensors' values, equal where those are: 32 bits are enough for them."""
-    values, order = torch.cat((first.flatten(), second.flatten())).sort()
-    steps = torch.cat((values.new_zeros(min(1, len(values))), (values.diff() != 0).long())).cumsum(0)
-    ranks = torch.empty_like(steps).scatter_(0, order, steps)
-    return ranks[: first.numel()].view(first.shape), ranks[first.numel() :].view(second.shape)
-
-
-def _possible(wanted: Tensor, offered: Tensor, before: int, keys: int) -> Tensor:
-    """Whether any key matches, bool (B, Lq): whether the first that does stands early enough."""
-    batch, queries = wanted.shape
-    place = torch.arange(keys, device=offered.device).expand(batch, keys)
-    # Ranks, and positions, are below the number of labels; -1 counts as the one beyond.
-    numbers = max(2 * batch * keys, keys) + 1
-    owner = torch.arange(batch, device=offered.device)[:, None] * numbers
-    first = torch.full((batch * numbers,), keys, device=offered.device)
-    first.scatter_reduce_(0, (owner + offered % numbers).flatten(), place.flatten(), "amin")
-    diagonal = torch.arange(keys - queries, keys, device=offered.device)
-    found = first[(owner + wanted % numbers).flatten()].view(batch, queries)
-    return (found < keys) & (found <= diagonal - before)
-
-
 def _mass_of_one_key(call: _Call, key: int | None) -> Tensor:
     """The weight of one key, or of the one before it, for each query (B, Hq, Lq); 0 for position 0."""
     queries, keys = call.q.shape[2], call.k.shape[2]
@@ -485,7 +377,7 @@ def _mass_of_one_key(call: _Call, key: int | None) -> Tensor:
         return found.masked_fill(place == 0, 0.0)
 
 
-def _masses_within(call: _Call, picked: _Queries, within: Mask | Sequence[Mask], given: dict[str, Any]) -> Tensor:
+def _masses_within(call: _Call, picked: Queries, within: Mask | Sequence[Mask], given: dict[str, Any]) -> Tensor:
     """The weight inside masks: what rows add up to where both attention's mask and this one show a key."""
     several = [within] if isinstance(within, Mask) else list(within)
     if isinstance(given.get("mask"), Lowered):
@@ -531,7 +423,7 @@ def _fields(
     found: dict[str, Tensor],
     lse: Tensor,
     asked: StatisticsTensors,
-    picked: _Queries,
+    picked: Queries,
     single_kind: bool,
 ) -> Any:
     """The result, field by field."""

@@ -6,7 +6,7 @@ statistics are sums or maxima over it, so they are made tile by tile and P is ne
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -32,11 +32,6 @@ BY_QUERY = (
 BY_KEY = ("received", "max_received", "weighted_received", "received_value_norm")
 WHOLE = ("lag_profile", "thumbnail")
 NAMES = (*BY_QUERY, *BY_KEY, *WHOLE)
-
-KINDS = ("induction", "duplicate", "previous", "first")
-Kind = str | Callable[[Tensor], tuple[Tensor, Tensor]]
-# A key at any place matches.
-ANYWHERE = -(2**30)
 
 # What the backends sum up, from which the rest follows without looking at the scores again.
 SUMS_BY_QUERY = ("mass", "entropy", "max_logit", "sum_of_squares", "mean_distance", "value_norm", "match_mass")
@@ -101,8 +96,8 @@ class Matches(NamedTuple):
 
 
 class Result(NamedTuple):
-    """Of one of SUMS: where its parts fall ("rows", "columns" or "whole"), its shape, and its value where nothing
-    is summed."""
+    """The layout of one of SUMS: whether it has a value for each of the "rows" or "columns" of the scores, or is
+    of the "whole"; its shape; and its value before anything is added."""
 
     falls: str
     shape: tuple[int, ...]
@@ -162,51 +157,6 @@ def check_lse(lse: Tensor, q: Tensor) -> None:
         raise ValueError(f"lse must have shape {tuple(q.shape[:3])}, got {shape_of(lse)}")
     if lse.device != q.device:
         raise ValueError(f"lse must be on q's device {q.device}, got {lse.device}")
-
-
-def check_labels(labels: Tensor, q: Tensor, k: Tensor) -> None:
-    """Integers (B, Lk), one a key; the queries are those of the last Lq positions."""
-    arguments.tensor("labels", labels)
-    if labels.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
-        raise TypeError(f"labels must be integers, got {labels.dtype}")
-    expected = (k.shape[0], k.shape[2])
-    if tuple(labels.shape) != expected:
-        raise ValueError(f"labels must have shape {expected}, one for each key, got {shape_of(labels)}")
-    if labels.device != q.device:
-        raise ValueError(f"labels must be on q's device {q.device}, got {labels.device}")
-    if q.shape[2] > k.shape[2]:
-        raise ValueError(f"q must not be longer than k, {k.shape[2]}, to have labels; got {q.shape[2]}")
-
-
-def check_kind(name: str, kind: Kind) -> None:
-    if not callable(kind) and kind not in KINDS:
-        raise ValueError(f"{name} must be one of {', '.join(KINDS)} or a function of labels, got {kind!r}")
-
-
-def check_queries(queries: slice | Tensor | Sequence[int] | None, length: int) -> slice | Tensor:
-    """Which queries: a slice of positive step 1 within the length, or int64 indices on the CPU, each once."""
-    if queries is None:
-        return slice(0, length)
-    if isinstance(queries, slice):
-        start, stop, step = queries.indices(length)
-        if step == 1:
-            return slice(start, max(start, stop))
-        return torch.arange(length)[queries] if step > 0 else torch.tensor(range(start, stop, step))
-    what = "queries must be a slice or integers (n,)"
-    indices = arguments.integers("queries", queries)
-    if indices.dim() != 1 or indices.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"{what}, got a tensor of shape {shape_of(indices)}, {indices.dtype}")
-    indices = indices.to("cpu", torch.int64)
-    if len(indices) and not -length <= int(indices.min()) <= int(indices.max()) < length:
-        raise ValueError(f"queries must be from {-length} to {length - 1}, got {_range(indices)}")
-    indices = indices % max(length, 1)
-    if len(indices.unique()) < len(indices):
-        raise ValueError("queries must be each there once, got some of them twice")
-    return indices
-
-
-def _range(indices: Tensor) -> str:
-    return f"{int(indices.min())} to {int(indices.max())}"
 
 
 def check_query_weights(weights: Tensor, q: Tensor, count: int) -> Tensor:
