@@ -10,7 +10,7 @@ from lens_models import ALL, HEADS, LAYERS, PRE_NORM, WIDTH, make, text
 
 import fastattn
 from fastattn import lens, masks
-from fastattn.lens import interventions, places
+from fastattn.lens import edits, places
 
 CLOSE = {"atol": 1e-11, "rtol": 1e-11}
 WITH_MLP = [name for name in ALL if name != "own-attention-only"]
@@ -24,7 +24,7 @@ def logits_of(model, tokens):
 
 def nothing_is_left(model):
     hooks = [h for m in model.modules() for h in (*m._forward_hooks, *m._forward_pre_hooks)]
-    return not hooks and not places._SLOTS and not places._ATTENTIONS and not interventions._EDITED
+    return not hooks and not places._SLOTS and not places._ATTENTIONS and not edits._EDITED
 
 
 @pytest.mark.parametrize("attention", ["fastattn", "sdpa"])
