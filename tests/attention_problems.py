@@ -96,7 +96,10 @@ class Problem:
         if self.lengths:
             lengths = torch.tensor([self.keys * (b + 1) // (batch + 1) for b in range(batch)], device=DEVICE)
         if self.alibi:
-            slopes = torch.tensor([0.5 / (h + 1) for h in range(heads)], device=DEVICE).expand(batch, heads)
+            slopes = torch.tensor(
+                [0.5 / (h + 1) for h in range(heads)], device=DEVICE, dtype=lse_dtype(self.dtype)
+            )
+            slopes = slopes.expand(batch, heads)
         if self.bias is not None:
             full = (batch, heads, self.queries, self.keys)
             bias = self._random(*(1 if one else size for one, size in zip(self.bias, full, strict=True)))

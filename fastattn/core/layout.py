@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 
-def empty_heads(shape: Sequence[int], like: Tensor) -> Tensor:
-    """An empty tensor of this shape, with the dtype and device of `like`."""
+def empty_heads(shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """An empty tensor of this shape, with the device of `like`, and its dtype if none is given."""
     batch, heads, length, width = shape
-    return like.new_empty((batch, length, heads, width)).transpose(1, 2)
+    return like.new_empty((batch, length, heads, width), dtype=dtype or like.dtype).transpose(1, 2)
 
 
 def zero_heads(shape: Sequence[int], like: Tensor, dtype: torch.dtype) -> Tensor:

@@ -175,7 +175,17 @@ def test_a_scale_that_underflows_gives_the_mean_of_what_is_seen(scale: float, op
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 @pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 1e15), (torch.float16, 3e4)])
-@pytest.mark.parametrize("options", [{}, {"causal": True}, {"bias": torch.zeros(20, device=DEVICE)}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"causal": True},
+        {"bias": torch.zeros(20, device=DEVICE)},
+        {"mask": masks.documents(torch.zeros(1, 20, dtype=torch.int64))},
+        {"mask": masks.from_dense(torch.ones(20, 20, dtype=torch.bool))},
+    ],
+    ids=["plain", "causal", "bias", "intervals", "lists"],
+)
 def test_scores_as_huge_as_1e30_pick_the_largest(
     options: dict, dtype: torch.dtype, size: float, name: str
 ) -> None:

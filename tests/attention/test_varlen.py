@@ -73,6 +73,35 @@ def assert_packed_is_each_alone(queries, keys, *, inputs, learned=(), slopes=Non
 
 # Packed sequences
 
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", [(), (4,)])
+def test_a_scale_may_be_a_tensor_for_all_heads_or_for_each_as_attentions(shape: tuple, backend: str) -> None:
+    queries, keys = [3, 0, 9], [5, 2, 9]
+    inputs = (*packed_inputs(queries, keys), rand(shape) + 0.1)
+    upstream = randn(12, 4, 16), randn(4, 12)
+
+    def ours(q, k, v, scale):
+        options = {"scale": scale, "return_lse": True, "backend": backend}
+        return fastattn.attention_varlen(q, k, v, starts(queries), starts(keys), **options)
+
+    def definition(q, k, v, scale):
+        return sequence_by_sequence(q, k, v, queries=queries, keys=keys, scale=scale)
+
+    actual, eager = (run(inputs, upstream, f) for f in (ours, definition))
+    exact = run([t.double() for t in inputs], [t.double() for t in upstream], definition)
+    for position, (a, x, e) in enumerate(zip(actual, exact, eager, strict=True)):
+        # The gradient of a scale is a sum over all pairs of a head, of terms of the size of a product.
+        tiny = 4e-6 * (16.0 if position == 5 else 1.0)
+        assert_as_exact_as_eager(a, x, e, gradient=position >= 2, tiny=tiny)
+
+
+def test_a_scale_of_each_sequence_is_refused_by_name() -> None:
+    q, k, v = packed_inputs([3, 4], [3, 4])
+    with pytest.raises(ValueError, match=r"scale must have shape \(\) or \(4,\), got \(2, 4\)"):
+        fastattn.attention_varlen(q, k, v, starts([3, 4]), starts([3, 4]), scale=rand(2, 4))
+
+
 BOUNDS = st.none() | st.integers(0, 40)
 LENGTHS = st.sampled_from((0, 0, 1, 5, 31, 64, 70))
 

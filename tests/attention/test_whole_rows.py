@@ -1,4 +1,4 @@
-"""Attention with dropout on whole rows of scores is exact wherever blocks are cut."""
+"""Attention on whole rows of scores is exact wherever blocks are cut."""
 
 from __future__ import annotations
 
@@ -16,28 +16,31 @@ from fastattn.core.attention import portable as attention_portable
 from fastattn.core.attention import tiles, whole_rows
 
 
-@settings(max_examples=40)
+FEATURES = ("softcap", "lengths", "alibi", "sinks", "head_scale", "bias", "masked", "radius", "window", "causal")
+
+
+@settings(max_examples=80)
 @given(
     problem=st.builds(
         Problem,
         batch=st.integers(1, 3),
         heads=st.sampled_from([2, 4]),
         width=st.sampled_from([5, 16]),
-        dtype=st.sampled_from([torch.float32, torch.float64]),
-        masked=st.just(True),
-        dropout=st.sampled_from([0.1, 0.5]),
-        **strategies_of("key_heads", "queries", "keys", "causal", "layout", "window", "lse_gradient"),
-        **strategies_of("lengths", "bias"),
+        dtype=st.sampled_from([torch.float16, torch.float32, torch.float64]),
+        dropout=st.sampled_from([0.0, 0.1, 0.5]),
+        **strategies_of("key_heads", "queries", "keys", "layout", "lse_gradient", *FEATURES),
     ),
-    elements=st.sampled_from([2300, 9000, 2**18]),
+    elements=st.sampled_from([300, 2300, 9000, 2**18]),
+    rows=st.integers(1, 70),
 )
-def test_dropout_is_exact_wherever_blocks_are_cut(problem: Problem, elements: int) -> None:
+def test_every_feature_is_exact_wherever_blocks_are_cut(problem: Problem, elements: int, rows: int) -> None:
+    tile_by_tile = AssertionError("computed tile by tile")
     with (
-        mock.patch.multiple(whole_rows, ELEMENTS=elements, FEWEST=0),
-        mock.patch.object(attention_portable, "Scores", side_effect=AssertionError("computed tile by tile")),
-        mock.patch.object(tiles, "Scores", side_effect=AssertionError("computed tile by tile")),
+        mock.patch.multiple(whole_rows, ELEMENTS=elements, MOST_ELEMENTS=max(elements, 4096), ROWS=rows, FEWEST=0),
+        mock.patch.object(attention_portable, "Scores", side_effect=tile_by_tile),
+        mock.patch.object(tiles, "Scores", side_effect=tile_by_tile),
     ):
-        check(problem, "portable")
+        check(problem, "tiled")
 
 
 @pytest.mark.parametrize("causal", [False, True])

@@ -239,15 +239,20 @@ def relative_index(distance: Tensor, radius: int) -> Tensor:
 
 def sum_by_distance(dscores: Tensor, relative_bias: Tensor, shift: int) -> Tensor:
     """The gradient of a relative bias (B, H, 2 R + 1) from that of the scores (B, H, rows, columns): the sum along
-    each diagonal. The key of column j stands `shift` + j - i behind the diagonal of row i. No atomics: every row
-    is shifted by one against the one below, and the columns summed."""
+    each diagonal. The key of column j stands `shift` + j - i behind the diagonal of row i."""
     rows, columns = dscores.shape[2:]
-    radius = relative_bias.shape[2] // 2
     if rows * columns == 0:
         return torch.zeros_like(relative_bias)
-    skewed = F.pad(dscores.flip(2), (0, rows)).flatten(2)[..., :-rows]
-    sums = skewed.unflatten(2, (rows, columns + rows - 1)).sum(2, dtype=relative_bias.dtype)
-    return of_distances(sums, shift - rows + 1, radius)
+    sums = diagonal_sums(dscores, relative_bias.dtype)
+    return of_distances(sums, shift - rows + 1, relative_bias.shape[2] // 2)
+
+
+def diagonal_sums(scores: Tensor, dtype: torch.dtype) -> Tensor:
+    """The sums (..., rows + columns - 1) along the diagonals of (..., rows, columns), from the lower left corner
+    to the upper right. No atomics: every row is shifted by one against the one below, and columns are summed."""
+    rows, columns = scores.shape[-2:]
+    skewed = F.pad(scores.flip(-2), (0, rows)).flatten(-2)[..., :-rows]
+    return skewed.unflatten(-1, (rows, columns + rows - 1)).sum(-2, dtype=dtype)
 
 
 def of_distances(sums: Tensor, nearest: int, radius: int) -> Tensor:

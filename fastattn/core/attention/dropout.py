@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fastattn.core.attention.spec import check_dropout
+from fastattn.core.workspace import Workspace
 from fastattn.ground import arguments
 
 ROUNDS = 7
@@ -106,3 +107,75 @@ def philox(
         c1, c3 = second, first
         k0, k1 = (k0 + _WEYL[0]) & _WORD, (k1 + _WEYL[1]) & _WORD
     return c0, c1 & _WORD, c2, c3 & _WORD
+
+
+class KeepMasks:
+    """The keep masks of one call, block by block, in the memory of a workspace.
+
+    What depends on the row or on the column alone is computed once, for all blocks. From the third round of Philox
+    on, words depend on both, and are computed in place: new memory for each would take as long as the computation.
+    """
+
+    BYTES = 8  # of workspace for each weight, beside the mask
+
+    def __init__(self, state: Tensor, sizes: tuple[int, int, int], dropout_p: float, workspace: Workspace) -> None:
+        """For a state (B, 2) and so many heads, queries and keys."""
+        self.workspace, self.threshold = workspace, round(dropout_p * 2**16) - 2**15
+        heads, queries, keys = sizes
+        head = torch.arange(heads, device=state.device)[:, None, None]
+        query = torch.arange(queries, device=state.device)[:, None]
+        group = torch.arange(-(-keys // 8), device=state.device)
+        seed, offset = (t[:, None, None, None] for t in state.unbind(1))
+        steps = torch.arange(ROUNDS, device=state.device)
+        self.keys = tuple(
+            half[..., None] + steps * weyl & _WORD for half, weyl in zip((seed, seed >> 32), _WEYL, strict=True)
+        )
+        k0, k2, k1, k3 = (keys[..., i] for keys in self.keys for i in (0, 1))
+        by_row, by_column = (
+            head * _MULTIPLIERS[1] >> 32 ^ query ^ k0,
+            group * _MULTIPLIERS[0] >> 32 ^ offset & _WORD ^ k1,
+        )
+        # After two rounds the third word is that of a row, xor that of a column.
+        self.odd_words = by_column * _MULTIPLIERS[1], by_row * _MULTIPLIERS[0]
+        self.first = (self.odd_words[0] >> 32 ^ head * _MULTIPLIERS[1] ^ k2) & _WORD
+        self.third = (self.odd_words[1] >> 32 ^ k3) & _WORD, group * _MULTIPLIERS[0] & _WORD
+
+    def of(self, batch: slice, heads: slice, rows: slice, columns: slice) -> Tensor:
+        """1 for weights that are kept, else 0, in the workspace's dtype: (batch, heads, rows, columns)."""
+        groups = slice(columns.start // 8, -(-columns.stop // 8))
+        place = batch, heads, rows
+        c0, c1, c3 = (
+            self.first[batch, heads, :, groups],
+            self.odd_words[0][batch, :, :, groups],
+            self.odd_words[1][place],
+        )
+        of_rows, of_columns = self.third[0][place], self.third[1][groups]
+        shape = (*of_rows.shape[:3], len(of_columns))
+        names = ("c0", "c2", "first", "second", "first, next", "second, next")
+        c0_memory, c2_memory, *products = (self._memory(name, shape) for name in names)
+        c2 = torch.bitwise_xor(of_rows, of_columns, out=c2_memory)
+        for i, (k0, k1) in enumerate(zip(*(keys[batch, ..., 2:].unbind(-1) for keys in self.keys), strict=True)):
+            products = products[2:] + products[:2]  # those of the round before are still read
+            first, second = products[:2]
+            second = torch.mul(c2, _MULTIPLIERS[1], out=second)
+            if i == 0:
+                # The other product, and what is xored, are of a row or of a column alone.
+                first = c0 * _MULTIPLIERS[0]
+                c0 = torch.bitwise_right_shift(second, 32, out=c0_memory).bitwise_xor_(c1 ^ k0)
+                torch.bitwise_xor(first >> 32 ^ k1, c3, out=c2)
+            else:
+                first = torch.mul(c0, _MULTIPLIERS[0], out=first)
+                torch.bitwise_right_shift(second, 32, out=c0).bitwise_xor_(c1.bitwise_xor_(k0))
+                torch.bitwise_right_shift(first, 32, out=c2).bitwise_xor_(c3.bitwise_xor_(k1))
+            c1, c3 = second, first
+            c0.bitwise_and_(_WORD)
+            c2.bitwise_and_(_WORD)
+        pairs = self._memory("pairs", (*shape, 2))
+        torch.bitwise_or(c0, c1.bitwise_left_shift_(32), out=pairs[..., 0])
+        torch.bitwise_or(c2, c3.bitwise_left_shift_(32), out=pairs[..., 1])
+        kept = pairs.bitwise_xor_(_HIGHEST_BITS).view(torch.int16).flatten(-2).ge_(self.threshold)
+        keep = self.workspace.empty("keep", *kept.shape).copy_(kept)
+        return keep[..., columns.start % 8 : columns.start % 8 + columns.stop - columns.start]
+
+    def _memory(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        return self.workspace.empty(name, *shape, dtype=torch.int64)

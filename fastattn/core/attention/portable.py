@@ -51,9 +51,9 @@ def backward(
         if granules.serves(spec, tensors):
             dout, dlse = _for_rounded_rows(dout, dlse, saved, spec, tensors)
             return granules.backward(dout, dlse, saved, spec, tensors, wanted)
-        if not wanted.bias and whole_rows.serves(q, k, spec, tensors):
+        if whole_rows.serves(q, k, spec, tensors):
             dout, dlse = _for_rounded_rows(dout, dlse, saved, spec, tensors)
-            return whole_rows.backward(dout, dlse, saved, spec, tensors)
+            return whole_rows.backward(dout, dlse, saved, spec, tensors, wanted)
         return _tiled_backward(dout, dlse, saved, spec, tensors, wanted)
 
 

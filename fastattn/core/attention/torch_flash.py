@@ -68,8 +68,9 @@ def forward(
     out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(
         q, k[:, :, seen], v[:, :, seen], 0.0, causal, attn_mask=mask, scale=spec.scale
     )
-    if mask is not None and bool((empty := _empty_rows(mask, causal, q.shape[2])).any()):
-        # The operator gives these rows a log-sum-exp of 0. Nothing seen is -inf.
+    # The operator gives rows that see nothing a log-sum-exp of 0. Few others have it: the mask need not be read.
+    if mask is not None and bool((lse == 0).any()):
+        empty = _empty_rows(mask, causal, q.shape[2])
         out, lse = out.masked_fill(empty[..., None], 0.0), lse.masked_fill(empty, _HIDDEN)
     return out, lse.contiguous()
 

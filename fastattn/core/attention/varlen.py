@@ -28,7 +28,7 @@ def attention_varlen(
     max_seqlen_k: int | None = ...,
     *,
     causal: bool = ...,
-    scale: float | None = ...,
+    scale: float | Tensor | None = ...,
     window: Window = ...,
     softcap: float | None = ...,
     alibi_slopes: Tensor | None = ...,
@@ -49,7 +49,7 @@ def attention_varlen(
     max_seqlen_k: int | None = ...,
     *,
     causal: bool = ...,
-    scale: float | None = ...,
+    scale: float | Tensor | None = ...,
     window: Window = ...,
     softcap: float | None = ...,
     alibi_slopes: Tensor | None = ...,
@@ -69,7 +69,7 @@ def attention_varlen(
     max_seqlen_k: int | None = None,
     *,
     causal: bool = False,
-    scale: float | None = None,
+    scale: float | Tensor | None = None,
     window: Window = None,
     softcap: float | None = None,
     alibi_slopes: Tensor | None = None,
@@ -95,7 +95,8 @@ def attention_varlen(
         causal, window: counted from each sequence's own diagonal: its last query stands at its last key.
         alibi_slopes: (Hq,) or (sequences, Hq). If sequences differ in their slopes, or in how many more keys than
             queries they have, each sequence is computed by a call of its own.
-        scale, softcap, sinks, dropout_p, precision, backend: as `attention`'s; sinks are (Hq,).
+        scale, softcap, sinks, dropout_p, precision, backend: as `attention`'s. Sinks are (Hq,), a scale is a
+            number or a tensor () or (Hq,).
         return_lse: also return the log-sum-exp of each row of scores.
 
     Returns:
@@ -127,7 +128,7 @@ def attention_varlen(
     q, k, v = q[:, :, : ends[0]], k[:, :, : ends[1]], v[:, :, : ends[1]]
     with outside_modes():
         mask.check(Shape(1, q.shape[1], q.shape[2], k.shape[2], q.device))
-    _check_per_head(q, sinks, alibi_slopes, mask.sequences)
+    _check_per_head(q, scale, sinks, alibi_slopes, mask.sequences)
     options: dict[str, Any] = {
         "scale": scale, "softcap": softcap, "sinks": sinks, "dropout_p": dropout_p, "precision": precision,
         "backend": backend,
@@ -166,8 +167,12 @@ def _heads_first(name: str, t: Tensor) -> Tensor:
     return t.transpose(0, 1)[None]
 
 
-def _check_per_head(q: Tensor, sinks: Tensor | None, alibi_slopes: Tensor | None, sequences: int) -> None:
+def _check_per_head(
+    q: Tensor, scale: float | Tensor | None, sinks: Tensor | None, alibi_slopes: Tensor | None, sequences: int
+) -> None:
     heads = q.shape[1]
+    if isinstance(scale, Tensor):
+        check_beside("scale", scale, q, ((), (heads,)))
     if sinks is not None:
         check_beside("sinks", sinks, q, ((heads,),))
     if alibi_slopes is not None:
