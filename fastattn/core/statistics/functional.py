@@ -130,7 +130,7 @@ def attention_statistics(
     call = _call("attention_statistics", q, k, lse, backend, given)
     chosen = check_queries(queries, q.shape[2])
     picked = Queries(chosen, q.shape[2])
-    sums = _sums_for(names, within)
+    sums = _sums_for(names)
     asked, extra = _asked(call, names, picked, kinds, labels, query_weights, v, output, thumbnail)
     spec = StatisticsSpec(
         call.spec,
@@ -247,7 +247,7 @@ def gather_weights(
 
 
 class _Call(NamedTuple):
-    """The scores that are looked at."""
+    """The scores that are looked at: what `attention` was given, checked."""
 
     q: Tensor
     k: Tensor
@@ -276,12 +276,14 @@ def _call(function: str, q: Tensor, k: Tensor, lse: Tensor, backend: str | None,
 
 
 class _Extra(NamedTuple):
+    """Fields of the spec that the thumbnail and the matches need."""
+
     thumbnail: tuple[int, int]
     before: tuple[int, ...]
 
 
-def _sums_for(names: Sequence[str], within: object) -> set[str]:
-    """The sums from which all of these follow. What each row adds up to is one of them, to be checked."""
+def _sums_for(names: Sequence[str]) -> set[str]:
+    """The sums from which all of these follow, and what the weights of each row add up to, which is checked."""
     sums = {name for name in names if name in SUMS}
     if "max_weight" in names:
         sums.add("max_logit")
