@@ -14,6 +14,7 @@ from torch import Tensor
 
 import fastattn
 from fastattn import masks
+from fastattn.core import plans
 from fastattn.core.attention import definition as attention_definition
 from fastattn.core.attention import torch_flash
 from fastattn.core.attention.spec import AttentionSpec, ScoreTensors, check_dropout
@@ -143,11 +144,16 @@ MASKS = {
 }
 
 
+def without_plans():
+    """Inside the block every call takes its operator. A plan would not notice what is patched below it."""
+    return mock.patch.object(plans, "watched", lambda: True)
+
+
 @contextmanager
 def implementation(name: str):
     """The `backend` argument of an implementation; inside the block that implementation is the one that runs."""
     if name == "tiled":
-        with mock.patch.object(torch_flash, "serves", lambda *_: False):
+        with without_plans(), mock.patch.object(torch_flash, "serves", lambda *_: False):
             yield "portable"
     else:
         yield name

@@ -8,8 +8,8 @@ attention   forward(q, k, v, spec, tensors, maxima=None) -> out, lse
 mlp         forward(x, weights, spec, save) -> y, saved
             backward(dy, x, weights, saved, wanted, spec) -> dx, dw, db, dw_out, db_out
                 x is (T, d). `saved` holds the pre-activation (T, h), or gate and up side by side (T, 2h); it is
-                empty if not `save`. `wanted` says which gradients to compute; the others are None. dw and db are
-                those of w_in and b_in, then of w_up and b_up.
+                empty or None if not `save`. `wanted` says which gradients to compute; the others are None. dw and
+                db are those of w_in and b_in, then of w_up and b_up.
 heads       forward(x, spec, tensors) -> y
             backward(dy, x, spec, tensors) -> dx, dnorm_weight or None, dhead_scale or None
 norm        forward(x, residual, weight, bias, spec) -> y, x + residual or None, mean or None, inverse deviation

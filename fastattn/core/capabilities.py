@@ -10,6 +10,7 @@ import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from fastattn.core import backends
 from fastattn.core.attention.spec import NO_TENSORS, ScoreTensors
+from fastattn.core.plans import Plan, backend_asked
 from fastattn.ground import arguments
 from fastattn.ground.checks import ACTIVATIONS
 
@@ -204,6 +206,22 @@ def choose(request: Request, direction: str, backend: str | None = None) -> str:
     if lacking:
         raise ValueError(f"backend {asked!r} cannot compute this call ({direction}): {'; '.join(lacking)}")
     return asked
+
+
+def module(request: Request, direction: str, backend: str | None = None) -> ModuleType:
+    """The chosen backend's module."""
+    return backends.load(request.family, choose(request, direction, backend))
+
+
+def backward_module(plan: Plan, inputs: tuple[Tensor, ...], **beside: Any) -> ModuleType:
+    """The backend of a plan's backward, chosen once for each value of FASTATTN_BACKEND. inputs, beside: of the
+    Request."""
+    asked = backend_asked(), beside.get("lse_gradient")
+    found = plan.chosen.get(asked)
+    if found is None:
+        request = Request(plan.family, plan.spec, inputs, **beside)
+        found = plan.chosen[asked] = module(request, BACKWARD, plan.backend)
+    return found
 
 
 def check_backend(backend: str | None) -> str | None:

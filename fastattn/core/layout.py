@@ -25,4 +25,5 @@ def zero_heads(shape: Sequence[int], like: Tensor, dtype: torch.dtype) -> Tensor
 
 def heads_last(t: Tensor) -> Tensor:
     """`t` in that layout; itself where it already is."""
-    return t.transpose(1, 2).contiguous().transpose(1, 2)
+    by_length = t.transpose(1, 2)
+    return t if by_length.is_contiguous() else by_length.contiguous().transpose(1, 2)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fastattn import __version__
-from fastattn.core import backends, capabilities
+from fastattn.core import backends, capabilities, plans
 from fastattn.core.attention import functional as attention_functional
 from fastattn.core.capabilities import EVERY_DIRECTION, FEATURES, Feature
 from fastattn.core.heads.functional import prepare_heads
@@ -41,7 +41,9 @@ def run(options: argparse.Namespace) -> int:
     print_table("devices", [(str(device), describe(device)) for device in devices()])
     for device in devices():
         print_table(f"features on {device}\n  {default_reason(device)}", feature_rows(device))
-    return report_self_test()
+    result = report_self_test()
+    print_table("\nplans: calls that the self-test repeated, and that were not checked again", plan_rows())
+    return result
 
 
 # ---- what is here ----
@@ -129,6 +131,12 @@ def _lack(feature: Feature, backend: str, device: torch.device) -> str | None:
     if absent == EVERY_DIRECTION:
         return f"{backend} lacks it"
     return f"{backend} lacks its {' and '.join(sorted(absent))}" if absent else None
+
+
+def plan_rows() -> list[tuple[str, ...]]:
+    """A row for each function: its cached plans, and the calls that found one and that had to make one."""
+    rows: list[tuple[str, ...]] = [("", "plans", "found", "made")]
+    return rows + [(p.name, str(len(p)), str(p.hits), str(p.misses)) for p in plans.EVERY]
 
 
 # ---- the self-test ----
@@ -220,6 +228,8 @@ def errors(case: Case, device: torch.device, backend: str) -> tuple[float, float
     generator = torch.Generator().manual_seed(0)
     inputs = [torch.randn(shape, generator=generator).to(device) * shape[-1] ** -0.25 for shape in case.shapes]
     exact = _results(case, [t.double() for t in inputs], "reference")
+    if not torch.equal(_results(case, inputs, backend)[0], _results(case, inputs, backend)[0]):
+        raise ArithmeticError("a second call, by the plan of the first one, gives another result")
     return tuple(  # type: ignore[return-value]
         max(_distance(ours, truth) for ours, truth in zip(_results(case, inputs, name), exact, strict=True))
         for name in (backend, "reference")

@@ -6,7 +6,7 @@ from unittest import mock
 
 import pytest
 import torch
-from attention_problems import Problem, check, implementation, strategies_of
+from attention_problems import Problem, check, implementation, strategies_of, without_plans
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -47,7 +47,7 @@ masked_problems = st.builds(
 @given(masked_problems)
 @settings(max_examples=60)
 def test_a_masked_call_is_computed_by_torchs_kernel_as_exactly_as_by_eager(problem: Problem) -> None:
-    with mock.patch.object(torch_flash, "serves", torch_computes):
+    with without_plans(), mock.patch.object(torch_flash, "serves", torch_computes):
         check(problem, "portable")
 
 
@@ -131,7 +131,7 @@ def test_windows_that_leave_out_most_tiles_are_left_to_the_tiles() -> None:
 def test_its_backward_computes_all_but_float16_and_what_has_a_gradient_beside(dtype: torch.dtype) -> None:
     q, k, v = (t.requires_grad_() for t in Problem(queries=33, keys=33, dtype=dtype).inputs())
     mask, bias = torch.rand(33, 33) < 0.5, torch.randn(33, 33, requires_grad=True)
-    with mock.patch.object(torch_flash, "backward", wraps=torch_flash.backward) as backward:
+    with without_plans(), mock.patch.object(torch_flash, "backward", wraps=torch_flash.backward) as backward:
         fastattn.attention(q, k, v, causal=True, backend="portable").sum().backward()
         fastattn.attention(q, k, v, bias=mask, backend="portable").sum().backward()
         assert backward.call_count == (0 if dtype == torch.float16 else 2)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import importlib.util
+import itertools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,8 +18,9 @@ import torch
 
 from fastattn import __version__, demo
 from fastattn.cli import main
-from fastattn.core import capabilities
+from fastattn.core import capabilities, plans
 from fastattn.core.attention import portable as attention_portable
+from fastattn.core.mlp.operators import MLPPlan
 from fastattn.measuring import doctor
 
 PROSE = b"one word and another word follow. " * 200
@@ -172,6 +175,26 @@ def test_the_doctor_reports_every_feature_and_passes(capsys, monkeypatch):
     for feature in capabilities.FEATURES:
         assert f"{feature.family}  " in printed and feature.name in printed
     assert "FAILED" not in printed and printed.count(" ok") >= len(doctor.CASES)
+
+
+def test_the_doctor_counts_plans_and_fails_if_one_computes_otherwise_than_at_first(capsys, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setattr(doctor, "CASES", [case for case in doctor.CASES if case.name == "mlp, gelu"])
+    (mlp,) = (p for p in plans.EVERY if p.name == "mlp")
+    plans.forget()
+    before = mlp.hits
+    assert main(["doctor"]) == 0
+    assert mlp.hits > before
+    assert re.search(rf"mlp +{len(mlp)} +{mlp.hits} +{mlp.misses}\n", capsys.readouterr().out)
+    own, calls = MLPPlan.forward, itertools.count()
+
+    def drifting(plan, *tensors):
+        (y,), saved = own(plan, *tensors)
+        return (y + 1e-6 * next(calls),), saved
+
+    monkeypatch.setattr(MLPPlan, "forward", drifting)
+    assert main(["doctor"]) == 1
+    assert "a second call, by the plan of the first one, gives another result" in capsys.readouterr().out
 
 
 def test_the_doctor_fails_when_a_backend_computes_wrong(capsys, monkeypatch):

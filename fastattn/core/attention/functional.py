@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
+from fastattn.core import plans
 from fastattn.core.attention import operators
 from fastattn.core.attention.dropout import dropout_state as fresh_dropout_state
 from fastattn.core.attention.spec import (
@@ -21,6 +22,7 @@ from fastattn.core.attention.spec import (
     check_key_lengths,
     positive_scale,
     score_tensors,
+    with_batch,
 )
 from fastattn.core.autocast import autocast
 from fastattn.core.capabilities import check_backend
@@ -180,6 +182,16 @@ def attention(
     """
     if unknown:
         refuse_keywords("attention", unknown)
+    scales = scale if isinstance(scale, Tensor) else None
+    beside = key_lengths, alibi_slopes, bias, relative_bias, sinks, dropout_state, None, None, scales
+    options = (
+        causal, scale if scales is None else None, window, softcap, dropout_p, precision, return_lse, return_max,
+        mask, backend,
+    )  # fmt: skip
+    key = plans.key((q, k, v, *beside), options)
+    plan = PLANS.find(key)
+    if plan is not None:
+        return plan(q, k, v, beside)
     return_lse, backend = flag("return_lse", return_lse), check_backend(backend)
     q, k, v = autocast(q, k, v)
     number, head_scale = _scales(scale)
@@ -194,12 +206,46 @@ def attention(
         q, k, key_lengths=key_lengths, alibi_slopes=alibi_slopes, bias=bias, relative_bias=relative_bias,
         sinks=sinks, dropout_state=dropout_state, drops=spec.dropout > 0, head_scale=head_scale,
     )._replace(**masked)  # fmt: skip
-    q, spec = positive_scale(q, spec)
+    scaled_q, spec = positive_scale(q, spec)
     if return_max is not False and flag("return_max", return_max):
-        out, lse, maxima = operators.attention_max(q, k, v, *tensors, *spec.options, backend)
+        out, lse, maxima = operators.attention_max(scaled_q, k, v, *tensors, *spec.options, backend)
         return (out, lse, maxima) if return_lse else (out, maxima)
-    out, lse = operators.attention(q, k, v, *tensors, *spec.options, backend)
-    return (out, lse) if return_lse else out
+    if key is None:
+        out, lse = operators.attention(scaled_q, k, v, *tensors, *spec.options, backend)
+        return (out, lse) if return_lse else out
+    made = operators.AttentionPlan.of((scaled_q, k, v), tensors, spec, backend)
+    alone = all(t is None for t in tensors)
+    if scaled_q is q:
+        PLANS.keep(key, PlannedCall(made, alone, return_lse))
+    out, lse = plans.run(made, scaled_q, k, v, *(() if alone else tensors))
+    return (out, lse.contiguous()) if return_lse else out
+
+
+class PlannedCall(NamedTuple):
+    """A call of `attention` that was checked before, with other tensors.
+
+    alone: whether there are no tensors beside q, k and v.
+    """
+
+    plan: operators.AttentionPlan
+    alone: bool
+    return_lse: bool
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, beside: tuple) -> Tensor | tuple[Tensor, ...]:
+        """beside: the arguments of ScoreTensors as they were given."""
+        if self.alone:
+            out, lse = plans.run(self.plan, q, k, v)
+        else:
+            given = ScoreTensors(*beside)
+            if not self.plan.spec.dropout:
+                given = given._replace(dropout_state=None)
+            elif given.dropout_state is None:
+                given = given._replace(dropout_state=fresh_dropout_state(q.shape[0], q.device))
+            out, lse = plans.run(self.plan, q, k, v, *with_batch(q, k, given))
+        return (out, lse.contiguous()) if self.return_lse else out
+
+
+PLANS: plans.Plans[PlannedCall] = plans.Plans("attention")
 
 
 def attention_backward(

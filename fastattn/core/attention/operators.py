@@ -8,6 +8,7 @@ operator's registered autograd; both share the same formulas.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, library
 from fastattn.core import backends, capabilities
 from fastattn.core.attention import derivatives, tiles
 from fastattn.core.attention.spec import (
+    NO_TENSORS,
     SCORES,
     AttentionSpec,
     Gradients,
@@ -29,6 +31,7 @@ from fastattn.core.capabilities import BACKWARD, FORWARD, TANGENT, Request
 from fastattn.core.function import Function, register_autograd
 from fastattn.core.layout import empty_heads
 from fastattn.core.mapped import fold, one_by_one, shares_batch, unfold
+from fastattn.core.plans import Plan, backend_asked, needs_gradient
 from fastattn.ground.checks import lse_dtype
 
 _operators = library.Library("fastattn", "FRAGMENT")
@@ -147,13 +150,17 @@ def _gradients(ctx, dout, dlse) -> tuple:
             dout, q, k, v, out, lse, dlse, needed.bias, needed.relative_bias, *tensors, *ctx.options
         )
     )
-    beside = ScoreTensors(
+    return *gradients[:3], *_beside(gradients, needed), *(None,) * _OPTIONS
+
+
+def _beside(gradients: Gradients, needed: ScoreTensors) -> ScoreTensors:
+    """The gradients of ScoreTensors, of those that are needed."""
+    return ScoreTensors(
         bias=gradients.bias if needed.bias else None,
         relative_bias=gradients.relative_bias if needed.relative_bias else None,
         sinks=gradients.sinks if needed.sinks else None,
         head_scale=gradients.head_scale if needed.head_scale else None,
     )
-    return *gradients[:3], *beside, *(None,) * _OPTIONS
 
 
 class Attention(Function):
@@ -372,6 +379,54 @@ def attention_backward(*arguments) -> tuple[Tensor, ...]:
     """The gradients, differentiable; takes AttentionBackward's arguments. A gradient that does not exist is
     empty."""
     return (AttentionBackward if torch.compiler.is_compiling() else DualAttentionBackward).apply(*arguments)
+
+
+@dataclass(frozen=True)
+class AttentionPlan(Plan):
+    """Takes q, k, v and, unless there are none, the ScoreTensors. The spec is that at the call's lengths.
+
+    straight: the backend's shorter way, if it has one for this call.
+    """
+
+    family = "attention"
+    straight: Any = None
+
+    @classmethod
+    def of(
+        cls, inputs: tuple[Tensor, Tensor, Tensor], tensors: ScoreTensors, spec: AttentionSpec, backend: str | None
+    ) -> AttentionPlan:
+        q, k, v = inputs
+        spec = spec.at(q.shape[2], k.shape[2])
+        module = capabilities.module(Request("attention", spec, inputs, score_tensors=tensors), FORWARD, backend)
+        shorter = getattr(module, "straight", None) if all(t is None for t in tensors) else None
+        differentiable = needs_gradient(*inputs, *tensors)
+        straight = None if shorter is None else shorter(q, k, v, spec, differentiable)
+        return cls(spec, backend, differentiable, module, straight=straight)
+
+    def forward(self, q, k, v, *tensors):
+        if self.straight is not None:
+            out, lse = self.straight.forward(q, k, v)
+            lse = lse.contiguous() if self.differentiable else lse
+        else:
+            out, lse = self.module.forward(q, k, v, self.spec, ScoreTensors(*tensors) if tensors else NO_TENSORS)
+        return (out, lse), (q, k, v, out, lse, *tensors)
+
+    def gradients(self, saved, cotangents, needed, direct):
+        dout, dlse = cotangents
+        dout = torch.zeros_like(saved[3]) if dout is None else dout
+        # Where the backend is the forward's, its shorter way goes back, too.
+        if direct and dlse is None and self.straight is not None and self.asked == backend_asked():
+            return self.straight.backward(dout, *saved)
+        tensors, needed = (ScoreTensors(*beside) if beside else NO_TENSORS for beside in (saved[5:], needed[3:]))
+        wanted = Wanted(bool(needed.bias), bool(needed.relative_bias))
+        if direct:
+            beside = {"lse_gradient": dlse is not None, "score_tensors": tensors}
+            module = capabilities.backward_module(self, tuple(saved[:3]), **beside)
+            gradients = module.backward(dout, dlse, Saved(*saved[:5]), self.spec, tensors, wanted)
+        else:
+            options = *tensors, *self.spec.options, self.backend
+            gradients = Gradients(*attention_backward(dout, *saved[:5], dlse, *wanted, *options))
+        return *gradients[:3], *(_beside(gradients, needed) if len(saved) > 5 else ())
 
 
 @library.register_vmap(_FORWARD, lib=_operators)

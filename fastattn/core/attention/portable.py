@@ -37,6 +37,13 @@ def forward(
         return _tiled_forward(q, k, v, spec, tensors)
 
 
+def straight(
+    q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, differentiable: bool
+) -> torch_flash.Plain | None:
+    """The way of calls without ScoreTensors that need nothing but one operator of PyTorch's; None for others."""
+    return torch_flash.plain(q, k, v, spec, differentiable)
+
+
 def backward(
     dout: Tensor, dlse: Tensor | None, saved: Saved, spec: AttentionSpec, tensors: ScoreTensors, wanted: Wanted
 ) -> Gradients:

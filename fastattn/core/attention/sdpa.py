@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastattn.core import plans
 from fastattn.core.attention.functional import attention
 from fastattn.core.attention.spec import check_scale
 from fastattn.core.capabilities import check_backend
@@ -67,6 +68,12 @@ def scaled_dot_product_attention(
         >>> scaled_dot_product_attention(q, k, v, is_causal=True).shape
         torch.Size([2, 4, 10, 16])
     """
+    call = plans.key((query, key, value, attn_mask), (dropout_p, is_causal, scale, enable_gqa, backend))
+    if PLANS.find(call):
+        return attention(
+            query, key, value, causal=is_causal, scale=query.shape[3] ** -0.5 if scale is None else scale,
+            bias=attn_mask, dropout_p=dropout_p, backend=backend,  # type: ignore[arg-type]
+        )  # fmt: skip
     is_causal, enable_gqa = flag("is_causal", is_causal), flag("enable_gqa", enable_gqa)
     dropout_p, backend = number("dropout_p", dropout_p), check_backend(backend)
     scale = None if scale is None else check_scale(scale)
@@ -90,11 +97,24 @@ def scaled_dot_product_attention(
         warn_once(f"scaled_dot_product_attention: {obstacle}; PyTorch's own function computes it")
         return out
     leading, q, k, v, bias = _four_dimensions(query, key, value, mask, enable_gqa)
+    unchanged = all(a is b for a, b in ((q, query), (k, key), (v, value), (bias, attn_mask)))
+    if unchanged and (not is_causal or query.shape[2] == key.shape[2]) and dropout_p != 1:
+        PLANS.keep(call, True)
     out, _ = attend(
         q, k, v, bias=bias, mask=ours, causal=causal, dropout_p=dropout_p, scale=scale, backend=backend
     )
-    out = out.reshape(*leading, *out.shape[2:])
+    shape = (*leading, *out.shape[2:])
+    return out if out.shape == shape else _with_shape(out, shape)
+
+
+def _with_shape(out: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The result for other leading dimensions than batch and heads, contiguous unless it has four dimensions."""
+    out = out.reshape(shape)
     return out if out.dim() == 4 else out.contiguous()
+
+
+# Whether a call is one of `attention` with other names for its arguments.
+PLANS: plans.Plans[bool] = plans.Plans("scaled_dot_product_attention")
 
 
 def _check_mask(attn_mask: Any, query: Any) -> None:
@@ -248,11 +268,17 @@ def _four_dimensions(
 
     def folded(t: Tensor) -> Tensor:
         heads = t.shape[-3:-2] if enable_gqa else leading[len(batches) :]
-        return t.expand(*batches, *heads, *t.shape[-2:]).reshape(batch, math.prod(heads), *t.shape[-2:])
+        shape = (batch, math.prod(heads), *t.shape[-2:])
+        # torch refuses a sparse tensor.
+        return (
+            t
+            if t.shape == shape and t.layout == torch.strided
+            else t.expand(*batches, *heads, *t.shape[-2:]).reshape(shape)
+        )
 
     if single_heads and mask is not None and mask.dim() == 3:
         mask = mask[:, None]
-    elif mask is not None and mask.dim() > 3:
+    elif mask is not None and mask.dim() > 3 and mask.shape[:-3] != (batch,):
         mask = mask.expand(*batches, *mask.shape[-3:]).reshape(batch, *mask.shape[-3:])
     return leading, folded(query), folded(key), folded(value), mask
 

@@ -259,7 +259,7 @@ def score_tensors(
     """
     batch, heads = q.shape[:2]
     if key_lengths is not None:
-        key_lengths = check_key_lengths(key_lengths, q, k)
+        key_lengths = _key_lengths(key_lengths, q)
     if alibi_slopes is not None:
         check_beside("alibi_slopes", alibi_slopes, q, ((heads,), (batch, heads)))
         check_floating("alibi_slopes", alibi_slopes)
@@ -267,9 +267,8 @@ def score_tensors(
             raise ValueError(
                 "alibi_slopes must not require a gradient, because none is computed for them; detach them"
             )
-        alibi_slopes = alibi_slopes.to(lse_dtype(q.dtype)).expand(batch, heads)
     if bias is not None:
-        bias = check_bias(bias, q, k)
+        check_bias(bias, q, k)
     if relative_bias is not None:
         check_beside("relative_bias", relative_bias, q, None)
         check_floating("relative_bias", relative_bias)
@@ -279,43 +278,68 @@ def score_tensors(
                 f"relative_bias must have shape ({heads}, 2 R + 1) or ({batch}, {heads}, 2 R + 1), "
                 f"got {shape_of(relative_bias)}"
             )
-        relative_bias = relative_bias.to(lse_dtype(q.dtype)).expand(batch, heads, width)
     if sinks is not None:
         check_beside("sinks", sinks, q, ((heads,), (batch, heads)))
         check_floating("sinks", sinks)
-        sinks = sinks.to(lse_dtype(q.dtype)).expand(batch, heads)
     if dropout_state is not None:
         check_beside("dropout_state", dropout_state, q, ((batch, 2),))
         if dropout_state.dtype != torch.int64:
             raise TypeError(f"dropout_state must be int64, got {dropout_state.dtype}")
-        if not drops:
-            dropout_state = None
+        dropout_state = dropout_state if drops else None
     if head_scale is not None:
-        head_scale = check_scales(head_scale, q).to(lse_dtype(q.dtype)).expand(batch, heads)
-    return ScoreTensors(
+        check_scales(head_scale, q)
+    given = ScoreTensors(
         key_lengths, alibi_slopes, bias, relative_bias, sinks, dropout_state, head_scale=head_scale
+    )
+    return with_batch(q, k, given)
+
+
+def with_batch(q: Tensor, k: Tensor, given: ScoreTensors) -> ScoreTensors:
+    """Checked tensors as ScoreTensors describes them: with a batch dimension, in their dtypes."""
+    batch, heads = q.shape[:2]
+    dtype = lse_dtype(q.dtype)
+
+    def by_head(t: Tensor | None, *width: int) -> Tensor | None:
+        return None if t is None else t.to(dtype).expand(batch, heads, *width)
+
+    lengths, bias, relative_bias = given.key_lengths, given.bias, given.relative_bias
+    return given._replace(
+        key_lengths=None if lengths is None else _within(lengths, k),
+        alibi_slopes=by_head(given.alibi_slopes),
+        bias=None if bias is None else bias[(None,) * (4 - bias.dim())],
+        relative_bias=None if relative_bias is None else by_head(relative_bias, relative_bias.shape[-1]),
+        sinks=by_head(given.sinks),
+        head_scale=by_head(given.head_scale),
     )
 
 
 def check_key_lengths(key_lengths: Tensor | Sequence[int], q: Tensor, k: Tensor) -> Tensor:
     """Lengths (B,) as int32 from 0 to Lk."""
+    return _within(_key_lengths(key_lengths, q), k)
+
+
+def _key_lengths(key_lengths: Tensor | Sequence[int], q: Tensor) -> Tensor:
+    """Lengths (B,), checked, as a tensor."""
     if not isinstance(key_lengths, Tensor):
         key_lengths = arguments.integers("key_lengths", key_lengths, on=q.device)
     check_beside("key_lengths", key_lengths, q, ((q.shape[0],),))
     if key_lengths.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"key_lengths must be int32 or int64, got {key_lengths.dtype}")
+    return key_lengths
+
+
+def _within(key_lengths: Tensor, k: Tensor) -> Tensor:
     return key_lengths.clamp(0, k.shape[2]).to(torch.int32)
 
 
-def check_bias(bias: Tensor, q: Tensor, k: Tensor) -> Tensor:
-    """A bias that broadcasts to (B, Hq, Lq, Lk), with all four dimensions."""
+def check_bias(bias: Tensor, q: Tensor, k: Tensor) -> None:
+    """Raise unless the bias broadcasts to (B, Hq, Lq, Lk)."""
     check_beside("bias", bias, q, None)
     if bias.dtype != torch.bool:
         check_floating("bias", bias)
     full = (*q.shape[:3], k.shape[2])
     if bias.dim() > 4 or any(b not in (1, f) for b, f in zip(bias.shape[::-1], full[::-1], strict=False)):
         raise ValueError(f"bias must broadcast to (batch, heads, Lq, Lk) = {full}, got {shape_of(bias)}")
-    return bias[(None,) * (4 - bias.dim())]
 
 
 def positive_scale(q: Tensor, spec: AttentionSpec) -> tuple[Tensor, AttentionSpec]:

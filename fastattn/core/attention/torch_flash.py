@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +17,13 @@ from torch import Tensor
 
 from fastattn.core.attention.spec import NO_TENSORS, AttentionSpec, Saved, ScoreTensors
 from fastattn.core.attention.tiles import KEY_TILE, QUERY_TILE, adds_floats, key_counts
+from fastattn.core.layout import heads_last
 from fastattn.ground.checks import lse_dtype
 
 _aten = torch.ops.aten
+# The same operator as in torch.ops.aten, but calling it there takes a third longer.
+_flash_on_cpu = torch._scaled_dot_product_flash_attention_for_cpu
+_flash_backward_on_cpu = _aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 _HIDDEN = float("-inf")
 
 
@@ -87,9 +91,8 @@ def backward(
         seen = _keys_seen(q, k, spec, tensors)
         if seen.start == seen.stop:
             return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        # In rows whose scores are all -inf, any finite lse makes exp(score - lse) zero; -inf would make it NaN.
         dq, dk, dv = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            dout, q, k[:, :, seen], v[:, :, seen], out, lse.masked_fill(lse == _HIDDEN, 0.0), 0.0, causal,
+            dout, q, k[:, :, seen], v[:, :, seen], out, _finite(lse), 0.0, causal,
             attn_mask=_mask(q, k, spec, tensors, seen), scale=spec.scale,
         )  # fmt: skip
         unseen = (0, 0, seen.start, k.shape[2] - seen.stop)
@@ -99,6 +102,41 @@ def backward(
     return _aten._scaled_dot_product_flash_attention_backward(
         dout, q, k, v, out, lse, None, None, q.shape[2], k.shape[2], 0.0, causal, unused, unused, scale=spec.scale
     )
+
+
+class Plain(NamedTuple):
+    """PyTorch's operator on a CPU, where it takes the tensors as they are, without a mask."""
+
+    causal: bool
+    scale: float
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """out, and the log-sum-exp, which is not contiguous."""
+        out, lse = _flash_on_cpu(q, k, v, 0.0, self.causal, scale=self.scale)
+        return heads_last(out), lse
+
+    def backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
+    ) -> tuple[Tensor, ...]:
+        dq, dk, dv = _flash_backward_on_cpu(
+            _unit_stride(dout), q, k, v, _unit_stride(out), _finite(lse), 0.0, self.causal, scale=self.scale
+        )
+        return heads_last(dq), heads_last(dk), heads_last(dv)
+
+
+def plain(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, differentiable: bool) -> Plain | None:
+    """The operator for a call without ScoreTensors; None if the call needs more than it. differentiable: whether
+    it shall compute the gradients, too."""
+    if q.device.type != "cpu" or _hides_by_window(q, k, spec) or any(t.stride(-1) != 1 for t in (q, k, v)):
+        return None
+    served = (serves_backward if differentiable else serves)(q, k, v, spec, NO_TENSORS)
+    return Plain(_is_causal(q, k, spec), spec.scale) if served else None
+
+
+def _finite(lse: Tensor) -> Tensor:
+    """The log-sum-exp for the backward. In rows whose scores are all -inf, any finite one makes exp(score - lse)
+    zero; -inf would make it NaN."""
+    return lse.nan_to_num(math.nan, math.inf, 0.0)
 
 
 def _backward_of(dout: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -165,7 +203,7 @@ def _is_small(q: Tensor, k: Tensor, spec: AttentionSpec, tensors: ScoreTensors) 
     made += [] if tensors.alibi_slopes is None else [(*_unexpanded(tensors.alibi_slopes).shape, queries, keys)]
     if not existing + made:
         return True
-    whole = math.prod(torch.broadcast_shapes(*existing, *made))
+    whole = math.prod(map(max, *existing, *made, (1, 1, 1, 1)))
     return whole <= max(batch * heads * QUERY_TILE * KEY_TILE, *map(math.prod, existing), 0)
 
 

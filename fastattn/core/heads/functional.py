@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastattn.core import plans
 from fastattn.core.capabilities import check_backend
-from fastattn.core.heads.operators import PrepareHeads, PrepareHeadsEagerly
-from fastattn.core.heads.spec import heads_spec
+from fastattn.core.heads.operators import HeadsPlan, PrepareHeads, PrepareHeadsEagerly
+from fastattn.core.heads.spec import head_tensors, heads_spec
 
 
 def prepare_heads(
@@ -58,10 +59,26 @@ def prepare_heads(
     Source: rotary: Su et al., RoFormer (2021), section 3.4.2; RMS norm: Zhang and Sennrich (2019), equation 4, of
     queries and keys as in Dehghani et al., Scaling Vision Transformers to 22 Billion Parameters (2023), section 2.
     """
-    spec, tensors = heads_spec(
+    starts, scales = (t if isinstance(t, Tensor) else None for t in (offsets, head_scale))
+    key = plans.key(
+        (x, norm_weight, cos, sin, starts, scales),
+        # Offsets that are a tensor have no place in a key: their values are checked in every call.
+        (offsets, None if scales is head_scale else head_scale, norm, eps, interleaved, backend),
+    )
+    plan = PLANS.find(key)
+    if plan is not None:
+        return plans.run(plan, x, *head_tensors(x, norm_weight, cos, sin, offsets, head_scale))[0]
+    spec, beside = heads_spec(
         x, norm_weight=norm_weight, norm=norm, eps=eps, cos=cos, sin=sin, interleaved=interleaved,
         offsets=offsets, head_scale=head_scale,
     )  # fmt: skip
     backend = check_backend(backend)
+    if key is not None:
+        plan = HeadsPlan.of(x, beside, spec, backend)
+        PLANS.keep(key, plan)
+        return plans.run(plan, x, *beside)[0]
     function = PrepareHeads if torch.compiler.is_compiling() else PrepareHeadsEagerly
-    return function.apply(x, *tensors, *spec.options, backend)
+    return function.apply(x, *beside, *spec.options, backend)
+
+
+PLANS: plans.Plans[HeadsPlan] = plans.Plans("prepare_heads")

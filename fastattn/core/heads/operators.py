@@ -18,6 +18,7 @@ from fastattn.core.heads import definition
 from fastattn.core.heads.spec import HeadsSpec, HeadTensors
 from fastattn.core.layout import empty_heads
 from fastattn.core.mapped import fold, of_none, unfold
+from fastattn.core.plans import Plan, needs_gradient
 
 _operators = library.Library("fastattn", "FRAGMENT")
 _BESIDE = (
@@ -113,6 +114,32 @@ class PrepareHeadsEagerly(PrepareHeads):
         tensors = HeadTensors(*rest)
         spec = _spec(tensors, *ctx.options[:3])
         return definition.prepare_heads_tangent(x, dx, dweight, dscale, spec, tensors)
+
+
+class HeadsPlan(Plan):
+    """Takes x and the HeadTensors."""
+
+    family = "heads"
+
+    @classmethod
+    def of(cls, x: Tensor, tensors: HeadTensors, spec: HeadsSpec, backend: str | None) -> HeadsPlan:
+        module = capabilities.module(Request("heads", spec, (x,)), FORWARD, backend)
+        return cls(spec, backend, needs_gradient(x, *tensors), module)
+
+    def forward(self, x, *tensors):
+        return (self.module.forward(x, self.spec, HeadTensors(*tensors)),), (x, *tensors)
+
+    def gradients(self, saved, cotangents, needed, direct):
+        (dy,), (x, *tensors) = cotangents, saved
+        if dy is None:
+            return (None,) * 6
+        if direct:
+            module = capabilities.backward_module(self, (x,))
+            dx, dweight, dscale = module.backward(dy, x, self.spec, HeadTensors(*tensors))
+        else:
+            options = *self.spec.options, self.backend
+            dx, dweight, dscale = PrepareHeadsBackward.apply(dy, x, *tensors, *options)
+        return dx, dweight if needed[1] else None, None, None, None, dscale if needed[5] else None
 
 
 class PrepareHeadsBackward(Function):

@@ -68,20 +68,46 @@ def heads_spec(
 ) -> tuple[HeadsSpec, HeadTensors]:
     """Check the arguments of `prepare_heads` against x, and give every tensor a batch dimension."""
     _check_x(x)
-    batch, heads, _, width = x.shape
+    _, heads, _, width = x.shape
     norm, interleaved = arguments.flag("norm", norm), arguments.flag("interleaved", interleaved)
     eps = check_eps(eps)
-    dtype = lse_dtype(x.dtype)
     if norm_weight is not None:
         check_beside("norm_weight", norm_weight, x, ((width,), (heads, width)), "x")
         check_floating("norm_weight", norm_weight)
-        norm_weight = norm_weight.to(dtype).expand(batch, heads, width)
-    cos, sin, starts = _tables(x, cos, sin, offsets)
-    if head_scale is not None:
-        head_scale = _scale(x, head_scale).to(dtype).expand(batch, heads)
+    offsets = _check_rotation(x, cos, sin, offsets)
+    if isinstance(head_scale, Tensor):
+        check_beside("head_scale", head_scale, x, ((), (heads,), tuple(x.shape[:2])), "x")
+        check_floating("head_scale", head_scale)
+    elif head_scale is not None:
+        head_scale = arguments.number("head_scale", head_scale, what="a number or a torch.Tensor")
     turned = 0 if cos is None else 2 * cos.shape[-1]
     spec = HeadsSpec(norm or norm_weight is not None, eps, turned, interleaved, head_scale is not None)
-    return spec, HeadTensors(norm_weight, cos, sin, starts, head_scale)
+    return spec, head_tensors(x, norm_weight, cos, sin, offsets, head_scale)
+
+
+def head_tensors(
+    x: Tensor,
+    norm_weight: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    offsets: int | Tensor,
+    head_scale: Tensor | float | None,
+) -> HeadTensors:
+    """Checked arguments as HeadTensors describes them. If the offset is one number, the tables begin there."""
+    batch, heads, length, width = x.shape
+    dtype, starts = lse_dtype(x.dtype), None
+    if norm_weight is not None:
+        norm_weight = norm_weight.to(dtype).expand(batch, heads, width)
+    if cos is not None and sin is not None:
+        if cos.dim() == 2 and isinstance(offsets, Tensor):
+            starts = offsets.clamp(-length, cos.shape[0]).to(torch.int32)
+        elif cos.dim() == 2:
+            cos, sin = (t[offsets : offsets + length] for t in (cos, sin))
+        cos, sin = (t.expand(batch, *t.shape[-2:]) for t in (cos, sin))
+    if head_scale is not None:
+        scale = head_scale if isinstance(head_scale, Tensor) else x.new_full((1,), head_scale, dtype=dtype)
+        head_scale = scale.to(dtype).expand(batch, heads)
+    return HeadTensors(norm_weight, cos, sin, starts, head_scale)
 
 
 def _check_x(x: Tensor) -> None:
@@ -98,42 +124,28 @@ def check_eps(eps: float) -> float:
     return eps
 
 
-def _scale(x: Tensor, head_scale: Tensor | float) -> Tensor:
-    """The scale as a tensor: one number for all heads, or one for each."""
-    if not isinstance(head_scale, Tensor):
-        head_scale = arguments.number("head_scale", head_scale, what="a number or a torch.Tensor")
-        return x.new_full((1,), head_scale, dtype=lse_dtype(x.dtype))
-    check_beside("head_scale", head_scale, x, ((), (x.shape[1],), tuple(x.shape[:2])), "x")
-    check_floating("head_scale", head_scale)
-    return head_scale
-
-
-def _tables(
-    x: Tensor, cos: Tensor | None, sin: Tensor | None, offsets: int | Tensor
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """cos and sin (B, positions, pairs), and the offsets if they are a tensor. If they are one number, the tables
-    begin there."""
+def _check_rotation(x: Tensor, cos: Tensor | None, sin: Tensor | None, offsets: int | Tensor) -> int | Tensor:
+    """Check cos, sin and the offsets; the offsets as one number or as integers (B,)."""
     if cos is None or sin is None:
         if cos is not sin:
             raise ValueError(f"cos and sin must come together, got {'sin' if cos is None else 'cos'} alone")
         _check_no_offsets(offsets, "where there are no cos and sin")
-        return None, None, None
-    batch, _, length, _ = x.shape
+        return 0
+    length = x.shape[2]
     _check_tables(x, cos, sin)
     if cos.dim() == 3:
         _check_no_offsets(offsets, "where cos and sin have a row for every row of x")
-        return cos.expand(batch, -1, -1), sin.expand(batch, -1, -1), None
+        return 0
     if isinstance(offsets, Tensor) and offsets.dim() > 0:
-        starts = _starts(x, offsets, positions=cos.shape[0])
-        return cos.expand(batch, *cos.shape), sin.expand(batch, *sin.shape), starts
+        _check_starts(x, offsets, positions=cos.shape[0])
+        return offsets
     offsets = arguments.integer("offsets", offsets, what="an int or a tensor of them")
     if not 0 <= offsets <= cos.shape[0] - length:
         raise ValueError(
             f"offsets must be between 0 and {cos.shape[0] - length}, for {length} rows of x "
             f"and {cos.shape[0]} of cos; got {offsets}"
         )
-    cos, sin = (t[offsets : offsets + length].expand(batch, -1, -1) for t in (cos, sin))
-    return cos, sin, None
+    return offsets
 
 
 def _check_no_offsets(offsets: int | Tensor, where: str) -> None:
@@ -161,9 +173,9 @@ def _check_tables(x: Tensor, cos: Tensor, sin: Tensor) -> None:
         raise ValueError(f"sin must have cos's shape {tuple(cos.shape)}, got {tuple(sin.shape)}")
 
 
-def _starts(x: Tensor, offsets: Tensor, positions: int) -> Tensor:
-    """The offsets as int32. Their values are checked only on the CPU in eager mode, where nothing waits for
-    them."""
+def _check_starts(x: Tensor, offsets: Tensor, positions: int) -> None:
+    """Check offsets that are a tensor. Their values are checked only on the CPU in eager mode, where nothing
+    waits for them."""
     check_beside("offsets", offsets, x, ((x.shape[0],),), "x")
     if offsets.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"offsets must be int32 or int64, got {offsets.dtype}")
@@ -178,4 +190,3 @@ def _starts(x: Tensor, offsets: Tensor, positions: int) -> Tensor:
                 f"offsets must be at most {positions - length}, for {length} rows of x and {positions} of cos; "
                 f"got {last}"
             )
-    return offsets.clamp(-length, positions).to(torch.int32)

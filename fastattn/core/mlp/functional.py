@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from fastattn.core import plans
 from fastattn.core.autocast import autocast
 from fastattn.core.capabilities import check_backend
 from fastattn.core.mlp import operators
@@ -48,10 +50,19 @@ def mlp(
 
     Source: Vaswani et al., Attention Is All You Need (2017), section 3.3; Hendrycks and Gimpel, GELU (2016).
     """
+    key = plans.key((x, w1, b1, w2, b2), (activation, backend))
+    plan = MLP_PLANS.find(key)
+    if plan is not None:
+        return _planned(plan, x, (w1, b1, None, None, w2, b2))
     backend = check_backend(backend)
     x, w1, b1, w2, b2 = autocast(x, w1, b1, w2, b2)
     spec = mlp_spec(x, w1, b1, w2, b2, activation=activation)
-    return _mlp(x, MLPWeights(w1, b1, None, None, w2, b2), spec.activation, backend)
+    weights = MLPWeights(w1, b1, None, None, w2, b2)
+    if key is None:
+        return _mlp(x, weights, spec.activation, backend)
+    plan = operators.MLPPlan.of(x, weights, spec, backend)
+    MLP_PLANS.keep(key, plan)
+    return _planned(plan, x, weights)
 
 
 def gated_mlp(
@@ -84,18 +95,41 @@ def gated_mlp(
 
     Source: Shazeer, GLU Variants Improve Transformer (2020), section 2.
     """
+    tensors = x, w_gate, b_gate, w_up, b_up, w_down, b_down
+    key = plans.key(tensors, (activation, backend))
+    plan = GATED_PLANS.find(key)
+    if plan is not None:
+        return _planned(plan, x, tensors[1:])
     backend = check_backend(backend)
-    tensors = autocast(x, w_gate, b_gate, w_up, b_up, w_down, b_down)
-    spec = gated_mlp_spec(*tensors, activation=activation)
-    return _mlp(tensors[0], MLPWeights(*tensors[1:]), spec.activation, backend)
+    x, *weights = autocast(*tensors)
+    spec = gated_mlp_spec(x, *weights, activation=activation)
+    if key is None:
+        return _mlp(x, MLPWeights(*weights), spec.activation, backend)
+    plan = operators.MLPPlan.of(x, MLPWeights(*weights), spec, backend)
+    GATED_PLANS.keep(key, plan)
+    return _planned(plan, x, weights)
+
+
+MLP_PLANS: plans.Plans[operators.MLPPlan] = plans.Plans("mlp")
+GATED_PLANS: plans.Plans[operators.MLPPlan] = plans.Plans("gated_mlp")
+
+
+def _planned(plan: operators.MLPPlan, x: Tensor, weights: Sequence[Tensor | None]) -> Tensor:
+    """The MLP of a call that was checked before."""
+    if x.dim() == 2:
+        return plans.run(plan, x, *weights)[0]
+    (y,) = plans.run(plan, _tokens(x), *weights)
+    return y.view(*x.shape[:-1], y.shape[-1])
 
 
 def _mlp(x: Tensor, weights: MLPWeights, activation: str, backend: str | None) -> Tensor:
     """Flatten x's leading dimensions to tokens, and save for a backward only if there may be one."""
-    leading = x.shape[:-1]
-    tokens = x.reshape(math.prod(leading), x.shape[-1])
     wanted = any(t is not None and t.requires_grad for t in (x, *weights))
     # Under torch.func a wrapped tensor may not show that an outer transform wants its gradient.
     save = torch.is_grad_enabled() and (wanted or torch._C._are_functorch_transforms_active())
-    y, _ = operators.mlp(tokens, *weights, activation, save, backend)
-    return y.reshape(*leading, y.shape[-1])
+    y, _ = operators.mlp(_tokens(x), *weights, activation, save, backend)
+    return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+def _tokens(x: Tensor) -> Tensor:
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])

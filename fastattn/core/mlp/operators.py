@@ -18,6 +18,7 @@ from fastattn.core.function import Function, register_autograd
 from fastattn.core.mapped import one_by_one, unfold
 from fastattn.core.mlp import definition
 from fastattn.core.mlp.spec import MLPSpec, MLPWeights
+from fastattn.core.plans import Plan, needs_gradient
 
 _operators = library.Library("fastattn", "FRAGMENT")
 _operators.define(
@@ -35,7 +36,8 @@ def _forward(x, w_in, b_in, w_up, b_up, w_out, b_out, activation, save, backend)
     spec = MLPSpec(activation, gated=w_up is not None)
     chosen = capabilities.choose(Request("mlp", spec, (x,)), FORWARD, backend)
     weights = MLPWeights(w_in, b_in, w_up, b_up, w_out, b_out)
-    return backends.load("mlp", chosen).forward(x, weights, spec, save)
+    y, saved = backends.load("mlp", chosen).forward(x, weights, spec, save)
+    return y, x.new_empty(0) if saved is None else saved
 
 
 def _backward(dy, x, w_in, b_in, w_up, b_up, w_out, saved, wanted, activation, backend) -> tuple[Tensor, ...]:
@@ -90,13 +92,25 @@ class MLP(Function):
         if not ctx.save:
             activation, backend = ctx.options
             _, saved = torch.ops.fastattn.mlp_forward(*tensors, None, activation, True, backend)
-        x, w_in, b_in, w_up, b_up, w_out, b_out = ctx.needs_input_grad[:7]
-        wanted = (x, w_in or w_up, b_in or b_up, w_out, b_out)
-        dx, dw, db, dw_out, db_out = mlp_backward(dy, *tensors, saved, wanted, *ctx.options)
-        rows = tensors[1].shape[0]
-        gradients = (dx, dw[:rows], db[:rows], dw[rows:], db[rows:], dw_out, db_out)
-        needed = ctx.needs_input_grad[:7]
-        return *(g if need else None for g, need in zip(gradients, needed, strict=True)), None, None, None
+        wanted = _wanted(ctx.needs_input_grad)
+        gradients = mlp_backward(dy, *tensors, saved, wanted, *ctx.options)
+        return *_by_argument(gradients, ctx.needs_input_grad, tensors[1].shape[0]), None, None, None
+
+
+def _wanted(needed: Sequence[bool]) -> tuple[bool, ...]:
+    """Which gradients the backward computes, by which of MLP's arguments need one."""
+    x, w_in, b_in, w_up, b_up, w_out, b_out = needed[:7]
+    return x, w_in or w_up, b_in or b_up, w_out, b_out
+
+
+def _by_argument(gradients: Sequence, needed: Sequence[bool], rows: int) -> list[Tensor | None]:
+    """What the backward computed, by MLP's tensors; w_in has so many rows."""
+    dx, dw, db, dw_out, db_out = gradients
+    first, rest = slice(rows), slice(rows, None)
+    parts = ((dx, ...), (dw, first), (db, first), (dw, rest), (db, rest), (dw_out, ...), (db_out, ...))
+    return [
+        None if not need else t if part is ... else t[part] for (t, part), need in zip(parts, needed, strict=False)
+    ]
 
 
 class MLPBackward(Function):
@@ -159,6 +173,34 @@ class DualMLP(MLP):
 
 
 DualMLPBackward = derivatives.with_forward_mode(MLPBackward, _gradients, 7)
+
+
+class MLPPlan(Plan):
+    """Takes x and the MLPWeights."""
+
+    family = "mlp"
+
+    @classmethod
+    def of(cls, x: Tensor, weights: MLPWeights, spec: MLPSpec, backend: str | None) -> MLPPlan:
+        module = capabilities.module(Request("mlp", spec, (x,)), FORWARD, backend)
+        return cls(spec, backend, needs_gradient(x, *weights), module)
+
+    def forward(self, x, *weights):
+        y, saved = self.module.forward(x, MLPWeights(*weights), self.spec, self.differentiable)
+        return (y,), (x, *weights[:-1], saved) if self.differentiable else ()
+
+    def gradients(self, saved, cotangents, needed, direct):
+        (dy,), (*tensors, saved) = cotangents, saved
+        if dy is None:
+            return (None,) * 7
+        wanted = _wanted(needed)
+        if direct:
+            x, *weights = tensors
+            module = capabilities.backward_module(self, (x,))
+            gradients = module.backward(dy, x, MLPWeights(*weights), saved, wanted, self.spec)
+        else:
+            gradients = mlp_backward(dy, *tensors, saved, wanted, self.spec.activation, self.backend)
+        return _by_argument(gradients, needed, tensors[1].shape[0])
 
 
 def mlp(*arguments) -> tuple[Tensor, Tensor]:

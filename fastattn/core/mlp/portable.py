@@ -13,15 +13,19 @@ from fastattn.core.mlp.spec import MLPSpec, MLPWeights
 from fastattn.ground.checks import lse_dtype
 
 
-def forward(x: Tensor, weights: MLPWeights, spec: MLPSpec, save: bool) -> tuple[Tensor, Tensor]:
+def forward(x: Tensor, weights: MLPWeights, spec: MLPSpec, save: bool) -> tuple[Tensor, Tensor | None]:
     saved = _pre_activations(x, weights)
-    gate = saved[:, : weights.w_in.shape[0]]
-    hidden = definition.activate(gate, spec.activation)
     if spec.gated:
-        hidden *= saved[:, weights.w_in.shape[0] :]
-    elif spec.activation == "relu":
+        width = weights.w_in.shape[0]
+        hidden = definition.activate(saved[:, :width], spec.activation)
+        hidden *= saved[:, width:]
+    elif save:
+        hidden = definition.activate(saved, spec.activation)
+    else:
+        hidden = _activate_in_place(saved, spec.activation)
+    if spec.activation == "relu" and not spec.gated:
         saved = hidden  # the backward needs only its sign
-    return F.linear(hidden, weights.w_out, weights.b_out), saved if save else x.new_empty(0)
+    return F.linear(hidden, weights.w_out, weights.b_out), saved if save else None
 
 
 def backward(
@@ -45,6 +49,16 @@ def backward(
         dy.t() @ hidden if want_out else None,
         _column_sum(dy) if want_out_bias else None,
     )
+
+
+def _activate_in_place(x: Tensor, activation: str) -> Tensor:
+    if activation == "gelu":
+        return torch._C._nn.gelu_(x)  # type: ignore[attr-defined]
+    if activation == "gelu_tanh":
+        return torch._C._nn.gelu_(x, approximate="tanh")  # type: ignore[attr-defined]
+    if activation == "silu":
+        return F.silu(x, inplace=True)
+    return x.relu_().square_() if activation == "relu_squared" else x.relu_()
 
 
 def _pre_activations(x: Tensor, weights: MLPWeights) -> Tensor:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import os
-from typing import overload
+from typing import NamedTuple, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastattn.core import capabilities
+from fastattn.core import capabilities, plans
 from fastattn.core.norm import operators as norm_ops
 from fastattn.core.norm.spec import NormSpec, norm_spec
 from fastattn.ground.checks import lse_dtype
@@ -75,10 +75,18 @@ def rms_norm(
 
     Source: Zhang and Sennrich, Root Mean Square Layer Normalization (2019), equation 4.
     """
+    key = plans.key((x, weight, residual), (eps, weight_offset, backend))
+    call = RMS_PLANS.find(key)
+    if call is not None:
+        return call(x, weight, None, residual)
     backend = capabilities.check_backend(backend)
     x, weight, residual = _autocast(x, weight, residual)
     spec = norm_spec(x, weight, None, residual, centred=False, eps=eps, weight_offset=weight_offset)
-    return _norm(x, weight, None, residual, spec, backend)
+    if key is None:
+        return _norm(x, weight, None, residual, spec, backend)
+    call = PlannedCall.of(x, weight, None, residual, spec, backend)
+    RMS_PLANS.keep(key, call)
+    return call(x, weight, None, residual)
 
 
 @overload
@@ -120,10 +128,18 @@ def layer_norm(
 
     Source: Ba, Kiros and Hinton, Layer Normalization (2016), equation 4.
     """
+    key = plans.key((x, weight, bias, residual), (eps, backend))
+    call = LAYER_PLANS.find(key)
+    if call is not None:
+        return call(x, weight, bias, residual)
     backend = capabilities.check_backend(backend)
     x, weight, bias, residual = _autocast(x, weight, bias, residual)
     spec = norm_spec(x, weight, bias, residual, centred=True, eps=eps)
-    return _norm(x, weight, bias, residual, spec, backend)
+    if key is None:
+        return _norm(x, weight, bias, residual, spec, backend)
+    call = PlannedCall.of(x, weight, bias, residual, spec, backend)
+    LAYER_PLANS.keep(key, call)
+    return call(x, weight, bias, residual)
 
 
 def _norm(
@@ -134,17 +150,60 @@ def _norm(
     spec: NormSpec,
     backend: str | None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """The norm of x as rows (1, R, W) with one weight."""
+    """The norm, by torch's own function or by our operator."""
     if residual is None and backend is None and _torch_is_shorter(x, weight, bias, spec):
-        if spec.centred:
-            return F.layer_norm(x, x.shape[-1:], weight, bias, spec.eps)
-        weight = weight if weight is None or spec.weight_offset == 0 else weight + spec.weight_offset
-        return F.rms_norm(x, x.shape[-1:], weight, spec.eps)
+        return _by_torch(x, weight, bias, spec)
+    y, total, *_ = norm_ops.norm(*_rows(x, weight, bias, residual), *spec.options, backend)
+    return y.view(x.shape) if residual is None else (y.view(x.shape), total.view(x.shape))
+
+
+class PlannedCall(NamedTuple):
+    """A norm that was checked before, of other tensors. plan: None where torch's own function serves."""
+
+    spec: NormSpec
+    plan: norm_ops.NormPlan | None
+
+    @classmethod
+    def of(
+        cls,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        spec: NormSpec,
+        backend: str | None,
+    ) -> PlannedCall:
+        if residual is None and backend is None and _torch_is_shorter(x, weight, bias, spec):
+            return cls(spec, None)
+        return cls(spec, norm_ops.NormPlan.of(_rows(x, weight, bias, residual), spec, backend))
+
+    def __call__(
+        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        if self.plan is None:
+            return _by_torch(x, weight, bias, self.spec)
+        y, *total = plans.run(self.plan, *_rows(x, weight, bias, residual))
+        return (y.view(x.shape), total[0].view(x.shape)) if total else y.view(x.shape)
+
+
+RMS_PLANS: plans.Plans[PlannedCall] = plans.Plans("rms_norm")
+LAYER_PLANS: plans.Plans[PlannedCall] = plans.Plans("layer_norm")
+
+
+def _by_torch(x: Tensor, weight: Tensor | None, bias: Tensor | None, spec: NormSpec) -> Tensor:
+    if spec.centred:
+        return F.layer_norm(x, x.shape[-1:], weight, bias, spec.eps)
+    weight = weight if weight is None or spec.weight_offset == 0 else weight + spec.weight_offset
+    return F.rms_norm(x, x.shape[-1:], weight, spec.eps)
+
+
+def _rows(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """x and residual as rows (1, R, W), then the weight and the bias for all of them, (1, W)."""
     rows = (1, math.prod(x.shape[:-1]), x.shape[-1])
     weight, bias = (None if t is None else t[None] for t in (weight, bias))
-    added = None if residual is None else residual.reshape(rows)
-    y, total, *_ = norm_ops.norm(x.reshape(rows), added, weight, bias, *spec.options, backend)
-    return y.view(x.shape) if residual is None else (y.view(x.shape), total.view(x.shape))
+    return x.reshape(rows), None if residual is None else residual.reshape(rows), weight, bias
 
 
 # On a CPU a call of our operator has more overhead than torch's RMS norm, which is several operators there. From

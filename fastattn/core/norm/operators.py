@@ -7,6 +7,7 @@ the functional calls. x is (B, R, W) everywhere, weight and bias are (B, W), mom
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from fastattn.core.function import Function, register_autograd
 from fastattn.core.mapped import fold, of_none, unfold
 from fastattn.core.norm import definition
 from fastattn.core.norm.spec import NormSpec, Saved
+from fastattn.core.plans import Plan, needs_gradient
 from fastattn.ground.checks import lse_dtype
 
 _operators = library.Library("fastattn", "FRAGMENT")
@@ -170,6 +172,44 @@ def _gradients(ctx, tensors: Sequence) -> list[Tensor]:
 
 
 DualNormBackward = derivatives.with_forward_mode(NormBackward, _gradients, 4)
+
+
+class NormPlan(Plan):
+    """Takes x, residual, weight and bias; gives y and, with a residual, x + residual."""
+
+    family = "norm"
+
+    @classmethod
+    def of(cls, tensors: tuple[Tensor | None, ...], spec: NormSpec, backend: str | None) -> NormPlan:
+        module = capabilities.module(Request("norm", spec, tensors[:1]), FORWARD, backend)  # type: ignore[arg-type]
+        return cls(spec, backend, needs_gradient(*tensors), module)
+
+    def forward(self, x, residual, weight, bias):
+        y, total, mean, inverse = self.module.forward(x, residual, weight, bias, self.spec)
+        saved = x if total is None else total, weight, bias, x.new_empty(0) if mean is None else mean, inverse
+        return (y,) if total is None else (y, total), saved
+
+    def gradients(self, saved, cotangents, needed, direct):
+        x, weight, bias, mean, inverse = saved
+        dy, dtotal = cotangents if len(cotangents) == 2 else (*cotangents, None)
+        if dy is None:
+            return dtotal, dtotal, None, None
+        wanted = tuple(needed[2:])
+        if direct:
+            added = dtotal is not None
+            spec = self.spec if added == self.spec.added else replace(self.spec, added=added)
+            module = capabilities.backward_module(self, (x,))
+            kept = Saved(x, weight, mean if spec.centred else None, inverse)
+            dx, dweight, dbias = module.backward(dy, dtotal, kept, spec, wanted)
+        else:
+            options = *wanted, *self.spec.options, self.backend
+            dx, dweight, dbias = norm_backward(dy, dtotal, x, weight, mean, inverse, *options)
+        return (
+            dx,
+            dx if needed[1] else None,
+            dweight.to(weight.dtype) if wanted[0] else None,
+            dbias.to(bias.dtype) if wanted[1] else None,
+        )
 
 
 def norm(*arguments) -> tuple[Tensor, ...]:

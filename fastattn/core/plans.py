@@ -1,0 +1,220 @@
+"""Plans: what a call comes to, cached by what the call is.
+
+A call is checked, becomes a spec and gets a backend. On small tensors that takes longer than the computation. So
+the outcome is cached as a plan: the spec and the functions that compute it, never a tensor. Its key is all that
+decides: shapes, strides, dtypes, devices and requires_grad of the tensors, the other arguments, the grad mode and
+FASTATTN_BACKEND. The values of tensors decide nothing. Where a check or a conversion reads them, every call does.
+
+A plan goes past the operator and its autograd.Function. Where somebody must see these (see `watched`), a call has
+no key and takes the operator. Both ways give the same bits.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any, ClassVar, Generic, TypeVar
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from fastattn.core.function import Function
+
+P = TypeVar("P")
+Key = tuple[tuple[type, ...], tuple[Any, ...]]  # the types of the options, then all the rest
+
+# Plans of one function with options of the same types; beyond that the oldest is dropped.
+MOST = 1024
+# An argument of another type has no place in a key: it may hold a tensor, or change.
+_PLAIN = frozenset((bool, int, float, str, type(None), tuple))
+_TENSORS = frozenset((Tensor, torch.nn.Parameter))
+
+_is_compiling = torch.compiler.is_compiling
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_function_modes = torch._C._len_torch_function_stack
+_transforms = torch._C._are_functorch_transforms_active
+_jit_tracer = torch._C._get_tracing_state
+_profiler_enabled = torch.autograd._profiler_enabled
+_autocast_enabled = torch._C._is_any_autocast_enabled
+_grad_enabled = torch.is_grad_enabled
+
+
+# `os.environ.get` raises and catches an error where a variable is not set, which takes longer than a key.
+_environment: Any = getattr(os.environ, "_data", None)
+_BACKEND: Any = os.environ.encodekey("FASTATTN_BACKEND")  # type: ignore[attr-defined]
+
+
+def backend_asked() -> Hashable:
+    """The value of FASTATTN_BACKEND, as the environment holds it."""
+    return os.environ.get("FASTATTN_BACKEND") if _environment is None else _environment.get(_BACKEND)
+
+
+def watched() -> bool:
+    """Whether somebody must see the operators of a call, or acts on them: a compiler, an exporter or a tracer, a
+    transform of torch.func, forward mode, a mode of torch dispatch or torch function (fake tensors, flop counting,
+    a default device), autocast, the profiler."""
+    return (
+        _is_compiling()
+        or _dispatch_modes() > 0
+        or _function_modes() > 0
+        or _transforms()
+        or forward_ad._current_level >= 0
+        or _jit_tracer() is not None
+        or _profiler_enabled()
+        or _autocast_enabled()
+    )
+
+
+def _is_plain(t: Any) -> bool:
+    """Whether this is a dense tensor with values of its own. An operator turns others into such tensors: negated
+    views, which torch makes of complex numbers, and the zeros of its derivatives; or knows their shapes only."""
+    return (
+        type(t) in _TENSORS and t.layout is torch.strided and not (t.is_meta or t.is_neg() or t._is_zerotensor())
+    )
+
+
+def key(tensors: Sequence[Any], options: tuple[Any, ...]) -> Key | None:
+    """The key of a call with these tensors (or None) and other arguments; None if it must take the operator."""
+    if watched():
+        return None
+    kinds = tuple(map(type, options))
+    if tuple in kinds:
+        kinds += tuple(type(element) for option in options if type(option) is tuple for element in option)
+    parts: list[Any] = [options, _grad_enabled(), backend_asked()]
+    # torch raises for shapes of nested tensors, and for tf32 where it was set in two ways.
+    try:
+        for t in tensors:
+            if t is None:
+                parts.append(None)
+            elif _is_plain(t):
+                parts += (t.shape, t.stride(), t.dtype, t.device, t.requires_grad)
+            else:
+                return None
+        if tensors[0] is not None and tensors[0].is_cuda:
+            parts.append(torch.backends.cuda.matmul.allow_tf32)
+    except RuntimeError:
+        return None
+    return kinds, tuple(parts)
+
+
+class Plans(Generic[P]):
+    """The plans of one function."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.hits = self.misses = 0  # calls that found a plan, and that had to make one; threads may lose a count
+        # By the types of the options, then by the rest: 1 and 1.0 and True are equal, but True is no number.
+        self._plans: dict[tuple[type, ...], dict[tuple[Any, ...], P]] = {}
+        self._lock = threading.Lock()
+        EVERY.append(self)
+
+    def __len__(self) -> int:
+        return sum(map(len, self._plans.values()))
+
+    def find(self, key: Key | None) -> P | None:
+        """The plan of a call; None if there is none."""
+        if key is None:
+            return None
+        kinds, rest = key
+        # What is of types that have no place in a key is not hashed: nothing is found by its types.
+        alike = self._plans.get(kinds)
+        plan = None if alike is None else alike.get(rest)
+        if plan is None:
+            self.misses += 1
+        else:
+            self.hits += 1
+        return plan
+
+    def keep(self, key: Key | None, plan: P) -> None:
+        """Cache the plan of a call that was found right, if its arguments have a place in a key."""
+        if key is None or not _PLAIN.issuperset(key[0]):
+            return
+        kinds, rest = key
+        options, _, asked, *_ = rest
+        # A variable that no key holds switches Triton's interpreter on and off, which is slow anyway.
+        if (asked is not None or "triton" in options) and torch.device("cpu") in rest:
+            return
+        with self._lock:
+            alike = self._plans.setdefault(kinds, {})
+            if len(alike) >= MOST:
+                del alike[next(iter(alike))]
+            alike[rest] = plan
+
+    def forget(self) -> None:
+        with self._lock:
+            self._plans.clear()
+
+
+EVERY: list[Plans] = []
+
+
+def forget() -> None:
+    """Drop all plans: for whoever changes which backend computes what."""
+    for plans in EVERY:
+        plans.forget()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a call is computed. Each family derives its own.
+
+    spec: the family's.
+    backend: the one that the caller named.
+    differentiable: whether a derivative may be asked for.
+    module: the backend that computes the forward.
+    asked: FASTATTN_BACKEND when the plan was made.
+    chosen: the backends of the backward, see `fastattn.core.capabilities.backward_module`.
+    """
+
+    spec: Any
+    backend: str | None
+    differentiable: bool
+    module: ModuleType
+    asked: Hashable = field(default_factory=backend_asked)
+    chosen: dict[Hashable, ModuleType] = field(default_factory=dict)
+    family: ClassVar[str]
+
+    def forward(self, *tensors: Any) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]:
+        """The results, and what the gradients need: the same as the family's autograd.Function saves, because
+        activation checkpointing may run a call one way and repeat it the other way."""
+        raise NotImplementedError
+
+    def gradients(
+        self, saved: Sequence[Any], cotangents: Sequence[Any], needed: Sequence[bool], direct: bool
+    ) -> Sequence[Tensor | None]:
+        """The gradient of each tensor that `forward` took. direct: by the backend itself; else by the operator,
+        which can be differentiated again."""
+        raise NotImplementedError
+
+
+def run(plan: Plan, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+    """The results of a plan, differentiable."""
+    return Planned.apply(plan, *tensors) if plan.differentiable else plan.forward(*tensors)[0]
+
+
+def needs_gradient(*tensors: Tensor | None) -> bool:
+    """Whether autograd records a call with these tensors."""
+    return _grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+class Planned(Function):
+    """A plan with its gradient, where nobody watches: it takes no part in vmap, forward mode or compilation."""
+
+    @staticmethod
+    def forward(ctx: Any, plan: Plan, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        results, saved = plan.forward(*tensors)
+        ctx.plan = plan
+        ctx.save_for_backward(*saved)
+        ctx.set_materialize_grads(False)
+        return results
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        direct = not _grad_enabled() and not watched()
+        for t in cotangents:
+            direct = direct and (t is None or _is_plain(t))
+        return None, *ctx.plan.gradients(ctx.saved_tensors, cotangents, ctx.needs_input_grad[1:], direct)
