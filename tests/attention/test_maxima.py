@@ -10,6 +10,7 @@ from tolerance import assert_as_exact_as_eager
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastattn
+import fastattn.flops
 from fastattn.core.attention import definition
 from fastattn.core.attention.spec import ScoreTensors
 from fastattn.lens import attention_statistics

@@ -15,7 +15,6 @@ import fastattn
 from fastattn.core.attention import portable as attention_portable
 from fastattn.core.attention import tiles, whole_rows
 
-
 FEATURES = ("softcap", "lengths", "alibi", "sinks", "head_scale", "bias", "masked", "radius", "window", "causal")
 
 

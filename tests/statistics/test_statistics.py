@@ -605,3 +605,23 @@ def test_what_has_no_kernel_goes_to_the_portable_backend(missing: str, problem: 
         attention_statistics(case.q, case.k, case.lse, backend="triton", **asked)
     with mock.patch.object(capabilities, "default_backend", lambda device: "triton"):
         attention_statistics(case.q, case.k, case.lse, **asked)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("size", [300.0, 1e3, 1e5])
+def test_weights_of_huge_scores_add_up_to_one(size: float, causal: bool) -> None:
+    q, k, v = (size * torch.randn(1, 2, 64, 16, device=DEVICE) for _ in range(3))
+    _, lse = fastattn.attention(q, k, v, causal=causal, return_lse=True, backend="portable")
+    everything = masks.window(64, 64)
+    found = attention_statistics(
+        q, k, lse, want=("entropy", "mass"), within=everything, causal=causal, backend="portable"
+    )
+    torch.testing.assert_close(found.mass, torch.ones_like(lse), rtol=0, atol=1e-5)
+    scores = (q.double() @ k.double().mT) / 4
+    if causal:
+        scores = scores.masked_fill(~torch.ones(64, 64, dtype=torch.bool, device=DEVICE).tril(), -1e300)
+    weights = scores.softmax(-1)
+    # Of scores of 1e5 and more two are equal or far apart: an entropy near zero.
+    torch.testing.assert_close(
+        found.entropy.double(), -torch.special.xlogy(weights, weights).sum(-1), rtol=0, atol=1e-3
+    )

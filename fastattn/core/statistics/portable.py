@@ -4,7 +4,8 @@ The tiles and the scores on them are attention's own (fastattn.core.attention.ti
 product of a tile's weights P and a column (of positions, for the distance); a sum over queries is that of a row
 and P. A tile has as many heads as fit in the cache, and all tiles use the same memory.
 
-Logarithms have base 2: exp2 takes 0.4 of the time of exp on a CPU.
+Logarithms of weights have base 2: exp2 takes 0.4 of the time of exp on a CPU. Scores and log-sum-exps have base e,
+as attention's own: each is rounded by itself, and of huge ones only the difference of equal roundings is right.
 """
 
 from __future__ import annotations
@@ -122,15 +123,15 @@ class _Workspace(Workspace):
 
 
 class _Rows:
-    """Some queries, prepared once for all of their tiles: grouped by key head, scaled, their lse in base 2."""
+    """Some queries, prepared once for all of their tiles: grouped by key head, scaled, with their lse."""
 
     def __init__(self, scores: Scores, rows: slice, q: Tensor, lse: Tensor) -> None:
         self.scores, self.rows, work = scores, rows, lse.dtype
         self.q = scores.scaled(grouped(q[:, :, rows].to(work), scores.key_heads), scores.tensors.head_scale)
         # A row that saw nothing has lse -inf. Use +inf: its weights are 0.
-        row_lse = lse[:, :, rows].masked_fill(lse[:, :, rows] == -math.inf, math.inf) * LOG2E
+        row_lse = lse[:, :, rows].masked_fill(lse[:, :, rows] == -math.inf, math.inf)
         self.lse = grouped(row_lse[..., None], scores.key_heads)
-        self.scaled_q = self.q * (scores.spec.scale * LOG2E) if scores.is_plain else None
+        self.scaled_q = self.q * scores.spec.scale if scores.is_plain else None
         nobody = row_lse == math.inf
         self.nobody, self.whole = bool(nobody.all()), not bool(nobody.any())
 
@@ -141,14 +142,14 @@ class _Rows:
         if self.scaled_q is not None:
             logs = workspace.empty("logs", *self.q.shape[:3], k_tile.shape[2])
             torch.bmm(self.scaled_q.flatten(0, 1), k_tile.flatten(0, 1).mT, out=logs.flatten(0, 1))
-            logs.sub_(self.lse)
+            logs.sub_(self.lse).mul_(LOG2E)
             for hidden in scores.hidden(tile, k.device):
                 logs.masked_fill_(hidden, HIDDEN)
             return logs if self.whole else logs.clamp_(min=HIDDEN)
         _, (bias, relative_bias, *_) = tiles.learned(scores.tensors)
         part = None if bias is None else tiles.part_of(bias, "scores", tile).to(work)
         logs = scores.of(tile, self.q, k_tile, part, relative_bias)[0]
-        return logs.mul_(LOG2E).sub_(self.lse).clamp_(min=HIDDEN)
+        return logs.sub_(self.lse).mul_(LOG2E).clamp_(min=HIDDEN)
 
 
 class _SideBySide:
@@ -224,7 +225,7 @@ class _Sweep:
         want, rows, columns, workspace = self.want, tile.rows, tile.columns, self.workspace
         if "max_logit" in want:
             highest = logs.amax(-1)
-            highest = ((highest + row_lse) / LOG2E).masked_fill_(highest <= HIDDEN / 2, -math.inf)
+            highest = (highest / LOG2E + row_lse).masked_fill_(highest <= HIDDEN / 2, -math.inf)
             # Of a query that is not asked for, or saw nothing, the log-sum-exp is infinite.
             most = results["max_logit"][:, :, rows]
             torch.maximum(most, highest.masked_fill_(row_lse == math.inf, -math.inf), out=most)
