@@ -24,6 +24,7 @@ import triton
 
 from tests.pretended_gpu import GPUS, Driver, obstacle, pretended_gpus
 from tests.pretended_gpu.calls import Call, all_calls
+from tests.pretended_gpu.tensors import planned
 
 FOUR = ("H100", "A100", "RTX 4090", "B200")
 
@@ -66,10 +67,13 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def complaint_of(call: Call, driver: Driver) -> str:
-    """What went wrong, in one line; "" if nothing did."""
+    """What went wrong, in one line; "" if nothing did. By way of the operators, by a new plan, and by a known one."""
     before = driver.launches()
     try:
         call.run()
+        with planned():
+            call.run()
+            call.run()
     except Exception as error:
         if os.environ.get("PRETENDED_GPU_TRACEBACK"):
             traceback.print_exc()

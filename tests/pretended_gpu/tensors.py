@@ -8,12 +8,17 @@ another GPU. Torch's C++ code sees plain CPU tensors: autograd, forward mode, vi
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
+
+from fastattn.core import plans
 
 _CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 
@@ -84,6 +89,17 @@ class OnGpu(TorchDispatchMode):
 
     def __torch_dispatch__(self, operator, types, arguments=(), keywords=None):
         return _run(operator, arguments, keywords or {})
+
+
+@contextlib.contextmanager
+def planned() -> Iterator[None]:
+    """Inside the block calls take plans (fastattn.core.plans), as on a real GPU: neither the tensors nor the mode of
+    a pretended one count as somebody who must see the operators."""
+    with (
+        mock.patch.object(plans, "_TENSORS", plans._TENSORS | {GpuTensor}),
+        mock.patch.object(plans, "_dispatch_modes", lambda: torch._C._len_torch_dispatch_stack() - 1),
+    ):
+        yield
 
 
 def _run(operator: Any, arguments: tuple, keywords: dict) -> Any:
