@@ -67,7 +67,7 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def complaint_of(call: Call, driver: Driver) -> str:
-    """What went wrong, in one line; "" if nothing did. By way of the operators, by a new plan, and by a known one."""
+    """What went wrong, in one line; "" if nothing did. By the operators, by a new plan, and by a known one."""
     before = driver.launches()
     try:
         call.run()

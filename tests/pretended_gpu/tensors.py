@@ -93,8 +93,8 @@ class OnGpu(TorchDispatchMode):
 
 @contextlib.contextmanager
 def planned() -> Iterator[None]:
-    """Inside the block calls take plans (fastattn.core.plans), as on a real GPU: neither the tensors nor the mode of
-    a pretended one count as somebody who must see the operators."""
+    """Inside the block calls take plans (fastattn.core.plans), as on a real GPU: neither the tensors nor the mode
+    of a pretended one count as somebody who must see the operators."""
     with (
         mock.patch.object(plans, "_TENSORS", plans._TENSORS | {GpuTensor}),
         mock.patch.object(plans, "_dispatch_modes", lambda: torch._C._len_torch_dispatch_stack() - 1),
