@@ -134,7 +134,7 @@ class StatisticsCall(AttentionCall):
         spec = StatisticsSpec(attention, self.want, (0, 4096), 0, thumbnail, before)
         labels = torch.empty((2, 4, 4096), dtype=torch.int32, device="meta")
         bins = torch.empty(4096, dtype=torch.int32, device="meta")
-        asked = StatisticsTensors(lse, lse, labels, labels, bins)
+        asked = StatisticsTensors(lse, lse, labels, labels, bins, lse if self.shaped == "bias" else None)
         attention_statistics(q, k, lse, spec, asked, tensors, lists, empty_results(spec, q, k))
 
 

@@ -1,8 +1,8 @@
 """Attention, backward: the gradient of a bias, and of a bias by distance.
 
-The gradient of the scores, dS = P * (dP - delta), summed over all that shares one element of the bias. Each
-program owns its elements, or its split of what they add up, and loops over the tiles in a fixed order: no atomics,
-and nothing larger than the bias is stored but the partial results of a small one.
+The gradient of the scores, dS = P * (dP - delta), summed over all scores that share one element of the bias. Each
+program owns some elements, or a split of their sums, and loops over the tiles in a fixed order: no atomics.
+Nothing larger than the bias is stored but the partial results of a small one.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from .scores import load_score_terms, score_gradient
 def tile_gradient(
     total, operands, batch, head, start, key_start, bounds, score_terms, problem, tile: tl.constexpr
 ):
-    """Add to `total` the gradient of one head's scores that `bounds` show. Operands are q, k, v, dout and the row
+    """Add to `total` the gradient of one head's scores within `bounds`. Operands are q, k, v, dout and the row
     values of the backward."""
     q, k, v, dout, row_values = operands
     shape = problem.shape
@@ -68,13 +68,14 @@ def add_tile(function: tl.constexpr, total, operands, batch, head, start, key_st
         bounds = key_bounds(queries, batch, key_count, problem)
         begin, _full_begin, _full_end, end = key_ranges(start, bounds, key_count, problem, tile)
         if (key_start < end) & (key_start + tile.BLOCK_N > begin):
-            # Once more: kept over the branch they would cost 4 percent more instructions (sm_90, D = 128).
+            # Compute the bounds again: kept across the branch, they cost 4 percent more instructions (sm_90,
+            # D = 128).
             bounds = key_bounds(queries, batch, key_count, problem)
             score_terms = load_score_terms(problem.scores, problem.dropout, batch, head)
             total = function(total, operands, batch, head, start, key_start, bounds, score_terms, problem, tile)
     else:
         score_terms = load_score_terms(problem.scores, problem.dropout, batch, head)
-        # Its granule may be in the row's lists: once, or once for each number of times that its keys count.
+        # A granule has an entry in the row's lists for each multiplicity of its keys.
         row = list_of(lists, batch, head, start)
         granule = key_start // GRANULE
         end = tl.load(lists.partial_offsets + row + 1)
@@ -101,19 +102,19 @@ def bias_gradient_kernel(
     q, k, v, dout, dbias, row_values, counts, problem, tile: tl.constexpr,
     SHARED_ROWS: tl.constexpr, SHARED_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """A tile of the bias, which several batch entries and heads and, where they are SHARED, all tiles of rows and
-    columns use: they are its members. Each of `splits` programs adds up some of them in a fixed order and stores
-    its partial result at batch entry split x `bias_batches` + the bias's.
+    """The gradient of a tile of the bias. Several batch entries and heads use the tile and, where SHARED, all
+    tiles of rows or columns: they are its members. Each of `splits` programs adds up some members in a fixed
+    order. It stores its partial result at batch entry split x `bias_batches` + the bias's.
 
     `counts` are the batch entries and heads of the bias, how many of q's use each, and the splits."""
     shape = problem.shape
     bias_batches, bias_heads, batches, heads, splits = counts
     row_tiles, column_tiles = tl.cdiv(shape.queries, tile.BLOCK_M), tl.cdiv(shape.keys, tile.BLOCK_N)
-    own_rows, own_columns, rows, columns = row_tiles, column_tiles, 1, 1
+    own_rows, own_columns, shared_rows, shared_columns = row_tiles, column_tiles, 1, 1
     if SHARED_ROWS:
-        own_rows, rows = 1, row_tiles
+        own_rows, shared_rows = 1, row_tiles
     if SHARED_COLUMNS:
-        own_columns, columns = 1, column_tiles
+        own_columns, shared_columns = 1, column_tiles
     split, program = tl.program_id(0) % splits, tl.program_id(0) // splits
     column, row = program % own_columns, program // own_columns % own_rows
     bias_head = program // (own_columns * own_rows) % bias_heads
@@ -121,14 +122,15 @@ def bias_gradient_kernel(
 
     operands = (q, k, v, dout, row_values)
     total = tl.zeros([tile.BLOCK_M, tile.BLOCK_N], tl.float32)
-    members = batches * heads * rows * columns
-    most = tl.cdiv(members, splits)
-    for member in tl.range(split * most, tl.minimum((split + 1) * most, members)):
-        of_column, of_row = member % columns, member // columns % rows
-        head, batch = member // (columns * rows) % heads, member // (columns * rows) // heads
+    members = batches * heads * shared_rows * shared_columns
+    per_split = tl.cdiv(members, splits)
+    for member in tl.range(split * per_split, tl.minimum((split + 1) * per_split, members)):
+        member_column, member_row = member % shared_columns, member // shared_columns % shared_rows
+        flat_head = member // (shared_columns * shared_rows)
+        head, batch = flat_head % heads, flat_head // heads
         total = add_tile(
             tile_gradient, total, operands, bias_batch + batch, bias_head + head,
-            (row + of_row) * tile.BLOCK_M, (column + of_column) * tile.BLOCK_N, problem, tile,
+            (row + member_row) * tile.BLOCK_M, (column + member_column) * tile.BLOCK_N, problem, tile,
         )  # fmt: skip
 
     pointer = head_of(dbias, split * bias_batches + bias_batch, bias_head)
@@ -149,8 +151,8 @@ def bias_gradient_kernel(
 
 @triton.jit
 def add_diagonal(function: tl.constexpr, operands, problem, tile: tl.constexpr):
-    """The sum of all tiles on this program's diagonal of square tiles, of what `function` makes of them; their own
-    diagonals hold the same distances in each."""
+    """The sum of what `function` makes of each tile on this program's diagonal of square tiles. An element of a
+    tile stands for the same distance in all of them."""
     tl.static_assert(tile.BLOCK_M == tile.BLOCK_N, "tiles must be square")
     shape = problem.shape
     row_tiles, column_tiles = tl.cdiv(shape.queries, tile.BLOCK_M), tl.cdiv(shape.keys, tile.BLOCK_N)
@@ -167,16 +169,16 @@ def add_diagonal(function: tl.constexpr, operands, problem, tile: tl.constexpr):
 
 @triton.jit
 def store_diagonals(total, sums, tile: tl.constexpr):
-    """Store what each diagonal of this program's sum of tiles adds up to, lowest distance first."""
-    places = sums + tl.program_id(0).to(tl.int64) * 2 * tile.BLOCK_M
+    """Store the sum of each diagonal of `total`, this program's sum of tiles, the lowest distance first."""
+    pointers = sums + tl.program_id(0).to(tl.int64) * 2 * tile.BLOCK_M
     distance = tl.arange(0, tile.BLOCK_N)[None, :] - tl.arange(0, tile.BLOCK_M)[:, None] + (tile.BLOCK_M - 1)
     for diagonal in tl.range(0, 2 * tile.BLOCK_M):
-        tl.store(places + diagonal, tl.sum(tl.sum(tl.where(distance == diagonal, total, 0.0), 1), 0))
+        tl.store(pointers + diagonal, tl.sum(tl.sum(tl.where(distance == diagonal, total, 0.0), 1), 0))
 
 
 @triton.jit
 def diagonal_sums_kernel(q, k, v, dout, sums, row_values, problem, tile: tl.constexpr):
-    """One program a head and diagonal of square tiles: sums the tiles, then the diagonals of what comes out."""
+    """One program a head and diagonal of square tiles: it sums the tiles, then each diagonal of the sum."""
     total = add_diagonal(tile_gradient, (q, k, v, dout, row_values), problem, tile)
     store_diagonals(total, sums, tile)
 
@@ -184,9 +186,9 @@ def diagonal_sums_kernel(q, k, v, dout, sums, row_values, problem, tile: tl.cons
 def bias_gradient(call: Call, operands: tuple, row_values: tuple) -> torch.Tensor:
     """The gradient of the call's bias (B or 1, Hq or 1, Lq or 1, Lk or 1), in its shape and dtype.
 
-    `operands` are q, k, v and dout as kernels take them. A bias that broadcasts has few elements and much to add
-    up for each: then several programs split a tile's loop, as many as keep the multiprocessors busy, and their
-    float32 results are added in a second pass.
+    `operands` are q, k, v and dout as kernels take them. A bias that broadcasts has few elements, each a sum of
+    many gradients. Then several programs split a tile's loop, as many as keep the multiprocessors busy, and a
+    second pass adds up their float32 results.
     """
     bias = call.tensors.bias
     dbias = torch.empty(bias.shape, dtype=bias.dtype, device=bias.device)
@@ -194,7 +196,7 @@ def bias_gradient(call: Call, operands: tuple, row_values: tuple) -> torch.Tenso
     if batch * heads * queries * keys == 0:
         return dbias.zero_()
     tiling = call.tiling(launch.ATTENTION_BIAS)
-    # A dimension of size 1 belongs to the one program that has it, be it shared or all there is.
+    # A dimension of size 1 is one tile, whether rows (or columns) share it or there is only one.
     rows = 1 if bias.shape[2] == 1 else triton.cdiv(queries, tiling.block_m)
     columns = 1 if bias.shape[3] == 1 else triton.cdiv(keys, tiling.block_n)
     tiles = rows * columns * bias.shape[0] * bias.shape[1]
@@ -243,7 +245,8 @@ def relative_bias_gradient(call: Call, operands: tuple, row_values: tuple) -> to
 
 
 def ends_gathered(sums: torch.Tensor, first: int, radius: int) -> torch.Tensor:
-    """Of sums for the distances from `first` on: those from -radius to radius, the ends with all beyond them."""
+    """From sums for the distances from `first` on, those from -radius to radius; the first and the last include
+    all farther ones."""
     sums = F.pad(sums, (max(0, first + radius), max(0, radius + 1 - first - sums.shape[-1])))
     if radius == 0:
         return sums.sum(-1, keepdim=True)

@@ -44,7 +44,7 @@ def forward_step(
     values = finish_scores(capped, scores, score_terms, queries[:, None], columns, problem.shape)
     if MASKED:
         values = tl.where(is_visible(start, bounds, problem, tile), values, float("-inf"))
-    # A sum of floats may be -inf, too.
+    # With a bias, scores may be -inf without a mask, too.
     weights, rescale, row_max, row_sum = online_softmax_update(
         values,
         score_factor(scores),
@@ -89,7 +89,7 @@ def attention_forward_kernel(
     row_max = tl.full([tile.BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([tile.BLOCK_M], tl.float32)
     if (scores.sinks is not None) and (maxima is None):
-        # One more key, seen by all, whose value is zero; of several splits the first has it.
+        # A sink is one more key, seen by all, whose value is zero. Of several splits the first has it.
         sink = tl.load(head_of(scores.sinks, batch, head)) * score_unit(scores)
         row_max = tl.zeros([tile.BLOCK_M], tl.float32) + tl.where(split[0] == 0, sink, float("-inf"))
         row_sum += tl.where(split[0] == 0, 1.0, 0.0)
@@ -99,7 +99,7 @@ def attention_forward_kernel(
     )
 
     if maxima is not None:
-        # The largest score of a key; so a sink comes in last.
+        # They are the largest scores of keys, so the sink is added after they are stored.
         queries = start + tl.arange(0, tile.BLOCK_M)
         pointers = head_of(maxima, batch, head) + queries.to(tl.int64) * maxima.row
         largest = row_max if is_in_nats(scores) else row_max * LN_2

@@ -20,9 +20,9 @@ GRANULE: tl.constexpr = tl.constexpr(64)
 
 
 class Window(NamedTuple):
-    """Which keys are seen: so many before and after the diagonal; in each batch entry those before its length; and
-    by intervals (batch, first or stop, queries and then keys): of keys for each query, of queries for each key.
-    What is None is absent at compile time."""
+    """Which keys a query sees: up to `left` before its diagonal and `right` after it, those before its batch
+    entry's length, and those of an interval. Intervals int32 (batch, 2, queries + keys) are first and stop: of
+    keys for each query, then of queries for each key. What is None is absent at compile time."""
 
     left: int | None
     right: int | None
@@ -34,7 +34,8 @@ class Window(NamedTuple):
 class Lists(NamedTuple):
     """Which granules each row (or column) of granules has, as the mask's BlockLists have it: the full ones, the
     partial ones and their bit tiles, how often their keys count, and the pattern of each batch entry and head.
-    Items (row, split, of how many, slot) are what programs do, the heaviest first; None is one for each row.
+    Each item (row, split, number of splits, slot) is the work of one program, the heaviest first; without items
+    each row is one program's.
 
     Without lists all is None: Triton 3.6 cannot compare a tuple that holds None with None."""
 
@@ -64,8 +65,8 @@ def window_of(
     key_lengths: torch.Tensor | None,
     intervals: torch.Tensor | None = None,
 ) -> Window:
-    """A window as a kernel argument; causal is nothing to the right, known at compile time. Lengths are copied if
-    expanded, intervals if more than their batch is."""
+    """A window as a kernel argument. Causal is a `right` of 0 that is known at compile time. Lengths are copied if
+    they are expanded, intervals if more of them than the batch is."""
     nothing_to_the_right = causal or right == 0
     if intervals is not None and not intervals[:1].is_contiguous():
         intervals = intervals.contiguous()
@@ -111,9 +112,9 @@ def _lengths(offsets: torch.Tensor, items: torch.Tensor | None) -> tuple:
 @triton.jit
 def position_of(length, heads, problem, DESCENDING: tl.constexpr, BLOCK: tl.constexpr):
     """This program's tile of `length` rows: its first row, batch entry and head, and, where loops are split, its
-    split: which one, of how many, and the slot of its partial result (-1: there is only this one).
+    split: its index, the number of splits, and the slot of its partial result (-1 if there is only this split).
 
-    Tiles that are DESCENDING grow heavier: they come in the other order, so that the heaviest starts first."""
+    DESCENDING: the last tile comes first, for tiles that grow heavier. The heaviest program should start first."""
     program = tl.program_id(0)
     programs = tl.num_programs(0)
     index, count, slot = 0, 1, -1
@@ -125,11 +126,11 @@ def position_of(length, heads, problem, DESCENDING: tl.constexpr, BLOCK: tl.cons
     pieces: tl.constexpr = GRANULE // BLOCK
     if lists.items is not None:
         tiles = lists.item_count * pieces
-    tile, flat_head = heavy_first(program, tiles, programs // tiles, problem.heads_per_section, DESCENDING)
-    start = tile * BLOCK
+    tile_number, flat_head = heavy_first(program, tiles, programs // tiles, problem.heads_per_section, DESCENDING)
+    start = tile_number * BLOCK
     if lists.items is not None:
-        item = lists.items + tile // pieces * 4
-        start = tl.load(item) * GRANULE + tile % pieces * BLOCK
+        item = lists.items + tile_number // pieces * 4
+        start = tl.load(item) * GRANULE + tile_number % pieces * BLOCK
         index, count, slot = tl.load(item + 1), tl.load(item + 2), tl.load(item + 3)
     return start, flat_head // heads, flat_head % heads, (index, count, slot)
 
@@ -218,7 +219,7 @@ def key_ranges(start, bounds, key_count, problem, tile: tl.constexpr):
 
 @triton.jit
 def split_ranges(ranges, split, tile: tl.constexpr):
-    """What of such ranges falls to one split: equally many tiles each."""
+    """The part of such ranges that falls to one split. All splits have equally many tiles."""
     begin, full_begin, full_end, end = ranges
     steps = tl.cdiv(tl.cdiv(tl.maximum(end - begin, 0), tile.BLOCK_N), split[1])
     low = begin + split[0] * steps * tile.BLOCK_N
@@ -238,8 +239,9 @@ def query_bounds(keys, batch, problem):
 
 @triton.jit
 def query_tiles(start, bounds, key_count, problem, tile: tl.constexpr):
-    """For the key tile at `start`, query tiles by number: the first that sees any of it, the first of those that
-    see all of it, the first of those after them that do not or do not exist whole, and where all end."""
+    """For the key tile at `start`, numbers of query tiles: the first that sees any of it; the first that sees all
+    of it; the next that does not see all of it, or has rows that do not exist; the one after the last that sees
+    any."""
     window, shape = problem.window, problem.shape
     tiles = tl.cdiv(shape.queries, tile.BLOCK_M)
     diagonal = start - (shape.keys - shape.queries)
@@ -287,7 +289,8 @@ def is_visible(start, bounds, problem, tile: tl.constexpr):
         visible = is_bit_set((first >> (start % GRANULE))[:, None], columns)
         if window.key_lengths is not None:
             visible = visible & (start + columns < stop)
-    # The same, said in two ways: which takes fewer instructions, or registers, depends on the kernel, see launch.
+    # Two forms of the same comparison. Which one takes fewer instructions or registers depends on the kernel, see
+    # launch.MASKED_FIRST.
     elif tile.RELATIVE:
         visible = columns < (stop - start)[:, None]
         if has_first(window):
@@ -304,7 +307,7 @@ def is_visible(start, bounds, problem, tile: tl.constexpr):
 
 @triton.jit
 def list_of(lists, batch, head, start):
-    """Where the offsets of the row (or column) of granules in which `start` lies stand."""
+    """The index into the lists' offsets for the row (or column) of granules in which `start` lies."""
     pattern = tl.load(lists.pattern + (batch % lists.batches) * lists.heads + head % lists.heads)
     return pattern * lists.length + start // GRANULE
 
@@ -327,11 +330,12 @@ def words_of(lists, entry, queries):
 
 
 @triton.jit
-def first_at(others, begin, end, granule):
-    """The first of the entries from `begin` to `end`, ascending, whose granule is not before this one."""
+def first_at(granules, begin, end, granule):
+    """The first entry from `begin` to `end` whose granule is not before this one, by binary search: entries are
+    ascending."""
     while begin < end:
         middle = (begin + end) // 2
-        before = tl.load(others + middle) < granule
+        before = tl.load(granules + middle) < granule
         begin = tl.where(before, middle + 1, begin)
         end = tl.where(before, end, middle)
     return begin
@@ -441,13 +445,13 @@ def loop_over_queries(
             entry = number // pieces
             query_start = tl.load(lists.partial + entry) * GRANULE + (number - entry * pieces) * tile.BLOCK_M
             bounds = words_of(lists, entry, query_start + tl.arange(0, tile.BLOCK_M)), key_count
-            terms = with_multiplicity(score_terms, lists.partial_counts, entry)
-            state = step(state, operands, terms, query_start, start, bounds, problem, tile, True)
+            entry_terms = with_multiplicity(score_terms, lists.partial_counts, entry)
+            state = step(state, operands, entry_terms, query_start, start, bounds, problem, tile, True)
         low, high = part_of_range(tl.load(full_list), tl.load(full_list + 1), split, lists.items)
         for number in tl.range(low * pieces, high * pieces):
             entry = number // pieces
             query_start = tl.load(lists.full + entry) * GRANULE + (number - entry * pieces) * tile.BLOCK_M
             bounds = tl.full([tile.BLOCK_M], -1, tl.int64), key_count
-            terms = with_multiplicity(score_terms, lists.full_counts, entry)
-            state = step(state, operands, terms, query_start, start, bounds, problem, tile, False)
+            entry_terms = with_multiplicity(score_terms, lists.full_counts, entry)
+            state = step(state, operands, entry_terms, query_start, start, bounds, problem, tile, False)
     return state

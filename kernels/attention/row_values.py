@@ -44,7 +44,7 @@ class RowValues(NamedTuple):
 
 @triton.jit
 def row_values_of(row_values, batch, head, shape):
-    """Where one head's log-sum-exps begin; its deltas are `row_values.rows` further."""
+    """Pointer to one head's log-sum-exps; its deltas are `row_values.rows` further."""
     return row_values.pointer + (batch * shape.heads + head).to(tl.int64) * row_values.head
 
 
@@ -118,7 +118,7 @@ def row_sum_step(
 
 @triton.jit
 def attention_remainder_kernel(q, k, row_values, problem, tile: tl.constexpr):
-    """Per row: its remainder, 0 for all but huge log-sum-exps. Tiles without such a row compute nothing."""
+    """Per row: its remainder, 0 unless its log-sum-exp is huge. Tiles without such a row compute nothing."""
     shape, scores = problem.shape, problem.scores
     position = position_of(row_values.rows, shape.heads, problem, later_are_heavier(problem), tile.BLOCK_M)
     start, batch, head, _split = position

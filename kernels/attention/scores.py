@@ -13,9 +13,9 @@ from .loops import is_visible
 
 
 class Scores(NamedTuple):
-    """What is done to q k^T: the scale, and what is not None of a soft cap, ALiBi slopes (batch, head), a bias
-    (floats are added, bytes say which keys are seen), a bias by distance (batch, head, 2 radius + 1), sinks and a
-    scale for each head, (batch, head), of any sign."""
+    """What makes scores of q k^T: the scale and, where they are not None, a soft cap, ALiBi slopes (batch, head),
+    a bias (floats are added, bytes say which keys are seen), a bias by distance (batch, head, 2 radius + 1), sinks
+    and a scale for each head, (batch, head), of any sign."""
 
     scale: float
     softcap: float | None
@@ -29,8 +29,8 @@ class Scores(NamedTuple):
 
 
 class Dropout(NamedTuple):
-    """Weights whose 16 random bits are below the threshold are dropped, the others grow by `growth`; `state` holds
-    seed and offset of each batch entry."""
+    """Weights whose 16 random bits are below the threshold are dropped, the others are multiplied by `growth`.
+    `state` holds seed and offset of each batch entry."""
 
     state: torch.Tensor
     threshold: int
@@ -47,8 +47,8 @@ def scores_of(
     multiplicity: bool = False,
     head_scale: torch.Tensor | None = None,
 ) -> Scores:
-    """What is done to the scores as a kernel argument. The bias (B or 1, H or 1, Lq or 1, Lk or 1) repeats itself
-    where it has size 1."""
+    """`Scores` as a kernel argument. The bias (B or 1, H or 1, Lq or 1, Lk or 1) repeats itself where it has
+    size 1."""
     if bias is not None:
         bias = near(bias.view(torch.uint8) if bias.dtype == torch.bool else bias, 2)
         strides = (0 if size == 1 else stride for size, stride in zip(bias.shape, bias.stride(), strict=True))
@@ -102,7 +102,7 @@ def is_plain(scores):
 
 @triton.jit
 def scale_of(scores, score_terms):
-    """By what q k^T is multiplied."""
+    """The factor of q k^T."""
     if scores.head_scale is not None:
         return tl.cast(scores.scale, tl.float32) * score_terms[7]
     else:
@@ -121,7 +121,7 @@ def is_in_nats(scores):
 
 @triton.jit
 def score_unit(scores):
-    """What `finish_scores` multiplies by, so that a score is in its units."""
+    """The factor from nats to the units of scores: 1 if they are in nats, else LOG2_E."""
     if is_in_nats(scores):
         return 1.0
     else:
@@ -130,7 +130,7 @@ def score_unit(scores):
 
 @triton.jit
 def score_factor(scores):
-    """What makes log2 units of what `finish_scores` returns, if that is not in nats."""
+    """The factor from what `finish_scores` returns to log2 units; 1 for scores in nats, which stay so."""
     if is_plain(scores):
         return tl.cast(scores.scale, tl.float32) * LOG2_E
     else:
@@ -138,17 +138,8 @@ def score_factor(scores):
 
 
 @triton.jit
-def log2_factor(scores):
-    """What makes log2 units of what `finish_scores` returns, in nats or not."""
-    if is_in_nats(scores):
-        return LOG2_E
-    else:
-        return score_factor(scores)
-
-
-@triton.jit
 def nats_factor(scores):
-    """What makes nats of what `finish_scores` returns."""
+    """The factor from what `finish_scores` returns to nats."""
     if is_plain(scores):
         return tl.cast(scores.scale, tl.float32)
     elif is_in_nats(scores):
@@ -158,14 +149,20 @@ def nats_factor(scores):
 
 
 @triton.jit
-def softmax_weights(values, scores, lse, remainder):
-    """exp(score - lse), of what `finish_scores` returned; `lse` is in the same units. In nats, `remainder` is what
-    the log-sum-exp lost by rounding, in log2 units. There the difference comes first: it is small where both are
-    huge."""
+def log2_weights(values, scores, lse, remainder):
+    """The base-2 logarithm of exp(score - lse), of what `finish_scores` returned; `lse` is in the same units. For
+    scores in nats, `remainder` is what the log-sum-exp lost by rounding, in log2 units. There the difference comes
+    first: it is small where both are huge."""
     if is_in_nats(scores):
-        return tl.exp2((values - lse) * LOG2_E - remainder)
+        return (values - lse) * LOG2_E - remainder
     else:
-        return tl.exp2(values * score_factor(scores) - lse)
+        return values * score_factor(scores) - lse
+
+
+@triton.jit
+def softmax_weights(values, scores, lse, remainder):
+    """exp(score - lse); arguments as `log2_weights`'."""
+    return tl.exp2(log2_weights(values, scores, lse, remainder))
 
 
 @triton.jit
@@ -180,7 +177,7 @@ def sink_weights_of(scores, lse, batch, head):
 
 @triton.jit
 def cap(products, scores, score_terms):
-    """From q k^T to the tanh of a soft cap; without one the products as they are."""
+    """The tanh of a soft cap, from q k^T; without a cap the products as they are."""
     if scores.softcap is not None:
         return tanh(products * (scale_of(scores, score_terms) / tl.cast(scores.softcap, tl.float32)))
     else:
@@ -227,8 +224,9 @@ def finish_scores(capped, scores, score_terms, queries, keys, shape):
 
 @triton.jit
 def load_score_terms(scores, dropout, batch, head):
-    """What one head's scores and weights take from memory: its slope, where its biases begin, its number, and
-    the seed and offset of its random numbers; 0 for what is not asked, and for how often keys count; its scale."""
+    """One head's terms of scores and weights: its slope, pointers to its bias and its bias by distance, its
+    number, the seed and offset of its random numbers, the logarithm of its keys' multiplicity, its scale. What is
+    not asked for is 0; so is the multiplicity, until `with_multiplicity` fills it in."""
     slope, bias, relative, seed, offset, head_scale = 0.0, 0, 0, 0, 0, 1.0
     if scores.slopes is not None:
         slope = tl.load(head_of(scores.slopes, batch, head))

@@ -30,13 +30,12 @@ from ..tiles import (
 )
 from .loops import GRANULE, Lists
 
-ROWS = 16  # of a program that merges
+ROWS = 16  # that one program merges
 
 
 class Splits(NamedTuple):
-    """How a launch splits its loops: programs for each head, splits of every loop (None: as the items say), slots
-    for partial results, and where those of an item's row are (merges of a BlockLists; None: each row has all
-    slots).
+    """How a launch splits its loops: programs for each head, splits of every loop (None: as the items say), and
+    slots for partial results. `merges` (of a BlockLists) says which slots each row has; None: each row has all.
 
     The partial result in `slot` of batch entry b is entry slot x batches + b of a tensor of them."""
 
@@ -66,9 +65,9 @@ def splits_of(
 
 
 def partials_of(splits: Splits, result: torch.Tensor) -> torch.Tensor | None:
-    """Room for the partial results of `result` (batch, heads, rows[, width]); None if nothing is split.
+    """An empty tensor for the partial results of `result` (batch, heads, rows[, width]); None if nothing is split.
 
-    A mask of lists always has it, if only for none, so that all masks run the same kernel."""
+    A mask of lists always has one, even if it has no slots, so that all masks run the same kernel."""
     if splits.count is None and splits.merges is None:
         return None
     batch, heads, rows, *width = result.shape
@@ -126,21 +125,23 @@ def store_partial_values(partials, values, position, length, problem, BLOCK: tl.
 
 
 @triton.jit
-def load_part(value_partials, remainders, entry, head, rows, row_count):
+def load_part_lse(value_partials, remainders, entry, head, rows, row_count):
     """The log-sum-exps of a partial result, and what they lost by rounding."""
-    part = load_row_values(head_of(value_partials, entry, head), value_partials, rows, row_count, float("-inf"))
+    part_lse = load_row_values(
+        head_of(value_partials, entry, head), value_partials, rows, row_count, float("-inf")
+    )
     if remainders is None:
-        return part, tl.zeros_like(part)
+        return part_lse, tl.zeros_like(part_lse)
     else:
-        return part, load_row_values(head_of(remainders, entry, head), remainders, rows, row_count, 0.0)
+        return part_lse, load_row_values(head_of(remainders, entry, head), remainders, rows, row_count, 0.0)
 
 
 @triton.jit
 def merge_kernel(
     partials, value_partials, remainders, out, values, merges, slots, length, heads, batches, tile: tl.constexpr
 ):  # fmt: skip
-    """One program merges BLOCK rows of one head: by the log-sum-exps of the partial results, if there are any,
-    else it adds them. `remainders` are what those lost by rounding; None is nothing."""
+    """One program merges BLOCK_M rows of one head: by the log-sum-exps of the partial results, if there are any,
+    else it adds them up. `remainders` are what the log-sum-exps lost by rounding; None is nothing."""
     tiles = tl.num_programs(0) // (batches * heads)
     tile_number, flat_head = tl.program_id(0) % tiles, tl.program_id(0) // tiles
     batch, head = flat_head // heads, flat_head % heads
@@ -153,23 +154,25 @@ def merge_kernel(
         start = tl.load(merge) * GRANULE + row
         slot, slots = tl.load(merge + 1), tl.load(merge + 2)
     offsets = tl.arange(0, tile.BLOCK_M)
-    most = tl.full([tile.BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([tile.BLOCK_M], tl.float32)
+    row_max = tl.full([tile.BLOCK_M], float("-inf"), tl.float32)
+    row_sum = tl.zeros([tile.BLOCK_M], tl.float32)
     if values is not None:
         for number in tl.range(0, slots):
             entry = batches * (slot + number) + batch
-            part, remainder = load_part(value_partials, remainders, entry, head, row + offsets, rows)
-            new_most = tl.maximum(most, part)
+            part_lse, remainder = load_part_lse(value_partials, remainders, entry, head, row + offsets, rows)
+            new_max = tl.maximum(row_max, part_lse)
             # A row that saw nothing so far pivots on 0: -inf minus -inf never happens.
-            pivot = tl.where(new_most == float("-inf"), 0.0, new_most)
-            total = total * tl.exp2((most - pivot) * LOG2_E) + tl.exp2(((part - pivot) + remainder) * LOG2_E)
-            most = new_most
-        empty = total == 0.0
-        total = tl.where(empty, 1.0, total)
-        lse = tl.where(empty, float("-inf"), most + tl.log2(total) * LN_2)
+            pivot = tl.where(new_max == float("-inf"), 0.0, new_max)
+            row_sum = row_sum * tl.exp2((row_max - pivot) * LOG2_E) + tl.exp2(
+                ((part_lse - pivot) + remainder) * LOG2_E
+            )
+            row_max = new_max
+        empty = row_sum == 0.0
+        row_sum = tl.where(empty, 1.0, row_sum)
+        lse = tl.where(empty, float("-inf"), row_max + tl.log2(row_sum) * LN_2)
         exists = start + offsets < length
         tl.store(head_of(values, batch, head) + (start + offsets).to(tl.int64) * values.row, lse, mask=exists)
-        most = tl.where(empty, 0.0, most)
+        row_max = tl.where(empty, 0.0, row_max)
     accumulator = tl.zeros([tile.BLOCK_M, tile.WIDTH], tl.float32)
     for number in tl.range(0, slots):
         entry = batches * (slot + number) + batch
@@ -177,9 +180,9 @@ def merge_kernel(
             head_of(partials, entry, head), partials, row, rows, tile.DIM, tile.BLOCK_M, tile.WIDTH, True
         )
         if values is not None:
-            part, remainder = load_part(value_partials, remainders, entry, head, row + offsets, rows)
-            # Not by the log-sum-exp: it may have lost the logarithm of the total by rounding.
-            part_tile *= (tl.exp2(((part - most) + remainder) * LOG2_E) / total)[:, None]
+            part_lse, remainder = load_part_lse(value_partials, remainders, entry, head, row + offsets, rows)
+            # Not by the log-sum-exp: it may have lost the logarithm of the row_sum by rounding.
+            part_tile *= (tl.exp2(((part_lse - row_max) + remainder) * LOG2_E) / row_sum)[:, None]
         accumulator += part_tile
     store_tile(head_of(out, batch, head), out, start, length, tile.DIM, accumulator, tile.BLOCK_M, tile.WIDTH)
 
@@ -192,9 +195,9 @@ def merge(
     values: torch.Tensor | None = None,
     remainders: torch.Tensor | None = None,
 ) -> None:
-    """Make `out` (batch, heads, rows, width) of its partial results, where there are any, and the values (batch,
-    heads, rows) of theirs: log-sum-exps, which weigh those of `out`. `remainders` are what these lost by
-    rounding."""
+    """Merge partial results, where there are any, into `out` (batch, heads, rows, width). `values` (batch, heads,
+    rows) are log-sum-exps with partial results of their own, which weigh those of `out`; `remainders` are what
+    these lost by rounding."""
     if splits.slots == 0:
         return
     batch, heads, rows, width = out.shape

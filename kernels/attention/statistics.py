@@ -5,7 +5,8 @@
   lags      one program a diagonal of tiles: the sum along each diagonal of P
 
 The scores are the forward's, by the same loops and the same score step. What a call does not ask for is absent at
-compile time. A query whose log-sum-exp is +inf or -inf weighs nothing.
+compile time. A query whose log-sum-exp is +inf or -inf weighs nothing. A remainder is what a huge log-sum-exp lost
+by rounding (row_values.py).
 """
 
 from __future__ import annotations
@@ -31,12 +32,12 @@ from .loops import (
     rows_of,
 )
 from .problem import Call
-from .scores import cap, finish_scores, load_score_terms, log2_factor
+from .scores import cap, finish_scores, load_score_terms, log2_weights, nats_factor, score_unit
 
 
 class Labels(NamedTuple):
-    """Labels int32 (kinds, batch, length) of queries and of keys, which match where they are equal, and how many
-    keys before its diagonal the match of a query stands at least: int32 (kinds,)."""
+    """Which keys match a query: those with its label, int32 (kinds, batch, length), that stand at least `before`
+    keys, int32 (kinds,), before its diagonal."""
 
     queries: torch.Tensor
     keys: torch.Tensor
@@ -45,25 +46,35 @@ class Labels(NamedTuple):
 
 @triton.jit
 def weights_of_tile(
-    q_tile, k_tile, row_lse, start, queries, bounds, score_terms, problem, tile: tl.constexpr, MASKED: tl.constexpr
-):
-    """A tile of scores in log2 units, -inf where hidden, and of weights; queries down."""
+    q_tile, k_tile, row_terms, start, queries, bounds, score_terms, problem, tile: tl.constexpr,
+    MASKED: tl.constexpr,
+):  # fmt: skip
+    """A tile of scores as `finish_scores` returns them and of the weights' base-2 logarithms, both -inf where
+    hidden, and of the weights; queries down."""
     scores = problem.scores
+    row_lse, remainder = row_terms
     products = tl.dot(q_tile, tl.trans(k_tile), input_precision=tile.PRECISION)
     keys = start + tl.arange(0, tile.BLOCK_N)[None, :]
     capped = cap(products, scores, score_terms)
     values = finish_scores(capped, scores, score_terms, queries[:, None], keys, problem.shape)
-    values = values * log2_factor(scores)
+    logs = log2_weights(values, scores, row_lse[:, None], remainder[:, None])
     if MASKED:
-        values = tl.where(is_visible(start, bounds, problem, tile), values, float("-inf"))
-    return values, tl.exp2(values - row_lse[:, None])
+        visible = is_visible(start, bounds, problem, tile)
+        values, logs = tl.where(visible, values, float("-inf")), tl.where(visible, logs, float("-inf"))
+    return values, logs, tl.exp2(logs)
 
 
 @triton.jit
-def load_lse(lse, batch, head, queries, shape):
-    """Log-sum-exps in log2 units; +inf for queries that saw nothing or do not exist: they weigh nothing."""
-    row_lse = load_row_values(head_of(lse, batch, head), lse, queries, shape.queries, float("-inf"))
-    return tl.where(row_lse == float("-inf"), float("inf"), row_lse * LOG2_E)
+def load_row_terms(lse, remainder, batch, head, queries, problem):
+    """Log-sum-exps in the units of the scores, +inf for queries that saw nothing or do not exist: they weigh
+    nothing. And their remainders in log2 units."""
+    count = problem.shape.queries
+    row_lse = load_row_values(head_of(lse, batch, head), lse, queries, count, float("-inf"))
+    row_lse = tl.where(row_lse == float("-inf"), float("inf"), row_lse * score_unit(problem.scores))
+    row_remainder = tl.zeros_like(row_lse)
+    if remainder is not None:
+        row_remainder = load_row_values(head_of(remainder, batch, head), remainder, queries, count, 0.0) * LOG2_E
+    return row_lse, row_remainder
 
 
 @triton.jit
@@ -72,48 +83,48 @@ def query_step(
     MASKED: tl.constexpr,
 ):  # fmt: skip
     """Add what the keys from `start` on give to each query."""
-    q_tile, row_lse, k_pointer, k, norms_pointer, norms, labels, batch = operands
-    mass, entropy, most, squares, distance, value_norm, matched, small = state
+    q_tile, row_terms, k_pointer, k, norms_pointer, norms, labels, batch = operands
+    mass, entropy, max_logit, squares, distance, value_norm, matched, thumbnail = state
     shape = problem.shape
     k_tile = load_tile(k_pointer, k, start, key_count, tile.HEAD_DIM, tile.BLOCK_N, tile.WIDTH, MASKED)
-    values, weights = weights_of_tile(
-        q_tile, k_tile, row_lse, start, queries, bounds, score_terms, problem, tile, MASKED
+    values, logs, weights = weights_of_tile(
+        q_tile, k_tile, row_terms, start, queries, bounds, score_terms, problem, tile, MASKED
     )
     keys = start + tl.arange(0, tile.BLOCK_N)
-    ahead = (queries + (shape.keys - shape.queries))[:, None] - keys[None, :]
+    before_diagonal = (queries + (shape.keys - shape.queries))[:, None] - keys[None, :]
     mass += tl.sum(weights, 1)
     if tile.MAX_LOGIT:
-        most = tl.maximum(most, tl.max(values, 1))
+        max_logit = tl.maximum(max_logit, tl.max(values, 1))
     if tile.ENTROPY:
         # 0 times -inf is NaN.
-        entropy -= tl.sum(tl.where(weights > 0.0, weights * (values - row_lse[:, None]), 0.0), 1)
+        entropy -= tl.sum(tl.where(weights > 0.0, weights * logs, 0.0), 1)
     if tile.SUM_OF_SQUARES:
         squares += tl.sum(weights * weights, 1)
     if tile.MEAN_DISTANCE:
-        distance += tl.sum(weights * ahead.to(tl.float32), 1)
+        distance += tl.sum(weights * before_diagonal.to(tl.float32), 1)
     if tile.VALUE_NORM:
-        of_keys = tl.load(norms_pointer + keys.to(tl.int64) * norms.row, mask=keys < shape.keys, other=0.0)
-        value_norm += tl.sum(weights * of_keys[None, :], 1)
+        key_norms = tl.load(norms_pointer + keys.to(tl.int64) * norms.row, mask=keys < shape.keys, other=0.0)
+        value_norm += tl.sum(weights * key_norms[None, :], 1)
     if tile.KINDS > 0:
         for kind in tl.static_range(tile.KINDS):
             entry = kind * shape.batches + batch
-            own = tl.load(labels[0] + entry * shape.queries + queries, mask=queries < shape.queries, other=0)
-            others = tl.load(labels[1] + entry * shape.keys + keys, mask=keys < shape.keys, other=0)
-            matches = (own[:, None] == others[None, :]) & (ahead >= tl.load(labels[2] + kind))
-            found = tl.sum(tl.where(matches, weights, 0.0), 1)
-            matched += tl.where(tl.arange(0, tile.KIND_WIDTH)[None, :] == kind, found[:, None], 0.0)
+            wanted = tl.load(labels[0] + entry * shape.queries + queries, mask=queries < shape.queries, other=0)
+            offered = tl.load(labels[1] + entry * shape.keys + keys, mask=keys < shape.keys, other=0)
+            matches = (wanted[:, None] == offered[None, :]) & (before_diagonal >= tl.load(labels[2] + kind))
+            match_mass = tl.sum(tl.where(matches, weights, 0.0), 1)
+            matched += tl.where(tl.arange(0, tile.KIND_WIDTH)[None, :] == kind, match_mass[:, None], 0.0)
     if tile.COLUMNS > 0:
         column = keys.to(tl.int64) * tile.COLUMNS // shape.keys
-        belongs = column[:, None] == tl.arange(0, tile.COLUMN_WIDTH)[None, :]
-        small = tl.dot(weights, belongs.to(tl.float32), small, input_precision="ieee")
-    return mass, entropy, most, squares, distance, value_norm, matched, small
+        is_in_column = column[:, None] == tl.arange(0, tile.COLUMN_WIDTH)[None, :]
+        thumbnail = tl.dot(weights, is_in_column.to(tl.float32), thumbnail, input_precision="ieee")
+    return mass, entropy, max_logit, squares, distance, value_norm, matched, thumbnail
 
 
 @triton.jit
-def query_statistics_kernel(q, k, lse, norms, labels, rows, outs, problem, tile: tl.constexpr):
-    """`rows` are the first query that is asked for and the one after the last. `outs` are where the results go, in
-    the order of the state, each contiguous: (B, Hq, Lq), of matches (kinds, B, Hq, Lq), of a thumbnail
-    (B, Hq, Lq, columns). Those that are not asked for are not written."""
+def query_statistics_kernel(q, k, lse, remainder, norms, labels, rows, results, problem, tile: tl.constexpr):
+    """`rows` are the first query that is asked for and the one after the last. `results` are contiguous and in the
+    order of the state: (B, Hq, Lq); of matches (kinds, B, Hq, Lq); of a thumbnail (B, Hq, Lq, columns). A result
+    that is not asked for is not written."""
     shape = problem.shape
     position = position_of(shape.queries, shape.heads, problem, later_are_heavier(problem), tile.BLOCK_M)
     start, batch, head, _split = position
@@ -122,7 +133,7 @@ def query_statistics_kernel(q, k, lse, norms, labels, rows, outs, problem, tile:
         q_tile = load_tile(
             head_of(q, batch, head), q, start, shape.queries, tile.HEAD_DIM, tile.BLOCK_M, tile.WIDTH, True
         )
-        row_lse = load_lse(lse, batch, head, queries, shape)
+        row_terms = load_row_terms(lse, remainder, batch, head, queries, problem)
         norms_pointer = 0
         if norms is not None:
             norms_pointer = head_of(norms, batch, head)
@@ -138,36 +149,39 @@ def query_statistics_kernel(q, k, lse, norms, labels, rows, outs, problem, tile:
             tl.zeros([tile.BLOCK_M, tile.COLUMN_WIDTH], tl.float32),
         )
         operands = (
-            q_tile, row_lse, head_of(k, batch, head // shape.group), k, norms_pointer, norms, labels, batch,
+            q_tile, row_terms, head_of(k, batch, head // shape.group), k, norms_pointer, norms, labels, batch,
         )  # fmt: skip
         score_terms = load_score_terms(problem.scores, problem.dropout, batch, head)
-        mass, entropy, most, squares, distance, value_norm, matched, small = loop_over_keys(
+        mass, entropy, max_logit, squares, distance, value_norm, matched, thumbnail = loop_over_keys(
             query_step, state, operands, score_terms, position, problem, tile
         )
         exists = queries < shape.queries
         flat_head = (batch * shape.heads + head).to(tl.int64)
-        place = flat_head * shape.queries + queries
-        tl.store(outs[0] + place, mass, mask=exists)
+        index = flat_head * shape.queries + queries
+        tl.store(results[0] + index, mass, mask=exists)
         if tile.ENTROPY:
-            tl.store(outs[1] + place, entropy * LN_2, mask=exists)
+            tl.store(results[1] + index, entropy * LN_2, mask=exists)
         if tile.MAX_LOGIT:
-            tl.store(outs[2] + place, most * LN_2, mask=exists)
+            # A scale may be 0, and 0 times -inf is NaN.
+            in_nats = max_logit * nats_factor(problem.scores)
+            max_logit = tl.where(max_logit == float("-inf"), max_logit, in_nats)
+            tl.store(results[2] + index, max_logit, mask=exists)
         if tile.SUM_OF_SQUARES:
-            tl.store(outs[3] + place, squares, mask=exists)
+            tl.store(results[3] + index, squares, mask=exists)
         if tile.MEAN_DISTANCE:
-            tl.store(outs[4] + place, distance, mask=exists)
+            tl.store(results[4] + index, distance, mask=exists)
         if tile.VALUE_NORM:
-            tl.store(outs[5] + place, value_norm, mask=exists)
+            tl.store(results[5] + index, value_norm, mask=exists)
         if tile.KINDS > 0:
             kinds = tl.arange(0, tile.KIND_WIDTH)[None, :]
             size = shape.batches * shape.heads * shape.queries.to(tl.int64)
             tl.store(
-                outs[6] + (kinds * size + place[:, None]), matched, mask=exists[:, None] & (kinds < tile.KINDS)
+                results[6] + (kinds * size + index[:, None]), matched, mask=exists[:, None] & (kinds < tile.KINDS)
             )
         if tile.COLUMNS > 0:
             columns = tl.arange(0, tile.COLUMN_WIDTH)[None, :]
-            places = outs[7] + (place[:, None] * tile.COLUMNS + columns)
-            tl.store(places, small, mask=exists[:, None] & (columns < tile.COLUMNS))
+            pointers = results[7] + (index[:, None] * tile.COLUMNS + columns)
+            tl.store(pointers, thumbnail, mask=exists[:, None] & (columns < tile.COLUMNS))
 
 
 @triton.jit
@@ -175,28 +189,28 @@ def key_step(
     state, operands, score_terms, start, key_start, bounds, problem, tile: tl.constexpr, MASKED: tl.constexpr
 ):
     """Add what the queries from `start` on give to each key."""
-    received, most, weighted = state
-    q_pointer, q, k_tile, lse, query_weights, batch, head = operands
+    received, max_received, weighted_received = state
+    q_pointer, q, k_tile, lse, remainder, query_weights, batch, head = operands
     queries = start + tl.arange(0, tile.BLOCK_M)
     q_tile = load_tile(q_pointer, q, start, problem.shape.queries, tile.HEAD_DIM, tile.BLOCK_M, tile.WIDTH, MASKED)
-    row_lse = load_lse(lse, batch, head, queries, problem.shape)
-    _values, weights = weights_of_tile(
-        q_tile, k_tile, row_lse, key_start, queries, bounds, score_terms, problem, tile, MASKED
+    row_terms = load_row_terms(lse, remainder, batch, head, queries, problem)
+    _values, _logs, weights = weights_of_tile(
+        q_tile, k_tile, row_terms, key_start, queries, bounds, score_terms, problem, tile, MASKED
     )
     if tile.RECEIVED:
         received += tl.sum(weights, 0)
     if tile.MAX_RECEIVED:
-        most = tl.maximum(most, tl.max(weights, 0))
+        max_received = tl.maximum(max_received, tl.max(weights, 0))
     if tile.WEIGHTED_RECEIVED:
         pointer = head_of(query_weights, batch, head)
-        of_queries = load_row_values(pointer, query_weights, queries, problem.shape.queries, 0.0)
-        weighted += tl.sum(weights * of_queries[:, None], 0)
-    return received, most, weighted
+        factors = load_row_values(pointer, query_weights, queries, problem.shape.queries, 0.0)
+        weighted_received += tl.sum(weights * factors[:, None], 0)
+    return received, max_received, weighted_received
 
 
 @triton.jit
-def key_statistics_kernel(q, k, lse, query_weights, rows, outs, problem, tile: tl.constexpr):
-    """`rows` as above; `outs` are received, max_received and weighted_received, each (B, Hq, Lk), contiguous."""
+def key_statistics_kernel(q, k, lse, remainder, query_weights, rows, results, problem, tile: tl.constexpr):
+    """`rows` as above; `results` are received, max_received and weighted_received, (B, Hq, Lk), contiguous."""
     shape = problem.shape
     # The first key tiles are seen by the most queries.
     position = position_of(shape.keys, shape.heads, problem, False, tile.BLOCK_N)
@@ -205,28 +219,28 @@ def key_statistics_kernel(q, k, lse, query_weights, rows, outs, problem, tile: t
     k_pointer = head_of(k, batch, head // shape.group)
     k_tile = load_tile(k_pointer, k, start, key_count, tile.HEAD_DIM, tile.BLOCK_N, tile.WIDTH, True)
     zeros = tl.zeros([tile.BLOCK_N], tl.float32)
-    operands = (head_of(q, batch, head), q, k_tile, lse, query_weights, batch, head)
+    operands = (head_of(q, batch, head), q, k_tile, lse, remainder, query_weights, batch, head)
     score_terms = load_score_terms(problem.scores, problem.dropout, batch, head)
-    received, most, weighted = loop_over_queries(
+    received, max_received, weighted_received = loop_over_queries(
         key_step, (zeros, zeros, zeros), operands, score_terms, position, rows, problem, tile
     )
     keys = start + tl.arange(0, tile.BLOCK_N)
-    place = (batch * shape.heads + head).to(tl.int64) * shape.keys + keys
-    # What a key beyond the batch entry's length got is not its own.
-    there = keys < key_count
+    index = (batch * shape.heads + head).to(tl.int64) * shape.keys + keys
+    # Keys beyond the batch entry's length get 0.
+    has_key = keys < key_count
     exists = keys < shape.keys
     if tile.RECEIVED:
-        tl.store(outs[0] + place, tl.where(there, received, 0.0), mask=exists)
+        tl.store(results[0] + index, tl.where(has_key, received, 0.0), mask=exists)
     if tile.MAX_RECEIVED:
-        tl.store(outs[1] + place, tl.where(there, most, 0.0), mask=exists)
+        tl.store(results[1] + index, tl.where(has_key, max_received, 0.0), mask=exists)
     if tile.WEIGHTED_RECEIVED:
-        tl.store(outs[2] + place, tl.where(there, weighted, 0.0), mask=exists)
+        tl.store(results[2] + index, tl.where(has_key, weighted_received, 0.0), mask=exists)
 
 
 @triton.jit
 def tile_weights(total, operands, batch, head, start, key_start, bounds, score_terms, problem, tile: tl.constexpr):
-    """Add to `total` one head's weights that `bounds` show."""
-    q, k, lse = operands
+    """Add to `total` one head's weights within `bounds`."""
+    q, k, lse, remainder = operands
     shape = problem.shape
     queries = start + tl.arange(0, tile.BLOCK_M)
     k_pointer, key_count = head_of(k, batch, head // shape.group), key_count_of(batch, problem)
@@ -234,17 +248,17 @@ def tile_weights(total, operands, batch, head, start, key_start, bounds, score_t
         head_of(q, batch, head), q, start, shape.queries, tile.HEAD_DIM, tile.BLOCK_M, tile.WIDTH, True
     )
     k_tile = load_tile(k_pointer, k, key_start, key_count, tile.HEAD_DIM, tile.BLOCK_N, tile.WIDTH, True)
-    row_lse = load_lse(lse, batch, head, queries, shape)
-    _values, weights = weights_of_tile(
-        q_tile, k_tile, row_lse, key_start, queries, bounds, score_terms, problem, tile, True
+    row_terms = load_row_terms(lse, remainder, batch, head, queries, problem)
+    _values, _logs, weights = weights_of_tile(
+        q_tile, k_tile, row_terms, key_start, queries, bounds, score_terms, problem, tile, True
     )
     return total + weights
 
 
 @triton.jit
-def lag_profile_kernel(q, k, lse, sums, problem, tile: tl.constexpr):
+def lag_profile_kernel(q, k, lse, remainder, sums, problem, tile: tl.constexpr):
     """One program a head and diagonal of square tiles."""
-    total = add_diagonal(tile_weights, (q, k, lse), problem, tile)
+    total = add_diagonal(tile_weights, (q, k, lse, remainder), problem, tile)
     store_diagonals(total, sums, tile)
 
 
@@ -252,18 +266,19 @@ def attention_statistics(
     q: torch.Tensor, k: torch.Tensor, lse: torch.Tensor, spec: Any, asked: Any, tensors: Any, lists: Any,
     results: dict[str, torch.Tensor],
 ) -> None:  # fmt: skip
-    """Fill the results, named as `spec.want`, which hold what they are where nothing is seen.
+    """Fill `results`, by the names in `spec.want`. They come with the values that they have where nothing is seen.
 
     q, k, tensors and lists are as attention_forward's; lse (B, Hq, Lq) fp32, +inf for queries that are not asked
     for; `spec` has the attention's options, `want`, `rows`, `thumbnail` and `before`; `asked` the tensors
-    query_weights (B, Hq, Lq), value_norms (B, Hq, Lk), query_labels and key_labels (kinds, B, length) int32, and
-    row_bins (Lq,) int32.
+    query_weights (B, Hq, Lq), value_norms (B, Hq, Lk), query_labels and key_labels (kinds, B, length) int32,
+    row_bins (Lq,) int32, and remainder (B, Hq, Lq) fp32 in nats, for scores in nats; each may be None.
     """
     if q.numel() * k.numel() == 0 or spec.rows[0] >= spec.rows[1]:
         return
     with launch.on_device(q):
         call = Call(query_statistics_kernel, q, k, k, spec.attention, tensors, lists)
-        operands = (tensor4(q), tensor4(k), tensor3(lse))
+        remainder = None if asked.remainder is None else tensor3(asked.remainder)
+        operands = (tensor4(q), tensor4(k), tensor3(lse), remainder)
         if set(spec.want) & {*_BY_QUERY, "match_mass", "thumbnail"}:
             _by_query(call, operands, spec, asked, results)
         if set(spec.want) & set(_BY_KEY):
@@ -288,11 +303,11 @@ def _by_query(call: Call, operands: tuple, spec: Any, asked: Any, results: dict[
     mass = results.get("mass")
     if mass is None:
         mass = torch.empty((batch, heads, queries), dtype=torch.float32, device=call.q.device)
-    small = mass
+    thumbnail = mass
     if columns:
-        small = torch.zeros((batch, heads, queries, columns), dtype=torch.float32, device=call.q.device)
-    # What is not asked for has no place of its own: any address will do.
-    outs = (mass, *(results.get(name, mass) for name in (*_BY_QUERY[1:], "match_mass")), small)
+        thumbnail = torch.zeros((batch, heads, queries, columns), dtype=torch.float32, device=call.q.device)
+    # A result that is not asked for is not written: any pointer will do.
+    written = (mass, *(results.get(name, mass) for name in (*_BY_QUERY[1:], "match_mass")), thumbnail)
     tiling = call.tiling(launch.ATTENTION_STATISTICS)
     options = {name.upper(): name in spec.want for name in _BY_QUERY}
     tile = call.tile(
@@ -304,7 +319,7 @@ def _by_query(call: Call, operands: tuple, spec: Any, asked: Any, results: dict[
         norms,
         labels,
         spec.rows,
-        outs,
+        written,
         call.problem(
             rows_of(call.lists, split=False), None, launch.heads_per_section(call.k, call.k, batch * heads)
         ),
@@ -312,15 +327,15 @@ def _by_query(call: Call, operands: tuple, spec: Any, asked: Any, results: dict[
         **tiling.compiler_options(),
     )
     if columns:
-        # Rows of queries to rows of the picture: a product, so that it is the same every time.
-        row = torch.arange(rows, device=small.device)[:, None]
-        results["thumbnail"].copy_((row == asked.row_bins).to(small) @ small)
+        # A product adds up the queries of each row of the thumbnail, in an order that is always the same.
+        row = torch.arange(rows, device=thumbnail.device)[:, None]
+        results["thumbnail"].copy_((row == asked.row_bins).to(thumbnail) @ thumbnail)
 
 
 def _by_key(call: Call, operands: tuple, spec: Any, asked: Any, results: dict[str, torch.Tensor]) -> None:
     (batch, heads, _, _), keys = call.q.shape, call.k.shape[2]
-    outs = [results.get(name) for name in _BY_KEY]
-    there = next(out for out in outs if out is not None)
+    wanted = [results.get(name) for name in _BY_KEY]
+    any_result = next(result for result in wanted if result is not None)
     weights = tensor3(asked.query_weights) if "weighted_received" in spec.want else None
     tiling = call.tiling(launch.ATTENTION_STATISTICS)
     section = launch.heads_per_section(call.q, call.q, batch * heads)
@@ -328,7 +343,7 @@ def _by_key(call: Call, operands: tuple, spec: Any, asked: Any, results: dict[st
         *operands,
         weights,
         spec.rows,
-        tuple(there if out is None else out for out in outs),
+        tuple(any_result if result is None else result for result in wanted),
         call.problem(columns_of(call.lists, split=False), None, section),
         tile=call.tile(tiling, **{name.upper(): name in spec.want for name in _BY_KEY}),
         **tiling.compiler_options(),

@@ -50,8 +50,8 @@ def tangent_step(
     MASKED: tl.constexpr,
 ):
     """Add what the keys from `start` on give to (out' + lse' out, lse')."""
-    q_tile, q_tangent_tile, lse, pointers, k, v, moved, score_tangents, tangent_terms, scale_tangent = operands
-    q_tangent, k_tangent, v_tangent = moved
+    q_tile, q_tangent_tile, lse, pointers, k, v, tangents, score_tangents, tangent_terms, scale_tangent = operands
+    q_tangent, k_tangent, v_tangent = tangents
     k_pointer, v_pointer, k_tangent_pointer, v_tangent_pointer = pointers
     scores, shape = problem.scores, problem.shape
     accumulator, dlse, row_sum = state
@@ -80,7 +80,7 @@ def tangent_step(
     dscores = finish_scores(dproducts, score_tangents, tangent_terms, queries[:, None], keys, shape)
     dweights = weights * (dscores * nats_factor(score_tangents))
     if MASKED and (score_tangents.bias is not None or score_tangents.relative is not None):
-        # The tangent of a bias may be anything where it is hidden.
+        # The tangent of a bias may be anything, NaN included, where the key is hidden.
         dweights = tl.where(weights == 0.0, 0.0, dweights)
     dlse += tl.sum(dweights, 1)
     if problem.dropout is not None:
@@ -139,9 +139,9 @@ def attention_tangent_kernel(
     scale_tangent = 0.0
     if head_scale_tangent is not None:
         scale_tangent = tl.load(head_scale_tangent + batch * shape.heads + head)
-    moved = q_tangent, k_tangent, v_tangent
+    tangents = q_tangent, k_tangent, v_tangent
     operands = (
-        q_tile, q_tangent_tile, row_lse, pointers, k, v, moved, score_tangents, tangent_terms, scale_tangent,
+        q_tile, q_tangent_tile, row_lse, pointers, k, v, tangents, score_tangents, tangent_terms, scale_tangent,
     )  # fmt: skip
     accumulator = tl.zeros([tile.BLOCK_M, tile.VALUE_WIDTH], tl.float32)
     accumulator, dlse, row_sum = loop_over_keys(
@@ -149,7 +149,7 @@ def attention_tangent_kernel(
     )
 
     if is_in_nats(scores):
-        # Weights that do not add up to 1 because the log-sum-exp was rounded.
+        # Where the log-sum-exp was rounded, weights do not add up to 1: divide by their sum.
         growth = 1.0 / tl.where(is_rounded(row_lse) & (row_sum > 0.0), row_sum, 1.0)
         accumulator *= growth[:, None]
         dlse *= growth
@@ -181,7 +181,7 @@ def attention_tangent(
     lse_tangent = torch.empty((batch, heads, queries), dtype=torch.float32, device=q.device)
     if lse_tangent.numel() == 0:
         return out_tangent, lse_tangent
-    moved = (None if t is None else tensor4(t) for t in (tangents.q, tangents.k, tangents.v))
+    input_tangents = (None if t is None else tensor4(t) for t in (tangents.q, tangents.k, tangents.v))
     head_scale_tangent = None if tangents.head_scale is None else tangents.head_scale.contiguous()
     with launch.on_device(q):
         call = Call(attention_tangent_kernel, q, k, v, spec, tensors, lists)
@@ -194,7 +194,7 @@ def attention_tangent(
             tensor4(v),
             tensor4(out),
             (lse.contiguous(), lse_tangent, head_scale_tangent),
-            *moved,
+            *input_tangents,
             tensor4(out_tangent),
             scores_of(spec.scale, None, None, tangents.bias, tangents.relative_bias, tangents.sinks),
             problem,

@@ -535,6 +535,54 @@ def test_scores_that_are_very_low_are_still_their_own() -> None:
     attention_statistics(q, k, lse, bias=bias)
 
 
+def huge(low: float, made: str) -> Case:
+    """Rows whose scores float32 rounds to `low`, all of them or some: their log-sum-exp has lost log n."""
+    case = Case(Problem(causal=True, queries=40, keys=44, width=16))
+    rows = torch.zeros(40, 44, device=DEVICE)
+    rows[0], rows[9], rows[12, :4], rows[20:24, ::2] = low, low, low, low
+    scores = (case.q @ case.k.mT) * case.problem.spec.scale
+    sinks = []
+    if made == "relative bias":
+        rows = torch.full_like(rows, low)
+        case.given |= {"relative_bias": torch.full((2, 3), low, device=DEVICE)}
+    else:
+        case.given |= {"bias": rows}
+    if made == "bias and sinks":
+        case.given |= {"sinks": torch.full((2,), low, device=DEVICE)}
+        sinks = [torch.full((1, 2, 40, 1), low, device=DEVICE)]
+    hidden = torch.ones(40, 44, dtype=torch.bool, device=DEVICE).triu(5)
+    # float32 defines the scores: at -1e9 it rounds them to multiples of 64.
+    case.scores = (scores + rows).masked_fill(hidden, -math.inf).double()
+    case.pattern = torch.cat((case.scores, *sinks), -1).softmax(-1)[..., :44]
+    _, case.lse = fastattn.attention(case.q, case.k, case.v, return_lse=True, **case.given)
+    return case
+
+
+@pytest.mark.parametrize("backend", (*BACKENDS, "triton"))
+@pytest.mark.parametrize("low", [-1e9, torch.finfo(torch.float32).min])
+@pytest.mark.parametrize("made", ["bias", "relative bias", "bias and sinks"])
+def test_rows_of_the_lowest_numbers_weigh_what_a_softmax_gives(made: str, low: float, backend: str) -> None:
+    case = huge(low, made)
+    case.check(backend)
+    # Not only as exact as our own reference.
+    statistics = case.statistics(backend)._asdict()
+    for name in statistics.keys() - {"max_logit", "top_keys"}:
+        exact = case.expected()[name].float()
+        torch.testing.assert_close(statistics[name], exact, rtol=1e-4, atol=1e-4, msg=name)
+    found = gather_weights(case.q, case.k, case.lse, 9, slice(None), backend=backend, **case.given)
+    torch.testing.assert_close(found.double(), case.pattern[:, :, 9], rtol=1e-5, atol=1e-6)
+    first = match_mass(case.q, case.k, case.lse, case.labels, kind="first", backend=backend, **case.given)
+    torch.testing.assert_close(first.mass.double(), case.pattern[..., 0], rtol=1e-5, atol=1e-6)
+
+
+def test_a_row_of_more_keys_than_its_rounding_allows_for_is_not_refused() -> None:
+    q, k = torch.randn(1, 1, 4, 16), torch.randn(1, 1, 3000, 16)
+    bias = torch.full((4, 3000), -1e9)
+    _, lse = fastattn.attention(q, k, k, bias=bias, return_lse=True)
+    mass = attention_statistics(q, k, lse, want="mass", bias=bias).mass
+    torch.testing.assert_close(mass, torch.ones_like(mass))
+
+
 REFUSED = {
     "want must be names among entropy, .*; got 'entropi'": {"want": "entropi"},
     "want must be one or more names, each once; got .*entropy": {"want": ("entropy", "entropy")},

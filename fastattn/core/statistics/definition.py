@@ -10,34 +10,34 @@ from torch import Tensor
 
 from fastattn.core.attention.definition import keys_there, scores_of
 from fastattn.core.attention.spec import AttentionSpec, ScoreTensors
-from fastattn.core.statistics.spec import StatisticsSpec, StatisticsTensors
+from fastattn.core.statistics.spec import StatisticsSpec, StatisticsTensors, WeightsAsked
 
 
-def weights_of(
-    q: Tensor, k: Tensor, lse: Tensor, spec: AttentionSpec, tensors: ScoreTensors
+def logs_of(
+    q: Tensor, k: Tensor, lse: Tensor, remainder: Tensor | None, spec: AttentionSpec, tensors: ScoreTensors
 ) -> tuple[Tensor, Tensor]:
-    """The pattern P = exp(s - lse) and the scores s, -inf where hidden: (B, Hq, Lq, Lk) in lse's dtype. A row
-    whose lse is -inf saw nothing: its weights are 0."""
+    """The logarithms s - lse of the pattern, and the scores s, -inf where hidden: (B, Hq, Lq, Lk) in lse's dtype.
+    A row whose lse is -inf saw nothing: its weights are 0. `remainder` is what lse lost by rounding."""
     scores = scores_of(q, keys_there(k, tensors.key_lengths), spec, tensors).to(lse.dtype)
-    row_lse = lse.masked_fill(lse == float("-inf"), float("inf"))[..., None]
-    return torch.exp(scores - row_lse), scores
+    logs = scores - lse.masked_fill(lse == float("-inf"), float("inf"))[..., None]
+    return logs if remainder is None else logs - remainder[..., None], scores
 
 
 def sweep(
     q: Tensor, k: Tensor, lse: Tensor, spec: StatisticsSpec, asked: StatisticsTensors, tensors: ScoreTensors
 ) -> dict[str, Tensor]:
     """Each of `spec.want`, as its line says."""
-    weights, scores = weights_of(q, k, lse, spec.attention, tensors)
+    logs, scores = logs_of(q, k, lse, asked.remainder, spec.attention, tensors)
+    weights = torch.exp(logs)
     queries, keys = weights.shape[2:]
     diagonal = torch.arange(queries, device=q.device)[:, None] + (keys - queries)
     key = torch.arange(keys, device=q.device)
-    row_lse = lse.masked_fill(lse == float("-inf"), float("inf"))[..., None]
     found: dict[str, Tensor] = {}
     for name in spec.want:
         if name == "mass":
             found[name] = weights.sum(-1)
         elif name == "entropy":
-            found[name] = -(weights * (scores - row_lse)).masked_fill(weights == 0, 0.0).sum(-1)
+            found[name] = -(weights * logs).masked_fill(weights == 0, 0.0).sum(-1)
         elif name == "max_logit":
             found[name] = scores.amax(-1) if keys else torch.full_like(lse, float("-inf"))
         elif name == "sum_of_squares":
@@ -66,10 +66,11 @@ def sweep(
 
 
 def gather(
-    q: Tensor, k: Tensor, lse: Tensor, rows: Tensor, columns: Tensor, spec: AttentionSpec, tensors: ScoreTensors
+    q: Tensor, k: Tensor, lse: Tensor, pairs: WeightsAsked, spec: AttentionSpec, tensors: ScoreTensors
 ) -> Tensor:
     """The weights of the pairs (rows[n], columns[n]): (B, Hq, n)."""
-    return weights_of(q, k, lse, spec, tensors)[0][:, :, rows, columns]
+    logs, _ = logs_of(q, k, lse, pairs.remainder, spec, tensors)
+    return torch.exp(logs[:, :, pairs.rows, pairs.columns])
 
 
 def _match_mass(

@@ -14,8 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastattn.core.attention.definition import is_rounded
 from fastattn.core.attention.functional import scores_asked
 from fastattn.core.attention.spec import AttentionSpec, ScoreTensors, check_heads
+from fastattn.core.attention.tiles import adds_floats
 from fastattn.core.autocast import autocast
 from fastattn.core.capabilities import check_backend
 from fastattn.core.statistics import operators
@@ -27,6 +29,7 @@ from fastattn.core.statistics.spec import (
     StatisticsSpec,
     StatisticsTensors,
     TopKeys,
+    WeightsAsked,
     check_lse,
     check_query_weights,
     check_thumbnail,
@@ -141,13 +144,14 @@ def attention_statistics(
         extra.before,
     )
     with torch.no_grad(), without_autocast(q.device):
+        asked = asked._replace(remainder=_remainder(call))
         found = operators.statistics(
             call.q, call.k, picked.only(call.lse), asked, spec, call.tensors, call.backend
         )
         if "mass" in found:
             _check_masses(found["mass"], call)
         if "mass" in names and within is not None:
-            found["mass"] = _masses_within(call, picked, within, given)
+            found["mass"] = _masses_within(call, asked.remainder, picked, within, given)
         return _fields(
             names, found, call.lse, asked, picked, single_kind=isinstance(match, str) or callable(match)
         )
@@ -199,9 +203,9 @@ def match_mass(
     if kind in ("previous", "first"):
         mass = _mass_of_one_key(call, 0 if kind == "first" else None)
     else:
-        asked = StatisticsTensors(query_labels=own, key_labels=others)
         spec = StatisticsSpec(call.spec, ("mass", "match_mass"), picked.rows, before=before)
         with torch.no_grad(), without_autocast(q.device):
+            asked = StatisticsTensors(query_labels=own, key_labels=others, remainder=_remainder(call))
             lse = picked.only(call.lse)
             found = operators.statistics(call.q, call.k, lse, asked, spec, call.tensors, call.backend)
             _check_masses(found["mass"], call)
@@ -241,7 +245,7 @@ def gather_weights(
     row, column = _pairs(rows, columns, q, k)
     with torch.no_grad(), without_autocast(q.device):
         i, j = (t.flatten().to(q.device) for t in (row, column))
-        found = operators.weights(call.q, call.k, call.lse, i, j, call.spec, call.tensors, call.backend)
+        found = _weights(call, i, j)
         _check_masses(found, call, call.lse[:, :, i])
         return found.reshape(*found.shape[:2], *row.shape)
 
@@ -273,6 +277,32 @@ def _call(function: str, q: Tensor, k: Tensor, lse: Tensor, backend: str | None,
     with torch.no_grad():
         q, spec, tensors = scores_asked(q.detach(), k.detach(), **options)
     return _Call(q, k.detach(), lse.detach(), spec, tensors, backend)
+
+
+def _remainder(call: _Call) -> Tensor | None:
+    """What the log-sum-exps lost by rounding (B, Hq, Lq), in nats; None if that is nothing.
+
+    Where a bias puts all keys of a row at -1e9 or at the lowest finite number, float32 rounds the log-sum-exp to
+    the maximum, and the weights exp(s - lse) of n equal scores add up to n. The remainder is log n."""
+    if not adds_floats(call.tensors):
+        return None
+    sinks, rounded = call.tensors.sinks, is_rounded(call.lse)
+    # A tracer has nothing to read.
+    if not torch.compiler.is_compiling() and lasts(rounded) and not bool(rounded.any()):
+        return None
+    lse = call.lse.masked_fill(~rounded, float("inf"))
+    spec = StatisticsSpec(call.spec, ("mass",), (0, call.q.shape[2]))
+    mass = operators.statistics(call.q, call.k, lse, StatisticsTensors(), spec, call.tensors, call.backend)["mass"]
+    _check_masses(mass, call)
+    if sinks is not None:
+        mass = mass + torch.exp(sinks[..., None] - lse)
+    return mass.masked_fill(~rounded | (mass == 0.0), 1.0).log()
+
+
+def _weights(call: _Call, rows: Tensor, columns: Tensor) -> Tensor:
+    """The weights of the pairs (rows[n], columns[n]), (B, Hq, n)."""
+    pairs = WeightsAsked(rows, columns, _remainder(call))
+    return operators.weights(call.q, call.k, call.lse, pairs, call.spec, call.tensors, call.backend)
 
 
 class _Extra(NamedTuple):
@@ -374,13 +404,20 @@ def _mass_of_one_key(call: _Call, key: int | None) -> Tensor:
     place = rows + (keys - queries)
     columns = (place - 1).clamp(min=0) if key is None else torch.full_like(place, key)
     with torch.no_grad(), without_autocast(call.q.device):
-        found = operators.weights(call.q, call.k, call.lse, rows, columns, call.spec, call.tensors, call.backend)
+        found = _weights(call, rows, columns)
         _check_masses(found, call)
         return found.masked_fill(place == 0, 0.0)
 
 
-def _masses_within(call: _Call, picked: Queries, within: Mask | Sequence[Mask], given: dict[str, Any]) -> Tensor:
-    """The weight inside masks: what rows add up to where both attention's mask and this one show a key."""
+def _masses_within(
+    call: _Call,
+    remainder: Tensor | None,
+    picked: Queries,
+    within: Mask | Sequence[Mask],
+    given: dict[str, Any],
+) -> Tensor:
+    """The weight inside masks: what rows add up to where both attention's mask and this one show a key. The
+    remainder is attention's, which is of all keys that it sees."""
     several = [within] if isinstance(within, Mask) else list(within)
     if isinstance(given.get("mask"), Lowered):
         raise ValueError("mask is lowered: give the mask itself, so that it can be joined with within")
@@ -397,9 +434,8 @@ def _masses_within(call: _Call, picked: Queries, within: Mask | Sequence[Mask], 
         inside = _call("attention_statistics", call.q, call.k, call.lse, call.backend, options)
         spec = StatisticsSpec(inside.spec, ("mass",), picked.rows)
         lse = picked.only(call.lse)
-        found = operators.statistics(
-            inside.q, inside.k, lse, StatisticsTensors(), spec, inside.tensors, inside.backend
-        )
+        asked = StatisticsTensors(remainder=remainder)
+        found = operators.statistics(inside.q, inside.k, lse, asked, spec, inside.tensors, inside.backend)
         masses.append(found["mass"])
     return masses[0] if isinstance(within, Mask) else torch.stack(masses)
 
@@ -409,9 +445,10 @@ def _check_masses(mass: Tensor, call: _Call, lse: Tensor | None = None) -> None:
     if torch.compiler.is_compiling() or not lasts(mass) or not mass.numel():
         return
     lse = call.lse if lse is None else lse
-    # Products of rounded inputs, and the rounding of log-sum-exps far from 0.
+    # Products of rounded inputs, and the rounding of log-sum-exps far from 0: an error e of one makes its row add
+    # up to exp(e).
     coarse = call.q.dtype in (torch.float16, torch.bfloat16) or call.spec.precision != "ieee"
-    slack = (2e-2 if coarse else 1e-3) + 8 * torch.finfo(lse.dtype).eps * lse.abs()
+    slack = (2e-2 if coarse else 1e-3) + torch.expm1(8 * torch.finfo(lse.dtype).eps * lse.abs())
     if bool((mass > 1.0 + slack).any()):
         raise ValueError(
             "lse must be of these scores: with it the weights exp(score - lse) of a query add up to "
@@ -433,8 +470,9 @@ def _fields(
     for name in names:
         if name == "max_weight":
             # A query that saw nothing has -inf less -inf.
-            weight = torch.exp(found["max_logit"] - lse).masked_fill(found["max_logit"] == float("-inf"), 0.0)
-            fields[name] = picked.of(weight)
+            log = found["max_logit"] - lse
+            log = log if asked.remainder is None else log - asked.remainder
+            fields[name] = picked.of(torch.exp(log).masked_fill(found["max_logit"] == float("-inf"), 0.0))
         elif name == "top_keys":
             fields[name] = TopKeys(picked.of(found["top_key_numbers"], 2), picked.of(found["top_keys"], 2))
         elif name == "received_value_norm":

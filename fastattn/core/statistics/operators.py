@@ -16,7 +16,7 @@ from fastattn.core import backends, capabilities
 from fastattn.core.attention.spec import SCORES, AttentionSpec, ScoreTensors, put_together
 from fastattn.core.capabilities import FORWARD, Request
 from fastattn.core.mapped import one_by_one
-from fastattn.core.statistics.spec import StatisticsSpec, StatisticsTensors, empty_results, results
+from fastattn.core.statistics.spec import StatisticsSpec, StatisticsTensors, WeightsAsked, empty_results, results
 
 _operators = library.Library("fastattn", "FRAGMENT")
 _ASKED = ", ".join(f"Tensor? {name}" for name in StatisticsTensors._fields)
@@ -25,7 +25,8 @@ _operators.define(
     "-> Tensor[]"
 )
 _operators.define(
-    f"attention_weights(Tensor q, Tensor k, Tensor lse, Tensor rows, Tensor columns, {SCORES}) -> Tensor"
+    "attention_weights(Tensor q, Tensor k, Tensor lse, Tensor rows, Tensor columns, Tensor? remainder, "
+    f"{SCORES}) -> Tensor"
 )
 _STATISTICS, _WEIGHTS = "fastattn::attention_statistics", "fastattn::attention_weights"
 
@@ -39,14 +40,15 @@ def _statistics(q, k, lse, *rest) -> list[Tensor]:
     return [found[name].contiguous() for name in results(spec, q, k)]
 
 
-def _weights(q, k, lse, rows, columns, *rest) -> Tensor:
+def _weights(q, k, lse, rows, columns, remainder, *rest) -> Tensor:
     tensors, attention, backend = put_together(rest)
     attention = attention.at(q.shape[2], k.shape[2])
     request = Request(
         "statistics", StatisticsSpec(attention, ("gather",), (0, 0)), (q, k, k), score_tensors=tensors
     )
     chosen = capabilities.choose(request, FORWARD, backend)
-    return backends.load("statistics", chosen).gather(q, k, lse, rows, columns, attention, tensors)
+    pairs = WeightsAsked(rows, columns, remainder)
+    return backends.load("statistics", chosen).gather(q, k, lse, pairs, attention, tensors)
 
 
 def _taken_apart(
@@ -96,14 +98,13 @@ def weights(
     q: Tensor,
     k: Tensor,
     lse: Tensor,
-    rows: Tensor,
-    columns: Tensor,
+    pairs: WeightsAsked,
     spec: AttentionSpec,
     tensors: ScoreTensors,
     backend: str | None,
 ) -> Tensor:
     """The weights of the pairs (rows[n], columns[n]): (B, Hq, n)."""
-    return torch.ops.fastattn.attention_weights(q, k, lse, rows, columns, *tensors, *spec.options, backend)
+    return torch.ops.fastattn.attention_weights(q, k, lse, *pairs, *tensors, *spec.options, backend)
 
 
 @library.register_vmap(_STATISTICS, lib=_operators)

@@ -19,7 +19,7 @@ from torch import Tensor
 from fastattn.core.attention import tiles
 from fastattn.core.attention.spec import AttentionSpec, ScoreTensors
 from fastattn.core.attention.tiles import KEY_TILE, LISTED_QUERY_TILE, QUERY_TILE, Scores, Tile, grouped, ungrouped
-from fastattn.core.statistics.spec import StatisticsSpec, StatisticsTensors, empty_results
+from fastattn.core.statistics.spec import StatisticsSpec, StatisticsTensors, WeightsAsked, empty_results
 from fastattn.core.workspace import Workspace
 from fastattn.masks.lists import GRANULE
 
@@ -54,9 +54,10 @@ def sweep(
 
 
 def gather(
-    q: Tensor, k: Tensor, lse: Tensor, rows: Tensor, columns: Tensor, spec: AttentionSpec, tensors: ScoreTensors
+    q: Tensor, k: Tensor, lse: Tensor, pairs: WeightsAsked, spec: AttentionSpec, tensors: ScoreTensors
 ) -> Tensor:
     """The weights of the pairs (rows[n], columns[n]), (B, Hq, n): of every tile that has one, 64 keys wide."""
+    rows, columns, remainder = pairs
     found = q.new_zeros(*q.shape[:2], len(rows), dtype=lse.dtype)
     if not found.numel():
         return found
@@ -66,17 +67,17 @@ def gather(
     order = place.argsort(stable=True)
     _, sizes = torch.unique_consecutive(place[order], return_counts=True)
     with tiles.product_precision(q, spec):
-        for pairs in order.split(sizes.tolist()):
-            first, start = int(rows[pairs[0]]) // height * height, int(columns[pairs[0]]) // GRANULE * GRANULE
+        for near in order.split(sizes.tolist()):
+            first, start = int(rows[near[0]]) // height * height, int(columns[near[0]]) // GRANULE * GRANULE
             tile = Tile(
                 scores,
                 slice(first, min(first + height, q.shape[2])),
                 slice(start, min(start + GRANULE, k.shape[2])),
                 True,
             )
-            queries = _Rows(tile.scores, tile.rows, q, lse)
+            queries = _Rows(tile.scores, tile.rows, q, lse, remainder)
             logs = ungrouped(queries.log_weights(tile, k, _Workspace(lse.dtype, lse.device)), q.shape[1])
-            found[:, :, pairs] = torch.exp2(logs[:, :, rows[pairs] - first, columns[pairs] - start])
+            found[:, :, near] = torch.exp2(logs[:, :, rows[near] - first, columns[near] - start])
     return found
 
 
@@ -98,9 +99,10 @@ def _height(scores: Scores) -> int:
 
 def _part_of(asked: StatisticsTensors, batch: slice, heads: slice) -> StatisticsTensors:
     """The part of these tensors that belongs to some batch elements and heads."""
-    weights, norms = (None if t is None else t[batch, heads] for t in asked[:2])
-    own, others = (None if t is None else t[:, batch] for t in asked[2:4])
-    return StatisticsTensors(weights, norms, own, others, asked.row_bins)
+    by_head = (asked.query_weights, asked.value_norms, asked.remainder)
+    weights, norms, remainder = (None if t is None else t[batch, heads] for t in by_head)
+    own, others = (None if t is None else t[:, batch] for t in (asked.query_labels, asked.key_labels))
+    return StatisticsTensors(weights, norms, own, others, asked.row_bins, remainder)
 
 
 class _Workspace(Workspace):
@@ -123,14 +125,15 @@ class _Workspace(Workspace):
 
 
 class _Rows:
-    """Some queries, prepared once for all of their tiles: grouped by key head, scaled, with their lse."""
+    """Some queries, prepared once for all of their tiles: grouped by key head, scaled, with their lse in nats."""
 
-    def __init__(self, scores: Scores, rows: slice, q: Tensor, lse: Tensor) -> None:
+    def __init__(self, scores: Scores, rows: slice, q: Tensor, lse: Tensor, remainder: Tensor | None) -> None:
         self.scores, self.rows, work = scores, rows, lse.dtype
         self.q = scores.scaled(grouped(q[:, :, rows].to(work), scores.key_heads), scores.tensors.head_scale)
         # A row that saw nothing has lse -inf. Use +inf: its weights are 0.
         row_lse = lse[:, :, rows].masked_fill(lse[:, :, rows] == -math.inf, math.inf)
         self.lse = grouped(row_lse[..., None], scores.key_heads)
+        self.remainder = None if remainder is None else grouped(remainder[:, :, rows, None], scores.key_heads)
         self.scaled_q = self.q * scores.spec.scale if scores.is_plain else None
         nobody = row_lse == math.inf
         self.nobody, self.whole = bool(nobody.all()), not bool(nobody.any())
@@ -149,7 +152,11 @@ class _Rows:
         _, (bias, relative_bias, *_) = tiles.learned(scores.tensors)
         part = None if bias is None else tiles.part_of(bias, "scores", tile).to(work)
         logs = scores.of(tile, self.q, k_tile, part, relative_bias)[0]
-        return logs.sub_(self.lse).mul_(LOG2E).clamp_(min=HIDDEN)
+        # The difference comes first: it is small where both are huge.
+        logs.sub_(self.lse)
+        if self.remainder is not None:
+            logs.sub_(self.remainder)
+        return logs.mul_(LOG2E).clamp_(min=HIDDEN)
 
 
 class _SideBySide:
@@ -209,7 +216,7 @@ class _Sweep:
         scores = self.scores
         first, stop = self.spec.rows
         for rows in _spans(first // GRANULE * GRANULE, stop, _height(scores)):
-            queries = _Rows(scores, rows, q, lse)
+            queries = _Rows(scores, rows, q, lse, self.asked.remainder)
             if queries.nobody:
                 continue
             for tile in scores.tiles_of(rows):

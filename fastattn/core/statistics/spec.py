@@ -71,6 +71,8 @@ class StatisticsTensors(NamedTuple):
     value_norms: (B, Hq, Lk) in lse's dtype.
     query_labels, key_labels: int32 (kinds, B, Lq) and (kinds, B, Lk); they match where they are equal.
     row_bins: int32 (Lq,), the row of the thumbnail that each query belongs to.
+    remainder: (B, Hq, Lq) in lse's dtype; what the log-sum-exps lost by rounding, in nats, 0 unless they are huge.
+        Only where floats are added to the scores.
     """
 
     query_weights: Tensor | None = None
@@ -78,6 +80,15 @@ class StatisticsTensors(NamedTuple):
     query_labels: Tensor | None = None
     key_labels: Tensor | None = None
     row_bins: Tensor | None = None
+    remainder: Tensor | None = None
+
+
+class WeightsAsked(NamedTuple):
+    """The pairs of a query and a key whose weights are asked for, int64 (n,) each, and the remainder as above."""
+
+    rows: Tensor
+    columns: Tensor
+    remainder: Tensor | None = None
 
 
 class TopKeys(NamedTuple):
