@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
-from benchmarks.compile_report import disassembly, hazards
+from benchmarks.compile_report import caching, disassembly, hazards
 from benchmarks.compile_report.compiling import Compiled, catching
 from benchmarks.compile_report.disassembly import Instruction, TensorOperation
 from benchmarks.compile_report.launches import Call
@@ -94,8 +94,9 @@ class Row:
 FULL, MASKED = "full tile", "masked"
 
 
-def rows_of(call: Call, target: Target, only: str | None = None) -> list[Row]:
-    """Every kernel that the call launches on the target, each once; only the kernel `only`, if given."""
+def rows_of(call: Call, target: Target, only: str | None = None, cached: bool = True) -> list[Row]:
+    """Every kernel that the call launches on the target, each once; only the kernel `only`, if given. `cached`:
+    what was read from the same machine code before need not be read again."""
     try:
         with catching(target, only) as caught:
             call.run()
@@ -103,8 +104,22 @@ def rows_of(call: Call, target: Target, only: str | None = None) -> list[Row]:
         last = caught[-1].kernel if caught else "nothing"
         message = f"after {last}: {type(error).__name__}: {error}"
         return [Row(target.name, call.name, only or "a kernel", error=message.splitlines()[0])]
-    rows = [row_of(compiled, call.name, target) for compiled in caught]
+    rows = [replace(known_row(compiled, target, cached), call=call.name) for compiled in caught]
     return list({row.name: row for row in rows}.values())
+
+
+def known_row(compiled: Compiled, target: Target, cached: bool) -> Row:
+    """`row_of`, from the cache if this kernel was looked at before. To disassemble one takes longer than to launch
+    it, and an edit of a launch table leaves most kernels as they are."""
+    code = compiled.artefacts["amdgcn" if target.backend == "hip" else "cubin"]
+    file = caching.file_of(
+        caching.report_hash(), target, compiled.kernel, compiled.tile, code, compiled.artefacts["ttir"]
+    )
+    row = caching.read(file) if cached else None
+    if row is None:
+        row = row_of(compiled, "", target).to_json()
+        caching.write(file, row)
+    return Row.from_json(row)
 
 
 def row_of(compiled: Compiled, call: str, target: Target) -> Row:

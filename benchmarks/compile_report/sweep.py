@@ -47,7 +47,7 @@ class Trial(NamedTuple):
     target: str
     tile: launch.Tiling
 
-    def rows(self) -> list[Row]:
+    def rows(self, cached: bool) -> list[Row]:
         look_up = launch.look_up
         swept = getattr(launch, self.subject.table)
 
@@ -55,7 +55,7 @@ class Trial(NamedTuple):
             return self.tile if table is swept else look_up(table, *ask)
 
         with mock.patch.object(launch, "look_up", replaced):
-            return rows_of(self.subject.call, TARGETS[self.target], self.subject.kernel)
+            return rows_of(self.subject.call, TARGETS[self.target], self.subject.kernel, cached)
 
 
 def merit(row: Row) -> tuple[bool, bool, float]:

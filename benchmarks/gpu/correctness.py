@@ -55,7 +55,7 @@ def results_and_gradients(
     results = call.function(backend, *leaves)
     results = results if isinstance(results, tuple) else (results,)
     found = {f"result {n}": t.detach() for n, t in enumerate(results)}
-    if sizes.family == "tangent":
+    if sizes.family in kinds.WITHOUT_GRADIENT:
         return found
     torch.manual_seed(1)
     upstream = torch.randn(results[0].shape, device=results[0].device).to(getattr(torch, sizes.dtype))

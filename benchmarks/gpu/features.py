@@ -1,11 +1,13 @@
 """What is timed beside plain attention and MLPs: masks, scores, packed sequences, norms, heads; and small calls.
 
 A rival is another implementation: it takes the tensors of the call (see kinds) and returns what our call returns
-first. Its output is compared with the definition before it is timed.
+first. Its output is compared with the definition before it is timed. A yardstick computes something else:
+statistics are timed beside one forward of attention.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 import itertools
@@ -26,6 +28,8 @@ from fastattn.measuring.peers import BACKWARD, FORWARD, TRAINING, Unavailable
 OURS = "fastattn triton"
 Rival = Callable[..., Tensor]
 Notify = Callable[[str], None]
+ONE_FORWARD = "one forward"
+YARDSTICKS = (ONE_FORWARD,)
 
 
 # ---- other implementations ----
@@ -40,6 +44,11 @@ def rivals(sizes: Sizes, device: torch.device) -> dict[str, Callable[[], Rival]]
             "torch varlen_attn": lambda: _torch_varlen(sizes, device),
             "flash-attn 4": lambda: _flash_attention_4_varlen(sizes, device),
             "eager": lambda: _eager_varlen(sizes),
+        }
+    if sizes.family == "statistics":
+        return {
+            ONE_FORWARD: lambda: _one_forward(sizes, device),
+            "eager": lambda: _eager_entropy(sizes, device),
         }
     eager = {"norm": _eager_norm, "heads": _eager_heads}[sizes.family]
     return {
@@ -180,6 +189,34 @@ def _eager_attention(sizes: Sizes, device: torch.device) -> Rival:
     return call
 
 
+def _one_forward(sizes: Sizes, device: torch.device) -> Rival:
+    """Attention itself, of the same scores."""
+    attention = kinds.attention_call(_attention_of(sizes), device)
+    return functools.partial(_first, attention, "triton")
+
+
+def _eager_entropy(sizes: Sizes, device: torch.device) -> Rival:
+    """The whole pattern first; then what each query's entropy and each key's weight are."""
+    if sizes.kind != "causal: entropy received":
+        raise Unavailable("not compared for this kind")
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = (q @ k.repeat_interleave(sizes.heads // sizes.key_heads, 1).mT).float() * sizes.width**-0.5
+        seen = torch.ones(sizes.length, sizes.length, dtype=torch.bool, device=device).tril()
+        logs = torch.log_softmax(scores.masked_fill(~seen, float("-inf")), -1)
+        weights = logs.exp()
+        entropy = -(weights * logs.masked_fill(~seen, 0.0)).sum(-1)
+        weights.sum(2)
+        return entropy
+
+    return call
+
+
+def _attention_of(sizes: Sizes) -> Sizes:
+    """The attention whose statistics are asked for."""
+    return dataclasses.replace(sizes, family="attention", kind=sizes.kind.partition(": ")[0])
+
+
 def _torch_varlen(sizes: Sizes, device: torch.device) -> Rival:
     varlen = _imported("torch.nn.attention.varlen", "varlen_attn")
     starts = kinds.starts_of(sizes).to(device)
@@ -279,11 +316,12 @@ def compare(case: dict[str, Any], device: torch.device, notify: Notify) -> list[
         rows[peer] = _row(case, sizes, peer)
         try:
             thunk = direct(builders[peer](), call.tensors, case["direction"])
-            with torch.no_grad():
-                error = relative_error(builders[peer]()(*call.tensors).float(), expected, sizes, peer)
-            rows[peer]["error"] = error
-            if not error < measure.WRONG:
-                raise ArithmeticError(f"wrong: relative error {error:.2g}")
+            if peer not in YARDSTICKS:
+                with torch.no_grad():
+                    error = relative_error(builders[peer]()(*call.tensors).float(), expected, sizes, peer)
+                rows[peer]["error"] = error
+                if not error < measure.WRONG:
+                    raise ArithmeticError(f"wrong: relative error {error:.2g}")
             thunk()
             thunks[peer] = thunk
         except Exception as problem:
@@ -382,13 +420,15 @@ def cases(timing: dict[str, Any], absent: list[str]) -> list[dict[str, Any]]:
         ],
         [Sizes("varlen", kind, **{**many, "batch": 1, "length": 16384}) for kind in ("causal", "full")],
         [Sizes("heads", kind, length=4096, heads=32, width=128) for kind in ("norm rotary", "rotary")],
+        [Sizes("statistics", kind, **many) for kind in ("causal: entropy received", "causal", "bigbird")],
     ]
     longest = max(map(len, groups))
     in_turn = [group[n] for n in range(longest) for group in groups if n < len(group)]
     found = []
     for sizes in in_turn:
         gradient = TRAINING if sizes.family in ("norm", "heads") else BACKWARD
-        found += [case_of(sizes, d, "feature", absent, **timing) for d in (FORWARD, gradient)]
+        directions = (FORWARD,) if sizes.family in kinds.WITHOUT_GRADIENT else (FORWARD, gradient)
+        found += [case_of(sizes, d, "feature", absent, **timing) for d in directions]
     return found
 
 

@@ -18,7 +18,10 @@ DTYPES = (*HALF, SINGLE)
 
 def kernel_cases() -> list[Sizes]:
     """In the order in which they are proven."""
-    return [*attention(), *masks_and_scores(), *mlps(), *norms(), *heads(), *tangents(), *packed(), *many_heads()]
+    return [
+        *attention(), *masks_and_scores(), *mlps(), *norms(), *heads(), *tangents(), *packed(), *statistics(),
+        *many_heads(),
+    ]  # fmt: skip
 
 
 def attention() -> list[Sizes]:
@@ -80,6 +83,16 @@ def packed() -> list[Sizes]:
         for dtype, width in (("bfloat16", 128), ("bfloat16", 64), ("float16", 64), ("float32", 64))
         for kind in ("causal", "full")
     ]
+
+
+def statistics() -> list[Sizes]:
+    """All that have a kernel, at once: the kinds that have rows or loops of their own; then two alone, whose tiles
+    differ."""
+    kinds = ("causal", "full", "window", "documents", "bigbird", "key lengths", "softcap", "sinks", "bias")
+    forms = (("bfloat16", 128), ("bfloat16", 64), ("float16", 128), ("bfloat16", 256), ("float32", 64))
+    every = [Sizes("statistics", kind, dtype, width=width) for dtype, width in forms for kind in kinds]
+    alone = [Sizes("statistics", "causal: mass entropy", "bfloat16", width=width) for width in (64, 128, 256)]
+    return [*every, *alone]
 
 
 def many_heads() -> list[Sizes]:

@@ -16,10 +16,12 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 import fastattn
-from fastattn import masks
+from fastattn import lens, masks
+from fastattn.core.statistics.spec import NAMES
 
 MASK_KINDS = ("window", "documents", "bigbird", "prefix", "random lists", "key lengths", "boolean mask")
 SCORE_KINDS = ("softcap", "alibi", "sinks", "bias", "padding bias", "relative bias", "dropout", "everything")
+WITHOUT_GRADIENT = ("tangent", "statistics")
 # Arguments that have a gradient, beside q, k and v.
 LEARNED = ("bias", "relative_bias", "sinks")
 
@@ -28,7 +30,7 @@ LEARNED = ("bias", "relative_bias", "sinks")
 class Sizes:
     """A call: attention of `heads` on `key_heads`; an MLP, norm or heads of batch * length rows `width` wide."""
 
-    family: str  # attention, masks, scores, varlen, tangent, mlp, norm or heads
+    family: str  # attention, masks, scores, varlen, tangent, statistics, mlp, norm or heads
     kind: str
     dtype: str = "bfloat16"
     batch: int = 2
@@ -57,7 +59,8 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Call:
-    """`function(backend, *tensors)` returns one tensor or several; each of `tensors` has a gradient."""
+    """`function(backend, *tensors)` returns one tensor or several; each of `tensors` has a gradient, but for the
+    families WITHOUT_GRADIENT."""
 
     function: Callable[..., Tensor | tuple[Tensor, ...]]
     tensors: tuple[Tensor, ...]
@@ -164,6 +167,37 @@ def tangent_call(sizes: Sizes, device: torch.device) -> Call:
     return Call(function, base.tensors, base.names)
 
 
+def statistics_call(sizes: Sizes, device: torch.device) -> Call:
+    """`kind` is attention's, and behind a colon the statistics wanted; without one all that have a kernel. The
+    log-sum-exps are those of a forward on the same backend, computed once for each dtype."""
+    kind, _, names = sizes.kind.partition(": ")
+    attention = dataclasses.replace(sizes, kind=kind)
+    torch.manual_seed(0)
+    arguments = options(attention, device)
+    forward = attention_call(attention, device)
+    batch, keys = sizes.batch, sizes.keys or sizes.length
+    if "mask" in arguments:
+        arguments["mask"] = arguments["mask"].lower(batch, sizes.heads, sizes.length, keys, device)
+    learned = tuple(name for name in forward.names if name in LEARNED)
+    labels = torch.randint(50, (batch, keys), device=device)
+    weights = torch.rand(batch, sizes.heads, sizes.length, device=device)
+    want = tuple(names.split()) or tuple(name for name in NAMES if name != "top_keys")
+    known: dict[Any, Tensor] = {}
+
+    def function(backend: str, q: Tensor, k: Tensor, v: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+        key = (backend, q.dtype)
+        if key not in known:
+            with torch.no_grad():
+                known[key] = forward.function(backend, q, k, v, *others)[1]
+        asked = {**arguments, **dict(zip(learned, others, strict=True))}
+        found = lens.attention_statistics(
+            q, k, known[key], v, want=want, labels=labels, query_weights=weights, backend=backend, **asked
+        )
+        return tuple(found)
+
+    return Call(function, forward.tensors, forward.names)
+
+
 def varlen_call(sizes: Sizes, device: torch.device) -> Call:
     """Packed sequences of unequal lengths, one of them empty; `kind` is full or causal."""
     starts = starts_of(sizes).to(device)
@@ -258,6 +292,7 @@ BUILDERS: dict[str, Callable[[Sizes, torch.device], Call]] = {
     "scores": attention_call,
     "varlen": varlen_call,
     "tangent": tangent_call,
+    "statistics": statistics_call,
     "mlp": mlp_call,
     "norm": norm_call,
     "heads": heads_call,

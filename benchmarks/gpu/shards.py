@@ -17,6 +17,7 @@ KERNEL_TESTS = {
     "test_heads": "heads",
     "test_derivatives": "tangent",
     "test_varlen": "varlen",
+    "test_statistics": "statistics",
 }
 # Files that compute nothing on a GPU: they run on machines without one, at every commit.
 NOT_ON_A_GPU = frozenset(

@@ -18,6 +18,7 @@ CALLS = [
     *(Sizes("varlen", kind, **{**SMALL, "batch": 1}) for kind in ("full", "causal")),
     *(Sizes("norm", kind, **SMALL) for kind in ("rms", "layer", "rms residual", "layer residual")),
     *(Sizes("heads", kind, **SMALL) for kind in ("norm rotary scale", "rotary", "norm")),
+    Sizes("statistics", "causal: entropy received", **SMALL),
 ]
 
 
@@ -27,7 +28,8 @@ def every_rival(sizes: Sizes) -> dict:
     if sizes.family in ("attention", "masks", "scores"):
         found = {name: build for name, build in found.items() if not name.startswith("SDPA")}
         found["SDPA"] = lambda: features._sdpa(sizes, CPU, "MATH")
-    return {name: build for name, build in found.items() if name not in ("torch varlen_attn", "flash-attn 4")}
+    others = ("torch varlen_attn", "flash-attn 4", *features.YARDSTICKS)
+    return {name: build for name, build in found.items() if name not in others}
 
 
 @pytest.mark.parametrize("sizes", CALLS, ids=lambda sizes: f"{sizes.family} {sizes.kind}")
@@ -82,6 +84,7 @@ def test_a_rival_that_is_wrong_is_not_timed_and_ours_counts_as_failed(monkeypatc
         Sizes("heads", "norm rotary scale", **SMALL),
         Sizes("tangent", "causal", **SMALL),
         Sizes("varlen", "causal", **{**SMALL, "batch": 1}),
+        Sizes("statistics", "causal: max_logit entropy received lag_profile", **SMALL),
     ],
     ids=lambda sizes: sizes.family,
 )
