@@ -31,6 +31,9 @@ def arguments(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--only", default="", metavar="TEXT", help="only calls whose name contains TEXT, as 'bf16 D=128'"
     )
+    parser.add_argument(
+        "--share", default="1/1", metavar="I/N", help="the I-th of N shares of the calls, another on each target"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows to FILE")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes; default: one a core")
     parser.add_argument("--no-cache", action="store_true", help="do not read results of earlier runs")
@@ -52,8 +55,10 @@ def main(words: Sequence[str] | None = None) -> int:
     targets = asked.target or list(TARGETS)
     # A pipe or a log has no width of its own: take one that holds the table.
     console = Console(width=None if sys.stdout.isatty() else 200)
-    if asked.update and (asked.target or asked.only):
-        console.print("--update rewrites the whole file: it cannot be combined with --target or --only")
+    share, shares = map(int, asked.share.split("/"))
+    is_part = bool(asked.target or asked.only or shares > 1)
+    if asked.update and is_part:
+        console.print("--update rewrites the whole file: it cannot be combined with --target, --only or --share")
         return 2
     started = time.monotonic()
     if asked.sweep:
@@ -61,9 +66,9 @@ def main(words: Sequence[str] | None = None) -> int:
     else:
         jobs = [
             Job(call, target)
-            for target in targets
-            for call in calls_for(TARGETS[target])
-            if asked.only in call.name
+            for shift, target in enumerate(targets)
+            for number, call in enumerate(calls_for(TARGETS[target]), shift)
+            if asked.only in call.name and number % shares == share - 1
         ]
         rows = with_progress(jobs, asked)
     show(rows, console)
@@ -73,7 +78,7 @@ def main(words: Sequence[str] | None = None) -> int:
     if asked.update:
         baseline.write(rows)
     if asked.check:
-        return check(rows, not (asked.target or asked.only), console)
+        return check(rows, not is_part, console)
     return 0
 
 

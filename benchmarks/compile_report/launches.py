@@ -83,7 +83,9 @@ class AttentionCall:
         v = self.heads(4, self.value_dim or self.head_dim)
         spec, tensors, lists = self.asked()
         out, lse = attention_forward(q, k, v, spec, tensors, lists)
-        attention_backward(out, None, (q, k, v, out, lse), spec, tensors, Wanted(True, True), lists)
+        # A bool mask has no gradient.
+        wanted = Wanted(tensors.bias is not None and tensors.bias.is_floating_point(), True)
+        attention_backward(out, None, (q, k, v, out, lse), spec, tensors, wanted, lists)
 
     def asked(self) -> tuple[AttentionSpec, ScoreTensors, BlockLists | None]:
         """The call's options, the tensors that shape its scores, and its block lists."""

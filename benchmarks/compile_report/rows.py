@@ -113,7 +113,7 @@ def known_row(compiled: Compiled, target: Target, cached: bool) -> Row:
     it, and an edit of a launch table leaves most kernels as they are."""
     code = compiled.artefacts["amdgcn" if target.backend == "hip" else "cubin"]
     file = caching.file_of(
-        caching.report_hash(), target, compiled.kernel, compiled.tile, code, compiled.artefacts["ttir"]
+        caching.reading_hash(), target, compiled.kernel, compiled.tile, code, compiled.artefacts["ttir"]
     )
     row = caching.read(file) if cached else None
     if row is None:

@@ -154,7 +154,7 @@ def row_values(
     result = RowValues(values, rows, kinds * rows)
     if not values.numel():
         return result
-    tiling = launch.ATTENTION_DELTA
+    tiling = call.tiling(launch.ATTENTION_DELTA)
     attention_delta_kernel[(rows // tiling.block_m * batch * heads,)](
         tensor4(out),
         tensor4(dout),

@@ -51,7 +51,15 @@ _EXACT = {
 # registers of a thread, shared memory, programs on a multiprocessor; then issue cycles over tensor-core cycles of
 # the loop over full tiles and of that over the causal diagonal. Nothing spills unless noted. Not yet measured. The
 # pass that computes delta from out and its gradient is bound by memory.
-ATTENTION_DELTA = Tiling(64, 64, 8, 3)
+_DELTA = Row(4, 256, Tiling(64, 64, 8, 3))
+ATTENTION_DELTA = {
+    "sm_80": (
+        _DELTA._replace(bytes=2),
+        _DELTA._replace(width=128),
+        Row(4, 256, Tiling(32, 64, 4, 3)),  # 64 x 64: 2 spills
+    ),
+    **{name: (_DELTA,) for name in (INTERPRETER, "sm_86", "sm_90", "sm_100", "sm_120", "gfx942")},
+}
 
 ATTENTION_FORWARD = {
     INTERPRETER: _INTERPRETED["forward"],
@@ -65,7 +73,9 @@ ATTENTION_FORWARD = {
         Row(2, 64, Tiling(128, 64, 8, 3)),  # 199 registers, 48 KiB, 1; 0.35, 0.44
         Row(2, 128, Tiling(128, 64, 8, 3)),  # 220 registers, 96 KiB, 1; 0.26, 0.31
         Row(2, 256, Tiling(32, 32, 4, 1)),  # 168 registers, 34 KiB, 2; 0.39, 0.47
-        *_EXACT["forward"],
+        _EXACT["forward"][0],
+        Row(4, 128, Tiling(32, 16, 8, 1)),  # 2 stages: 10 spills
+        _EXACT["forward"][2],
     ),
     "sm_90": (
         Row(2, 64, Tiling(128, 128, 8, 3)),  # 228 registers, 112 KiB, 1; 0.95, 1.30
@@ -195,6 +205,8 @@ ATTENTION_FORWARD |= {
     ),
 }
 ATTENTION_DKDV |= {
+    "sm_80 shaped": (Row(2, 64, Tiling(32, 128, 8, 2)),),  # 64 x 128: 2 with all, 64 x 64: 4
+    "sm_80 intervals": (Row(2, 64, Tiling(64, 128, 8, 2)),),
     "sm_90 shaped": (
         Row(2, 64, Tiling(64, 128, 8, 2)),
         Row(2, 128, Tiling(32, 64, 8, 2)),  # 64 x 128: 2 to 7, 64 x 64: 4
@@ -229,6 +241,7 @@ ATTENTION_FORWARD |= {
         Row(2, 64, Tiling(128, 64, 8, 2)),
         Row(2, 128, Tiling(64, 32, 4, 2)),  # 64 x 64: 256 bytes of stack
         Row(2, 256, Tiling(64, 32, 8, 1)),  # 64 x 64: 8
+        Row(4, 64, Tiling(32, 32, 4, 2)),  # 64 x 32: 4
     ),
     "sm_90 heavy": (
         Row(2, 64, Tiling(128, 64, 8, 2)),
@@ -237,14 +250,17 @@ ATTENTION_FORWARD |= {
     "sm_100 heavy": (
         Row(2, 64, Tiling(128, 64, 8, 2)),
         Row(2, 128, Tiling(64, 32, 8, 2)),  # 128 x 64: 856, 128 x 32: 38 spills
-        Row(2, 256, Tiling(128, 16, 8, 2)),  # 128 x 32: 376
+        Row(2, 256, Tiling(64, 32, 8, 2)),  # 128 x 32: 376, 128 x 16: 15
     ),
 }
 ATTENTION_DKDV |= {
     "sm_80 heavy": (
         Row(2, 128, Tiling(64, 32, 8, 2)),  # D = 64: 64 x 128 245 to 477, 64 x 64 190 to 368; D = 128: 64 x 64 9
     ),
-    "sm_90 heavy": (Row(2, 64, Tiling(64, 64, 8, 2)),),  # 64 x 128: 6
+    "sm_90 heavy": (
+        Row(2, 64, Tiling(64, 64, 8, 2)),  # 64 x 128: 6
+        Row(4, 64, Tiling(16, 32, 4, 1)),  # 32 x 32: 7
+    ),
     "sm_100 heavy": (
         Row(2, 64, Tiling(64, 128, 8, 2)),
         Row(2, 128, Tiling(64, 64, 8, 2)),  # 64 x 128: 30
@@ -253,7 +269,8 @@ ATTENTION_DKDV |= {
 }
 ATTENTION_DQ |= {
     "sm_80 heavy": (
-        Row(2, 128, Tiling(128, 32, 8, 2)),  # D = 64: 128 x 64 6, 64 x 64 8
+        Row(2, 64, Tiling(128, 32, 8, 2)),  # 128 x 64: 6, 64 x 64: 8
+        Row(2, 128, Tiling(64, 32, 4, 2)),  # 128 x 32: 6
         Row(2, 256, Tiling(64, 32, 8, 1)),  # 64 x 64: 6
     ),
     "sm_90 heavy": (
@@ -262,8 +279,7 @@ ATTENTION_DQ |= {
         Row(2, 256, Tiling(32, 32, 4, 1)),  # 128 x 32: 8 bytes of stack, 128 x 16: 208
     ),
     "sm_100 heavy": (
-        Row(2, 64, Tiling(64, 128, 8, 2)),
-        Row(2, 128, Tiling(128, 64, 8, 2)),
+        Row(2, 128, Tiling(64, 128, 8, 2)),  # D = 128: 128 x 64 45
         Row(2, 256, Tiling(64, 32, 8, 1)),  # 128 x 64: 230 to 271
     ),
 }
@@ -311,13 +327,20 @@ ATTENTION_FORWARD |= {
     ),
     "sm_86 heavy": (
         Row(2, 64, Tiling(128, 64, 8, 2)),  # 3 stages: 112 KiB
-        Row(2, 128, Tiling(64, 64, 8, 2)),  # 128 x 64: 128 KiB with 3 stages, 203 spills with 2
+        Row(2, 128, Tiling(64, 32, 4, 2)),  # 128 x 64: 128 KiB with 3 stages, 203 spills with 2; 64 x 64: 3
+        Row(4, 64, Tiling(32, 32, 4, 2)),  # 64 x 32: 4
     ),
     "sm_86 listed": (
         Row(2, 64, Tiling(64, 64, 4, 3)),
         Row(2, 128, Tiling(64, 64, 8, 2)),  # 4 warps: 13
+        Row(4, 64, Tiling(32, 32, 4, 2)),  # 64 x 32: 6
     ),
 }
+ATTENTION_DKDV["sm_86 shaped"] = (
+    Row(2, 64, Tiling(64, 128, 8, 2)),
+    Row(2, 128, Tiling(64, 64, 8, 2)),
+    Row(2, 256, Tiling(32, 32, 8, 2)),  # 4 warps: 5
+)
 ATTENTION_DKDV["sm_86 heavy"] = (
     Row(2, 128, Tiling(64, 32, 8, 2)),  # D = 64: 64 x 128 228, 64 x 64 217; D = 128: 64 x 64 4
     Row(2, 256, Tiling(32, 32, 8, 2)),  # 4 warps: 9
@@ -331,7 +354,7 @@ for _table in (ATTENTION_FORWARD, ATTENTION_DKDV, ATTENTION_DQ):
 ATTENTION_FORWARD |= {
     "sm_120 heavy": (
         Row(2, 64, Tiling(64, 64, 8, 2)),  # 128 x 64: 5
-        Row(2, 128, Tiling(64, 32, 4, 2)),  # 64 x 64: 11
+        Row(2, 128, Tiling(32, 32, 4, 2)),  # 64 x 64: 11, 64 x 32: 4
     ),
     "sm_120 intervals": (
         Row(2, 64, Tiling(128, 64, 8, 3)),
@@ -361,7 +384,19 @@ ATTENTION_BIAS = {
         *_BIAS_EXACT,
     ),
 }
-ATTENTION_BIAS["sm_100"] = ATTENTION_BIAS["sm_90"]
+ATTENTION_BIAS |= {
+    "sm_100": ATTENTION_BIAS["sm_90"],
+    "sm_100 listed": (
+        Row(2, 64, Tiling(64, 64, 4, 2)),
+        Row(2, 128, Tiling(32, 32, 4, 2)),  # 64 x 64: 6 in a lag profile
+    ),
+    "sm_120": (
+        Row(2, 128, Tiling(32, 32, 4, 1)),
+        Row(2, 256, Tiling(16, 16, 4, 2)),  # 1 stage: 4 in a lag profile
+        Row(4, 64, Tiling(32, 32, 4, 1)),
+        Row(4, 256, Tiling(16, 16, 8, 1)),  # 4 warps: 2 in a lag profile
+    ),
+}
 
 # float32 on tensor cores: fragments of 32 bits, and for tf32x3 those of three products.
 ATTENTION_FORWARD |= {
@@ -369,10 +404,15 @@ ATTENTION_FORWARD |= {
     "tf32x3": (Row(4, 64, Tiling(32, 32, 4, 1)), Row(4, 128, Tiling(16, 16, 4, 1))),  # 64 x 32, 32 x 16: 6 to 14
     "sm_90 tf32x3": (Row(4, 64, Tiling(64, 16, 4, 1)),),  # 32 x 32: 6
 }
-ATTENTION_DKDV["tf32"] = (Row(4, 64, Tiling(32, 32, 4, 1)), Row(4, 256, Tiling(16, 16, 4, 1)))
+ATTENTION_DKDV |= {
+    "tf32": (Row(4, 64, Tiling(32, 32, 4, 1)), Row(4, 256, Tiling(16, 16, 4, 1))),
+    # Still 2 spills at D = 128; 16 x 16 with 4 warps: 19, with 8: 8 to 16, 16 x 32: 42.
+    "sm_120 tf32x3": (Row(4, 64, Tiling(32, 32, 4, 1)), Row(4, 128, Tiling(32, 16, 8, 1))),
+}
 ATTENTION_DQ |= {
     "tf32": (Row(4, 64, Tiling(32, 32, 4, 1)), Row(4, 256, Tiling(16, 16, 4, 1))),
     "tf32x3": (Row(4, 64, Tiling(32, 16, 4, 1)),),  # 32 x 32: 16
+    "sm_120 tf32x3": (Row(4, 64, Tiling(32, 16, 4, 1)), Row(4, 128, Tiling(16, 16, 8, 1))),  # 4 warps: 9
 }
 
 # Forward mode: the forward's loops, with five products instead of two, and twice as many tiles in registers.
@@ -396,6 +436,14 @@ ATTENTION_TANGENT = {
         Row(2, 256, Tiling(64, 32, 8, 1)),  # 225 registers, 80 KiB, 1; 1.48, 1.78
         *_EXACT["tangent"],
     ),
+    "sm_120": (
+        Row(2, 64, Tiling(128, 64, 8, 2)),
+        Row(2, 128, Tiling(64, 32, 4, 2)),
+        Row(2, 256, Tiling(32, 16, 8, 2)),  # 64 x 16: 12
+        Row(4, 64, Tiling(32, 16, 8, 1)),
+        Row(4, 128, Tiling(16, 16, 8, 2)),  # 1 stage: 6
+        Row(4, 256, Tiling(16, 16, 8, 1)),
+    ),
     "sm_100 listed": (Row(2, 128, Tiling(64, 32, 8, 2)),),  # 32 x 16: 2
     "sm_120 shaped": (Row(2, 64, Tiling(64, 16, 8, 2)), Row(2, 128, Tiling(64, 32, 8, 2))),  # 32 x 16: 7 to 8
     # With everything at once: window, soft cap, slopes, biases and their tangents, sinks, lengths and dropout.
@@ -411,7 +459,7 @@ ATTENTION_TANGENT = {
 _STATISTICS_EXACT = (
     Row(4, 64, Tiling(32, 32, 4, 1)),
     Row(4, 128, Tiling(32, 16, 8, 1)),
-    Row(4, 256, Tiling(16, 16, 8, 1)),  # 32 x 16: 3 spills on sm_86
+    Row(4, 256, Tiling(16, 16, 8, 2)),  # 1 stage: 8 on sm_90, 32 x 16: 3 on sm_86
 )
 _STATISTICS_HEAVY = (Row(2, 128, Tiling(32, 32, 8, 1)),)  # 64 x 32: 79 to 122 spills on sm_90
 ATTENTION_STATISTICS = {
@@ -424,9 +472,15 @@ ATTENTION_STATISTICS = {
     "sm_100": (
         Row(2, 128, Tiling(32, 32, 8, 1)),  # 64 x 64: 357 to 381
         Row(2, 256, Tiling(32, 32, 4, 1)),
-        *_STATISTICS_EXACT,
+        *_STATISTICS_EXACT[:2],
+        Row(4, 256, Tiling(16, 16, 8, 1)),  # 2 stages: 11
     ),
     "sm_80 intervals": (Row(2, 64, Tiling(32, 32, 8, 1)),),  # 64 x 32: 4
+    "sm_80 shaped": (Row(2, 128, Tiling(64, 32, 8, 2)),),  # 1 stage: 12
+    "sm_100 shaped": (
+        Row(2, 128, Tiling(64, 32, 8, 1)),
+        Row(2, 256, Tiling(32, 16, 4, 2)),  # 1 stage: 2 to 4
+    ),
     **{f"{name} heavy": _STATISTICS_HEAVY for name in ("sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "gfx942")},
     "shaped": (Row(2, 128, Tiling(64, 32, 8, 1)), Row(2, 256, Tiling(32, 16, 4, 1))),
     "tf32": (Row(4, 128, Tiling(32, 16, 8, 1)), Row(4, 256, Tiling(16, 16, 8, 1))),  # 32 x 16: 3 on sm_86

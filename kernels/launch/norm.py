@@ -39,6 +39,11 @@ NORM_BACKWARD = {
         Row(4, EVERY, Tiling(1, 4096, 8, 1)),  # 100 / 170
     ),
 }
+NORM_BACKWARD["sm_100"] = (
+    *NORM_BACKWARD["sm_80"][:-1],
+    Row(2, EVERY, Tiling(1, 4096, 8, 1)),
+    Row(4, EVERY, Tiling(1, 4096, 16, 1)),  # 8 warps: 15 spills
+)
 
 # How many programs the rows of a norm's backward are split among: so many that each multiprocessor of the family's
 # largest GPU loads 8192 elements of dy and of x at a time. That is 32 KiB in half precision; bandwidth times
