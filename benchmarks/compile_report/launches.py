@@ -244,7 +244,7 @@ CALLS: tuple[Call, ...] = (
     *(AttentionCall("bf16", width, False, shaped="padding as bias") for width in (64, 128, 256)),
     TangentCall("bf16", 128, False, shaped="lists"),
     *(TangentCall("bf16", width, True, shaped=shape) for width in (64, 128, 256) for shape in ("", "everything")),
-    *(TangentCall("fp32", width, True) for width in (64, 128)),
+    *(TangentCall("fp32", width, True) for width in (64, 128, 256)),
     *(AttentionCall("fp32", width, True, shaped=kind) for width in (64, 128, 256) for kind in ("tf32", "tf32x3")),
     *(AttentionCall("fp32", width, True) for width in (64, 128, 256)),
     AttentionCall("fp32", 64, True, shaped="bias"),
