@@ -25,6 +25,7 @@ class Problem(NamedTuple):
     dropout: Dropout | None
     splits: int | None
     heads_per_section: int
+    last: None = None  # as in `Scores`: a tuple of tuples must end in a constant
 
 
 class Call:

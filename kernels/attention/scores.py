@@ -25,7 +25,8 @@ class Scores(NamedTuple):
     radius: int | None
     sinks: Tensor2 | None
     head_scale: Tensor2 | None
-    multiplicity: int | None  # the last: Triton 3.6 loses a stride of 1 in a tuple that comes last
+    # The last: where a tuple of tuples does not end in a constant (None or 1), Triton 3.6 loses strides of 1 in it.
+    multiplicity: int | None
 
 
 class Dropout(NamedTuple):

@@ -133,6 +133,7 @@ def build(folder: Path) -> Path:
 @contextlib.contextmanager
 def pretended_gpus(*gpus: Gpu, folder: Path | None = None) -> Iterator[Driver]:
     """Inside the block torch and Triton find these GPUs in this machine; `folder` keeps the built driver."""
+    from fastattn.core import intact
     from fastattn.ground import modes
     from tests.pretended_gpu.tensors import GpuTensor, OnGpu, made_on_host
 
@@ -169,6 +170,8 @@ def pretended_gpus(*gpus: Gpu, folder: Path | None = None) -> Iterator[Driver]:
         plain = modes.lasts
         for module in [m for m in sys.modules.values() if getattr(m, "lasts", None) is plain]:
             stack.enter_context(mock.patch.object(module, "lasts", lambda t: isinstance(t, GpuTensor) or plain(t)))
+        # A parameter there is a plain one.
+        stack.enter_context(mock.patch.object(intact, "PLAIN", (*intact.PLAIN, GpuTensor)))
         stack.enter_context(OnGpu())
         yield driver
 
