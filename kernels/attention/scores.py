@@ -25,7 +25,7 @@ class Scores(NamedTuple):
     radius: int | None
     sinks: Tensor2 | None
     head_scale: Tensor2 | None
-    # The last: where a tuple of tuples does not end in a constant (None or 1), Triton 3.6 loses strides of 1 in it.
+    # The last: where a tuple of tuples does not end in a constant, None or 1, Triton 3.6 loses strides of 1 in it.
     multiplicity: int | None
 
 
