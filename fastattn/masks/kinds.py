@@ -447,7 +447,7 @@ def _failure(problem: Exception) -> str:
             "uses Python's and, or, not, if, numbers or a chain of comparisons on tensors: write & | ~, "
             "torch.where, and (a <= b) & (b <= c)"
         )
-    return f"failed: {type(problem).__name__}: {problem}"
+    return f"failed: {type(problem).__name__}: {problem}. It is called with (batch, head, query, key)"
 
 
 def state(*, some: Tensor, all: Tensor) -> Tensor:
