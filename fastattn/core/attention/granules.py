@@ -231,8 +231,8 @@ class Call:
         if self.tensors.alibi_slopes is not None:
             queries = self._positions(entries.rows, self.rows) + self.shift
             distance = (self._positions(entries.columns, self.columns)[:, None] - queries[..., None]).abs()
-            slopes = self.tensors.alibi_slopes.flatten()[entries.rows // self.rows] * -1.0
-            yield distance * slopes[:, None, None]
+            slopes = self.tensors.alibi_slopes.flatten()[entries.rows // self.rows]
+            yield distance * -slopes[:, None, None]
         if self.tensors.bias is not None:
             yield self._bias(self.tensors.bias, entries)
         if self.tensors.relative_bias is not None:

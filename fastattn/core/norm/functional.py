@@ -82,11 +82,7 @@ def rms_norm(
     backend = capabilities.check_backend(backend)
     x, weight, residual = _autocast(x, weight, residual)
     spec = norm_spec(x, weight, None, residual, centred=False, eps=eps, weight_offset=weight_offset)
-    if key is None:
-        return _norm(x, weight, None, residual, spec, backend)
-    call = PlannedCall.of(x, weight, None, residual, spec, backend)
-    RMS_PLANS.keep(key, call)
-    return call(x, weight, None, residual)
+    return _norm(x, weight, None, residual, spec, backend, key, RMS_PLANS)
 
 
 @overload
@@ -135,11 +131,7 @@ def layer_norm(
     backend = capabilities.check_backend(backend)
     x, weight, bias, residual = _autocast(x, weight, bias, residual)
     spec = norm_spec(x, weight, bias, residual, centred=True, eps=eps)
-    if key is None:
-        return _norm(x, weight, bias, residual, spec, backend)
-    call = PlannedCall.of(x, weight, bias, residual, spec, backend)
-    LAYER_PLANS.keep(key, call)
-    return call(x, weight, bias, residual)
+    return _norm(x, weight, bias, residual, spec, backend, key, LAYER_PLANS)
 
 
 def _norm(
@@ -149,8 +141,14 @@ def _norm(
     residual: Tensor | None,
     spec: NormSpec,
     backend: str | None,
+    key: plans.Key | None,
+    kept: plans.Plans[PlannedCall],
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """The norm, by torch's own function or by our operator."""
+    """The norm by a new plan, which is kept; without a key by torch's own function or by our operator."""
+    if key is not None:
+        call = PlannedCall.of(x, weight, bias, residual, spec, backend)
+        kept.keep(key, call)
+        return call(x, weight, bias, residual)
     if residual is None and backend is None and _torch_is_shorter(x, weight, bias, spec):
         return _by_torch(x, weight, bias, spec)
     y, total, *_ = norm_ops.norm(*_rows(x, weight, bias, residual), *spec.options, backend)
