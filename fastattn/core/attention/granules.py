@@ -19,7 +19,7 @@ from torch import Tensor
 from fastattn.core.attention.definition import diagonal_sums, of_distances, relative_index
 from fastattn.core.attention.dropout import keep_mask_of_groups
 from fastattn.core.attention.spec import AttentionSpec, Gradients, Saved, ScoreTensors, Wanted
-from fastattn.core.attention.tiles import exp_, key_counts, tanh_of_half_
+from fastattn.core.attention.tiles import exp_, key_counts, row_terms, tanh_of_half_
 from fastattn.core.layout import heads_last
 from fastattn.core.workspace import Workspace
 from fastattn.ground.checks import lse_dtype
@@ -67,12 +67,7 @@ def backward(
 ) -> Gradients:
     """With P = exp(S - lse), dP = dout v^T and delta = rowsum(dout * out) - dlse, dS = P * (dP - delta)."""
     q, k, v, out, lse = saved
-    delta = (dout.to(lse.dtype) * out).sum(-1)
-    if dlse is not None:
-        delta = delta - dlse
-    # Rows that saw nothing: exp(-inf - inf) is 0 and so is everything that follows.
-    empty = lse == -math.inf
-    lse, delta = lse.masked_fill(empty, math.inf), delta.masked_fill(empty, 0.0)
+    lse, delta = row_terms(dout, dlse, out, lse)
     call = Call(q, k, v, spec, tensors)
     dbias = BiasGradient(call, tensors.bias) if wanted.bias and tensors.bias is not None else None
     drelative = None

@@ -356,16 +356,21 @@ def tangent(spec: AttentionSpec) -> TileSum:
     return TileSum(_tangent_of_tile, TANGENT_INPUTS, falls, outputs, spec)
 
 
+def row_terms(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """What the backward needs of each row: its log-sum-exp, and delta = rowsum(dout * out) - dlse. For rows that
+    saw nothing +inf and 0: exp(-inf - inf) is 0, and so is everything that follows."""
+    delta = (dout.to(lse.dtype) * out).sum(-1)
+    if dlse is not None:
+        delta = delta - dlse
+    empty = lse == float("-inf")
+    return lse.masked_fill(empty, float("inf")), delta.masked_fill(empty, 0.0)
+
+
 def _gradients_of_tile(tile: Tile, names, dout, q, k, v, out, lse, dlse, *learned) -> Sequence[Tensor]:
     """With P = exp(S - lse), dP = dout v^T and delta = rowsum(dout * out) - dlse, dS = P * (dP - delta)."""
     scores = tile.scores
     bias, relative_bias, sinks, head_scale = learned
-    delta = (dout * out).sum(-1)
-    if dlse is not None:
-        delta = delta - dlse
-    # Rows that saw nothing: exp(-inf - inf) is 0 and so is everything that follows.
-    empty = lse == float("-inf")
-    lse, delta = lse.masked_fill(empty, float("inf")), delta.masked_fill(empty, 0.0)
+    lse, delta = row_terms(dout, dlse, out, lse)
     q_rows, dout_rows, lse_rows, delta_rows = (
         grouped(t, scores.key_heads) for t in (q, dout, lse[..., None], delta[..., None])
     )

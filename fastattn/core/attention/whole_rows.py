@@ -16,7 +16,7 @@ from torch import Tensor
 from fastattn.core.attention.definition import diagonal_sums, of_distances, relative_index
 from fastattn.core.attention.dropout import KeepMasks
 from fastattn.core.attention.spec import AttentionSpec, Gradients, Saved, ScoreTensors, Wanted
-from fastattn.core.attention.tiles import exp_, grouped, tanh_of_half_
+from fastattn.core.attention.tiles import exp_, grouped, row_terms, tanh_of_half_
 from fastattn.core.layout import empty_heads, zero_heads
 from fastattn.core.workspace import Workspace
 from fastattn.ground.checks import lse_dtype
@@ -77,12 +77,7 @@ def backward(
 ) -> Gradients:
     """With P = exp(S - lse), dP = dout v^T and delta = rowsum(dout * out) - dlse, dS = P * (dP - delta)."""
     q, k, v, out, lse = saved
-    delta = (dout.to(lse.dtype) * out).sum(-1)
-    if dlse is not None:
-        delta = delta - dlse
-    # Rows that saw nothing: exp(-inf - inf) is 0, and so is everything that follows.
-    empty = lse == float("-inf")
-    lse, delta = lse.masked_fill(empty, float("inf")), delta.masked_fill(empty, 0.0)
+    lse, delta = row_terms(dout, dlse, out, lse)
     dbias = drelative = dsinks = None
     if wanted.bias and tensors.bias is not None:
         dbias = BiasGradient(tensors.bias, lse.dtype)
