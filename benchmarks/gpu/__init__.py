@@ -7,18 +7,19 @@ again.
     __main__      arguments, the folder, the exit code
     run           the sections in order, within the budget
     plan          the cases, the most important first; and those that --dry-run launches
-    kinds         calls of every family and kind as data: tensors and a function, whose definition is a backend
     kernel_cases  the checks that need torch and triton only
-    correctness   ours against float64
+    correctness   ours against float64 at real sizes
     features      what is timed beside plain attention and MLPs, and the other implementations of it
     sweep         launch configurations beside the one in the table
     suite         the test suite in processes of its own; shards cuts it, recorder notes each outcome
     state         what earlier calls have finished
     verdict       what a run may claim: exit code, first line, proofs
     rehearsal     --dry-run: everything launched on a pretended GPU
-    pool, worker  the parent's and the worker's side of a process; cases is what a worker does
+    cases         what a worker process does for a case; pool compares several peers in one
     compilations  how many kernels were compiled, and for how long
-    paths         where the checkout is, and how its path is removed from texts
     environment   device, driver, versions, commit; and nothing else about the machine
     report        report.md and its plots from results.json
+
+What `fastattn prove` needs, too, is in fastattn/measuring: kinds (calls of every family as data), checking and
+tolerance (against float64), pool and worker (the two sides of a process), paths.
 """

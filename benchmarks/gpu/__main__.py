@@ -17,10 +17,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.paths import ROOT
 from benchmarks.gpu.report import write_report
 from benchmarks.gpu.shards import KERNEL_TESTS, OTHER
 from benchmarks.gpu.verdict import INCOMPLETE
+from fastattn.measuring.paths import ROOT
 
 FAMILIES = (*dict.fromkeys(KERNEL_TESTS.values()), OTHER)
 

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
-from benchmarks.gpu import correctness, features, kinds, rehearsal, sweep
-from fastattn.measuring import measure
+from benchmarks.gpu import compilations, correctness, features, rehearsal, sweep
+from fastattn.measuring import checking, kinds, measure
 from fastattn.measuring.peers import DIRECTIONS, MLPProblem, problem_from
 
 Case = dict[str, Any]
 Rows = list[dict[str, Any]]
 Notify = Callable[[str], None]
+
+
+@contextlib.contextmanager
+def context(device: str) -> Iterator[torch.device]:
+    """What a worker runs within: `device` is cpu, cuda or pretended."""
+    compilations.listen()
+    with rehearsal.pretended() if device == "pretended" else contextlib.nullcontext():
+        yield torch.device("cuda:0" if device == "pretended" else device)
 
 
 def compare_peers(case: Case, device: torch.device, notify: Notify) -> Rows:
@@ -63,7 +71,7 @@ def _warm_call(case: Case, device: torch.device, notify: Notify) -> Rows:
 
 
 def check_kernel(case: Case, device: torch.device, notify: Notify) -> Rows:
-    return correctness.check_kernel(kinds.Sizes(**case["sizes"]), device, notify)
+    return checking.check_kernel(kinds.Sizes(**case["sizes"]), device, notify)
 
 
 def ceilings(case: Case, device: torch.device, notify: Notify) -> Rows:

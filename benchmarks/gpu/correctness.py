@@ -1,9 +1,8 @@
-"""Ours against float64, forward and backward, by the tests' own rule of tolerance. Needs torch and triton only.
+"""Ours against float64 at real sizes, forward and backward, by the tests' own rule of tolerance.
 
-`check_kernel` proves one call of any family, at the sizes of tests; the others check real sizes. At 32k tokens the
-definition's N x N scores do not fit, so it is evaluated on slices of rows: rows are independent forward, and dk
-and dv are sums over rows. The eager computation that sets the allowed error is sliced alike, its sums over slices
-kept in float32.
+At 32k tokens the definition's N x N scores do not fit, so it is evaluated on slices of rows: rows are independent
+forward, and dk and dv are sums over rows. The eager computation that sets the allowed error is sliced alike, its
+sums over slices kept in float32.
 """
 
 from __future__ import annotations
@@ -14,57 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.gpu import kinds
-from benchmarks.gpu.kinds import Sizes
 from fastattn.core.attention import definition as attention_definition
 from fastattn.core.attention import functional as attention_functional
 from fastattn.core.attention.spec import AttentionSpec
+from fastattn.measuring.checking import judge
 from fastattn.measuring.peers import MLP_PEERS, MLPProblem
-from tests.tolerance import TINY, assert_as_exact_as_eager
 
 # Scores of a slice; a few temporaries of this size are alive at once.
 SLICE_BYTES = 2**29
-
-
-def check_kernel(sizes: Sizes, device: torch.device, notify: Callable[[str], None]) -> list[dict[str, Any]]:
-    """A row for each result and each gradient."""
-    call = kinds.build(sizes, device)
-    dtype = getattr(torch, sizes.dtype)
-    notify("ours")
-    ours = results_and_gradients(call, "triton", call.tensors, sizes)
-    notify("eager")
-    eager = results_and_gradients(call, "reference", call.tensors, sizes)
-    notify("float64")
-    exact = results_and_gradients(call, "reference", tuple(t.double() for t in call.tensors), sizes)
-    # The backward computes delta = rowsum(dout * out) from the rounded out. Gradients that are sums over rows
-    # contain that rounding, and the eager computation does not: they are allowed it on top.
-    rounding = torch.finfo(dtype).eps * float(exact["result 0"].norm())
-    rows = []
-    for name, theirs in exact.items():
-        shared = name[1:] in kinds.LEARNED
-        allowed = {"dtype": dtype, "tiny": TINY + rounding} if shared else {}
-        rows.append(judge(name, ours[name], theirs, eager[name].to(ours[name].dtype), **allowed))
-    return rows
-
-
-def results_and_gradients(
-    call: kinds.Call, backend: str, tensors: tuple[Tensor, ...], sizes: Sizes
-) -> dict[str, Tensor]:
-    """By name: "result 0" and on, then "dq" and so on. The upstream gradients are the same in every dtype."""
-    leaves = [t.detach().requires_grad_() for t in tensors]
-    results = call.function(backend, *leaves)
-    results = results if isinstance(results, tuple) else (results,)
-    found = {f"result {n}": t.detach() for n, t in enumerate(results)}
-    if sizes.family in kinds.WITHOUT_GRADIENT:
-        return found
-    torch.manual_seed(1)
-    upstream = torch.randn(results[0].shape, device=results[0].device).to(getattr(torch, sizes.dtype))
-    flowing = [(results[0], upstream.to(results[0].dtype))]
-    if sizes.family == "norm" and len(results) == 2:  # the sum with the residual has a gradient, too
-        flowing.append((results[1], torch.ones_like(results[1])))
-    outputs, gradients = zip(*flowing, strict=True)
-    names = [f"d{name}" for name in call.names]
-    return found | dict(zip(names, torch.autograd.grad(outputs, leaves, gradients), strict=True))
 
 
 def check_attention(
@@ -145,22 +101,3 @@ def check_mlp(
     exact = gradients("eager", torch.float64)
     names = ("y", "dx", "dw_gate", "dw_up", "dw_down") if problem.gated else ("y", "dx", "dw1", "dw2")
     return [judge(name, *three) for name, *three in zip(names, ours, exact, eager, strict=True)]
-
-
-def judge(name: str, ours: Tensor, exact: Tensor, eager: Tensor, **allowed: Any) -> dict[str, Any]:
-    """Errors of ours and of eager, on the maximum and on the mean, and whether the tests' rule is kept."""
-    try:
-        assert_as_exact_as_eager(ours, exact, eager, gradient=name.startswith("d"), **allowed)
-        verdict = "passed"
-    except AssertionError as failure:
-        verdict = f"FAILED: {failure}"
-    finite = ~torch.isinf(exact)
-    ours_error, eager_error = ((t.double() - exact)[finite].abs() for t in (ours, eager))
-    return {
-        "quantity": name,
-        "max_error": float(ours_error.max()),
-        "eager_max_error": float(eager_error.max()),
-        "mean_error": float(ours_error.mean()),
-        "eager_mean_error": float(eager_error.mean()),
-        "verdict": verdict,
-    }

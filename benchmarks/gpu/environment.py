@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu.paths import ROOT
+from fastattn.measuring.paths import ROOT
 
 
 def describe_environment(device: str) -> dict[str, Any]:

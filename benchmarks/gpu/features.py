@@ -19,9 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.gpu import kinds
-from benchmarks.gpu.kinds import Sizes
-from fastattn.measuring import measure
+from fastattn.measuring import kinds, measure
+from fastattn.measuring.kinds import Sizes
 from fastattn.measuring.measure import one_line
 from fastattn.measuring.peers import BACKWARD, FORWARD, TRAINING, Unavailable
 

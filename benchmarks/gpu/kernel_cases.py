@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.gpu.kinds import MASK_KINDS, SCORE_KINDS, Sizes
+from fastattn.measuring.kinds import MASK_KINDS, SCORE_KINDS, Sizes
 
 HALF, SINGLE = ("bfloat16", "float16"), "float32"
 # Queries, keys, width, value width.

@@ -12,7 +12,7 @@ from typing import Any
 
 from benchmarks.gpu import features, sweep
 from benchmarks.gpu.kernel_cases import kernel_cases
-from benchmarks.gpu.kinds import Sizes
+from fastattn.measuring.kinds import Sizes
 from fastattn.measuring.peers import (
     BACKWARD,
     FORWARD,

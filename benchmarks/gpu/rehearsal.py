@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from benchmarks.gpu import kinds, sweep
-from benchmarks.gpu.kinds import Sizes
-from benchmarks.gpu.paths import ROOT
-from fastattn.measuring import measure
+from benchmarks.gpu import sweep
+from fastattn.measuring import kinds, measure
+from fastattn.measuring.kinds import Sizes
+from fastattn.measuring.paths import ROOT
 from fastattn.measuring.peers import BACKWARD, FORWARD, TRAINING, problem_from
 
 GPU = "H100"

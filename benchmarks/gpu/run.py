@@ -12,10 +12,11 @@ from typing import Any
 
 from benchmarks.gpu import compilations, sweep, verdict
 from benchmarks.gpu.plan import ABSENT, Case, Plan, warm_cases
-from benchmarks.gpu.pool import Answer, Worker, compare_survivors, failed_row
+from benchmarks.gpu.pool import compare_survivors, failed_row
 from benchmarks.gpu.report import write_report
 from benchmarks.gpu.state import State
 from benchmarks.gpu.suite import Suite
+from fastattn.measuring.pool import Answer, Worker
 
 # Each section's share of the time that is left when it begins; time it does not use goes to those after it.
 SHARES = {
@@ -57,7 +58,7 @@ class Run:
 
     def new_worker(self) -> Worker:
         environment = {**dict(self.plan.environment), compilations.VARIABLE: str(self.compilations)}
-        return Worker(self.plan.device, environment=environment)
+        return Worker(self.plan.device, "benchmarks.gpu.cases", environment)
 
     def planned(self) -> list[str]:
         """The titles of all sections that have cases."""

@@ -12,7 +12,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.paths import ROOT
+from fastattn.measuring.paths import ROOT
 
 SOURCES = ("fastattn", "kernels", "tests", "benchmarks")
 # What the results depend on, of the environment.

@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu import shards
-from benchmarks.gpu.paths import ROOT, clean, python_path
-from benchmarks.gpu.pool import CRASHES
 from benchmarks.gpu.state import State
+from fastattn.measuring.paths import ROOT, clean, python_path
+from fastattn.measuring.pool import CRASHES
 
 # Enough of a failure to see the assertion and hypothesis's example.
 MOST_LINES, MOST_FAILURES = 60, 40

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.gpu import correctness, features, kinds
-from benchmarks.gpu.kinds import MASK_KINDS, SCORE_KINDS, Sizes
+from benchmarks.gpu import features
+from fastattn.measuring import checking, kinds
+from fastattn.measuring.kinds import MASK_KINDS, SCORE_KINDS, Sizes
 from fastattn.measuring.peers import DIRECTIONS, FORWARD, Unavailable
 
 CPU = torch.device("cpu")
@@ -91,14 +92,14 @@ def test_a_rival_that_is_wrong_is_not_timed_and_ours_counts_as_failed(monkeypatc
 def test_a_plain_case_passes_and_a_wrong_kernel_fails_it(sizes, monkeypatch):
     small = {"length": 40} if sizes.family not in ("mlp", "varlen") else {}
     sizes = Sizes(**{**sizes.as_json(), **small})
-    rows = correctness.check_kernel(sizes, CPU, lambda step: None)
+    rows = checking.check_kernel(sizes, CPU, lambda step: None)
     assert rows and all(row["verdict"] == "passed" for row in rows), rows
-    results = correctness.results_and_gradients
+    results = checking.results_and_gradients
 
     def slightly_wrong(call, backend, *more):
         found = results(call, backend, *more)
         return {name: t * 1.01 for name, t in found.items()} if backend == "triton" else found
 
-    monkeypatch.setattr(correctness, "results_and_gradients", slightly_wrong)
-    rows = correctness.check_kernel(sizes, CPU, lambda step: None)
+    monkeypatch.setattr(checking, "results_and_gradients", slightly_wrong)
+    rows = checking.check_kernel(sizes, CPU, lambda step: None)
     assert all(row["verdict"].startswith("FAILED") for row in rows)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.gpu import rehearsal
-from benchmarks.gpu.paths import ROOT
+from fastattn.measuring.paths import ROOT
 
 
 def rehearse(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -62,7 +62,7 @@ def test_a_launch_that_a_gpu_refuses_fails_the_rehearsal(tmp_path):
 # Every launch asks for more programs in its second dimension than a GPU allows.
 REFUSING = """
 import sys
-if "benchmarks.gpu.worker" in sys.orig_argv:
+if "fastattn.measuring.worker" in sys.orig_argv:
     import triton.runtime.jit as jit
     run = jit.JITFunction.run
     def too_many(self, *arguments, grid, **options):

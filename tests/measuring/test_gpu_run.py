@@ -11,10 +11,12 @@ import torch
 from benchmarks import compare
 from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import correctness, plan, recorder, report, sweep, verdict
-from benchmarks.gpu.paths import ROOT, clean
-from benchmarks.gpu.pool import Worker, compare_survivors
+from benchmarks.gpu.pool import compare_survivors
 from fastattn.core.attention.spec import AttentionSpec
+from fastattn.measuring.checking import judge
+from fastattn.measuring.paths import ROOT, clean
 from fastattn.measuring.peers import BACKWARD, FORWARD, TRAINING, AttentionProblem, MLPProblem
+from fastattn.measuring.pool import Worker
 
 
 @pytest.fixture(scope="module")
@@ -93,9 +95,9 @@ def test_the_sliced_definition_is_the_definition():
 def test_a_wrong_result_is_judged_wrong():
     exact = torch.randn(64, 64, dtype=torch.float64)
     eager = exact.float()
-    assert correctness.judge("dq", eager, exact, eager)["verdict"] == "passed"
-    assert correctness.judge("dq", eager * 1.001, exact, eager)["verdict"].startswith("FAILED")
-    assert correctness.judge("dq", eager * float("nan"), exact, eager)["verdict"].startswith("FAILED")
+    assert judge("dq", eager, exact, eager)["verdict"] == "passed"
+    assert judge("dq", eager * 1.001, exact, eager)["verdict"].startswith("FAILED")
+    assert judge("dq", eager * float("nan"), exact, eager)["verdict"].startswith("FAILED")
 
 
 def test_the_recorder_notes_a_failure_with_its_inputs(tmp_path, monkeypatch):

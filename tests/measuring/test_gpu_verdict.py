@@ -15,10 +15,10 @@ import pytest
 
 from benchmarks.gpu import compilations, report, shards, suite, verdict
 from benchmarks.gpu.kernel_cases import kernel_cases
-from benchmarks.gpu.kinds import BUILDERS, MASK_KINDS, SCORE_KINDS
-from benchmarks.gpu.paths import ROOT
 from benchmarks.gpu.state import State
 from benchmarks.gpu.suite import Suite
+from fastattn.measuring.kinds import BUILDERS, MASK_KINDS, SCORE_KINDS
+from fastattn.measuring.paths import ROOT
 
 FAMILIES = tuple(dict.fromkeys(shards.KERNEL_TESTS.values()))
 

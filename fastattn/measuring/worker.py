@@ -1,8 +1,10 @@
 """A process that runs cases: JSON lines in on stdin, JSON lines out on a pipe of its own.
 
-Usage: python -m benchmarks.gpu.worker PIPE DEVICE HANDLERS; DEVICE is cpu, cuda or pretended. Before each step it
-sends the name of that step, so that the parent knows which step hangs. After an error that leaves the
-device unusable (an illegal address poisons the whole CUDA context) it says so and ends.
+Usage: python -m fastattn.measuring.worker PIPE DEVICE HANDLERS. HANDLERS is a module with a dictionary HANDLERS: a
+function for each kind of case. If it has a function `context(DEVICE)`, the process runs within that context, which
+gives the torch device. Before each step the process sends the name of that step, so that the parent knows which
+step hangs. After an error that leaves the device unusable (an illegal address poisons the whole CUDA context) it
+says so and ends.
 """
 
 from __future__ import annotations
@@ -12,11 +14,11 @@ import importlib
 import json
 import os
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
-from benchmarks.gpu import compilations, rehearsal
 from fastattn.measuring.measure import one_line, synchronize
 
 
@@ -66,18 +68,21 @@ class Session:
             self.send(rows=rows)
 
 
+@contextlib.contextmanager
+def on(device: str) -> Iterator[torch.device]:
+    """The context of modules that have none of their own."""
+    yield torch.device(device)
+
+
 def main() -> None:
-    pipe, device, module = sys.argv[1:]
-    compilations.listen()
-    with contextlib.ExitStack() as stack:
-        if device == "pretended":
-            stack.enter_context(rehearsal.pretended())
-        session = Session(int(pipe), torch.device("cuda:0" if device == "pretended" else device))
-        handlers = importlib.import_module(module).HANDLERS
+    pipe, name, module = sys.argv[1:]
+    handlers = importlib.import_module(module)
+    with getattr(handlers, "context", on)(name) as device:
+        session = Session(int(pipe), device)
         session.send(ready=True)
         for line in sys.stdin:
             case = json.loads(line)
-            session.run(handlers[case["kind"]], case)
+            session.run(handlers.HANDLERS[case["kind"]], case)
 
 
 if __name__ == "__main__":
