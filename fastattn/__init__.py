@@ -9,6 +9,7 @@ from fastattn.core.attention.dropout import dropout_mask, dropout_state
 from fastattn.core.attention.functional import attention, attention_backward, merge_states, t5_relative_bias
 from fastattn.core.attention.sdpa import scaled_dot_product_attention
 from fastattn.core.attention.varlen import attention_varlen
+from fastattn.core.cache.functional import attention_with_cache
 from fastattn.core.heads.functional import prepare_heads
 from fastattn.core.mlp.functional import gated_mlp, mlp
 from fastattn.core.norm.functional import layer_norm, rms_norm
@@ -24,6 +25,7 @@ __all__ = [
     "attention",
     "attention_backward",
     "attention_varlen",
+    "attention_with_cache",
     "dropout_mask",
     "dropout_state",
     "flash_attn",

@@ -13,9 +13,11 @@ import pytest
 import fastattn
 
 PACKAGE = Path(fastattn.__file__).parent
-FAMILIES = ("attention", "mlp", "norm", "heads", "statistics")
+FAMILIES = ("attention", "mlp", "norm", "heads", "statistics", "cache")
 # Statistics look at the scores of attention: by its definition and its tiles, not by a second one.
 SCORES = {"core.attention.definition", "core.attention.tiles"}
+# A row of a cache is a call of attention: by its definition and its portable backend, not by second ones.
+ROWS = {"core.attention.definition", "core.attention.portable"}
 FLOORS_OF_A_FAMILY = ("spec", "definition", "portable", "triton", "operators", "functional")
 # From the ground up. A module imports from the floors below, and from its own where no circle comes of it.
 FLOORS = (
@@ -116,7 +118,7 @@ def test_every_family_has_its_six_files(family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_family_enters_another_by_its_functional_or_spec_only(family: str) -> None:
     allowed = {f"core.{other}.{name}" for other in FAMILIES for name in ("functional", "spec")}
-    allowed |= SCORES if family == "statistics" else set()
+    allowed |= SCORES if family == "statistics" else ROWS if family == "cache" else set()
     for name in MODULES:
         if name.startswith(f"core.{family}."):
             elsewhere = {m for m in imported(name) if m.split(".")[1:2] != [family] and m.count(".") == 2}

@@ -17,6 +17,9 @@ norm        forward(x, residual, weight, bias, spec) -> y, x + residual or None,
                 x is (B, R, W), weight and bias (B, W), moments (B, R). `saved` is a Saved; its x is what was
                 normalised. dtotal is the gradient of x + residual, the second result, or None. `wanted` says which
                 of dweight and dbias to compute, in the moments' dtype.
+cache       append(storage, k, v, tensors) -> None
+                writes new keys and values to the ends of their rows, in place.
+            forward(q, storage, spec, tensors) -> out, lse
 """
 
 from __future__ import annotations

@@ -35,8 +35,8 @@ PROVEN: frozenset[str] = frozenset()
 class Request:
     """One call, as far as the choice of a backend depends on it."""
 
-    family: str  # "attention", "mlp", "heads", "norm" or "statistics"
-    spec: Any  # the family's: AttentionSpec, MLPSpec, HeadsSpec, NormSpec or StatisticsSpec
+    family: str  # "attention", "mlp", "heads", "norm", "statistics" or "cache"
+    spec: Any  # the family's: AttentionSpec, MLPSpec, HeadsSpec, NormSpec, StatisticsSpec or CacheSpec
     tensors: tuple[Tensor, ...]
     lse_gradient: bool = False
     score_tensors: ScoreTensors = NO_TENSORS
@@ -94,6 +94,10 @@ _BY_KEY = ("received", "max_received", "weighted_received")
 _BY_QUERY = ("mass", "entropy", "max_logit", "sum_of_squares", "mean_distance")
 _Q, _K, _V = 0, 1, 2
 _HEADS, _LENGTH, _WIDTH = 1, 2, 3
+
+_CACHE_FEATURES: tuple[tuple[str, Callable[[Request], bool], frozenset[str]], ...] = (
+    ("contiguous or in pages of any size, lengths of each row", lambda r: True, frozenset()),
+)
 
 FEATURES: tuple[Feature, ...] = (
     Feature("attention", "full (bidirectional)", lambda r: not r.spec.causal),
@@ -186,6 +190,10 @@ FEATURES: tuple[Feature, ...] = (
             ("float32", _is(torch.float32), _FORWARD_ONLY),
             ("float64", _is(torch.float64), frozenset()),
         )
+    ),
+    *(
+        Feature("cache", name, needed, triton, portable=_FORWARD_ONLY, reference=_FORWARD_ONLY)
+        for name, needed, triton in _CACHE_FEATURES
     ),
 )
 

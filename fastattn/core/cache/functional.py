@@ -1,0 +1,316 @@
+"""Attention with a cache, as a function of tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple, overload
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from fastattn.core import plans
+from fastattn.core.attention.spec import positive_scale
+from fastattn.core.autocast import autocast
+from fastattn.core.cache import operators
+from fastattn.core.cache.spec import (
+    CacheSpec,
+    CacheTensors,
+    Storage,
+    attention_options,
+    by_head,
+    check_beside_scores,
+    check_new,
+    check_positions,
+    check_queries,
+    check_rotation,
+    check_row_numbers,
+    check_table,
+    row_numbers,
+)
+from fastattn.core.capabilities import check_backend
+from fastattn.core.heads.functional import prepare_heads
+from fastattn.ground.arguments import flag, refuse_keywords
+from fastattn.ground.checks import Window
+
+
+@overload
+def attention_with_cache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor | None,
+    *,
+    cache_lengths: int | Tensor | Sequence[int],
+    k: Tensor | None = ...,
+    v: Tensor | None = ...,
+    cache_starts: int | Tensor | Sequence[int] | None = ...,
+    block_table: Tensor | None = ...,
+    cos: Tensor | None = ...,
+    sin: Tensor | None = ...,
+    interleaved: bool = ...,
+    causal: bool = ...,
+    scale: float | None = ...,
+    window: Window = ...,
+    tree_mask: Tensor | None = ...,
+    softcap: float | None = ...,
+    alibi_slopes: Tensor | None = ...,
+    sinks: Tensor | None = ...,
+    value_width: int | None = ...,
+    precision: str | None = ...,
+    return_lse: Literal[False] = ...,
+    check: bool = ...,
+    backend: str | None = ...,
+) -> Tensor: ...
+@overload
+def attention_with_cache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor | None,
+    *,
+    cache_lengths: int | Tensor | Sequence[int],
+    k: Tensor | None = ...,
+    v: Tensor | None = ...,
+    cache_starts: int | Tensor | Sequence[int] | None = ...,
+    block_table: Tensor | None = ...,
+    cos: Tensor | None = ...,
+    sin: Tensor | None = ...,
+    interleaved: bool = ...,
+    causal: bool = ...,
+    scale: float | None = ...,
+    window: Window = ...,
+    tree_mask: Tensor | None = ...,
+    softcap: float | None = ...,
+    alibi_slopes: Tensor | None = ...,
+    sinks: Tensor | None = ...,
+    value_width: int | None = ...,
+    precision: str | None = ...,
+    return_lse: Literal[True],
+    check: bool = ...,
+    backend: str | None = ...,
+) -> tuple[Tensor, Tensor]: ...
+def attention_with_cache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor | None,
+    *,
+    cache_lengths: int | Tensor | Sequence[int],
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    cache_starts: int | Tensor | Sequence[int] | None = None,
+    block_table: Tensor | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    interleaved: bool = False,
+    causal: bool = True,
+    scale: float | None = None,
+    window: Window = None,
+    tree_mask: Tensor | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    value_width: int | None = None,
+    precision: str | None = None,
+    return_lse: bool = False,
+    check: bool = False,
+    backend: str | None = None,
+    **unknown: Any,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention of new queries to the keys and values in a cache, for inference: no gradients.
+
+    New keys and values, if given, are first written to the cache, in place. Each row of the batch has a length of
+    its own, and only its own keys are read: what lies in the cache behind a row's length may be anything.
+
+    Args:
+        q: queries (B, Hq, Lq, D), any Lq; any strides. The last query of a row stands at the row's last key.
+        k_cache: (B, Hkv, capacity, D), or pages (pages, Hkv, page, D) with a block_table; in q's dtype, any
+            strides. Hq is a multiple of Hkv.
+        v_cache: the same with a width Dv of its own. None: values are the first `value_width` columns of the keys,
+            which are then stored and read once (the absorbed form of DeepSeek's latent attention, 576 and 512).
+        cache_lengths: how many tokens each row has before this call: (B,) int32 or int64, or one number.
+        k, v: new keys (B, Hkv, new, D) and values, written behind each row's last token. v is None where v_cache
+            is.
+        cache_starts: (B,), how many of each row's first keys are hidden, as with left padding; or one number.
+        block_table: (B, most pages) int32 or int64: token t of a row lies in page block_table[row, t // page].
+            Entries that no token of the row needs are not read.
+        cos, sin, interleaved: rotary embedding of q and of the new keys at their positions, as `prepare_heads`
+            takes it: tables (positions, W/2), or (B, Lq, W/2), a row for each query and new key.
+        causal, window: counted from each query's diagonal, which stands at the key of its own position.
+        tree_mask: bool (Lq, M) or (B, Lq, M): which of a row's last M keys each query sees, beside causal and
+            window. For trees of speculated tokens, M is the number of new tokens.
+        scale, softcap, precision: as `attention`'s; a scale is one number. alibi_slopes, sinks: (Hq,) or (B, Hq).
+        value_width: see v_cache; by default D.
+        check: also check on a GPU, which then waits, that lengths and page numbers are within bounds; and on any
+            device that no two rows write to one place. On a CPU lengths and page numbers are always checked. Where
+            they are not, a wrong one gives NaN in its row, and nothing is written for it.
+        backend: as `attention`'s.
+
+    Returns:
+        out (B, Hq, Lq, Dv) in q's dtype, laid out (B, Lq, Hq, Dv); with `return_lse` also the log-sum-exp of each
+        row of scores (B, Hq, Lq) in nats, fp32 (fp64 for fp64). A query that sees no key gives 0 and -inf, or the
+        sink's score.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what was expected, before anything is written. A
+            call that would need a gradient is refused.
+
+    Example:
+        >>> k_cache, v_cache = torch.zeros(2, 1, 2, 128, 64)
+        >>> q, k, v = torch.randn(1, 8, 1, 64), torch.randn(1, 2, 1, 64), torch.randn(1, 2, 1, 64)
+        >>> attention_with_cache(q, k_cache, v_cache, k=k, v=v, cache_lengths=torch.tensor([5])).shape
+        torch.Size([1, 8, 1, 64])
+
+    Source: pages: Kwon et al., Efficient Memory Management for Large Language Model Serving with PagedAttention
+    (2023), section 4; keys split over programs: Dao et al., Flash-Decoding (2023); trees: Miao et al., SpecInfer
+    (2024), section 4; latent attention: DeepSeek-V2 (2024), section 2.1.
+    """
+    if unknown:
+        refuse_keywords("attention_with_cache", unknown)
+    tensors = Given(
+        q,
+        k_cache,
+        v_cache,
+        k,
+        v,
+        cache_lengths,
+        cache_starts,
+        block_table,
+        alibi_slopes,
+        sinks,
+        tree_mask,
+        cos,
+        sin,
+    )
+    options = (
+        causal, scale, window, softcap, value_width, precision, return_lse, check, interleaved, backend,
+        type(cache_starts) is int,
+    )  # fmt: skip
+    key = plans.key([t if isinstance(t, Tensor) else None for t in tensors], options)
+    plan = PLANS.find(key)
+    if plan is None:
+        plan = CachePlan.of(tensors.under_autocast(), *options[:-1])
+        PLANS.keep(key, plan)
+    out, lse = plan(tensors.under_autocast() if key is None else tensors, watched=key is None)
+    return (out, lse) if plan.return_lse else out
+
+
+class Given(NamedTuple):
+    """The tensors of a call, as they were given."""
+
+    q: Tensor
+    k_cache: Tensor
+    v_cache: Tensor | None
+    k: Tensor | None
+    v: Tensor | None
+    cache_lengths: int | Tensor | Sequence[int]
+    cache_starts: int | Tensor | Sequence[int] | None
+    block_table: Tensor | None
+    alibi_slopes: Tensor | None
+    sinks: Tensor | None
+    tree_mask: Tensor | None
+    cos: Tensor | None
+    sin: Tensor | None
+
+    def under_autocast(self) -> Given:
+        """With queries and new tokens in autocast's dtype. The caches stay as they are, since they are written."""
+        q, k, v = autocast(self.q, self.k, self.v)
+        return self._replace(q=q, k=k, v=v)
+
+    @property
+    def new(self) -> int:
+        """How many tokens are written."""
+        return 0 if self.k is None else self.k.shape[2]
+
+    def refuse_transforms(self) -> None:
+        """Refuse gradients, tangents and maps before anything is written."""
+        there = [t for t in self if isinstance(t, Tensor)]
+        wanted = plans.needs_gradient(*there)
+        if not torch.compiler.is_compiling():
+            if any(torch._C._functorch.is_batchedtensor(t) for t in there):
+                raise ValueError(operators.NO_MAP)
+            if forward_ad._current_level >= 0:
+                wanted = wanted or any(forward_ad.unpack_dual(t).tangent is not None for t in there)
+        if wanted:
+            raise ValueError(operators.NO_GRADIENT)
+
+    def converted(self) -> tuple[CacheTensors, Tensor]:
+        """What the operators take, and the position of each row's first new token."""
+        q = self.q
+        before = row_numbers("cache_lengths", self.cache_lengths, q)
+        starts = None if self.cache_starts is None else row_numbers("cache_starts", self.cache_starts, q)
+        slopes, sinks = by_head(self.alibi_slopes, q), by_head(self.sinks, q)
+        table = None if self.block_table is None else self.block_table.to(torch.int32)
+        tree = None if self.tree_mask is None else self.tree_mask.expand(q.shape[0], -1, -1)
+        return CacheTensors(before + self.new if self.new else before, starts, table, slopes, sinks, tree), before
+
+
+class CachePlan(NamedTuple):
+    """A call that was checked: what does not depend on the values of its tensors.
+
+    factor: by which queries are multiplied, so that the spec's scale can be positive; None for 1.
+    backend: the one that computes it.
+    """
+
+    spec: CacheSpec
+    factor: float | None
+    interleaved: bool
+    return_lse: bool
+    check: bool
+    backend: str
+
+    @classmethod
+    def of(
+        cls, given: Given, causal: Any, scale: Any, window: Any, softcap: Any, value_width: Any, precision: Any,
+        return_lse: Any, check: Any, interleaved: Any, backend: Any,
+    ) -> CachePlan:  # fmt: skip
+        q, storage = given.q, Storage(given.k_cache, given.v_cache)
+        width = check_queries(q, storage, value_width)
+        check_new(q, storage, given.k, given.v)
+        check_table(q, storage, given.block_table)
+        check_row_numbers("cache_lengths", given.cache_lengths, q)
+        check_row_numbers("cache_starts", given.cache_starts, q)
+        check_beside_scores(q, given.alibi_slopes, given.sinks, given.tree_mask)
+        check_rotation(q, given.k, given.cos, given.sin)
+        scores = attention_options(
+            q, causal=causal, scale=scale, window=window, softcap=softcap, precision=precision
+        )
+        given.refuse_transforms()
+        factor = None if scores.scale > 0 else -1.0 if scores.scale < 0 else 0.0
+        _, positive = positive_scale(q[:0], scores)
+        spec, backend = CacheSpec(positive, width), check_backend(backend)
+        return cls(
+            spec, factor, flag("interleaved", interleaved), flag("return_lse", return_lse), flag("check", check),
+            operators.chosen(q, storage, spec, backend),
+        )  # fmt: skip
+
+    def __call__(self, given: Given, watched: bool) -> tuple[Tensor, Tensor]:
+        """watched: somebody must see the operators."""
+        storage = Storage(given.k_cache, given.v_cache)
+        tensors, before = given.converted()
+        q, k = self.rotated(given, tensors, before)
+        q = q if self.factor is None else q * self.factor
+        if not watched:
+            if k is not None:
+                operators.append(storage, k, given.v, tensors, self.check, self.backend)
+            return operators.attend(q, storage, self.spec, tensors, self.check, self.backend)
+        if k is not None:
+            torch.ops.fastattn.cache_append(
+                *storage, k, given.v, tensors.lengths, tensors.block_table, self.check, self.backend
+            )
+        return torch.ops.fastattn.cache_attention(
+            q, *storage, *tensors, *self.spec.options, self.check, self.backend
+        )
+
+    def rotated(self, given: Given, tensors: CacheTensors, before: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The queries and the new keys, turned as their positions say."""
+        q, k, cos, sin = given.q, given.k, given.cos, given.sin
+        if cos is None or sin is None:
+            return q, k
+        tables: dict[str, Any] = {"cos": cos, "sin": sin, "interleaved": self.interleaved}
+        if cos.dim() == 3:
+            return prepare_heads(q, **tables), None if k is None else prepare_heads(k, **tables)
+        check_positions(cos, tensors.lengths)
+        q = prepare_heads(q, offsets=tensors.lengths - q.shape[2], **tables)
+        return q, None if k is None else prepare_heads(k, offsets=before, **tables)
+
+
+PLANS: plans.Plans[CachePlan] = plans.Plans("attention_with_cache")

@@ -1,0 +1,481 @@
+"""Attention with a cache computes what attention computes of the same keys and values without one.
+
+The tests keep each row's tokens in plain tensors beside the cache, and compare with `fastattn.attention`'s
+definition of every row alone, in float64.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from hardware import DEVICE
+from hypothesis import given
+from hypothesis import strategies as st
+from tolerance import assert_as_exact_as_eager
+from torch import Tensor
+from torch.autograd import forward_ad
+
+import fastattn
+from fastattn import attention_with_cache
+from fastattn.core.attention import definition
+from fastattn.core.attention.spec import AttentionSpec, ScoreTensors
+
+BACKENDS = ("portable", "reference")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A call: the lengths before it, sizes, and what else it asks for."""
+
+    lengths: tuple[int, ...] = (5, 0, 37)
+    new: int = 1
+    heads: int = 4
+    key_heads: int = 2
+    width: int = 16
+    value_width: int = 16
+    capacity: int = 48
+    page: int | None = None
+    queries: int | None = None  # None: as many as new tokens
+    layout: str = "heads first"  # or "tokens first"
+    dtype: torch.dtype = torch.float32
+    causal: bool = True
+    window: tuple[int | None, int | None] | None = None
+    scale: float | None = None
+    softcap: float = 0.0
+    alibi: bool = False
+    sinks: bool = False
+    tree: int = 0  # columns of the tree mask
+    starts: tuple[int, ...] | None = None
+    rotated: int = 0  # components
+    interleaved: bool = False
+    absorbed: bool = False  # values are columns of the keys
+
+    @property
+    def lq(self) -> int:
+        return self.new if self.queries is None else self.queries
+
+
+class Cache:
+    """A cache, filled with NaN but for the rows' tokens, and beside it these tokens as plain tensors."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem, batch = problem, len(problem.lengths)
+        self.old, self.new = self.drawn(max(problem.lengths, default=0)), self.drawn(problem.new)
+        self.q = torch.randn(batch, problem.heads, problem.lq, problem.width, dtype=problem.dtype, device=DEVICE)
+        page = problem.page or problem.capacity
+        per_row = -(-problem.capacity // page)
+        count = batch * per_row + (3 if problem.page else 0)
+        self.table = torch.randperm(count)[: batch * per_row].view(batch, per_row).to(DEVICE)
+        if not problem.page:
+            self.table = torch.arange(batch, device=DEVICE)[:, None]
+        self.caches = [None if t is None else self.stored(t, count, page) for t in self.old]
+        # Entries that no token needs may hold anything.
+        ends = torch.tensor([n + problem.new for n in problem.lengths])
+        unused = torch.arange(per_row) * page >= ends[:, None]
+        self.given_table = self.table.int().masked_fill(unused.to(DEVICE), 10**9) if problem.page else None
+
+    def drawn(self, tokens: int) -> list[Tensor | None]:
+        p = self.problem
+        shape = len(p.lengths), p.key_heads, tokens
+        k = torch.randn(*shape, p.width, dtype=p.dtype, device=DEVICE)
+        return [k, None if p.absorbed else torch.randn(*shape, p.value_width, dtype=p.dtype, device=DEVICE)]
+
+    def stored(self, old: Tensor, count: int, page: int) -> Tensor:
+        heads, width = old.shape[1], old.shape[3]
+        cache = torch.full((count, heads, page, width), float("nan"), dtype=old.dtype, device=DEVICE)
+        if self.problem.layout == "tokens first":
+            cache = cache.transpose(1, 2).contiguous().transpose(1, 2)
+        for row, length in enumerate(self.problem.lengths):
+            for t in range(length):
+                cache[self.table[row, t // page], :, t % page] = old[row, :, t]
+        return cache
+
+    def arguments(self) -> dict[str, Any]:
+        p = self.problem
+        given: dict[str, Any] = {
+            "cache_lengths": torch.tensor(p.lengths, dtype=torch.int32, device=DEVICE),
+            "block_table": self.given_table, "causal": p.causal, "window": p.window, "softcap": p.softcap,
+            "scale": p.scale,
+        }  # fmt: skip
+        if p.new:
+            given |= {"k": self.new[0], "v": self.new[1]}
+        if p.absorbed:
+            given["value_width"] = p.value_width
+        if p.starts is not None:
+            given["cache_starts"] = torch.tensor(p.starts, device=DEVICE)
+        torch.manual_seed(1)
+        if p.alibi:
+            given["alibi_slopes"] = torch.rand(p.heads, device=DEVICE)
+        if p.sinks:
+            given["sinks"] = torch.randn(len(p.lengths), p.heads, device=DEVICE)
+        if p.tree:
+            given["tree_mask"] = torch.rand(len(p.lengths), p.lq, p.tree, device=DEVICE) < 0.6
+        if p.rotated:
+            angles = torch.rand(p.capacity, p.rotated // 2, device=DEVICE) * 6
+            given |= {"cos": angles.cos(), "sin": angles.sin(), "interleaved": p.interleaved}
+        return given
+
+    def expected(self, dtype: torch.dtype, arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Each row by the definition of attention, in this dtype."""
+        rows = [self.expected_row(row, dtype, arguments) for row in range(len(self.problem.lengths))]
+        return torch.cat([out for out, _ in rows]), torch.cat([lse for _, lse in rows])
+
+    def tokens(self, row: int, arguments: dict[str, Any]) -> list[Tensor]:
+        """All keys and values of a row after the call, the new ones rotated."""
+        p, length = self.problem, self.problem.lengths[row]
+        new = [None if t is None else t[row : row + 1] for t in self.new]
+        new[0] = rotated(new[0], length, arguments)
+        k, v = (None if o is None else torch.cat((o[row : row + 1, :, :length], n), 2)
+                for o, n in zip(self.old, new, strict=True))  # fmt: skip
+        return [k, k[..., : p.value_width] if v is None else v]
+
+    def expected_row(self, row: int, dtype: torch.dtype, arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        p = self.problem
+        k, v = (t.to(dtype) for t in self.tokens(row, arguments))
+        q = rotated(self.q[row : row + 1], k.shape[2] - p.lq, arguments).to(dtype)
+        work = torch.float64 if dtype == torch.float64 else torch.float32
+        seen = torch.ones(p.lq, k.shape[2], dtype=torch.bool, device=DEVICE)
+        if p.starts is not None:
+            seen[:, : p.starts[row]] = False
+        if p.tree:
+            for i, j in itertools.product(range(p.lq), range(p.tree)):
+                if k.shape[2] - p.tree + j >= 0:
+                    seen[i, k.shape[2] - p.tree + j] &= arguments["tree_mask"][row, i, j]
+        slopes, sinks = arguments.get("alibi_slopes"), arguments.get("sinks")
+        tensors = ScoreTensors(
+            alibi_slopes=None if slopes is None else slopes.to(work)[None],
+            sinks=None if sinks is None else sinks[row : row + 1].to(work),
+            bias=seen[None, None],
+        )
+        scale = p.width**-0.5 if p.scale is None else p.scale
+        spec = AttentionSpec(p.causal, scale, p.window or (None, None), p.softcap)
+        return definition.attention(q, k, v, spec, tensors)
+
+
+def rotated(x: Tensor, position: int, arguments: dict[str, Any]) -> Tensor:
+    """By single rows: x (1, H, L, D), its first row at this position."""
+    if "cos" not in arguments:
+        return x
+    last = arguments["cos"].shape[0] - 1
+    at = (position + torch.arange(x.shape[2], device=DEVICE)).clamp(0, last)
+    cos, sin = arguments["cos"][at][None], arguments["sin"][at][None]
+    return fastattn.prepare_heads(x, cos=cos, sin=sin, interleaved=arguments["interleaved"], backend="reference")
+
+
+def check(problem: Problem, backend: str) -> None:
+    torch.manual_seed(0)
+    cache = Cache(problem)
+    given = cache.arguments()
+    out, lse = attention_with_cache(cache.q, *cache.caches, **given, return_lse=True, backend=backend)
+    exact, eager = cache.expected(torch.float64, given), cache.expected(problem.dtype, given)
+    for found, right, plain in zip((out, lse), exact, eager, strict=True):
+        assert_as_exact_as_eager(found, right, plain)
+    # The new tokens are in the cache, and nothing else was touched.
+    page = problem.page or problem.capacity
+    old = [None if t is None else cache.stored(t, len(cache.caches[0]), page) for t in cache.old]
+    for row, length in enumerate(problem.lengths):
+        for t, now, before in zip(cache.tokens(row, given), cache.caches, old, strict=True):
+            if now is None or before is None:
+                continue
+            for at in range(length, length + problem.new):
+                torch.testing.assert_close(now[cache.table[row, at // page], :, at % page], t[0, :, at])
+                before[cache.table[row, at // page], :, at % page] = now[
+                    cache.table[row, at // page], :, at % page
+                ]
+    for now, before in zip(cache.caches, old, strict=True):
+        assert now is None or torch.equal(now.nan_to_num(9.0), before.nan_to_num(9.0))
+
+
+PROBLEMS = {
+    "one query": Problem(),
+    "one query, every head its own keys": Problem(key_heads=4),
+    "one query, pages": Problem(page=16),
+    "pages of tokens first": Problem(page=16, layout="tokens first", new=3),
+    "pages of three": Problem(page=3, new=5),
+    "tokens first": Problem(layout="tokens first", new=2),
+    "nothing new": Problem(new=0, queries=1, lengths=(5, 0, 48)),
+    "several queries, nothing new": Problem(new=0, queries=4, lengths=(5, 2, 48)),
+    "more queries than new tokens": Problem(new=1, queries=4, page=16),
+    "a chunk": Problem(new=11, lengths=(5, 0, 37), page=16),
+    "equal lengths": Problem(lengths=(17, 17), new=1),
+    "equal lengths, a chunk": Problem(lengths=(17, 17), new=5),
+    "not causal": Problem(new=3, causal=False),
+    "window, one query": Problem(window=(7, None), page=16),
+    "window of two sides": Problem(new=5, causal=False, window=(7, 2)),
+    "window of nothing else": Problem(new=2, window=(0, None)),
+    "soft cap, one query": Problem(softcap=2.0, page=16),
+    "soft cap": Problem(softcap=2.0, new=3),
+    "ALiBi, one query": Problem(alibi=True),
+    "ALiBi and sinks": Problem(alibi=True, sinks=True, new=4, page=16, window=(9, None)),
+    "sinks, one query": Problem(sinks=True, lengths=(5, 0, 30)),
+    "a sink alone": Problem(sinks=True, lengths=(5, 0, 30), new=0, queries=1),
+    "scale": Problem(scale=0.7),
+    "negative scale": Problem(scale=-0.7, new=2),
+    "scale of zero": Problem(scale=0.0, new=2),
+    "tree": Problem(tree=6, new=6, page=16),
+    "tree, one query": Problem(tree=3, new=1),
+    "tree wider than a row": Problem(tree=9, new=2, lengths=(3, 0, 37), causal=False),
+    "starts": Problem(starts=(2, 0, 40), new=2),
+    "starts, one query, pages": Problem(starts=(2, 1, 30), page=16),
+    "starts behind everything": Problem(starts=(6, 1, 38), new=1),
+    "rotary": Problem(rotated=16, new=3, page=16),
+    "rotary, interleaved and partial": Problem(rotated=8, interleaved=True),
+    "rotary, more queries than new tokens": Problem(rotated=8, new=1, queries=3),
+    "rotary, nothing new": Problem(rotated=8, new=0, queries=2, lengths=(5, 2, 37)),
+    "absorbed": Problem(absorbed=True, key_heads=1, width=24, value_width=16, page=16),
+    "absorbed, a chunk": Problem(absorbed=True, key_heads=1, width=24, value_width=16, new=4),
+    "values of their own width": Problem(value_width=24, page=16),
+    "half precision": Problem(dtype=torch.float16, page=16, new=2),
+    "bfloat16": Problem(dtype=torch.bfloat16),
+    "float64": Problem(dtype=torch.float64, new=2),
+    "everything": Problem(
+        alibi=True, sinks=True, new=4, page=16, window=(20, None), softcap=3.0, tree=4, starts=(1, 0, 5),
+        rotated=16,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_it_is_attention_of_each_row_alone(name: str, backend: str) -> None:
+    check(PROBLEMS[name], backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("batch, heads, queries", [(0, 4, 1), (2, 0, 1), (2, 4, 0)])
+def test_a_call_of_nothing_gives_nothing(batch: int, heads: int, queries: int, backend: str) -> None:
+    cache = torch.zeros(2, batch, heads // 2, 8, 16, device=DEVICE)
+    q, new = torch.randn(batch, heads, queries, 16), torch.randn(batch, heads // 2, queries, 16)
+    out = attention_with_cache(q.to(DEVICE), *cache, k=new, v=new, cache_lengths=3, backend=backend)
+    assert out.shape == (batch, heads, queries, 16)
+
+
+def test_pages_that_are_copied_piece_by_piece_are_merged_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastattn.core.cache import portable
+
+    monkeypatch.setattr(portable, "COPIED", 16 * 2 * 16)
+    for problem in (Problem(page=16), Problem(page=3, window=(20, None)), Problem(page=16, starts=(2, 0, 20))):
+        check(problem, "portable")
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> Problem:
+    new = draw(st.integers(0, 5))
+    capacity = draw(st.sampled_from([16, 40]))
+    lengths = draw(st.lists(st.integers(0, capacity - new), min_size=1, max_size=4))
+    key_heads = draw(st.sampled_from([1, 2]))
+    side = st.one_of(st.none(), st.integers(0, 12))
+    return Problem(
+        lengths=tuple(lengths), new=new, queries=draw(st.sampled_from([None, 1, 3])) if new else 2,
+        heads=key_heads * draw(st.sampled_from([1, 3])), key_heads=key_heads, width=draw(st.sampled_from([8, 20])),
+        value_width=draw(st.sampled_from([8, 20])), capacity=capacity, page=draw(st.sampled_from([None, 5, 16])),
+        layout=draw(st.sampled_from(["heads first", "tokens first"])), causal=draw(st.booleans()),
+        window=draw(st.one_of(st.none(), st.tuples(side, side))), softcap=draw(st.sampled_from([0.0, 2.0])),
+        alibi=draw(st.booleans()), sinks=draw(st.booleans()), tree=draw(st.sampled_from([0, 0, 4])),
+        starts=draw(st.one_of(st.none(), st.tuples(*(st.integers(0, capacity) for _ in lengths)))),
+    )  # fmt: skip
+
+
+@given(problems())
+def test_any_call_is_attention_of_each_row_alone(problem: Problem) -> None:
+    check(problem, "portable")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("queries", [1, 3])
+def test_the_bits_of_a_row_do_not_depend_on_the_batch(queries: int, dtype: torch.dtype) -> None:
+    """Beside rows of its own length or of others, alone or in a larger cache."""
+    lengths = torch.tensor([700, 700, 3, 1100])
+    q = torch.randn(4, 8, queries, 64, dtype=dtype)
+    k_cache, v_cache = torch.randn(2, 4, 2, 1100, 64, dtype=dtype)
+    together = attention_with_cache(q, k_cache, v_cache, cache_lengths=lengths)
+    for b in range(4):
+        alone = attention_with_cache(
+            q[b : b + 1], k_cache[b : b + 1], v_cache[b : b + 1], cache_lengths=lengths[b : b + 1]
+        )
+        assert torch.equal(alone[0], together[b]), b
+
+
+# ---- what is refused, before anything is written ----
+
+
+def call(**changed: Any) -> Tensor:
+    q, k, v = torch.randn(2, 4, 3, 16), torch.randn(2, 2, 3, 16), torch.randn(2, 2, 3, 16)
+    cache = torch.full((2, 6, 2, 16, 16), 7.0)
+    given: dict[str, Any] = {
+        "q": q, "k_cache": cache[0], "v_cache": cache[1], "k": k, "v": v, "cache_lengths": torch.tensor([1, 20]),
+        "block_table": torch.tensor([[0, 5], [3, 1]]),
+    }  # fmt: skip
+    given |= changed
+    try:
+        return attention_with_cache(**given)
+    except BaseException:
+        assert bool((cache == 7.0).all()), "the cache was touched"
+        raise
+
+
+T = torch.tensor
+WRONG = (
+    ({"cache_lengths": T([1, 30])}, ValueError, r"cache_lengths must be at most 29 with 3 new tokens, got 30"),
+    ({"cache_lengths": T([1, 33]), "k": None, "v": None}, ValueError, r"cache_lengths must be at most 32, got 33"),
+    ({"cache_lengths": T([1, -1])}, ValueError, r"cache_lengths must not be negative, got -1"),
+    ({"cache_lengths": -7}, ValueError, r"cache_lengths must not be negative, got -1"),
+    ({"cache_lengths": T([1.0, 2.0])}, TypeError, r"cache_lengths must be int32 or int64, got torch.float32"),
+    ({"cache_lengths": T([1, 2, 3])}, ValueError, r"cache_lengths must have shape \(2,\) or \(\), got \(3,\)"),
+    ({"cache_lengths": [1, 2.5]}, TypeError, r"cache_lengths must be a tensor or a sequence of integers"),
+    ({"cache_lengths": 1.5}, TypeError, r"cache_lengths must be an integer, a tensor or a sequence of integers"),
+    ({"cache_starts": "two"}, TypeError, r"cache_starts must be"),
+    ({"block_table": T([[0, 6], [3, 1]]), "cache_lengths": 20}, ValueError,
+     r"block_table must list pages from 0 to 5 for all tokens of a row, got 6 at \[0, 1\]"),
+    ({"block_table": T([[0, 5], [-1, 1]])}, ValueError, r"block_table .* got -1 at \[1, 0\]"),
+    ({"block_table": T([[0, 5], [0, 5]]), "cache_lengths": 3, "check": True}, ValueError,
+     r"block_table must not give two rows the same page to write to"),
+    ({"block_table": T([[0, 5]])}, ValueError, r"block_table must have shape \(2, most pages\), got \(1, 2\)"),
+    ({"block_table": T([[0.0, 5.0]])}, ValueError, r"block_table must have shape"),
+    ({"block_table": T([[0, 5], [3, 1]]).short()}, TypeError, r"block_table must be int32 or int64, got torch"),
+    ({"block_table": None}, ValueError, r"k_cache must have q's batch size 2, or a block_table .*; got 6"),
+    ({"q": torch.randn(2, 3, 3, 16)}, ValueError, r"q's heads must be a multiple of k_cache's heads 2, got 3"),
+    ({"q": torch.randn(2, 4, 3, 8)}, ValueError, r"q must have k_cache's head width 16, at least 1; got 8"),
+    ({"q": torch.randn(2, 4, 16)}, ValueError, r"q must have shape \(batch, heads, length, width\), got"),
+    ({"q": torch.randn(2, 4, 3, 16).half()}, TypeError, r"k_cache must have q's dtype torch.float16, got"),
+    ({"k": torch.randn(2, 2, 3, 16).double()}, TypeError, r"k must have k_cache's dtype torch.float32, got"),
+    ({"k": torch.randn(2, 1, 3, 16)}, ValueError, r"k must have shape \(2, 2, new tokens, 16\), got"),
+    ({"v": None}, ValueError, r"k must come with v, got k alone"),
+    ({"k": None}, ValueError, r"v must come with k, got v alone"),
+    ({"v": torch.randn(2, 2, 4, 16)}, ValueError, r"v must have as many new tokens as k, 3; got 4"),
+    ({"v_cache": None}, ValueError, r"v must be None where v_cache is None"),
+    ({"v_cache": torch.randn(5, 2, 16, 16)}, ValueError, r"v_cache must have k_cache's shape"),
+    ({"value_width": 8}, ValueError, r"value_width must be None unless v_cache is None"),
+    ({"v_cache": None, "v": None, "value_width": 17}, ValueError, r"value_width must be at most k_cache's"),
+    ({"tree_mask": torch.ones(3, 3)}, TypeError, r"tree_mask must be bool"),
+    ({"tree_mask": torch.ones(2, 3, dtype=torch.bool)}, ValueError, r"tree_mask must have shape \(3, M\) or"),
+    ({"alibi_slopes": torch.ones(3)}, ValueError, r"alibi_slopes must have shape \(4,\) or \(2, 4\), got \(3,\)"),
+    ({"sinks": torch.ones(4, dtype=torch.int64)}, TypeError, r"sinks must be float16"),
+    ({"cos": torch.ones(40, 8)}, ValueError, r"cos and sin must come together, got cos alone"),
+    ({"cos": torch.ones(22, 8), "sin": torch.ones(22, 8)}, ValueError,
+     r"cos must have a row for every position, 23 for these lengths; got 22"),
+    ({"cos": torch.ones(40, 9), "sin": torch.ones(40, 9)}, ValueError, r"cos must have shape \(positions"),
+    ({"scale": float("inf")}, ValueError, r"scale must be finite"),
+    ({"window": -1}, ValueError, r"window must not be negative"),
+    ({"softcap": -1.0}, ValueError, r"softcap must be positive"),
+    ({"causal": 1}, TypeError, r"causal must be a bool"),
+    ({"check": "yes"}, TypeError, r"check must be a bool"),
+    ({"softmax_scale": 1.0}, TypeError, r"unexpected keyword argument 'softmax_scale'; it is called scale= here"),
+    ({"backend": "fast"}, ValueError, r"backend must be one of"),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("changed, kind, words", WRONG, ids=[str(i) for i in range(len(WRONG))])
+def test_bad_input_is_refused_and_the_cache_is_not_touched(changed: dict, kind: type, words: str) -> None:
+    with pytest.raises(kind, match=words):
+        call(**changed)
+
+
+def test_the_call_that_the_refusals_change_is_right() -> None:
+    assert call().shape == (2, 4, 3, 16)
+
+
+def test_a_refused_call_is_refused_again_after_a_right_one() -> None:
+    """A call that was seen before is not checked again, but for its values."""
+    call()
+    with pytest.raises(ValueError, match="cache_lengths must be at most 29"):
+        call(cache_lengths=T([1, 30]))
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v", "k_cache", "sinks"])
+def test_gradients_through_the_cache_are_refused(name: str) -> None:
+    shape = {"q": (2, 4, 3, 16), "k_cache": (6, 2, 16, 16), "sinks": (4,)}.get(name, (2, 2, 3, 16))
+    learned = torch.zeros(shape, requires_grad=True)
+    with pytest.raises(ValueError, match="computes no gradients, but one is asked for"):
+        call(**{name: learned})
+    with torch.no_grad():
+        call(**{name: learned})
+
+
+def test_gradients_of_transforms_are_refused() -> None:
+    q = torch.randn(2, 4, 3, 16)
+    with pytest.raises(ValueError, match="computes no gradients"):
+        torch.func.grad(lambda x: call(q=x).sum())(q)
+    with forward_ad.dual_level(), pytest.raises(ValueError, match="computes no gradients"):
+        call(q=forward_ad.make_dual(q, q))
+    with pytest.raises(ValueError, match="cannot be mapped"):
+        torch.func.vmap(lambda x: call(q=x), randomness="same")(q[None])
+
+
+def test_a_backward_through_the_operator_itself_is_refused() -> None:
+    q, cache = torch.randn(1, 2, 1, 8, requires_grad=True), torch.randn(1, 2, 4, 8)
+    out, _ = torch.ops.fastattn.cache_attention(
+        q, cache, cache, T([3], dtype=torch.int32), None, None, None, None, None, 8, True, 1.0, None, None, 0.0,
+        "ieee", False, "portable",
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="computes no gradients"):
+        out.sum().backward()
+
+
+# ---- compilers ----
+
+
+def test_the_operators_pass_pytorch_s_own_checks() -> None:
+    cache = torch.randn(2, 5, 2, 16, 8)
+    k, table, lengths = (
+        torch.randn(2, 2, 3, 8),
+        T([[0, 4], [2, 1]], dtype=torch.int32),
+        T([4, 20], dtype=torch.int32),
+    )
+    tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(
+        torch.ops.fastattn.cache_append, (*cache, k, k, lengths, table, False, "portable"), test_utils=tests
+    )
+    torch.library.opcheck(
+        torch.ops.fastattn.cache_append,
+        (cache[0], None, k, None, lengths, table, False, "portable"),
+        test_utils=tests,
+    )
+    torch.library.opcheck(
+        torch.ops.fastattn.cache_attention,
+        (torch.randn(2, 4, 3, 8), *cache, lengths, None, table, None, None, None, 8, True, 0.3, None, None, 0.0,
+         "ieee", False, "portable"), test_utils=tests,
+    )  # fmt: skip
+
+
+def test_a_compiled_decoding_step_writes_in_place_and_gives_the_same() -> None:
+    table = T([[0, 4], [2, 1]], dtype=torch.int32)
+    angles = torch.rand(32, 4)
+    start = torch.randn(2, 5, 2, 16, 8)
+
+    def step(q: Tensor, k: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        out = attention_with_cache(
+            q, k_cache, v_cache, k=k, v=k, cache_lengths=lengths, block_table=table, cos=angles.cos(),
+            sin=angles.sin(), sinks=torch.ones(4),
+        )  # fmt: skip
+        return out, lengths + 1
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    caches, others = start.clone(), start.clone()
+    lengths = others_lengths = T([4, 20], dtype=torch.int32)
+    with torch.no_grad():
+        for _ in range(3):
+            q, k = torch.randn(2, 4, 1, 8), torch.randn(2, 2, 1, 8)
+            expected, lengths = step(q, k, *caches, lengths)
+            out, others_lengths = compiled(q, k, *others, others_lengths)
+            torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(others, caches)
+    assert not torch.equal(others, start)
+
+
+def test_a_compiled_call_refuses_lengths_beyond_the_capacity() -> None:
+    compiled = torch.compile(lambda n: call(cache_lengths=n), fullgraph=False, backend="eager")
+    with pytest.raises(ValueError, match="cache_lengths must be at most 29 with 3 new tokens, got 30"):
+        compiled(T([1, 30]))
+
+
+def test_under_autocast_queries_and_new_tokens_take_the_cache_s_dtype() -> None:
+    cache = torch.zeros(2, 1, 2, 16, 16, dtype=torch.bfloat16)
+    q, k = torch.randn(1, 4, 1, 16), torch.randn(1, 2, 1, 16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = attention_with_cache(q, *cache, k=k, v=k, cache_lengths=3)
+    assert out.dtype == torch.bfloat16 and torch.equal(cache[0, 0, :, 3], k[0, :, 0].bfloat16())
