@@ -46,7 +46,7 @@ __all__ = [
 ]
 
 # Imported when they are first asked for.
-_LATER = ("integrations",)
+_LATER = ("distributed", "integrations")
 
 
 def __getattr__(name: str) -> Any:

@@ -20,6 +20,7 @@ MODULES = (
     "fastattn.lens",
     "fastattn.flash_attn",
     "fastattn.integrations.huggingface",
+    "fastattn.distributed",
 )
 LISTED = Path(__file__).with_name("public_api.txt")
 

@@ -37,6 +37,7 @@ FLOORS = (
     ("flash_attn", "integrations", "integrations.*"),
     ("nn", "nn.*"),
     ("dropin", "dropin.*"),
+    ("distributed", "distributed.*"),
     ("lens", "lens.*"),
     ("fastattn",),
     ("measuring", "measuring.*"),

@@ -122,6 +122,8 @@ import sys, fastattn
 assert fastattn.flash_attn.flash_attn_func and fastattn.integrations and fastattn.lens.head_scores
 assert "integrations" in dir(fastattn) and not hasattr(fastattn, "flash_atn")
 assert "transformers" not in sys.modules
+assert "fastattn.distributed" not in sys.modules and "torch.distributed.tensor" not in sys.modules
+assert fastattn.distributed.layout
 """
     run(sys.executable, "-c", program, cwd=CHECKOUT)
 

@@ -279,14 +279,14 @@ def _lower(mask: Mask, shape: Shape, closed_forms: bool) -> Lowered:
         return Lowered(shape, left, right, _key_lengths(mask, shape))
     home = shape._replace(device=mask.lowers_on(shape.device))
     intervals = mask.intervals(home) if closed_forms else None
-    both_ways = None if intervals is None else _both_ways(intervals, home)
-    lists = build_lists(mask, home) if both_ways is None else None
+    two_ways = None if intervals is None else both_ways(intervals, home)
+    lists = build_lists(mask, home) if two_ways is None else None
     lengths = _key_lengths(mask, home)
-    lowered = Lowered(home, key_lengths=lengths, intervals=both_ways, lists=lists, bounds=mask.bounds(home))
+    lowered = Lowered(home, key_lengths=lengths, intervals=two_ways, lists=lists, bounds=mask.bounds(home))
     return lowered.to(shape.device)
 
 
-def _both_ways(intervals: Intervals, shape: Shape) -> Tensor | None:
+def both_ways(intervals: Intervals, shape: Shape) -> Tensor | None:
     """The interval of keys for each query, then of queries for each key: int32 (1 or B, 2, Lq + Lk). None if the
     intervals move backward anywhere: then the queries that see a key may not form one interval."""
     start = intervals.start.clamp(0, shape.keys)

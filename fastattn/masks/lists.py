@@ -319,14 +319,18 @@ class Lowered:
     @reading
     def visited_granules(self) -> int:
         """How many granules the kernels visit, over batch and heads."""
+        return int(self.visited_by_row.sum())
+
+    @property
+    @reading
+    def visited_by_row(self) -> Tensor:
+        """How many granules the kernels visit for each row of granules, over batch and heads: int64 (R,)."""
         if self.lists is None:
             start, stop = self._interval(GRANULE)
             visited = torch.where(stop > start, -(-stop // GRANULE) - start // GRANULE, 0)
-            return int(visited.sum()) * self._repetitions
-        full, partial = self._entries
-        return sum(
-            int(times) * (int(full[p]) + partial[p][1] - partial[p][0]) for p, times in enumerate(self._uses)
-        )
+            return visited.sum(0) * self._repetitions
+        visited = (self.lists.full_offsets.diff() + self.lists.partial_offsets.diff()).long()
+        return (visited * torch.tensor(self._uses, device=visited.device)[:, None]).sum(0)
 
     @property
     def ideal_granules(self) -> float:

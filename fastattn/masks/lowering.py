@@ -89,13 +89,51 @@ def build_lists(mask: Lowerable, shape: Shape) -> BlockLists:
     full = _joined([full for full, _ in distinct], shape)
     partial = _joined([partial for _, partial in distinct], shape)
     keep = mask.repeats and bool((full.counts != 0).any() or (partial.counts != 0).any())
-    full_rows, partial_rows = (_by_row(e, len(distinct), shape, keep) for e in (full, partial))
-    full_columns, partial_columns = (_by_column(e, len(distinct), shape, keep) for e in (full, partial))
     which = torch.tensor(pattern, dtype=torch.int32, device=shape.device).view(batch, heads)
+    return _assembled(full, partial, bit_tiles, which, len(distinct), shape, keep)
+
+
+def _assembled(
+    full: _Entries, partial: _Entries, bit_tiles: Tensor, pattern: Tensor, patterns: int, shape: Shape, keep: bool
+) -> BlockLists:
+    """The lists of these entries. keep: whether to keep their counts."""
+    full_rows, partial_rows = (_by_row(e, patterns, shape, keep) for e in (full, partial))
+    full_columns, partial_columns = (_by_column(e, patterns, shape, keep) for e in (full, partial))
     by_row, by_column = _fields(full_rows, partial_rows), _fields(full_columns, partial_columns)
     row_work = shared_out(full_rows.offsets, partial_rows.offsets)
     column_work = shared_out(full_columns.offsets, partial_columns.offsets)
-    return BlockLists._make((*by_row, *by_column, bit_tiles, which, *row_work, *column_work))
+    return BlockLists._make((*by_row, *by_column, bit_tiles, pattern, *row_work, *column_work))
+
+
+def cut(lists: BlockLists, rows: Tensor, columns: Tensor, shape: Shape, before: int = 0) -> BlockLists:
+    """The lists of some rows and columns of granules, as a mask of their own.
+
+    Args:
+        rows, columns: which of them remain, int64, ascending.
+        shape: of the result. Only its last row and column may have fewer than 64 tokens.
+        before: how many rows without any entry the result has before them.
+    """
+    patterns = lists.full_offsets.shape[0]
+
+    def those(offsets: Tensor, others: Tensor, tiles: Tensor | None, counts: Tensor | None) -> _Entries:
+        new_row = torch.full((offsets.shape[1] - 1,), -1, device=rows.device)
+        new_row[rows] = torch.arange(before, before + len(rows), device=rows.device)
+        new_column = torch.full((lists.column_full_offsets.shape[1] - 1,), -1, device=rows.device)
+        new_column[columns] = torch.arange(len(columns), device=rows.device)
+        own = torch.repeat_interleave(offsets.diff().flatten().long())
+        row, column = new_row[own % len(new_row)], new_column[others.long()]
+        cells = (own // len(new_row) * shape.rows + row) * shape.columns + column
+        remain = (row >= 0) & (column >= 0)
+        none = torch.zeros_like(cells)
+        tiles, counts = none if tiles is None else tiles.long(), none.float() if counts is None else counts
+        return _Entries(cells[remain], tiles[remain], counts[remain])
+
+    full = those(lists.full_offsets, lists.full_columns, None, lists.full_counts)
+    partial = those(lists.partial_offsets, lists.partial_columns, lists.partial_tiles, lists.partial_counts)
+    used, numbers = partial.tiles.unique(return_inverse=True)
+    partial = partial._replace(tiles=numbers)
+    keep = lists.full_counts is not None
+    return _assembled(full, partial, lists.bit_tiles[used], lists.pattern, patterns, shape, keep)
 
 
 def _granules(mask: Lowerable, shape: Shape, batch: int, head: int, tiles: _Tiles) -> tuple[_Entries, _Entries]:
