@@ -5,22 +5,36 @@ bottom-right; a window of -1 is unbounded. Gradients are always deterministic.
 
 With return_attn_probs they return (out, softmax_lse, None). The log-sum-exp is (batch, heads, queries), or (heads,
 tokens) if packed, and has a gradient. The third result, which holds the dropped weights in flash-attn, is not
-computed. Rows that see no key give 0 and a log-sum-exp of -inf, where flash-attn gives +inf.
+computed. Rows that see no key give 0 and a log-sum-exp of -inf, where flash-attn gives +inf. Functions of caches
+and of keys in pages are for inference, and compute no gradients.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastattn import masks
 from fastattn.core.attention.functional import attention
 from fastattn.core.attention.spec import check_scale
 from fastattn.core.attention.varlen import attention_varlen
+from fastattn.core.cache.functional import attention_with_cache
+from fastattn.core.cache.spec import (
+    Storage,
+    check_new,
+    check_positions,
+    check_queries,
+    check_rotation,
+    check_row_numbers,
+    row_numbers,
+)
+from fastattn.core.heads.functional import prepare_heads
 from fastattn.ground import arguments
-from fastattn.ground.checks import check_floating, check_same
+from fastattn.ground.checks import check_beside, check_floating, check_same
 
 Result = Tensor | tuple[Tensor, Tensor, None]
 
@@ -111,19 +125,20 @@ def flash_attn_varlen_func(
     deterministic: bool = False,
     return_attn_probs: bool = False,
     block_table: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    num_splits: int | None = None,
 ) -> Result:
     """`fastattn.attention_varlen` of packed q (total queries, Hq, D), k and v (total keys, Hkv, D or Dv).
 
     alibi_slopes: (Hq,) or (sequences, Hq).
-    block_table: must be None; paged keys are not supported.
+    block_table: (sequences, most pages): k and v are pages (pages, page, Hkv, D or Dv); no gradient, no dropout.
+    seqused_k, num_splits: as `fastattn.attention_varlen`'s.
     """
     return_attn_probs = _check_flags(deterministic, return_attn_probs)
-    if block_table is not None:
-        raise ValueError("block_table must be None: keys and values in pages are not supported, got a table")
     out, lse = attention_varlen(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
         **_options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes),
-        return_lse=True,
+        seqused_k=seqused_k, block_table=block_table, num_splits=num_splits, return_lse=True,
     )  # fmt: skip
     return _result(out, lse, return_attn_probs)
 
@@ -176,6 +191,116 @@ def flash_attn_varlen_qkvpacked_func(
         q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, dropout_p, softmax_scale, causal, window_size,
         softcap, alibi_slopes, deterministic, return_attn_probs,
     )  # fmt: skip
+
+
+def flash_attn_with_kvcache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    rotary_cos: Tensor | None = None,
+    rotary_sin: Tensor | None = None,
+    cache_seqlens: int | Tensor | None = None,
+    cache_batch_idx: Tensor | None = None,
+    cache_leftpad: Tensor | None = None,
+    block_table: Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Sequence[int] | Tensor = (-1, -1),
+    softcap: float = 0.0,
+    rotary_interleaved: bool = True,
+    alibi_slopes: Tensor | None = None,
+    num_splits: int = 0,
+    return_softmax_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`fastattn.attention_with_cache` of q (B, Lq, Hq, D): out (B, Lq, Hq, Dv), and with return_softmax_lse the
+    log-sum-exp (B, Hq, Lq). Computes no gradients.
+
+    k_cache, v_cache: (rows, capacity, Hkv, D or Dv), or pages (pages, page, Hkv, D or Dv) with a block_table.
+    k, v: new tokens (B, new, Hkv, D or Dv), written to the cache from cache_seqlens on, in place.
+    rotary_cos, rotary_sin: (positions, pairs). Turn k and q at the positions from cache_seqlens on; without causal
+        and window, all of q at the position cache_seqlens.
+    cache_seqlens: how many tokens are in the cache, (B,) or one number; None: it is full.
+    cache_batch_idx: (B,), the row of the cache that each row of q uses.
+    cache_leftpad: (B,), how many of a row's first keys are hidden.
+    block_table: (B, most pages), with pages of any size.
+    num_splits: without effect: keys are split at fixed places, whatever else is in the batch.
+    """
+    arguments.flag("rotary_interleaved", rotary_interleaved)
+    return_softmax_lse = arguments.flag("return_softmax_lse", return_softmax_lse)
+    arguments.integer("num_splits", num_splits, least=0)
+    shape = "(batch, length, heads, width)"
+    new = {name: t for name, t in (("k", k), ("v", v)) if t is not None}
+    _check_shape(4, shape, q=q, k_cache=k_cache, v_cache=v_cache, **new)
+    options = _options(0.0, softmax_scale, causal, window_size, softcap, alibi_slopes)
+    del options["dropout_p"]
+    if cache_seqlens is None:
+        if k is not None or block_table is not None:
+            raise ValueError("cache_seqlens must be given where there are new tokens or pages, got None")
+        cache_seqlens = k_cache.shape[1]
+    if cache_batch_idx is not None:
+        block_table = _rows_as_pages(q, k_cache, cache_batch_idx, block_table)
+    q, k_cache, v_cache = (t.transpose(1, 2) for t in (q, k_cache, v_cache))
+    k, v = (None if t is None else t.transpose(1, 2) for t in (k, v))
+    try:
+        if rotary_cos is not None or rotary_sin is not None:
+            check_queries(q, Storage(k_cache, v_cache), None)
+            check_new(q, Storage(k_cache, v_cache), k, v)
+            tables = {"cos": rotary_cos, "sin": rotary_sin, "interleaved": rotary_interleaved}
+            local = options["causal"] or options["window"] != (None, None)
+            q, k = _rotated(q, k, cache_seqlens, local, tables)
+        out, lse = attention_with_cache(
+            q, k_cache, v_cache, k=k, v=v, cache_lengths=cache_seqlens, cache_starts=cache_leftpad,
+            block_table=block_table, return_lse=True, **options,
+        )  # fmt: skip
+    except (TypeError, ValueError) as error:
+        raise type(error)(_in_their_words(str(error))) from None
+    out = out.transpose(1, 2)
+    return (out, lse) if return_softmax_lse else out
+
+
+def _rows_as_pages(q: Tensor, k_cache: Tensor, cache_batch_idx: Tensor, block_table: Tensor | None) -> Tensor:
+    """A block table in which every row of the cache is a page."""
+    if block_table is not None:
+        raise ValueError("cache_batch_idx must be None beside a block_table, which says where rows lie")
+    check_beside("cache_batch_idx", cache_batch_idx, q, ((q.shape[0],),))
+    if cache_batch_idx.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"cache_batch_idx must be int32 or int64, got {cache_batch_idx.dtype}")
+    return cache_batch_idx[:, None]
+
+
+def _rotated(
+    q: Tensor, k: Tensor | None, cache_seqlens: int | Tensor, local: bool, tables: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """q and k, turned. Positions count from cache_seqlens on; those of q only if keys are hidden by position."""
+    check_rotation(q, None, tables["cos"], tables["sin"])
+    if k is None:
+        raise ValueError("cos must be None where there are no new tokens k")
+    if tables["cos"].dim() != 2:
+        raise ValueError(f"cos must have shape (positions, pairs), got {tuple(tables['cos'].shape)}")
+    check_row_numbers("cache_lengths", cache_seqlens, q)
+    first = row_numbers("cache_lengths", cache_seqlens, q)
+    check_positions(tables["cos"], first + max(k.shape[2], q.shape[2] if local else 1))
+    k = prepare_heads(k, offsets=first, **tables)
+    if local:
+        return prepare_heads(q, offsets=first, **tables), k
+    (_, heads, queries, _), flat = q.shape, q.flatten(1, 2)[:, :, None]
+    return prepare_heads(flat, offsets=first, **tables)[:, :, 0].unflatten(1, (heads, queries)), k
+
+
+# What `attention_with_cache` calls the arguments of `flash_attn_with_kvcache`.
+_THEIRS = {
+    "cache_lengths": "cache_seqlens",
+    "cache_starts": "cache_leftpad",
+    "cos": "rotary_cos",
+    "sin": "rotary_sin",
+    "attention_with_cache": "flash_attn_with_kvcache",
+}
+
+
+def _in_their_words(message: str) -> str:
+    return re.sub(rf"\b({'|'.join(_THEIRS)})\b", lambda found: _THEIRS[found[0]], message)
 
 
 def _options(

@@ -218,7 +218,7 @@ SIGNATURES = {
     "flash_attn_func": f"q, k, v, {TAIL}",
     "flash_attn_kvpacked_func": f"q, kv, {TAIL}",
     "flash_attn_qkvpacked_func": f"qkv, {TAIL}",
-    "flash_attn_varlen_func": f"q, k, v, {CU}, {TAIL}, block_table=None",
+    "flash_attn_varlen_func": f"q, k, v, {CU}, {TAIL}, block_table=None, seqused_k=None, num_splits=None",
     "flash_attn_varlen_kvpacked_func": f"q, kv, {CU}, {TAIL}",
     "flash_attn_varlen_qkvpacked_func": f"qkv, cu_seqlens, max_seqlen, {TAIL}",
 }
@@ -281,10 +281,6 @@ def test_tensors_of_queries_keys_and_values_have_one_gradient() -> None:
 
 FIVE = torch.zeros(1, 10, 2, 4, 16)
 FLASH_ERRORS = {
-    "pages": (
-        lambda: flash_attn.flash_attn_varlen_func(TEN, TEN, TEN, [0, 10], [0, 10], 10, 10, block_table=TEN),
-        "block_table must be None: keys and values in pages are not supported",
-    ),
     "window": (
         lambda: flash_attn.flash_attn_func(*(FIVE[:, :, 0],) * 3, window_size=(-2, 0)),
         "window_size must not be below -1",

@@ -113,6 +113,14 @@ CALLS: dict[str, tuple[Callable, dict[str, Any]]] = {
         dict(state=fastattn.dropout_state(1), dropout_p=0.1, heads=1, queries=3, keys=4),
     ),
     "flash_attn_func": (flash_attn.flash_attn_func, dict(q=X, k=X, v=X)),
+    "attention_with_cache": (
+        fastattn.attention_with_cache,
+        dict(q=Q, k_cache=Q.clone(), v_cache=Q.clone(), cache_lengths=3),
+    ),
+    "flash_attn_with_kvcache": (
+        flash_attn.flash_attn_with_kvcache,
+        dict(q=X, k_cache=X.clone(), v_cache=X.clone(), cache_seqlens=3),
+    ),
     "flash_attn_kvpacked_func": (flash_attn.flash_attn_kvpacked_func, dict(q=X, kv=torch.stack((X, X), 2))),
     "flash_attn_qkvpacked_func": (flash_attn.flash_attn_qkvpacked_func, dict(qkv=torch.stack((X, X, X), 2))),
     "flash_attn_varlen_func": (

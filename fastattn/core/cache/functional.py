@@ -182,9 +182,10 @@ def attention_with_cache(
     )
     options = (
         causal, scale, window, softcap, value_width, precision, return_lse, check, interleaved, backend,
-        type(cache_starts) is int,
+        cache_starts is None,
     )  # fmt: skip
-    key = plans.key([t if isinstance(t, Tensor) else None for t in tensors], options)
+    lengths, starts = (t if isinstance(t, Tensor) else None for t in (cache_lengths, cache_starts))
+    key = plans.key(tensors._replace(cache_lengths=lengths, cache_starts=starts), options)
     plan = PLANS.find(key)
     if plan is None:
         plan = CachePlan.of(tensors.under_autocast(), *options[:-1])
@@ -201,8 +202,8 @@ class Given(NamedTuple):
     v_cache: Tensor | None
     k: Tensor | None
     v: Tensor | None
-    cache_lengths: int | Tensor | Sequence[int]
-    cache_starts: int | Tensor | Sequence[int] | None
+    cache_lengths: Any  # an integer, or one for each row
+    cache_starts: Any  # the same, or None
     block_table: Tensor | None
     alibi_slopes: Tensor | None
     sinks: Tensor | None

@@ -167,6 +167,7 @@ def check_table(q: Tensor, storage: Storage, block_table: Tensor | None) -> None
 def check_row_numbers(name: str, values: object, q: Tensor) -> None:
     """Check one integer for each row, or one for all, if it is a tensor; `row_numbers` checks others."""
     if isinstance(values, Tensor):
+        arguments.tensor(name, values)
         check_beside(name, values, q, ((q.shape[0],), ()))
         _check_integers(name, values)
 
