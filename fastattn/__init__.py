@@ -38,6 +38,7 @@ __all__ = [
     "nn",
     "patch",
     "prepare_heads",
+    "prove",
     "rms_norm",
     "scaled_dot_product_attention",
     "sdpa",
@@ -45,13 +46,19 @@ __all__ = [
     "unpatch",
 ]
 
-# Imported when they are first asked for.
-_LATER = ("distributed", "integrations")
+# Imported when they are first asked for: a module, and the name in it, "" for the module itself.
+_LATER = {
+    "distributed": ("fastattn.distributed", ""),
+    "integrations": ("fastattn.integrations", ""),
+    "prove": ("fastattn.measuring.prove", "prove"),
+}
 
 
 def __getattr__(name: str) -> Any:
     if name in _LATER:
-        return importlib.import_module(f"fastattn.{name}")
+        module, within = _LATER[name]
+        found = importlib.import_module(module)
+        return getattr(found, within) if within else found
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

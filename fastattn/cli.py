@@ -1,4 +1,4 @@
-"""The command line: fastattn demo | look | doctor | bench."""
+"""The command line: fastattn demo | look | doctor | prove | bench."""
 
 from __future__ import annotations
 
@@ -85,6 +85,12 @@ def _doctor() -> tuple[Callable, Callable]:
     return doctor.add_arguments, doctor.run
 
 
+def _prove() -> tuple[Callable, Callable]:
+    from fastattn.measuring import prove
+
+    return prove.add_arguments, prove.run
+
+
 def _bench() -> tuple[Callable, Callable]:
     from fastattn.measuring import bench
 
@@ -95,6 +101,7 @@ COMMANDS: dict[str, tuple[str, Loader]] = {
     "demo": ("train a transformer on these modules, beside an eager one, and look inside", _demo),
     "look": ("write a page about what happens inside a model on a text: heads, layers, neurons", _look),
     "doctor": ("say what serves on this machine and why, and test that it computes right", _doctor),
+    "prove": ("test and time the kernels on this GPU, so that those serve that are right and faster", _prove),
     "bench": ("a short comparison with other implementations on this machine", _bench),
 }
 

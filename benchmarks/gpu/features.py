@@ -83,7 +83,7 @@ def _dense_mask(sizes: Sizes, device: torch.device, options: dict[str, Any]) -> 
 def _sdpa(sizes: Sizes, device: torch.device, backend: str) -> Rival:
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    if set(kinds.options(sizes, device)) & {"softcap", "alibi_slopes", "sinks", "relative_bias"}:
+    if set(kinds.options(sizes, device)) & {"softcap", "alibi_slopes", "sinks", "relative_bias", "scale"}:
         raise Unavailable("has no such argument")
     torch.manual_seed(0)
     options = kinds.options(sizes, device)
@@ -107,8 +107,9 @@ def _flex(sizes: Sizes, device: torch.device) -> Rival:
     options = kinds.options(sizes, device)
     if "dropout_p" in options:
         raise Unavailable("has no dropout")
-    if "sinks" in options:
-        raise Unavailable("has no sinks")
+    for name, argument in (("sinks", "sinks"), ("scale of each head", "scale")):
+        if argument in options:
+            raise Unavailable(f"has no {name}")
     torch.manual_seed(0)
     options = kinds.options(sizes, device)
     dense, slopes, length = _dense_mask(sizes, device, options), options.get("alibi_slopes"), sizes.length
@@ -168,7 +169,8 @@ def _eager_attention(sizes: Sizes, device: torch.device) -> Rival:
 
     def call(q: Tensor, k: Tensor, v: Tensor, *learned: Tensor) -> Tensor:
         k, v = (t.repeat_interleave(sizes.heads // sizes.key_heads, 1) for t in (k, v))
-        scores = q @ k.mT * sizes.width**-0.5
+        scale = options["scale"][:, None, None] if "scale" in options else sizes.width**-0.5
+        scores = (q @ k.mT * scale).to(q.dtype)
         if "softcap" in options:
             scores = options["softcap"] * torch.tanh(scores / options["softcap"])
         if "alibi_slopes" in options:

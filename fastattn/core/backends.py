@@ -27,6 +27,10 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
+import torch
+
+from fastattn.core import proofs
+
 NAMES = ("triton", "portable", "reference")
 
 
@@ -34,3 +38,19 @@ def load(family: str, name: str) -> ModuleType:
     """The backend's module. Triton is imported only here, when it is first used."""
     floor = "definition" if name == "reference" else name
     return importlib.import_module(f"fastattn.core.{family}.{floor}")
+
+
+def proven(device: torch.device, family: str | None = None) -> bool:
+    """Whether the record of this device lets the Triton kernels serve any call, or any of this family. Where there
+    is no record, the log says so once."""
+    record = proofs.record_of(device)
+    if record is None:
+        proofs.tell_once(device)
+        return False
+    return family in record.families if family else bool(record.families)
+
+
+def proven_for(device: torch.device, question: proofs.Question) -> bool:
+    """Whether that record lets them serve this call."""
+    record = proofs.record_of(device)
+    return record is not None and not record.obstacle(question)

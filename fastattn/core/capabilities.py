@@ -19,16 +19,13 @@ from torch import Tensor
 from fastattn.core import backends
 from fastattn.core.attention.spec import NO_TENSORS, ScoreTensors
 from fastattn.core.plans import Plan, backend_asked
+from fastattn.core.proofs import Question, architecture, interpreting
 from fastattn.ground import arguments
 from fastattn.ground.checks import ACTIVATIONS
 
 FORWARD, BACKWARD, SECOND, TANGENT = "forward", "backward", "second derivative", "forward mode"
 DIRECTIONS = (FORWARD, BACKWARD, SECOND, TANGENT)
 EVERY_DIRECTION = frozenset(DIRECTIONS)
-
-# Architectures on which the Triton kernels have been tested and measured. There they are the default; on
-# every other GPU they are opt-in (backend="triton") and PyTorch's own kernels serve.
-PROVEN: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -52,7 +49,11 @@ class Request:
 
 @dataclass(frozen=True)
 class Feature:
-    """One row: what it is called, when a call needs it, and in which directions each backend computes it."""
+    """One row: what it is called, when a call needs it, and in which directions each backend computes it.
+
+    proof: the kind of call that must be proven on a GPU before the Triton kernels serve it there by default (see
+        fastattn.core.proofs); "" if the proofs of other kinds cover it.
+    """
 
     family: str
     name: str
@@ -60,6 +61,7 @@ class Feature:
     triton: frozenset[str] = EVERY_DIRECTION
     portable: frozenset[str] = EVERY_DIRECTION
     reference: frozenset[str] = EVERY_DIRECTION
+    proof: str = ""
 
 
 def _differ(dimension: int, left: int, right: int) -> Callable[[Request], bool]:
@@ -92,6 +94,7 @@ def _wants(*names: str) -> Callable[[Request], bool]:
 _FORWARD_ONLY = frozenset({FORWARD})
 _BY_KEY = ("received", "max_received", "weighted_received")
 _BY_QUERY = ("mass", "entropy", "max_logit", "sum_of_squares", "mean_distance")
+_ALL_SCORES = "all that attention does to scores, without dropout"
 _Q, _K, _V = 0, 1, 2
 _HEADS, _LENGTH, _WIDTH = 1, 2, 3
 
@@ -100,28 +103,44 @@ _CACHE_FEATURES: tuple[tuple[str, Callable[[Request], bool], frozenset[str]], ..
 )
 
 FEATURES: tuple[Feature, ...] = (
-    Feature("attention", "full (bidirectional)", lambda r: not r.spec.causal),
-    Feature("attention", "causal, aligned bottom-right", lambda r: r.spec.causal),
-    Feature("attention", "sliding window, left and right", lambda r: r.spec.window != (None, None)),
+    Feature("attention", "full (bidirectional)", lambda r: not r.spec.causal, proof="full"),
+    Feature("attention", "causal, aligned bottom-right", lambda r: r.spec.causal, proof="causal"),
+    Feature(
+        "attention", "sliding window, left and right", lambda r: r.spec.window != (None, None), proof="window"
+    ),
     Feature(
         "attention",
         "documents, packed sequences (intervals)",
         lambda r: r.score_tensors.intervals is not None,
+        proof="documents",
     ),
-    Feature("attention", "any mask (block lists)", lambda r: r.spec.mask is not None),
-    Feature("attention", "key lengths", lambda r: r.score_tensors.key_lengths is not None),
-    Feature("attention", "soft-capped scores", lambda r: r.spec.softcap > 0),
-    Feature("attention", "ALiBi slopes", lambda r: r.score_tensors.alibi_slopes is not None),
-    Feature("attention", "additive bias, with gradient", lambda r: _bias_dtype(r) not in (None, torch.bool)),
-    Feature("attention", "boolean mask", lambda r: _bias_dtype(r) == torch.bool),
+    Feature("attention", "any mask (block lists)", lambda r: r.spec.mask is not None, proof="lists"),
+    Feature("attention", "key lengths", lambda r: r.score_tensors.key_lengths is not None, proof="key lengths"),
+    Feature("attention", "soft-capped scores", lambda r: r.spec.softcap > 0, proof="softcap"),
+    Feature("attention", "ALiBi slopes", lambda r: r.score_tensors.alibi_slopes is not None, proof="alibi"),
+    Feature(
+        "attention",
+        "additive bias, with gradient",
+        lambda r: _bias_dtype(r) not in (None, torch.bool),
+        proof="bias",
+    ),
+    Feature("attention", "boolean mask", lambda r: _bias_dtype(r) == torch.bool, proof="boolean mask"),
     Feature(
         "attention",
         "relative position bias (T5), with gradient",
         lambda r: r.score_tensors.relative_bias is not None,
+        proof="relative bias",
     ),
-    Feature("attention", "dropout", lambda r: r.spec.dropout > 0),
-    Feature("attention", "attention sinks, with gradient", lambda r: r.score_tensors.sinks is not None),
-    Feature("attention", "scale of each head, with gradient", lambda r: r.score_tensors.head_scale is not None),
+    Feature("attention", "dropout", lambda r: r.spec.dropout > 0, proof="dropout"),
+    Feature(
+        "attention", "attention sinks, with gradient", lambda r: r.score_tensors.sinks is not None, proof="sinks"
+    ),
+    Feature(
+        "attention",
+        "scale of each head, with gradient",
+        lambda r: r.score_tensors.head_scale is not None,
+        proof="head scale",
+    ),
     Feature("attention", "lengths of their own for queries and keys", _differ(_LENGTH, _Q, _K)),
     Feature("attention", "grouped-query heads", _differ(_HEADS, _Q, _K)),
     Feature("attention", "head widths 8 to 256", lambda r: not _has_other_widths(r)),
@@ -139,35 +158,45 @@ FEATURES: tuple[Feature, ...] = (
     Feature("attention", "float32, tf32 and tf32x3 products", lambda r: r.spec.precision != "ieee"),
     Feature("attention", "float64", _is(torch.float64), triton=frozenset()),
     Feature("attention", "gradient of the log-sum-exp", lambda r: r.lse_gradient),
-    *(Feature("mlp", f"activation {name}", _activates(name)) for name in ACTIVATIONS),
-    Feature("mlp", "gated", lambda r: r.spec.gated),
+    *(Feature("mlp", f"activation {name}", _activates(name), proof=name) for name in ACTIVATIONS),
+    Feature("mlp", "gated", lambda r: r.spec.gated, proof="gated"),
     Feature("mlp", "biases, or none", lambda r: True),
     Feature("mlp", "any widths", lambda r: True),
     Feature("mlp", "float16", _is(torch.float16)),
     Feature("mlp", "bfloat16", _is(torch.bfloat16)),
     Feature("mlp", "float32, IEEE products", _is(torch.float32)),
     Feature("mlp", "float64", _is(torch.float64), triton=frozenset()),
-    Feature("heads", "RMS norm of heads, with gradient", lambda r: r.spec.norm),
-    Feature("heads", "rotary, half and interleaved, partial, offsets", lambda r: r.spec.turned > 0),
-    Feature("heads", "per-head scale, with gradient", lambda r: r.spec.scaled),
+    Feature("heads", "RMS norm of heads, with gradient", lambda r: r.spec.norm, proof="norm"),
+    Feature(
+        "heads", "rotary, half and interleaved, partial, offsets", lambda r: r.spec.turned > 0, proof="rotary"
+    ),
+    Feature("heads", "per-head scale, with gradient", lambda r: r.spec.scaled, proof="scale"),
     Feature("heads", "head widths 1 to 256", lambda r: True),
     Feature("heads", "head widths above 256", lambda r: r.tensors[0].shape[3] > 256, triton=frozenset()),
     Feature("heads", "float16", _is(torch.float16)),
     Feature("heads", "bfloat16", _is(torch.bfloat16)),
     Feature("heads", "float32", _is(torch.float32)),
     Feature("heads", "float64", _is(torch.float64), triton=frozenset()),
-    Feature("norm", "RMS norm", lambda r: not r.spec.centred),
-    Feature("norm", "layer norm", lambda r: r.spec.centred),
+    Feature("norm", "RMS norm", lambda r: not r.spec.centred, proof="rms"),
+    Feature("norm", "layer norm", lambda r: r.spec.centred, proof="layer"),
     Feature("norm", "weight and bias, or none, with gradient", lambda r: True),
     Feature("norm", "weight kept less one", lambda r: r.spec.weight_offset != 0),
-    Feature("norm", "residual added in the same pass, with gradient", lambda r: r.spec.added),
+    Feature("norm", "residual added in the same pass, with gradient", lambda r: r.spec.added, proof="residual"),
     Feature("norm", "any widths", lambda r: True),
     Feature("norm", "float16", _is(torch.float16)),
     Feature("norm", "bfloat16", _is(torch.bfloat16)),
     Feature("norm", "float32", _is(torch.float32)),
     Feature("norm", "float64", _is(torch.float64), triton=frozenset()),
     *(
-        Feature("statistics", name, needed, triton, portable=_FORWARD_ONLY, reference=_FORWARD_ONLY)
+        Feature(
+            "statistics",
+            name,
+            needed,
+            triton,
+            portable=_FORWARD_ONLY,
+            reference=_FORWARD_ONLY,
+            proof="statistics" if name == _ALL_SCORES else "",
+        )
         for name, needed, triton in (
             (
                 "by query: entropy, largest logit and weight, distance, mass in a mask",
@@ -182,7 +211,7 @@ FEATURES: tuple[Feature, ...] = (
             ("thumbnail, up to 128 columns", _wants("thumbnail"), _FORWARD_ONLY),
             ("thumbnail of more columns", lambda r: r.spec.thumbnail[1] > 128, frozenset()),
             ("single weights and windows", _wants("gather"), _FORWARD_ONLY),
-            ("all that attention does to scores, without dropout", lambda r: True, _FORWARD_ONLY),
+            (_ALL_SCORES, lambda r: True, _FORWARD_ONLY),
             ("head widths 8 to 256", lambda r: not _has_other_widths(r), _FORWARD_ONLY),
             ("head widths below 8 or above 256", _has_other_widths, frozenset()),
             ("float16", _is(torch.float16), _FORWARD_ONLY),
@@ -205,8 +234,7 @@ def choose(request: Request, direction: str, backend: str | None = None) -> str:
     """
     asked = backend or os.environ.get("FASTATTN_BACKEND") or None
     if asked is None:
-        preferred = default_backend(request.device)
-        return preferred if not missing(request, direction, preferred) else "portable"
+        return _default(request, direction)
     if asked not in backends.NAMES:
         source = "backend" if backend else "FASTATTN_BACKEND"
         raise ValueError(f"{source} must be one of {', '.join(backends.NAMES)}, got {asked!r}")
@@ -255,19 +283,20 @@ def missing(request: Request, direction: str, backend: str) -> list[str]:
     return lacking
 
 
-def default_backend(device: torch.device) -> str:
-    """Triton where its kernels are proven (see `PROVEN`), else portable."""
-    if device.type == "cuda" and architecture(device.index) in PROVEN and not triton_obstacle(device):
-        return "triton"
-    return "portable"
+def _default(request: Request, direction: str) -> str:
+    """Triton where its kernels are proven for such a call, else portable."""
+    device = request.device
+    if default_backend(device, request.family) == "portable" or missing(request, direction, "triton"):
+        return "portable"
+    return "triton" if backends.proven_for(device, question(request, direction)) else "portable"
 
 
-def architecture(index: int | None) -> str:
-    """ "sm_90" and the like, or AMD's name."""
-    if torch.version.hip:
-        return torch.cuda.get_device_properties(index).gcnArchName.split(":")[0]
-    major, minor = torch.cuda.get_device_capability(index)
-    return f"sm_{major}{minor}"
+def default_backend(device: torch.device, family: str | None = None) -> str:
+    """ "triton" if a proof record lets its kernels serve some calls (of this family) on this device, else
+    "portable"."""
+    if not (device.type == "cuda" or (device.type == "cpu" and interpreting())) or triton_obstacle(device):
+        return "portable"
+    return "triton" if backends.proven(device, family) else "portable"
 
 
 def triton_obstacle(device: torch.device) -> str | None:
@@ -289,19 +318,82 @@ def _too_old(device: torch.device) -> str | None:
     return f"the Triton kernels need sm_80 or newer, the tensors are on {architecture(device.index)}"
 
 
-def interpreting() -> bool:
-    """Whether Triton kernels run in its interpreter, on the CPU."""
-    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0", "false", "off")
-
-
 @functools.cache
 def _triton_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+# ---- what must be proven ----
+
+# Kinds that decide only where a call is of no other kind.
+BASES = frozenset({"full", "causal", "rms", "layer", *ACTIVATIONS})
+# The kind of calls of several kinds beside a base.
+TOGETHER = "together"
+# Classes of widths, named by the largest; wider ones belong to the last. Attention, heads: as the launch tables.
+_HEAD_WIDTHS = (64, 128, 256, 512)
+WIDTHS = {
+    "attention": _HEAD_WIDTHS,
+    "statistics": _HEAD_WIDTHS,
+    "heads": _HEAD_WIDTHS,
+    "mlp": (1024, 2048, 4096, 8192),
+    "norm": (1024, 4096, 16384, 32768),
+}
+# Classes of sizes, by what is below each: scores of attention, rows of an MLP, elements of the others.
+SIZES = {
+    "attention": {"small": 2**23, "medium": 2**28},
+    "statistics": {"small": 2**23, "medium": 2**28},
+    "heads": {"small": 2**20, "medium": 2**25},
+    "mlp": {"small": 512, "medium": 8192},
+    "norm": {"small": 2**20, "medium": 2**25},
+}
+LARGE = "large"
+CLASSES = ("small", "medium", LARGE)
+
+
+def question(request: Request, direction: str) -> Question:
+    """What must be proven before the Triton kernels serve this call by default."""
+    kinds = [f.proof for f in FEATURES if f.family == request.family and f.proof and f.needed(request)]
+    deciding = tuple(kind for kind in kinds if kind not in BASES) or tuple(kinds)
+    if request.family == "attention" and len(set(kinds) - BASES) > 1:
+        kinds.append(TOGETHER)
+    width, size = _width_and_size(request)
+    widths, sizes = WIDTHS[request.family], SIZES[request.family]
+    return Question(
+        request.family,
+        direction,
+        tuple(kinds),
+        deciding,
+        _dtype(request),
+        next((bound for bound in widths if width <= bound), widths[-1]),
+        next((name for name, bound in sizes.items() if size < bound), LARGE),
+    )
+
+
+def _width_and_size(request: Request) -> tuple[int, int]:
+    x = request.tensors[0]
+    if request.family not in ("attention", "statistics"):
+        return x.shape[-1], x.numel() // max(1, x.shape[-1]) if request.family == "mlp" else x.numel()
+    q, k, v = request.tensors
+    return max(q.shape[3], v.shape[3]), q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
+
+
+def _dtype(request: Request) -> str:
+    """The dtype, and the precision of its products if that is not its own."""
+    name = str(request.dtype).removeprefix("torch.")
+    if request.family == "attention":
+        precision = request.spec.precision
+    elif request.family == "statistics":
+        precision = request.spec.attention.precision
+    else:
+        fast = request.family == "mlp" and request.dtype == torch.float32 and request.device.type == "cuda"
+        precision = "tf32" if fast and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    return name if precision == "ieee" else f"{name} {precision}"
+
+
 PAGE = """# What computes what
 
-Three backends compute every function of fastattn. One table chooses for each call; `backend=` or the environment
+Three backends compute every function of fastattn. On a GPU the kernels serve what a proof record
+(`fastattn prove`) found right and not slower there; portable serves the rest. `backend=` or the environment
 variable FASTATTN_BACKEND chooses by hand, and a backend that cannot compute a call refuses it in words.
 
 - **triton**: the kernels.

@@ -11,7 +11,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
 
@@ -19,12 +19,14 @@ import torch
 from torch import Tensor
 
 from fastattn import __version__
-from fastattn.core import backends, capabilities, plans
+from fastattn.core import backends, capabilities, plans, proofs
 from fastattn.core.attention import functional as attention_functional
 from fastattn.core.capabilities import EVERY_DIRECTION, FEATURES, Feature
 from fastattn.core.heads.functional import prepare_heads
 from fastattn.core.mlp import functional as mlp_functional
 from fastattn.core.norm.functional import layer_norm, rms_norm
+from fastattn.measuring import tables
+from fastattn.measuring.tables import print_table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,6 +43,7 @@ def run(options: argparse.Namespace) -> int:
     print_table("devices", [(str(device), describe(device)) for device in devices()])
     for device in devices():
         print_table(f"features on {device}\n  {default_reason(device)}", feature_rows(device))
+        report_proofs(device)
     result = report_self_test()
     print_table("\nplans: calls that the self-test repeated, and that were not checked again", plan_rows())
     return result
@@ -89,16 +92,28 @@ def default_reason(device: torch.device) -> str:
     asked = os.environ.get("FASTATTN_BACKEND")
     if asked:
         return f"FASTATTN_BACKEND asks for {asked}"
-    default = capabilities.default_backend(device)
-    if default == "triton":
-        return "triton is the default, proven on this architecture"
     obstacle = capabilities.triton_obstacle(device)
     if obstacle:
         return f"portable is the default; {obstacle}"
+    record = proofs.record_of(device)
+    if record is not None:
+        return f"the Triton kernels serve where they are proven (record of {record.date}), else portable"
     if device.type == "cpu":
         return "portable is the default; the Triton kernels are interpreted here, slowly, on request"
-    architecture = capabilities.architecture(device.index)
-    return f"portable is the default; the Triton kernels are not proven on {architecture} and run on request"
+    off = f" ({proofs.VARIABLE}=off)" if proofs.switched_off() else "; `fastattn prove` tests and times them here"
+    return f"portable is the default; the Triton kernels are not proven here{off}"
+
+
+def report_proofs(device: torch.device) -> None:
+    """The record as a table, and a sentence about each that does not count."""
+    if capabilities.triton_obstacle(device) is None:
+        record = proofs.record_of(device)
+        if record is not None:
+            made = f"{record.date}, driver {record.driver or 'unknown'}"
+            title = f"proofs on {device}, {made}: times as fast as what would serve otherwise"
+            print_table(title, tables.record_rows(record))
+        for sentence in proofs.ignored(device):
+            print(f"  {sentence}\n")
 
 
 def feature_rows(device: torch.device) -> list[tuple[str, ...]]:
@@ -106,7 +121,7 @@ def feature_rows(device: torch.device) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = [("", "", "served by", "because", "on request")]
     for feature in FEATURES:
         serving, reason = served_by(feature, device)
-        others = [name for name in backends.NAMES if name != serving and _lack(feature, name, device) is None]
+        others = [n for n in backends.NAMES if n not in serving.split(", ") and _lack(feature, n, device) is None]
         rows.append((feature.family, feature.name, serving, reason, ", ".join(others)))
     return rows
 
@@ -114,11 +129,25 @@ def feature_rows(device: torch.device) -> list[tuple[str, ...]]:
 def served_by(feature: Feature, device: torch.device) -> tuple[str, str]:
     """The backend that computes the feature ("nothing" if the requested one cannot), and the reason."""
     asked = os.environ.get("FASTATTN_BACKEND")
-    preferred = asked or capabilities.default_backend(device)
-    lack = _lack(feature, preferred, device)
-    if lack is None:
-        return preferred, "asked for" if asked else "default"
-    return ("nothing", lack) if asked else ("portable", lack)
+    if asked:
+        lack = _lack(feature, asked, device)
+        return (asked, "asked for") if lack is None else ("nothing", lack)
+    if capabilities.default_backend(device) == "portable":
+        return "portable", "default"
+    lack = _lack(feature, "triton", device)
+    if lack is not None or not feature.proof:
+        return "portable" if lack else "triton, portable", lack or "by what else is in the call"
+    record = proofs.record_of(device)
+    rows = [] if record is None else [r for r in record.rows.values() if _is_about(r.key, feature)]
+    if not rows:
+        return "portable", "not proven here"
+    proven = [row.verdict == proofs.PROVEN for row in rows]
+    serving = "triton" if all(proven) else "triton, portable" if any(proven) else "portable"
+    return serving, tables.summary(rows)
+
+
+def _is_about(key: proofs.Key, feature: Feature) -> bool:
+    return (key.family, key.kind) == (feature.family, feature.proof)
 
 
 def _lack(feature: Feature, backend: str, device: torch.device) -> str | None:
@@ -247,19 +276,3 @@ def _distance(actual: Tensor, exact: Tensor) -> float:
     """The largest difference, relative to the largest value; infinite for NaN."""
     distance = ((actual.double() - exact).abs().max() / exact.abs().max()).item()
     return distance if distance == distance else float("inf")
-
-
-# ---- plain tables ----
-
-
-def print_table(title: str, rows: Iterable[tuple[str, ...]]) -> None:
-    """Columns as wide as their widest cell, two spaces apart."""
-    rows = list(rows)
-    columns = max(len(row) for row in rows)
-    full = [row + ("",) * (columns - len(row)) for row in rows]
-    widths = [max(len(row[column]) for row in full) for column in range(columns)]
-    print(title)
-    for row in full:
-        line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        print(f"  {line}".rstrip())
-    print()

@@ -20,7 +20,10 @@ from fastattn import lens, masks
 from fastattn.core.statistics.spec import NAMES
 
 MASK_KINDS = ("window", "documents", "bigbird", "prefix", "random lists", "key lengths", "boolean mask")
-SCORE_KINDS = ("softcap", "alibi", "sinks", "bias", "padding bias", "relative bias", "dropout", "everything")
+SCORE_KINDS = (
+    "softcap", "alibi", "sinks", "bias", "padding bias", "relative bias", "head scale", "dropout", "everything",
+)  # fmt: skip
+LSE = " lse gradient"  # behind a kind of attention: the log-sum-exp is added to out, and so has a gradient
 WITHOUT_GRADIENT = ("tangent", "statistics")
 # Arguments that have a gradient, beside q, k and v.
 LEARNED = ("bias", "relative_bias", "sinks")
@@ -113,6 +116,7 @@ def options(sizes: Sizes, device: torch.device) -> dict[str, Any]:
         "bias": lambda: {"bias": random(sizes, device, 1, heads, length, keys)},
         "padding bias": lambda: {"bias": random(sizes, device, batch, 1, 1, keys)},
         "relative bias": lambda: {"relative_bias": torch.randn(heads, 257, device=device)},
+        "head scale": lambda: {"causal": True, "scale": torch.rand(heads, device=device) * sizes.width**-0.5},
         "dropout": lambda: {
             "causal": True, "dropout_p": 0.125, "dropout_state": fastattn.dropout_state(batch, device)
         },
@@ -120,7 +124,7 @@ def options(sizes: Sizes, device: torch.device) -> dict[str, Any]:
     if sizes.kind == "everything":
         together = ("window", "key lengths", "softcap", "alibi", "sinks", "relative bias", "bias", "dropout")
         return {name: value for kind in together for name, value in made[kind]().items()}
-    return made[sizes.kind]()
+    return made[sizes.kind.removesuffix(LSE)]()
 
 
 def scattered(queries: int, keys: int) -> Tensor:
@@ -148,7 +152,8 @@ def attention_call(sizes: Sizes, device: torch.device) -> Call:
 
     def function(backend: str, q: Tensor, k: Tensor, v: Tensor, *others: Tensor) -> tuple[Tensor, Tensor]:
         asked = {**arguments, **dict(zip(learned, others, strict=True))}
-        return fastattn.attention(q, k, v, **asked, return_lse=True, backend=backend)
+        out, lse = fastattn.attention(q, k, v, **asked, return_lse=True, backend=backend)
+        return (out + lse[..., None].to(out.dtype) if sizes.kind.endswith(LSE) else out), lse
 
     return Call(function, (*heads_of(sizes, device), *learned.values()), ("q", "k", "v", *learned))
 
@@ -237,7 +242,7 @@ def mlp_call(sizes: Sizes, device: torch.device) -> Call:
 
     def function(backend: str, *values: Tensor) -> Tensor:
         t = dict(zip(names, values, strict=True))
-        asked = {"activation": activation, "backend": backend}
+        asked: dict[str, Any] = {"activation": activation, "backend": backend}
         if gated:
             asked |= {name: t[name] for name in ("b_gate", "b_up", "b_down") if name in t}
             return fastattn.gated_mlp(t["x"], t["w_gate"], t["w_up"], t["w_down"], **asked)
@@ -247,17 +252,18 @@ def mlp_call(sizes: Sizes, device: torch.device) -> Call:
 
 
 def norm_call(sizes: Sizes, device: torch.device) -> Call:
-    """`kind` is "rms" or "layer", then "residual" where one is added."""
+    """`kind` is "rms" or "layer", then "residual" where one is added, "offset" where the weight is kept less 1."""
     form, *more = sizes.kind.split()
     x = random(sizes, device, sizes.batch, sizes.length, sizes.width)
     tensors = {"x": x, "weight": random(sizes, device, sizes.width)}
     tensors |= {"bias": random(sizes, device, sizes.width)} if form == "layer" else {}
     tensors |= {"residual": torch.randn_like(x)} if "residual" in more else {}
     names = tuple(tensors)
-    norm = {"rms": fastattn.rms_norm, "layer": fastattn.layer_norm}[form]
+    norm: Any = {"rms": fastattn.rms_norm, "layer": fastattn.layer_norm}[form]
 
     def function(backend: str, *values: Tensor) -> Tensor | tuple[Tensor, ...]:
-        return norm(**dict(zip(names, values, strict=True)), eps=1e-6, backend=backend)
+        offset = {"weight_offset": 1.0} if "offset" in more else {}
+        return norm(**dict(zip(names, values, strict=True)), **offset, eps=1e-6, backend=backend)
 
     return Call(function, tuple(tensors.values()), names)
 
@@ -269,13 +275,14 @@ def heads_call(sizes: Sizes, device: torch.device) -> Call:
     tensors = {"x": x}
     tensors |= {"norm_weight": torch.randn(sizes.width, device=device)} if "norm" in steps else {}
     tensors |= {"head_scale": torch.randn(sizes.heads, device=device)} if "scale" in steps else {}
-    names, fixed = tuple(tensors), {}
+    names, fixed = tuple(tensors), dict[str, Any]()
     if "rotary" in steps or "interleaved" in steps:
         cos, sin = angles_of(sizes, device)
         fixed = {"cos": cos, "sin": sin, "interleaved": "interleaved" in steps}
 
     def function(backend: str, *values: Tensor) -> Tensor:
-        return fastattn.prepare_heads(**dict(zip(names, values, strict=True)), **fixed, backend=backend)
+        given: dict[str, Any] = dict(zip(names, values, strict=True))
+        return fastattn.prepare_heads(**given, **fixed, backend=backend)
 
     return Call(function, tuple(tensors.values()), names)
 

@@ -36,23 +36,6 @@ def test_the_environment_variable_chooses_and_the_argument_wins(monkeypatch: pyt
         capabilities.choose(request_for(), FORWARD)
 
 
-def test_triton_is_the_default_only_where_it_is_proven(monkeypatch: pytest.MonkeyPatch) -> None:
-    gpu = torch.device("cuda", 0)
-    monkeypatch.setattr(capabilities, "architecture", lambda index: "sm_90")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    monkeypatch.setattr(capabilities, "PROVEN", frozenset())
-    assert capabilities.default_backend(gpu) == "portable"
-    monkeypatch.setattr(capabilities, "PROVEN", frozenset({"sm_90"}))
-    assert capabilities.default_backend(gpu) == "triton"
-    assert capabilities.default_backend(torch.device("cpu")) == "portable"
-
-
-def test_what_the_default_backend_lacks_goes_to_the_portable_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(capabilities, "default_backend", lambda device: "triton")
-    assert capabilities.choose(request_for(torch.float32), FORWARD) == "triton"
-    assert capabilities.choose(request_for(torch.float64), FORWARD) == "portable"
-
-
 @pytest.mark.skipif(ON_GPU, reason="about machines without one")
 def test_without_triton_or_its_interpreter_the_obstacle_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "0")

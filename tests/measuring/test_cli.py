@@ -39,7 +39,7 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess:
 def test_without_a_command_it_prints_help(capsys):
     assert main([]) == 0
     printed = capsys.readouterr().out
-    assert all(command in printed for command in ("demo", "look", "doctor", "bench"))
+    assert all(command in printed for command in ("demo", "look", "doctor", "prove", "bench"))
 
 
 def test_it_says_its_version(capsys):
@@ -48,7 +48,7 @@ def test_it_says_its_version(capsys):
     assert leaving.value.code == 0 and capsys.readouterr().out.strip() == f"fastattn {__version__}"
 
 
-@pytest.mark.parametrize("command", ["demo", "look", "doctor", "bench"])
+@pytest.mark.parametrize("command", ["demo", "look", "doctor", "prove", "bench"])
 def test_each_command_explains_itself(command, capsys):
     with pytest.raises(SystemExit) as leaving:
         main([command, "--help"])
@@ -58,7 +58,7 @@ def test_each_command_explains_itself(command, capsys):
 def test_importing_the_library_and_its_command_line_loads_no_extra():
     code = (
         "import sys, json, fastattn, fastattn.nn, fastattn.lens, fastattn.demo;"
-        "import fastattn.measuring.doctor, fastattn.looking.command, fastattn.cli;"
+        "import fastattn.measuring.doctor, fastattn.measuring.prove, fastattn.looking.command, fastattn.cli;"
         "print(json.dumps([m for m in ('triton', 'rich', 'matplotlib', 'transformers') if m in sys.modules]))"
     )
     assert json.loads(python(code).stdout) == []
@@ -212,10 +212,11 @@ def test_the_doctor_fails_when_a_backend_computes_wrong(capsys, monkeypatch):
 
 
 def test_the_doctor_says_why_another_backend_serves(monkeypatch):
-    monkeypatch.setattr(capabilities, "default_backend", lambda device: "triton")
+    monkeypatch.setattr(capabilities, "default_backend", lambda *_: "triton")
     monkeypatch.setattr(capabilities, "triton_obstacle", lambda device: None)
     served = {(f.family, f.name): doctor.served_by(f, torch.device("cpu")) for f in capabilities.FEATURES}
     assert served["attention", "float64"] == ("portable", "triton lacks it")
-    assert served["attention", "grouped-query heads"] == ("triton", "default")
+    assert served["attention", "dropout"] == ("portable", "not proven here")
+    assert served["attention", "grouped-query heads"] == ("triton, portable", "by what else is in the call")
     monkeypatch.setenv("FASTATTN_BACKEND", "triton")
     assert doctor.served_by(capabilities.FEATURES[0], torch.device("cpu")) == ("triton", "asked for")

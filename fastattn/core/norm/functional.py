@@ -212,7 +212,7 @@ _REPAID_ON_CPU = 2**19
 def _serving(device: str, index: int | None) -> str:
     """The backend of a call that names none. Constant for torch.compile, which cannot trace questions to a GPU."""
     named = torch.device(device if index is None else f"{device}:{index}")
-    return os.environ.get("FASTATTN_BACKEND") or capabilities.default_backend(named)
+    return os.environ.get("FASTATTN_BACKEND") or capabilities.default_backend(named, "norm")
 
 
 # What torch.compiler.assume_constant_result does; calling that would import all of dynamo with fastattn.

@@ -1,0 +1,368 @@
+"""`fastattn prove`: test and time every kernel on this machine's GPU, and let those serve that earn it.
+
+Each family runs in a process of its own. A kernel is compared with float64 by the tests' rule, in two runs bit for
+bit, then timed against what would serve otherwise: PyTorch's own kernels, or the portable tiles. The verdicts go
+into a proof record (fastattn.core.proofs), which decides what serves from then on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import json
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import zip_longest
+from typing import Any, Protocol
+
+import torch
+
+from fastattn.core import capabilities, proofs
+from fastattn.core.proofs import Record, Row
+from fastattn.errors import CommandError
+from fastattn.measuring import prove_cases, tables
+from fastattn.measuring.pool import Answer, Worker
+from fastattn.measuring.prove_cases import FAMILIES, Case
+
+BUDGET = 120.0
+# The longest step: one check, compiling included, or one timing.
+STEP_LIMIT = 60.0
+HANDLERS = "fastattn.measuring.prove_worker"
+
+
+class Asker(Protocol):
+    """What runs cases: a Worker, or something in its place."""
+
+    def ask(self, case: dict[str, Any], *, step_limit: float, deadline: float) -> Answer: ...
+
+    def close(self) -> None: ...
+
+
+class Prover:
+    """Proves cases, and hands over the rows of each as they come.
+
+    Args:
+        cases: in order, of any families.
+        worker_of: makes the process of a family.
+        keep: is called with the rows of each case.
+        step_limit: seconds after which a step counts as hung.
+    """
+
+    def __init__(
+        self,
+        cases: Sequence[Case],
+        worker_of: Callable[[str], Asker],
+        keep: Callable[[list[Row]], None],
+        *,
+        deadline: float,
+        step_limit: float = STEP_LIMIT,
+        on_step: Callable[[str, int], None] = lambda label, done: None,
+    ) -> None:
+        self.cases, self.worker_of, self.keep = cases, worker_of, keep
+        self.limits = {"step_limit": step_limit, "deadline": deadline}
+        self.on_step = on_step
+        self.workers: dict[str, Asker] = {}
+        self.done: list[Case] = []
+
+    def go(self) -> None:
+        """Until all is proven or the deadline: a case of each family at a time is checked, side by side; then they
+        are timed one by one, while nothing else runs."""
+        by_family = ([one for one in self.cases if one["family"] == family] for family in FAMILIES)
+        try:
+            for turn in zip_longest(*by_family):
+                batch = [one for one in turn if one is not None]
+                if time.monotonic() >= self.limits["deadline"]:
+                    return
+                for one, answer in self._checked(batch):
+                    self.keep(self._rows(one, answer))
+        finally:
+            for worker in self.workers.values():
+                worker.close()
+
+    def _worker(self, family: str) -> Asker:
+        if family not in self.workers:
+            self.workers[family] = self.worker_of(family)
+        return self.workers[family]
+
+    def _checked(self, batch: list[Case]) -> list[tuple[Case, Answer]]:
+        answers: dict[str, Answer] = {}
+
+        def check(one: Case) -> None:
+            answers[one["family"]] = self._worker(one["family"]).ask({**one, "kind": "check"}, **self.limits)
+
+        # Threads that do not keep an interrupted run alive.
+        threads = [threading.Thread(target=check, args=(one,), daemon=True) for one in batch]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return [(one, answers[one["family"]]) for one in batch if one["family"] in answers]
+
+    def _rows(self, one: Case, checked: Answer) -> list[Row]:
+        """The rows of a case, timed if it is right; none if the time was over."""
+        if checked.out_of_time:
+            return []
+        rows = verdict_rows(one, checked)
+        if any(row["verdict"] is None for row in rows.values()):
+            timed = self._worker(one["family"]).ask({**one, "kind": "time"}, **self.limits)
+            if timed.out_of_time:
+                return []
+            found = [judged(one, rows, key, timed) for key in prove_cases.keys(one)]
+        else:
+            found = [judged(one, rows, key, None) for key in prove_cases.keys(one)]
+        self.done.append(one)
+        self.on_step(one["label"], len(self.done))
+        return found
+
+
+def verdict_rows(one: Case, answer: Answer) -> dict[str, dict[str, Any]]:
+    """By direction, what the checks found. If they were not run to their end, the same for all directions."""
+    if not answer.went_wrong:
+        return {row["direction"]: row for row in answer.rows}
+    lost = {
+        "verdict": verdict_of(answer),
+        "error": None,
+        "allowed": None,
+        "reason": f"{answer.step}: {answer.note}",
+    }
+    return {direction: {"direction": direction, **lost} for direction in one["directions"]}
+
+
+def verdict_of(answer: Answer) -> str:
+    """Of a case that went wrong."""
+    if answer.note.startswith("hung"):
+        return proofs.HUNG
+    return proofs.NOT_COMPILED if answer.failed and "process died" not in answer.note else proofs.WRONG
+
+
+def judged(one: Case, rows: dict[str, dict[str, Any]], key: proofs.Key, timed: Answer | None) -> Row:
+    """One row of the record: right and not slower is proven."""
+    row = rows[key.direction]
+    about = {"error": row["error"], "allowed": row["allowed"]}
+    if row["verdict"] is not None or timed is None:
+        return Row(key, row["verdict"], reason=row["reason"], **about)
+    if timed.went_wrong:
+        return Row(key, verdict_of(timed), reason=f"{timed.step}: {timed.note}", **about)
+    time_of = next(t for t in timed.rows if (t["direction"], t["size"]) == (key.direction, key.size))
+    ratio = time_of["ratio"]
+    if ratio is None or ratio >= 1:
+        return Row(key, proofs.PROVEN, ratio=ratio, reason=time_of["reason"], **about)
+    return Row(key, proofs.SLOWER, ratio=ratio, reason="what serves otherwise is faster", **about)
+
+
+# ---- the function ----
+
+
+def prove(
+    device: torch.device | str | None = None,
+    budget_s: float = BUDGET,
+    families: Iterable[str] | None = None,
+    *,
+    fresh: bool = False,
+) -> Record:
+    """Test and time the kernels on a GPU; from then on those serve there that are right and not slower.
+
+    What an earlier call has proven is not proven again. The record is written into the user's cache folder after
+    each kind of call, so nothing is lost if the call is interrupted. If it cannot be written, it counts in this
+    process only, and the log says so.
+
+    Args:
+        device: the GPU, by default the current one. With TRITON_INTERPRET=1 "cpu" tries it all without one.
+        budget_s: seconds after which no further kernel is begun.
+        families: some of attention, masks, scores, forward mode, mlp, norm, heads, statistics; by default all.
+        fresh: prove everything again.
+
+    Returns: the record, `record.rows` by key.
+
+    Raises:
+        ValueError: the device cannot run the kernels, a family is unknown, or the budget is not positive.
+    """
+    return _prove(device_of(device), budget_s, checked_families(families), fresh=fresh).record
+
+
+def _prove(
+    device: torch.device,
+    budget_s: float,
+    families: tuple[str, ...],
+    *,
+    fresh: bool = False,
+    worker_of: Callable[[str], Asker] | None = None,
+    on_step: Callable[[str, int, int], None] = lambda label, done, of: None,
+) -> Keeper:
+    if not budget_s > 0:
+        raise ValueError(f"budget_s must be positive, got {budget_s}")
+    deadline = time.monotonic() + budget_s
+    known = None if fresh else proofs.record_of(device)
+    cases = to_prove(device, families, known)
+    keeper = Keeper(device, known)
+    prover = Prover(
+        cases,
+        worker_of or (lambda family: Worker(str(device), HANDLERS)),
+        keeper,
+        deadline=deadline,
+        on_step=lambda label, done: on_step(label, done, len(cases)),
+    )
+    prover.go()
+    return keeper
+
+
+def device_of(device: torch.device | str | None) -> torch.device:
+    """The device with its index, if the kernels can run on it."""
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"device must be cuda, cuda:N or cpu, got {device!r}") from None
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {found}: PyTorch {torch.__version__} sees no GPU on this machine")
+    obstacle = capabilities.triton_obstacle(found)
+    if obstacle:
+        raise ValueError(f"nothing can be proven on {found}: {obstacle}")
+    return torch.device("cuda", torch.cuda.current_device()) if found == torch.device("cuda") else found
+
+
+def checked_families(families: Iterable[str] | None) -> tuple[str, ...]:
+    chosen = FAMILIES if families is None else tuple([families] if isinstance(families, str) else families)
+    for family in chosen:
+        if family not in FAMILIES:
+            raise ValueError(f"families must be some of {', '.join(FAMILIES)}, got {family!r}")
+    return chosen
+
+
+def to_prove(device: torch.device, families: tuple[str, ...], known: Record | None) -> list[Case]:
+    """The cases of these families that have no rows yet."""
+    found = (prove_cases.cases if device.type == "cuda" else prove_cases.small_cases)(families)
+    rows = {} if known is None else known.rows
+    return [one for one in found if not all(key in rows for key in prove_cases.keys(one))]
+
+
+class Keeper:
+    """Collects rows, and writes them; what cannot be written counts in this process only."""
+
+    def __init__(self, device: torch.device, known: Record | None) -> None:
+        today = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d")
+        self.record = Record(proofs.machine(device), driver(device), today, {} if known is None else known.rows)
+        self.problem: OSError | None = None
+
+    def __call__(self, rows: list[Row]) -> None:
+        if not rows:
+            return
+        new = Record(self.record.machine, self.record.driver, self.record.date, {row.key: row for row in rows})
+        self.record = self.record.joined(new)
+        try:
+            proofs.keep(new)
+        except OSError as problem:
+            if self.problem is None:
+                proofs.log.warning(
+                    "the proof record cannot be written, it counts in this process only: %s", problem
+                )
+            self.problem = problem
+            proofs.hold(new)
+
+
+def driver(device: torch.device) -> str | None:
+    """The version of the GPU's driver, if it can be found out."""
+    if device.type != "cuda" or torch.version.hip:
+        return None
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return said.splitlines()[0].strip() if said.strip() else None
+
+
+# ---- the command ----
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--device", help="cuda, cuda:N, or cpu with TRITON_INTERPRET=1; by default the current GPU"
+    )
+    parser.add_argument(
+        "--budget",
+        type=float,
+        default=BUDGET,
+        metavar="SECONDS",
+        help="begin nothing after this time (default: 120)",
+    )
+    parser.add_argument("--families", nargs="+", metavar="FAMILY", help=f"some of {', '.join(FAMILIES)}")
+    parser.add_argument("--fresh", action="store_true", help="prove again what an earlier run has proven")
+    parser.add_argument("--json", action="store_true", help="print the record as JSON and nothing else")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Prove, and print what serves; 1 if a kernel is wrong, hangs or does not compile, or the disk refuses."""
+    try:
+        device, families = device_of(options.device), checked_families(options.families)
+    except ValueError as error:
+        raise CommandError(str(error)) from None
+    if not options.budget > 0:
+        raise CommandError(f"--budget must be positive, got {options.budget:g}")
+    interrupted, problem = False, None
+    with progress(quiet=options.json) as on_step:
+        try:
+            keeper = _prove(device, options.budget, families, fresh=options.fresh, on_step=on_step)
+            record, problem = keeper.record, keeper.problem
+        except KeyboardInterrupt:
+            interrupted = True
+            record = proofs.record_of(device) or Record(proofs.machine(device))
+    if options.json:
+        print(json.dumps(record.as_json(), indent=1))
+    else:
+        left = to_prove(device, families, record)
+        print_record(record, len(left))
+    if interrupted:
+        print("fastattn prove: interrupted; what was proven so far is kept", file=sys.stderr)
+        return 130
+    bad = [row for row in record.rows.values() if row.verdict not in (proofs.PROVEN, proofs.SLOWER, proofs.SPILLS)]
+    return 1 if bad or problem else 0
+
+
+def print_record(record: Record, left: int) -> None:
+    title = f"proofs on {record.machine.gpu}: how many times as fast as what would serve otherwise"
+    tables.show(title, tables.record_rows(record))
+    counts = Counter(row.verdict for row in record.rows.values())
+    said = ", ".join(f"{n} {verdict}" for verdict, n in sorted(counts.items())) or "nothing yet"
+    print(f"{said}.")
+    if left:
+        print(f"{left} kinds of calls are not yet proven; `fastattn prove` goes on with them.")
+
+
+@contextlib.contextmanager
+def progress(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar with an estimate of what is left on a terminal, else a line for each kind of call."""
+    if quiet:
+        yield lambda label, done, of: None
+        return
+    bar = _bar() if sys.stderr.isatty() else None
+    if bar is not None:
+        with bar:
+            task = bar.add_task("starting", total=None)
+            yield lambda label, done, of: bar.update(task, description=label, completed=done, total=of)
+        return
+    start = time.monotonic()
+
+    def say(label: str, done: int, of: int) -> None:
+        taken = time.monotonic() - start
+        left = f", about {taken / done * (of - done) / 60:.0f} min left" if done else ""
+        print(f"{done} of {of}{left}: {label}", file=sys.stderr, flush=True)
+
+    yield say
+
+
+def _bar() -> Any:
+    """rich's, if it is installed."""
+    try:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    except ImportError:
+        return None
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=Console(stderr=True), transient=True)

@@ -1,0 +1,245 @@
+"""What `fastattn prove` proves: for each kind of call, dtype and width, what is checked and what is timed.
+
+A case proves one kind (see fastattn.core.capabilities.question) in one dtype at one width, in a few directions.
+Its checks are compared with float64; they reach each tile that such calls take, odd sizes included. One call of
+each size is timed. Cases are plain data, because they travel to other processes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from fastattn.core.capabilities import BACKWARD, CLASSES, FORWARD, TANGENT, TOGETHER, WIDTHS
+from fastattn.core.proofs import Key
+from fastattn.ground.checks import ACTIVATIONS
+from fastattn.measuring.kinds import Sizes
+
+# What is asked of us by name; each runs in a process of its own.
+FAMILIES = ("attention", "masks", "scores", "forward mode", "mlp", "norm", "heads", "statistics")
+DTYPES = ("bfloat16", "float16", "float32")
+# Kinds of proofs, and the calls of fastattn.measuring.kinds that are of it; the first one is timed.
+MASKS = {
+    "key lengths": ("key lengths",),
+    "boolean mask": ("boolean mask",),
+    "window": ("window",),
+    "documents": ("documents",),
+    "lists": ("bigbird", "random lists"),
+}
+SCORES = {
+    "bias": ("bias", "padding bias"),
+    "dropout": ("dropout",),
+    "alibi": ("alibi",),
+    "relative bias": ("relative bias",),
+    "softcap": ("softcap",),
+    "sinks": ("sinks",),
+    "head scale": ("head scale",),
+    TOGETHER: ("everything",),
+}
+TANGENTS: dict[str, tuple[str, ...]] = {
+    "causal": ("causal",),
+    "full": ("full",),
+    "bias": ("bias",),
+    "sinks": ("sinks",),
+    "lists": ("bigbird",),
+}
+STATISTICS = ("causal", "full", "window", "documents", "bigbird", "key lengths", "softcap", "sinks", "bias")
+# A width of each class of heads that is no power of two.
+ODD = {64: 40, 128: 80, 256: 192, 512: 320}
+# Classes that kernels reach; where they do not, dispatch knows that without a proof.
+HEAD_WIDTHS = (128, 64, 256)
+SINGLE_TANGENT = 128  # the widest heads with a tangent in float32
+
+Case = dict[str, Any]
+
+
+def case(
+    family: str, proves: str, checks: list[Sizes], timed: dict[str, Sizes], directions: tuple[str, ...], width: int
+) -> Case:
+    """One case: `width` is the class, the dtype that of the checks."""
+    record = "attention" if family in ("masks", "scores", "forward mode") else family
+    dtype = checks[0].dtype
+    return {
+        "family": family, "proves": proves, "record": record, "dtype": dtype, "width": width,
+        "directions": list(directions), "checks": [sizes.as_json() for sizes in checks],
+        "timed": {size: sizes.as_json() for size, sizes in timed.items()},
+        "label": f"{family}: {proves} {dtype} {width}",
+    }  # fmt: skip
+
+
+def keys(case: Case) -> list[Key]:
+    """The rows of the record that a case gives, in the order of its directions."""
+    about = case["proves"], case["dtype"], case["width"]
+    return [Key(case["record"], d, *about, size) for d in case["directions"] for size in case["timed"]]
+
+
+def cases(families: tuple[str, ...] = FAMILIES) -> list[Case]:
+    """For a GPU, the most used first within each family."""
+    made = {
+        "attention": plain, "masks": masks, "scores": scores, "forward mode": tangents, "mlp": mlps, "norm": norms,
+        "heads": heads, "statistics": statistics,
+    }  # fmt: skip
+    return [one for family in families for one in made[family]()]
+
+
+def small_cases(families: tuple[str, ...] = FAMILIES) -> list[Case]:
+    """For Triton's interpreter: every kind once, in float32, with the smallest calls that reach every loop."""
+    found: dict[tuple[str, str], Case] = {}
+    for one in cases(families):
+        if (one["family"], one["proves"]) not in found:
+            found[one["family"], one["proves"]] = _shrunk(one)
+    return list(found.values())
+
+
+def _shrunk(one: Case) -> Case:
+    length = {"norm": 9, "heads": 20}.get(one["family"], 40)
+
+    def small(sizes: dict[str, Any]) -> Sizes:
+        lengths: dict[str, Any] = {
+            "length": length,
+            "keys": 56 if sizes["keys"] else None,
+            "width": 16,
+            "value_width": None,
+        }
+        return dataclasses.replace(
+            Sizes(**sizes), dtype="float32", batch=1, heads=2, key_heads=1, hidden=24, **lengths
+        )
+
+    timed = {CLASSES[0]: small(one["timed"][CLASSES[0]])}
+    checks = [small(one["checks"][0]), *(small(s) for s in one["checks"][1:] if s["kind"] != one["proves"])]
+    width = WIDTHS[one["record"]][0]
+    return case(one["family"], one["proves"], checks, timed, tuple(one["directions"]), width)
+
+
+# ---- attention ----
+
+BOTH = (FORWARD, BACKWARD)
+CHECKED: dict[str, Any] = {"batch": 1, "heads": 4, "key_heads": 2, "length": 2047}
+
+
+def _timed_attention(family: str, kind: str, dtype: str, width: int) -> dict[str, Sizes]:
+    heads = max(2, 2048 // width)
+    lengths = dict(zip(CLASSES, ((2, 256), (1, 2048), (1, 8192)), strict=True))
+    return {
+        size: Sizes(family, kind, dtype, batch, heads, heads, length, width=width)
+        for size, (batch, length) in lengths.items()
+    }
+
+
+def plain() -> list[Case]:
+    found = []
+    for dtype in DTYPES:
+        for width in HEAD_WIDTHS:
+            for kind in ("causal", "full"):
+                about: dict[str, Any] = {"family": "attention", "kind": kind, "dtype": dtype}
+                checks = [
+                    Sizes(**about, **CHECKED, width=width),
+                    Sizes(**about, length=113, keys=203, width=ODD[width]),
+                    Sizes(**about, length=1, keys=777, width=width),
+                    Sizes(**{**about, "kind": f"{kind} lse gradient"}, length=333, width=width),
+                ]
+                if width == 256:
+                    checks.append(Sizes(**about, length=257, width=192, value_width=128))
+                timed = _timed_attention("attention", kind, dtype, width)
+                found.append(case("attention", kind, checks, timed, BOTH, width))
+    return found
+
+
+def _attention_kinds(
+    family: str, called: str, kinds: dict[str, tuple[str, ...]], directions: tuple[str, ...]
+) -> list[Case]:
+    found = []
+    for dtype in DTYPES:
+        for width in HEAD_WIDTHS:
+            if family == "forward mode" and dtype == "float32" and width > SINGLE_TANGENT:
+                continue
+            for proves, calls in kinds.items():
+                checks = [Sizes(called, kind, dtype, **CHECKED, width=width) for kind in calls]
+                timed = _timed_attention(called, calls[0], dtype, width)
+                found.append(case(family, proves, checks, timed, directions, width))
+    return found
+
+
+def masks() -> list[Case]:
+    return _attention_kinds("masks", "masks", MASKS, BOTH)
+
+
+def scores() -> list[Case]:
+    return _attention_kinds("scores", "scores", SCORES, BOTH)
+
+
+def tangents() -> list[Case]:
+    return _attention_kinds("forward mode", "tangent", TANGENTS, (TANGENT,))
+
+
+def statistics() -> list[Case]:
+    found = []
+    for dtype in DTYPES:
+        for width in HEAD_WIDTHS:
+            checks = [Sizes("statistics", kind, dtype, length=777, width=width) for kind in STATISTICS]
+            timed = _timed_attention("statistics", "causal: entropy received", dtype, width)
+            found.append(case("statistics", "statistics", checks, timed, (FORWARD,), width))
+    return found
+
+
+# ---- the others ----
+
+
+def mlps() -> list[Case]:
+    """Three numbers of elements in the hidden layer: each has a tile of its own."""
+    found = []
+    for dtype in DTYPES:
+        for width in WIDTHS["mlp"]:
+            for kind in ("gelu_tanh biases", "silu gated", *(a for a in ACTIVATIONS if a != "gelu_tanh")):
+                proves = "gated" if "gated" in kind else kind.split()[0]
+                about: dict[str, Any] = {"family": "mlp", "kind": kind, "dtype": dtype, "batch": 1}
+                tiles = ((128, 1024), (1024, 4096), (4096, 4096))
+                checks = [Sizes(**about, length=rows, width=width, hidden=hidden) for rows, hidden in tiles]
+                checks.append(Sizes(**about, length=77, width=width - 9, hidden=250))
+                hidden = 8 * width // 3 // 128 * 128 if proves == "gated" else 4 * width
+                timed = {
+                    size: Sizes(**about, length=rows, width=width, hidden=hidden)
+                    for size, rows in zip(CLASSES, (128, 2048, 16384), strict=True)
+                }
+                found.append(case("mlp", proves, checks, timed, BOTH, width))
+    return found
+
+
+def norms() -> list[Case]:
+    kinds = {"rms": ("rms", "rms offset"), "layer": ("layer",), "residual": ("rms residual", "layer residual")}
+    found = []
+    for dtype in DTYPES:
+        for width in WIDTHS["norm"]:
+            for proves, calls in kinds.items():
+                about: dict[str, Any] = {"family": "norm", "dtype": dtype, "batch": 1}
+                checks = [
+                    Sizes(kind=kind, **about, length=rows, width=wide)
+                    for kind in calls
+                    for rows, wide in ((1500, width), (37, width - 17))
+                ]
+                timed = {
+                    size: Sizes(kind=calls[0], **about, length=elements // width, width=width)
+                    for size, elements in zip(CLASSES, (2**18, 2**23, 2**27), strict=True)
+                }
+                found.append(case("norm", proves, checks, timed, BOTH, width))
+    return found
+
+
+def heads() -> list[Case]:
+    kinds = {"rotary": ("rotary", "norm interleaved"), "norm": ("norm",), "scale": ("norm rotary scale",)}
+    found = []
+    for dtype in DTYPES:
+        for width in HEAD_WIDTHS:
+            for proves, calls in kinds.items():
+                about: dict[str, Any] = {"family": "heads", "dtype": dtype}
+                checks = [
+                    Sizes(kind=kind, **about, length=333, width=w) for kind in calls for w in (width, ODD[width])
+                ]
+                timed = {
+                    size: Sizes(
+                        kind=calls[0], **about, batch=1, heads=16, length=elements // (16 * width), width=width
+                    )
+                    for size, elements in zip(CLASSES, (2**18, 2**23, 2**26), strict=True)
+                }
+                found.append(case("heads", proves, checks, timed, BOTH, width))
+    return found

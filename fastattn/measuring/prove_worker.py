@@ -1,0 +1,188 @@
+"""What a process does for a case of `fastattn prove`: check it, then time it. See prove_cases for what a case is.
+
+`check` returns a row for each direction: {direction, verdict, error, allowed, reason}, with verdict None where the
+kernel is right. `time` returns a row for each direction and size: {direction, size, ratio, reason}.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from fastattn.core import capabilities, plans, proofs
+from fastattn.core.capabilities import BACKWARD, FORWARD, TANGENT
+from fastattn.core.proofs import Question
+from fastattn.measuring import checking, kinds
+from fastattn.measuring.kinds import Sizes
+from fastattn.measuring.measure import one_line, synchronize
+from fastattn.measuring.prove_cases import Case
+
+Rows = list[dict[str, Any]]
+Notify = Callable[[str], None]
+OURS, OTHERWISE = "triton", "portable"
+# A round of calls lasts this long, or is one call.
+ROUND_SECONDS, MOST_CALLS, ROUNDS = 0.01, 100, 5
+
+
+# ---- right ----
+
+
+def check(case: Case, device: torch.device, notify: Notify) -> Rows:
+    """All checks against float64, in two runs; and whether a compiled kernel spills registers."""
+    worst: dict[str, dict[str, Any]] = {}
+    forget_kernels()
+    for given in case["checks"]:
+        sizes = Sizes(**given)
+        notify(f"check {sizes.label}")
+        plans.forget()
+        for row in checking.check_kernel(sizes, device, lambda step: None):
+            direction = _direction(row["quantity"], case)
+            if direction in case["directions"]:
+                _keep_worst(worst, direction, row, sizes)
+    spilled = spills()
+    if spilled:
+        for row in worst.values():
+            if row["verdict"] is None:
+                row |= {"verdict": proofs.SPILLS, "reason": f"a kernel spills {spilled} registers"}
+    return list(worst.values())
+
+
+def _direction(quantity: str, case: Case) -> str:
+    if case["directions"] == [TANGENT]:
+        return TANGENT
+    return FORWARD if quantity.startswith("result") else BACKWARD
+
+
+def _keep_worst(worst: dict[str, dict[str, Any]], direction: str, row: dict[str, Any], sizes: Sizes) -> None:
+    """The error that is largest beside what is allowed, and the first thing that is wrong."""
+    wrong = row["verdict"] != "passed"
+    error, allowed = (value if math.isfinite(value) else None for value in (row["max_error"], row["allowed"]))
+    new = {"direction": direction, "error": error, "allowed": allowed, "verdict": None, "reason": ""}
+    if wrong:
+        reason = f"{row['quantity']} of {sizes.label}: {row['verdict'].removeprefix('FAILED: ')}"
+        new |= {"verdict": proofs.WRONG, "reason": reason}
+    old = worst.setdefault(direction, new)
+    if old["verdict"] is None and (wrong or _share(new) > _share(old)):
+        worst[direction] = new
+
+
+def _share(row: dict[str, Any]) -> float:
+    """How much of the allowed error there is."""
+    return (row["error"] or 0.0) / (row["allowed"] or 1.0)
+
+
+def _jitted() -> Iterator[Any]:
+    """The compiled functions of fastattn.kernels; none in Triton's interpreter."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("fastattn.kernels"):
+            yield from (f for f in vars(module).values() if hasattr(f, "device_caches"))
+
+
+def forget_kernels() -> None:
+    """Have every kernel loaded anew, so that `spills` tells of those of this case only."""
+    for function in _jitted():
+        function.device_caches.clear()
+
+
+def spills() -> int:
+    """The most registers that a loaded kernel spills to memory."""
+    compiled = (k for f in _jitted() for caches in f.device_caches.values() for k in caches[0].values())
+    return max((getattr(kernel, "n_spills", None) or 0 for kernel in compiled), default=0)
+
+
+# ---- fast ----
+
+
+def time_case(case: Case, device: torch.device, notify: Notify) -> Rows:
+    """Ours against what would serve otherwise, at each size, host time included."""
+    found: Rows = []
+    for size, given in case["timed"].items():
+        sizes = Sizes(**given)
+        for direction in case["directions"]:
+            notify(f"time {direction} {sizes.label}")
+            found.append({"direction": direction, "size": size, **_compared(case, size, sizes, direction, device)})
+    return found
+
+
+def _compared(case: Case, size: str, sizes: Sizes, direction: str, device: torch.device) -> dict[str, Any]:
+    plans.forget()
+    call = kinds.build(sizes, device)
+    with asked() as questions:
+        ours = thunk(call, OURS, direction)
+        ours()
+    _must_be_about(case, size, direction, questions)
+    try:
+        otherwise = thunk(call, OTHERWISE, direction)
+        otherwise()
+    except torch.OutOfMemoryError as error:
+        torch.cuda.empty_cache()
+        return {"ratio": None, "reason": f"what would serve otherwise fails: {one_line(error)}"}
+    seconds = compare({OURS: ours, OTHERWISE: otherwise}, device)
+    return {"ratio": seconds[OTHERWISE] / seconds[OURS], "reason": ""}
+
+
+@contextlib.contextmanager
+def asked() -> Iterator[list[Question]]:
+    """What the calls within would ask the record, if they named no backend."""
+    choose, found = capabilities.choose, []
+
+    def noting(request: capabilities.Request, direction: str, backend: str | None = None) -> str:
+        found.append(capabilities.question(request, direction))
+        return choose(request, direction, backend)
+
+    capabilities.choose = noting
+    try:
+        yield found
+    finally:
+        capabilities.choose = choose
+
+
+def _must_be_about(case: Case, size: str, direction: str, questions: list[Question]) -> None:
+    """Raise unless the timed call is what its row of the record says."""
+    wanted = proofs.Key(case["record"], direction, case["proves"], case["dtype"], case["width"], size)
+    if not any(case["proves"] in q.kinds and q.key(case["proves"]) == wanted for q in questions):
+        raise ArithmeticError(f"the call is not of the kind {proofs.describe(wanted)}: {questions}")
+
+
+def thunk(call: kinds.Call, backend: str, direction: str) -> Callable[[], Any]:
+    """The call to time in this direction."""
+    if direction != BACKWARD:
+        return torch.no_grad()(lambda: call.function(backend, *call.tensors))
+    leaves = [t.detach().requires_grad_() for t in call.tensors]
+    result = call.function(backend, *leaves)
+    output = result[0] if isinstance(result, tuple) else result
+    upstream = torch.randn_like(output)
+    return lambda: torch.autograd.grad(output, leaves, upstream, retain_graph=True)
+
+
+def compare(calls: dict[str, Callable[[], Any]], device: torch.device) -> dict[str, float]:
+    """Seconds of a call, the median of a few interleaved rounds, by the wall clock: what a program waits for, the
+    launches included."""
+    counts = {}
+    for name, call in calls.items():
+        once = seconds_a_call(call, 1, device)
+        counts[name] = max(1, min(MOST_CALLS, math.ceil(ROUND_SECONDS / max(once, 1e-9))))
+    taken: dict[str, list[float]] = {name: [] for name in calls}
+    for number in range(ROUNDS):
+        for name in calls if number % 2 == 0 else reversed(list(calls)):
+            taken[name].append(seconds_a_call(calls[name], counts[name], device))
+    return {name: statistics.median(rounds) for name, rounds in taken.items()}
+
+
+def seconds_a_call(call: Callable[[], Any], count: int, device: torch.device) -> float:
+    synchronize(device)
+    start = time.perf_counter()
+    for _ in range(count):
+        call()
+    synchronize(device)
+    return (time.perf_counter() - start) / count
+
+
+HANDLERS: dict[str, Callable[[Case, torch.device, Notify], Rows]] = {"check": check, "time": time_case}
