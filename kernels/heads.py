@@ -328,7 +328,9 @@ def prepare_heads(
     tile = tiling(heads_kernel, x)
     size = size_of(x, tile)
     with launch.on_device(x):
-        heads_kernel[(x.shape[0] * size.tiles * size.groups,)](
+        launch.start(
+            heads_kernel,
+            (x.shape[0] * size.tiles * size.groups,),
             tensor4(x),
             tensor4(y),
             table(norm_weight),
@@ -363,7 +365,9 @@ def prepare_heads_backward(
         partials = x.new_empty(x.shape[0], size.tiles, size.heads, x.shape[3], dtype=torch.float32)
     if x.numel() > 0:
         with launch.on_device(x):
-            heads_gradient_kernel[(x.shape[0] * size.tiles * size.groups,)](
+            launch.start(
+                heads_gradient_kernel,
+                (x.shape[0] * size.tiles * size.groups,),
                 tensor4(dy),
                 tensor4(x),
                 tensor4(dx),

@@ -460,7 +460,9 @@ def fused_hidden(x, linears, hidden, saved, size, activation) -> None:
     tile = tiling(table, hidden_kernel, x, size)
     step = inner_tile(x.dtype)
     first, *rest = [linear_argument(*pair) for pair in linears]
-    hidden_kernel[(tile_count(size, tile),)](
+    launch.start(
+        hidden_kernel,
+        (tile_count(size, tile),),
         matrix(x),
         first,
         rest[0] if rest else None,
@@ -477,7 +479,9 @@ def library_hidden(x, linears, hidden, saved, size, activation) -> None:
     for (weight, bias), part in zip(linears, saved.chunk(len(linears), 1), strict=True):
         linear(x, weight, bias, out=part)
     tile = tiling(launch.MLP_ELEMENTWISE, activation_kernel, x, size)
-    activation_kernel[(tile_count(size, tile),)](
+    launch.start(
+        activation_kernel,
+        (tile_count(size, tile),),
         matrix(saved),
         matrix(hidden),
         size,
@@ -522,7 +526,9 @@ def fused_gradient(dy, weight, saved, hidden, dpre, size, gated, bias, activatio
     tile = tiling(launch.MLP_BACKWARD, hidden_gradient_kernel, dy, size)
     step = inner_tile(dy.dtype)
     partials = new_partials(dpre, size, tile) if bias else None
-    hidden_gradient_kernel[(tile_count(size, tile),)](
+    launch.start(
+        hidden_gradient_kernel,
+        (tile_count(size, tile),),
         matrix(dy),
         matrix(weight),
         matrix(saved),
@@ -541,7 +547,9 @@ def library_gradient(dy, weight, saved, hidden, dpre, size, gated, bias, activat
     dh = torch.mm(dy, weight, out=None if gated else dpre)
     tile = tiling(launch.MLP_ELEMENTWISE, activation_gradient_kernel, dy, size)
     partials = new_partials(dpre, size, tile) if bias else None
-    activation_gradient_kernel[(tile_count(size, tile),)](
+    launch.start(
+        activation_gradient_kernel,
+        (tile_count(size, tile),),
         matrix(dh),
         matrix(saved),
         None if hidden is None else matrix(hidden),

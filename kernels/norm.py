@@ -344,7 +344,9 @@ def norm_forward(
             family = launch.family(norm_kernel, x.device)
             tile = launch.look_up(launch.NORM_FORWARD, family, x.element_size(), width)
             size = size_of(x, tile, 1)
-            norm_kernel[(batch * size.tiles,)](
+            launch.start(
+                norm_kernel,
+                (batch * size.tiles,),
                 rows_of(x),
                 rows_of(residual),
                 line_of(weight),
@@ -392,7 +394,9 @@ def norm_backward(
         x.new_empty((batch, lines.programs, width), dtype=torch.float32) if want else None for want in wanted
     )
     with launch.on_device(x):
-        norm_gradient_kernel[(batch * size.programs,)](
+        launch.start(
+            norm_gradient_kernel,
+            (batch * size.programs,),
             rows_of(dy),
             rows_of(dtotal),
             rows_of(x),
@@ -407,7 +411,9 @@ def norm_backward(
             **tile.compiler_options(),
         )
         if not within and any(wanted):
-            norm_sums_kernel[(batch * lines.programs * triton.cdiv(width, tile.block_n),)](
+            launch.start(
+                norm_sums_kernel,
+                (batch * lines.programs * triton.cdiv(width, tile.block_n),),
                 rows_of(dy),
                 rows_of(x),
                 dweight,

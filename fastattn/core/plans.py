@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any, ClassVar, Generic, TypeVar
@@ -101,6 +101,13 @@ def key(tensors: Sequence[Any], options: tuple[Any, ...]) -> Key | None:
     return kinds, tuple(parts)
 
 
+def _is_interpreted(rest: tuple[Any, ...]) -> bool:
+    """Whether Triton's interpreter may be asked to compute this: a variable that no key holds switches it on and
+    off, and it is slow anyway."""
+    options, _, asked, *_ = rest
+    return (asked is not None or "triton" in options) and torch.device("cpu") in rest
+
+
 class Plans(Generic[P]):
     """The plans of one function."""
 
@@ -134,9 +141,7 @@ class Plans(Generic[P]):
         if key is None or not _PLAIN.issuperset(key[0]):
             return
         kinds, rest = key
-        options, _, asked, *_ = rest
-        # A variable that no key holds switches Triton's interpreter on and off, which is slow anyway.
-        if (asked is not None or "triton" in options) and torch.device("cpu") in rest:
+        if _is_interpreted(rest):
             return
         with self._lock:
             alike = self._plans.setdefault(kinds, {})
@@ -168,6 +173,7 @@ class Plan:
     module: the backend that computes the forward.
     asked: FASTATTN_BACKEND when the plan was made.
     chosen: the backends of the backward, see `fastattn.core.capabilities.backward_module`.
+    repeats: what was recorded of earlier calls.
     """
 
     spec: Any
@@ -176,6 +182,7 @@ class Plan:
     module: ModuleType
     asked: Hashable = field(default_factory=backend_asked)
     chosen: dict[Hashable, ModuleType] = field(default_factory=dict)
+    repeats: Repeats = field(default_factory=lambda: Repeats(), compare=False)
     family: ClassVar[str]
 
     def forward(self, *tensors: Any) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]:
@@ -191,9 +198,44 @@ class Plan:
         raise NotImplementedError
 
 
+class Repeats:
+    """Recordings of a plan's calls, by which later ones are repeated without the Python in between.
+
+    They are made by a backend that has a function `record`: that of the Triton kernels. A recording is for tensors
+    that lie equally far behind a multiple of 16 bytes, and for what else a call depends on beyond the plan's key.
+    The first call of a kind is not recorded, since there may be no second one.
+    """
+
+    MOST = 32  # kinds of calls; those beyond are not recorded
+
+    def __init__(self) -> None:
+        self._recordings: dict[Hashable, Any] = {}
+
+    def __call__(self, plan: Plan, function: Callable[..., Any], tensors: Sequence[Any], *kind: Hashable) -> Any:
+        """function(*tensors)."""
+        record = getattr(plan.module, "record", None)
+        if record is None:
+            return function(*tensors)
+        key = (*kind, *[None if t is None else t.data_ptr() % 16 for t in tensors])
+        known = self._recordings.get(key, self)
+        if known is self or known is False:
+            if known is self and len(self._recordings) < self.MOST:
+                self._recordings[key] = None
+            return function(*tensors)
+        if known is None:
+            outcome, recording = record(function, tensors)
+            self._recordings[key] = recording or False
+            return outcome
+        return known(tensors)
+
+
 def run(plan: Plan, *tensors: Tensor | None) -> tuple[Tensor, ...]:
     """The results of a plan, differentiable."""
-    return Planned.apply(plan, *tensors) if plan.differentiable else plan.forward(*tensors)[0]
+    return Planned.apply(plan, *tensors) if plan.differentiable else _forward(plan, tensors)[0]
+
+
+def _forward(plan: Plan, tensors: Sequence[Tensor | None]) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]:
+    return plan.repeats(plan, plan.forward, tensors, "forward")
 
 
 def needs_gradient(*tensors: Tensor | None) -> bool:
@@ -206,7 +248,7 @@ class Planned(Function):
 
     @staticmethod
     def forward(ctx: Any, plan: Plan, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        results, saved = plan.forward(*tensors)
+        results, saved = _forward(plan, tensors)
         ctx.plan = plan
         ctx.save_for_backward(*saved)
         ctx.set_materialize_grads(False)
@@ -214,7 +256,15 @@ class Planned(Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        plan, saved, needed = ctx.plan, ctx.saved_tensors, ctx.needs_input_grad[1:]
         direct = not _grad_enabled() and not watched()
         for t in cotangents:
             direct = direct and (t is None or _is_plain(t))
-        return None, *ctx.plan.gradients(ctx.saved_tensors, cotangents, ctx.needs_input_grad[1:], direct)
+        if not direct:
+            return None, *plan.gradients(saved, cotangents, needed, direct)
+
+        def gradients(*tensors: Any) -> Sequence[Tensor | None]:
+            return plan.gradients(tensors[: len(saved)], tensors[len(saved) :], needed, direct)
+
+        alike = [None if t is None else (t.shape, t.stride(), t.dtype) for t in cotangents]
+        return None, *plan.repeats(plan, gradients, (*saved, *cotangents), needed, backend_asked(), *alike)

@@ -350,7 +350,9 @@ def _dkdv(call: Call, dout: torch.Tensor, operands: tuple, row_values: RowValues
             batch * key_heads, triton.cdiv(queries, tiling.block_m) * group, call.processors,
         )  # fmt: skip
         dk_partials, dv_partials = partials_of(splits, dk), partials_of(splits, dv)
-        attention_dkdv_kernel[(splits.programs * batch * key_heads,)](
+        launch.start(
+            attention_dkdv_kernel,
+            (splits.programs * batch * key_heads,),
             *operands,
             tensor4(dk),
             tensor4(dv),
@@ -383,7 +385,9 @@ def _dq(call: Call, operands: tuple, row_values: RowValues) -> tuple[torch.Tenso
         partials = partials_of(splits, dq)
         dscale_partials = None if dscale is None else partials_of(splits, dscale)
         relative = call.family in (launch.PLAIN_DQ_RELATIVE if call.kind == "plain" else launch.MASKED_FIRST)
-        attention_dq_kernel[(splits.programs * batch * heads,)](
+        launch.start(
+            attention_dq_kernel,
+            (splits.programs * batch * heads,),
             *operands,
             tensor4(dq),
             argument(partials),

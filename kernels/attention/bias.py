@@ -205,7 +205,9 @@ def bias_gradient(call: Call, operands: tuple, row_values: tuple) -> torch.Tenso
     partials = dbias
     if splits > 1:
         partials = torch.empty((splits * bias.shape[0], *bias.shape[1:]), dtype=torch.float32, device=bias.device)
-    bias_gradient_kernel[(tiles * splits,)](
+    launch.start(
+        bias_gradient_kernel,
+        (tiles * splits,),
         *operands,
         tensor4(partials),
         row_values,
@@ -230,7 +232,9 @@ def relative_bias_gradient(call: Call, operands: tuple, row_values: tuple) -> to
     row_tiles = triton.cdiv(queries, block)
     diagonals = row_tiles + triton.cdiv(keys, block) - 1
     sums = torch.empty((batch, heads, diagonals, 2 * block), dtype=torch.float32, device=call.q.device)
-    diagonal_sums_kernel[(diagonals * batch * heads,)](
+    launch.start(
+        diagonal_sums_kernel,
+        (diagonals * batch * heads,),
         *operands,
         sums,
         row_values,

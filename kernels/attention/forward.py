@@ -170,7 +170,9 @@ def attention_forward(
         )  # fmt: skip
         partials, lse_partials = partials_of(splits, out), partials_of(splits, lse)
         remainders = partials_of(splits, lse) if call.in_nats else None
-        attention_forward_kernel[(splits.programs * batch * heads,)](
+        launch.start(
+            attention_forward_kernel,
+            (splits.programs * batch * heads,),
             tensor4(q),
             tensor4(k),
             tensor4(v),

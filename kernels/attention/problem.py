@@ -128,4 +128,5 @@ def products(precision: str, element_size: int, width: int) -> str:
 def empty_heads(batch: int, heads: int, rows: int, width: int, like: torch.Tensor) -> torch.Tensor:
     """An empty (batch, heads, rows, width) tensor laid out (batch, rows, heads, width), so that merging the
     heads for the next linear layer costs no copy."""
-    return torch.empty((batch, rows, heads, width), dtype=like.dtype, device=like.device).transpose(1, 2)
+    strides = rows * heads * width, width, heads * width, 1
+    return torch.empty_strided((batch, heads, rows, width), strides, dtype=like.dtype, device=like.device)

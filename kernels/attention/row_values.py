@@ -155,7 +155,9 @@ def row_values(
     if not values.numel():
         return result
     tiling = call.tiling(launch.ATTENTION_DELTA)
-    attention_delta_kernel[(rows // tiling.block_m * batch * heads,)](
+    launch.start(
+        attention_delta_kernel,
+        (rows // tiling.block_m * batch * heads,),
         tensor4(out),
         tensor4(dout),
         tensor3(lse),
@@ -169,7 +171,9 @@ def row_values(
     if call.in_nats:
         tiling = call.tiling(launch.ATTENTION_FORWARD)
         section = launch.heads_per_section(call.k, call.k, batch * heads)
-        attention_remainder_kernel[(rows // tiling.block_m * batch * heads,)](
+        launch.start(
+            attention_remainder_kernel,
+            (rows // tiling.block_m * batch * heads,),
             *operands,
             result,
             call.problem(rows_of(call.lists, split=False), heads_per_section=section, sinks=True),

@@ -202,7 +202,9 @@ def merge(
         return
     batch, heads, rows, width = out.shape
     shared_rows = rows if splits.merges is None else len(splits.merges) * GRANULE.value
-    merge_kernel[(triton.cdiv(shared_rows, ROWS) * batch * heads,)](
+    launch.start(
+        merge_kernel,
+        (triton.cdiv(shared_rows, ROWS) * batch * heads,),
         argument(partials),
         argument(value_partials),
         argument(remainders),

@@ -314,7 +314,9 @@ def _by_query(call: Call, operands: tuple, spec: Any, asked: Any, results: dict[
         tiling, KINDS=kinds, KIND_WIDTH=triton.next_power_of_2(max(kinds, 1)), COLUMNS=columns,
         COLUMN_WIDTH=launch.tile_width(columns) if columns else 1, **options,
     )  # fmt: skip
-    query_statistics_kernel[(triton.cdiv(queries, tiling.block_m) * batch * heads,)](
+    launch.start(
+        query_statistics_kernel,
+        (triton.cdiv(queries, tiling.block_m) * batch * heads,),
         *operands,
         norms,
         labels,
@@ -339,7 +341,9 @@ def _by_key(call: Call, operands: tuple, spec: Any, asked: Any, results: dict[st
     weights = tensor3(asked.query_weights) if "weighted_received" in spec.want else None
     tiling = call.tiling(launch.ATTENTION_STATISTICS)
     section = launch.heads_per_section(call.q, call.q, batch * heads)
-    key_statistics_kernel[(triton.cdiv(keys, tiling.block_n) * batch * heads,)](
+    launch.start(
+        key_statistics_kernel,
+        (triton.cdiv(keys, tiling.block_n) * batch * heads,),
         *operands,
         weights,
         spec.rows,
@@ -354,11 +358,17 @@ def _by_lag(call: Call, operands: tuple, profile: torch.Tensor) -> None:
     """The sum along each diagonal; lag -(Lq - 1) first."""
     (batch, heads, queries, _), keys = call.q.shape, call.k.shape[2]
     tiling = call.tiling(launch.ATTENTION_BIAS)
+    if max(queries, keys) <= 32:
+        # One tile is enough. For one query and one key Triton 3.6 compiles no larger one on a B200: with sizes of 1
+        # the loop is unrolled to a single product, for which its pass over tensor memory finds no layout.
+        tiling = tiling._replace(block_m=min(tiling.block_m, 32), block_n=min(tiling.block_n, 32))
     block = tiling.block_m
     row_tiles = triton.cdiv(queries, block)
     diagonals = row_tiles + triton.cdiv(keys, block) - 1
     sums = torch.empty((batch, heads, diagonals, 2 * block), dtype=torch.float32, device=call.q.device)
-    lag_profile_kernel[(diagonals * batch * heads,)](
+    launch.start(
+        lag_profile_kernel,
+        (diagonals * batch * heads,),
         *operands,
         sums,
         call.problem(rows_of(call.lists, split=False)),

@@ -188,7 +188,9 @@ def attention_tangent(
         tiling = call.tiling(launch.ATTENTION_TANGENT)
         section = launch.heads_per_section(k, v, batch * heads)
         problem = call.problem(rows_of(lists, split=False), heads_per_section=section, sinks=True)
-        attention_tangent_kernel[(triton.cdiv(queries, tiling.block_m) * batch * heads,)](
+        launch.start(
+            attention_tangent_kernel,
+            (triton.cdiv(queries, tiling.block_m) * batch * heads,),
             tensor4(q),
             tensor4(k),
             tensor4(v),

@@ -29,6 +29,7 @@ from .attention import (
 from .heads import HEADS_ELEMENTWISE
 from .mlp import MLP_BACKWARD, MLP_ELEMENTWISE, MLP_FORWARD, MLP_FUSED_UP_TO, MLP_GATED_FORWARD
 from .norm import NORM_BACKWARD, NORM_FORWARD, norm_programs
+from .recording import start
 from .rows import COMPILER_OPTIONS, EVERY, INTERPRETER, Row, Tiling
 
 # The tables, by the name that the kernels ask for.
@@ -56,6 +57,7 @@ __all__ = [
     "Row",
     "Tiling",
     "norm_programs",
+    "start",
 ]
 
 # Compute capability -> the family whose table it uses, with the same tensor cores and shared memory.
@@ -146,9 +148,14 @@ L2_BUDGET = 16 * 2**20
 
 
 def heads_per_section(left: torch.Tensor, right: torch.Tensor, heads: int) -> int:
-    """How many heads to interleave: as many as fit into the L2 cache with both operands."""
+    """How many heads to interleave: as many as fit into the L2 cache with both operands.
+
+    If that is more than one, then an odd number, and more than there are rather than 1: Triton compiles a kernel
+    again for an integer that is 1 or a multiple of 16, and here gains nothing by it.
+    """
     row_bytes = (left.shape[3] + right.shape[3]) * left.element_size()
-    return min(max(1, heads), max(1, L2_BUDGET // max(1, left.shape[2] * row_bytes)))
+    fitting = L2_BUDGET // max(1, left.shape[2] * row_bytes)
+    return 1 if fitting <= 1 else max(3, min(heads, fitting) | 1)
 
 
 # The least number of tiles in a split. The partial result of a split of n tiles of 64 keys is written and read

@@ -106,6 +106,10 @@ class Driver:
         self._library.pretend_current(before)
         return before
 
+    def allow_host_memory(self) -> None:
+        """Kernels may get tensors of the host: to time what leads to a launch."""
+        self._library.pretend_host_memory(1)
+
     def launches(self) -> int:
         return self._library.pretend_launches()
 
@@ -131,12 +135,8 @@ def build(folder: Path) -> Path:
 
 
 @contextlib.contextmanager
-def pretended_gpus(*gpus: Gpu, folder: Path | None = None) -> Iterator[Driver]:
-    """Inside the block torch and Triton find these GPUs in this machine; `folder` keeps the built driver."""
-    from fastattn.core import intact
-    from fastattn.ground import modes
-    from tests.pretended_gpu.tensors import GpuTensor, OnGpu, made_on_host
-
+def pretended_driver(*gpus: Gpu, folder: Path | None = None) -> Iterator[Driver]:
+    """Inside the block torch.cuda and Triton find these GPUs in this machine; `folder` keeps the built driver."""
     if reason := obstacle():
         raise RuntimeError(reason)
     library = build(folder or Path(tempfile.gettempdir()) / f"pretended_gpu_{os.getuid()}")
@@ -147,8 +147,6 @@ def pretended_gpus(*gpus: Gpu, folder: Path | None = None) -> Iterator[Driver]:
         stack.enter_context(mock.patch.dict(os.environ, {"TRITON_LIBCUDA_PATH": str(library.parent)}))
         for name, function in _torch_cuda(driver).items():
             stack.enter_context(mock.patch.object(torch.cuda, name, function))
-        for name in ("tensor", "as_tensor"):
-            stack.enter_context(mock.patch.object(torch, name, made_on_host(getattr(torch, name))))
         # Imported late: these read TRITON_LIBCUDA_PATH and torch.cuda.
         from triton.backends.nvidia.compiler import CUDABackend
         from triton.backends.nvidia.driver import CudaDriver
@@ -157,12 +155,26 @@ def pretended_gpus(*gpus: Gpu, folder: Path | None = None) -> Iterator[Driver]:
         # The assembler takes as long as everything before it, and the compile report runs it on every kernel.
         # What is kept in its place must never be taken for machine code: it gets a cache of its own.
         if "TRITON_CACHE_DIR" not in os.environ:
-            folder = stack.enter_context(tempfile.TemporaryDirectory())
-            stack.enter_context(mock.patch.dict(os.environ, {"TRITON_CACHE_DIR": folder}))
+            cache = stack.enter_context(tempfile.TemporaryDirectory())
+            stack.enter_context(mock.patch.dict(os.environ, {"TRITON_CACHE_DIR": cache}))
         stack.enter_context(mock.patch.object(CUDABackend, "make_cubin", lambda *_: b"\x7fELF, pretended"))
         cuda = CudaDriver()
         cuda.get_current_stream = lambda device=None: (driver.device() if device is None else device) + 1
         triton_driver.set_active(cuda)
+        yield driver
+
+
+@contextlib.contextmanager
+def pretended_gpus(*gpus: Gpu, folder: Path | None = None) -> Iterator[Driver]:
+    """Inside the block tensors lie on these GPUs, too."""
+    from fastattn.core import intact
+    from fastattn.ground import modes
+    from tests.pretended_gpu.tensors import GpuTensor, OnGpu, made_on_host
+
+    with contextlib.ExitStack() as stack:
+        driver = stack.enter_context(pretended_driver(*gpus, folder=folder))
+        for name in ("tensor", "as_tensor"):
+            stack.enter_context(mock.patch.object(torch, name, made_on_host(getattr(torch, name))))
         # What fastattn makes outside of the caller's modes lies on the GPU, too.
         off = modes._disable_current_modes
         stack.enter_context(mock.patch.object(modes, "_disable_current_modes", lambda: _still(off, OnGpu)))

@@ -26,6 +26,7 @@ typedef struct {
 
 static Gpu gpus[MOST_GPUS];
 static int gpu_count = 0, current = 0;
+static int host_memory = 0; /* whether kernels may get memory of the host */
 static long launch_count = 0;
 static Launch last;
 
@@ -40,6 +41,7 @@ int pretend_current(int device) {
   current = device;
   return before;
 }
+void pretend_host_memory(int allowed) { host_memory = allowed; }
 long pretend_launches(void) { return launch_count; }
 const Launch *pretend_last_launch(void) { return &last; }
 
@@ -172,6 +174,8 @@ CUresult cuOccupancyMaxActiveClusters(int *count, CUfunction function, const CUl
 
 CUresult cuPointerGetAttribute(void *value, CUpointer_attribute attribute, CUdeviceptr pointer) {
   int device = (int)(pointer >> 56) - 1;
+  if (device == -1 && host_memory)
+    device = current;
   if (device < 0 || device >= gpu_count)
     return CUDA_ERROR_INVALID_VALUE;
   if (device != current)

@@ -8,6 +8,7 @@ from fastattn.core.attention.spec import AttentionSpec, Gradients, Saved, ScoreT
 from fastattn.kernels.attention import backward as _backward
 from fastattn.kernels.attention import forward as _forward
 from fastattn.kernels.attention import tangent as _tangent
+from fastattn.kernels.launch.recording import record as record
 from fastattn.masks import BlockLists
 from fastattn.masks.lists import unpacked
 

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from fastattn.core.heads.spec import HeadsSpec, HeadTensors
 from fastattn.kernels import heads as _heads
+from fastattn.kernels.launch.recording import record as record
 
 
 def forward(x: Tensor, spec: HeadsSpec, tensors: HeadTensors) -> Tensor:

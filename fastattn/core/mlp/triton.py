@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastattn.core.mlp.spec import MLPSpec, MLPWeights
 from fastattn.kernels import mlp as _mlp
+from fastattn.kernels.launch.recording import record as record
 
 
 def forward(x: Tensor, weights: MLPWeights, spec: MLPSpec, save: bool) -> tuple[Tensor, Tensor]:

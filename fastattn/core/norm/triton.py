@@ -6,6 +6,7 @@ from torch import Tensor
 
 from fastattn.core.norm.spec import NormSpec, Saved
 from fastattn.kernels import norm as _norm
+from fastattn.kernels.launch.recording import record as record
 
 
 def forward(
