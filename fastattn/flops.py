@@ -11,6 +11,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 # These define the operators.
 import fastattn.core.attention.operators
+import fastattn.core.loss.operators
 import fastattn.core.mlp.operators
 import fastattn.core.statistics.operators  # noqa: F401
 from fastattn.core.attention.spec import ScoreTensors, Tangents
@@ -98,6 +99,24 @@ def _mlp_forward(x, w_in, b_in, w_up, b_up, w_out, *args, out_shape=None, **kwar
 @register_flop_formula(torch.ops.fastattn.mlp_backward)
 def _mlp_backward(dy, x, w_in, b_in, w_up, b_up, w_out, saved, wanted, *args, out_shape=None, **kwargs) -> int:
     return mlp_flops(x, w_in, w_out, w_up is not None, wanted)
+
+
+@register_flop_formula(torch.ops.fastattn.loss_rows)
+def _loss_rows(x, w, *args, out_shape=None, **kwargs) -> int:
+    return 2 * x[0] * w[0] * w[1]
+
+
+@register_flop_formula(torch.ops.fastattn.loss_rows_backward)
+def _loss_rows_backward(
+    drows, x, w, b, target, class_weight, rows, wanted, *args, out_shape=None, **kwargs
+) -> int:
+    """The gradients of x and w; that the logits are computed again is not counted, as in attention."""
+    return 2 * x[0] * w[0] * w[1] * (wanted[0] + wanted[1])
+
+
+@register_flop_formula(torch.ops.fastattn.loss_reduced)
+def _loss_reduced(x, w, b, target, class_weight, rows, wanted, *args, out_shape=None, **kwargs) -> int:
+    return 2 * x[0] * w[0] * w[1] * (1 + wanted[0] + wanted[1])
 
 
 @register_flop_formula(torch.ops.fastattn.attention_statistics)

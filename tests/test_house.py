@@ -13,7 +13,7 @@ import pytest
 import fastattn
 
 PACKAGE = Path(fastattn.__file__).parent
-FAMILIES = ("attention", "mlp", "norm", "heads", "statistics", "cache")
+FAMILIES = ("attention", "mlp", "norm", "heads", "loss", "statistics", "cache")
 # Statistics look at the scores of attention: by its definition and its tiles, not by a second one.
 SCORES = {"core.attention.definition", "core.attention.tiles"}
 # A row of a cache is a call of attention: by its definition and its portable backend, not by second ones.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -17,3 +18,11 @@ def autocast(*tensors: Any) -> tuple[Any, ...]:
     dtype = torch.get_autocast_dtype(device)
     eligible = (torch.float16, torch.bfloat16, torch.float32)
     return tuple(t.to(dtype) if isinstance(t, Tensor) and t.dtype in eligible else t for t in tensors)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Within, torch computes in the dtypes of its tensors: for sums that need float32."""
+    # torch has no autocast for the meta device, and raises if asked about it.
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)

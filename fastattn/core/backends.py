@@ -20,6 +20,12 @@ norm        forward(x, residual, weight, bias, spec) -> y, x + residual or None,
 cache       append(storage, k, v, tensors) -> None
                 writes new keys and values to the ends of their rows, in place.
             forward(q, storage, spec, tensors) -> out, lse
+loss        forward(tensors, spec) -> rows
+            backward(drows, tensors, rows, wanted, spec) -> dx, dw, db
+            reduced(tensors, coefficients, wanted, spec) -> loss, dx, dw, db
+                `tensors` is a LossTensors. rows (3, T), or (4, T) with entropies, are described in the definition,
+                beside the loss of one number that `reduced` computes. `wanted` says which gradients to compute;
+                the others are None.
 """
 
 from __future__ import annotations

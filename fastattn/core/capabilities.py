@@ -32,8 +32,8 @@ EVERY_DIRECTION = frozenset(DIRECTIONS)
 class Request:
     """One call, as far as the choice of a backend depends on it."""
 
-    family: str  # "attention", "mlp", "heads", "norm", "statistics" or "cache"
-    spec: Any  # the family's: AttentionSpec, MLPSpec, HeadsSpec, NormSpec, StatisticsSpec or CacheSpec
+    family: str  # "attention", "mlp", "heads", "norm", "loss", "statistics" or "cache"
+    spec: Any  # the family's: AttentionSpec, MLPSpec, HeadsSpec, NormSpec, LossSpec, StatisticsSpec or CacheSpec
     tensors: tuple[Tensor, ...]
     lse_gradient: bool = False
     score_tensors: ScoreTensors = NO_TENSORS
@@ -187,6 +187,24 @@ FEATURES: tuple[Feature, ...] = (
     Feature("norm", "bfloat16", _is(torch.bfloat16)),
     Feature("norm", "float32", _is(torch.float32)),
     Feature("norm", "float64", _is(torch.float64), triton=frozenset()),
+    *(
+        Feature("loss", name, needed, triton=frozenset())
+        for name, needed in (
+            ("class indices, ignored tokens", lambda r: not r.tensors[2].is_floating_point()),
+            ("class probabilities", lambda r: r.tensors[2].is_floating_point()),
+            ("label smoothing", lambda r: r.spec.smoothing > 0),
+            ("weights of classes, biases, or none", lambda r: True),
+            ("soft-capped logits, temperature", lambda r: r.spec.softcap > 0 or r.spec.temperature != 1),
+            ("log-sum-exp, with gradient (z-loss)", lambda r: True),
+            ("entropy, with gradient", lambda r: r.spec.entropy),
+            ("filtered gradients", lambda r: r.spec.filter > 0),
+            ("any widths, any number of classes", lambda r: True),
+            ("float16", _is(torch.float16)),
+            ("bfloat16", _is(torch.bfloat16)),
+            ("float32, IEEE products", _is(torch.float32)),
+            ("float64", _is(torch.float64)),
+        )
+    ),
     *(
         Feature(
             "statistics",
@@ -403,7 +421,7 @@ variable FASTATTN_BACKEND chooses by hand, and a backend that cannot compute a c
 
 A tick means all four directions: forward, backward, second derivative and forward mode (`torch.func.jvp`). Second
 derivatives of attention are computed tile by tile in PyTorch for every backend, in O(N) memory. Those of MLPs and
-norms go through their definitions.
+norms go through their definitions; those of losses, too, some tokens at a time.
 
 `fastattn doctor --features` prints this page; `fastattn doctor` prints what serves on your machine, and why.
 """

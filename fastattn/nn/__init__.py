@@ -2,6 +2,7 @@
 
 from fastattn.nn.attention import CrossAttention, SelfAttention
 from fastattn.nn.config import TransformerConfig
+from fastattn.nn.loss import LinearCrossEntropyLoss
 from fastattn.nn.mlp import MLP, GatedMLP
 from fastattn.nn.norm import LayerNorm, RMSNorm
 from fastattn.nn.rotary import Rotary
@@ -20,6 +21,7 @@ __all__ = [
     "CrossAttention",
     "GatedMLP",
     "LayerNorm",
+    "LinearCrossEntropyLoss",
     "MultiheadAttention",
     "RMSNorm",
     "Rotary",

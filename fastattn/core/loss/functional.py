@@ -1,0 +1,270 @@
+"""The loss as a function of tensors: arguments are checked here once and become a spec."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastattn.core.autocast import autocast, without_autocast
+from fastattn.core.capabilities import check_backend
+from fastattn.core.loss import definition, operators
+from fastattn.core.loss.spec import (
+    REDUCTIONS,
+    LossSpec,
+    LossTensors,
+    check_beside_logits,
+    check_classes,
+    check_coefficient,
+    check_tensors,
+    loss_spec,
+)
+from fastattn.ground import arguments
+from fastattn.ground.checks import lse_dtype
+
+
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int | None = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    filter: float | None = None,
+    return_lse: bool = False,
+    return_entropy: bool = False,
+    shift: bool = False,
+    backend: str | None = None,
+) -> Any:
+    """Cross-entropy of the logits z = input linear_weight^T + linear_bias, which never exist whole.
+
+    Computes what torch.nn.functional.linear_cross_entropy computes for a linear_weight (classes, d).
+
+    Args:
+        input: (..., d), any leading dimensions, any strides: the tokens.
+        linear_weight: (classes, d), laid out as torch.nn.Linear's.
+        target: class indices, integers of shape (...), or class probabilities, floats of shape (..., classes). It
+            has no gradient.
+        linear_bias: (classes,) or None.
+        weight: (classes,), a factor of each class in the loss, or None. It has no gradient.
+        reduction: "mean" (over the tokens that count, weighted by the `weight` of their classes), "sum" or "none".
+        ignore_index: a token with this class index does not count. None is -100.
+        label_smoothing: this part of each target, 0 to 1, is spread evenly over all classes.
+        z_loss: this times the square of each token's log-sum-exp is added to its loss. It is not multiplied by
+            `weight`, and its mean is over the number of tokens that count.
+        softcap: logits are capped, softcap * tanh(z / softcap), as Gemma 2 does; None for no cap.
+        temperature: logits are divided by it, after the cap.
+        filter: gradients may leave out tiles whose probabilities are all below this number, as Cut Cross-Entropy
+            does; None leaves out nothing. The loss is exact all the same.
+        return_lse: whether to return the log-sum-exp of each token's logits, too, in nats, with gradient.
+        return_entropy: whether to return the entropy of each token's softmax, too, in nats, with gradient.
+        shift: token i is to predict target i + 1: the last token and the first target are left out.
+        backend: as `attention`'s.
+
+    Returns:
+        The loss; or a tuple of the loss and, in this order, what else is asked for: log-sum-exps, entropies. In
+        float32, also for inputs in half precision, where torch rounds the loss to the input's dtype; float64 for
+        float64. Without reduction, and without smoothing, z_loss and `weight`, minus the loss is each token's
+        log-probability. Tokens that do not count have loss, log-sum-exp and entropy 0. The mean of no tokens is
+        NaN.
+
+        A loss that is one number computes its gradients in the forward pass if any is needed, unless the
+        log-sum-exps or entropies are returned, or the input is float16, whose gradients may be too small for it
+        before a gradient scaler multiplies them. Otherwise the backward computes the logits again.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what was expected, before anything runs. On the
+        CPU also for class indices that do not exist; on a GPU, which would have to be waited for, the loss is NaN
+        then.
+
+    Example:
+        >>> tokens, head = torch.randn(2, 5, 64), torch.randn(1000, 64)
+        >>> loss = linear_cross_entropy(tokens, head, torch.randint(1000, (2, 5)), shift=True)
+        >>> loss.shape
+        torch.Size([])
+
+    Source: Wijmans et al., Cut Your Losses in Large-Vocabulary Language Models (2024), sections 4.1 to 4.3;
+    z_loss: Chowdhery et al., PaLM (2022), section 5; smoothing: Szegedy et al. (2015), section 7.
+    """
+    arguments.choice("reduction", reduction, REDUCTIONS)
+    backend = check_backend(backend)
+    return_lse = arguments.flag("return_lse", return_lse)
+    return_entropy = arguments.flag("return_entropy", return_entropy)
+    z_loss = check_coefficient("z_loss", z_loss)
+    x, w, b = autocast(input, linear_weight, linear_bias)
+    if arguments.flag("shift", shift):
+        x, target = _shifted(x, target)
+    tensors = LossTensors(x, w, b, target, weight)
+    check_tensors(tensors)
+    spec = loss_spec(
+        target,
+        w.shape[0],
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        softcap=softcap,
+        temperature=temperature,
+        filter=filter,
+        entropy=return_entropy,
+    )
+    flat = LossTensors(_tokens(x), w, b, _flat_target(target, spec), weight)
+    with without_autocast(x.device):
+        terms = _Terms.of(lse_dtype(x.dtype), flat.target, weight, spec, z_loss)
+        if reduction != "none" and not (return_lse or return_entropy) and _gradients_at_once(flat):
+            coefficients = terms.coefficients(reduction)
+            wanted = [t is not None and t.requires_grad for t in (flat.x, w, b)]
+            return terms.finish(operators.reduced(*flat, coefficients, wanted, *spec.options, backend), reduction)
+        rows = operators.rows(*flat, *spec.options, backend)
+        loss = terms.loss(rows, reduction, x.shape[:-1])
+        extra = [definition.log_sum_exp(rows)] * return_lse + [rows[-1]] * return_entropy
+        return (loss, *(t.view(x.shape[:-1]) for t in extra)) if extra else loss
+
+
+def loss_of_logits(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int | None = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    shift: bool = False,
+) -> Tensor:
+    """`linear_cross_entropy` of logits (..., classes) that exist: where a last layer does more than its weights
+    say. The softcap and the temperature are still to come."""
+    arguments.choice("reduction", reduction, REDUCTIONS)
+    z_loss = check_coefficient("z_loss", z_loss)
+    if arguments.flag("shift", shift):
+        logits, target = _shifted(logits, target)
+    classes = logits.shape[-1]
+    check_beside_logits("logits", logits, classes, target, weight)
+    spec = loss_spec(
+        target,
+        classes,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        softcap=softcap,
+        temperature=temperature,
+        filter=None,
+        entropy=False,
+    )
+    flat = _flat_target(target, spec)
+    with without_autocast(logits.device):
+        terms = _Terms.of(lse_dtype(logits.dtype), flat, weight, spec, z_loss)
+        rows = definition.rows_of_logits(_tokens(logits), flat, weight, spec)
+        return terms.loss(rows, reduction, logits.shape[:-1])
+
+
+class _Terms(NamedTuple):
+    """What a token's loss is made of, beside its row: (T,) each.
+
+    linear: the factor of its log-sum-exp, the sum of its target distribution.
+    counted: 1 for a token that counts, else 0.
+    square: the factor of the log-sum-exp's square.
+    divisor: what a mean is divided by, summed over tokens.
+    """
+
+    linear: Tensor
+    counted: Tensor
+    square: Tensor
+    divisor: Tensor
+
+    @classmethod
+    def of(
+        cls, dtype: torch.dtype, target: Tensor, class_weight: Tensor | None, spec: LossSpec, z_loss: float
+    ) -> _Terms:
+        weight = None if class_weight is None else class_weight.to(dtype)
+        total = float(spec.classes) if weight is None else weight.sum()
+        if target.is_floating_point():
+            # In the target's dtype, so that no copy of it is made.
+            own = target.sum(1, dtype=dtype) if weight is None else (target @ weight.to(target.dtype)).to(dtype)
+            counted = own.new_ones(own.shape)
+            divisor = counted
+        else:
+            count = target != spec.ignore_index
+            counted = count.to(dtype)
+            known = (target >= 0) & (target < spec.classes)
+            own = counted if weight is None else weight[torch.where(known, target, 0)] * counted
+            divisor = own
+            # A class that does not exist makes the loss NaN.
+            own = torch.where(known, own, torch.where(count, float("nan"), 0.0))
+        linear = own * (1 - spec.smoothing) + counted * (total * (spec.smoothing / spec.classes))
+        return cls(linear, counted, counted * z_loss, divisor)
+
+    def coefficients(self, reduction: str) -> Tensor:
+        """(3, T): see `definition.loss_of_rows`."""
+        if reduction != "mean":
+            return torch.stack((self.linear, self.counted, self.square))
+        divisor = self.divisor.sum()
+        parts = torch.stack((self.linear / divisor, self.counted / divisor, self.square / self.counted.sum()))
+        return torch.where(self.counted != 0, parts, 0.0)
+
+    def loss(self, rows: Tensor, reduction: str, shape: torch.Size) -> Tensor:
+        """The loss of these rows; without reduction, in this shape."""
+        each = definition.losses_of_rows(rows, self.coefficients(reduction))
+        each = torch.where(self.counted != 0, each, 0.0)
+        return each.view(shape) if reduction == "none" else self.finish(each.sum(), reduction)
+
+    def finish(self, loss: Tensor, reduction: str) -> Tensor:
+        """A mean of nothing is NaN, as torch's."""
+        return torch.where(self.divisor.sum() == 0, float("nan"), loss) if reduction == "mean" else loss
+
+
+def _tokens(x: Tensor) -> Tensor:
+    """The leading dimensions as one."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
+def _flat_target(target: Tensor, spec: LossSpec) -> Tensor:
+    """The target of T tokens, (T,) in int64 or (T, classes). Class indices are checked, where they can be read."""
+    if target.is_floating_point():
+        return _tokens(target)
+    if target.device.type == "cpu" and _has_values(target):
+        check_classes(target, spec.ignore_index, spec.classes)
+    return target.reshape(-1).to(torch.int64)
+
+
+def _has_values(t: Tensor) -> bool:
+    """Whether the values can be read here; else the operator checks them."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack()
+        or type(t) is not Tensor
+    )
+
+
+def _shifted(x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """All tokens but the last, and all targets but the first."""
+    arguments.tensor("input", x)
+    arguments.tensor("target", target)
+    if x.dim() < 2 or target.shape[: x.dim() - 1] != x.shape[:-1]:
+        raise ValueError(
+            "shift needs an input (..., length, d) and a target (..., length), "
+            f"got {tuple(x.shape)} and {tuple(target.shape)}"
+        )
+    length = x.dim() - 2
+    last = max(x.shape[length] - 1, 0)
+    return x.narrow(length, 0, last), target.narrow(length, min(1, target.shape[length]), last)
+
+
+def _gradients_at_once(tensors: LossTensors) -> bool:
+    """Whether the forward computes the gradients, too: where some are needed, and nobody differentiates
+    otherwise."""
+    return (
+        torch.is_grad_enabled()
+        and any(t is not None and t.requires_grad for t in tensors[:3])
+        and tensors.x.dtype != torch.float16
+        and not torch._C._are_functorch_transforms_active()
+        and torch.autograd.forward_ad._current_level < 0
+    )
