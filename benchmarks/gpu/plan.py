@@ -12,6 +12,7 @@ from typing import Any
 
 from benchmarks.gpu import features, sweep
 from benchmarks.gpu.kernel_cases import kernel_cases
+from fastattn.measuring import prove_cases
 from fastattn.measuring.kinds import Sizes
 from fastattn.measuring.peers import (
     BACKWARD,
@@ -49,6 +50,7 @@ class Plan:
     suite: tuple[str, ...]
     processes: int
     kernels: tuple[Case, ...]
+    record: tuple[Case, ...]
     correctness: tuple[Case, ...]
     ceilings: Case
     attention: tuple[Case, ...]
@@ -68,9 +70,11 @@ class Plan:
         """Only the cases of these families."""
 
         def chosen(cases: tuple[Case, ...]) -> tuple[Case, ...]:
-            return tuple(case for case in cases if case["family"] in families)
+            # What the tests call tangents, users call forward mode.
+            named = [*families, *(["forward mode"] if "tangent" in families else [])]
+            return tuple(case for case in cases if case["family"] in named)
 
-        lists = ("kernels", "correctness", "attention", "mlp", "features", "small_calls")
+        lists = ("kernels", "record", "correctness", "attention", "mlp", "features", "small_calls")
         return replace(self, **{name: chosen(getattr(self, name)) for name in lists})
 
 
@@ -87,6 +91,7 @@ def real_plan() -> Plan:
         suite=("tests",),
         processes=max(1, min(16, os.cpu_count() or 1)),
         kernels=tuple(kernel_case(sizes) for sizes in kernel_cases()),
+        record=tuple(prove_cases.cases()),
         correctness=tuple(correctness_cases()),
         ceilings={"kind": "ceilings", "side": 8192, "bytes": 2**31, "rounds": 9, "seconds": 0.02},
         attention=tuple(attention_cases(timing)),
@@ -106,9 +111,11 @@ def dry_plan() -> Plan:
     file. (tests/test_pretended_gpu.py launches every dtype and width.)"""
     real = real_plan()
     one_of_each = {(case["family"], case["sizes"]["kind"]): case for case in reversed(real.kernels)}
+    one_row = {(case["family"], case["proves"]): case for case in reversed(real.record)}
     return replace(
         real,
         kernels=tuple(reversed(one_of_each.values())),
+        record=tuple({**case, "checks": case["checks"][:1]} for case in reversed(one_row.values())),
         device="pretended",
         budget=1500.0,
         step_limit=300.0,

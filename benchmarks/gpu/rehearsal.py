@@ -134,6 +134,17 @@ def _tiling(case: dict[str, Any], device: torch.device) -> Steps:
         yield measure.prepare(problem, case["direction"], OURS, inputs)[0]
 
 
+def _checks(case: dict[str, Any], device: torch.device) -> Steps:
+    """What `fastattn prove` checks."""
+    for sizes in case["checks"]:
+        yield from _call({"sizes": sizes}, device)
+
+
+def _timed(case: dict[str, Any], device: torch.device) -> Steps:
+    """What it times, at the smallest size."""
+    yield from _call({"sizes": next(iter(case["timed"].values()))}, device)
+
+
 def _nothing(case: dict[str, Any], device: torch.device) -> Steps:
     return iter(())
 
@@ -146,5 +157,7 @@ LAUNCHERS: dict[str, Callable[[dict[str, Any], torch.device], Steps]] = {
     "check mlp": _problem,
     "check attention": _check_attention,
     "tiling": _tiling,
+    "check": _checks,
+    "time": _timed,
     "ceilings": _nothing,
 }

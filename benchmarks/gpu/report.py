@@ -22,6 +22,7 @@ def write_report(folder: Path) -> None:
         _verdict(results),
         _head(results),
         _proofs(results),
+        _record(results),
         _glance(results["speed"]),
         _sections(results),
         _compilations(results.get("compilations")),
@@ -77,6 +78,27 @@ def _proofs(results: dict[str, Any]) -> str:
         said = ", ".join(f"{n} {outcome}" for outcome, n in sorted(tests.items()))
         lines.append((family, ", ".join(f"{n} {s}" for s, n in states.items()), "; ".join(bad), said))
     return text + table(("family", "combinations", "failed or incomplete", "tests"), lines)
+
+
+def _record(results: dict[str, Any]) -> str:
+    """The proof record: a line for each family, direction and kind, over all dtypes, widths and sizes."""
+    rows = results.get("record") or []
+    if not rows or results["dry_run"]:
+        return ""
+    groups: dict[tuple[str, str, str], Rows] = {}
+    for row in rows:
+        groups.setdefault((row["family"], row["direction"], row["kind"]), []).append(row)
+    lines = []
+    for names, members in groups.items():
+        ratios = sorted(row["ratio"] for row in members if row["ratio"] is not None)
+        range_ = f"{ratios[0]:.2g} to {ratios[-1]:.2g}" if ratios else None
+        counts = Counter(row["verdict"] for row in members)
+        lines.append((*names, ", ".join(f"{n} {verdict}" for verdict, n in counts.items()), range_))
+    headings = ("family", "direction", "kind", "dtypes, widths and sizes", "times as fast")
+    return (
+        "## Proof record\n\nWhat serves by default on this GPU once record.json lies in fastattn/proofs. `times as"
+        " fast` compares with what would serve otherwise, host time included.\n\n" + table(headings, lines)
+    )
 
 
 def _compilations(counted: dict[str, Any] | None) -> str:

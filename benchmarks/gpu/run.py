@@ -10,24 +10,31 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.gpu import compilations, sweep, verdict
 from benchmarks.gpu.plan import ABSENT, Case, Plan, warm_cases
 from benchmarks.gpu.pool import compare_survivors, failed_row
 from benchmarks.gpu.report import write_report
 from benchmarks.gpu.state import State
 from benchmarks.gpu.suite import Suite
+from fastattn.core import proofs
+from fastattn.core.proofs import Record, Row
+from fastattn.measuring import prove_cases
 from fastattn.measuring.pool import Answer, Worker
+from fastattn.measuring.prove import Asker, Prover
 
 # Each section's share of the time that is left when it begins; time it does not use goes to those after it.
 SHARES = {
-    "kernels": 0.20, "suite": 0.36, "ceilings": 0.03, "attention": 0.13, "mlp": 0.07, "features": 0.12,
-    "small calls": 0.02, "sweep": 0.07,
+    "kernels": 0.18, "suite": 0.30, "record": 0.16, "ceilings": 0.03, "attention": 0.11, "mlp": 0.06,
+    "features": 0.10, "small calls": 0.02, "sweep": 0.04,
 }  # fmt: skip
 REPORT_SECONDS = 12.0
 # Where each section's rows are kept in results.json; these sections are timed, so nothing else runs beside them.
 SPEED = {"attention": "speed", "mlp": "speed", "features": "features", "small calls": "small_calls"}
 REAL_SIZES = "correctness at real sizes"
 SWEEP = "launch configurations"
+RECORD = "proof record"
 
 Rows = list[dict[str, Any]]
 
@@ -52,7 +59,7 @@ class Run:
         self.crew = [self.new_worker() for _ in range(plan.processes)]  # idle while something is timed
         self.results: dict[str, Any] = {
             "environment": environment, "dry_run": plan.rehearsal, "only": only, "absent": ABSENT,
-            "planned": self.planned(), "sections": [], "suite": {}, "kernels": [], "correctness": [],
+            "planned": self.planned(), "sections": [], "suite": {}, "kernels": [], "correctness": [], "record": [],
             "ceilings": {}, "speed": [], "features": [], "small_calls": [], "sweep": [], "proposals": [],
         }  # fmt: skip
 
@@ -62,7 +69,8 @@ class Run:
 
     def planned(self) -> list[str]:
         """The titles of all sections that have cases."""
-        cases = {"kernels": self.plan.kernels, REAL_SIZES: self.plan.correctness, **self.timed()}
+        cases = {"kernels": self.plan.kernels, REAL_SIZES: self.plan.correctness, RECORD: self.plan.record}
+        cases |= self.timed()
         return [*(title for title, some in cases.items() if some), SWEEP]
 
     def timed(self) -> dict[str, tuple[Case, ...]]:
@@ -200,6 +208,45 @@ class Run:
         for thread in others:
             thread.join()
 
+    def record(self) -> None:
+        """What `fastattn prove` does, and the record that it would write: record.json in the folder."""
+        begin, deadline = time.monotonic(), self.deadline("record")
+        known = {case["label"]: self.state.rows_of({**case, "kind": "record"}) for case in self.plan.record}
+        left = [case for case in self.plan.record if known[case["label"]] is None]
+        self.keep("record", (row for rows in known.values() for row in rows or ()))
+        by_key = {key: case for case in left for key in prove_cases.keys(case)}
+
+        def keep(rows: list[Row]) -> None:
+            # A rehearsal launches only: it tells of what went wrong, and proves nothing.
+            plain = [row.as_json() for row in rows if not (self.plan.rehearsal and row.verdict == proofs.PROVEN)]
+            if plain:
+                self.state.keep_case({**by_key[rows[0].key], "kind": "record"}, plain)
+                self.keep("record", plain)
+
+        prover = Prover(left, self.asker, keep, deadline=deadline, step_limit=self.plan.step_limit)
+        prover.go()
+        done = {case["label"] for case in prover.done} | {label for label, rows in known.items() if rows}
+        left_out = [case["label"] for case in self.plan.record if case["label"] not in done]
+        seconds = time.monotonic() - begin
+        self.keep("sections", [{
+            "title": RECORD, "seconds": round(seconds, 1), "planned": len(self.plan.record),
+            "reached": len(done), "left_out": left_out,
+        }])  # fmt: skip
+        say(f"{RECORD}: {len(done)} of {len(self.plan.record)} kinds of calls in {seconds:.0f} s")
+        if not self.plan.rehearsal:
+            self.write_record()
+
+    def asker(self, family: str) -> Asker:
+        """The process in which a family is proven."""
+        return Rehearsed(self.new_worker()) if self.plan.rehearsal else self.new_worker()
+
+    def write_record(self) -> None:
+        rows = [Row.of(row) for row in self.results["record"]]
+        where = self.results["environment"]
+        machine = proofs.machine(torch.device("cuda", 0))
+        record = Record(machine, where["driver"], where["date"], {row.key: row for row in rows})
+        proofs.write(self.folder / "record.json", record)
+
     def warm(self, deadline: float, workers: list[Worker]) -> None:
         """Compile what will be timed; the answers are not used."""
         waiting: queue.Queue[Case] = queue.Queue()
@@ -263,6 +310,7 @@ class Run:
         self.save()
         self.kernels()
         self.suite()
+        self.record()
         self.ceilings()
         for section, cases in self.timed().items():
             self.speed(section, cases)
@@ -283,6 +331,24 @@ class Run:
         self.save()
         write_report(self.folder)
         return said
+
+
+class Rehearsed:
+    """The process of a family that only launches what it would check and time."""
+
+    def __init__(self, worker: Worker) -> None:
+        self.worker = worker
+
+    def ask(self, case: Case, *, step_limit: float, deadline: float) -> Answer:
+        launch = {"kind": "launch", "of": case}
+        answer = self.worker.ask(launch, step_limit=step_limit, deadline=deadline)
+        if answer.went_wrong:
+            return answer
+        nothing = {"error": None, "allowed": None, "ratio": None, "verdict": None, "reason": "launched"}
+        return Answer([{"direction": k.direction, "size": k.size, **nothing} for k in prove_cases.keys(case)])
+
+    def close(self) -> None:
+        self.worker.close()
 
 
 def run_threads(function: Callable[[Worker], None], workers: Iterable[Worker]) -> None:

@@ -45,6 +45,7 @@ def failures_of(results: dict[str, Any]) -> list[str]:
         if row["verdict"].startswith("FAILED"):
             found.append(f"{row['label']}, {row['quantity']}")
     found += [f"{row['label']}, {row['direction']}: {row['note']}" for row in _ours(results) if row.get("failed")]
+    found += _of_record(results, "wrong", "not compiled")
     return list(dict.fromkeys(found))
 
 
@@ -61,12 +62,19 @@ def missing_of(results: dict[str, Any]) -> list[str]:
     found += [f"{title}: not begun" for title in results["planned"] if title not in planned]
     unfinished = [row for row in (*results["kernels"], *results["correctness"]) if _unfinished(row["verdict"])]
     found += [f"{row['label']}: {row['verdict']}" for row in unfinished]
+    found += _of_record(results, "hung")
     found += [
         f"{row['label']}, {row['direction']}: {row['note']}"
         for row in _ours(results)
         if not row["seconds"] and not row.get("failed") and not row.get("launched")
     ]
     return list(dict.fromkeys(found))
+
+
+def _of_record(results: dict[str, Any], *verdicts: str) -> list[str]:
+    """Kinds of calls with such a verdict in the proof record, whatever their sizes."""
+    rows = [row for row in results.get("record", ()) if row["verdict"] in verdicts]
+    return [f"{r['family']} {r['direction']}, {r['kind']} {r['dtype']} {r['width']}: {r['reason']}" for r in rows]
 
 
 def _unfinished(verdict: str) -> bool:

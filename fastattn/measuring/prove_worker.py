@@ -27,8 +27,9 @@ from fastattn.measuring.prove_cases import Case
 Rows = list[dict[str, Any]]
 Notify = Callable[[str], None]
 OURS, OTHERWISE = "triton", "portable"
-# A round of calls lasts this long, or is one call.
+# A round of calls lasts this long, or is one call; there are fewer rounds where one call takes very long.
 ROUND_SECONDS, MOST_CALLS, ROUNDS = 0.01, 100, 5
+LONGEST = 1.5
 
 
 # ---- right ----
@@ -46,6 +47,7 @@ def check(case: Case, device: torch.device, notify: Notify) -> Rows:
             direction = _direction(row["quantity"], case)
             if direction in case["directions"]:
                 _keep_worst(worst, direction, row, sizes)
+    leave(device)
     spilled = spills()
     if spilled:
         for row in worst.values():
@@ -108,7 +110,14 @@ def time_case(case: Case, device: torch.device, notify: Notify) -> Rows:
         for direction in case["directions"]:
             notify(f"time {direction} {sizes.label}")
             found.append({"direction": direction, "size": size, **_compared(case, size, sizes, direction, device)})
+            leave(device)
     return found
+
+
+def leave(device: torch.device) -> None:
+    """Give back the memory that other families' processes need."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _compared(case: Case, size: str, sizes: Sizes, direction: str, device: torch.device) -> dict[str, Any]:
@@ -165,15 +174,14 @@ def thunk(call: kinds.Call, backend: str, direction: str) -> Callable[[], Any]:
 def compare(calls: dict[str, Callable[[], Any]], device: torch.device) -> dict[str, float]:
     """Seconds of a call, the median of a few interleaved rounds, by the wall clock: what a program waits for, the
     launches included."""
-    counts = {}
-    for name, call in calls.items():
-        once = seconds_a_call(call, 1, device)
-        counts[name] = max(1, min(MOST_CALLS, math.ceil(ROUND_SECONDS / max(once, 1e-9))))
+    once = {name: seconds_a_call(call, 1, device) for name, call in calls.items()}
+    counts = {n: max(1, min(MOST_CALLS, math.ceil(ROUND_SECONDS / max(s, 1e-9)))) for n, s in once.items()}
+    rounds = max(1, min(ROUNDS, int(LONGEST / max(sum(once.values()), 1e-9))))
     taken: dict[str, list[float]] = {name: [] for name in calls}
-    for number in range(ROUNDS):
+    for number in range(rounds):
         for name in calls if number % 2 == 0 else reversed(list(calls)):
             taken[name].append(seconds_a_call(calls[name], counts[name], device))
-    return {name: statistics.median(rounds) for name, rounds in taken.items()}
+    return {name: statistics.median(seconds) for name, seconds in taken.items()}
 
 
 def seconds_a_call(call: Callable[[], Any], count: int, device: torch.device) -> float:

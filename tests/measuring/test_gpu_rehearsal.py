@@ -41,6 +41,8 @@ def test_everything_about_heads_is_launched_and_the_report_says_that_it_was_a_re
     assert results["features"] and all(row["launched"] for row in results["features"])
     assert all(section["reached"] == section["planned"] for section in results["sections"])
     assert results["compilations"]["compiled"] + results["compilations"]["from_cache"] > 0
+    assert not results["record"] and not (tmp_path / "record.json").exists()
+    assert {s["title"]: s["reached"] for s in results["sections"]}["proof record"] == 3
     assert not results["proven"] and {proof["state"] for proof in results["proofs"]} == {"rehearsed"}
     text = (tmp_path / "report.md").read_text()
     assert text.startswith("**PASSED") and "A rehearsal on a pretended GPU" in text

@@ -176,6 +176,8 @@ def left_out(title: str) -> dict:
 
 
 ROW = {"label": "L", "quantity": "dq", "sizes": {"family": "mlp", "kind": "k", "dtype": "d", "width": 8}}
+PROOF = {"family": "mlp", "direction": "forward", "kind": "gated", "dtype": "float16", "width": 1024,
+         "size": "small", "ratio": 0.5, "reason": "why"}  # fmt: skip
 OURS = {"label": "L", "direction": "forward", "peer": "fastattn triton", "seconds": None, "note": "why"}
 
 
@@ -190,6 +192,10 @@ OURS = {"label": "L", "direction": "forward", "peer": "fastattn triton", "second
         (changed(kernels=[{**ROW, "verdict": "hung: no answer within 90 s"}]), verdict.INCOMPLETE, "L: hung"),
         (changed(kernels=[{**ROW, "verdict": "FAILED: error 3"}]), verdict.FAILED, "L, dq"),
         (changed(correctness=[{**ROW, "verdict": "FAILED: NaN"}]), verdict.FAILED, "L, dq"),
+        (changed(record=[{**PROOF, "verdict": "wrong"}]), verdict.FAILED, "mlp forward, gated float16 1024: why"),
+        (changed(record=[{**PROOF, "verdict": "not compiled"}]), verdict.FAILED, "gated float16 1024: why"),
+        (changed(record=[{**PROOF, "verdict": "hung"}]), verdict.INCOMPLETE, "gated float16 1024: why"),
+        (changed(record=[{**PROOF, "verdict": "slower"}]), verdict.PASSED, "PASSED"),
         (changed(speed=[OURS]), verdict.INCOMPLETE, "L, forward: why"),
         (changed(features=[{**OURS, "failed": True}]), verdict.FAILED, "L, forward: why"),
         (changed(speed=[{**OURS, "peer": "eager"}]), verdict.PASSED, "PASSED"),

@@ -34,6 +34,7 @@ from fastattn.core.statistics.spec import StatisticsSpec
 from fastattn.measuring import doctor, kinds, prove, prove_cases, prove_worker
 from fastattn.measuring.kinds import Sizes
 from fastattn.measuring.measure import one_line
+from fastattn.measuring.paths import ROOT
 from fastattn.measuring.pool import Answer, Worker
 
 pytestmark = pytest.mark.skipif(ON_GPU, reason="Triton's interpreter stands in for a GPU")
@@ -540,3 +541,40 @@ def test_without_a_gpu_or_the_interpreter_nothing_can_be_proven(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     with pytest.raises(ValueError, match="nothing can be proven on cpu: the Triton kernels need a GPU"):
         fastattn.prove()
+
+
+# ---- a GPU that is not there ----
+
+ON_A_PRETENDED_GPU = """
+import warnings; warnings.simplefilter("ignore")
+import torch, fastattn
+from fastattn.core import capabilities, proofs
+from fastattn.core.norm.spec import NormSpec
+from fastattn.core.proofs import Record, Row
+from tests.pretended_gpu import GPUS, pretended_gpus
+
+with pretended_gpus(GPUS["H100"]) as driver:
+    x, weight = (torch.zeros(*shape, dtype=torch.bfloat16, device="cuda") for shape in ((37, 128), (128,)))
+    device = x.device
+    fastattn.rms_norm(x, weight)
+    assert driver.launches() == 0
+    request = capabilities.Request("norm", NormSpec(), (x[None],))
+    key = capabilities.question(request, "forward").key("rms")
+    proofs.keep(Record(proofs.machine(device), rows={key: Row(key, "proven", 1.5)}))
+    fastattn.rms_norm(x, weight)
+    assert driver.launches() == 1
+    fastattn.layer_norm(x, weight)
+    fastattn.rms_norm(x.float(), weight.float())
+    assert driver.launches() == 1
+print(proofs.record_of(device).machine.gpu)
+"""
+
+
+@pytest.mark.slow
+def test_on_a_gpu_our_kernels_are_launched_once_they_are_proven_and_not_before():
+    pytest.importorskip("triton")
+    environment = {n: v for n, v in os.environ.items() if n != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", ON_A_PRETENDED_GPU]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "H100\n" and "not proven on this H100" in done.stderr
