@@ -359,7 +359,7 @@ def _by_lag(call: Call, operands: tuple, profile: torch.Tensor) -> None:
     (batch, heads, queries, _), keys = call.q.shape, call.k.shape[2]
     tiling = call.tiling(launch.ATTENTION_BIAS)
     if max(queries, keys) <= 32:
-        # One tile is enough. For one query and one key Triton 3.6 compiles no larger one on a B200: with sizes of 1
+        # One tile is enough. For one query and key Triton 3.6 compiles no larger one on a B200: with sizes of 1
         # the loop is unrolled to a single product, for which its pass over tensor memory finds no layout.
         tiling = tiling._replace(block_m=min(tiling.block_m, 32), block_n=min(tiling.block_n, 32))
     block = tiling.block_m

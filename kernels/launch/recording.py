@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
 from triton.runtime.interpreter import InterpretedFunction
 
 _aten = torch.ops.aten
@@ -74,12 +75,15 @@ class Recording:
 
     def _repeat(self, tensors: Tensors) -> Any:
         made: list[Any] = [*tensors, *self._empty]
-        for run, arguments, keywords, first, count in self._steps:
+        for run, arguments, keywords, first, count, free in self._steps:
             result = run(*arguments(made), **keywords)
             if count == 1:
                 made[first] = result
             elif count:
                 made[first : first + count] = result
+            result = None
+            for number in free:
+                made[number] = None
         return self._outcome(made)
 
 
@@ -115,7 +119,7 @@ class Recorder(TorchDispatchMode):
         results = result if isinstance(result, (tuple, list)) else (result,)
         # A number, or a copy in the host's memory, may decide what comes next.
         on_device = all(isinstance(t, torch.Tensor) and t.device == self._device for t in results)
-        if not on_device or any(isinstance(value, torch.Tensor) for value in keywords.values()):
+        if not on_device or any(isinstance(value, torch.Tensor) for value in tree_leaves(keywords)):
             self._complete = False
         elif function.overloadpacket in _ALLOCATIONS:
             # By a function that parses its arguments in C: a fifth of the operator's time.
@@ -147,10 +151,12 @@ class Recorder(TorchDispatchMode):
         steps, needed = [], _numbers_in(returned)
         # From the end, without the operators whose results nobody needs: a launch needs a view's address only.
         for step in reversed(self._steps):
+            own, used = set(range(step.first, step.first + step.count)), _numbers_in(step.arguments)
             acts = step.count == 0 or (step.run is not torch.empty_strided and step.run._schema.is_mutable)
-            if acts or not needed.isdisjoint(range(step.first, step.first + step.count)):
-                needed |= _numbers_in(step.arguments)
-                steps.append(step._replace(arguments=_filler(step.arguments)))
+            if acts or own & needed:
+                free = tuple((own | used) - needed)
+                steps.append(step._replace(arguments=_filler(step.arguments), free=free))
+                needed |= used
         return Recording(self._device, steps[::-1], len(self._tensors) - self._inputs, _filler(returned))
 
     def _note(
@@ -205,13 +211,14 @@ _Filler = Callable[[list[Any]], Any]
 
 class _Step(NamedTuple):
     """An operator or a launch. Its arguments are made of the tensors that are there already; its results get the
-    numbers from `first` on, `count` of them (a launch: 0)."""
+    numbers from `first` on, `count` of them (a launch: 0). `free`: which tensors no later step needs."""
 
     run: Any
     arguments: Any
     keywords: dict[str, Any]
     first: int
     count: int
+    free: tuple[int, ...] = ()
 
 
 class _Interpreted(NamedTuple):

@@ -20,6 +20,7 @@ import torch
 from attention_problems import without_plans
 from hardware import DEVICE, ON_GPU
 from plan_calls import CALLS, UNKEPT, Call, results
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastattn
 import fastattn.kernels
@@ -152,6 +153,40 @@ def test_a_recording_keeps_no_tensor_alive() -> None:
     del x, outcome
     gc.collect()
     assert recording is not None and not any(ref() is not None for ref in dead)
+
+
+def test_a_recording_lets_go_of_what_no_later_step_needs() -> None:
+    """A backward in chunks holds one chunk's intermediate results, and so does its recording."""
+
+    def in_chunks(x: torch.Tensor) -> torch.Tensor:
+        total = torch.zeros(64, 64)
+        for chunk in x.split(64):
+            total += chunk.t() @ chunk
+        return total
+
+    def most_alive(function, x: torch.Tensor) -> int:
+        alive: set[int] = set()
+        most = 0
+
+        class Counting(TorchDispatchMode):
+            def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+                nonlocal most
+                made = func(*args, **(kwargs or {}))
+                if isinstance(made, torch.Tensor) and made.untyped_storage().nbytes() == 64 * 64 * 4:
+                    storage = made.untyped_storage()._cdata
+                    alive.add(storage)
+                    weakref.finalize(made, alive.discard, storage)
+                    most = max(most, len(alive))
+                return made
+
+        with Counting():
+            function(x)
+        return most
+
+    x = torch.randn(640, 64)
+    _, recording = record(in_chunks, [x])
+    assert recording is not None and torch.equal(recording([x]), in_chunks(x))
+    assert most_alive(lambda t: recording([t]), x) <= most_alive(in_chunks, x)
 
 
 def test_two_threads_record_what_is_theirs() -> None:
