@@ -25,7 +25,7 @@ FLOORS = (
     ("ground", "ground.*"),
     ("masks", "masks.*"),
     ("core.function", "core.mapped", "core.layout", "core.intact", "core.workspace"),
-    ("core.autocast", "core.derivatives", "core.backends", "core.plans", "core.proofs"),
+    ("core.autocast", "core.derivatives", "core.backends", "core.plans", "core.proofs", "core.spread"),
     ("core.*.spec", "core.attention.dropout", "core.statistics.labels", "core.statistics.queries"),
     ("core.*.definition",),
     ("core.*.tiles", "core.*.granules", "core.*.torch_flash", "core.*.whole_rows", "core.*.torch_norm"),

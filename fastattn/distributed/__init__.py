@@ -16,9 +16,10 @@ travels in the dtype of its tensor, since each message is what one call of the k
 summed where they arrive, in float32 and in a fixed order. `counted()` measures what is sent.
 """
 
+from fastattn.distributed.context import context_parallel
 from fastattn.distributed.dealing import Layout, layout
 from fastattn.distributed.exchange import Traffic, counted
 from fastattn.distributed.functional import attention
 from fastattn.distributed.sharding import shard, unshard
 
-__all__ = ["Layout", "Traffic", "attention", "counted", "layout", "shard", "unshard"]
+__all__ = ["Layout", "Traffic", "attention", "context_parallel", "counted", "layout", "shard", "unshard"]

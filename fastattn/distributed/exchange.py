@@ -113,7 +113,9 @@ def all_gather(ranks: Ranks, message: Tensor, kind: str = "keys") -> Tensor:
     flat = message.flatten()
     gathered = flat.new_empty(ranks.size * flat.numel())
     _count(kind, flat.nbytes * (ranks.size - 1))
-    _named(ranks, lambda: dist.all_gather_into_tensor(gathered, flat, group=ranks.group))
+    # torch 2.13 has given the function another name.
+    collective = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    _named(ranks, lambda: collective(gathered, flat, group=ranks.group))
     return gathered.view(ranks.size, *message.shape)
 
 

@@ -412,14 +412,16 @@ class _SpreadAttention(torch.autograd.Function):
         transport.forward(k, v, share.attend)
         out = share.out.to(q.dtype)
         ctx.transport, ctx.options = transport, options
-        ctx.save_for_backward(q, k, v, out, share.lse, *learned)
+        # The empty tensor tells activation checkpointing that this is not attention in one process, which it would
+        # recompute outside of context_parallel.
+        ctx.save_for_backward(q, k, v, out, share.lse, *learned, q.new_empty(0))
         ctx.set_materialize_grads(False)
         return out, share.lse
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple:
-        q, k, v, out, lse, *learned = ctx.saved_tensors
+        q, k, v, out, lse, *learned, _ = ctx.saved_tensors
         dout = torch.zeros_like(out) if dout is None else dout
         share = Share(q, v.shape[3], ctx.options, Learned(*learned))
         gradients = Gradients(share, dout, out, lse, dlse)

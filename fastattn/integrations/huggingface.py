@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import sys
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.utils import output_capturing
 
+from fastattn.core import spread
 from fastattn.core.attention.functional import attention
 from fastattn.core.attention.varlen import attention_varlen
 from fastattn.integrations.huggingface_mask import Mask, Pattern, declared_pattern, fastattn_mask, known_pattern
@@ -86,6 +88,9 @@ def fastattn_attention(
     if kwargs:
         check_keywords(module, kwargs)
     wants_weights = output_attentions or _collects_weights()
+    if spread.current is not None:
+        _check_spread(module, kwargs, attention_mask, wants_weights or cu_seq_lens_q is not None)
+        attention_mask = _of_whole_sequence(attention_mask)
     attention_mask = _mask_of(module, query, key, attention_mask, is_causal, indices, block_indices)
     packed = cu_seq_lens_q is not None and cu_seq_lens_k is not None
     by_sequence = (
@@ -121,6 +126,29 @@ def fastattn_attention(
     else:
         out = attention(query, key, value, **options)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _check_spread(module: nn.Module, kwargs: dict[str, Any], mask: Mask | Tensor | None, beside: bool) -> None:
+    """Raise ValueError for a call on a part of the sequence that would take it for the whole."""
+    assert spread.current is not None
+    spread.current.check_positions(kwargs.get("position_ids"), type(module).__name__)
+    if beside:
+        spread.refuse("a call with output_attentions or cu_seq_lens")
+    if isinstance(mask, Mask) and (mask.padding is not None or mask.key_lengths is not None):
+        spread.refuse("padding in an attention_mask (give context_parallel mask=masks.key_lengths(...) instead)")
+    if isinstance(mask, Tensor):
+        spread.refuse("an attention_mask that is a tensor (give context_parallel mask= instead)")
+
+
+def _of_whole_sequence(mask: Mask | Tensor | None) -> Mask | Tensor | None:
+    """The mask of a call on this rank's tokens. Where positions jump, transformers sees the next of several packed
+    sequences: it takes the rank's chunks for sequences."""
+    if not isinstance(mask, Mask) or mask.documents is None:
+        return mask
+    assert spread.current is not None
+    if not spread.current.is_numbered_by_chunk(mask.documents):
+        spread.refuse("a row of packed sequences (give context_parallel mask=masks.documents(ids) instead)")
+    return replace(mask, documents=None, lowered=None)
 
 
 def attention_of_call(

@@ -56,7 +56,8 @@ _HARMLESS_BECAUSE = {
         "past_key_values", "past_key_value", "use_cache", "cache_position",
     ),
     "an input or an option of the whole model": (
-        "input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds", "labels", "num_items_in_batch",
+        "input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds", "labels", "shift_labels",
+        "num_items_in_batch",
         "output_hidden_states", "output_router_logits", "return_dict", "layer_idx", "logits_to_keep",
         "token_type_ids", "mm_token_type_ids", "mm_encoder_outputs", "interpolate_pos_encoding", "pixel_values",
         "pixel_values_videos", "pixel_mask", "image_sizes", "image_grid_thw", "video_grid_thw", "image_embeds",

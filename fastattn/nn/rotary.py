@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastattn.core import spread
 from fastattn.core.heads.functional import prepare_heads
 from fastattn.ground import arguments
 from fastattn.nn.checks import check_tensor
@@ -51,16 +52,13 @@ class Rotary(nn.Module):
         cos, sin = self.tables(x, offset)
         return prepare_heads(x, cos=cos, sin=sin)
 
-    def tables(
-        self, x: torch.Tensor, offset: int = 0, length: int | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and sines (L, width / 2) for x (B, H, L, D), in float32, or float64 if x is. With `length`, of
-        so many positions instead of L."""
-        length = x.shape[2] if length is None else length
+    def tables(self, x: torch.Tensor, offset: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines (L, width / 2) for x (B, H, L, D), in float32, or float64 if x is."""
         # Apple's devices have no float64.
         precise = torch.float32 if x.device.type == "mps" else torch.float64
         pairs = torch.arange(0, self.width, 2, device=x.device, dtype=precise)
-        positions = torch.arange(offset, offset + length, device=x.device, dtype=precise)
+        positions = spread.positions(x.shape[2], x.device).to(precise)
+        positions = positions + offset if offset else positions
         angles = torch.outer(positions, self.base ** (-pairs / self.width))
         table_dtype = torch.promote_types(x.dtype, torch.float32)
         return angles.cos().to(table_dtype), angles.sin().to(table_dtype)

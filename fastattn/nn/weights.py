@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastattn.core import spread
 from fastattn.core.attention.definition import visible
 from fastattn.core.attention.dropout import dropout_mask, keep_mask
 from fastattn.core.attention.spec import AttentionSpec, check_dropout
@@ -38,6 +39,7 @@ def head_weights(q: Tensor, k: Tensor, lse: Tensor, bias: Tensor | None, weighti
     q (B, H, L, D), k (B, H, S, D), lse (B, H, L) as `fastattn.attention` returned it, bias the one it was
     called with. A row that sees no key has weights 0.
     """
+    spread.refuse("attention weights")
     weights = _weights(q, k, lse, bias, weighting)
     if weighting.dropout_state is None:
         return weights
@@ -47,6 +49,7 @@ def head_weights(q: Tensor, k: Tensor, lse: Tensor, bias: Tensor | None, weighti
 
 def mean_weights(q: Tensor, k: Tensor, lse: Tensor, bias: Tensor | None, weighting: Weighting) -> Tensor:
     """The mean of `head_weights` over the heads, (B, L, S)."""
+    spread.refuse("attention weights")
     # torch.compile cannot trace a Function that has a jvp.
     function = _MeanWeights if torch.compiler.is_compiling() else _DualMeanWeights
     return function.apply(

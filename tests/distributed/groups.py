@@ -1,7 +1,13 @@
-"""Cases that run on several ranks: one spawned gloo group runs them all, and each reports for itself."""
+"""Cases that run on several ranks: one spawned gloo group runs them all, since a spawn costs seconds.
+
+`python tests/distributed/groups.py 4 'ring, .*sinks'` runs the cases whose names match.
+"""
 
 from __future__ import annotations
 
+import importlib
+import re
+import sys
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -14,35 +20,44 @@ import torch.multiprocessing as mp
 from torch.distributed.device_mesh import DeviceMesh
 
 TIMEOUT = timedelta(seconds=60)
+MODULES = ("cases_attention", "cases_ranks", "cases_models")
 Case = Callable[[DeviceMesh], None]
 
 
-def run(cases: dict[str, Case], ranks: int) -> dict[str, str]:
-    """What went wrong in each case, on any rank; "" if nothing did. Cases must be picklable.
+def cases(ranks: int, pattern: str = "") -> dict[str, Case]:
+    """The cases for so many ranks, by name: each module has them as CASES[ranks]."""
+    every = (importlib.import_module(module).CASES.get(ranks, {}) for module in MODULES)
+    return {name: case for found in every for name, case in found.items() if re.search(pattern, name)}
+
+
+def failures(ranks: int, pattern: str = "") -> str:
+    """Run the cases; what went wrong, by name of the case and rank. "" if nothing did.
 
     A case takes the mesh of all ranks. It must talk to the other ranks only before it can fail.
     """
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_worker, (ranks, folder, cases), nprocs=ranks)
-        return {
-            name: "".join((Path(folder) / f"{i}.{rank}").read_text() for rank in range(ranks))
-            for i, name in enumerate(cases)
-        }
+        mp.spawn(_worker, (ranks, folder, pattern), nprocs=ranks)
+        return "".join((Path(folder) / f"failures.{rank}").read_text() for rank in range(ranks))
 
 
-def _worker(rank: int, ranks: int, folder: str, cases: dict[str, Case]) -> None:
+def _worker(rank: int, ranks: int, folder: str, pattern: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/group", rank=rank, world_size=ranks, timeout=TIMEOUT
     )
     mesh = dist.init_device_mesh("cpu", (ranks,))
-    for i, case in enumerate(cases.values()):
+    report = ""
+    for name, case in cases(ranks, pattern).items():
         torch.manual_seed(0)
-        report = ""
         try:
             case(mesh)
         except BaseException:  # also what pytest.raises raises
-            report = f"rank {rank}:\n{traceback.format_exc()}"
-        (Path(folder) / f"{i}.{rank}").write_text(report)
+            report += f"\n{name}, rank {rank}:\n{traceback.format_exc()}"
         dist.barrier()
+    (Path(folder) / f"failures.{rank}").write_text(report)
     dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    sys.path.append(str(Path(__file__).parents[1]))
+    print(failures(int(sys.argv[1]), *sys.argv[2:]) or "all passed")

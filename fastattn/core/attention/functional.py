@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from fastattn.core import plans
+from fastattn.core import plans, spread
 from fastattn.core.attention import operators
 from fastattn.core.attention.dropout import dropout_state as fresh_dropout_state
 from fastattn.core.attention.spec import (
@@ -182,6 +182,13 @@ def attention(
     """
     if unknown:
         refuse_keywords("attention", unknown)
+    if spread.current is not None:
+        return spread.current.attention(q, k, v, {
+            "causal": causal, "scale": scale, "window": window, "key_lengths": key_lengths, "mask": mask,
+            "bias": bias, "alibi_slopes": alibi_slopes, "relative_bias": relative_bias, "softcap": softcap,
+            "sinks": sinks, "dropout_p": dropout_p, "dropout_state": dropout_state, "precision": precision,
+            "return_lse": return_lse, "return_max": return_max, "backend": backend,
+        })  # fmt: skip
     scales = scale if isinstance(scale, Tensor) else None
     beside = key_lengths, alibi_slopes, bias, relative_bias, sinks, dropout_state, None, None, scales
     options = (

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fastattn.core import plans
+from fastattn.core import plans, spread
 from fastattn.core.attention.spec import positive_scale
 from fastattn.core.autocast import autocast
 from fastattn.core.cache import operators
@@ -165,6 +165,7 @@ def attention_with_cache(
     """
     if unknown:
         refuse_keywords("attention_with_cache", unknown)
+    spread.refuse("attention_with_cache")
     tensors = Given(
         q,
         k_cache,

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastattn.core import spread
 from fastattn.core.attention.definition import is_rounded
 from fastattn.core.attention.functional import scores_asked
 from fastattn.core.attention.spec import AttentionSpec, ScoreTensors, check_heads
@@ -263,6 +264,7 @@ class _Call(NamedTuple):
 
 def _call(function: str, q: Tensor, k: Tensor, lse: Tensor, backend: str | None, given: dict[str, Any]) -> _Call:
     """Check what attention was given."""
+    spread.refuse(function)
     dropout = given.get("dropout_p", 0.0)
     if not isinstance(dropout, int | float) or dropout:
         raise ValueError(f"dropout_p must be 0: statistics are of the weights before dropout; got {dropout!r}")

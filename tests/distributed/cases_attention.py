@@ -6,8 +6,6 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
-import groups
-import pytest
 import torch
 import torch.distributed as dist
 from tolerance import TINY, assert_as_exact_as_eager
@@ -142,51 +140,44 @@ def _two_dimensions(size: int) -> DeviceMesh:
     return dist.init_device_mesh("cpu", (size // 2, 2))
 
 
-def _cases(methods: tuple[str, ...]) -> dict[str, Problem]:
-    found = {}
-    for method in methods:
-        for name, options in MASKS.items():
-            found[f"{method}, {name}"] = Problem(method, options)
-        alibi = {"alibi_slopes": torch.tensor([0.5, 0.25, 0.1, 0.01]), "causal": True}
-        found |= {
-            f"{method}, ALiBi": Problem(method, alibi),
-            f"{method}, ALiBi both ways": Problem(method, {**alibi, "causal": False}),
-            f"{method}, relative bias": Problem(method, {"causal": True}, ("relative_bias",)),
-            f"{method}, sinks": Problem(method, {"window": (40, 0)}, ("sinks",)),
-            f"{method}, sinks where nothing is seen": Problem(
-                method, {"mask": masks.key_lengths([0, 40])}, ("sinks",)
-            ),
-            f"{method}, scale of each head": Problem(method, {"causal": True}, ("scale",)),
-            f"{method}, soft cap": Problem(method, {"causal": True, "softcap": 2.0}),
-            f"{method}, negative scale": Problem(method, {"causal": True, "scale": -0.3}),
-            f"{method}, bias of one row": Problem(method, {"causal": True}, ("one row",)),
-            f"{method}, key lengths": Problem(method, {"causal": True, "key_lengths": [70, 301]}),
-            f"{method}, grouped heads": Problem(method, {"causal": True}, key_heads=2, widths=(16, 24)),
-            f"{method}, one key head": Problem(method, {"window": (90, 0)}, key_heads=1),
-            f"{method}, one granule for all": Problem(method, {"causal": True}, length=40),
-            f"{method}, 130 tokens": Problem(method, {"causal": True}, ("sinks",), length=130),
-            f"{method}, float64": Problem(method, {"causal": True}, dtype=torch.float64),
-            f"{method}, bfloat16": Problem(method, {"causal": True}, dtype=torch.bfloat16),
-        }
-        if "heads" not in method:
-            found[f"{method}, bias"] = Problem(method, {"causal": True}, ("bias",))
-    return found
-
-
-FEW = ("causal", "documents", "function", "global tokens", "relative bias", "sinks", "bias", "130 tokens")
-CASES = {
-    2: {f"ring, {name}": _cases(("ring",))[f"ring, {name}"] for name in FEW},
-    4: _cases(("ring", "gather", "heads", "ring x heads")),
+ALIBI = {"alibi_slopes": torch.tensor([0.5, 0.25, 0.1, 0.01])}
+CAUSAL = {"causal": True}
+TOGETHER = {
+    **CAUSAL, **ALIBI, "softcap": 3.0, "key_lengths": [70, 301], "mask": masks.from_function(_lower_triangle)
+}  # fmt: skip
+PROBLEMS: dict[str, dict[str, Any]] = {
+    **{name: {"options": options} for name, options in MASKS.items()},
+    "ALiBi": {"options": {**ALIBI, **CAUSAL}},
+    "ALiBi both ways": {"options": ALIBI},
+    "relative bias": {"options": CAUSAL, "tensors": ("relative_bias",)},
+    "sinks": {"options": {"window": (40, 0)}, "tensors": ("sinks",)},
+    "sinks where nothing is seen": {"options": {"mask": masks.key_lengths([0, 40])}, "tensors": ("sinks",)},
+    "scale of each head": {"options": CAUSAL, "tensors": ("scale",)},
+    "soft cap": {"options": {**CAUSAL, "softcap": 2.0}},
+    "negative scale": {"options": {**CAUSAL, "scale": -0.3}},
+    "bias": {"options": CAUSAL, "tensors": ("bias",)},
+    "bias of one row": {"options": CAUSAL, "tensors": ("one row",)},
+    "key lengths": {"options": {**CAUSAL, "key_lengths": [70, 301]}},
+    "all together": {"options": TOGETHER, "tensors": ("one row", "relative_bias", "sinks", "scale")},
+    "grouped heads": {"options": CAUSAL, "key_heads": 2, "widths": (16, 24)},
+    "one key head": {"options": {"window": (90, 0)}, "key_heads": 1},
+    "one granule for all": {"options": CAUSAL, "length": 40},
+    "130 tokens": {"options": CAUSAL, "tensors": ("sinks",), "length": 130},
+    "float64": {"options": CAUSAL, "dtype": torch.float64},
+    "bfloat16": {"options": CAUSAL, "dtype": torch.bfloat16},
 }
-
-
-@pytest.fixture(scope="module")
-def outcomes() -> dict[int, dict[str, str]]:
-    return {}
-
-
-@pytest.mark.parametrize(("ranks", "name"), [(ranks, name) for ranks, cases in CASES.items() for name in cases])
-def test_ranks_together_compute_what_one_process_computes(ranks: int, name: str, outcomes) -> None:
-    if ranks not in outcomes:
-        outcomes[ranks] = groups.run(CASES[ranks], ranks)
-    assert not outcomes[ranks][name], outcomes[ranks][name]
+# Every mask with every method of one dimension; beside them what the methods treat in ways of their own.
+NOT_MASKS = ("all together", "grouped heads", "one key head", "one granule for all", "bfloat16")
+WITH = {
+    "ring": tuple(PROBLEMS),
+    "gather": (*MASKS, *NOT_MASKS, "bias"),
+    "heads": (*MASKS, *NOT_MASKS),
+    "ring x heads": ("causal", "causal window", "causal documents", "random by head", "bigbird", *NOT_MASKS),
+}
+ON_TWO = ("causal", "documents", "function", "global tokens", "all together", "bias", "130 tokens")
+CASES = {
+    2: {f"ring, {name}": Problem("ring", **PROBLEMS[name]) for name in ON_TWO},
+    4: {
+        f"{method}, {name}": Problem(method, **PROBLEMS[name]) for method, names in WITH.items() for name in names
+    },
+}

@@ -1,0 +1,56 @@
+"""Whether the sequence of every call is spread over ranks: `fastattn.distributed.context_parallel` says so here.
+
+Functions that know what to do then ask `current`. Those that would take a part of the sequence for the whole call
+`refuse`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+
+class Spread(Protocol):
+    """A sequence of which this rank has some tokens.
+
+    length: tokens in the whole sequence.
+    """
+
+    length: int
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Any:
+        """`fastattn.attention` of the whole sequence, for this rank's tokens."""
+        ...
+
+    def positions(self, length: int, device: torch.device) -> Tensor:
+        """Where this rank's tokens stand in the whole sequence: int64 (length,)."""
+        ...
+
+    def check_positions(self, positions: Tensor | None, model: str) -> None:
+        """Raise unless a model was given these positions, (n,) or (B, n)."""
+        ...
+
+    def is_numbered_by_chunk(self, documents: Tensor) -> bool:
+        """Whether these numbers of tokens (B, n) change exactly where this rank's chunks end."""
+        ...
+
+
+current: Spread | None = None
+
+
+def positions(length: int, device: torch.device) -> Tensor:
+    """The positions of a sequence of this many tokens; those of this rank's tokens if the sequence is spread."""
+    return torch.arange(length, device=device) if current is None else current.positions(length, device)
+
+
+def whole_length(length: int) -> int:
+    """How many tokens the whole sequence has."""
+    return length if current is None else current.length
+
+
+def refuse(what: str) -> None:
+    """Raise ValueError if the sequence is spread over ranks: `what` would take a part for the whole."""
+    if current is not None:
+        raise ValueError(f"{what} is not computed under fastattn.distributed.context_parallel")
