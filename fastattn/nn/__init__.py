@@ -2,6 +2,8 @@
 
 from fastattn.nn.attention import CrossAttention, SelfAttention
 from fastattn.nn.config import TransformerConfig
+from fastattn.nn.decoding_cache import DecodingCache
+from fastattn.nn.generation import Generation
 from fastattn.nn.loss import LinearCrossEntropyLoss
 from fastattn.nn.mlp import MLP, GatedMLP
 from fastattn.nn.norm import LayerNorm, RMSNorm
@@ -19,7 +21,9 @@ from fastattn.nn.transformer_model import TransformerBlock, TransformerModel
 __all__ = [
     "MLP",
     "CrossAttention",
+    "DecodingCache",
     "GatedMLP",
+    "Generation",
     "LayerNorm",
     "LinearCrossEntropyLoss",
     "MultiheadAttention",

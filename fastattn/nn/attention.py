@@ -18,6 +18,7 @@ from fastattn.ground.checks import Window, check_window
 from fastattn.masks import Lowered, Mask
 from fastattn.masks.algebra import smaller
 from fastattn.nn.checks import check_stream, factory_options
+from fastattn.nn.decoding_cache import LayerCache
 from fastattn.nn.rotary import Rotary
 
 QK_NORM_EPS = 1e-6
@@ -159,6 +160,12 @@ class SelfAttention(_Attention):
             q (B, num_heads, L, head_dim), k and v (B, num_kv_heads, L, head_dim): views of one tensor
             if there is neither norm nor rotation.
         """
+        return self._projected(x)
+
+    def _projected(
+        self, x: torch.Tensor, cache: LayerCache | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """`project`; with a cache, x follows the tokens that it holds."""
         check_stream("x", x, self.embed_dim)
         qkv = self.heads(self.qkv_proj(x))
         if self.rotary is None and self.q_norm is None and self.k_norm is None:
@@ -166,13 +173,13 @@ class SelfAttention(_Attention):
         else:
             # Queries and keys are rotated by the same angles: one call for both.
             qk, v = qkv.split([self.num_heads + self.num_kv_heads, self.num_kv_heads], dim=1)
-            q, k = self._prepared(qk)
+            q, k = self._prepared(qk, cache)
         return self.hook_q(q), self.hook_k(k), self.hook_v(v)
 
     def _norm_of_heads(self, device: Any, dtype: torch.dtype | None) -> Any:
         return nn.RMSNorm(self.head_dim, eps=QK_NORM_EPS, device=device, dtype=dtype)
 
-    def _prepared(self, qk: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _prepared(self, qk: torch.Tensor, cache: LayerCache | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Normalise and rotate the queries and keys in qk (B, all their heads, L, head_dim), in one fused pass.
         Norms and a rotation that a user has changed (see `alteration`) are called as modules instead."""
         heads = [self.num_heads, self.num_kv_heads]
@@ -188,8 +195,11 @@ class SelfAttention(_Attention):
             options["norm_weight"] = torch.cat([norm.weight.expand(count, -1) for norm, count in weights])
             options["eps"] = norms[0].eps
         rotary = self.rotary
-        if rotary is not None and not alteration(rotary, Rotary, qk):
-            options["cos"], options["sin"] = rotary.tables(qk)
+        altered = None if rotary is None else alteration(rotary, Rotary, qk)
+        if altered and cache is not None:
+            raise ValueError(f"cache must be None for this model: its rotary {altered}")
+        if rotary is not None and not altered:
+            options |= _rotation(rotary, qk) if cache is None else cache.rotation(rotary, qk)
             rotary = None
         qk = prepare_heads(qk, **options, backend=self.backend) if options else qk
         q, k = qk.split(heads, dim=1)
@@ -202,6 +212,7 @@ class SelfAttention(_Attention):
         mask: Mask | Lowered | None = None,
         window: Window = None,
         key_lengths: torch.Tensor | Sequence[int] | None = None,
+        cache: LayerCache | None = None,
     ) -> torch.Tensor:
         """Attend from x (B, L, embed_dim) to itself; same shape.
 
@@ -212,8 +223,25 @@ class SelfAttention(_Attention):
             window: as the module's own.
             key_lengths: (B,) integers, the length of each sequence. Positions from there on are padding: no query
                 sees them, and their rows of the result have no meaning.
+            cache: keys and values of earlier tokens, one of `DecodingCache.layers`. x attends to them, too, and
+                its own are added. For inference with a causal module; without mask and key_lengths.
         """
-        return self.attend(*self.project(x), mask=mask, window=window, key_lengths=key_lengths)
+        if cache is None:
+            return self.attend(*self.project(x), mask=mask, window=window, key_lengths=key_lengths)
+        for name, value in (("mask", mask), ("key_lengths", key_lengths)):
+            if value is not None:
+                raise ValueError(f"{name} must be None with a cache, got {type(value).__name__}")
+        if not self.causal:
+            raise ValueError("cache must be None for a module with causal=False: its tokens see later ones")
+        options = self.options(window=window)
+        z = cache.attend(*self._projected(x, cache), window=options["window"], backend=self.backend)
+        return self.out_proj(self.hook_z(z).transpose(1, 2).flatten(2))
+
+
+def _rotation(rotary: Rotary, qk: torch.Tensor) -> dict[str, Any]:
+    """A rotation as `prepare_heads` takes it."""
+    cos, sin = rotary.tables(qk)
+    return {"cos": cos, "sin": sin}
 
 
 def _is_plain_norm(norm: nn.Module) -> bool:

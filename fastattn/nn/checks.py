@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
+
+from fastattn.core import spread
 from fastattn.ground import arguments
 from fastattn.ground.checks import check_floating
 
@@ -39,6 +42,17 @@ def check_stream(name: str, value: Any, width: int) -> None:
     check_tensor(name, value)
     if value.dim() != 3 or value.shape[-1] != width:
         raise ValueError(f"{name} must have shape (batch, length, {width}), got {tuple(value.shape)}")
+
+
+def check_tokens(tokens: Any, longest: int | None) -> None:
+    """Raise unless `tokens` is (batch, length) integers, at most `longest` long."""
+    arguments.tensor("tokens", tokens)
+    if tokens.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"tokens must be int64 or int32, got {tokens.dtype}")
+    if tokens.dim() != 2:
+        raise ValueError(f"tokens must have shape (batch, length), got {tuple(tokens.shape)}")
+    if longest is not None and spread.whole_length(tokens.shape[1]) > longest:
+        raise ValueError(f"tokens must be at most max_length = {longest} long, got {tuple(tokens.shape)}")
 
 
 def check_width(name: str, value: Any, width: int) -> None:

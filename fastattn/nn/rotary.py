@@ -52,12 +52,16 @@ class Rotary(nn.Module):
         cos, sin = self.tables(x, offset)
         return prepare_heads(x, cos=cos, sin=sin)
 
-    def tables(self, x: torch.Tensor, offset: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and sines (L, width / 2) for x (B, H, L, D), in float32, or float64 if x is."""
+    def tables(
+        self, x: torch.Tensor, offset: int = 0, length: int | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines (L, width / 2) for x (B, H, L, D), in float32, or float64 if x is. With `length`, of
+        so many positions instead of L."""
+        length = x.shape[2] if length is None else length
         # Apple's devices have no float64.
         precise = torch.float32 if x.device.type == "mps" else torch.float64
         pairs = torch.arange(0, self.width, 2, device=x.device, dtype=precise)
-        positions = spread.positions(x.shape[2], x.device).to(precise)
+        positions = spread.positions(length, x.device).to(precise)
         positions = positions + offset if offset else positions
         angles = torch.outer(positions, self.base ** (-pairs / self.width))
         table_dtype = torch.promote_types(x.dtype, torch.float32)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,8 +15,16 @@ from fastattn.ground import arguments
 from fastattn.ground.checks import Window
 from fastattn.masks import Lowered, Mask
 from fastattn.nn.attention import CrossAttention, SelfAttention, asked_for
-from fastattn.nn.checks import check_dropout, check_not_negative, check_stream, factory_options
+from fastattn.nn.checks import (
+    check_dropout,
+    check_not_negative,
+    check_stream,
+    check_tokens,
+    factory_options,
+)
 from fastattn.nn.config import GPT2_STD, NORMS, TransformerConfig
+from fastattn.nn.decoding_cache import DecodingCache, LayerCache
+from fastattn.nn.generation import Generation, generate
 from fastattn.nn.gpt2 import copy_gpt2, gpt2_config, gpt2_state
 from fastattn.nn.mlp import MLP, GatedMLP
 
@@ -94,15 +102,16 @@ class TransformerBlock(nn.Module):
         key_lengths: torch.Tensor | Sequence[int] | None = None,
         context_mask: Mask | Lowered | None = None,
         context_key_lengths: torch.Tensor | Sequence[int] | None = None,
+        cache: LayerCache | None = None,
     ) -> torch.Tensor:
         """x (B, L, embed_dim), context (B, Lk, context_dim) for the cross-attention; shaped as x.
 
         Args:
-            mask, window, key_lengths: as for `SelfAttention`.
+            mask, window, key_lengths, cache: as for `SelfAttention`.
             context_mask, context_key_lengths: as the mask and key_lengths of `CrossAttention`.
         """
         check_stream("x", x, self.embed_dim)
-        seen = asked_for(mask=mask, window=window, key_lengths=key_lengths)
+        seen = asked_for(mask=mask, window=window, key_lengths=key_lengths, cache=cache)
         seen_of_context = asked_for(mask=context_mask, key_lengths=context_key_lengths)
         self._check_context(context, seen_of_context)
         x = self.hook_resid_pre(x)
@@ -193,6 +202,7 @@ class TransformerModel(nn.Module):
         mask: Mask | Lowered | None = None,
         window: Window = None,
         key_lengths: torch.Tensor | Sequence[int] | None = None,
+        cache: DecodingCache | None = None,
     ) -> torch.Tensor:
         """Logits (B, L, vocab_size) for tokens (B, L), int64 or int32.
 
@@ -200,23 +210,42 @@ class TransformerModel(nn.Module):
             mask, window, key_lengths: hide keys in every layer, beside the model's own causal mask and window, as
                 for `SelfAttention`. Padded batch: `key_lengths=lengths`. Several documents in a row:
                 `mask=fastattn.masks.documents(ids)`.
+            cache: keys and values of earlier tokens. The given tokens follow them and are added; with
+                `key_lengths`, the first key_lengths[b] of row b. The logits are those of each row's last token,
+                (B, 1, vocab_size). For inference; see `generate`.
 
         Raises:
             ValueError, TypeError: tokens of another rank or dtype, or longer than max_length; a mask, a window or
                 lengths that do not fit them.
         """
         seen = asked_for(mask=mask, window=window, key_lengths=key_lengths)
+        if cache is not None:
+            return self._forward_with_cache(tokens, cache, **seen)
         x = self.embed(tokens)
         for block in self.blocks:
             x = block(x, **seen)
         return self.unembed(x)
 
-    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
-        """The residual stream (B, L, embed_dim) that the first block reads, from tokens (B, L)."""
-        self._check_tokens(tokens)
+    def _forward_with_cache(self, tokens: torch.Tensor, cache: DecodingCache, **seen: Any) -> torch.Tensor:
+        """The logits (B, 1, vocab_size) of each row's last token, after the tokens that the cache holds."""
+        check_tokens(tokens, self.config.max_length)
+        counts = cache.counts(tokens, **seen)
+        x = self.embed(tokens, cache.positions(tokens))
+        for block, layer in zip(self.blocks, cache.layers, strict=True):
+            x = block(x, cache=layer)
+        cache.lengths += counts
+        last = (counts - 1).to(x.device).long()[:, None, None].expand(-1, 1, x.shape[2])
+        return self.unembed(x.gather(1, last))
+
+    def embed(self, tokens: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
+        """The residual stream (B, L, embed_dim) that the first block reads, from tokens (B, L) at positions
+        (B, L), by default 0 to L - 1."""
+        check_tokens(tokens, self.config.max_length)
         x = self.token_embedding(tokens)
         if self.position_embedding is not None:
-            x = x + self.position_embedding(spread.positions(tokens.shape[1], tokens.device))
+            if positions is None:
+                positions = spread.positions(tokens.shape[1], tokens.device)
+            x = x + self.position_embedding(positions)
         return self.dropout(x)
 
     def unembed(self, x: torch.Tensor) -> torch.Tensor:
@@ -233,6 +262,63 @@ class TransformerModel(nn.Module):
     def unembedding_weight(self) -> torch.Tensor:
         """The unembedding matrix (vocab_size, embed_dim); the token embedding's weight if tied."""
         return self.token_embedding.weight if self.unembedding is None else self.unembedding.weight
+
+    def generate(
+        self,
+        tokens: torch.Tensor,
+        max_new_tokens: int,
+        *,
+        key_lengths: torch.Tensor | Sequence[int] | None = None,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float = 1.0,
+        stop: int | Sequence[int | Sequence[int]] | None = None,
+        seed: int | None = None,
+        stream: Callable[[torch.Tensor], Any] | None = None,
+        use_cache: bool = True,
+    ) -> Generation:
+        """Continue prompts, a token at a time; keys and values of earlier tokens are kept in a cache.
+
+        Args:
+            tokens: the prompts (B, L), int64 or int32, at least one token each.
+            max_new_tokens: how many tokens a row may get.
+            key_lengths: (B,) integers, the length of each prompt; what follows is padding. None: all are L long.
+            temperature: 0 takes the likeliest token. Above, a token is drawn from softmax(logits / temperature).
+            top_k: draw from the k likeliest tokens only.
+            top_p: draw from the likeliest tokens only: as few as have at least this probability together.
+            min_p: draw only from tokens with at least this part of the likeliest token's probability.
+                Of top_k, top_p and min_p, each applies to what the one before has left. They need a temperature.
+            repetition_penalty: logits of tokens that are in the row, prompt included, are divided by it if they
+                are positive, else multiplied by it; 1 changes nothing.
+            stop: a row ends with one of these tokens, or with one of these sequences of new tokens.
+            seed: of the draws; None draws from torch's generator.
+            stream: called after each step with the new tokens (B,) int64; -1 for rows that have ended.
+            use_cache: False computes all tokens again at each step. That is slow, and serves what a cache cannot.
+
+        Returns:
+            tokens (B, longest), each row's prompt and its new tokens behind it, then zeros; lengths (B,) int64.
+
+        Raises:
+            ValueError, TypeError: before anything runs: an argument out of range; prompts that would outgrow
+                max_length; a model in training mode that drops; an encoder; with a cache, modules that are not
+                fastattn's, and forward hooks, which may count on whole sequences.
+
+        Example:
+            >>> model = TransformerModel(vocab_size=256, embed_dim=64, num_heads=4, num_layers=2, max_length=128)
+            >>> model.generate(torch.randint(256, (2, 8)), 20, temperature=0.8, top_p=0.95).tokens.shape
+            torch.Size([2, 28])
+
+        Source: top_p: Holtzman et al., The Curious Case of Neural Text Degeneration (2020), section 3.1;
+        repetition_penalty: Keskar et al., CTRL (2019), section 4.1; min_p: Nguyen et al., Turning Up the Heat
+        (2024), section 3.
+        """
+        return generate(
+            self, tokens, max_new_tokens, key_lengths=key_lengths, temperature=temperature, top_k=top_k,
+            top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty, stop=stop, seed=seed, stream=stream,
+            use_cache=use_cache,
+        )  # fmt: skip
 
     def reset_parameters(self) -> None:
         """Initialise all parameters as said above, drawing from torch's generator."""
@@ -286,16 +372,6 @@ class TransformerModel(nn.Module):
         model = model.to_empty(device=embedding.device if device is None else device)
         copy_gpt2(model, model.config, state)
         return model
-
-    def _check_tokens(self, tokens: torch.Tensor) -> None:
-        arguments.tensor("tokens", tokens)
-        if tokens.dtype not in (torch.int64, torch.int32):
-            raise TypeError(f"tokens must be int64 or int32, got {tokens.dtype}")
-        if tokens.dim() != 2:
-            raise ValueError(f"tokens must have shape (batch, length), got {tuple(tokens.shape)}")
-        longest = self.config.max_length
-        if longest is not None and spread.whole_length(tokens.shape[1]) > longest:
-            raise ValueError(f"tokens must be at most max_length = {longest} long, got {tuple(tokens.shape)}")
 
 
 def _check_part(name: str, part: Any, *, or_none: bool) -> None:
