@@ -28,6 +28,8 @@ from fastattn.masks.lists import GRANULE, by_row, of_heads, rows_of_intervals, u
 # Elements of an intermediate result of a batch, of which there are four and a sum: up to a quarter of the queries,
 # but neither so few that launching takes longer than computing, nor more than a cache holds.
 FEWEST_ELEMENTS, MOST_ELEMENTS = 2**17, 2**19
+# On a GPU computing takes longer than launching from here on.
+GPU_ELEMENTS = 2**23
 # Entries that are looked up in the lists at once, for the batches to come.
 LOOKED_UP = 2**12
 
@@ -160,6 +162,7 @@ class Call:
         self.dtype, self.device = lse_dtype(q.dtype), q.device
         self._of_octets = unpack(torch.arange(256, device=q.device))[:, :8].to(self.dtype).log()
         elements = min(max(q.numel() // 4, FEWEST_ELEMENTS), MOST_ELEMENTS)
+        elements = elements if q.device.type == "cpu" else GPU_ELEMENTS
         self.size = max(1, elements // (GRANULE * max(GRANULE, q.shape[3], v.shape[3])))
 
     def batches(self) -> Iterator[Entries]:

@@ -1,8 +1,9 @@
 """Attention in plain PyTorch on whole rows of scores, for as many heads at once as a cache holds.
 
-PyTorch's fused attention on a CPU has no dropout, soft cap or sinks, and no gradient of a bias. Tiles of all heads
-at once would go through memory at every step. Here a row's scores are there at once, so that there is no online
-softmax, and every step but the products is done in place.
+PyTorch's fused attention has no soft cap or sinks, on a CPU no dropout, and no gradient of a bias. Tiles of all
+heads at once would go through memory at every step. Here a row's scores are there at once, so that there is no
+online softmax, and every step but the products is done in place. On a GPU blocks are so large that computing takes
+longer than launching.
 """
 
 from __future__ import annotations
@@ -24,6 +25,10 @@ from fastattn.ground.checks import lse_dtype
 # Scores of a block: as many as a cache holds; more only for more rows, up to ROWS, since every block reads all
 # keys and adds to all of their gradients.
 ELEMENTS, MOST_ELEMENTS, ROWS = 2**18, 2**20, 256
+# The same on a GPU: 64 MiB of scores in float32, which take ten times as long to go through as to launch a kernel.
+GPU_ELEMENTS, GPU_ROWS = 2**24, 1024
+# Rows of a block under a causal mask: the fewer, the fewer pairs after the diagonal are computed.
+CAUSAL_ROWS, GPU_CAUSAL_ROWS = 128, 512
 # Between rows of scores. Rows as long as a power of 2 fall on the same few lines of a cache, and the products that
 # read scores by columns take 1.4 times as long.
 PADDING = 8
@@ -32,10 +37,9 @@ FEWEST = 2**12
 
 
 def serves(q: Tensor, k: Tensor, spec: AttentionSpec, tensors: ScoreTensors) -> bool:
-    """Everything but lists and intervals, if no row is longer than a block. Only on a CPU: a GPU has no use for
-    blocks so small."""
+    """Everything but lists and intervals, if no row is longer than a block."""
     (batch, heads, queries, _), keys = q.shape, k.shape[2]
-    if q.device.type != "cpu" or q.numel() * k.numel() == 0 or keys > MOST_ELEMENTS // 32:
+    if q.device.type not in ("cpu", "cuda") or q.numel() * k.numel() == 0 or keys > _limits(q)[1] // 32:
         return False
     if batch > 1 and tensors.key_lengths is not None and heads * queries * keys < FEWEST:
         return False
@@ -333,15 +337,17 @@ def _put(total: Tensor, part: Tensor, alone: bool) -> None:
 def _blocks(q: Tensor, k: Tensor, spec: AttentionSpec, tensors: ScoreTensors) -> Iterator[Block]:
     """The blocks that see anything. With key lengths, each is of one batch element and reads no key behind."""
     (batch, heads, queries, _), keys = q.shape, k.shape[2]
-    lengths = None if tensors.key_lengths is None else tensors.key_lengths.tolist()
+    lengths = None if tensors.key_lengths is None else tensors.key_lengths.cpu().tolist()
     group, shift = heads // k.shape[1], keys - queries
-    rows_at_once = max(1, ELEMENTS // (keys * group), min(ROWS, MOST_ELEMENTS // (keys * group)))
+    elements, most, most_rows, causal_rows = _limits(q)
+    rows_at_once = max(1, elements // (keys * group), min(most_rows, most // (keys * group)))
     rows_at_once = min(queries, rows_at_once)
     if spec.right is not None:
-        rows_at_once = min(rows_at_once, 128)  # fewer pairs after the diagonal
-    key_heads_at_once = min(k.shape[1], max(1, ELEMENTS // (keys * group * rows_at_once)))
-    whole = heads * queries * keys
-    batch_at_once = 1 if lengths is not None else min(batch, max(1, ELEMENTS // whole))
+        rows_at_once = min(rows_at_once, causal_rows)
+    key_heads_at_once = min(k.shape[1], max(1, elements // (keys * group * rows_at_once)))
+    # On a GPU a few rows of all batch elements fill a block, on a CPU only where all rows of one leave room.
+    whole = heads * keys * (queries if q.device.type == "cpu" else rows_at_once)
+    batch_at_once = 1 if lengths is not None else min(batch, max(1, elements // whole))
     for b in _spans(batch, batch_at_once):
         stop = keys if lengths is None else lengths[b.start]
         for h in _spans(k.shape[1], key_heads_at_once):
@@ -351,6 +357,13 @@ def _blocks(q: Tensor, k: Tensor, spec: AttentionSpec, tensors: ScoreTensors) ->
                 last = stop if spec.right is None else min(stop, rows.stop + shift + spec.right)
                 if first < last:
                     yield Block(b, slice(h.start * group, h.stop * group), h, rows, slice(first, last), shift)
+
+
+def _limits(q: Tensor) -> tuple[int, int, int, int]:
+    """ELEMENTS, MOST_ELEMENTS, ROWS and CAUSAL_ROWS of this device."""
+    if q.device.type == "cpu":
+        return ELEMENTS, MOST_ELEMENTS, ROWS, CAUSAL_ROWS
+    return GPU_ELEMENTS, GPU_ELEMENTS, GPU_ROWS, GPU_CAUSAL_ROWS
 
 
 def _spans(stop: int, step: int) -> Iterator[slice]:
