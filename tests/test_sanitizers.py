@@ -204,6 +204,22 @@ def heads(length: int, width: int, *, interleaved: bool, strided: bool) -> list[
     return forward_and_backward(call, [x, torch.randn(width), torch.randn(3)])
 
 
+def loss(tokens: int, width: int, classes: int, *, probabilities: bool, strided: bool) -> list[Tensor]:
+    """With every option. Some tokens are ignored."""
+    torch.manual_seed(0)
+    x = torch.randn(width, tokens).t() if strided else torch.randn(tokens, width)
+    target = torch.randint(classes, (tokens,))
+    target[::3] = -100
+    given = {"target": torch.rand(tokens, classes) if probabilities else target, "weight": torch.rand(classes)}
+    given |= {"label_smoothing": 0.1, "softcap": 2.0, "temperature": 0.5, "z_loss": 0.1, "reduction": "none"}
+
+    def call(x: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, ...]:
+        more = {"return_lse": True, "return_entropy": True, "backend": BACKEND}
+        return fastattn.linear_cross_entropy(x, w, linear_bias=b, **given, **more)
+
+    return forward_and_backward(call, [x, torch.randn(classes, width), torch.randn(classes)])
+
+
 def by_library(call: Callable[[], list[Tensor]]) -> list[Tensor]:
     """With PyTorch's matrix products, and our kernels between them, as for wide MLPs."""
     with mock.patch.dict(launch.MLP_FUSED_UP_TO, {family: {} for family in launch.MLP_FUSED_UP_TO}):
@@ -266,6 +282,14 @@ CALLS = {
     "wide RMS norm": (
         partial(norm, 33, 43, centred=False, strided=False),
         {"norm_kernel", "norm_gradient_kernel", "norm_sums_kernel"},
+    ),
+    "loss": (
+        partial(loss, 33, 21, 70, probabilities=False, strided=True),
+        {"logits_kernel", "logit_gradient_kernel"},
+    ),
+    "loss of probabilities": (
+        partial(loss, 33, 32, 45, probabilities=True, strided=False),
+        {"logits_kernel", "logit_gradient_kernel"},
     ),
     "heads": (
         partial(heads, 21, 24, interleaved=False, strided=True),
@@ -332,6 +356,15 @@ def test_mlps_of_any_size_are_sound(tokens: int, width: int, hidden: int, gated:
 @given(st.integers(1, 40), st.integers(1, 80), st.booleans(), st.booleans())
 def test_norms_of_any_size_are_sound(rows: int, width: int, centred: bool, strided: bool) -> None:
     check(partial(norm, rows, width, centred=centred, strided=strided))
+
+
+@pytest.mark.slow
+@DRAWN
+@given(st.integers(1, 70), st.integers(1, 40), st.integers(1, 140), st.booleans(), st.booleans())
+def test_losses_of_any_size_are_sound(
+    tokens: int, width: int, classes: int, probabilities: bool, strided: bool
+) -> None:
+    check(partial(loss, tokens, width, classes, probabilities=probabilities, strided=strided))
 
 
 @pytest.mark.slow

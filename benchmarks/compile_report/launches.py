@@ -14,6 +14,7 @@ from fastattn.kernels.attention.forward import attention_forward
 from fastattn.kernels.attention.statistics import attention_statistics
 from fastattn.kernels.attention.tangent import attention_tangent
 from fastattn.kernels.heads import prepare_heads, prepare_heads_backward
+from fastattn.kernels.loss import Loss, loss_gradients, loss_rows
 from fastattn.kernels.mlp import mlp_backward, mlp_forward
 from fastattn.kernels.norm import norm_backward, norm_forward
 from fastattn.masks import BlockLists
@@ -220,12 +221,46 @@ class NormCall:
         norm_backward(x, total, (x, weight, *moments), wanted=(True, self.centred))
 
 
+@dataclass(frozen=True)
+class LossCall:
+    """Forward and backward of the loss of 8192 tokens over 32768 classes."""
+
+    dtype: str
+    width: int
+    options: str = ""  # some of "bias", "weights", "softcap", "smoothing", "entropy", "probabilities"
+
+    @property
+    def name(self) -> str:
+        return f"loss {self.dtype} d={self.width} {self.options or 'plain'}"
+
+    def run(self) -> None:
+        tokens, classes, asked = 8192, 32768, self.options.split()
+        x, w = self.tensor(tokens, self.width), self.tensor(classes, self.width)
+        loss = Loss(
+            softcap=30.0 if "softcap" in asked else 0.0,
+            temperature=1.0,
+            smoothing=0.1 if "smoothing" in asked else 0.0,
+            classes=classes,
+            entropy="entropy" in asked,
+            target=self.tensor(tokens, classes) if "probabilities" in asked else None,
+            class_weight=torch.empty(classes, device="meta") if "weights" in asked else None,
+        )
+        b = self.tensor(classes) if "bias" in asked else None
+        own = None if "probabilities" in asked else torch.empty(tokens, dtype=torch.int32, device="meta")
+        loss_rows(x, w, b, own, loss)
+        values = torch.empty((7, tokens), device="meta")
+        loss_gradients(x, w, b, own, values, loss, (True, True, True))
+
+    def tensor(self, *shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=DTYPES[self.dtype], device="meta")
+
+
 # Not compiled for AMD's target: the tables have no rows for it, and it compiles ten times slower.
 NOT_ON_AMD = (
     "bias", "bool mask", "padding as bias", "relative bias", "dropout", "intervals", "lists", "lists that count",
     "tf32", "tf32x3",
 )  # fmt: skip
-Call = AttentionCall | MLPCall | HeadsCall | NormCall
+Call = AttentionCall | MLPCall | HeadsCall | NormCall | LossCall
 
 CALLS: tuple[Call, ...] = (
     *(AttentionCall("bf16", width, causal) for width in (64, 128, 256) for causal in (True, False)),
@@ -274,6 +309,13 @@ CALLS: tuple[Call, ...] = (
     *(NormCall("fp32", 2**power) for power in (10, 13, 15)),
     *(NormCall("bf16", 2**power, centred=False) for power in (10, 13, 15)),
     NormCall("bf16", 111),
+    LossCall("bf16", 4096),
+    LossCall("bf16", 4096, "bias weights softcap smoothing"),
+    LossCall("bf16", 4096, "bias weights softcap smoothing entropy"),
+    LossCall("bf16", 1024, "bias weights softcap smoothing entropy probabilities"),
+    LossCall("fp32", 1024),
+    LossCall("fp32", 1024, "bias weights softcap smoothing entropy"),
+    LossCall("fp32", 1024, "bias weights softcap smoothing entropy probabilities"),
 )
 
 

@@ -1,4 +1,5 @@
-"""What is timed beside plain attention and MLPs: masks, scores, packed sequences, norms, heads; and small calls.
+"""What is timed beside plain attention and MLPs: masks, scores, packed sequences, norms, heads, losses; small
+calls.
 
 A rival is another implementation: it takes the tensors of the call (see kinds) and returns what our call returns
 first. Its output is compared with the definition before it is timed. A yardstick computes something else:
@@ -49,6 +50,8 @@ def rivals(sizes: Sizes, device: torch.device) -> dict[str, Callable[[], Rival]]
             ONE_FORWARD: lambda: _one_forward(sizes, device),
             "eager": lambda: _eager_entropy(sizes, device),
         }
+    if sizes.family == "loss":
+        return _loss_rivals(sizes, device)
     eager = {"norm": _eager_norm, "heads": _eager_heads}[sizes.family]
     return {
         "eager": lambda: eager(sizes, device),
@@ -290,6 +293,40 @@ def _eager_heads(sizes: Sizes, device: torch.device) -> Rival:
     return call
 
 
+def _loss_rivals(sizes: Sizes, device: torch.device) -> dict[str, Callable[[], Rival]]:
+    """Of the mean over classes."""
+    target = kinds.classes_of(sizes, device)
+
+    def eager(x: Tensor, w: Tensor) -> Tensor:
+        return F.cross_entropy((x @ w.t()).float(), target)
+
+    def torch_chunked() -> Rival:
+        options = _imported("torch.nn", "LinearCrossEntropyOptions")(allow_retain_graph=True)
+        function = _imported("torch.nn.functional", "linear_cross_entropy")
+        return lambda x, w: function(x, w, target, options=options)
+
+    def liger() -> Rival:
+        function = _imported("liger_kernel.transformers.functional", "liger_fused_linear_cross_entropy")
+        return lambda x, w: function(x, w, target)
+
+    def quack() -> Rival:
+        function = _imported("quack.linear_cross_entropy", "chunked_linear_cross_entropy")
+        return lambda x, w: function(x, w, target, ignore_index=-100)
+
+    def cut_cross_entropy() -> Rival:
+        function = _imported("cut_cross_entropy", "linear_cross_entropy")
+        return lambda x, w: function(x, w, target)
+
+    return {
+        "eager": lambda: eager,
+        "compiled eager": lambda: torch.compile(eager, dynamic=False),
+        "torch chunked": torch_chunked,
+        "Liger": liger,
+        "quack": quack,
+        "Cut Cross-Entropy": cut_cross_entropy,
+    }
+
+
 def _imported(module: str, name: str) -> Any:
     try:
         return getattr(importlib.import_module(module), name)
@@ -422,12 +459,16 @@ def cases(timing: dict[str, Any], absent: list[str]) -> list[dict[str, Any]]:
         [Sizes("varlen", kind, **{**many, "batch": 1, "length": 16384}) for kind in ("causal", "full")],
         [Sizes("heads", kind, length=4096, heads=32, width=128) for kind in ("norm rotary", "rotary")],
         [Sizes("statistics", kind, **many) for kind in ("causal: entropy received", "causal", "bigbird")],
+        [
+            Sizes("loss", "classes mean", batch=1, length=length, width=width, hidden=classes)
+            for length, width, classes in ((4096, 4096, 128256), (8192, 1024, 32768))
+        ],
     ]
     longest = max(map(len, groups))
     in_turn = [group[n] for n in range(longest) for group in groups if n < len(group)]
     found = []
     for sizes in in_turn:
-        gradient = TRAINING if sizes.family in ("norm", "heads") else BACKWARD
+        gradient = TRAINING if sizes.family in ("norm", "heads", "loss") else BACKWARD
         directions = (FORWARD,) if sizes.family in kinds.WITHOUT_GRADIENT else (FORWARD, gradient)
         found += [case_of(sizes, d, "feature", absent, **timing) for d in directions]
     return found

@@ -19,8 +19,8 @@ DTYPES = (*HALF, SINGLE)
 def kernel_cases() -> list[Sizes]:
     """In the order in which they are proven."""
     return [
-        *attention(), *masks_and_scores(), *mlps(), *norms(), *heads(), *tangents(), *packed(), *statistics(),
-        *many_heads(),
+        *attention(), *masks_and_scores(), *mlps(), *norms(), *heads(), *losses(), *tangents(), *packed(),
+        *statistics(), *many_heads(),
     ]  # fmt: skip
 
 
@@ -68,6 +68,20 @@ def heads() -> list[Sizes]:
     kinds = ("norm rotary scale", "rotary", "norm", "norm interleaved")
     return [
         Sizes("heads", kind, dtype, width=width) for width in (128, 64, 80) for dtype in DTYPES for kind in kinds
+    ]
+
+
+def losses() -> list[Sizes]:
+    kinds = (
+        "classes mean", "classes bias weights", "classes softcap smoothing entropy",
+        "probabilities smoothing bias",
+    )  # fmt: skip
+    forms = ((256, 1000), (111, 2111))
+    return [
+        Sizes("loss", kind, dtype, width=width, hidden=classes)
+        for width, classes in forms
+        for dtype in DTYPES
+        for kind in kinds
     ]
 
 

@@ -12,6 +12,7 @@ KERNEL_TESTS = {
     "test_attention_kernels": "attention",
     "test_masked_attention": "masks",
     "test_scores": "scores",
+    "test_loss": "loss",
     "test_mlp": "mlp",
     "test_norm": "norm",
     "test_heads": "heads",

@@ -188,13 +188,14 @@ FEATURES: tuple[Feature, ...] = (
     Feature("norm", "float32", _is(torch.float32)),
     Feature("norm", "float64", _is(torch.float64), triton=frozenset()),
     *(
-        Feature("loss", name, needed, triton=frozenset())
+        Feature("loss", name, needed, triton=frozenset() if name == "float64" else EVERY_DIRECTION)
         for name, needed in (
             ("class indices, ignored tokens", lambda r: not r.tensors[2].is_floating_point()),
             ("class probabilities", lambda r: r.tensors[2].is_floating_point()),
             ("label smoothing", lambda r: r.spec.smoothing > 0),
             ("weights of classes, biases, or none", lambda r: True),
-            ("soft-capped logits, temperature", lambda r: r.spec.softcap > 0 or r.spec.temperature != 1),
+            ("soft-capped logits", lambda r: r.spec.softcap > 0),
+            ("temperature", lambda r: r.spec.temperature != 1),
             ("log-sum-exp, with gradient (z-loss)", lambda r: True),
             ("entropy, with gradient", lambda r: r.spec.entropy),
             ("filtered gradients", lambda r: r.spec.filter > 0),

@@ -33,7 +33,7 @@ LEARNED = ("bias", "relative_bias", "sinks")
 class Sizes:
     """A call: attention of `heads` on `key_heads`; an MLP, norm or heads of batch * length rows `width` wide."""
 
-    family: str  # attention, masks, scores, varlen, tangent, statistics, mlp, norm or heads
+    family: str  # attention, masks, scores, varlen, tangent, statistics, mlp, norm, heads or loss
     kind: str
     dtype: str = "bfloat16"
     batch: int = 2
@@ -52,6 +52,8 @@ class Sizes:
         width = f"{self.width}" if self.value_width is None else f"{self.width}/{self.value_width}"
         if self.family == "mlp":
             return f"{self.kind} T{self.batch * self.length} d{width} h{self.hidden} {self.dtype}"
+        if self.family == "loss":
+            return f"{self.kind} T{self.batch * self.length} d{width} V{self.hidden} {self.dtype}"
         if self.family == "norm":
             return f"{self.kind} {self.batch * self.length} x {width} {self.dtype}"
         return f"{self.kind} B{self.batch} H{heads} L{lengths} D{width} {self.dtype}"
@@ -287,6 +289,35 @@ def heads_call(sizes: Sizes, device: torch.device) -> Call:
     return Call(function, tuple(tensors.values()), names)
 
 
+def loss_call(sizes: Sizes, device: torch.device) -> Call:
+    """`kind` is "classes", a tenth of them ignored, or "probabilities", and options. `hidden` is the number of
+    classes."""
+    form, *steps = sizes.kind.split()
+    x = random(sizes, device, sizes.batch * sizes.length, sizes.width)
+    w = random(sizes, device, sizes.hidden, sizes.width) * sizes.width**-0.5
+    fixed: dict[str, Any] = {"target": classes_of(sizes, device)}
+    if form == "probabilities":
+        fixed["target"] = random(sizes, device, len(x), sizes.hidden, dtype=torch.float32).softmax(1).to(x.dtype)
+    fixed |= {"softcap": 5.0} if "softcap" in steps else {}
+    fixed |= {"label_smoothing": 0.1} if "smoothing" in steps else {}
+    fixed |= {"return_entropy": True, "return_lse": True} if "entropy" in steps else {}
+    fixed |= {"weight": torch.rand(sizes.hidden, device=device)} if "weights" in steps else {}
+    fixed |= {"reduction": "mean" if "mean" in steps else "none"}
+    names = ("input", "linear_weight", *(("linear_bias",) if "bias" in steps else ()))
+    tensors = (x, w, *((random(sizes, device, sizes.hidden),) if "bias" in steps else ()))
+
+    def function(backend: str, *values: Tensor) -> Tensor | tuple[Tensor, ...]:
+        return fastattn.linear_cross_entropy(**dict(zip(names, values, strict=True)), **fixed, backend=backend)
+
+    return Call(function, tensors, names)
+
+
+def classes_of(sizes: Sizes, device: torch.device) -> Tensor:
+    target = torch.arange(sizes.batch * sizes.length, device=device) * 7919 % sizes.hidden
+    target[::10] = -100
+    return target
+
+
 def angles_of(sizes: Sizes, device: torch.device) -> tuple[Tensor, Tensor]:
     half = sizes.width // 2
     angles = torch.outer(torch.arange(float(sizes.length)), 10_000 ** (-torch.arange(half) / half))
@@ -303,4 +334,5 @@ BUILDERS: dict[str, Callable[[Sizes, torch.device], Call]] = {
     "mlp": mlp_call,
     "norm": norm_call,
     "heads": heads_call,
+    "loss": loss_call,
 }

@@ -298,6 +298,40 @@ def statistics_calls() -> Iterator[Call]:
     yield of("no keys", Sizes(queries=0, keys=0), launches=False)
 
 
+# ---- losses ----
+
+
+def loss(
+    *, dtype: str = "bf16", probabilities: bool = False, bias: bool = False, tokens: int = 77, **options: Any
+):
+    """Forward, and backward of one number and of one for each token."""
+    kind, classes = DTYPES[dtype], 300
+    x, w = tensor(tokens, 128, dtype=kind).requires_grad_(), tensor(classes, 128, dtype=kind).requires_grad_()
+    index = torch.zeros(tokens, dtype=torch.int64, device="cuda")
+    target = tensor(tokens, classes, dtype=kind) if probabilities else index
+    options |= {"linear_bias": tensor(classes, dtype=kind).requires_grad_()} if bias else {}
+    for more in ({}, {"reduction": "none", "return_lse": True, "return_entropy": True}):
+        results = fastattn.linear_cross_entropy(x, w, target, **options, **more)
+        torch.autograd.backward(results, [torch.ones_like(t) for t in results] if more else None)
+
+
+def loss_calls() -> Iterator[Call]:
+    def of(title: str, **options: Any) -> Call:
+        return Call(f"linear_cross_entropy, {title}", lambda: loss(**options), options.get("tokens") != 0)
+
+    for dtype in DTYPES:
+        yield of(dtype, dtype=dtype)
+    for probabilities in (False, True):
+        title = "probabilities" if probabilities else "classes"
+        for name, value in (("softcap", 5.0), ("temperature", 0.5), ("label_smoothing", 0.1), ("z_loss", 0.1)):
+            yield of(f"{title}, {name}", probabilities=probabilities, **{name: value})
+        yield of(
+            f"{title}, all together", probabilities=probabilities, bias=True, softcap=5.0, label_smoothing=0.1
+        )
+    yield of("a bias", bias=True)
+    yield of("no tokens", tokens=0)
+
+
 # ---- MLPs ----
 
 
@@ -507,4 +541,12 @@ def other_calls() -> Iterator[Call]:
 
 
 def all_calls() -> list[Call]:
-    return [*attention_calls(), *statistics_calls(), *mlp_calls(), *heads_calls(), *norm_calls(), *other_calls()]
+    return [
+        *attention_calls(),
+        *statistics_calls(),
+        *mlp_calls(),
+        *loss_calls(),
+        *heads_calls(),
+        *norm_calls(),
+        *other_calls(),
+    ]

@@ -20,6 +20,8 @@ from torch.utils._pytree import tree_map
 
 from fastattn.core import plans
 
+# What GPUs compute and CPUs do not: products of half precision that are not rounded.
+_ONLY_ON_GPUS = {torch.ops.aten.mm.dtype: lambda a, b, dtype: torch.mm(a.to(dtype), b.to(dtype))}
 _CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 
 
@@ -120,7 +122,7 @@ def _run(operator: Any, arguments: tuple, keywords: dict) -> Any:
         return value
 
     arguments, keywords = tree_map(to_host, (arguments, keywords))
-    results = operator(*arguments, **keywords)
+    results = _ONLY_ON_GPUS.get(operator, operator)(*arguments, **keywords)
     # Where a GPU is named, or else where the tensors are; numbers may be anywhere. "cpu" is no name: C++ code says
     # so of tensors that are here, as when autograd casts a gradient.
     tensors = sorted(owners.values(), key=lambda t: t.dim() == 0)
