@@ -20,6 +20,9 @@ from fastattn.dropin.takeover import sdpa
 if "torch.utils.flop_counter" in sys.modules:
     import fastattn.flops  # noqa: F401
 
+if "torch.distributed.tensor" in sys.modules:
+    importlib.import_module("fastattn.distributed")  # which computes DTensors
+
 __version__ = "0.1.0"
 
 __all__ = [

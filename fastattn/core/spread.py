@@ -6,6 +6,7 @@ Functions that know what to do then ask `current`. Those that would take a part 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -38,6 +39,9 @@ class Spread(Protocol):
 
 
 current: Spread | None = None
+# The class of DTensors, and what computes them, by function: fastattn.distributed enters them when it is imported.
+DTENSORS: tuple[type, ...] = ()
+of_dtensors: dict[str, Callable[..., Any]] = {}
 
 
 def positions(length: int, device: torch.device) -> Tensor:

@@ -16,10 +16,15 @@ travels in the dtype of its tensor, since each message is what one call of the k
 summed where they arrive, in float32 and in a fixed order. `counted()` measures what is sent.
 """
 
+from fastattn.distributed import tensors as _  # noqa: F401  (from now on, DTensors are computed)
 from fastattn.distributed.context import context_parallel
 from fastattn.distributed.dealing import Layout, layout
 from fastattn.distributed.exchange import Traffic, counted
 from fastattn.distributed.functional import attention
+from fastattn.distributed.plan import HeadsParallel, HiddenParallel, tensor_parallel_plan
 from fastattn.distributed.sharding import shard, unshard
 
-__all__ = ["Layout", "Traffic", "attention", "context_parallel", "counted", "layout", "shard", "unshard"]
+__all__ = [
+    "HeadsParallel", "HiddenParallel", "Layout", "Traffic", "attention", "context_parallel", "counted", "layout",
+    "shard", "tensor_parallel_plan", "unshard",
+]  # fmt: skip

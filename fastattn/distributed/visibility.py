@@ -108,10 +108,7 @@ class Visibility:
 
     def of_heads(self, heads: slice) -> Visibility:
         """The mask of some of the heads."""
-        shape, lists = self.shape._replace(heads=heads.stop - heads.start), self.lowered.lists
-        if lists is not None and lists.pattern.shape[1] != 1:
-            lists = lists._replace(pattern=lists.pattern[:, heads])
-        return Visibility(replace(self.lowered, shape=shape, lists=lists))
+        return Visibility(self.lowered.part(None, (heads.start, heads.stop - heads.start)))
 
     def needs(self, owners: Tensor, ranks: int) -> Tensor:
         """Whether each rank sees any key of each other one: bool (ranks, ranks), queries by keys.

@@ -291,6 +291,23 @@ class Lowered:
         if wanted != self.shape:
             raise ValueError(f"mask was lowered for {self.shape}, expected one for {wanted}")
 
+    def part(self, batch: tuple[int, int] | None, heads: tuple[int, int] | None) -> Lowered:
+        """The mask of some batch elements and heads: the first of them and their number; None for all."""
+        shape, lists, intervals, lengths = self.shape, self.lists, self.intervals, self.key_lengths
+        if batch is not None:
+            own = slice(batch[0], batch[0] + batch[1])
+            shape = shape._replace(batch=batch[1])
+            lengths = None if lengths is None else lengths[own]
+            if intervals is not None and intervals.shape[0] != 1:
+                intervals = intervals[own]
+            if lists is not None and lists.pattern.shape[0] != 1:
+                lists = lists._replace(pattern=lists.pattern[own])
+        if heads is not None:
+            shape = shape._replace(heads=heads[1])
+            if lists is not None and lists.pattern.shape[1] != 1:
+                lists = lists._replace(pattern=lists.pattern[:, heads[0] : heads[0] + heads[1]])
+        return replace(self, shape=shape, lists=lists, intervals=intervals, key_lengths=lengths)
+
     def is_within(self, left: int | None, right: int | None) -> bool:
         """Whether a window of these bounds is known to hide none of what intervals and lists show."""
         pairs = zip(self.bounds, (left, right), strict=True)

@@ -16,7 +16,7 @@ from cases_ranks import LENGTH, heads, shards
 from fastattn import distributed
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, 4, pytest.param(8, marks=pytest.mark.slow)])
 def test_ranks_together_compute_what_one_process_computes(ranks: int) -> None:
     failures = groups.failures(ranks)
     assert not failures, failures

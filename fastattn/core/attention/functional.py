@@ -182,7 +182,7 @@ def attention(
     """
     if unknown:
         refuse_keywords("attention", unknown)
-    if spread.current is not None:
+    if spread.current is not None and not isinstance(q, spread.DTENSORS):
         return spread.current.attention(q, k, v, {
             "causal": causal, "scale": scale, "window": window, "key_lengths": key_lengths, "mask": mask,
             "bias": bias, "alibi_slopes": alibi_slopes, "relative_bias": relative_bias, "softcap": softcap,
@@ -199,6 +199,13 @@ def attention(
     plan = PLANS.find(key)
     if plan is not None:
         return plan(q, k, v, beside)
+    if isinstance(q, spread.DTENSORS):
+        return spread.of_dtensors["attention"](q, k, v, {
+            "causal": causal, "scale": scale, "window": window, "key_lengths": key_lengths, "mask": mask,
+            "bias": bias, "alibi_slopes": alibi_slopes, "relative_bias": relative_bias, "softcap": softcap,
+            "sinks": sinks, "dropout_p": dropout_p, "dropout_state": dropout_state, "precision": precision,
+            "return_lse": return_lse, "return_max": return_max, "backend": backend,
+        })  # fmt: skip
     return_lse, backend = flag("return_lse", return_lse), check_backend(backend)
     q, k, v = autocast(q, k, v)
     number, head_scale = _scales(scale)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastattn.core import plans
+from fastattn.core import plans, spread
 from fastattn.core.capabilities import check_backend
 from fastattn.core.heads.operators import HeadsPlan, PrepareHeads, PrepareHeadsEagerly
 from fastattn.core.heads.spec import head_tensors, heads_spec
@@ -68,6 +68,11 @@ def prepare_heads(
     plan = PLANS.find(key)
     if plan is not None:
         return plans.run(plan, x, *head_tensors(x, norm_weight, cos, sin, offsets, head_scale))[0]
+    if isinstance(x, spread.DTENSORS):
+        return spread.of_dtensors["prepare_heads"](x, {
+            "norm_weight": norm_weight, "norm": norm, "eps": eps, "cos": cos, "sin": sin,
+            "interleaved": interleaved, "offsets": offsets, "head_scale": head_scale, "backend": backend,
+        })  # fmt: skip
     spec, beside = heads_spec(
         x, norm_weight=norm_weight, norm=norm, eps=eps, cos=cos, sin=sin, interleaved=interleaved,
         offsets=offsets, head_scale=head_scale,

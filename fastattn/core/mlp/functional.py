@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastattn.core import plans
+from fastattn.core import plans, spread
 from fastattn.core.autocast import autocast
 from fastattn.core.capabilities import check_backend
 from fastattn.core.mlp import operators
@@ -54,6 +54,8 @@ def mlp(
     plan = MLP_PLANS.find(key)
     if plan is not None:
         return _planned(plan, x, (w1, b1, None, None, w2, b2))
+    if isinstance(x, spread.DTENSORS):
+        return spread.of_dtensors["mlp"](x, w1, b1, w2, b2, {"activation": activation, "backend": backend})
     backend = check_backend(backend)
     x, w1, b1, w2, b2 = autocast(x, w1, b1, w2, b2)
     spec = mlp_spec(x, w1, b1, w2, b2, activation=activation)
@@ -100,6 +102,10 @@ def gated_mlp(
     plan = GATED_PLANS.find(key)
     if plan is not None:
         return _planned(plan, x, tensors[1:])
+    if isinstance(x, spread.DTENSORS):
+        return spread.of_dtensors["gated_mlp"](x, w_gate, w_up, w_down, {
+            "b_gate": b_gate, "b_up": b_up, "b_down": b_down, "activation": activation, "backend": backend,
+        })  # fmt: skip
     backend = check_backend(backend)
     x, *weights = autocast(*tensors)
     spec = gated_mlp_spec(x, *weights, activation=activation)

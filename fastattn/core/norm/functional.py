@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import os
-from typing import NamedTuple, overload
+from typing import Any, NamedTuple, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastattn.core import capabilities, plans
+from fastattn.core import capabilities, plans, spread
 from fastattn.core.norm import operators as norm_ops
 from fastattn.core.norm.spec import NormSpec, norm_spec
 from fastattn.ground.checks import lse_dtype
@@ -79,6 +79,9 @@ def rms_norm(
     call = RMS_PLANS.find(key)
     if call is not None:
         return call(x, weight, None, residual)
+    if isinstance(x, spread.DTENSORS):
+        options: dict[str, Any] = {"eps": eps, "weight_offset": weight_offset, "backend": backend}
+        return spread.of_dtensors["norm"]("rms_norm", x, {"weight": weight}, residual, options)
     backend = capabilities.check_backend(backend)
     x, weight, residual = _autocast(x, weight, residual)
     spec = norm_spec(x, weight, None, residual, centred=False, eps=eps, weight_offset=weight_offset)
@@ -128,6 +131,9 @@ def layer_norm(
     call = LAYER_PLANS.find(key)
     if call is not None:
         return call(x, weight, bias, residual)
+    if isinstance(x, spread.DTENSORS):
+        options: dict[str, Any] = {"eps": eps, "backend": backend}
+        return spread.of_dtensors["norm"]("layer_norm", x, {"weight": weight, "bias": bias}, residual, options)
     backend = capabilities.check_backend(backend)
     x, weight, bias, residual = _autocast(x, weight, bias, residual)
     spec = norm_spec(x, weight, bias, residual, centred=True, eps=eps)
