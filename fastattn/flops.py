@@ -83,7 +83,7 @@ def mlp_flops(x: tuple, w_in: tuple, w_out: tuple, gated: bool, wanted: tuple[bo
 
     Of the forward, or of the backward that computes the gradients `wanted`.
     """
-    first = 2 * x[0] * w_in[0] * w_in[1] * (2 if gated else 1)
+    first = 2 * x[0] * w_in[0] * w_in[1] * (2 if gated else 1)  # a packed w_in counts for both
     second = 2 * x[0] * w_out[0] * w_out[1]
     if wanted is None:
         return first + second
@@ -97,8 +97,11 @@ def _mlp_forward(x, w_in, b_in, w_up, b_up, w_out, *args, out_shape=None, **kwar
 
 
 @register_flop_formula(torch.ops.fastattn.mlp_backward)
-def _mlp_backward(dy, x, w_in, b_in, w_up, b_up, w_out, saved, wanted, *args, out_shape=None, **kwargs) -> int:
-    return mlp_flops(x, w_in, w_out, w_up is not None, wanted)
+def _mlp_backward(dy, x, w_in, b_in, w_up, b_up, w_out, kept, *args, out_shape=None, **kwargs) -> int:
+    _, _, _, wanted, *_ = args
+    # Where nothing was kept, the first product is computed again.
+    again = 2 * x[0] * w_in[0] * w_in[1] * (1 if w_up is None else 2) if kept is None else 0
+    return mlp_flops(x, w_in, w_out, w_up is not None, wanted) + again
 
 
 @register_flop_formula(torch.ops.fastattn.loss_rows)

@@ -1,23 +1,23 @@
-"""The MLP, y = act(x W1^T + b1) W2^T + b2, and its gated form, y = (act(x Wg^T + bg) * (x Wu^T + bu)) Wd^T + bd.
+"""The hidden layer of an MLP, hidden = act(x W1^T + b1), or gated, hidden = act(x Wg^T + bg) * (x Wu^T + bu).
 
-x is (T, d): T tokens of width d; the hidden layer has width h. Weights are (out, in), biases may be None.
+x is (T, d): T tokens of width d; the hidden layer has width h. Weights are (out, in), biases may be None. The
+products around the hidden layer are the library's (fastattn.core.mlp.chunks).
 
-Saved for the backward, beside x: the pre-activation `pre` (T, h), or if gated gate and up side by side (T, 2h), in
-the input's dtype. ReLU saves only its output, whose sign is the mask, so it writes no more than in inference,
-where nothing is saved. The backward computes the hidden layer again, with the same function from the same values:
-`pre` is rounded to the dtype before the activation, as eager PyTorch rounds it. So the hidden layer has the same
-bits in both directions.
+Kept for the backward, beside x: the pre-activation `pre` (T, h), or if gated gate and up side by side (T, 2h), in
+the input's dtype or in int8 with a scale for each 128 numbers of a row; or nothing. ReLU keeps only its output,
+whose sign is the mask, and squared ReLU the output of the ReLU. The backward computes the hidden layer again,
+with the same function from the same values: `pre` is rounded to the dtype before the activation, as eager PyTorch
+rounds it. So the hidden layer has the same bits in both directions, but for int8.
 
     forward    hidden_kernel            pre = x W1^T + b1, activated in the epilogue   -> hidden [, pre]
-               library                  y = hidden W2^T + b2
     backward   hidden_gradient_kernel   dh = dy W2; hidden = act(pre), dpre = dh act'(pre) in the epilogue
                                         -> hidden, dpre, sums of dpre over each tile's rows
-               library                  dx = dpre W1, dW1 = dpre^T x, dW2 = dy^T hidden
 
 Beyond the widths in launch.MLP_FUSED_UP_TO the library's GEMM saves more time than one more pass over the hidden
 layer costs. There the first product of each direction goes to the library, too, followed by `activation_kernel` or
-`activation_gradient_kernel`, which share their epilogues with the fused kernels. Bias gradients are float32 sums
-of each tile, added up in a fixed order: no atomics.
+`activation_gradient_kernel`, which share their epilogues with the fused kernels. int8 always goes that way
+forward: the fused kernel would need a pass of its own to quantise, and both move seven bytes for each 16-bit
+number. Bias gradients are float32 sums of each tile, added up in a fixed order: no atomics.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ import triton
 import triton.language as tl
 
 from . import launch
+from .launch.mlp import MLP_QUANTISE
 from .tiles import Matrix, matrix, tile_pointers
 
 INVERSE_SQRT_2_PI: tl.constexpr = tl.constexpr(0.3989422804014327)
@@ -37,6 +38,9 @@ MINUS_HALF_LOG2_E: tl.constexpr = tl.constexpr(-0.7213475204444817)
 # The tanh form of GELU (Hendrycks and Gimpel 2016, arXiv:1606.08415): u = sqrt(2 / pi) (x + 0.044715 x^3).
 TWO_SQRT_2_OVER_PI: tl.constexpr = tl.constexpr(1.5957691216057308)
 GELU_CUBIC: tl.constexpr = tl.constexpr(0.044715)
+
+# int8: so many neighbours in a row share a scale.
+SCALED: tl.constexpr = tl.constexpr(128)
 
 # Rows of tiles whose columns are computed one after the other, so that the programs that run at a time read few
 # rows of x and few weights, which stay in the L2 cache.
@@ -48,6 +52,16 @@ class Linear(NamedTuple):
 
     weight: Matrix
     bias: torch.Tensor | None
+    last: None = None  # Triton 3.6: a tuple of tuples must end in a constant
+
+
+class Pair(NamedTuple):
+    """What there is of gate and of up: pre-activations, gradients, sums or scales. Without a gate, `gate` is that
+    of the only first layer, and `up` is None."""
+
+    gate: Matrix
+    up: Matrix | None
+    last: None = None  # as in `Linear`
 
 
 class Size(NamedTuple):
@@ -224,19 +238,7 @@ def store_hidden(pre, up, hidden, row, column, mask, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def finish(
-    total,
-    up,
-    first_bias,
-    second_bias,
-    saved,
-    hidden,
-    row,
-    column,
-    size,
-    ACTIVATION: tl.constexpr,
-    GATED: tl.constexpr,
-):
+def finish(total, up, first_bias, second_bias, kept, hidden, row, column, size, tile: tl.constexpr):
     """From a tile of x @ first, and of x @ second in gated form: bias, rounding, activation, stores."""
     rows: tl.constexpr = total.shape[0]
     width: tl.constexpr = total.shape[1]
@@ -245,22 +247,23 @@ def finish(
     inside = columns < size.hidden
     mask = (row + tl.arange(0, rows) < size.tokens)[:, None] & inside[None, :]
     pre = plus_bias(total, first_bias, columns, inside).to(dtype)
-    if saved is not None:
-        tl.store(block(saved, row, column, rows, width), pre, mask=mask)
-    if GATED:
+    if tile.CLAMPED:
+        pre = tl.where(pre < 0.0, 0.0, pre).to(dtype)
+    if tile.KEEP:
+        tl.store(block(kept.gate, row, column, rows, width), pre, mask=mask)
+    if tile.GATED:
         up = plus_bias(up, second_bias, columns, inside).to(dtype)
-        if saved is not None:
-            tl.store(block(saved, row, size.hidden + column, rows, width), up, mask=mask)
-        store_hidden(pre, up, hidden, row, column, mask, ACTIVATION)
+        if tile.KEEP:
+            tl.store(block(kept.up, row, column, rows, width), up, mask=mask)
+        store_hidden(pre, up, hidden, row, column, mask, tile.ACTIVATION)
     else:
-        store_hidden(pre, None, hidden, row, column, mask, ACTIVATION)
+        store_hidden(pre, None, hidden, row, column, mask, tile.ACTIVATION)
 
 
 @triton.jit
-def hidden_kernel(x, first, second, saved, hidden, size, tile: tl.constexpr):
-    """hidden = act(x @ first), or if GATED act(x @ first) * (x @ second). The pre-activations are stored in
-    `saved`, if it is not None. GATED says whether there is a `second`: Triton 3.6 cannot compare a Linear without
-    bias with None."""
+def hidden_kernel(x, first, second, kept, hidden, size, tile: tl.constexpr):
+    """hidden = act(x @ first), or if GATED act(x @ first) * (x @ second). If KEEP, the pre-activations are stored
+    in `kept`. GATED and KEEP are flags because Triton 3.6 cannot compare a tuple that holds None with None."""
     tile_row, tile_column = grouped_tile(
         tl.program_id(0), tl.cdiv(size.tokens, tile.BLOCK_M), tl.cdiv(size.hidden, tile.BLOCK_N)
     )
@@ -275,65 +278,68 @@ def hidden_kernel(x, first, second, saved, hidden, size, tile: tl.constexpr):
     ups = quarters(up)
     for part in tl.static_range(4):
         start = column + part * (tile.BLOCK_N // 4)
-        finish(
-            totals[part],
-            ups[part],
-            first.bias,
-            second_bias,
-            saved,
-            hidden,
-            row,
-            start,
-            size,
-            tile.ACTIVATION,
-            tile.GATED,
-        )
+        finish(totals[part], ups[part], first.bias, second_bias, kept, hidden, row, start, size, tile)
 
 
 @triton.jit
-def store_partial(gradient, partials, tile_row, column, inside, width):
-    """The tile's part of a bias gradient: its sum over rows. `partials` has one line for each row of tiles."""
-    if partials is not None:
-        columns = column + tl.arange(0, gradient.shape[1])
-        pointers = partials + tl.cast(tile_row, tl.int64) * width + columns
-        tl.store(pointers, tl.sum(gradient, 0), mask=inside)
+def store_partial(gradient, sums, tile_row, column, inside):
+    """The tile's part of a bias gradient: its sum over rows. `sums` has one line for each row of tiles."""
+    pointers = sums.pointer + tl.cast(tile_row, tl.int64) * sums.row + column + tl.arange(0, gradient.shape[1])
+    tl.store(pointers, tl.sum(gradient, 0), mask=inside)
 
 
 @triton.jit
-def differentiate(
-    dh, saved, hidden, dpre, partials, tile_row, column, size, ACTIVATION: tl.constexpr, GATED: tl.constexpr
+def load_kept(
+    kept, scales, row, column, mask, tokens, ROWS: tl.constexpr, WIDTH: tl.constexpr, dtype: tl.constexpr
 ):
-    """From a tile of dh: the hidden layer again, the gradient of what was saved, and its sums over rows.
+    """A tile of what was kept, in `dtype`. `scales`, if not None, are those of its int8 codes; the tile's columns
+    lie in one block."""
+    values = tl.load(block(kept, row, column, ROWS, WIDTH), mask=mask, other=0.0)
+    if scales is not None:
+        rows = row + tl.arange(0, ROWS)
+        pointers = scales.pointer + rows.to(tl.int64) * scales.row + column // SCALED * scales.column
+        scale = tl.load(pointers, mask=rows < tokens, other=0.0)
+        values = values.to(tl.float32) * scale[:, None]
+    return values.to(dtype)
 
-    Rows beyond the last have dh = 0, so they add nothing to the sums. `hidden` and `partials` may be None.
+
+@triton.jit
+def differentiate(dh, kept, scales, hidden, gradients, sums, tile_row, column, size, tile: tl.constexpr):
+    """From a tile of dh: the hidden layer again, the gradient of the pre-activations, and its sums over rows.
+
+    Rows beyond the last have dh = 0, so they add nothing to the sums. `hidden` may be None. `gradients` may be
+    where `kept` is. If tile.ROUND, every step is rounded to the dtype, as eager rounds it.
     """
     rows: tl.constexpr = dh.shape[0]
     width: tl.constexpr = dh.shape[1]
     row = tile_row * rows
     inside = column + tl.arange(0, width) < size.hidden
     mask = (row + tl.arange(0, rows) < size.tokens)[:, None] & inside[None, :]
-    dtype: tl.constexpr = dpre.pointer.dtype.element_ty
+    dtype: tl.constexpr = gradients.gate.pointer.dtype.element_ty
+    gate_scales = scales.gate if tile.INT8 else None
+    up_scales = scales.up if tile.INT8 else None
+    dh = dh.to(dtype).to(tl.float32) if tile.ROUND else dh
 
-    pre = tl.load(block(saved, row, column, rows, width), mask=mask, other=0.0)
+    pre = load_kept(kept.gate, gate_scales, row, column, mask, size.tokens, rows, width, dtype)
     up = None
-    saved_width = size.hidden
-    if GATED:
-        saved_width = 2 * size.hidden
-        up_column = size.hidden + column
-        up = tl.load(block(saved, row, up_column, rows, width), mask=mask, other=0.0)
-        dup = dh * activate(pre.to(tl.float32), ACTIVATION).to(dtype).to(tl.float32)
-        tl.store(block(dpre, row, up_column, rows, width), dup.to(dtype), mask=mask)
-        store_partial(dup, partials, tile_row, up_column, inside, saved_width)
+    if tile.GATED:
+        up = load_kept(kept.up, up_scales, row, column, mask, size.tokens, rows, width, dtype)
+        dup = dh * activate(pre.to(tl.float32), tile.ACTIVATION).to(dtype).to(tl.float32)
+        tl.store(block(gradients.up, row, column, rows, width), dup.to(dtype), mask=mask)
+        if tile.SUMS:
+            store_partial(dup.to(dtype).to(tl.float32) if tile.ROUND else dup, sums.up, tile_row, column, inside)
         dh = dh * up.to(tl.float32)
+        dh = dh.to(dtype).to(tl.float32) if tile.ROUND else dh
     if hidden is not None:
-        store_hidden(pre, up, hidden, row, column, mask, ACTIVATION)
-    dgate = dh * activate_derivative(pre.to(tl.float32), ACTIVATION)
-    tl.store(block(dpre, row, column, rows, width), dgate.to(dtype), mask=mask)
-    store_partial(dgate, partials, tile_row, column, inside, saved_width)
+        store_hidden(pre, up, hidden, row, column, mask, tile.ACTIVATION)
+    dgate = dh * activate_derivative(pre.to(tl.float32), tile.ACTIVATION)
+    tl.store(block(gradients.gate, row, column, rows, width), dgate.to(dtype), mask=mask)
+    if tile.SUMS:
+        store_partial(dgate.to(dtype).to(tl.float32) if tile.ROUND else dgate, sums.gate, tile_row, column, inside)
 
 
 @triton.jit
-def hidden_gradient_kernel(dy, weight, saved, hidden, dpre, partials, size, tile: tl.constexpr):
+def hidden_gradient_kernel(dy, weight, kept, scales, hidden, gradients, sums, size, tile: tl.constexpr):
     """dh = dy @ weight, and in the epilogue all elementwise work on dh."""
     tile_row, tile_column = grouped_tile(
         tl.program_id(0), tl.cdiv(size.tokens, tile.BLOCK_M), tl.cdiv(size.hidden, tile.BLOCK_N)
@@ -354,9 +360,7 @@ def hidden_gradient_kernel(dy, weight, saved, hidden, dpre, partials, size, tile
     parts = quarters(dh)
     for part in tl.static_range(4):
         start = column + part * (tile.BLOCK_N // 4)
-        differentiate(
-            parts[part], saved, hidden, dpre, partials, tile_row, start, size, tile.ACTIVATION, tile.GATED
-        )
+        differentiate(parts[part], kept, scales, hidden, gradients, sums, tile_row, start, size, tile)
 
 
 @triton.jit
@@ -373,22 +377,54 @@ def tile_in_hidden(size, tile: tl.constexpr):
 
 
 @triton.jit
-def activation_kernel(saved, hidden, size, tile: tl.constexpr):
-    """hidden = act(saved), or if GATED act(gate) * up, after the library's product. May work in place."""
+def quantise(values, codes, scales, row, column, mask, size, KEEP_SIGN: tl.constexpr):
+    """Store a tile of 128 columns as int8 codes, with a scale for each row.
+
+    The largest number of a row gets the code 127 or -127. KEEP_SIGN: a positive number gets at least the code 1,
+    because a ReLU's derivative depends on it. A row with an infinity or a NaN becomes NaN: 0 times infinity.
+    """
+    rows = row + tl.arange(0, values.shape[0])
+    sizes = tl.abs(values)
+    largest = tl.max(tl.where(sizes < float("inf"), sizes, float("inf")), 1)
+    scale = largest / 127.0
+    # A scale whose inverse overflows, or is 0, belongs to numbers that are 0 but for 1e-35.
+    inverse = 1.0 / tl.where((scale > 1e-37) & (scale < float("inf")), scale, 1.0)
+    code = tl.floor(values * inverse[:, None] + 0.5)
+    code = tl.where((scale < float("inf"))[:, None], tl.minimum(tl.maximum(code, -127.0), 127.0), 0.0)
+    if KEEP_SIGN:
+        code = tl.where(values > 0.0, tl.maximum(code, 1.0), code)
+    tl.store(block(codes, row, column, values.shape[0], values.shape[1]), code.to(tl.int8), mask=mask)
+    pointers = scales.pointer + rows.to(tl.int64) * scales.row + column // SCALED * scales.column
+    tl.store(pointers, scale, mask=rows < size.tokens)
+
+
+@triton.jit
+def activation_kernel(kept, codes, scales, hidden, size, tile: tl.constexpr):
+    """hidden = act(gate), or if GATED act(gate) * up, from what the library's products are, in `kept`; may work in
+    place. If CLAMPED, the output of the ReLU replaces `kept`. If INT8, codes and scales of `kept` are stored."""
     _, row, column, mask = tile_in_hidden(size, tile)
-    pre = tl.load(block(saved, row, column, tile.BLOCK_M, tile.BLOCK_N), mask=mask, other=0.0)
+    dtype: tl.constexpr = hidden.pointer.dtype.element_ty
+    pre = tl.load(block(kept.gate, row, column, tile.BLOCK_M, tile.BLOCK_N), mask=mask, other=0.0)
     up = None
+    if tile.CLAMPED:
+        pre = tl.where(pre < 0.0, 0.0, pre).to(dtype)
+        if tile.KEEP:
+            tl.store(block(kept.gate, row, column, tile.BLOCK_M, tile.BLOCK_N), pre, mask=mask)
+    if tile.INT8:
+        quantise(pre.to(tl.float32), codes.gate, scales.gate, row, column, mask, size, tile.KEEP_SIGN)
     if tile.GATED:
-        up = tl.load(block(saved, row, size.hidden + column, tile.BLOCK_M, tile.BLOCK_N), mask=mask, other=0.0)
+        up = tl.load(block(kept.up, row, column, tile.BLOCK_M, tile.BLOCK_N), mask=mask, other=0.0)
+        if tile.INT8:
+            quantise(up.to(tl.float32), codes.up, scales.up, row, column, mask, size, False)
     store_hidden(pre, up, hidden, row, column, mask, tile.ACTIVATION)
 
 
 @triton.jit
-def activation_gradient_kernel(dh, saved, hidden, dpre, partials, size, tile: tl.constexpr):
+def activation_gradient_kernel(dh, kept, scales, hidden, gradients, sums, size, tile: tl.constexpr):
     """The epilogue of `hidden_gradient_kernel`, for dh from the library. May work in place."""
     tile_row, row, column, mask = tile_in_hidden(size, tile)
     dh_tile = tl.load(block(dh, row, column, tile.BLOCK_M, tile.BLOCK_N), mask=mask, other=0.0).to(tl.float32)
-    differentiate(dh_tile, saved, hidden, dpre, partials, tile_row, column, size, tile.ACTIVATION, tile.GATED)
+    differentiate(dh_tile, kept, scales, hidden, gradients, sums, tile_row, column, size, tile)
 
 
 def as_operand(dy: torch.Tensor) -> torch.Tensor:
@@ -435,9 +471,62 @@ def tile_count(size: Size, tile: launch.Tiling) -> int:
     return triton.cdiv(size.tokens, tile.block_m) * triton.cdiv(size.hidden, tile.block_n)
 
 
-def saves_hidden(activation: str, gated: bool) -> bool:
-    """Whether the hidden layer itself is saved: the backward of ReLU needs only its sign."""
-    return activation == "relu" and not gated
+class Layer(NamedTuple):
+    """The first layer as a call gives it.
+
+    linears: one (weight, bias), or gate's and up's. packed: "gate_up" or "up_gate" if the one weight (2h, d) holds
+    both in this order, else "". activation: its name. hidden: the width h.
+    """
+
+    linears: Sequence[tuple[torch.Tensor, torch.Tensor | None]]
+    packed: str
+    activation: str
+    hidden: int
+
+    @property
+    def gated(self) -> bool:
+        return bool(self.packed) or len(self.linears) == 2
+
+    @property
+    def width(self) -> int:
+        """Of the pre-activations."""
+        return 2 * self.hidden if self.gated else self.hidden
+
+    def halves(self, t: torch.Tensor | None, dim: int) -> tuple:
+        """Gate's part and up's of a tensor that holds both; (t, None) without a gate."""
+        if not self.gated or t is None:
+            return t, None
+        first, second = t.tensor_split(2, dim)
+        return (second, first) if self.packed == "up_gate" else (first, second)
+
+    def separate(self) -> Sequence[tuple[torch.Tensor, torch.Tensor | None]]:
+        """(weight, bias) of gate and of up, as views of a packed weight."""
+        if not self.packed:
+            return self.linears
+        ((weight, bias),) = self.linears
+        return list(zip(self.halves(weight, 0), self.halves(bias, 0), strict=True))
+
+    @property
+    def keeps_hidden(self) -> bool:
+        """Whether the hidden layer itself is kept: the backward of ReLU needs only its sign."""
+        return self.activation == "relu" and not self.gated
+
+    @property
+    def clamped(self) -> bool:
+        """Whether the output of the ReLU is kept, and squared again in the backward."""
+        return self.activation == "relu_squared" and not self.gated
+
+    def choices(self, **more: object) -> dict[str, object]:
+        """Compile-time choices of every kernel of this layer."""
+        return {"ACTIVATION": self.activation, "GATED": self.gated, **more}
+
+
+def pair(layer: Layer, t: torch.Tensor | None) -> Pair | None:
+    """A tensor that holds gate's and up's columns, as a kernel argument."""
+    if t is None:
+        return None
+    gate, up = layer.halves(t, 1)
+    return Pair(matrix(gate), None if up is None else matrix(up))
 
 
 def linear(
@@ -449,224 +538,181 @@ def linear(
     return torch.addmm(bias, x, weight.t(), out=out)
 
 
-def column_sum(t: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The sum over rows, in float32 and in a fixed order, rounded once to `dtype`."""
-    return t.sum(0, dtype=torch.float32).to(dtype)
+def column_sum(t: torch.Tensor) -> torch.Tensor:
+    """The sum over rows, in float32 and in a fixed order."""
+    return t.sum(0, dtype=torch.float32)
 
 
-def fused_hidden(x, linears, hidden, saved, size, activation) -> None:
-    """Launch hidden_kernel: fill `hidden`, and `saved` if it is not None."""
-    table = launch.MLP_FORWARD if len(linears) == 1 else launch.MLP_GATED_FORWARD
+def fused_hidden(x, layer: Layer, hidden, kept, size) -> None:
+    """Launch hidden_kernel: fill `hidden`, and `kept` if it is not None."""
+    table = launch.MLP_GATED_FORWARD if layer.gated else launch.MLP_FORWARD
     tile = tiling(table, hidden_kernel, x, size)
     step = inner_tile(x.dtype)
-    first, *rest = [linear_argument(*pair) for pair in linears]
+    first, *rest = [linear_argument(*linear) for linear in layer.separate()]
+    keep = kept is not None
+    choices = layer.choices(KEEP=keep, CLAMPED=keep and layer.clamped, WHOLE=size.inner % step == 0, BLOCK_K=step)
     launch.start(
         hidden_kernel,
         (tile_count(size, tile),),
         matrix(x),
         first,
         rest[0] if rest else None,
-        None if saved is None else matrix(saved),
+        pair(layer, kept),
         matrix(hidden),
         size,
-        tile=tile.tile(ACTIVATION=activation, GATED=bool(rest), WHOLE=size.inner % step == 0, BLOCK_K=step),
+        tile=tile.tile(**choices),
         **tile.compiler_options(),
     )
 
 
-def library_hidden(x, linears, hidden, saved, size, activation) -> None:
-    """The library's products into `saved`, then activation_kernel from there to `hidden`."""
-    for (weight, bias), part in zip(linears, saved.chunk(len(linears), 1), strict=True):
+def library_hidden(x, layer: Layer, hidden, pre, quantised: tuple, keep: bool, size) -> None:
+    """The library's products into `pre`, then activation_kernel from there to `hidden`, and to the codes and
+    scales in `quantised` if they are not None. keep: whether `pre` is for the backward."""
+    for (weight, bias), part in zip(layer.linears, pre.chunk(len(layer.linears), 1), strict=True):
         linear(x, weight, bias, out=part)
-    tile = tiling(launch.MLP_ELEMENTWISE, activation_kernel, x, size)
+    codes, scales = quantised
+    int8 = codes is not None
+    table = MLP_QUANTISE if int8 else launch.MLP_ELEMENTWISE
+    tile = tiling(table, activation_kernel, x, size)
+    choices = layer.choices(
+        INT8=int8,
+        KEEP=keep,
+        CLAMPED=layer.clamped or layer.keeps_hidden,
+        KEEP_SIGN=layer.activation in ("relu", "relu_squared"),
+    )
     launch.start(
         activation_kernel,
         (tile_count(size, tile),),
-        matrix(saved),
+        pair(layer, pre),
+        pair(layer, codes),
+        pair(layer, scales),
         matrix(hidden),
         size,
-        tile=tile.tile(ACTIVATION=activation, GATED=len(linears) == 2),
+        tile=tile.tile(**choices),
         **tile.compiler_options(),
     )
 
 
 def hidden_forward(
-    x: torch.Tensor,
-    linears: Sequence[tuple[torch.Tensor, torch.Tensor | None]],
-    activation: str,
-    save: bool,
-    fused: bool | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The hidden layer (T, h) and what the backward needs of it; an empty tensor if not `save`.
+    x: torch.Tensor, layer: Layer, keep: str, fused: bool | None = None
+) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+    """The hidden layer (T, h), and what the backward needs of it: the pre-activations (T, h) or (T, 2h) if `keep`
+    is "preactivation", codes and scales if it is "int8", () if it is "nothing".
 
-    `linears` is one (weight, bias), or gate's and up's.
+    x (T, d), weights (h, d) or packed (2h, d), of one dtype: float16, bfloat16 or float32. `fused` overrides the
+    table that chooses between our kernel and the library's product with an elementwise kernel.
     """
-    gated = len(linears) == 2
-    size = Size(*x.shape, linears[0][0].shape[0])
+    size = Size(*x.shape, layer.hidden)
     hidden = x.new_empty(size.tokens, size.hidden)
-    nothing = x.new_empty(0)
+    keeps_hidden = layer.keeps_hidden and keep == "preactivation"
+    kept = (hidden,) if keeps_hidden else kept_empty(x, layer, keep)
     if hidden.numel() == 0:
-        return hidden, x.new_empty(size.tokens, len(linears) * size.hidden) if save else nothing
+        return hidden, kept
+    keeps_pre = keep == "preactivation" and not keeps_hidden
     with launch.on_device(x):
-        if is_fused(hidden_kernel, size, (x, *(weight for weight, _ in linears)), fused):
-            keeps = save and not saves_hidden(activation, gated)
-            saved = x.new_empty(size.tokens, len(linears) * size.hidden) if keeps else None
-            fused_hidden(x, linears, hidden, saved, size, activation)
+        if keep != "int8" and is_fused(hidden_kernel, size, (x, *(weight for weight, _ in layer.linears)), fused):
+            fused_hidden(x, layer, hidden, kept[0] if keeps_pre else None, size)
         else:
-            in_place = not gated and (not save or saves_hidden(activation, gated))
-            saved = hidden if in_place else x.new_empty(size.tokens, len(linears) * size.hidden)
-            library_hidden(x, linears, hidden, saved, size, activation)
-    if not save:
-        return hidden, nothing
-    return hidden, hidden if saved is None else saved
+            beside = x.new_empty(size.tokens, layer.width) if layer.gated and not keeps_pre else hidden
+            pre = kept[0] if keeps_pre else beside
+            library_hidden(x, layer, hidden, pre, kept if keep == "int8" else (None, None), keeps_pre, size)
+    return hidden, kept
 
 
-def fused_gradient(dy, weight, saved, hidden, dpre, size, gated, bias, activation) -> torch.Tensor | None:
-    """Launch hidden_gradient_kernel: fill `hidden` and `dpre`; the partial bias gradients, or None."""
-    tile = tiling(launch.MLP_BACKWARD, hidden_gradient_kernel, dy, size)
-    step = inner_tile(dy.dtype)
-    partials = new_partials(dpre, size, tile) if bias else None
-    launch.start(
-        hidden_gradient_kernel,
-        (tile_count(size, tile),),
-        matrix(dy),
-        matrix(weight),
-        matrix(saved),
-        None if hidden is None else matrix(hidden),
-        matrix(dpre),
-        partials,
-        size,
-        tile=tile.tile(ACTIVATION=activation, GATED=gated, WHOLE=size.inner % step == 0, BLOCK_K=step),
-        **tile.compiler_options(),
-    )
-    return partials
+def kept_empty(x: torch.Tensor, layer: Layer, keep: str) -> tuple[torch.Tensor, ...]:
+    """Tensors like those that are kept for the backward, without values."""
+    if keep == "nothing":
+        return ()
+    if keep != "int8":
+        return (x.new_empty(x.shape[0], layer.width),)
+    scales = triton.cdiv(layer.hidden, SCALED.value) * (2 if layer.gated else 1)
+    codes = x.new_empty(x.shape[0], layer.width, dtype=torch.int8)
+    return codes, x.new_empty(x.shape[0], scales, dtype=torch.float32)
 
 
-def library_gradient(dy, weight, saved, hidden, dpre, size, gated, bias, activation) -> torch.Tensor | None:
-    """The library's dh = dy W, then activation_gradient_kernel; the partial bias gradients, or None."""
-    dh = torch.mm(dy, weight, out=None if gated else dpre)
-    tile = tiling(launch.MLP_ELEMENTWISE, activation_gradient_kernel, dy, size)
-    partials = new_partials(dpre, size, tile) if bias else None
-    launch.start(
-        activation_gradient_kernel,
-        (tile_count(size, tile),),
-        matrix(dh),
-        matrix(saved),
-        None if hidden is None else matrix(hidden),
-        matrix(dpre),
-        partials,
-        size,
-        tile=tile.tile(ACTIVATION=activation, GATED=gated),
-        **tile.compiler_options(),
-    )
-    return partials
+class GradientTask(NamedTuple):
+    """What `hidden_backward` is to do beside the gradient of the pre-activations.
 
+    hidden: compute the hidden layer again. bias: sum the gradient over tokens. round: round every step to the
+    dtype, as eager does.
+    """
 
-def new_partials(dpre: torch.Tensor, size: Size, tile: launch.Tiling) -> torch.Tensor:
-    """Empty float32 sums, one for each column of dpre and each row of tiles."""
-    return dpre.new_empty(triton.cdiv(size.tokens, tile.block_m), dpre.shape[1], dtype=torch.float32)
+    hidden: bool = True
+    bias: bool = True
+    round: bool = False
 
 
 def hidden_backward(
     dy: torch.Tensor,
     weight: torch.Tensor,
-    saved: torch.Tensor,
-    gated: bool,
-    activation: str,
-    keep: bool,
-    bias: bool,
-    fused: bool | None,
+    kept: tuple[torch.Tensor | None, ...],
+    layer: Layer,
+    task: GradientTask,
+    fused: bool | None = None,
 ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor | None]:
-    """From dy (T, out) and the second weight (out, h): the hidden layer if `keep`; the gradient of the
-    pre-activations (T, h), or (T, 2h) if gated; and its sum over tokens if `bias`."""
+    """From dy (T, out) and the second weight (out, h): the hidden layer or None; the gradient of the
+    pre-activations (T, h), or (T, 2h) if gated; and its float32 sum over tokens or None.
+
+    kept: gate's pre-activation, up's or None; then if these are int8 codes their scales, else None twice.
+    """
+    gate, up, *scales = kept
+    assert gate is not None
     size = Size(*dy.shape, weight.shape[1])
-    dpre = torch.empty_like(saved)
+    dpre = dy.new_empty(size.tokens, layer.width)
+    hidden = gate if task.hidden and layer.keeps_hidden and scales[0] is None else None
     if dpre.numel() == 0:
-        hidden = dy.new_empty(size.tokens, size.hidden) if keep else None
-        return hidden, dpre, column_sum(dpre, dpre.dtype) if bias else None
-    again = keep and not saves_hidden(activation, gated)
-    hidden = dy.new_empty(size.tokens, size.hidden) if again else None
+        return dpre[:, : size.hidden] if task.hidden else None, dpre, column_sum(dpre) if task.bias else None
+    again = dy.new_empty(size.tokens, size.hidden) if task.hidden and hidden is None else None
+    arguments = (
+        Pair(matrix(gate), None if up is None else matrix(up)),
+        None if scales[0] is None else Pair(matrix(scales[0]), None if scales[1] is None else matrix(scales[1])),
+        None if again is None else matrix(again),
+        pair(layer, dpre),
+    )
+    choices = layer.choices(INT8=scales[0] is not None, SUMS=task.bias, ROUND=task.round)
     with launch.on_device(dy):
         run = fused_gradient if is_fused(hidden_gradient_kernel, size, (dy, weight), fused) else library_gradient
-        partials = run(dy, weight, saved, hidden, dpre, size, gated, bias, activation)
-    if keep and not again:
-        hidden = saved
-    return hidden, dpre, None if partials is None else column_sum(partials, dpre.dtype)
+        sums = run(dy, weight, layer, dpre, arguments, size, choices)
+    return again if hidden is None else hidden, dpre, None if sums is None else column_sum(sums)
 
 
-class Wanted(NamedTuple):
-    """Which gradients to compute: of x, of the first weight (gated: gate and up), of its bias, of the second
-    weight and of its bias."""
-
-    x: bool = True
-    first: bool = True
-    first_bias: bool = True
-    second: bool = True
-    second_bias: bool = True
-
-
-Gradients = tuple[torch.Tensor | None, ...]
-
-
-def mlp_forward(
-    x: torch.Tensor,
-    linears: Sequence[tuple[torch.Tensor, torch.Tensor | None]],
-    w_out: torch.Tensor,
-    b_out: torch.Tensor | None,
-    activation: str,
-    save: bool,
-    fused: bool | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """y (T, out) = hidden W_out^T + b_out, and what the backward needs, empty if not `save`.
-
-    `linears` is one (weight, bias), for hidden = act(x W^T + b), or gate's and up's, for hidden = act(x Wg^T + bg)
-    * (x Wu^T + bu). x (T, d), weights (h, d), w_out (out, h), of one dtype: float16, bfloat16 or float32. `fused`
-    overrides the table that chooses between our kernel and the library's product with an elementwise kernel.
-    """
-    hidden, saved = hidden_forward(x, linears, activation, save, fused)
-    return linear(hidden, w_out, b_out), saved
-
-
-def mlp_backward(
-    dy: torch.Tensor,
-    x: torch.Tensor,
-    weights: Sequence[torch.Tensor],
-    w_out: torch.Tensor,
-    saved: torch.Tensor,
-    activation: str,
-    wanted: Sequence[bool] = Wanted(),
-    fused: bool | None = None,
-) -> Gradients:
-    """dx, dw, db, dw_out, db_out of `mlp_forward`; None where not wanted (see Wanted).
-
-    `weights` is one weight, or gate's and up's. Then dw (2h, d) and db (2h,) hold gate's gradient and then up's:
-    one product computes both.
-    """
-    wanted, dy, gated = Wanted(*wanted), as_operand(dy), len(weights) == 2
-    hidden, dpre, db = hidden_backward(
-        dy, w_out, saved, gated, activation, wanted.second, wanted.first_bias, fused
+def fused_gradient(dy, weight, layer: Layer, dpre, arguments: tuple, size, choices) -> torch.Tensor | None:
+    """Launch hidden_gradient_kernel; the partial bias gradients, or None."""
+    tile = tiling(launch.MLP_BACKWARD, hidden_gradient_kernel, dy, size)
+    step = inner_tile(dy.dtype)
+    sums = new_sums(dpre, size, tile) if choices["SUMS"] else None
+    launch.start(
+        hidden_gradient_kernel,
+        (tile_count(size, tile),),
+        matrix(dy),
+        matrix(weight),
+        *arguments,
+        pair(layer, sums),
+        size,
+        tile=tile.tile(**choices, WHOLE=size.inner % step == 0, BLOCK_K=step),
+        **tile.compiler_options(),
     )
-    dw_out = torch.mm(dy.t(), hidden) if wanted.second else None
-    del hidden
-    dw = torch.mm(dpre.t(), x) if wanted.first else None
-    dx = input_gradient(dpre, *weights) if wanted.x else None
-    return dx, dw, db, dw_out, column_sum(dy, dy.dtype) if wanted.second_bias else None
+    return sums
 
 
-def input_gradient(dpre: torch.Tensor, w_gate: torch.Tensor, w_up: torch.Tensor | None = None) -> torch.Tensor:
-    """dpre W, or dgate Wg + dup Wu: one product if these are the halves of one packed (2h, d) matrix."""
-    packed = w_gate if w_up is None else packed_weight(w_gate, w_up)
-    if packed is not None:
-        return torch.mm(dpre, packed)
-    dgate, dup = dpre.tensor_split(2, 1)
-    return torch.addmm(torch.mm(dgate, w_gate), dup, w_up)
+def library_gradient(dy, weight, layer: Layer, dpre, arguments: tuple, size, choices) -> torch.Tensor | None:
+    """The library's dh = dy W, then activation_gradient_kernel; the partial bias gradients, or None."""
+    dh = torch.mm(dy, weight, out=None if layer.gated else dpre)
+    tile = tiling(launch.MLP_ELEMENTWISE, activation_gradient_kernel, dy, size)
+    sums = new_sums(dpre, size, tile) if choices["SUMS"] else None
+    launch.start(
+        activation_gradient_kernel,
+        (tile_count(size, tile),),
+        matrix(dh),
+        *arguments,
+        pair(layer, sums),
+        size,
+        tile=tile.tile(**choices),
+        **tile.compiler_options(),
+    )
+    return sums
 
 
-def packed_weight(w_gate: torch.Tensor, w_up: torch.Tensor) -> torch.Tensor | None:
-    """The (2h, d) matrix whose halves these weights are, also in memory; None if they are not."""
-    height, width = w_gate.shape
-    follows = w_gate.storage_offset() + height * w_gate.stride(0) == w_up.storage_offset()
-    same = w_gate.untyped_storage()._cdata == w_up.untyped_storage()._cdata
-    if not (same and follows and w_gate.stride() == w_up.stride()):
-        return None
-    return w_gate.as_strided((2 * height, width), w_gate.stride())
+def new_sums(dpre: torch.Tensor, size: Size, tile: launch.Tiling) -> torch.Tensor:
+    """Empty float32 sums, one for each column of dpre and each row of tiles."""
+    return dpre.new_empty(triton.cdiv(size.tokens, tile.block_m), dpre.shape[1], dtype=torch.float32)

@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -158,7 +159,7 @@ def statistics(problem: Problem) -> list[Tensor]:
 
 
 def mlp(
-    tokens: int, width: int, hidden: int, *, gated: bool, strided: bool, inference: bool = False
+    tokens: int, width: int, hidden: int, *, gated: bool, strided: bool, inference: bool = False, **asked: Any
 ) -> list[Tensor]:
     torch.manual_seed(0)
     x = torch.randn(width, tokens).t() if strided else torch.randn(tokens, width)
@@ -169,7 +170,7 @@ def mlp(
     function = fastattn.gated_mlp if gated else fastattn.mlp
 
     def call(x: Tensor, *weights: Tensor) -> Tensor:
-        return function(x, **dict(zip(names, weights, strict=True)), backend=BACKEND)
+        return function(x, **dict(zip(names, weights, strict=True)), **asked, backend=BACKEND)
 
     if inference:
         with torch.no_grad():
@@ -277,6 +278,14 @@ CALLS = {
     "mlp with the library's products": (
         partial(by_library, partial(mlp, 33, 32, 48, gated=False, strided=False)),
         {"activation_kernel", "activation_gradient_kernel"},
+    ),
+    "mlp in int8": (
+        partial(mlp, 33, 16, 140, gated=False, strided=False, save="int8", chunk=20),
+        {"activation_kernel", "hidden_gradient_kernel"},
+    ),
+    "gated mlp that keeps nothing": (
+        partial(mlp, 33, 21, 45, gated=True, strided=False, save="nothing", chunk=20),
+        {"hidden_kernel", "hidden_gradient_kernel"},
     ),
     "layer norm": (partial(norm, 33, 21, centred=True, strided=True), {"norm_kernel", "norm_gradient_kernel"}),
     "wide RMS norm": (

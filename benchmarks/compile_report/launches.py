@@ -15,7 +15,7 @@ from fastattn.kernels.attention.statistics import attention_statistics
 from fastattn.kernels.attention.tangent import attention_tangent
 from fastattn.kernels.heads import prepare_heads, prepare_heads_backward
 from fastattn.kernels.loss import Loss, loss_gradients, loss_rows
-from fastattn.kernels.mlp import mlp_backward, mlp_forward
+from fastattn.kernels.mlp import GradientTask, Layer, hidden_backward, hidden_forward
 from fastattn.kernels.norm import norm_backward, norm_forward
 from fastattn.masks import BlockLists
 
@@ -143,7 +143,7 @@ class StatisticsCall(AttentionCall):
 
 @dataclass(frozen=True)
 class MLPCall:
-    """Forward, in training, and backward of an MLP, d to 4 d to d."""
+    """Forward, in training, and backward of an MLP's hidden layer, d to 4 d to d."""
 
     dtype: str
     width: int
@@ -152,23 +152,29 @@ class MLPCall:
     fused: bool | None = None
     tokens: int = 8192
     biases: bool = True
+    save: str = "preactivation"
+    packed: str = ""
 
     @property
     def name(self) -> str:
         route = {None: "", True: " fused", False: " library"}[self.fused]
         family = "gated_mlp" if self.gated else "mlp"
         bare = "" if self.biases else " without biases"
-        return f"{family} {self.dtype} T={self.tokens} d={self.width} {self.activation}{route}{bare}"
+        more = ("" if self.save == "preactivation" else f" {self.save}") + (
+            f" {self.packed}" if self.packed else ""
+        )
+        return f"{family} {self.dtype} T={self.tokens} d={self.width} {self.activation}{route}{bare}{more}"
 
     def run(self) -> None:
         hidden = 4 * self.width
         x, dy = self.matrix(self.tokens, self.width), self.matrix(self.tokens, self.width)
-        w1, b1 = self.matrix(hidden, self.width), self.matrix(hidden)
-        w2, b2 = self.matrix(self.width, hidden), self.matrix(self.width)
-        b1, b2 = (b1, b2) if self.biases else (None, None)
-        linears = [(w1, b1)] * (2 if self.gated else 1)
-        _, saved = mlp_forward(x, linears, w2, b2, self.activation, True, self.fused)
-        mlp_backward(dy, x, [w for w, _ in linears], w2, saved, self.activation, fused=self.fused)
+        rows = 2 * hidden if self.packed else hidden
+        linear = self.matrix(rows, self.width), self.matrix(rows) if self.biases else None
+        linears = [linear] * (2 if self.gated and not self.packed else 1)
+        layer = Layer(linears, self.packed, self.activation, hidden)
+        _, (kept, *scales) = hidden_forward(x, layer, self.save, self.fused)
+        state = (*layer.halves(kept, 1), *layer.halves(scales[0] if scales else None, 1))
+        hidden_backward(dy, self.matrix(self.width, hidden), state, layer, GradientTask(), self.fused)
 
     def matrix(self, *shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=DTYPES[self.dtype], device="meta")
@@ -300,6 +306,10 @@ CALLS: tuple[Call, ...] = (
     MLPCall("fp32", 1024, "gelu", fused=True),
     MLPCall("fp32", 1024, "silu", gated=True, fused=True),
     MLPCall("bf16", 1024, "silu", gated=True, fused=True, biases=False),
+    MLPCall("bf16", 1024, "relu_squared", fused=True),
+    MLPCall("bf16", 1024, "gelu", fused=True, save="int8"),
+    *(MLPCall("bf16", 1024, "silu", gated=True, fused=fused, save="int8") for fused in (True, False)),
+    MLPCall("bf16", 1024, "silu", gated=True, fused=True, packed="up_gate"),
     *(HeadsCall("bf16", width, width) for width in (64, 128, 256)),
     HeadsCall("bf16", 128, 128, everything=False),
     HeadsCall("bf16", 128, 128, "interleaved"),

@@ -5,11 +5,12 @@ attention   forward(q, k, v, spec, tensors, maxima=None) -> out, lse
             backward(dout, dlse, saved, spec, tensors, wanted) -> Gradients
             tangent(saved, tangents, spec, tensors) -> the tangents of out and lse
                 `saved` is a Saved: q, k, v, out, lse.
-mlp         forward(x, weights, spec, save) -> y, saved
-            backward(dy, x, weights, saved, wanted, spec) -> dx, dw, db, dw_out, db_out
-                x is (T, d). `saved` holds the pre-activation (T, h), or gate and up side by side (T, 2h); it is
-                empty or None if not `save`. `wanted` says which gradients to compute; the others are None. dw and
-                db are those of w_in and b_in, then of w_up and b_up.
+mlp         forward(x, weights, spec) -> y, kept
+            backward(dy, x, weights, kept, wanted, spec) -> dx, dw, db, dw_out, db_out
+                x is (T, d). `kept` is up to four tensors (T, ...), () if nothing was kept; each backend takes what
+                another one has kept. `wanted` says which gradients to compute; the others are None. dw and db are
+                those of w_in and b_in, then of w_up and b_up.
+            kept_empty(x, weights, spec) -> tensors like `kept`, without values
 heads       forward(x, spec, tensors) -> y
             backward(dy, x, spec, tensors) -> dx, dnorm_weight or None, dhead_scale or None
 norm        forward(x, residual, weight, bias, spec) -> y, x + residual or None, mean or None, inverse deviation

@@ -130,9 +130,8 @@ def fused(parts: Parts, x: Tensor) -> Tensor:
     activation = parts.activation if parts.activation in ACTIVATIONS else activation_name(parts.activation)
     assert activation is not None
     if parts.packed:
-        w, b = first[0]
-        halves = [*zip(w.chunk(2), (None, None) if b is None else b.chunk(2), strict=True)]
-        first = halves if parts.packed == "gate_up" else halves[::-1]
+        ((w, b),) = first
+        return gated_mlp(x, w, None, w2, activation=activation, b_gate=b, b_down=b2, packed=parts.packed)
     if len(first) == 1:
         return mlp(x, *first[0], w2, b2, activation=activation)
     (w_gate, b_gate), (w_up, b_up) = first

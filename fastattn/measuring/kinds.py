@@ -226,7 +226,7 @@ def starts_of(sizes: Sizes) -> Tensor:
 
 
 def mlp_call(sizes: Sizes, device: torch.device) -> Call:
-    """`kind` is an activation, then "gated" and "biases" where they are."""
+    """`kind` is an activation, then "gated", "biases", "int8" and "eager" (`match_eager`) where they are."""
     activation, *more = sizes.kind.split()
     gated, biases = "gated" in more, "biases" in more
     into, out = (sizes.hidden, sizes.width), (sizes.width, sizes.hidden)
@@ -244,7 +244,8 @@ def mlp_call(sizes: Sizes, device: torch.device) -> Call:
 
     def function(backend: str, *values: Tensor) -> Tensor:
         t = dict(zip(names, values, strict=True))
-        asked: dict[str, Any] = {"activation": activation, "backend": backend}
+        asked: dict[str, Any] = {"activation": activation, "backend": backend, "match_eager": "eager" in more}
+        asked["save"] = "int8" if "int8" in more else "auto"
         if gated:
             asked |= {name: t[name] for name in ("b_gate", "b_up", "b_down") if name in t}
             return fastattn.gated_mlp(t["x"], t["w_gate"], t["w_up"], t["w_down"], **asked)

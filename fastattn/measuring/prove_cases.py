@@ -190,8 +190,9 @@ def mlps() -> list[Case]:
     found = []
     for dtype in DTYPES:
         for width in WIDTHS["mlp"]:
-            for kind in ("gelu_tanh biases", "silu gated", *(a for a in ACTIVATIONS if a != "gelu_tanh")):
-                proves = "gated" if "gated" in kind else kind.split()[0]
+            alone = [a for a in ACTIVATIONS if a != "gelu_tanh"]
+            for kind in ("gelu_tanh biases", "silu gated", "gelu int8", "gelu eager", *alone):
+                proves = next((word for word in ("gated", "int8", "eager") if word in kind), kind.split()[0])
                 about: dict[str, Any] = {"family": "mlp", "kind": kind, "dtype": dtype, "batch": 1}
                 tiles = ((128, 1024), (1024, 4096), (4096, 4096))
                 checks = [Sizes(**about, length=rows, width=width, hidden=hidden) for rows, hidden in tiles]

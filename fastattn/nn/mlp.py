@@ -11,28 +11,41 @@ from fastattn.core.capabilities import check_backend
 from fastattn.core.intact import alteration
 from fastattn.core.mlp import functional as mlp_functional
 from fastattn.core.mlp.definition import activate
+from fastattn.core.mlp.spec import SAVES, checked_chunk
 from fastattn.ground.arguments import choice, flag, integer
 from fastattn.ground.checks import ACTIVATIONS
 from fastattn.nn.checks import check_width, factory_options
 
 
 class _MLP(nn.Module):
-    """What both kinds share: their sizes, their activation and their backend."""
+    """What both kinds share: their sizes, their activation and how they compute."""
 
-    def __init__(self, embed_dim: int, hidden_dim: int | None, activation: str, backend: str | None) -> None:
+    def __init__(
+        self,
+        embed_dim: int,
+        hidden_dim: int | None,
+        activation: str,
+        save: str,
+        chunk: int | str,
+        backend: str | None,
+    ) -> None:
         super().__init__()
         self.embed_dim = integer("embed_dim", embed_dim, least=1)
         hidden_dim = self._default_hidden_dim() if hidden_dim is None else hidden_dim
         self.hidden_dim = integer("hidden_dim", hidden_dim, least=1)
         choice("activation", activation, ACTIVATIONS)
         self.activation = activation
+        choice("save", save, SAVES)
+        self.save, self.chunk = save, checked_chunk(chunk)
         self.backend = check_backend(backend)
 
     def _default_hidden_dim(self) -> int:
         raise NotImplementedError
 
     def extra_repr(self) -> str:
-        return f"activation={self.activation!r}, backend={self.backend!r}"
+        asked = "" if self.save == "auto" else f"save={self.save!r}, "
+        asked += "" if self.chunk == "auto" else f"chunk={self.chunk}, "
+        return f"activation={self.activation!r}, {asked}backend={self.backend!r}"
 
 
 class MLP(_MLP):
@@ -43,6 +56,7 @@ class MLP(_MLP):
         hidden_dim: number of neurons; None for 4 * embed_dim.
         activation: "gelu" (exact), "gelu_tanh" (GPT-2's), "relu", "relu_squared" or "silu".
         bias: whether both layers have biases.
+        save, chunk: what is kept for the backward, and how many tokens are computed at a time: see `fastattn.mlp`.
         backend: "triton", "portable", "reference", or None for the best that fits.
 
     Parameters: up, down, laid out as torch.nn.Linear's.
@@ -58,11 +72,13 @@ class MLP(_MLP):
         *,
         activation: str = "gelu",
         bias: bool = True,
+        save: str = "auto",
+        chunk: int | str = "auto",
         backend: str | None = None,
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(embed_dim, hidden_dim, activation, backend)
+        super().__init__(embed_dim, hidden_dim, activation, save, chunk, backend)
         factory = {"bias": flag("bias", bias), **factory_options(device, dtype)}
         self.up = nn.Linear(self.embed_dim, self.hidden_dim, **factory)
         self.down = nn.Linear(self.hidden_dim, self.embed_dim, **factory)
@@ -82,6 +98,8 @@ class MLP(_MLP):
             self.down.weight,
             self.down.bias,
             activation=self.activation,
+            save=self.save,
+            chunk=self.chunk,
             backend=self.backend,
         )
 
@@ -95,6 +113,7 @@ class GatedMLP(_MLP):
             weights as `MLP` has by default.
         activation: of the gate, as for `MLP`; "silu" makes it SwiGLU.
         bias: whether the three layers have biases.
+        save, chunk: as for `MLP`.
         backend: as for `MLP`.
 
     Parameters: gate, up, down, laid out as torch.nn.Linear's.
@@ -112,11 +131,13 @@ class GatedMLP(_MLP):
         *,
         activation: str = "silu",
         bias: bool = False,
+        save: str = "auto",
+        chunk: int | str = "auto",
         backend: str | None = None,
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(embed_dim, hidden_dim, activation, backend)
+        super().__init__(embed_dim, hidden_dim, activation, save, chunk, backend)
         factory = {"bias": flag("bias", bias), **factory_options(device, dtype)}
         self.gate = nn.Linear(self.embed_dim, self.hidden_dim, **factory)
         self.up = nn.Linear(self.embed_dim, self.hidden_dim, **factory)
@@ -139,6 +160,8 @@ class GatedMLP(_MLP):
             b_gate=self.gate.bias,
             b_up=self.up.bias,
             b_down=self.down.bias,
+            save=self.save,
+            chunk=self.chunk,
             backend=self.backend,
         )
 

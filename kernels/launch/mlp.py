@@ -128,6 +128,12 @@ MLP_ELEMENTWISE = {
     "sm_80": (Row(4, EVERY, Tiling(64, 64, 8, 1)),),
 }
 
+# The same pass where it quantises: a tile is as wide as a block of numbers with one scale, 128.
+MLP_QUANTISE = {
+    INTERPRETER: (Row(4, EVERY, Tiling(16, 128, 4, 1)),),
+    "sm_80": (Row(4, EVERY, Tiling(32, 128, 8, 1)),),
+}
+
 # Up to which summed width d our product with its epilogue is used, rather than the library's product and that
 # pass, by bytes per element; without an entry never. The pass moves 4 bytes for each hidden element, the product
 # takes 2 d flop. With R flop/s and B bytes/s, our product may be 2 R / (B d) slower than the library's: 350 / d

@@ -19,9 +19,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fastattn
 import fastattn.flops
+from fastattn.core.mlp import chunks
 from fastattn.core.mlp import definition as mlp_definition
 from fastattn.core.mlp import portable as mlp_portable
-from fastattn.core.mlp.spec import MLPSpec, MLPWeights
+from fastattn.core.mlp.spec import PACKED, SAVES, MLPSpec, MLPWeights
 from fastattn.ground.checks import ACTIVATIONS
 from fastattn.kernels import launch
 from fastattn.kernels import mlp as kernels
@@ -49,16 +50,24 @@ class Problem:
     dtype: torch.dtype = torch.float32
     strided: bool = False
     upstream: str = "contiguous"
+    packed: str | None = None
+    save: str = "auto"
+    chunk: int | str = "auto"
+    match_eager: bool = False
 
     def inputs(self) -> list[Tensor | None]:
-        """x, w_in, b_in, w_up, b_up, w_out, b_out, scaled so that every layer is of order one."""
+        """x, w_in, b_in, w_up, b_up, w_out, b_out, scaled so that every layer is of order one. If packed, w_in and
+        b_in hold both."""
         x = self._random(self.tokens, self.width)
         w_in, w_up = (self._random(self.hidden, self.width) / max(1, self.width) ** 0.5 for _ in range(2))
         w_out = self._random(self.out, self.hidden) / max(1, self.hidden) ** 0.5
         b_in, b_up, b_out = (
             self._random(1, n)[0] if self.biases else None for n in (self.hidden,) * 2 + (self.out,)
         )
-        tensors = [x, w_in, b_in, w_up if self.gated else None, b_up if self.gated else None, w_out, b_out]
+        if self.packed:
+            w_in, b_in = torch.cat((w_in, w_up)), torch.cat((b_in, b_up)) if self.biases else None
+        apart = self.gated and not self.packed
+        tensors = [x, w_in, b_in, w_up if apart else None, b_up if apart else None, w_out, b_out]
         return [None if t is None else t.to(self.dtype) for t in tensors]
 
     def _random(self, rows: int, columns: int) -> Tensor:
@@ -73,12 +82,15 @@ class Problem:
         return dy if self.upstream == "transposed" else dy.contiguous()
 
     def definition(self, x: Tensor, *weights: Tensor | None) -> Tensor:
-        return mlp_definition.mlp(x, MLPWeights(*weights), MLPSpec(self.activation, self.gated))
+        spec = MLPSpec(self.activation, self.gated, self.packed or "")
+        return mlp_definition.mlp(x, MLPWeights(*weights), spec)
 
     def ours(self, x: Tensor, *weights: Tensor | None, backend: str | None = None) -> Tensor:
         w_in, b_in, w_up, b_up, w_out, b_out = weights
-        options = {"activation": self.activation, "backend": backend}
+        options = {"activation": self.activation, "save": self.save, "chunk": self.chunk, "backend": backend}
+        options["match_eager"] = self.match_eager
         if self.gated:
+            options["packed"] = self.packed
             return fastattn.gated_mlp(x, w_in, w_up, w_out, b_gate=b_in, b_up=b_up, b_down=b_out, **options)
         return fastattn.mlp(x, w_in, b_in, w_out, b_out, **options)
 
@@ -153,6 +165,9 @@ def test_bfloat16_on_the_device_in_every_row_of_the_tables(tokens, hidden, name,
         activation=st.sampled_from(ACTIVATIONS),
         gated=st.booleans(),
         biases=st.booleans(),
+        save=st.sampled_from(["auto", "preactivation", "nothing"]),
+        chunk=st.sampled_from(["auto", 1, 7, 32]),
+        match_eager=st.booleans(),
         dtype=st.sampled_from([torch.float16, torch.float32]),
         strided=st.booleans(),
         upstream=st.sampled_from(["contiguous", "transposed", "expanded"]),
@@ -203,20 +218,32 @@ def test_nan_comes_through(activation: str) -> None:
 # What is saved, what is recomputed.
 
 
-@GATED
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+def layer(problem: Problem, w_in, b_in, w_up, b_up) -> kernels.Layer:
+    linears = [(w_in, b_in), (w_up, b_up)][: 1 + (w_up is not None)]
+    return kernels.Layer(linears, problem.packed or "", problem.activation, problem.hidden)
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [Problem(activation=a, gated=g, dtype=torch.float16) for a in ACTIVATIONS for g in (False, True)]
+    + [Problem(activation="silu", gated=True, packed=order, dtype=torch.float16) for order in PACKED],
+    ids=lambda p: f"{p.activation} {p.packed or ('gated' if p.gated else 'plain')}",
+)
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "library"])
-def test_the_hidden_layer_recomputed_in_the_backward_has_the_forward_s_bits(fused, activation, gated) -> None:
-    x, w_in, b_in, w_up, b_up, w_out, _ = Problem(gated=gated, dtype=torch.float16).inputs()
-    linears = [(w_in, b_in), (w_up, b_up)][: 1 + gated]
-    hidden, saved = kernels.hidden_forward(x, linears, activation, True, fused)
+def test_the_hidden_layer_recomputed_in_the_backward_has_the_forward_s_bits(fused: bool, problem: Problem) -> None:
+    x, *first, w_out, _ = problem.inputs()
+    first = layer(problem, *first)
+    hidden, kept = kernels.hidden_forward(x, first, "preactivation", fused)
     dy = torch.randn(x.shape[0], w_out.shape[0], device=DEVICE).half()
-    again, _, _ = kernels.hidden_backward(dy, w_out, saved, gated, activation, True, True, fused)
+    state = (*first.halves(kept[0], 1), None, None)
+    again, _, _ = kernels.hidden_backward(dy, w_out, state, first, kernels.GradientTask(), fused)
     assert torch.equal(hidden, again)
-    unsaved, nothing = kernels.hidden_forward(x, linears, activation, False, fused)
-    assert torch.equal(hidden, unsaved) and nothing.numel() == 0
+    unsaved, nothing = kernels.hidden_forward(x, first, "nothing", fused)
+    assert torch.equal(hidden, unsaved) and nothing == ()
     # ReLU's backward needs the sign of its output alone: no second store.
-    assert (saved is hidden) == (activation == "relu" and not gated)
+    assert (kept[0] is hidden) == (problem.activation == "relu" and not problem.gated)
+    if problem.activation == "relu_squared" and not problem.gated:
+        assert torch.equal(kept[0].square(), hidden)
 
 
 @GATED
@@ -225,27 +252,56 @@ def test_every_step_is_rounded_as_eager_rounds_it(fused: bool, gated: bool) -> N
     """Sums of three products of eighths are exact, so only the roundings of the steps are left to differ."""
     problem = Problem(width=3, dtype=torch.float16, activation="relu_squared", gated=gated)
     x, w_in, b_in, w_up, b_up, *_ = (None if t is None else (t * 8).round() / 8 for t in problem.inputs())
-    linears = [(w_in, b_in), (w_up, b_up)][: 1 + gated]
-    hidden, saved = kernels.hidden_forward(x, linears, problem.activation, True, fused)
-    pre = [torch.nn.functional.linear(x, *linear) for linear in linears]
-    assert torch.equal(saved, torch.cat(pre, 1))
+    first = layer(problem, w_in, b_in, w_up, b_up)
+    hidden, (kept,) = kernels.hidden_forward(x, first, "preactivation", fused)
+    pre = [torch.nn.functional.linear(x, *linear) for linear in first.linears]
+    assert torch.equal(kept, torch.cat(pre, 1) if gated else pre[0].relu())
     active = mlp_definition.activate(pre[0], problem.activation)
     assert torch.equal(hidden, active * pre[1] if gated else active)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(
-    ("activation", "gated", "widths"), [("gelu", False, 1), ("relu", False, 1), ("silu", True, 2)]
-)
-def test_beside_the_inputs_only_what_was_activated_is_saved(activation, gated, widths, backend) -> None:
-    problem = Problem(activation=activation, gated=gated)
+def kept_bytes(problem: Problem, backend: str) -> int:
+    """The bytes that autograd keeps beside the inputs."""
     inputs = [None if t is None else t.requires_grad_() for t in problem.inputs()]
     theirs = {t.data_ptr() for t in inputs if t is not None}
-    saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         problem.ours(*inputs, backend=backend)
-    ours = [t for t in saved if t.data_ptr() not in theirs]
-    assert [tuple(t.shape) for t in ours] == [(problem.tokens, widths * problem.hidden)]
+    return sum(t.numel() * t.element_size() for t in kept if t.data_ptr() not in theirs)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("chunk", ["auto", 16])
+@pytest.mark.parametrize(
+    ("form", "save", "numbers"),
+    [
+        ({"activation": "gelu"}, "preactivation", 1),
+        ({"activation": "relu"}, "preactivation", 1),
+        ({"activation": "relu_squared"}, "auto", 1),
+        ({"activation": "silu", "gated": True}, "preactivation", 2),
+        ({"activation": "silu", "gated": True, "packed": "gate_up"}, "preactivation", 2),
+        ({"activation": "gelu"}, "nothing", 0),
+        ({"activation": "silu", "gated": True}, "nothing", 0),
+    ],
+)
+def test_beside_the_inputs_only_what_was_asked_for_is_kept(form, save, numbers, chunk, backend) -> None:
+    problem = Problem(**form, save=save, chunk=chunk, dtype=torch.float16)
+    assert kept_bytes(problem, backend) == numbers * problem.tokens * problem.hidden * 2
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("gated", "packed"), [(False, None), (True, None), (True, "up_gate")])
+def test_int8_keeps_a_byte_a_number_and_four_for_each_block_of_128(gated, packed, backend) -> None:
+    problem = Problem(hidden=300, gated=gated, packed=packed, save="int8", activation="silu", dtype=torch.float16)
+    assert kept_bytes(problem, backend) == (1 + gated) * problem.tokens * (300 + 4 * 3)
+
+
+def test_by_default_the_portable_backend_keeps_what_eager_keeps_and_the_kernels_the_pre_activation() -> None:
+    for gated, eager in ((False, 2), (True, 4)):
+        problem = Problem(gated=gated, activation="silu")
+        one = problem.tokens * problem.hidden * 4
+        assert kept_bytes(problem, "portable") == eager * one
+        assert kept_bytes(problem, "triton") == (1 + gated) * one
 
 
 @pytest.mark.parametrize(("grad_enabled", "expected"), [(True, True), (False, False)])
@@ -255,7 +311,8 @@ def test_nothing_is_saved_where_no_gradient_is_wanted(grad_enabled: bool, expect
         with torch.set_grad_enabled(grad_enabled):
             problem.ours(*inputs, backend="portable")
         problem.ours(*(None if t is None else t.detach() for t in inputs), backend="portable")
-    assert [call.args[3] for call in forward.call_args_list] == [expected, False]
+    saves = [call.args[2].save for call in forward.call_args_list]
+    assert saves == ["auto" if expected else "nothing", "nothing"]
 
 
 @GATED
@@ -329,11 +386,13 @@ def test_halves_of_one_packed_weight_need_one_product_for_the_input_s_gradient()
     packed = torch.randn(14, 6, device=DEVICE)
     gate, up = packed.chunk(2)
     dpre = torch.randn(5, 14, device=DEVICE)
-    assert torch.equal(kernels.packed_weight(gate, up), packed)
+    assert torch.equal(chunks.packed_weight(gate, up), packed)
     for other in (up.clone(), gate, packed[6:13]):
-        assert kernels.packed_weight(gate, other) is None
-    torch.testing.assert_close(kernels.input_gradient(dpre, gate, up), dpre @ packed)
-    torch.testing.assert_close(kernels.input_gradient(dpre, gate.clone(), up), dpre @ packed)
+        assert chunks.packed_weight(gate, other) is None
+    spec, down = MLPSpec("silu", gated=True), torch.zeros(4, 7, device=DEVICE)
+    for w_gate in (gate, gate.clone()):
+        weights = MLPWeights(w_gate, None, up, None, down)
+        torch.testing.assert_close(chunks.input_gradient([dpre], weights, spec), dpre @ packed)
 
 
 def test_offsets_that_pass_32_bits_within_a_tile_are_avoided_by_a_copy() -> None:
@@ -367,17 +426,19 @@ def test_gradcheck_and_gradgradcheck(backend: str, activation: str, gated: bool)
 def test_opcheck(backend: str, gated: bool) -> None:
     _, inputs = small(gated)
     forward = torch.ops.fastattn.mlp_forward
-    library.opcheck(forward.default, (*inputs, "silu", True, backend))
-    library.opcheck(forward.default, (*(t if t is None else t.detach() for t in inputs), "silu", False, backend))
-    y, saved = (t.detach() for t in forward(*inputs, "silu", True, backend))
-    for wanted in ([True] * 5, [False, True, False, True, False]):
-        arguments = (torch.randn_like(y), *inputs[:6], saved, wanted, "silu", backend)
-        library.opcheck(torch.ops.fastattn.mlp_backward.default, arguments)
+    for save in SAVES:
+        options = "silu", "", save, 3, False, backend
+        library.opcheck(forward.default, (*inputs, *options))
+        y, *slots = (t.detach() for t in forward(*inputs, *options))
+        kept = [t if t.dim() == 2 else None for t in slots]
+        for wanted in ([True] * 5, [False, True, False, True, False]):
+            arguments = (torch.randn_like(y), *inputs[:6], *kept, wanted, *options)
+            library.opcheck(torch.ops.fastattn.mlp_backward.default, arguments)
 
 
 def test_an_operator_call_that_saved_nothing_can_be_differentiated_all_the_same() -> None:
     problem, inputs = small(True)
-    y, _ = torch.ops.fastattn.mlp_forward(*inputs, "gelu", False, "portable")
+    y, *_ = torch.ops.fastattn.mlp_forward(*inputs, "gelu", "", "nothing", 0, False, "portable")
     leaves = [t for t in inputs if t is not None]
     expected = torch.autograd.grad(problem.ours(*inputs).sum(), leaves)
     assert all(torch.equal(a, e) for a, e in zip(torch.autograd.grad(y.sum(), leaves), expected, strict=True))
@@ -420,12 +481,11 @@ def test_vmap_of_the_operator_itself_over_any_dimension(gated: bool) -> None:
     problem, inputs = small(gated, activation="silu")
     x, *weights = (None if t is None else t.detach() for t in inputs)
     xs = torch.stack([x, -x, x * 2], dim=1)
-    ys, saved = torch.func.vmap(
-        lambda x: torch.ops.fastattn.mlp_forward(x, *weights, "silu", True, "portable"), in_dims=1
-    )(xs)
+    options = "silu", "", "preactivation", 0, False, "portable"
+    ys, *kept = torch.func.vmap(lambda x: torch.ops.fastattn.mlp_forward(x, *weights, *options), in_dims=1)(xs)
     for i in range(3):
         torch.testing.assert_close(ys[i], problem.ours(xs[:, i], *weights))
-    assert saved.shape == (3, 5, 7 * (1 + gated))
+    assert [t.shape for t in kept if t.dim() == 3] == [(3, 5, 7)] * (1 + gated)
 
 
 @pytest.mark.parametrize("gated", [False, True])

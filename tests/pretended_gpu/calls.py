@@ -5,6 +5,7 @@ Sizes are small and odd; what matters is what is launched. A call that launches 
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -335,8 +336,18 @@ def loss_calls() -> Iterator[Call]:
 # ---- MLPs ----
 
 
-def mlp(activation: str, biases: str, *, gated: bool, dtype: str, tokens: int = 77, d: int = 128, h: int = 256):
-    """Forward in inference and in training, backward, and forward mode; `biases` names those that are there."""
+def mlp(
+    activation: str,
+    biases: str,
+    *,
+    gated: bool,
+    dtype: str,
+    tokens: int = 77,
+    d: int = 128,
+    h: int = 256,
+    **asked: Any,
+):
+    """Forward in inference and in training, and backward; `biases` names those that are there."""
     kind = DTYPES[dtype]
     x, first = tensor(tokens, d, dtype=kind), tensor(h, d, dtype=kind)
     second = tensor(d, h, dtype=kind)
@@ -344,12 +355,14 @@ def mlp(activation: str, biases: str, *, gated: bool, dtype: str, tokens: int = 
     given = {name: tensor(width, dtype=kind) if name in biases.split() else None for name, width in widths.items()}
     if gated:
         given |= {"w_gate": first, "w_up": first.clone(), "w_down": second}
+        if "packed" in asked:
+            given |= {"w_gate": tensor(2 * h, d, dtype=kind), "b_gate": tensor(2 * h, dtype=kind), "w_up": None}
     else:
         given |= {"w1": first, "w2": second}
-    function = fastattn.gated_mlp if gated else fastattn.mlp
-    function(x, **given, activation=activation)
+    function = functools.partial(fastattn.gated_mlp if gated else fastattn.mlp, activation=activation, **asked)
+    function(x, **given)
     leaves = [t.requires_grad_() for t in (x, *given.values()) if t is not None]
-    torch.autograd.grad(function(x, **given, activation=activation).sum(), leaves)
+    torch.autograd.grad(function(x, **given).sum(), leaves)
 
 
 def mlp_calls() -> Iterator[Call]:
@@ -368,6 +381,11 @@ def mlp_calls() -> Iterator[Call]:
         for dtype in DTYPES:
             yield of(dtype, "gelu", "", gated=gated, dtype=dtype)
         yield of("odd widths", "gelu", " ".join(names), gated=gated, dtype="bf16", d=111, h=203)
+        for save in ("preactivation", "int8", "nothing"):
+            yield of(save, "silu", " ".join(names), gated=gated, dtype="bf16", save=save, chunk=40)
+        yield of("rounding as eager", "silu", " ".join(names), gated=gated, dtype="bf16", match_eager=True)
+    for order in ("gate_up", "up_gate"):
+        yield of(f"packed {order}", "silu", "b_gate b_down", gated=True, dtype="bf16", packed=order)
         yield of("wide", "gelu", "", gated=gated, dtype="bf16", d=8192, h=256)
         yield of("many tokens", "gelu", "", gated=gated, dtype="bf16", tokens=40000)
         yield of("no tokens", "gelu", "", gated=gated, dtype="bf16", tokens=0)

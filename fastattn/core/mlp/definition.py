@@ -25,11 +25,16 @@ def activate(x: Tensor, activation: str) -> Tensor:
 def mlp(x: Tensor, weights: MLPWeights, spec: MLPSpec) -> Tensor:
     """hidden W_out^T + b_out, where hidden = act(x W_in^T + b_in); if gated, that times (x W_up^T + b_up).
 
-    x (T, d), w_in and w_up (h, d), w_out (out, h); returns (T, out).
+    x (T, d), w_in and w_up (h, d), w_out (out, h); returns (T, out). A packed w_in (2h, d) holds both.
     """
-    hidden = activate(F.linear(x, weights.w_in, weights.b_in), spec.activation)
-    if weights.w_up is not None:
-        hidden = hidden * F.linear(x, weights.w_up, weights.b_up)
+    first = F.linear(x, weights.w_in, weights.b_in)
+    if spec.packed:
+        gate, up = spec.halves(first, 1)
+        hidden = activate(gate, spec.activation) * up
+    else:
+        hidden = activate(first, spec.activation)
+        if weights.w_up is not None:
+            hidden = hidden * F.linear(x, weights.w_up, weights.b_up)
     return F.linear(hidden, weights.w_out, weights.b_out)
 
 
@@ -54,18 +59,17 @@ def mlp_backward(
     return dx, dw, db, by_name["w_out"], dy.sum(0)
 
 
-def forward(x: Tensor, weights: MLPWeights, spec: MLPSpec, save: bool) -> tuple[Tensor, Tensor]:
-    y = mlp(x, weights, spec)
-    if not save:
-        return y, x.new_empty(0)
-    saved = F.linear(x, weights.w_in, weights.b_in)
-    if weights.w_up is not None:
-        saved = torch.cat((saved, F.linear(x, weights.w_up, weights.b_up)), 1)
-    return y, saved
+def forward(x: Tensor, weights: MLPWeights, spec: MLPSpec) -> tuple[Tensor, tuple[Tensor, ...]]:
+    return mlp(x, weights, spec), ()
+
+
+def kept_empty(x: Tensor, weights: MLPWeights, spec: MLPSpec) -> tuple[Tensor, ...]:
+    """Tensors like those that `forward` keeps: none."""
+    return ()
 
 
 def backward(
-    dy: Tensor, x: Tensor, weights: MLPWeights, saved: Tensor, wanted: Sequence[bool], spec: MLPSpec
+    dy: Tensor, x: Tensor, weights: MLPWeights, kept: Sequence[Tensor], wanted: Sequence[bool], spec: MLPSpec
 ) -> tuple[Tensor | None, ...]:
     gradients = mlp_backward(dy, x, weights, spec)
     return tuple(g if want else None for g, want in zip(gradients, wanted, strict=True))

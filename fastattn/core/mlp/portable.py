@@ -1,4 +1,8 @@
-"""The MLP in plain PyTorch: it saves what the kernels save, and recomputes the rest in the backward."""
+"""The MLP in plain PyTorch.
+
+By default it keeps what eager keeps: to compute an activation again takes a CPU a tenth of the forward and
+backward. Asked to keep less, it keeps what the kernels keep, and computes the rest again in the backward.
+"""
 
 from __future__ import annotations
 
@@ -8,47 +12,122 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastattn.core.mlp import definition
+from fastattn.core.mlp import chunks, definition, int8
+from fastattn.core.mlp.chunks import Kept, Steps, column_sum, pre_activations, pre_count
 from fastattn.core.mlp.spec import MLPSpec, MLPWeights
-from fastattn.ground.checks import lse_dtype
+
+RELUS = ("relu", "relu_squared")
 
 
-def forward(x: Tensor, weights: MLPWeights, spec: MLPSpec, save: bool) -> tuple[Tensor, Tensor | None]:
-    saved = _pre_activations(x, weights)
-    if spec.gated:
-        width = weights.w_in.shape[0]
-        hidden = definition.activate(saved[:, :width], spec.activation)
-        hidden *= saved[:, width:]
-    elif save:
-        hidden = definition.activate(saved, spec.activation)
-    else:
-        hidden = _activate_in_place(saved, spec.activation)
-    if spec.activation == "relu" and not spec.gated:
-        saved = hidden  # the backward needs only its sign
-    return F.linear(hidden, weights.w_out, weights.b_out), saved if save else None
+def forward(x: Tensor, weights: MLPWeights, spec: MLPSpec) -> tuple[Tensor, Kept]:
+    return chunks.forward(STEPS, x, weights, spec)
 
 
 def backward(
-    dy: Tensor, x: Tensor, weights: MLPWeights, saved: Tensor, wanted: Sequence[bool], spec: MLPSpec
+    dy: Tensor, x: Tensor, weights: MLPWeights, kept: Kept, wanted: Sequence[bool], spec: MLPSpec
 ) -> tuple[Tensor | None, ...]:
-    want_x, want_weight, want_bias, want_out, want_out_bias = wanted
-    width = weights.w_in.shape[0]
-    gate = saved[:, :width]
-    hidden = definition.activate(gate, spec.activation)
+    return chunks.backward(STEPS, dy, x, weights, kept, wanted, spec)
+
+
+def kept_empty(x: Tensor, weights: MLPWeights, spec: MLPSpec) -> Kept:
+    """Tensors like those that `forward` keeps, without values."""
+    width = weights.w_out.shape[1]
+    if spec.save == "nothing":
+        return ()
+    if spec.save == "int8":
+        return int8.empty(x, width, 2 if spec.gated else 1)
+    widths = [2 * width] if spec.packed else [width, width] if spec.gated else [width]
+    if spec.save == "auto" and spec.gated:
+        widths += [width, width]
+    elif spec.save == "auto" and spec.activation not in RELUS:
+        widths += [width]
+    return tuple(x.new_empty(x.shape[0], w) for w in widths)
+
+
+def _hidden(x: Tensor, weights: MLPWeights, spec: MLPSpec) -> tuple[Tensor, Kept]:
+    """The hidden layer, and what is kept of it."""
+    pre = _products(x, weights)
+    gate, up = pre_activations(pre, spec)
+    if spec.save == "nothing":
+        hidden = _activate_in_place(gate, spec.activation)
+        return (hidden if up is None else hidden.mul_(up)), ()
+    if up is None and spec.activation in RELUS:
+        # Its sign says where the derivative is zero, and the derivative of the square is twice this.
+        gate.relu_()
+        hidden = gate if spec.activation == "relu" else gate.square()
+        return hidden, (gate,) if spec.save != "int8" else _quantised(gate, None, spec)
+    active = definition.activate(gate, spec.activation)
+    if spec.save == "auto":
+        hidden = active if up is None else active * up
+        return hidden, (*pre, hidden) if up is None else (*pre, active, hidden)
+    hidden = active if up is None else active.mul_(up)
+    return hidden, _quantised(gate, up, spec) if spec.save == "int8" else pre
+
+
+def _recalled(x: Tensor, weights: MLPWeights, kept: Kept, spec: MLPSpec) -> tuple[Tensor, tuple]:
+    """The hidden layer, and gate, up and act(gate) for its gradient. Gate comes without its negative numbers where
+    the square of a ReLU is taken, and where it is the only one."""
+    found = kept or _products(x, weights)
+    gate, up = pre_activations(found, spec)
+    if found[0].dtype == torch.int8:
+        gate, up = _restored(gate, up, found[1], x.dtype, spec)
+    if up is not None and spec.activation == "relu_squared":
+        gate = gate.relu()
+    if found[0].dtype != torch.int8 and (more := found[pre_count(found, spec) :]):
+        return more[-1], (gate, up, more[0])
+    if up is None and spec.activation in RELUS:
+        gate = gate if kept else gate.relu_()
+        return gate if spec.activation == "relu" else gate.square(), (gate, None, None)
+    active = definition.activate(gate, spec.activation)
+    return (active, (gate, None, None)) if up is None else (active * up, (gate, up, active))
+
+
+def _gradient(
+    dy: Tensor, state: tuple, weights: MLPWeights, want_hidden: bool, want_bias: bool, spec: MLPSpec
+) -> tuple[list[Tensor], Tensor | None, None]:
+    gate, up, active = state
     dhidden = dy @ weights.w_out
-    if spec.gated:
-        up = saved[:, width:]
-        dpre = torch.cat((_activation_gradient(dhidden * up, gate, spec.activation), dhidden * hidden), 1)
-        hidden *= up
+    if not spec.gated:
+        dpres = [_activation_gradient(dhidden, gate, spec.activation)]
+    elif spec.packed:
+        dpre = dhidden.new_empty(len(dhidden), 2 * dhidden.shape[1])
+        dgate, dup = spec.halves(dpre, 1)
+        torch.mul(dhidden, active, out=dup)
+        _activation_gradient(dhidden.mul_(up), gate, spec.activation, dgate)
+        dpres = [dpre]
     else:
-        dpre = _activation_gradient(dhidden, gate, spec.activation)
-    return (
-        _input_gradient(dpre, weights) if want_x else None,
-        dpre.t() @ x if want_weight else None,
-        _column_sum(dpre) if want_bias else None,
-        dy.t() @ hidden if want_out else None,
-        _column_sum(dy) if want_out_bias else None,
-    )
+        dup = dhidden * active
+        dpres = [_activation_gradient(dhidden.mul_(up), gate, spec.activation), dup]
+    db = None
+    if want_bias:
+        sums = [column_sum(dpre, spec) for dpre in dpres]
+        db = sums[0] if len(sums) == 1 else torch.cat(sums)
+    return dpres, db, None
+
+
+STEPS = Steps(_hidden, _recalled, _gradient)
+
+
+def _products(x: Tensor, weights: MLPWeights) -> Kept:
+    """x W_in^T + b_in, and x W_up^T + b_up if there is one."""
+    first = F.linear(x, weights.w_in, weights.b_in)
+    return (first,) if weights.w_up is None else (first, F.linear(x, weights.w_up, weights.b_up))
+
+
+def _quantised(gate: Tensor, up: Tensor | None, spec: MLPSpec) -> Kept:
+    codes, scales = int8.empty(gate, gate.shape[1], 1 if up is None else 2)
+    pairs = [(codes, scales)] if up is None else zip(spec.halves(codes, 1), spec.halves(scales, 1), strict=True)
+    keep_sign = spec.activation in RELUS
+    for t, pair, sign in zip((gate, up), pairs, (keep_sign, False), strict=False):
+        assert t is not None
+        int8.quantised(t, sign, *pair)
+    return codes, scales
+
+
+def _restored(gate: Tensor, up: Tensor | None, scales: Tensor, dtype: torch.dtype, spec: MLPSpec) -> tuple:
+    if up is None:
+        return int8.restored(gate, scales, dtype), None
+    return tuple(int8.restored(*pair, dtype) for pair in zip((gate, up), spec.halves(scales, 1), strict=True))
 
 
 def _activate_in_place(x: Tensor, activation: str) -> Tensor:
@@ -61,41 +140,16 @@ def _activate_in_place(x: Tensor, activation: str) -> Tensor:
     return x.relu_().square_() if activation == "relu_squared" else x.relu_()
 
 
-def _pre_activations(x: Tensor, weights: MLPWeights) -> Tensor:
-    """x W_in^T + b_in, and x W_up^T + b_up beside it."""
-    if weights.w_up is None:
-        return F.linear(x, weights.w_in, weights.b_in)
-    both = x.new_empty(x.shape[0], 2 * weights.w_in.shape[0])
-    pairs = ((weights.w_in, weights.b_in), (weights.w_up, weights.b_up))
-    for (weight, bias), half in zip(pairs, both.tensor_split(2, 1), strict=True):
-        if bias is None:
-            torch.mm(x, weight.t(), out=half)
-        else:
-            torch.addmm(bias, x, weight.t(), out=half)
-    return both
-
-
-def _activation_gradient(dhidden: Tensor, pre: Tensor, activation: str) -> Tensor:
-    """dhidden act'(pre), by the functions of torch's own backward."""
+def _activation_gradient(dhidden: Tensor, pre: Tensor, activation: str, out: Tensor | None = None) -> Tensor:
+    """dhidden act'(pre), by the functions of torch's own backward; in `out` if it is given."""
     aten = torch.ops.aten
-    if activation == "gelu":
-        return aten.gelu_backward(dhidden, pre)
-    if activation == "gelu_tanh":
-        return aten.gelu_backward(dhidden, pre, approximate="tanh")
-    if activation == "silu":
-        return aten.silu_backward(dhidden, pre)
+    out = torch.empty_like(dhidden) if out is None else out
     if activation == "relu_squared":
-        return dhidden * (2 * torch.relu(pre))
-    return aten.threshold_backward(dhidden, pre, 0)
-
-
-def _input_gradient(dpre: Tensor, weights: MLPWeights) -> Tensor:
-    if weights.w_up is None:
-        return dpre @ weights.w_in
-    dgate, dup = dpre.tensor_split(2, 1)
-    return torch.addmm(dgate @ weights.w_in, dup, weights.w_up)
-
-
-def _column_sum(t: Tensor) -> Tensor:
-    """The sum over rows, in fp32 at least."""
-    return t.sum(0, dtype=lse_dtype(t.dtype)).to(t.dtype)
+        aten.threshold_backward.grad_input(dhidden, pre, 0, grad_input=out)
+        return out.mul_(2).mul_(pre)
+    if activation == "relu":
+        return aten.threshold_backward.grad_input(dhidden, pre, 0, grad_input=out)
+    if activation == "silu":
+        return aten.silu_backward.grad_input(dhidden, pre, grad_input=out)
+    approximate = "tanh" if activation == "gelu_tanh" else "none"
+    return aten.gelu_backward.grad_input(dhidden, pre, approximate=approximate, grad_input=out)
