@@ -159,7 +159,10 @@ class HiddenParallel(ParallelStyle):
 class _MLPOfUnits(MLP):
     def forward(self, x: Tensor) -> Tensor:
         up, down = self.up, self.down
-        return mlp(x, up.weight, up.bias, down.weight, down.bias, activation=self.activation, backend=self.backend)
+        return mlp(
+            x, up.weight, up.bias, down.weight, down.bias, activation=self.activation, save=self.save,
+            chunk=self.chunk, backend=self.backend,
+        )  # fmt: skip
 
 
 class _GatedMLPOfUnits(GatedMLP):
@@ -167,7 +170,7 @@ class _GatedMLPOfUnits(GatedMLP):
         gate, up, down = self.gate, self.up, self.down
         return gated_mlp(
             x, gate.weight, up.weight, down.weight, activation=self.activation, b_gate=gate.bias, b_up=up.bias,
-            b_down=down.bias, backend=self.backend,
+            b_down=down.bias, save=self.save, chunk=self.chunk, backend=self.backend,
         )  # fmt: skip
 
 

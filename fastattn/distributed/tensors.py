@@ -306,7 +306,12 @@ def mlp(x: DTensor, w1: Any, b1: Any, w2: Any, b2: Any, options: dict[str, Any])
 
 def gated_mlp(x: DTensor, w_gate: Any, w_up: Any, w_down: Any, options: dict[str, Any]) -> DTensor:
     """`fastattn.gated_mlp`."""
-    rest = {name: options[name] for name in ("activation", "backend")}
+    if options["packed"] is not None:
+        raise ValueError(
+            "packed must be None for DTensors, because a shard of a packed weight holds no pairs of gate and up, "
+            f"got {options['packed']!r}"
+        )
+    rest = {name: value for name, value in options.items() if not name.startswith("b_")}
     into = {"w_gate": w_gate, "w_up": w_up, "b_gate": options["b_gate"], "b_up": options["b_up"]}
     return _mlp(x, into, ("w_down", w_down), ("b_down", options["b_down"]), lambda x, i, w, b: gated_mlp_here(
         x, i["w_gate"], i["w_up"], w, b_gate=i["b_gate"], b_up=i["b_up"], b_down=b, **rest

@@ -251,7 +251,13 @@ def mlp_call(sizes: Sizes, device: torch.device) -> Call:
             return fastattn.gated_mlp(t["x"], t["w_gate"], t["w_up"], t["w_down"], **asked)
         return fastattn.mlp(t["x"], t["w_1"], t.get("b_1"), t["w_down"], t.get("b_down"), **asked)
 
-    return Call(function, tuple(tensors.values()), names)
+    def keeping(backend: str, *values: Tensor) -> Tensor:
+        """The call with a gradient to come: without one, nothing is kept."""
+        with torch.enable_grad():
+            x, *rest = values
+            return function(backend, x if x.requires_grad else x.detach().requires_grad_(), *rest)
+
+    return Call(keeping if "int8" in more else function, tuple(tensors.values()), names)
 
 
 def norm_call(sizes: Sizes, device: torch.device) -> Call:

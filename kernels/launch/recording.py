@@ -78,7 +78,7 @@ class Recording:
         for run, arguments, keywords, first, count, free in self._steps:
             result = run(*arguments(made), **keywords)
             if count == 1:
-                made[first] = result
+                made[first] = result[0] if type(result) is list else result
             elif count:
                 made[first : first + count] = result
             result = None

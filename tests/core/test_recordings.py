@@ -135,6 +135,7 @@ ELSEWHERE = torch.randn(3)
         pytest.param(lambda x: torch.empty_like(x).copy_(x).mul_(2), True, id="in place"),
         pytest.param(lambda x: torch.zeros(4, 3).t()[1].add_(x[0, 0]), True, id="in place, of a view"),
         pytest.param(lambda x: torch.cat(x.split(1)[::-1]), True, id="several results"),
+        pytest.param(lambda x: x.split(4)[0] + 1, True, id="a list of one result"),
         pytest.param(lambda x: x, True, id="nothing"),
         pytest.param(lambda x: x * 2 if x.sum() > 0 else x, False, id="reads a value"),
         pytest.param(lambda x: x + ELSEWHERE, False, id="a tensor from elsewhere"),

@@ -73,7 +73,9 @@ def mlp(
     if plan is not None:
         return _planned(plan, x, (w1, b1, None, None, w2, b2))
     if isinstance(x, spread.DTENSORS):
-        return spread.of_dtensors["mlp"](x, w1, b1, w2, b2, {"activation": activation, "backend": backend})
+        return spread.of_dtensors["mlp"](x, w1, b1, w2, b2, {
+            "activation": activation, "save": save, "chunk": chunk, "match_eager": match_eager, "backend": backend,
+        })  # fmt: skip
     backend = check_backend(backend)
     x, w1, b1, w2, b2 = autocast(x, w1, b1, w2, b2)
     weights = MLPWeights(w1, b1, None, None, w2, b2)
@@ -131,7 +133,8 @@ def gated_mlp(
         return _planned(plan, x, tensors[1:])
     if isinstance(x, spread.DTENSORS):
         return spread.of_dtensors["gated_mlp"](x, w_gate, w_up, w_down, {
-            "b_gate": b_gate, "b_up": b_up, "b_down": b_down, "activation": activation, "backend": backend,
+            "b_gate": b_gate, "b_up": b_up, "b_down": b_down, "activation": activation, "packed": packed,
+            "save": save, "chunk": chunk, "match_eager": match_eager, "backend": backend,
         })  # fmt: skip
     backend = check_backend(backend)
     x, *rest = autocast(*tensors)
