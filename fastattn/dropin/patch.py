@@ -17,7 +17,15 @@ from fastattn.dropin.likeness import ATTENDS, attends, is_norm, may_be_norm
 from fastattn.dropin.likeness import NORMS as LIKE_NORM
 from fastattn.dropin.mlp_forms import Form, FusedForward, Names, obstacle
 from fastattn.dropin.norm_forms import FusedNorm, names_of
-from fastattn.dropin.swapping import WAS, restore_class, swap
+from fastattn.dropin.swapping import (
+    WAS,
+    OwnClass,
+    has_more_than_a_class,
+    remember,
+    restore_class,
+    swap,
+    swap_beside,
+)
 from fastattn.nn.norm import NORMS
 from fastattn.nn.torch_layers import COUNTERPARTS
 
@@ -30,7 +38,7 @@ class Row:
 
     Attributes:
         name: its name in the model, "" for the model itself.
-        kind: "attention", "mlp" or "norm".
+        kind: "attention", "mlp", "norm" or "loss".
         was: its class before, or its attention implementation; with its Python module if two classes share the
             name.
         now: its class or implementation now; None if it was left as it is.
@@ -99,7 +107,13 @@ class Report:
 
 
 def patch(
-    model: nn.Module, *, attention: bool = True, mlp: bool = True, norm: bool = False, strict: bool = False
+    model: nn.Module,
+    *,
+    attention: bool = True,
+    mlp: bool = True,
+    norm: bool = False,
+    loss: bool = False,
+    strict: bool = False,
 ) -> Report:
     """Make the model's attention and MLPs fused, in place. Parameters, state dict and hooks stay the same objects.
 
@@ -132,6 +146,10 @@ def patch(
             ten microseconds more (RMS norms of half a million elements and more gain on a CPU); under
             torch.compile the compiler fuses a module's own code anyway. Results are rounded once; Llama's own
             norms also round before the weight.
+        loss: compute the loss of Hugging Face's causal language models by `fastattn.linear_cross_entropy`, in
+            training mode, where a call has labels. Its output has no logits then (None). Off by default because of
+            that. Calls in eval mode, and calls with arguments that change what is returned, run the model's own
+            code. Each model is first tried on random tokens and logits.
         strict: raise if anything that was to be swapped is left, and change nothing.
 
     Returns:
@@ -162,6 +180,8 @@ def patch(
         rows += _innermost(_each(model, "mlp", _swap_mlp))
     if norm:
         rows += _each(model, "norm", _swap_norm)
+    if loss:
+        rows += _swap_losses(model)
     report = Report(model, _with_full_names(rows, classes))
     if strict and report.left:
         for module, kind, was in before:
@@ -236,6 +256,9 @@ def unpatch(model: nn.Module) -> None:
 
 def _undo(module: nn.Module, kind: type[nn.Module], was: Any) -> None:
     """Restore the module to what it was before this call of `patch`."""
+    if isinstance(module.__dict__.get(WAS), OwnClass) and module.__dict__[WAS] is not was:
+        restore_class(module, module.__dict__[WAS].kind)
+        module.__dict__[WAS] = module.__dict__[WAS].before
     if was is None and (new := module.__dict__.pop(WAS, None)):
         if isinstance(new, type):
             restore_class(module, kind)
@@ -377,6 +400,7 @@ def _class_name(module: nn.Module) -> str:
 def _class_of(module: nn.Module) -> type[nn.Module]:
     """The module's class, or the one it had before `patch`."""
     was = module.__dict__.get(WAS)
+    was = was.kind if isinstance(was, OwnClass) else was
     return was if isinstance(was, type) else type(module)
 
 
@@ -412,7 +436,8 @@ def _swap_huggingface(model: nn.Module) -> list[Row]:
         if any(_is_bigbird(part) for part in module.modules()):
             continue  # `_swap_bigbird` swaps its attention modules one by one.
         was = f"attn_implementation={module.config._attn_implementation!r}"
-        reason, note = ALREADY if WAS in module.__dict__ else huggingface.obstacle_in_code(module), ""
+        already = has_more_than_a_class(module)
+        reason, note = ALREADY if already else huggingface.obstacle_in_code(module), ""
         reason = reason or _meta_obstacle(module)
         if reason is None:
             reason, untried = huggingface.try_against_eager(module)
@@ -427,8 +452,27 @@ def _swap_huggingface(model: nn.Module) -> list[Row]:
                 before.restore(module)
                 reason = str(error)
             else:
-                module.__dict__[WAS] = before
+                remember(module, before)
         rows.append(Row(name, "attention", was, None if reason else huggingface.NAME, reason or note))
+    return rows
+
+
+def _swap_losses(model: nn.Module) -> list[Row]:
+    """Swap the losses of the Hugging Face models in the model."""
+    rows = []
+    for name, module in _huggingface_models(model):
+        from fastattn.dropin import causal_loss
+
+        was = _class_name(module)
+        reason = ALREADY if isinstance(module, causal_loss.FusedCausalLoss) else _instance_obstacle(module)
+        try:
+            reason = reason or causal_loss.obstacle(module) or causal_loss.trial(module)
+        except Exception as error:
+            reason = f"trying it raised {type(error).__name__}: {error}"
+        if reason is None:
+            names = causal_loss.names_of(module)
+            swap_beside(module, fused_class(causal_loss.FusedCausalLoss, type(module), names))
+        rows.append(Row(name, "loss", was, None if reason else _now(module), reason or ""))
     return rows
 
 

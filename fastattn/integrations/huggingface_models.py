@@ -380,7 +380,7 @@ def try_against_eager(model: Any) -> Trial:
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices), torch.no_grad(), torch.autocast(device.type, enabled=False):
         try:
-            with _untouched(model):
+            with untouched(model):
                 _set(model, "eager")
                 expected = _rows(model, inputs)
         except Exception as error:
@@ -388,7 +388,7 @@ def try_against_eager(model: Any) -> Trial:
         finally:
             was.restore(model)
         try:
-            with _untouched(model):
+            with untouched(model):
                 _set(model, NAME)
                 actual = _rows(model, inputs)
         except Exception as error:
@@ -451,7 +451,7 @@ def _agree(actual: Tensor, expected: Tensor, seen: Tensor, tolerance: float) -> 
 
 
 @contextmanager
-def _untouched(model: Any) -> Iterator[None]:
+def untouched(model: Any) -> Iterator[None]:
     """Within, the model is in eval mode and runs no hooks; afterwards every module is as it was."""
     saved = []
     for module in model.modules():

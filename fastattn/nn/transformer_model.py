@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastattn.core import spread
+from fastattn.core.intact import alteration
+from fastattn.core.loss.functional import linear_cross_entropy, loss_of_logits
 from fastattn.ground import arguments
 from fastattn.ground.checks import Window
 from fastattn.masks import Lowered, Mask
@@ -203,10 +205,14 @@ class TransformerModel(nn.Module):
         window: Window = None,
         key_lengths: torch.Tensor | Sequence[int] | None = None,
         cache: DecodingCache | None = None,
+        labels: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Logits (B, L, vocab_size) for tokens (B, L), int64 or int32.
+        """Logits (B, L, vocab_size) for tokens (B, L), int64 or int32; with labels the loss, one number.
 
         Args:
+            labels: (B, L), class indices. A decoder predicts from token i label i + 1, so that `labels=tokens`
+                trains it; an encoder predicts from token i label i. The loss is their mean cross-entropy, without
+                those that are -100, by `fastattn.linear_cross_entropy`: no logits exist.
             mask, window, key_lengths: hide keys in every layer, beside the model's own causal mask and window, as
                 for `SelfAttention`. Padded batch: `key_lengths=lengths`. Several documents in a row:
                 `mask=fastattn.masks.documents(ids)`.
@@ -215,16 +221,39 @@ class TransformerModel(nn.Module):
                 (B, 1, vocab_size). For inference; see `generate`.
 
         Raises:
-            ValueError, TypeError: tokens of another rank or dtype, or longer than max_length; a mask, a window or
-                lengths that do not fit them.
+            ValueError, TypeError: tokens of another rank or dtype, or longer than max_length; a mask, a window,
+                lengths or labels that do not fit them; labels beside a cache.
         """
+        if labels is not None and cache is not None:
+            raise ValueError("labels must be None with a cache, which is for inference")
         seen = asked_for(mask=mask, window=window, key_lengths=key_lengths)
         if cache is not None:
             return self._forward_with_cache(tokens, cache, **seen)
         x = self.embed(tokens)
+        if labels is not None:
+            self._check_labels(labels, tokens)
         for block in self.blocks:
             x = block(x, **seen)
-        return self.unembed(x)
+        return self.unembed(x) if labels is None else self._loss(x, labels)
+
+    def _check_labels(self, labels: Any, tokens: torch.Tensor) -> None:
+        arguments.tensor("labels", labels, or_none=True)
+        spread.refuse("a loss of labels")
+        if labels.is_floating_point() or labels.shape != tokens.shape:
+            shape, dtype = tuple(tokens.shape), labels.dtype
+            raise ValueError(f"labels must be integers of shape {shape}, got {tuple(labels.shape)}, {dtype}")
+
+    def _loss(self, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """The mean cross-entropy of the labels, from the residual stream after the last block."""
+        shift = self.config.causal
+        if self.unembedding is not None:
+            plain = not alteration(self.unembedding, nn.Linear, x)
+        else:
+            plain = type(self.token_embedding) is nn.Embedding and self.token_embedding.weight.device == x.device
+        if not plain:
+            return loss_of_logits(self.unembed(x), labels, shift=shift)
+        weight = self.unembedding_weight
+        return linear_cross_entropy(self.final_norm(x), weight, labels, shift=shift, backend=self.config.backend)
 
     def _forward_with_cache(self, tokens: torch.Tensor, cache: DecodingCache, **seen: Any) -> torch.Tensor:
         """The logits (B, 1, vocab_size) of each row's last token, after the tokens that the cache holds."""

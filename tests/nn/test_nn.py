@@ -9,6 +9,7 @@ import operator
 import pickle
 import subprocess
 import sys
+from unittest import mock
 
 import pytest
 import torch
@@ -414,6 +415,52 @@ def test_a_model_made_on_the_meta_device_starts_as_one_made_here():
 
 
 # Training.
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("causal", [True, False])
+def test_labels_give_the_loss_of_the_logits_and_its_gradients(causal, tied):
+    model, tokens = small_model(causal=causal, tied=tied), some_tokens()
+    labels = tokens.clone()
+    labels[0, 3:6] = -100
+    logits = model(tokens)
+    pair = (logits[:, :-1], labels[:, 1:]) if causal else (logits, labels)
+    expected = F.cross_entropy(*(t.flatten(0, 1) for t in pair))
+    with mock.patch.object(model, "unembed", side_effect=AssertionError("there are no logits")):
+        loss = model(tokens, labels=labels)
+    assert_equal_to(loss, expected)
+    for ours, theirs in zip(
+        *(torch.autograd.grad(t, [*model.parameters()]) for t in (loss, expected)), strict=True
+    ):
+        assert_equal_to(ours, theirs)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_loss_obeys_what_was_put_in_the_unembedding_s_place(tied):
+    model, tokens = small_model(tied=tied), some_tokens()
+
+    class Doubled(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner, self.weight = inner, inner.weight
+
+        def forward(self, x):
+            return self.inner(x) * 2
+
+    part = "token_embedding" if tied else "unembedding"
+    setattr(model, part, Doubled(getattr(model, part)))
+    expected = next_token_loss(model(tokens), tokens)
+    assert_equal_to(model(tokens, labels=tokens), expected)
+
+
+def test_labels_that_do_not_fit_are_refused():
+    model, tokens = small_model(), some_tokens()
+    with pytest.raises(ValueError, match=r"labels must be integers of shape \(2, 13\), got \(2, 12\)"):
+        model(tokens, labels=tokens[:, 1:])
+    with pytest.raises(ValueError, match="labels must be integers"):
+        model(tokens, labels=tokens.double())
+    with pytest.raises(ValueError, match="target must be a class from 0 to"):
+        model(tokens, labels=tokens + 10**6)
 
 
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS.keys())

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastattn.core import spread
 from fastattn.core.autocast import autocast, without_autocast
 from fastattn.core.capabilities import check_backend
 from fastattn.core.loss import definition, operators
@@ -248,6 +249,7 @@ def _shifted(x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """All tokens but the last, and all targets but the first."""
     arguments.tensor("input", x)
     arguments.tensor("target", target)
+    spread.refuse("shift=True")
     if x.dim() < 2 or target.shape[: x.dim() - 1] != x.shape[:-1]:
         raise ValueError(
             "shift needs an input (..., length, d) and a target (..., length), "
