@@ -28,7 +28,7 @@ FLOORS = (
     ("core.autocast", "core.derivatives", "core.backends", "core.plans", "core.proofs", "core.spread"),
     ("core.*.spec", "core.attention.dropout", "core.statistics.labels", "core.statistics.queries"),
     ("core.*.definition",),
-    ("core.*.tiles", "core.*.granules", "core.*.torch_flash", "core.*.whole_rows", "core.*.torch_norm"),
+    ("core.*.tiles", "core.*.granules", "core.*.torch_*", "core.*.whole_rows"),
     ("core.mlp.chunks", "core.mlp.int8"),
     ("core.*.head_scales",),
     ("core.*.portable", "core.*.triton", "core.attention.derivatives"),

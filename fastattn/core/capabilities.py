@@ -421,8 +421,11 @@ Three backends compute every function of fastattn. On a GPU the kernels serve wh
 variable FASTATTN_BACKEND chooses by hand, and a backend that cannot compute a call refuses it in words.
 
 - **triton**: the kernels.
-- **portable**: the same algorithm in plain PyTorch, tile by tile, on any device, in O(N) memory. Where PyTorch's
-  own flash attention computes the same, that does the work.
+- **portable**: the same algorithm in plain PyTorch, in tiles or rows, on any device, in O(N) memory. Where
+  PyTorch's own flash or memory-efficient attention computes the same, that does the work. On NVIDIA GPUs from
+  sm_80 on, in half precision, with one head width that is a multiple of 8: flash attention for full and causal
+  calls, and for windows where queries and keys are as many; memory-efficient attention for key lengths, boolean
+  masks and biases in the dtype of q, if what it adds to the scores is no larger than the inputs or the bias.
 - **reference**: the definition, N x N memory, for debugging. It computes everything.
 
 A tick means all four directions: forward, backward, second derivative and forward mode (`torch.func.jvp`). Second

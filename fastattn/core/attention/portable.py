@@ -1,8 +1,8 @@
 """The kernels' algorithm in plain PyTorch: tiled, O(N) memory, any device, fp64 too.
 
-Where PyTorch's own flash attention computes the same thing, it does the dtype. The rest runs here: tiles of
-scores, an online softmax forward, recomputed weights backward, in fp32 for half-precision inputs. Under a mask of
-lists the tiles are its granules, many at once (see fastattn.core.attention.granules).
+Where PyTorch's own flash or memory-efficient attention computes the same thing, that does the work. The rest runs
+here: tiles of scores, an online softmax forward, recomputed weights backward, in fp32 for half-precision inputs.
+Under a mask of lists the tiles are its granules, many at once (see fastattn.core.attention.granules).
 """
 
 from __future__ import annotations
@@ -12,7 +12,15 @@ import functools
 import torch
 from torch import Tensor
 
-from fastattn.core.attention import definition, granules, head_scales, tiles, torch_flash, whole_rows
+from fastattn.core.attention import (
+    definition,
+    granules,
+    head_scales,
+    tiles,
+    torch_efficient,
+    torch_flash,
+    whole_rows,
+)
 from fastattn.core.attention.spec import AttentionSpec, Gradients, Saved, ScoreTensors, Tangents, Wanted
 from fastattn.core.attention.tiles import Scores, grouped, product_precision, times, ungrouped
 from fastattn.core.layout import heads_last, zero_heads
@@ -29,6 +37,9 @@ def forward(
             return _tiled_forward(q, k, v, spec, tensors, maxima)
         if torch_flash.serves(q, k, v, spec, tensors):
             out, lse = torch_flash.forward(q, k, v, spec, tensors)
+            return heads_last(out), lse
+        if torch_efficient.serves(q, k, v, spec, tensors):
+            out, lse = torch_efficient.forward(q, k, v, spec, tensors)
             return heads_last(out), lse
         if granules.serves(spec, tensors):
             return granules.forward(q, k, v, spec, tensors)
@@ -55,6 +66,10 @@ def backward(
             dout, _ = _for_rounded_rows(dout, None, saved, spec, tensors)
             dq, dk, dv = torch_flash.backward(dout, saved, spec, tensors)
             return Gradients(heads_last(dq), heads_last(dk), heads_last(dv))
+        if dlse is None and torch_efficient.serves_backward(q, k, v, spec, tensors, wanted):
+            dout, _ = _for_rounded_rows(dout, None, saved, spec, tensors)
+            dq, dk, dv, dbias = torch_efficient.backward(dout, saved, spec, tensors, wanted)
+            return Gradients(heads_last(dq), heads_last(dk), heads_last(dv), dbias)
         if granules.serves(spec, tensors):
             dout, dlse = _for_rounded_rows(dout, dlse, saved, spec, tensors)
             return granules.backward(dout, dlse, saved, spec, tensors, wanted)

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastattn.core.attention.spec import NO_TENSORS, AttentionSpec, Saved, ScoreTensors
+from fastattn.core.attention import torch_trial
+from fastattn.core.attention.spec import NO_TENSORS, AttentionSpec, Saved, ScoreTensors, Wanted
 from fastattn.core.attention.tiles import KEY_TILE, QUERY_TILE, adds_floats, key_counts
 from fastattn.core.layout import heads_last
 from fastattn.ground.checks import lse_dtype
@@ -24,13 +25,16 @@ _aten = torch.ops.aten
 # The same operator as in torch.ops.aten, but calling it there takes a third longer.
 _flash_on_cpu = torch._scaled_dot_product_flash_attention_for_cpu
 _flash_backward_on_cpu = _aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+# Those of F.scaled_dot_product_attention take no window. q, k, v are (B, L, H, D) here.
+_windowed_forward, _windowed_backward = _aten._flash_attention_forward, _aten._flash_attention_backward
 _HIDDEN = float("-inf")
 
 
 def serves(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, tensors: ScoreTensors) -> bool:
     """Whether PyTorch's flash attention computes this call: one head width, no mask but its causal one, which is
-    aligned top-left, and nothing else done to the scores. On a CPU it takes other masks, too; they are used if
-    they are no larger than what the caller gave."""
+    aligned top-left, and nothing else done to the scores. On a GPU it takes windows, too, used where queries and
+    keys are as many, since its alignment is not documented; on a CPU other masks, if they are no larger than what
+    the caller gave."""
     if spec.softcap or q.shape[3] != v.shape[3] or q.numel() * k.numel() == 0:
         return False
     if q.device.type == "cpu":
@@ -40,12 +44,33 @@ def serves(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, tensors: ScoreT
             and _is_small(q, k, spec, tensors)
             and not _reaches_earlier_rows(q, k, spec, tensors)
         )
-    if q.device.type != "cuda" or torch.version.cuda is None:
+    windowed = _hides_by_window(q, k, spec)
+    if tensors != NO_TENSORS or (windowed and q.shape[2] != k.shape[2]):
         return False
-    if tensors != NO_TENSORS or _hides_by_window(q, k, spec):
+    if not runs_on_gpu(q, v, spec) or q.shape[3] > 256:
+        return False
+    return not windowed or torch_trial.agrees(
+        "flash attention with a window", q, forward, _gradients_of_trial, _problem
+    )
+
+
+def _gradients_of_trial(
+    dout: Tensor, saved: Saved, spec: AttentionSpec, tensors: ScoreTensors, _: Wanted
+) -> tuple:
+    return backward(dout, saved, spec, tensors)
+
+
+def _problem(q: Tensor) -> tuple[AttentionSpec, ScoreTensors]:
+    return AttentionSpec(scale=q.shape[3] ** -0.5, window=(9, 4)), NO_TENSORS
+
+
+def runs_on_gpu(q: Tensor, v: Tensor, spec: AttentionSpec) -> bool:
+    """Whether PyTorch has fused kernels for such heads on this GPU: NVIDIA's from sm_80 on, half precision, one
+    width, a multiple of 8, and no soft cap."""
+    if q.device.type != "cuda" or torch.version.cuda is None or spec.softcap or q.numel() * v.numel() == 0:
         return False
     half = q.dtype in (torch.float16, torch.bfloat16)
-    fits = q.shape[3] % 8 == 0 and q.shape[3] <= 256
+    fits = q.shape[3] == v.shape[3] and q.shape[3] % 8 == 0
     return half and fits and torch.cuda.get_device_capability(q.device) >= (8, 0)
 
 
@@ -61,6 +86,8 @@ def forward(
     q, k, v = _unit_stride(q), _unit_stride(k), _unit_stride(v)
     causal = _is_causal(q, k, spec)
     if q.device.type != "cpu":
+        if _hides_by_window(q, k, spec):
+            return _windowed(q, k, v, spec)
         out, lse, *_ = _aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, scale=spec.scale)
         return out, lse.contiguous()
     if _entries_differ(k, tensors):
@@ -99,9 +126,30 @@ def backward(
         return dq, *(F.pad(t, unseen) if any(unseen) else t for t in (dk, dv))
     # Dense and without dropout: no cumulative lengths, and a random state that is not read.
     unused = torch.empty(0, dtype=torch.uint64, device=q.device)
+    if _hides_by_window(q, k, spec):
+        there = (t.transpose(1, 2) for t in (dout, q, k, v, out))
+        found = _windowed_backward(
+            *there, lse, None, None, q.shape[2], k.shape[2], 0.0, False, unused, unused, **_window(spec)
+        )
+        return tuple(t.transpose(1, 2) for t in found)  # type: ignore[return-value]
     return _aten._scaled_dot_product_flash_attention_backward(
         dout, q, k, v, out, lse, None, None, q.shape[2], k.shape[2], 0.0, causal, unused, unused, scale=spec.scale
     )
+
+
+def _windowed(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
+    """On a GPU, of as many queries as keys: with a window, each row sees itself."""
+    there = (t.transpose(1, 2) for t in (q, k, v))
+    out, lse, *_ = _windowed_forward(
+        *there, None, None, q.shape[2], k.shape[2], 0.0, False, False, **_window(spec)
+    )
+    return out.transpose(1, 2), lse.contiguous()
+
+
+def _window(spec: AttentionSpec) -> dict[str, Any]:
+    """As the operators take it: -1 for a side without bound."""
+    left, right = (-1 if side is None else side for side in (spec.left, spec.right))
+    return {"scale": spec.scale, "window_size_left": left, "window_size_right": right}
 
 
 class Plain(NamedTuple):
