@@ -27,6 +27,7 @@ from torch.autograd import forward_ad
 
 import fastattn
 from fastattn import kernels, lens
+from fastattn.kernels import cache as cache_kernels
 from fastattn.kernels import launch
 
 pytestmark = pytest.mark.skipif(
@@ -221,6 +222,36 @@ def loss(tokens: int, width: int, classes: int, *, probabilities: bool, strided:
     return forward_and_backward(call, [x, torch.randn(classes, width), torch.randn(classes)])
 
 
+def cache(queries: int, *, page: int | None, shaped: bool, absorbed: bool = False) -> list[Tensor]:
+    """Rows of which the longest has its keys split over three programs; behind the rows lies NaN."""
+    torch.manual_seed(0)
+    lengths = torch.tensor([43, 0, 21], dtype=torch.int32)
+    q, new = torch.randn(3, 4, queries, 24), torch.randn(3, 2, queries, 24)
+    table, used = None, lengths
+    if page is not None:
+        table = torch.randperm(20)[:18].view(3, 6).int()
+        keys, values = torch.full((20, 2, page, 24), float("nan")), torch.full((20, 2, page, 24), float("nan"))
+        # Behind the last page that a row needs, its table holds anything.
+        table = table.masked_fill(torch.arange(6) * page >= (lengths + queries)[:, None], 10**9)
+    else:
+        keys, values = (torch.full((3, 2, 2 * 50, 24), float("nan"))[:, :, ::2] for _ in "kv")
+    for row, length in enumerate(used.tolist()):
+        for t in range(length):
+            at = (row, t) if table is None else (int(table[row, t // page]), t % page)
+            keys[at[0], :, at[1]], values[at[0], :, at[1]] = torch.randn(2, 2, 24)
+    given = {
+        "window": (30, None), "softcap": 3.0, "alibi_slopes": torch.rand(4), "sinks": torch.randn(4),
+        "cache_starts": torch.tensor([2, 0, 22]), "tree_mask": torch.rand(queries, queries) < 0.5,
+    }  # fmt: skip
+    with mock.patch.object(cache_kernels, "SPLIT", 16):
+        out, lse = fastattn.attention_with_cache(
+            q, keys, None if absorbed else values, k=new, v=None if absorbed else new, cache_lengths=lengths,
+            block_table=table, value_width=16 if absorbed else None, return_lse=True, backend=BACKEND,
+            **(given if shaped else {}),
+        )  # fmt: skip
+    return [out, lse.nan_to_num(neginf=-1.0), keys.nan_to_num(), values.nan_to_num()]
+
+
 def by_library(call: Callable[[], list[Tensor]]) -> list[Tensor]:
     """With PyTorch's matrix products, and our kernels between them, as for wide MLPs."""
     with mock.patch.dict(launch.MLP_FUSED_UP_TO, {family: {} for family in launch.MLP_FUSED_UP_TO}):
@@ -303,6 +334,18 @@ CALLS = {
     "heads": (
         partial(heads, 21, 24, interleaved=False, strided=True),
         {"heads_kernel", "heads_gradient_kernel"},
+    ),
+    "a cache in pages": (
+        partial(cache, 2, page=10, shaped=False),
+        {"cache_append_kernel", "cache_attention_kernel", "cache_merge_kernel"},
+    ),
+    "a cache, every score feature": (
+        partial(cache, 5, page=None, shaped=True),
+        {"cache_append_kernel", "cache_attention_kernel", "cache_merge_kernel"},
+    ),
+    "a chunk, values in the keys": (
+        partial(cache, 7, page=10, shaped=True, absorbed=True),
+        {"cache_append_kernel", "cache_attention_kernel", "cache_merge_kernel"},
     ),
     "interleaved heads": (
         partial(heads, 21, 24, interleaved=True, strided=False),

@@ -8,11 +8,13 @@ import torch
 
 from benchmarks.compile_report.targets import Target
 from fastattn.core.attention.spec import AttentionSpec, ScoreTensors, Tangents, Wanted
+from fastattn.core.cache.spec import CacheSpec, CacheTensors, Storage
 from fastattn.core.statistics.spec import SUMS, StatisticsSpec, StatisticsTensors, empty_results
 from fastattn.kernels.attention.backward import attention_backward
 from fastattn.kernels.attention.forward import attention_forward
 from fastattn.kernels.attention.statistics import attention_statistics
 from fastattn.kernels.attention.tangent import attention_tangent
+from fastattn.kernels.cache import cache_append, cache_attention
 from fastattn.kernels.heads import prepare_heads, prepare_heads_backward
 from fastattn.kernels.loss import Loss, loss_gradients, loss_rows
 from fastattn.kernels.mlp import GradientTask, Layer, hidden_backward, hidden_forward
@@ -261,12 +263,53 @@ class LossCall:
         return torch.empty(shape, dtype=DTYPES[self.dtype], device="meta")
 
 
+@dataclass(frozen=True)
+class CacheCall:
+    """New tokens of 4 rows written to a cache of up to 8192 tokens in pages of 16, and attention to it: 32 query
+    heads on 8 key heads, or on one for keys that hold the values."""
+
+    dtype: str
+    head_dim: int
+    queries: int = 1
+    value_dim: int | None = None  # of values that are columns of the keys
+    shaped: bool = False
+    paged: bool = True
+
+    @property
+    def name(self) -> str:
+        width = str(self.head_dim) if self.value_dim is None else f"{self.head_dim}/{self.value_dim}"
+        kind = f"{'pages' if self.paged else 'contiguous'}{' everything' if self.shaped else ''}"
+        return f"cache {self.dtype} D={width} queries={self.queries} {kind}"
+
+    def run(self) -> None:
+        key_heads = 8 if self.value_dim is None else 1
+        pages, page = (2048, 16) if self.paged else (4, 8192)
+        keys = self.tensor(pages, key_heads, page, self.head_dim)
+        storage = Storage(keys, keys if self.value_dim is None else None)
+        q = self.tensor(4, self.queries, 32, self.head_dim).transpose(1, 2)
+        new = self.tensor(4, self.queries, key_heads, self.head_dim).transpose(1, 2)
+        integers = torch.empty(4, dtype=torch.int32, device="meta")
+        table = torch.empty((4, 512), dtype=torch.int32, device="meta") if self.paged else None
+        tensors = CacheTensors(integers, block_table=table)
+        score_options = AttentionSpec(causal=True, scale=self.head_dim**-0.5)
+        if self.shaped:
+            slopes = torch.empty((4, 32), device="meta")
+            tree = torch.empty((4, self.queries, self.queries), dtype=torch.bool, device="meta")
+            tensors = CacheTensors(integers, integers, table, slopes, slopes, tree)
+            score_options = AttentionSpec(True, self.head_dim**-0.5, (512, None), 30.0)
+        cache_append(storage, new, None if self.value_dim else new, tensors)
+        cache_attention(q, storage, CacheSpec(score_options, self.value_dim or self.head_dim), tensors)
+
+    def tensor(self, *shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=DTYPES[self.dtype], device="meta")
+
+
 # Not compiled for AMD's target: the tables have no rows for it, and it compiles ten times slower.
 NOT_ON_AMD = (
     "bias", "bool mask", "padding as bias", "relative bias", "dropout", "intervals", "lists", "lists that count",
     "tf32", "tf32x3",
 )  # fmt: skip
-Call = AttentionCall | MLPCall | HeadsCall | NormCall | LossCall
+Call = AttentionCall | MLPCall | HeadsCall | NormCall | LossCall | CacheCall
 
 CALLS: tuple[Call, ...] = (
     *(AttentionCall("bf16", width, causal) for width in (64, 128, 256) for causal in (True, False)),
@@ -326,9 +369,22 @@ CALLS: tuple[Call, ...] = (
     LossCall("fp32", 1024),
     LossCall("fp32", 1024, "bias weights softcap smoothing entropy"),
     LossCall("fp32", 1024, "bias weights softcap smoothing entropy probabilities"),
+    *(
+        CacheCall("bf16", width, queries, shaped=shaped)
+        for width in (64, 128, 256)
+        for queries in (1, 8, 512)
+        for shaped in (False, True)
+    ),
+    *(CacheCall("fp32", width, queries) for width in (64, 128, 256) for queries in (1, 512)),
+    *(CacheCall("bf16", 576, queries, value_dim=512) for queries in (1, 512)),
+    CacheCall("bf16", 128, paged=False),
 )
 
 
 def calls_for(target: Target) -> tuple[Call, ...]:
     """The calls to compile for this target."""
-    return tuple(c for c in CALLS if target.backend == "cuda" or getattr(c, "shaped", "") not in NOT_ON_AMD)
+    return tuple(c for c in CALLS if target.backend == "cuda" or _is_on_amd(c))
+
+
+def _is_on_amd(call: Call) -> bool:
+    return not isinstance(call, CacheCall) and getattr(call, "shaped", "") not in NOT_ON_AMD

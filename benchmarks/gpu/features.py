@@ -52,6 +52,8 @@ def rivals(sizes: Sizes, device: torch.device) -> dict[str, Callable[[], Rival]]
         }
     if sizes.family == "loss":
         return _loss_rivals(sizes, device)
+    if sizes.family == "cache":
+        return {"SDPA": lambda: _sdpa_of_padded_rows(sizes, device)} if sizes.kind == "contiguous" else {}
     eager = {"norm": _eager_norm, "heads": _eager_heads}[sizes.family]
     return {
         "eager": lambda: eager(sizes, device),
@@ -100,6 +102,17 @@ def _sdpa(sizes: Sizes, device: torch.device, backend: str) -> Rival:
             return F.scaled_dot_product_attention(
                 q, k, v, attn_mask=seen, is_causal=causal, dropout_p=options.get("dropout_p", 0.0), enable_gqa=True
             )
+
+    return call
+
+
+def _sdpa_of_padded_rows(sizes: Sizes, device: torch.device) -> Rival:
+    """All rows at the capacity, those behind their length hidden by a mask."""
+    lengths = kinds.lengths_of(sizes, device)
+    seen = torch.arange(sizes.keys or sizes.length, device=device) < lengths[:, None, None, None]
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True)
 
     return call
 
@@ -462,6 +475,11 @@ def cases(timing: dict[str, Any], absent: list[str]) -> list[dict[str, Any]]:
         [
             Sizes("loss", "classes mean", batch=1, length=length, width=width, hidden=classes)
             for length, width, classes in ((4096, 4096, 128256), (8192, 1024, 32768))
+        ],
+        [
+            Sizes("cache", kind, batch=batch, heads=32, key_heads=8, length=1, keys=keys, width=128)
+            for batch, keys in ((1, 1024), (8, 8192), (64, 8192), (1, 32768))
+            for kind in ("contiguous", "pages")
         ],
     ]
     longest = max(map(len, groups))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastattn.measuring.kinds import MASK_KINDS, SCORE_KINDS, Sizes
+from fastattn.measuring.kinds import CACHE_KINDS, MASK_KINDS, SCORE_KINDS, Sizes
 
 HALF, SINGLE = ("bfloat16", "float16"), "float32"
 # Queries, keys, width, value width.
@@ -20,7 +20,7 @@ def kernel_cases() -> list[Sizes]:
     """In the order in which they are proven."""
     return [
         *attention(), *masks_and_scores(), *mlps(), *norms(), *heads(), *losses(), *tangents(), *packed(),
-        *statistics(), *many_heads(),
+        *statistics(), *many_heads(), *caches(),
     ]  # fmt: skip
 
 
@@ -113,3 +113,14 @@ def many_heads() -> list[Sizes]:
     """More heads than a launch's second dimension has room for, as windows of images have."""
     many = {"batch": 8200, "heads": 8, "key_heads": 8, "length": 49, "width": 32}
     return [Sizes("attention", "full", **many), Sizes("scores", "bias", **many)]
+
+
+def caches() -> list[Sizes]:
+    """A query, a few, and a chunk of a prompt; at a few queries keys are split over programs."""
+    return [
+        Sizes("cache", kind, dtype, batch=3, heads=8, length=length, keys=1100, width=width)
+        for dtype in DTYPES
+        for width in (128, 64, 256)
+        for kind in CACHE_KINDS
+        for length in (1, 5, 70)
+    ]

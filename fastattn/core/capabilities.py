@@ -98,8 +98,33 @@ _ALL_SCORES = "all that attention does to scores, without dropout"
 _Q, _K, _V = 0, 1, 2
 _HEADS, _LENGTH, _WIDTH = 1, 2, 3
 
+
+def _is_stored_once(request: Request) -> bool:
+    """Whether the values of a cache are columns of its keys: the request then has fewer of them than keys have."""
+    return request.spec.value_width < request.tensors[_V].shape[3]
+
+
+def _has_other_cache_widths(request: Request) -> bool:
+    """Whether heads in a cache are wider or narrower than the Triton kernels' tiles."""
+    width, value_width = request.tensors[_Q].shape[3], request.spec.value_width
+    if _is_stored_once(request):
+        return not (8 <= value_width <= 512 and width - value_width <= 128)
+    return not (8 <= width <= 256 and 8 <= value_width <= 256)
+
+
 _CACHE_FEATURES: tuple[tuple[str, Callable[[Request], bool], frozenset[str]], ...] = (
-    ("contiguous or in pages of any size, lengths of each row", lambda r: True, frozenset()),
+    ("contiguous or in pages of any size, rows of their own lengths", lambda r: True, _FORWARD_ONLY),
+    ("new tokens written in place", lambda r: True, _FORWARD_ONLY),
+    ("causal, sliding window", lambda r: r.spec.attention.causal, _FORWARD_ONLY),
+    ("soft-capped scores", lambda r: r.spec.attention.softcap > 0, _FORWARD_ONLY),
+    ("ALiBi slopes, sinks, left padding, masks of trees", lambda r: True, _FORWARD_ONLY),
+    ("values that are columns of the keys (latent attention)", _is_stored_once, _FORWARD_ONLY),
+    ("head widths 8 to 256, latent attention up to 640 and 512", lambda r: True, _FORWARD_ONLY),
+    ("other head widths", _has_other_cache_widths, frozenset()),
+    ("float16", _is(torch.float16), _FORWARD_ONLY),
+    ("bfloat16", _is(torch.bfloat16), _FORWARD_ONLY),
+    ("float32", _is(torch.float32), _FORWARD_ONLY),
+    ("float64", _is(torch.float64), frozenset()),
 )
 
 FEATURES: tuple[Feature, ...] = (

@@ -24,7 +24,8 @@ SCORE_KINDS = (
     "softcap", "alibi", "sinks", "bias", "padding bias", "relative bias", "head scale", "dropout", "everything",
 )  # fmt: skip
 LSE = " lse gradient"  # behind a kind of attention: the log-sum-exp is added to out, and so has a gradient
-WITHOUT_GRADIENT = ("tangent", "statistics")
+WITHOUT_GRADIENT = ("tangent", "statistics", "cache")
+CACHE_KINDS = ("contiguous", "pages", "shaped pages")
 # Arguments that have a gradient, beside q, k and v.
 LEARNED = ("bias", "relative_bias", "sinks")
 
@@ -33,7 +34,7 @@ LEARNED = ("bias", "relative_bias", "sinks")
 class Sizes:
     """A call: attention of `heads` on `key_heads`; an MLP, norm or heads of batch * length rows `width` wide."""
 
-    family: str  # attention, masks, scores, varlen, tangent, statistics, mlp, norm, heads or loss
+    family: str  # attention, masks, scores, varlen, tangent, statistics, cache, mlp, norm, heads or loss
     kind: str
     dtype: str = "bfloat16"
     batch: int = 2
@@ -222,6 +223,32 @@ def starts_of(sizes: Sizes) -> Tensor:
     return torch.tensor([sizes.length * n // 16 for n in fractions], dtype=torch.int32)
 
 
+def cache_call(sizes: Sizes, device: torch.device) -> Call:
+    """`length` queries for each of rows of half to all of `keys` keys; `kind` is among CACHE_KINDS. Pages have 16
+    tokens, and lie in any order."""
+    q, k, v = heads_of(sizes, device)
+    k, v = k.contiguous(), v.contiguous()
+    arguments: dict[str, Any] = {"cache_lengths": lengths_of(sizes, device)}
+    if "pages" in sizes.kind:
+        pages = k.shape[2] // 16
+        table = torch.randperm(sizes.batch * pages).view(sizes.batch, pages).to(device)
+        arguments["block_table"] = table.int()
+        # The first tokens of each row, as pages: (pages, heads, 16, width).
+        order = table.flatten().argsort()
+        k, v = (
+            t[:, :, : 16 * pages].unflatten(2, (pages, 16)).transpose(1, 2).flatten(0, 1)[order] for t in (k, v)
+        )
+        arguments["cache_lengths"] = arguments["cache_lengths"].clamp(max=16 * pages)
+    if "shaped" in sizes.kind:
+        arguments |= {"softcap": 30.0, "alibi_slopes": slopes_of(sizes, device), "window": (k.shape[2] * 4, None)}
+        arguments |= {"sinks": torch.randn(sizes.heads, device=device)}
+
+    def function(backend: str, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return fastattn.attention_with_cache(q, k, v, **arguments, return_lse=True, backend=backend)
+
+    return Call(function, (q, k, v), ("q", "k_cache", "v_cache"))
+
+
 # ---- the others ----
 
 
@@ -338,6 +365,7 @@ BUILDERS: dict[str, Callable[[Sizes, torch.device], Call]] = {
     "varlen": varlen_call,
     "tangent": tangent_call,
     "statistics": statistics_call,
+    "cache": cache_call,
     "mlp": mlp_call,
     "norm": norm_call,
     "heads": heads_call,

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from comparing import check_or_refusal
 from hardware import DEVICE
 from hypothesis import given
 from hypothesis import strategies as st
@@ -23,8 +24,10 @@ import fastattn
 from fastattn import attention_with_cache
 from fastattn.core.attention import definition
 from fastattn.core.attention.spec import AttentionSpec, ScoreTensors
+from fastattn.core.cache.spec import CacheSpec, CacheTensors, Storage
+from fastattn.kernels import cache as kernels
 
-BACKENDS = ("portable", "reference")
+BACKENDS = ("triton", "portable", "reference")
 
 
 @dataclass(frozen=True)
@@ -242,7 +245,72 @@ PROBLEMS = {
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_it_is_attention_of_each_row_alone(name: str, backend: str) -> None:
-    check(PROBLEMS[name], backend)
+    problem = PROBLEMS[name]
+    check_or_refusal(check, problem, backend, "float64" if problem.dtype == torch.float64 else None)
+
+
+@pytest.fixture
+def short_splits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys are split over programs every 16 keys."""
+    monkeypatch.setattr(kernels, "SPLIT", 16)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["one query", "one query, pages", "a chunk", "window, one query", "a sink alone", "everything",
+     "starts behind everything", "absorbed", "tree", "half precision"],
+)  # fmt: skip
+def test_keys_that_are_split_over_programs_are_merged_exactly(name: str, short_splits: None) -> None:
+    check(PROBLEMS[name], "triton")
+
+
+@pytest.mark.parametrize("queries", [1, 3])
+def test_the_bits_of_a_row_depend_on_that_row_alone_in_the_kernels(queries: int, short_splits: None) -> None:
+    """Not on the other rows, on the capacity, or on whether keys are in pages."""
+    lengths = torch.tensor([40, 3, 33], dtype=torch.int32, device=DEVICE)
+    q = torch.randn(3, 4, queries, 16, device=DEVICE)
+    cache = torch.randn(2, 3, 2, 48, 16, device=DEVICE)
+    together = attention_with_cache(q, *cache, cache_lengths=lengths, return_lse=True, backend="triton")
+    table = torch.randperm(9, device=DEVICE).view(3, 3)
+    pages = torch.full((2, 9, 2, 16, 16), float("nan"), device=DEVICE)
+    pages[:, table] = cache.unflatten(3, (3, 16)).transpose(2, 3)
+    paged = attention_with_cache(
+        q, *pages, cache_lengths=lengths, block_table=table, return_lse=True, backend="triton"
+    )
+    for b in range(3):
+        alone = attention_with_cache(
+            q[b : b + 1], *cache[:, b : b + 1, :, : int(lengths[b])], cache_lengths=lengths[b : b + 1],
+            return_lse=True, backend="triton",
+        )  # fmt: skip
+        for one, every, of_pages in zip(alone, together, paged, strict=True):
+            assert torch.equal(one[0], every[b]) and torch.equal(one[0], of_pages[b]), b
+
+
+@pytest.mark.parametrize("split", [16, 512])
+def test_what_a_gpu_cannot_refuse_is_not_a_number_and_writes_nothing(
+    split: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lengths and page numbers are on the device, where nobody waits for them."""
+    monkeypatch.setattr(kernels, "SPLIT", split)
+    table = torch.tensor(
+        [[0, 1, 2], [3, 9, 4], [5, -1, 6], [7, 8, 7], [2, 8, 7]], dtype=torch.int32, device=DEVICE
+    )
+    lengths = torch.tensor([20, 20, 20, 49, -1], dtype=torch.int32, device=DEVICE)
+    storage = Storage(*torch.randn(2, 9, 2, 16, 16, device=DEVICE))
+    before = [t.clone() for t in storage]
+    q, k = torch.randn(5, 4, 1, 16, device=DEVICE), torch.randn(5, 2, 5, 16, device=DEVICE)
+    tensors = CacheTensors(lengths, block_table=table)
+    kernels.cache_append(storage, k, k, tensors)
+    for cache, old in zip(storage, before, strict=True):
+        changed = (cache != old).any(-1).any(1)
+        # Row 0 writes its tokens 15 to 19, and rows 1 and 2 their token 15, which lies in a page that exists.
+        expected = torch.zeros(9, 16, dtype=torch.bool, device=DEVICE)
+        expected[0, 15] = expected[1, :4] = expected[3, 15] = expected[5, 15] = True
+        assert torch.equal(changed, expected)
+    out, lse = kernels.cache_attention(q, storage, CacheSpec(AttentionSpec(True, 0.3), 16), tensors)
+    assert [bool(t.isnan().all()) for t in out] == [False, True, True, True, True]
+    assert [bool(t.isnan().all()) for t in lse] == [False, True, True, True, True]
+    assert not out[0].isnan().any() and not lse[0].isnan().any()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -492,6 +492,50 @@ class _Module:
         (out[0] if isinstance(out, tuple) else out).float().sum().backward()
 
 
+def cache(
+    *, dtype: str = "bf16", width: int = 128, value_width: int | None = None, queries: int = 1,
+    page: int | None = 16, capacity: int = 1024, shaped: bool = False, latent: int | None = None, batch: int = 2,
+) -> None:  # fmt: skip
+    """attention_with_cache with new tokens; `latent`: values are so many columns of the keys."""
+    kind, heads = DTYPES[dtype], 1 if latent else 2
+    pages, length = (batch, capacity) if page is None else (batch * (capacity // page), page)
+    keys = tensor(pages, heads, length, width, dtype=kind)
+    values = None if latent else tensor(pages, heads, length, value_width or width, dtype=kind)
+    q = tensor(batch, queries, 8, width, dtype=kind).transpose(1, 2)
+    new = [None if t is None else tensor(batch, queries, heads, t.shape[3], dtype=kind).transpose(1, 2)
+           for t in (keys, values)]  # fmt: skip
+    given: dict[str, Any] = {"k": new[0], "v": new[1], "value_width": latent}
+    if page is not None:
+        given["block_table"] = torch.zeros(batch, capacity // page, dtype=torch.int32, device="cuda")
+    if shaped:
+        given |= {"window": (100, None), "softcap": 5.0, "alibi_slopes": tensor(8), "sinks": tensor(8)}
+        given |= {"cache_starts": torch.zeros(batch, dtype=torch.int32, device="cuda")}
+        given |= {"tree_mask": tensor(queries, queries) == 0}
+        # The kernel of rotations takes heads up to 256.
+        given |= {} if latent else {"cos": tensor(2048, 16), "sin": tensor(2048, 16)}
+    lengths = torch.zeros(batch, dtype=torch.int64, device="cuda")
+    fastattn.attention_with_cache(q, keys, values, cache_lengths=lengths, return_lse=True, **given)
+
+
+def cache_calls() -> Iterator[Call]:
+    def of(title: str, **keywords: Any) -> Call:
+        return Call(f"attention_with_cache, {title}", lambda: cache(**keywords), keywords.get("batch") != 0)
+
+    for dtype, width, queries in itertools.product(DTYPES, (64, 128, 256), (1, 100)):
+        yield of(f"{dtype} D={width}, {queries} queries", dtype=dtype, width=width, queries=queries)
+        yield of(
+            f"{dtype} D={width}, {queries} queries, all", dtype=dtype, width=width, queries=queries, shaped=True
+        )
+    for queries in (1, 8):
+        yield of(f"latent, {queries} queries", width=576, latent=512, queries=queries)
+        yield of(f"latent, {queries} queries, all", width=576, latent=512, queries=queries, shaped=True)
+    yield of("contiguous", page=None)
+    yield of("contiguous, all", page=None, shaped=True, queries=3)
+    yield of("short", page=None, capacity=200)
+    yield of("pages of 10, odd widths", page=10, capacity=1000, width=80, value_width=40)
+    yield of("nothing in the batch", batch=0)
+
+
 def other_calls() -> Iterator[Call]:
     half = torch.bfloat16
     q = lambda *shape: tensor(*shape, dtype=half)  # noqa: E731
@@ -566,5 +610,6 @@ def all_calls() -> list[Call]:
         *loss_calls(),
         *heads_calls(),
         *norm_calls(),
+        *cache_calls(),
         *other_calls(),
     ]

@@ -139,9 +139,9 @@ def attention_with_cache(
             window. For trees of speculated tokens, M is the number of new tokens.
         scale, softcap, precision: as `attention`'s; a scale is one number. alibi_slopes, sinks: (Hq,) or (B, Hq).
         value_width: see v_cache; by default D.
-        check: also check on a GPU, which then waits, that lengths and page numbers are within bounds; and on any
-            device that no two rows write to one place. On a CPU lengths and page numbers are always checked. Where
-            they are not, a wrong one gives NaN in its row, and nothing is written for it.
+        check: have the kernels on a GPU, which then wait, check that lengths and page numbers are within bounds;
+            everywhere, that no two rows write to one place. Without it a wrong number gives NaN in its row there,
+            and nothing is written for it. On a CPU, and by other backends, numbers are always checked.
         backend: as `attention`'s.
 
     Returns:

@@ -1,7 +1,7 @@
 """A cache as PyTorch operators: one writes to it, one attends to it. With fake kernels, without gradient.
 
 `fastattn::cache_append` says that it mutates the caches, so that compilers keep it where it is and copy nothing.
-Both check, before anything is written, what only values tell: on a CPU always, elsewhere if `check`.
+Both check, before anything is written, what only values tell. The kernels on a GPU do so only if `check`.
 """
 
 from __future__ import annotations
@@ -45,11 +45,16 @@ def chosen(q: Tensor, storage: Storage, spec: CacheSpec, backend: str | None) ->
     return capabilities.choose(Request("cache", spec, (q, storage.keys, values)), FORWARD, backend)
 
 
+def _reads_values(t: Tensor, backend: str) -> bool:
+    """Whether the call waits for values anyway. The kernels on a GPU do not: there a wrong number gives NaN."""
+    return t.device.type == "cpu" or backend != "triton"
+
+
 def append(
     storage: Storage, k: Tensor, v: Tensor | None, tensors: CacheTensors, check: bool, backend: str
 ) -> None:
     """Write new keys and values to the ends of their rows; `tensors.lengths` count them."""
-    if check or k.device.type == "cpu":
+    if check or _reads_values(k, backend):
         check_values(storage.keys, tensors, k.shape[2])
     if check:
         check_slots(storage.keys, tensors, k.shape[2])
@@ -61,7 +66,7 @@ def attend(
     q: Tensor, storage: Storage, spec: CacheSpec, tensors: CacheTensors, check: bool, backend: str
 ) -> tuple[Tensor, Tensor]:
     """out and the log-sum-exp."""
-    if check or q.device.type == "cpu":
+    if check or _reads_values(q, backend):
         check_values(storage.keys, tensors)
     return backends.load("cache", backend).forward(q, storage, spec, tensors)
 

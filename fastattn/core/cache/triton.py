@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fastattn.core.cache.definition import append
 from fastattn.core.cache.spec import CacheSpec, CacheTensors, Storage
+from fastattn.kernels import cache as _cache
 
-__all__ = ["append", "forward"]
+
+def append(storage: Storage, k: Tensor, v: Tensor | None, tensors: CacheTensors) -> None:
+    _cache.cache_append(storage, k, v, tensors)
 
 
 def forward(q: Tensor, storage: Storage, spec: CacheSpec, tensors: CacheTensors) -> tuple[Tensor, Tensor]:
-    raise NotImplementedError
+    return _cache.cache_attention(q, storage, spec, tensors)
