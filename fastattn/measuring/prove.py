@@ -107,12 +107,17 @@ class Prover:
         """The rows of a case, timed if it is right; none if the time was over."""
         if checked.out_of_time:
             return []
+        if "OutOfMemoryError" in checked.note:  # it says nothing about the kernel
+            self.done.append(one)
+            return []
         rows = verdict_rows(one, checked)
         if any(row["verdict"] is None for row in rows.values()):
             timed = self._worker(one["family"]).ask({**one, "kind": "time"}, **self.limits)
             if timed.out_of_time:
                 return []
-            found = [judged(one, rows, key, timed) for key in prove_cases.keys(one)]
+            skipped = {(row["direction"], row["size"]) for row in timed.rows if row.get("skipped")}
+            keys = [key for key in prove_cases.keys(one) if (key.direction, key.size) not in skipped]
+            found = [judged(one, rows, key, timed) for key in keys]
         else:
             found = [judged(one, rows, key, None) for key in prove_cases.keys(one)]
         self.done.append(one)

@@ -1,7 +1,8 @@
 """What a process does for a case of `fastattn prove`: check it, then time it. See prove_cases for what a case is.
 
 `check` returns a row for each direction: {direction, verdict, error, allowed, reason}, with verdict None where the
-kernel is right. `time` returns a row for each direction and size: {direction, size, ratio, reason}.
+kernel is right. `time` returns a row for each direction and size: {direction, size, ratio, reason}; one that is
+`skipped` needs more memory than there is.
 """
 
 from __future__ import annotations
@@ -123,15 +124,17 @@ def leave(device: torch.device) -> None:
 def _compared(case: Case, size: str, sizes: Sizes, direction: str, device: torch.device) -> dict[str, Any]:
     plans.forget()
     call = kinds.build(sizes, device)
-    with asked() as questions:
-        ours = thunk(call, OURS, direction)
-        ours()
+    try:
+        with asked() as questions:
+            ours = thunk(call, OURS, direction)
+            ours()
+    except torch.OutOfMemoryError as error:
+        return {"ratio": None, "reason": one_line(error), "skipped": True}
     _must_be_about(case, size, direction, questions)
     try:
         otherwise = thunk(call, OTHERWISE, direction)
         otherwise()
     except torch.OutOfMemoryError as error:
-        torch.cuda.empty_cache()
         return {"ratio": None, "reason": f"what would serve otherwise fails: {one_line(error)}"}
     seconds = compare({OURS: ours, OTHERWISE: otherwise}, device)
     return {"ratio": seconds[OTHERWISE] / seconds[OURS], "reason": ""}

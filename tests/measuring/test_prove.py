@@ -31,7 +31,7 @@ from fastattn.core.norm import triton as norm_kernels
 from fastattn.core.norm.spec import NormSpec
 from fastattn.core.proofs import Key, Question, Record, Row
 from fastattn.core.statistics.spec import StatisticsSpec
-from fastattn.measuring import doctor, kinds, prove, prove_cases, prove_worker
+from fastattn.measuring import checking, doctor, kinds, prove, prove_cases, prove_worker
 from fastattn.measuring.kinds import Sizes
 from fastattn.measuring.measure import one_line
 from fastattn.measuring.paths import ROOT
@@ -222,6 +222,21 @@ def test_what_serves_otherwise_may_fail(here, monkeypatch):
     assert verdicts(record) == {proofs.PROVEN} and {row.ratio for row in record.rows.values()} == {None}
 
 
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_what_needs_more_memory_than_there_is_gets_no_verdict(backend, here, monkeypatch):
+    results, thunk = checking.results_and_gradients, prove_worker.thunk
+
+    def full(call, asked, *rest):
+        if asked == backend:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return (thunk if rest == (FORWARD,) or rest == (BACKWARD,) else results)(call, asked, *rest)
+
+    monkeypatch.setattr(
+        *((prove_worker, "thunk") if backend == "triton" else (checking, "results_and_gradients")), full
+    )
+    assert not fastattn.prove("cpu", families=["norm"]).rows
+
+
 # ---- which calls ----
 
 
@@ -366,17 +381,21 @@ def test_a_record_is_read_back_as_it_was_written(right):
 
 
 WRITING = """
-import sys, torch
+import pathlib, sys, time, torch
 from fastattn.core import proofs
 from fastattn.core.proofs import Key, Record, Row
-for n in range(30):
+here = pathlib.Path(sys.argv[2])
+(here / sys.argv[1]).touch()
+while not ((here / "a").exists() and (here / "b").exists()):
+    time.sleep(0.001)
+for n in range(40):
     key = Key("norm", "forward", f"{sys.argv[1]} {n}", "float32", 64, "small")
     proofs.keep(Record(proofs.machine(torch.device("cpu")), rows={key: Row(key, "proven", 1.5)}))
 """
 
 
-def test_two_processes_prove_at_once_and_nothing_is_lost():
-    writers = [subprocess.Popen([sys.executable, "-c", WRITING, name]) for name in ("a", "b")]
+def test_two_processes_prove_at_once_and_nothing_is_lost(tmp_path):
+    writers = [subprocess.Popen([sys.executable, "-c", WRITING, name, str(tmp_path)]) for name in ("a", "b")]
     while any(writer.poll() is None for writer in writers):
         for path in proofs.folder().glob("*.json"):
             proofs.read(path)  # never half of one
@@ -384,7 +403,7 @@ def test_two_processes_prove_at_once_and_nothing_is_lost():
     assert [writer.returncode for writer in writers] == [0, 0]
     proofs.forget()
     found = {key.kind for key in proofs.record_of(CPU).rows}
-    assert found == {f"{name} {n}" for name in "ab" for n in range(30)}
+    assert found == {f"{name} {n}" for name in "ab" for n in range(40)}
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
