@@ -22,6 +22,7 @@ from fastattn.distributed.computing import Gradients, Learned, Options, Share
 from fastattn.distributed.dealing import Layout
 from fastattn.distributed.exchange import Ranks, agree, flat_rank, ranks_of
 from fastattn.distributed.heads import Heads
+from fastattn.distributed.prediction import TYPICAL, Sizes, pairs, predict
 from fastattn.distributed.sharding import mesh_of
 from fastattn.distributed.transports import Gather, Ring, Transport, places
 from fastattn.distributed.visibility import Visibility, whole_mask
@@ -74,7 +75,8 @@ def attention(
             "heads": each rank computes all tokens of some heads. Hq must be a multiple of the ranks, and Hkv a
             multiple or a divisor of them.
             "ring x heads": heads over the second dimension of the mesh, rings over the first.
-            "auto": chosen by the number of ranks, tokens and heads.
+            "auto": what is predicted to be the fastest on GPUs of the H100's kind, eight in a node; see
+                fastattn.distributed.prediction.
         causal, window, mask, key_lengths: as `fastattn.attention` takes them, for the whole sequence (N queries, N
             keys), the same on all ranks.
         bias: (..., n or 1, N or 1), the rows of this rank's queries, the columns of all keys. Only a bias with one
@@ -196,7 +198,7 @@ def _agreed_program(call: Call, method: str, visibility: Visibility) -> Program:
     chosen = method
     problem: Exception | None = None
     try:
-        chosen = _chosen(method, call)
+        chosen = _chosen(method, call, visibility)
     except ValueError as refused:
         problem = refused
     agree(dimensions, _description(call, method, visibility) if problem is None else problem)
@@ -251,7 +253,7 @@ def _digest(*values: Any) -> str:
     return found.hexdigest()
 
 
-def _chosen(method: str, call: Call) -> str:
+def _chosen(method: str, call: Call, visibility: Visibility) -> str:
     """The method, "auto" replaced. Raise ValueError if it cannot compute the call."""
     size, two = call.mesh.size(), call.mesh.ndim == 2
     if method == "auto":
@@ -260,7 +262,7 @@ def _chosen(method: str, call: Call) -> str:
         elif call.spec.dropout:
             method = "gather"
         else:
-            method = _by_size(call, size)
+            method = _fastest(call, visibility)
     if two != (method == "ring x heads"):
         raise ValueError(
             f'method must be "ring x heads" for a mesh of two dimensions, and only for one; got {method!r} for '
@@ -278,19 +280,15 @@ def _chosen(method: str, call: Call) -> str:
     return method
 
 
-# Tokens of a rank from which on the keys of the next round are hidden behind the computation, and below which even
-# the rounds themselves cost more than they hide. Counted for 600 TFLOP/s and links of 400 Gb/s, eight query heads
-# for one key head: a step hides its transfer from about 6,000 tokens on.
-HIDDEN, SHORT = 6000, 700
-
-
-def _by_size(call: Call, ranks: int) -> str:
-    tokens = call.layout.length / ranks
-    if tokens >= HIDDEN or call.spec.left is not None:
-        return "ring"
-    if not _obstacle_to_heads(call, ranks):
-        return "heads"
-    return "gather" if tokens < SHORT else "ring"
+def _fastest(call: Call, visibility: Visibility) -> str:
+    """What is predicted to take the least time on a usual machine."""
+    ranks = call.mesh.size()
+    sizes = Sizes(
+        call.q.shape[0], call.q.shape[1], call.k.shape[1], call.q.shape[3], call.v.shape[3], call.q.element_size()
+    )
+    seen, tokens = pairs(visibility, call.layout.owners, ranks), call.layout.length / ranks
+    methods = ["ring", "gather"] if _obstacle_to_heads(call, ranks) else ["ring", "gather", "heads"]
+    return min(methods, key=lambda method: predict(method, seen, sizes, TYPICAL, tokens).seconds)
 
 
 def _obstacle_to_heads(call: Call, ranks: int) -> str:

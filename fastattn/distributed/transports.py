@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -175,25 +175,31 @@ def rounds(needs: Tensor, me: int) -> tuple[tuple[int | None, int | None], ...]:
     its sender does not yet send and its receiver does not yet receive; nearest neighbours come first. If all need
     all, these are the ranks - 1 rounds of a ring.
     """
-    size, pairs = len(needs), needs.tolist()
-    sending, receiving = [0] * size, [0] * size  # the rounds that are taken, as bits
     sources: dict[int, int] = {}
     targets: dict[int, int] = {}
+    count = 0
+    for number, receiver, sender in scheduled(needs):
+        count = max(count, number + 1)
+        if receiver == me:
+            sources[number] = sender
+        if sender == me:
+            targets[number] = receiver
+    return tuple((sources.get(i), targets.get(i)) for i in range(count))
+
+
+def scheduled(needs: Tensor) -> Iterator[tuple[int, int, int]]:
+    """The round, the receiver and the sender of each message; see `rounds`."""
+    size, pairs = len(needs), needs.tolist()
+    sending, receiving = [0] * size, [0] * size  # the rounds that are taken, as bits
     for distance in range(1, size):
         for receiver in range(size):
             sender = (receiver - distance) % size
-            if not pairs[receiver][sender]:
-                continue
-            taken = sending[sender] | receiving[receiver]
-            free = ~taken & (taken + 1)
-            sending[sender] |= free
-            receiving[receiver] |= free
-            if receiver == me:
-                sources[free.bit_length() - 1] = sender
-            if sender == me:
-                targets[free.bit_length() - 1] = receiver
-    count = max((bits.bit_length() for bits in sending), default=0)
-    return tuple((sources.get(i), targets.get(i)) for i in range(count))
+            if pairs[receiver][sender]:
+                taken = sending[sender] | receiving[receiver]
+                free = ~taken & (taken + 1)
+                sending[sender] |= free
+                receiving[receiver] |= free
+                yield free.bit_length() - 1, receiver, sender
 
 
 @dataclass(frozen=True)
