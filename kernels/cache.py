@@ -494,7 +494,9 @@ def cache_attention(q: torch.Tensor, storage: Any, spec: Any, tensors: Any) -> t
             spec.attention.scale, spec.attention.softcap or None, tensors.alibi_slopes, None, None, tensors.sinks
         )
         programs = triton.cdiv(count, tiling.block_m) * key_heads * batch
-        cache_attention_kernel[(programs * splits,)](
+        launch.start(
+            cache_attention_kernel,
+            (programs * splits,),
             tensor4(q),
             tensor4(out),
             tensor3(lse),
@@ -507,7 +509,9 @@ def cache_attention(q: torch.Tensor, storage: Any, spec: Any, tensors: Any) -> t
             **tiling.compiler_options(),
         )
         if splits > 1:
-            cache_merge_kernel[(triton.cdiv(count, CACHE_APPEND.block_m) * key_heads * batch,)](
+            launch.start(
+                cache_merge_kernel,
+                (triton.cdiv(count, CACHE_APPEND.block_m) * key_heads * batch,),
                 tensor4(out),
                 tensor3(lse),
                 tensor4(partials),
@@ -530,7 +534,7 @@ def cache_append(storage: Any, k: torch.Tensor, v: torch.Tensor | None, tensors:
             1, 1, k.shape[1], k.shape[0], capacity_of(storage, tensors), tensors.lengths.contiguous(), None, None,
             None, None, None, Shape(1, 1, tl.constexpr(0), tl.constexpr(0), 1),
         )  # fmt: skip
-        cache_append_kernel[(triton.cdiv(k.shape[2], tiling.block_m) * k.shape[1] * k.shape[0],)](
+        launch.start(cache_append_kernel, (triton.cdiv(k.shape[2], tiling.block_m) * k.shape[1] * k.shape[0],),
             tensor4(k),
             None if v is None else tensor4(v),
             cache_of(storage, tensors.block_table),
