@@ -322,7 +322,7 @@ def loss_rows(
     entropy = None
     if loss.entropy:
         moment = rescale * (moment + torch.where(sum_exp == 0, 0.0, sum_exp * lowered))
-        entropy = log_total - moment.sum(0) / total
+        entropy = torch.where(total == 0, 0.0, log_total - moment.sum(0) / total)
     return log_total, own.sum(0) - top, spread_logits, top, entropy
 
 

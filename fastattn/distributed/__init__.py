@@ -21,10 +21,11 @@ from fastattn.distributed.context import context_parallel
 from fastattn.distributed.dealing import Layout, layout
 from fastattn.distributed.exchange import Traffic, counted
 from fastattn.distributed.functional import attention
+from fastattn.distributed.loss import linear_cross_entropy
 from fastattn.distributed.plan import HeadsParallel, HiddenParallel, tensor_parallel_plan
 from fastattn.distributed.sharding import shard, unshard
 
 __all__ = [
     "HeadsParallel", "HiddenParallel", "Layout", "Traffic", "attention", "context_parallel", "counted", "layout",
-    "shard", "tensor_parallel_plan", "unshard",
+    "linear_cross_entropy", "shard", "tensor_parallel_plan", "unshard",
 ]  # fmt: skip

@@ -20,7 +20,7 @@ import torch.multiprocessing as mp
 from torch.distributed.device_mesh import DeviceMesh
 
 TIMEOUT = timedelta(seconds=60)
-MODULES = ("cases_attention", "cases_ranks", "cases_models", "cases_tensors")
+MODULES = ("cases_attention", "cases_ranks", "cases_models", "cases_tensors", "cases_loss")
 Case = Callable[[DeviceMesh], None]
 
 

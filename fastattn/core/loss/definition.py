@@ -45,14 +45,15 @@ def rows_of_logits(z: Tensor, target: Tensor, class_weight: Tensor | None, spec:
         z = spec.softcap * torch.tanh(z / spec.softcap)
     z = z / spec.temperature
     largest = z.detach().amax(1, keepdim=True)
-    # Of -inf minus -inf, NaN, the pivot 0 makes -inf.
-    z = z - torch.where(largest == float("-inf"), 0.0, largest)
-    log_total = torch.logsumexp(z, 1, keepdim=True)
+    # Of -inf minus -inf, NaN, the pivot 0 makes -inf. A token may have no other logits among some of the classes.
+    nothing = largest == float("-inf")
+    z = z - largest.masked_fill(nothing, 0.0)
+    log_total = torch.logsumexp(z.masked_fill(nothing, 0.0), 1, keepdim=True).masked_fill(nothing, float("-inf"))
     q = target_distribution(z, target, class_weight, spec)
     found = [log_total[:, 0], torch.where(q == 0, 0.0, q * z).sum(1), largest[:, 0]]
     if spec.entropy:
         gone = z == float("-inf")
-        log_p = (z - log_total).masked_fill(gone, 0.0)
+        log_p = (z - log_total.masked_fill(nothing, 0.0)).masked_fill(gone, 0.0)
         found.append(-(log_p.exp().masked_fill(gone, 0.0) * log_p).sum(1))
     return torch.where(counted(target, spec), torch.stack(found), 0.0)
 

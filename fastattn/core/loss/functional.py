@@ -102,7 +102,7 @@ def linear_cross_entropy(
     z_loss = check_coefficient("z_loss", z_loss)
     x, w, b = autocast(input, linear_weight, linear_bias)
     if arguments.flag("shift", shift):
-        x, target = _shifted(x, target)
+        x, target = shifted(x, target)
     tensors = LossTensors(x, w, b, target, weight)
     check_tensors(tensors)
     spec = loss_spec(
@@ -115,9 +115,9 @@ def linear_cross_entropy(
         filter=filter,
         entropy=return_entropy,
     )
-    flat = LossTensors(_tokens(x), w, b, _flat_target(target, spec), weight)
+    flat = LossTensors(tokens_of(x), w, b, flat_target(target, spec), weight)
     with without_autocast(x.device):
-        terms = _Terms.of(lse_dtype(x.dtype), flat.target, weight, spec, z_loss)
+        terms = Terms.of(lse_dtype(x.dtype), flat.target, weight, spec, z_loss, w.shape[0])
         if reduction != "none" and not (return_lse or return_entropy) and _gradients_at_once(flat):
             coefficients = terms.coefficients(reduction)
             wanted = [t is not None and t.requires_grad for t in (flat.x, w, b)]
@@ -146,7 +146,7 @@ def loss_of_logits(
     arguments.choice("reduction", reduction, REDUCTIONS)
     z_loss = check_coefficient("z_loss", z_loss)
     if arguments.flag("shift", shift):
-        logits, target = _shifted(logits, target)
+        logits, target = shifted(logits, target)
     classes = logits.shape[-1]
     check_beside_logits("logits", logits, classes, target, weight)
     spec = loss_spec(
@@ -159,14 +159,14 @@ def loss_of_logits(
         filter=None,
         entropy=False,
     )
-    flat = _flat_target(target, spec)
+    flat = flat_target(target, spec)
     with without_autocast(logits.device):
-        terms = _Terms.of(lse_dtype(logits.dtype), flat, weight, spec, z_loss)
-        rows = definition.rows_of_logits(_tokens(logits), flat, weight, spec)
+        terms = Terms.of(lse_dtype(logits.dtype), flat, weight, spec, z_loss, classes)
+        rows = definition.rows_of_logits(tokens_of(logits), flat, weight, spec)
         return terms.loss(rows, reduction, logits.shape[:-1])
 
 
-class _Terms(NamedTuple):
+class Terms(NamedTuple):
     """What a token's loss is made of, beside its row: (T,) each.
 
     linear: the factor of its log-sum-exp, the sum of its target distribution.
@@ -182,10 +182,17 @@ class _Terms(NamedTuple):
 
     @classmethod
     def of(
-        cls, dtype: torch.dtype, target: Tensor, class_weight: Tensor | None, spec: LossSpec, z_loss: float
-    ) -> _Terms:
+        cls,
+        dtype: torch.dtype,
+        target: Tensor,
+        class_weight: Tensor | None,
+        spec: LossSpec,
+        z_loss: float,
+        held: int,
+    ) -> Terms:
+        """Of the `held` classes from spec.first on."""
         weight = None if class_weight is None else class_weight.to(dtype)
-        total = float(spec.classes) if weight is None else weight.sum()
+        total = float(held) if weight is None else weight.sum()
         if target.is_floating_point():
             # In the target's dtype, so that no copy of it is made.
             own = target.sum(1, dtype=dtype) if weight is None else (target @ weight.to(target.dtype)).to(dtype)
@@ -194,10 +201,13 @@ class _Terms(NamedTuple):
         else:
             count = target != spec.ignore_index
             counted = count.to(dtype)
-            known = (target >= 0) & (target < spec.classes)
-            own = counted if weight is None else weight[torch.where(known, target, 0)] * counted
+            column = target - spec.first
+            here = (column >= 0) & (column < held)
+            own = counted * here
+            own = own if weight is None else own * weight[torch.where(here, column, 0)]
             divisor = own
             # A class that does not exist makes the loss NaN.
+            known = (target >= 0) & (target < spec.classes)
             own = torch.where(known, own, torch.where(count, float("nan"), 0.0))
         linear = own * (1 - spec.smoothing) + counted * (total * (spec.smoothing / spec.classes))
         return cls(linear, counted, counted * z_loss, divisor)
@@ -221,15 +231,15 @@ class _Terms(NamedTuple):
         return torch.where(self.divisor.sum() == 0, float("nan"), loss) if reduction == "mean" else loss
 
 
-def _tokens(x: Tensor) -> Tensor:
+def tokens_of(x: Tensor) -> Tensor:
     """The leading dimensions as one."""
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
-def _flat_target(target: Tensor, spec: LossSpec) -> Tensor:
+def flat_target(target: Tensor, spec: LossSpec) -> Tensor:
     """The target of T tokens, (T,) in int64 or (T, classes). Class indices are checked, where they can be read."""
     if target.is_floating_point():
-        return _tokens(target)
+        return tokens_of(target)
     if target.device.type == "cpu" and _has_values(target):
         check_classes(target, spec.ignore_index, spec.classes)
     return target.reshape(-1).to(torch.int64)
@@ -245,7 +255,7 @@ def _has_values(t: Tensor) -> bool:
     )
 
 
-def _shifted(x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+def shifted(x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """All tokens but the last, and all targets but the first."""
     arguments.tensor("input", x)
     arguments.tensor("target", target)

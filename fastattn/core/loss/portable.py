@@ -301,7 +301,7 @@ def _first_pass(tensors: LossTensors, spec: LossSpec, width: int, kept: _Kept | 
             kept.pivots.append(pivot)
     rows = [total.log(), this.picked(own[:, None] - largest) + spread, largest]
     if spec.entropy:
-        rows.append(total.log() - moment / total)
+        rows.append(torch.where(total == 0, 0.0, total.log() - moment / total))
     return torch.cat(rows, 1).t().contiguous()
 
 
@@ -320,7 +320,8 @@ def _second_pass(
     dx = torch.zeros_like(this.x, memory_format=torch.contiguous_format) if wanted[0] else None
     db = torch.zeros_like(tensors.w[:, 0]) if wanted[2] else None
     drows, rows, share = drows[..., None], rows[..., None], this.share()
-    pivot, log_total = rows[2].clamp(min=torch.finfo(rows.dtype).min), rows[0]
+    # Of a token whose logits here are all -inf, both are -inf; the probabilities are to be 0, not NaN.
+    log_total, pivot = (t.clamp(min=torch.finfo(t.dtype).min) for t in (rows[0], rows[2]))
     for i, tile in enumerate(this.tiles()):
         z = _part(memory, len(this.x), len(tile.w))
         rest = z[kept.tokens :]

@@ -30,7 +30,7 @@ def backward(
     # Probabilities of a token that does not count are 0, too: infinite ones would make NaN of the gradient 0.
     numbers = torch.finfo(torch.float32)
     pivot = torch.where(count, rows[2].clamp(min=numbers.min), numbers.max)
-    values = [pivot, rows[0], drows[0], drows[1], _share(tensors, column, spec)]
+    values = [pivot, rows[0].clamp(min=numbers.min), drows[0], drows[1], _share(tensors, column, spec)]
     values += [rows[3], drows[3]] if spec.entropy else []
     x, w, b, *_ = tensors
     which = wanted[0], wanted[1], wanted[2]
