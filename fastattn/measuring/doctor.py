@@ -25,13 +25,14 @@ from fastattn.core.capabilities import EVERY_DIRECTION, FEATURES, Feature
 from fastattn.core.heads.functional import prepare_heads
 from fastattn.core.mlp import functional as mlp_functional
 from fastattn.core.norm.functional import layer_norm, rms_norm
-from fastattn.measuring import tables
+from fastattn.measuring import mlp_plan, tables
 from fastattn.measuring.tables import print_table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """One flag; without it the report covers everything."""
+    """Without one of these flags the report covers everything."""
     parser.add_argument("--features", action="store_true", help="print the page FEATURES.md and nothing else")
+    mlp_plan.add_arguments(parser)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -39,6 +40,8 @@ def run(options: argparse.Namespace) -> int:
     if options.features:
         print(capabilities.markdown(), end="")
         return 0
+    if options.mlp:
+        return mlp_plan.run(options)
     print_table("versions", versions())
     print_table("devices", [(str(device), describe(device)) for device in devices()])
     for device in devices():

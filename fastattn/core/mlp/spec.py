@@ -118,7 +118,7 @@ def _spec(x: Tensor, w_out: Tensor, options: Options, gated: bool) -> MLPSpec:
     match_eager = arguments.flag("match_eager", match_eager)
     size = checked_chunk(chunk)
     if isinstance(size, str):
-        size = _automatic_chunk(x, w_out.shape[1], save)
+        size = automatic_chunk(x.is_cuda, w_out.shape[1], x.element_size(), save)
     return MLPSpec(activation, gated, packed or "", save, size, match_eager)
 
 
@@ -131,10 +131,10 @@ def checked_chunk(chunk: int | str) -> int | str:
     return arguments.integer("chunk", chunk, least=1, what='"auto" or a number of tokens')
 
 
-def _automatic_chunk(x: Tensor, hidden: int, save: str) -> int:
+def automatic_chunk(on_gpu: bool, hidden: int, itemsize: int, save: str) -> int:
     """How many tokens at a time; 0 for all, where the forward keeps tensors of all tokens anyway, at full size."""
     if save in ("auto", "preactivation"):
         return 0
-    device = "cuda" if x.is_cuda else "cpu"
-    tokens = CHUNK_BYTES[device] // max(1, 3 * hidden * x.element_size())
+    device = "cuda" if on_gpu else "cpu"
+    tokens = CHUNK_BYTES[device] // max(1, 3 * hidden * itemsize)
     return max(FEWEST_TOKENS[device], tokens // 256 * 256)
