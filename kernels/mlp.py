@@ -57,10 +57,10 @@ class Linear(NamedTuple):
 
 class Pair(NamedTuple):
     """What there is of gate and of up: pre-activations, gradients, sums or scales. Without a gate, `gate` is that
-    of the only first layer, and `up` is None."""
+    of the only first layer, and `up` is None. Both have gate's strides, so that a kernel computes offsets once."""
 
     gate: Matrix
-    up: Matrix | None
+    up: torch.Tensor | None
     last: None = None  # as in `Linear`
 
 
@@ -152,6 +152,13 @@ def grouped_tile(program, row_tiles, column_tiles):
 def block(matrix, row, column, ROWS: tl.constexpr, WIDTH: tl.constexpr):
     """Pointers to ROWS x WIDTH elements of a matrix, from (row, column) on."""
     return tile_pointers(matrix.pointer + tl.cast(column, tl.int64) * matrix.column, matrix, row, ROWS, WIDTH)
+
+
+@triton.jit
+def block_of_up(pair, row, column, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """The same of the second matrix of a Pair."""
+    pointer = pair.up + tl.cast(column, tl.int64) * pair.gate.column
+    return tile_pointers(pointer, pair.gate, row, ROWS, WIDTH)
 
 
 @triton.jit
@@ -254,7 +261,7 @@ def finish(total, up, first_bias, second_bias, kept, hidden, row, column, size, 
     if tile.GATED:
         up = plus_bias(up, second_bias, columns, inside).to(dtype)
         if tile.KEEP:
-            tl.store(block(kept.up, row, column, rows, width), up, mask=mask)
+            tl.store(block_of_up(kept, row, column, rows, width), up, mask=mask)
         store_hidden(pre, up, hidden, row, column, mask, tile.ACTIVATION)
     else:
         store_hidden(pre, None, hidden, row, column, mask, tile.ACTIVATION)
@@ -282,33 +289,27 @@ def hidden_kernel(x, first, second, kept, hidden, size, tile: tl.constexpr):
 
 
 @triton.jit
-def store_partial(gradient, sums, tile_row, column, inside):
-    """The tile's part of a bias gradient: its sum over rows. `sums` has one line for each row of tiles."""
-    pointers = sums.pointer + tl.cast(tile_row, tl.int64) * sums.row + column + tl.arange(0, gradient.shape[1])
+def store_partial(gradient, pointer, sums, tile_row, column, inside):
+    """The tile's part of a bias gradient: its sum over rows. At `pointer`, gate's or up's, `sums` has one line for
+    each row of tiles."""
+    pointers = pointer + tl.cast(tile_row, tl.int64) * sums.gate.row + column + tl.arange(0, gradient.shape[1])
     tl.store(pointers, tl.sum(gradient, 0), mask=inside)
 
 
 @triton.jit
-def load_kept(
-    kept, scales, row, column, mask, tokens, ROWS: tl.constexpr, WIDTH: tl.constexpr, dtype: tl.constexpr
-):
-    """A tile of what was kept, in `dtype`. `scales`, if not None, are those of its int8 codes; the tile's columns
-    lie in one block."""
-    values = tl.load(block(kept, row, column, ROWS, WIDTH), mask=mask, other=0.0)
-    if scales is not None:
-        rows = row + tl.arange(0, ROWS)
-        pointers = scales.pointer + rows.to(tl.int64) * scales.row + column // SCALED * scales.column
-        scale = tl.load(pointers, mask=rows < tokens, other=0.0)
-        values = values.to(tl.float32) * scale[:, None]
-    return values.to(dtype)
+def scales_of(pointer, scales, row, column, tokens, ROWS: tl.constexpr):
+    """Pointers to the scales of a tile's rows, and which of them exist. The tile's columns lie in one block."""
+    rows = row + tl.arange(0, ROWS)
+    places = rows.to(tl.int64) * scales.gate.row + column // SCALED * scales.gate.column
+    return pointer + places, rows < tokens
 
 
 @triton.jit
 def differentiate(dh, kept, scales, hidden, gradients, sums, tile_row, column, size, tile: tl.constexpr):
     """From a tile of dh: the hidden layer again, the gradient of the pre-activations, and its sums over rows.
 
-    Rows beyond the last have dh = 0, so they add nothing to the sums. `hidden` may be None. `gradients` may be
-    where `kept` is. If tile.ROUND, every step is rounded to the dtype, as eager rounds it.
+    Rows beyond the last have dh = 0, so they add nothing to the sums. `hidden` may be None. `gradients` must not
+    lie where `kept` lies. If tile.ROUND, every step is rounded to the dtype, as eager rounds it.
     """
     rows: tl.constexpr = dh.shape[0]
     width: tl.constexpr = dh.shape[1]
@@ -316,18 +317,24 @@ def differentiate(dh, kept, scales, hidden, gradients, sums, tile_row, column, s
     inside = column + tl.arange(0, width) < size.hidden
     mask = (row + tl.arange(0, rows) < size.tokens)[:, None] & inside[None, :]
     dtype: tl.constexpr = gradients.gate.pointer.dtype.element_ty
-    gate_scales = scales.gate if tile.INT8 else None
-    up_scales = scales.up if tile.INT8 else None
     dh = dh.to(dtype).to(tl.float32) if tile.ROUND else dh
 
-    pre = load_kept(kept.gate, gate_scales, row, column, mask, size.tokens, rows, width, dtype)
+    pre = tl.load(block(kept.gate, row, column, rows, width), mask=mask, other=0.0)
+    if tile.INT8:
+        pointers, exist = scales_of(scales.gate.pointer, scales, row, column, size.tokens, rows)
+        pre = (pre.to(tl.float32) * tl.load(pointers, mask=exist, other=0.0)[:, None]).to(dtype)
     up = None
     if tile.GATED:
-        up = load_kept(kept.up, up_scales, row, column, mask, size.tokens, rows, width, dtype)
         dup = dh * activate(pre.to(tl.float32), tile.ACTIVATION).to(dtype).to(tl.float32)
-        tl.store(block(gradients.up, row, column, rows, width), dup.to(dtype), mask=mask)
+        tl.store(block_of_up(gradients, row, column, rows, width), dup.to(dtype), mask=mask)
         if tile.SUMS:
-            store_partial(dup.to(dtype).to(tl.float32) if tile.ROUND else dup, sums.up, tile_row, column, inside)
+            dup = dup.to(dtype).to(tl.float32) if tile.ROUND else dup
+            store_partial(dup, sums.up, sums, tile_row, column, inside)
+        # Loaded only now: registers are scarce.
+        up = tl.load(block_of_up(kept, row, column, rows, width), mask=mask, other=0.0)
+        if tile.INT8:
+            pointers, exist = scales_of(scales.up, scales, row, column, size.tokens, rows)
+            up = (up.to(tl.float32) * tl.load(pointers, mask=exist, other=0.0)[:, None]).to(dtype)
         dh = dh * up.to(tl.float32)
         dh = dh.to(dtype).to(tl.float32) if tile.ROUND else dh
     if hidden is not None:
@@ -335,7 +342,8 @@ def differentiate(dh, kept, scales, hidden, gradients, sums, tile_row, column, s
     dgate = dh * activate_derivative(pre.to(tl.float32), tile.ACTIVATION)
     tl.store(block(gradients.gate, row, column, rows, width), dgate.to(dtype), mask=mask)
     if tile.SUMS:
-        store_partial(dgate.to(dtype).to(tl.float32) if tile.ROUND else dgate, sums.gate, tile_row, column, inside)
+        dgate = dgate.to(dtype).to(tl.float32) if tile.ROUND else dgate
+        store_partial(dgate, sums.gate.pointer, sums, tile_row, column, inside)
 
 
 @triton.jit
@@ -377,13 +385,12 @@ def tile_in_hidden(size, tile: tl.constexpr):
 
 
 @triton.jit
-def quantise(values, codes, scales, row, column, mask, size, KEEP_SIGN: tl.constexpr):
-    """Store a tile of 128 columns as int8 codes, with a scale for each row.
+def quantise(values, codes, scales, exist, mask, KEEP_SIGN: tl.constexpr):
+    """Store a tile of 128 columns as int8 at `codes`, with a scale for each row that exists at `scales`.
 
     The largest number of a row gets the code 127 or -127. KEEP_SIGN: a positive number gets at least the code 1,
     because a ReLU's derivative depends on it. A row with an infinity or a NaN becomes NaN: 0 times infinity.
     """
-    rows = row + tl.arange(0, values.shape[0])
     sizes = tl.abs(values)
     largest = tl.max(tl.where(sizes < float("inf"), sizes, float("inf")), 1)
     scale = largest / 127.0
@@ -393,9 +400,8 @@ def quantise(values, codes, scales, row, column, mask, size, KEEP_SIGN: tl.const
     code = tl.where((scale < float("inf"))[:, None], tl.minimum(tl.maximum(code, -127.0), 127.0), 0.0)
     if KEEP_SIGN:
         code = tl.where(values > 0.0, tl.maximum(code, 1.0), code)
-    tl.store(block(codes, row, column, values.shape[0], values.shape[1]), code.to(tl.int8), mask=mask)
-    pointers = scales.pointer + rows.to(tl.int64) * scales.row + column // SCALED * scales.column
-    tl.store(pointers, scale, mask=rows < size.tokens)
+    tl.store(codes, code.to(tl.int8), mask=mask)
+    tl.store(scales, scale, mask=exist)
 
 
 @triton.jit
@@ -411,11 +417,15 @@ def activation_kernel(kept, codes, scales, hidden, size, tile: tl.constexpr):
         if tile.KEEP:
             tl.store(block(kept.gate, row, column, tile.BLOCK_M, tile.BLOCK_N), pre, mask=mask)
     if tile.INT8:
-        quantise(pre.to(tl.float32), codes.gate, scales.gate, row, column, mask, size, tile.KEEP_SIGN)
+        to = block(codes.gate, row, column, tile.BLOCK_M, tile.BLOCK_N)
+        pointers, exist = scales_of(scales.gate.pointer, scales, row, column, size.tokens, tile.BLOCK_M)
+        quantise(pre.to(tl.float32), to, pointers, exist, mask, tile.KEEP_SIGN)
     if tile.GATED:
-        up = tl.load(block(kept.up, row, column, tile.BLOCK_M, tile.BLOCK_N), mask=mask, other=0.0)
+        up = tl.load(block_of_up(kept, row, column, tile.BLOCK_M, tile.BLOCK_N), mask=mask, other=0.0)
         if tile.INT8:
-            quantise(up.to(tl.float32), codes.up, scales.up, row, column, mask, size, False)
+            to = block_of_up(codes, row, column, tile.BLOCK_M, tile.BLOCK_N)
+            pointers, exist = scales_of(scales.up, scales, row, column, size.tokens, tile.BLOCK_M)
+            quantise(up.to(tl.float32), to, pointers, exist, mask, False)
     store_hidden(pre, up, hidden, row, column, mask, tile.ACTIVATION)
 
 
@@ -523,10 +533,19 @@ class Layer(NamedTuple):
 
 def pair(layer: Layer, t: torch.Tensor | None) -> Pair | None:
     """A tensor that holds gate's and up's columns, as a kernel argument."""
-    if t is None:
+    return paired(*layer.halves(t, 1))
+
+
+def paired(gate: torch.Tensor | None, up: torch.Tensor | None) -> Pair | None:
+    """Gate's tensor and up's, or the only one, as a kernel argument."""
+    if gate is None:
         return None
-    gate, up = layer.halves(t, 1)
-    return Pair(matrix(gate), None if up is None else matrix(up))
+    if up is not None and up.stride() != gate.stride():
+        gate, up = gate.contiguous(), up.contiguous()
+    whole = matrix(gate)
+    if up is not None and whole.pointer is not gate:  # copied, because its offsets are large
+        up = up.contiguous()
+    return Pair(whole, up)
 
 
 def linear(
@@ -664,8 +683,8 @@ def hidden_backward(
         return dpre[:, : size.hidden] if task.hidden else None, dpre, column_sum(dpre) if task.bias else None
     again = dy.new_empty(size.tokens, size.hidden) if task.hidden and hidden is None else None
     arguments = (
-        Pair(matrix(gate), None if up is None else matrix(up)),
-        None if scales[0] is None else Pair(matrix(scales[0]), None if scales[1] is None else matrix(scales[1])),
+        paired(gate, up),
+        paired(*scales),
         None if again is None else matrix(again),
         pair(layer, dpre),
     )
