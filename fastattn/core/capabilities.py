@@ -95,6 +95,13 @@ _FORWARD_ONLY = frozenset({FORWARD})
 _BY_KEY = ("received", "max_received", "weighted_received")
 _BY_QUERY = ("mass", "entropy", "max_logit", "sum_of_squares", "mean_distance")
 _ALL_SCORES = "all that attention does to scores, without dropout"
+# Options of a loss are checked with these; of what may be left out, and of other temperatures, nothing is.
+_LOSS_PROOFS = {
+    "class indices, ignored tokens": "classes",
+    "class probabilities": "probabilities",
+    "temperature": "temperature",
+    "filtered gradients": "filter",
+}
 _Q, _K, _V = 0, 1, 2
 _HEADS, _LENGTH, _WIDTH = 1, 2, 3
 
@@ -112,13 +119,18 @@ def _has_other_cache_widths(request: Request) -> bool:
     return not (8 <= width <= 256 and 8 <= value_width <= 256)
 
 
+_ROWS_OF_A_CACHE = "contiguous or in pages of any size, rows of their own lengths"
+_CHUNKS = "more than 16 queries a row"
+_LATENT = "values that are columns of the keys (latent attention)"
+_CACHE_PROOFS = {_ROWS_OF_A_CACHE: "cache", _CHUNKS: "chunk", _LATENT: "latent"}
 _CACHE_FEATURES: tuple[tuple[str, Callable[[Request], bool], frozenset[str]], ...] = (
-    ("contiguous or in pages of any size, rows of their own lengths", lambda r: True, _FORWARD_ONLY),
+    (_ROWS_OF_A_CACHE, lambda r: True, _FORWARD_ONLY),
+    (_CHUNKS, lambda r: r.tensors[_Q].shape[_LENGTH] > 16, _FORWARD_ONLY),
     ("new tokens written in place", lambda r: True, _FORWARD_ONLY),
     ("causal, sliding window", lambda r: r.spec.attention.causal, _FORWARD_ONLY),
     ("soft-capped scores", lambda r: r.spec.attention.softcap > 0, _FORWARD_ONLY),
     ("ALiBi slopes, sinks, left padding, masks of trees", lambda r: True, _FORWARD_ONLY),
-    ("values that are columns of the keys (latent attention)", _is_stored_once, _FORWARD_ONLY),
+    (_LATENT, _is_stored_once, _FORWARD_ONLY),
     ("head widths 8 to 256, latent attention up to 640 and 512", lambda r: True, _FORWARD_ONLY),
     ("other head widths", _has_other_cache_widths, frozenset()),
     ("float16", _is(torch.float16), _FORWARD_ONLY),
@@ -218,7 +230,13 @@ FEATURES: tuple[Feature, ...] = (
     Feature("norm", "float32", _is(torch.float32)),
     Feature("norm", "float64", _is(torch.float64), triton=frozenset()),
     *(
-        Feature("loss", name, needed, triton=frozenset() if name == "float64" else EVERY_DIRECTION)
+        Feature(
+            "loss",
+            name,
+            needed,
+            triton=frozenset() if name == "float64" else EVERY_DIRECTION,
+            proof=_LOSS_PROOFS.get(name, ""),
+        )
         for name, needed in (
             ("class indices, ignored tokens", lambda r: not r.tensors[2].is_floating_point()),
             ("class probabilities", lambda r: r.tensors[2].is_floating_point()),
@@ -270,7 +288,15 @@ FEATURES: tuple[Feature, ...] = (
         )
     ),
     *(
-        Feature("cache", name, needed, triton, portable=_FORWARD_ONLY, reference=_FORWARD_ONLY)
+        Feature(
+            "cache",
+            name,
+            needed,
+            triton,
+            portable=_FORWARD_ONLY,
+            reference=_FORWARD_ONLY,
+            proof=_CACHE_PROOFS.get(name, ""),
+        )
         for name, needed, triton in _CACHE_FEATURES
     ),
 )
@@ -375,7 +401,7 @@ def _triton_installed() -> bool:
 # ---- what must be proven ----
 
 # Kinds that decide only where a call is of no other kind.
-BASES = frozenset({"full", "causal", "rms", "layer", *ACTIVATIONS})
+BASES = frozenset({"full", "causal", "rms", "layer", "classes", "probabilities", "cache", *ACTIVATIONS})
 # The kind of calls of several kinds beside a base.
 TOGETHER = "together"
 # Classes of widths, named by the largest; wider ones belong to the last. Attention, heads: as the launch tables.
@@ -384,14 +410,19 @@ WIDTHS = {
     "attention": _HEAD_WIDTHS,
     "statistics": _HEAD_WIDTHS,
     "heads": _HEAD_WIDTHS,
+    "cache": _HEAD_WIDTHS,
+    "loss": (1024, 2048, 4096, 8192),
     "mlp": (1024, 2048, 4096, 8192),
     "norm": (1024, 4096, 16384, 32768),
 }
-# Classes of sizes, by what is below each: scores of attention, rows of an MLP, elements of the others.
+# Classes of sizes, by what is below each: scores of attention, of a cache those with all that it has room for;
+# rows of an MLP; logits of a loss; elements of the others.
 SIZES = {
     "attention": {"small": 2**23, "medium": 2**28},
     "statistics": {"small": 2**23, "medium": 2**28},
     "heads": {"small": 2**20, "medium": 2**25},
+    "cache": {"small": 2**18, "medium": 2**23},
+    "loss": {"small": 2**23, "medium": 2**27},
     "mlp": {"small": 512, "medium": 8192},
     "norm": {"small": 2**20, "medium": 2**25},
 }
@@ -420,6 +451,12 @@ def question(request: Request, direction: str) -> Question:
 
 def _width_and_size(request: Request) -> tuple[int, int]:
     x = request.tensors[0]
+    if request.family == "loss":
+        return x.shape[1], x.shape[0] * request.tensors[1].shape[0]
+    if request.family == "cache":
+        q, keys, _ = request.tensors
+        room = keys.shape[0] * keys.shape[2]
+        return max(q.shape[3], request.spec.value_width), q.shape[1] * q.shape[2] * room
     if request.family not in ("attention", "statistics"):
         return x.shape[-1], x.numel() // max(1, x.shape[-1]) if request.family == "mlp" else x.numel()
     q, k, v = request.tensors
@@ -431,10 +468,12 @@ def _dtype(request: Request) -> str:
     name = str(request.dtype).removeprefix("torch.")
     if request.family == "attention":
         precision = request.spec.precision
-    elif request.family == "statistics":
+    elif request.family in ("statistics", "cache"):
         precision = request.spec.attention.precision
     else:
-        fast = request.family == "mlp" and request.dtype == torch.float32 and request.device.type == "cuda"
+        fast = (
+            request.family in ("mlp", "loss") and request.dtype == torch.float32 and request.device.type == "cuda"
+        )
         precision = "tf32" if fast and torch.backends.cuda.matmul.allow_tf32 else "ieee"
     return name if precision == "ieee" else f"{name} {precision}"
 

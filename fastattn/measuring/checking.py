@@ -52,7 +52,7 @@ def results_and_gradients(
     call: kinds.Call, backend: str, tensors: tuple[Tensor, ...], sizes: Sizes
 ) -> dict[str, Tensor]:
     """By name: "result 0" and on, then "dq" and so on. The upstream gradients are the same in every dtype."""
-    leaves = [t.detach().requires_grad_() for t in tensors]
+    leaves = [t.detach().requires_grad_(sizes.family not in kinds.WITHOUT_GRADIENT) for t in tensors]
     results = call.function(backend, *leaves)
     results = results if isinstance(results, tuple) else (results,)
     found = {f"result {n}": t.detach() for n, t in enumerate(results)}

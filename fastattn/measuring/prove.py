@@ -179,7 +179,8 @@ def prove(
     Args:
         device: the GPU, by default the current one. With TRITON_INTERPRET=1 "cpu" tries it all without one.
         budget_s: seconds after which no further kernel is begun.
-        families: some of attention, masks, scores, forward mode, mlp, norm, heads, statistics; by default all.
+        families: some of attention, masks, scores, forward mode, cache, mlp, norm, heads, loss, statistics; by
+            default all.
         fresh: prove everything again.
 
     Returns: the record, `record.rows` by key.

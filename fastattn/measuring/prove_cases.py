@@ -13,10 +13,10 @@ from typing import Any
 from fastattn.core.capabilities import BACKWARD, CLASSES, FORWARD, TANGENT, TOGETHER, WIDTHS
 from fastattn.core.proofs import Key
 from fastattn.ground.checks import ACTIVATIONS
-from fastattn.measuring.kinds import Sizes
+from fastattn.measuring.kinds import CACHE_KINDS, Sizes
 
 # What is asked of us by name; each runs in a process of its own.
-FAMILIES = ("attention", "masks", "scores", "forward mode", "mlp", "norm", "heads", "statistics")
+FAMILIES = ("attention", "masks", "scores", "forward mode", "cache", "mlp", "norm", "heads", "loss", "statistics")
 DTYPES = ("bfloat16", "float16", "float32")
 # Kinds of proofs, and the calls of fastattn.measuring.kinds that are of it; the first one is timed.
 MASKS = {
@@ -50,6 +50,8 @@ ODD = {64: 40, 128: 80, 256: 192, 512: 320}
 HEAD_WIDTHS = (128, 64, 256)
 SINGLE_TANGENT = 128  # the widest heads with a tangent in float32
 
+FEW = 3  # checks of a case in the interpreter
+
 Case = dict[str, Any]
 
 
@@ -77,7 +79,7 @@ def cases(families: tuple[str, ...] = FAMILIES) -> list[Case]:
     """For a GPU, the most used first within each family."""
     made = {
         "attention": plain, "masks": masks, "scores": scores, "forward mode": tangents, "mlp": mlps, "norm": norms,
-        "heads": heads, "statistics": statistics,
+        "heads": heads, "cache": caches, "loss": losses, "statistics": statistics,
     }  # fmt: skip
     return [one for family in families for one in made[family]()]
 
@@ -96,7 +98,7 @@ def _shrunk(one: Case) -> Case:
 
     def small(sizes: dict[str, Any]) -> Sizes:
         lengths: dict[str, Any] = {
-            "length": length,
+            "length": min(length, sizes["length"]),
             "keys": 56 if sizes["keys"] else None,
             "width": 16,
             "value_width": None,
@@ -106,7 +108,8 @@ def _shrunk(one: Case) -> Case:
         )
 
     timed = {CLASSES[0]: small(one["timed"][CLASSES[0]])}
-    checks = [small(one["checks"][0]), *(small(s) for s in one["checks"][1:] if s["kind"] != one["proves"])]
+    first, *others = one["checks"]
+    checks = [small(first), *(small(s) for s in others if s["kind"] != one["proves"])][:FEW]
     width = WIDTHS[one["record"]][0]
     return case(one["family"], one["proves"], checks, timed, tuple(one["directions"]), width)
 
@@ -182,6 +185,31 @@ def statistics() -> list[Case]:
     return found
 
 
+def caches() -> list[Case]:
+    """One query and a few, of which the keys are split over programs; and chunks of a prompt."""
+    found = []
+    for dtype in DTYPES:
+        for width in HEAD_WIDTHS:
+            for proves, length in (("cache", 1), ("chunk", 70)):
+                about: dict[str, Any] = {"family": "cache", "dtype": dtype, "width": width}
+                checks = [
+                    Sizes(kind=kind, **about, batch=3, heads=8, length=n, keys=1104)
+                    for kind in CACHE_KINDS
+                    for n in ((1, 5) if proves == "cache" else (70,))
+                ]
+                rooms = (
+                    ((1, 1024), (8, 8192), (64, 8192)) if proves == "cache" else ((1, 96), (1, 2048), (2, 8192))
+                )
+                timed = {
+                    size: Sizes(
+                        kind="pages", **about, batch=batch, heads=32, key_heads=8, length=length, keys=keys
+                    )
+                    for size, (batch, keys) in zip(CLASSES, rooms, strict=True)
+                }
+                found.append(case("cache", proves, checks, timed, (FORWARD,), width))
+    return found
+
+
 # ---- the others ----
 
 
@@ -243,4 +271,29 @@ def heads() -> list[Case]:
                     for size, elements in zip(CLASSES, (2**18, 2**23, 2**26), strict=True)
                 }
                 found.append(case("heads", proves, checks, timed, BOTH, width))
+    return found
+
+
+def losses() -> list[Case]:
+    """The check's classes are cut by every tile, one of them in the middle."""
+    kinds = {
+        "classes": ("classes mean", "classes bias weights", "classes softcap smoothing entropy"),
+        "probabilities": ("probabilities mean", "probabilities smoothing bias"),
+    }
+    found = []
+    for dtype in DTYPES:
+        for width in WIDTHS["loss"]:
+            for proves, calls in kinds.items():
+                about: dict[str, Any] = {"family": "loss", "dtype": dtype, "batch": 1}
+                checks = [
+                    Sizes(kind=kind, **about, length=rows, width=wide, hidden=classes)
+                    for kind in calls
+                    for rows, wide, classes in ((333, width, 2111), (1024, width - 9, 8192))
+                ]
+                sizes = ((128, 32768), (2048, 32768), (8192, 65536 if proves == "classes" else 32768))
+                timed = {
+                    size: Sizes(kind=calls[0], **about, length=rows, width=width, hidden=classes)
+                    for size, (rows, classes) in zip(CLASSES, sizes, strict=True)
+                }
+                found.append(case("loss", proves, checks, timed, BOTH, width))
     return found

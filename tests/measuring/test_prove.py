@@ -24,8 +24,10 @@ import fastattn
 from fastattn.cli import main
 from fastattn.core import capabilities, proofs
 from fastattn.core.attention.spec import AttentionSpec
+from fastattn.core.cache.spec import CacheSpec
 from fastattn.core.capabilities import BACKWARD, CLASSES, FORWARD, TANGENT, Request
 from fastattn.core.heads.spec import HeadsSpec
+from fastattn.core.loss.spec import LossSpec
 from fastattn.core.mlp.spec import MLPSpec
 from fastattn.core.norm import triton as norm_kernels
 from fastattn.core.norm.spec import NormSpec
@@ -237,6 +239,16 @@ def test_what_needs_more_memory_than_there_is_gets_no_verdict(backend, here, mon
     assert not fastattn.prove("cpu", families=["norm"]).rows
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["attention", "forward mode", "cache", "mlp", "heads", "loss"])
+def test_the_kernels_of_every_family_pass_in_the_interpreter(family, here, monkeypatch):
+    cases = prove_cases.cases((family,))
+    one = prove_cases._shrunk(cases[0])
+    monkeypatch.setattr(prove, "to_prove", lambda *_: [one])
+    record = fastattn.prove("cpu", families=[family])
+    assert {row.verdict: row.reason for row in record.rows.values()} == {proofs.PROVEN: ""}
+
+
 # ---- which calls ----
 
 
@@ -265,6 +277,8 @@ def request_of(sizes: Sizes, record: str) -> Request:
     of = {
         "attention": (AttentionSpec(), (q, k, k)),
         "statistics": (StatisticsSpec(AttentionSpec(), (), (0, 0)), (q, k, k)),
+        "cache": (CacheSpec(AttentionSpec(), sizes.width), (q, k, k)),
+        "loss": (LossSpec(), (rows, torch.empty(sizes.hidden, sizes.width, device="meta"), rows)),
         "mlp": (MLPSpec(), (rows,)), "norm": (NormSpec(), (rows,)), "heads": (HeadsSpec(), (q,)),
     }  # fmt: skip
     return Request(record, *of[record])
@@ -280,6 +294,8 @@ def test_every_case_is_of_the_width_and_sizes_that_it_names():
 def test_every_kind_that_dispatch_asks_about_has_a_case():
     proven = {(one["record"], one["proves"]) for one in prove_cases.cases()}
     asked = {(f.family, f.proof) for f in capabilities.FEATURES if f.proof}
+    # Served on request only: what they leave out or change is not checked.
+    asked -= {("loss", "filter"), ("loss", "temperature"), ("cache", "latent")}
     assert asked | {("attention", capabilities.TOGETHER)} == proven
     directions = {(one["record"], d) for one in prove_cases.cases() for d in one["directions"]}
     assert {("attention", TANGENT), ("attention", BACKWARD), ("mlp", BACKWARD)} <= directions
