@@ -9,7 +9,7 @@ from fastattn.core.attention.dropout import dropout_mask, dropout_state
 from fastattn.core.attention.functional import attention, attention_backward, merge_states, t5_relative_bias
 from fastattn.core.attention.sdpa import scaled_dot_product_attention
 from fastattn.core.attention.varlen import attention_varlen
-from fastattn.core.cache.functional import attention_with_cache
+from fastattn.core.cache.functional import attention_with_cache, attention_with_shared_prefix
 from fastattn.core.heads.functional import prepare_heads
 from fastattn.core.loss.functional import linear_cross_entropy
 from fastattn.core.mlp.functional import gated_mlp, mlp
@@ -30,6 +30,7 @@ __all__ = [
     "attention_backward",
     "attention_varlen",
     "attention_with_cache",
+    "attention_with_shared_prefix",
     "dropout_mask",
     "dropout_state",
     "flash_attn",
@@ -55,6 +56,7 @@ __all__ = [
 _LATER = {
     "distributed": ("fastattn.distributed", ""),
     "integrations": ("fastattn.integrations", ""),
+    "kv_cache": ("fastattn.kv_cache", ""),
     "prove": ("fastattn.measuring.prove", "prove"),
 }
 

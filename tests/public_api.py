@@ -19,6 +19,7 @@ MODULES = (
     "fastattn.nn",
     "fastattn.lens",
     "fastattn.flash_attn",
+    "fastattn.kv_cache",
     "fastattn.integrations.huggingface",
     "fastattn.distributed",
 )

@@ -35,7 +35,7 @@ FLOORS = (
     ("core.capabilities",),
     ("core.*.operators",),
     ("core.*.functional", "core.attention.varlen", "core.attention.sdpa", "flops"),
-    ("flash_attn", "integrations", "integrations.*"),
+    ("flash_attn", "kv_cache", "integrations", "integrations.*"),
     ("nn", "nn.*"),
     ("dropin", "dropin.*"),
     ("distributed", "distributed.*"),

@@ -117,6 +117,10 @@ CALLS: dict[str, tuple[Callable, dict[str, Any]]] = {
         fastattn.attention_with_cache,
         dict(q=Q, k_cache=Q.clone(), v_cache=Q.clone(), cache_lengths=3),
     ),
+    "attention_with_shared_prefix": (
+        fastattn.attention_with_shared_prefix,
+        dict(q=Q, k_prefix=Q[0], v_prefix=Q[0], k_cache=Q.clone(), v_cache=Q.clone(), cache_lengths=3),
+    ),
     "flash_attn_with_kvcache": (
         flash_attn.flash_attn_with_kvcache,
         dict(q=X, k_cache=X.clone(), v_cache=X.clone(), cache_seqlens=3),

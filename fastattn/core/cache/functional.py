@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fastattn.core import plans, spread
+from fastattn.core.attention.functional import attention, merge_states
 from fastattn.core.attention.spec import positive_scale
 from fastattn.core.autocast import autocast
 from fastattn.core.cache import operators
@@ -22,6 +23,7 @@ from fastattn.core.cache.spec import (
     check_beside_scores,
     check_new,
     check_positions,
+    check_prefix,
     check_queries,
     check_rotation,
     check_row_numbers,
@@ -316,3 +318,65 @@ class CachePlan(NamedTuple):
 
 
 PLANS: plans.Plans[CachePlan] = plans.Plans("attention_with_cache")
+
+
+def attention_with_shared_prefix(
+    q: Tensor,
+    k_prefix: Tensor,
+    v_prefix: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    cache_lengths: int | Tensor | Sequence[int],
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    block_table: Tensor | None = None,
+    causal: bool = True,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    precision: str | None = None,
+    return_lse: bool = False,
+    check: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`attention_with_cache` of rows that all begin with the same tokens, as after one system prompt. The prefix
+    is read once for the whole batch, then its part is merged with each row's own by their log-sum-exps.
+
+    Args:
+        k_prefix, v_prefix: keys (Hkv, prefix, D) and values (Hkv, prefix, Dv) of the shared tokens. Every query
+            sees all of them.
+        q, k_cache, v_cache, cache_lengths, k, v, block_table and the others: as `attention_with_cache`'s, of the
+            tokens behind the prefix. q and k are already rotated: a row's own tokens have positions from `prefix`
+            on.
+
+    Returns:
+        out (B, Hq, Lq, Dv), and with `return_lse` the log-sum-exp (B, Hq, Lq), over the prefix and the row's own
+        keys.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what was expected, before anything is written.
+
+    Source: Juravsky et al., Hydragen (2024), section 3.1; merging: Milakov and Gimelshein (2018), section 3.1.
+    """
+    return_lse = flag("return_lse", return_lse)
+    check_prefix(q, Storage(k_cache, v_cache), k_prefix, v_prefix)
+    if plans.needs_gradient(q, k_prefix, v_prefix):
+        raise ValueError(operators.NO_GRADIENT.replace("cache", "shared_prefix", 1))
+    # The query heads of a group, and the queries of all rows, become queries of one row.
+    (batch, heads, queries, _), key_heads = q.shape, k_prefix.shape[0]
+    packed = q.unflatten(1, (key_heads, heads // max(key_heads, 1))).movedim(0, 2).flatten(1, 3)[None]
+    shared = attention(
+        packed, k_prefix[None], v_prefix[None], scale=scale, softcap=softcap, precision=precision,
+        return_lse=True, backend=backend,
+    )  # fmt: skip
+    # After the other part, so that nothing is written if that is refused.
+    out, lse = attention_with_cache(
+        q, k_cache, v_cache, cache_lengths=cache_lengths, k=k, v=v, block_table=block_table, causal=causal,
+        scale=scale, softcap=softcap, sinks=sinks, precision=precision, check=check, backend=backend,
+        return_lse=True,
+    )  # fmt: skip
+    shape = heads // max(key_heads, 1), batch, queries
+    shared_out, shared_lse = (t[0].unflatten(1, shape).movedim(2, 0).flatten(1, 2) for t in shared)
+    out, lse = merge_states(shared_out, shared_lse, out, lse)
+    return (out, lse) if return_lse else out

@@ -148,6 +148,22 @@ def check_new(q: Tensor, storage: Storage, k: Tensor | None, v: Tensor | None) -
         raise ValueError(f"v must have as many new tokens as k, {k.shape[2]}; got {v.shape[2]}")
 
 
+def check_prefix(q: Tensor, storage: Storage, k_prefix: Tensor, v_prefix: Tensor) -> None:
+    """Check the keys and values that all rows share against q and the caches."""
+    if storage.values is None:
+        raise ValueError("v_cache must be a tensor beside a prefix, got None")
+    check_queries(q, storage, None)
+    for name, t, cache in (("k_prefix", k_prefix, storage.keys), ("v_prefix", v_prefix, storage.values)):
+        arguments.tensor(name, t)
+        if t.dim() != 3 or (t.shape[0], t.shape[2]) != (cache.shape[1], cache.shape[3]):
+            raise ValueError(
+                f"{name} must have shape ({cache.shape[1]}, prefix, {cache.shape[3]}), got {shape_of(t)}"
+            )
+        check_same(name, t, "q", q)
+    if v_prefix.shape[1] != k_prefix.shape[1]:
+        raise ValueError(f"v_prefix must have k_prefix's length {k_prefix.shape[1]}, got {v_prefix.shape[1]}")
+
+
 def check_table(q: Tensor, storage: Storage, block_table: Tensor | None) -> None:
     batch, pages = q.shape[0], storage.keys.shape[0]
     if block_table is None:
