@@ -24,7 +24,16 @@ from transformers.utils import output_capturing
 from fastattn.core import spread
 from fastattn.core.attention.functional import attention
 from fastattn.core.attention.varlen import attention_varlen
-from fastattn.integrations.huggingface_mask import Mask, Pattern, declared_pattern, fastattn_mask, known_pattern
+from fastattn.integrations.huggingface_cache import GrowingCache
+from fastattn.integrations.huggingface_decoding import attention_of_one_query, with_sinks
+from fastattn.integrations.huggingface_mask import (
+    Mask,
+    Pattern,
+    added,
+    declared_pattern,
+    fastattn_mask,
+    known_pattern,
+)
 from fastattn.integrations.huggingface_models import (
     NAME,
     Before,
@@ -36,7 +45,7 @@ from fastattn.integrations.huggingface_models import (
 from fastattn.masks.algebra import Values
 
 __all__ = [
-    "NAME", "Before", "Mask", "Pattern", "declared_pattern", "fastattn_attention", "fastattn_mask",
+    "NAME", "Before", "GrowingCache", "Mask", "Pattern", "declared_pattern", "fastattn_attention", "fastattn_mask",
     "known_pattern", "obstacle", "obstacle_in_code", "try_against_eager",
 ]  # fmt: skip
 
@@ -107,10 +116,15 @@ def fastattn_attention(
         return _with_weights(module, query, key, value, attention_mask, dropout, scaling, beside)
     sinks = s_aux if sinks is None else sinks
     by_query = sinks if sinks is not None and sinks.dim() == 4 else None
+    scale = query.shape[3] ** -0.5 if scaling is None else scaling
+    if _is_one_query(query, key, attention_mask) and by_query is None and not dropout:
+        out = attention_of_one_query(
+            query, key, value, attention_mask, position_bias, sinks, scale=scale, softcap=softcap
+        )
+        return out.contiguous(), None
     key, value, options = _options(query, key, value, attention_mask, position_bias)
     options |= {
-        "softcap": softcap, "sinks": sinks if by_query is None else None, "dropout_p": dropout,
-        "scale": query.shape[3] ** -0.5 if scaling is None else scaling,
+        "softcap": softcap, "sinks": sinks if by_query is None else None, "dropout_p": dropout, "scale": scale,
     }  # fmt: skip
     if by_sequence and by_query is not None:
         raise ValueError(
@@ -121,8 +135,7 @@ def fastattn_attention(
         out = _of_sequences(query, key, value, cu_seq_lens_q, cu_seq_lens_k, **options)  # type: ignore[arg-type]
     elif by_query is not None:
         without, lse = attention(query, key, value, return_lse=True, **options)
-        # The sink takes its share of each row's sum: exp(lse) of exp(lse) + exp(sink) remain.
-        out = (without * torch.sigmoid(lse[..., None] - by_query.to(lse.dtype))).to(without.dtype)
+        out = with_sinks(without, lse, by_query)
     else:
         out = attention(query, key, value, **options)
     return out.transpose(1, 2).contiguous(), None
@@ -206,6 +219,13 @@ def _mask_of(
     return mask
 
 
+def _is_one_query(query: Tensor, key: Tensor, mask: Mask | Tensor) -> bool:
+    """Whether each row has one query, and a mask that says which keys it sees."""
+    if query.shape[2] != 1 or not query.shape[0] or query.shape[1] % key.shape[1]:
+        return False
+    return mask.documents is None if isinstance(mask, Mask) else mask.dim() == 4
+
+
 def _options(
     query: Tensor, key: Tensor, value: Tensor, mask: Mask | Tensor, position_bias: Tensor | None
 ) -> tuple[Tensor, Tensor, dict[str, Any]]:
@@ -214,7 +234,7 @@ def _options(
     bias, end = mask, key.shape[2]
     if isinstance(mask, Mask):
         options, bias, end = mask.options(query.shape[1]), mask.bias, mask.end  # type: ignore[assignment]
-    bias = _added(bias, position_bias)  # type: ignore[arg-type,assignment]
+    bias = added(bias, position_bias)  # type: ignore[arg-type,assignment]
     if end < key.shape[2]:
         key, value = key[:, :, :end], value[:, :, :end]
         bias = bias if bias is None or bias.shape[-1] == 1 else bias[..., :end]
@@ -361,15 +381,6 @@ def _read(starts: Values) -> tuple[int, ...]:
     Numbers are cached, not a tensor: that would belong to the mode in which it was made (inference, fake tensors).
     """
     return tuple(starts.tensor.tolist())
-
-
-def _added(mask: Tensor | None, position_bias: Tensor | None) -> Tensor | None:
-    """A mask and a bias as one bias."""
-    if mask is None or position_bias is None:
-        return position_bias if mask is None else mask
-    if mask.dtype == torch.bool:
-        return position_bias.masked_fill(~mask, float("-inf"))
-    return position_bias + mask
 
 
 AttentionInterface.register(NAME, fastattn_attention)

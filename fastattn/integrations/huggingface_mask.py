@@ -30,6 +30,8 @@ class Mask:
         window: how many keys before and after its own it sees; None is all.
         padding: (batch, keys), True is seen; or None.
         key_lengths: (batch,) int32, keys from there on are hidden; or None.
+        hidden_first: how many keys the padding hides at the beginning of each row, if it hides no others that a
+            query could see; or None.
         documents: (batch, keys) on the CPU, the number of the packed sequence that each token is from: a query
             sees keys of its own sequence; or None. With documents there are as many queries as keys.
         lowered: with documents, the mask without the padding, lowered once for all layers.
@@ -45,6 +47,7 @@ class Mask:
     key_lengths: Tensor | None = None
     documents: Tensor | None = None
     lowered: masks.Lowered | None = None
+    hidden_first: tuple[int, ...] | None = None
 
     dtype = torch.bool
     ndim = 4
@@ -70,6 +73,14 @@ class Mask:
     def end(self) -> int:
         """The key from which on no query sees any."""
         return min(self.offset + self.shape[2], self.shape[3]) if self.causal else self.shape[3]
+
+    @property
+    def span(self) -> tuple[int, int]:
+        """From which key to before which one a single query may see some, but for the padding."""
+        left, right = self.window
+        right = 0 if self.causal else right
+        end = self.shape[3] if right is None else min(self.offset + right + 1, self.shape[3])
+        return 0 if left is None else min(max(0, self.offset - left), end), end
 
     @property
     def bias(self) -> Tensor | None:
@@ -206,15 +217,17 @@ def fastattn_mask(
         return attention_mask
     compiling = torch.compiler.is_compiling()
     pattern = declared_pattern(mask_function, **kwargs) if compiling else known_pattern(mask_function)
-    # The offset of a static cache is a tensor. Reading it would break a graph; for one query the bool tensor is
-    # small.
-    unread = isinstance(q_offset, Tensor) and (q_length == 1 or compiling)
+    # The offset of a static cache is a tensor. Reading it would break a graph, and a GPU would wait for it. For
+    # one query the bool tensor is small.
+    unread = isinstance(q_offset, Tensor) and (compiling or (q_length == 1 and q_offset.device.type != "cpu"))
     if pattern is not None and not unread:
         documents = None if pattern.documents is None else pattern.documents.cpu()
         mask = Mask(
             torch.Size((batch_size, 1, q_length, kv_length)), torch.device(device), int(q_offset) - kv_offset,
-            pattern.causal, pattern.window, *_padding(attention_mask, kv_length, kv_offset), documents,
+            pattern.causal, pattern.window, documents=documents,
         )  # fmt: skip
+        if attention_mask is not None:
+            mask = replace(mask, **_padding(attention_mask, mask, kv_offset))
         if _is_servable(mask) and _has_its_places(pattern):
             return mask if documents is None else replace(mask, lowered=mask.of_heads(_heads(kwargs)))
     offset: Any = q_offset
@@ -348,22 +361,38 @@ def _both(first: Pattern | None, second: Pattern | None) -> Pattern | None:
     return Pattern(first.causal or second.causal, (left, right), *tensors)
 
 
-def _padding(attention_mask: Tensor | None, kv_length: int, kv_offset: int) -> tuple[Tensor | None, Tensor | None]:
-    """The padding of these keys (batch, keys), or instead of it key lengths; neither if there is no padding.
+def _padding(attention_mask: Tensor, mask: Mask, kv_offset: int) -> dict[str, Any]:
+    """The fields of the mask for a padding (batch, keys seen so far): none of them where it hides nothing.
 
     Its values are read once in a forward, as transformers does for scaled_dot_product_attention, but not while
     compiling. So a batch without padding needs no mask, and padding on the right lets whole tiles be skipped.
     """
-    if attention_mask is None:
-        return None, None
+    queries, keys = mask.shape[2:]
     # The keys of a static cache that are not written yet.
-    unwritten = max(0, kv_offset + kv_length - attention_mask.shape[-1])
-    padding = F.pad(attention_mask.bool(), (0, unwritten))[:, kv_offset : kv_offset + kv_length]
+    unwritten = max(0, kv_offset + keys - attention_mask.shape[-1])
+    padding = F.pad(attention_mask.bool(), (0, unwritten))[:, kv_offset : kv_offset + keys]
     if torch.compiler.is_compiling():
-        return padding, None
+        return {"padding": padding}
+    seen = padding[:, : mask.end]
+    key = torch.arange(keys, device=padding.device)
     lengths = padding.sum(-1, dtype=torch.int32)
-    on_the_right = padding == (torch.arange(kv_length, device=padding.device) < lengths[:, None])
-    none, only_right = torch.stack((padding.all(), on_the_right.all())).tolist()
+    on_the_right = padding == (key < lengths[:, None])
+    none, only_right = torch.stack((seen.all(), on_the_right.all())).tolist()
     if none:
-        return None, None
-    return (None, lengths) if only_right else (padding, None)
+        return {}
+    if only_right:
+        return {"key_lengths": lengths}
+    if queries == 1 and padding.device.type == "cpu":
+        hidden = mask.end - seen.sum(-1)
+        if bool((seen == (key[: mask.end] >= hidden[:, None])).all()):
+            return {"padding": padding, "hidden_first": tuple(hidden.tolist())}
+    return {"padding": padding}
+
+
+def added(mask: Tensor | None, position_bias: Tensor | None) -> Tensor | None:
+    """A mask and a bias as one bias."""
+    if mask is None or position_bias is None:
+        return position_bias if mask is None else mask
+    if mask.dtype == torch.bool:
+        return position_bias.masked_fill(~mask, float("-inf"))
+    return position_bias + mask

@@ -389,13 +389,63 @@ def test_a_mask_shows_what_transformers_own_mask_shows_and_attends_so(
     dense = mask.dense() if isinstance(mask, Mask) else mask
     assert torch.equal(dense, expected)
     aligned = beyond == 0 or pattern in ("causal", "causal window", "window in a window", "all")
-    compact = pattern != "chunks" and aligned and not (offset_as_tensor and queries == 1)
+    compact = pattern != "chunks" and aligned
     assert isinstance(mask, Mask) == compact
-    q, k, v = (torch.randn(2, 2, n, 8) for n in (queries, keys, keys))
-    module = nn.Module()
-    out, _ = transformers.AttentionInterface()["fastattn"](module, q, k, v, mask)
+    q, k, v = (torch.randn(2, heads, n, 8) for heads, n in ((6, queries), (2, keys), (2, keys)))
+    out, _ = transformers.AttentionInterface()["fastattn"](nn.Module(), q, k, v, mask)
+    k, v = (t.repeat_interleave(3, 1) for t in (k, v))
     scores = (q @ k.mT * 8**-0.5).masked_fill(~expected, float("-inf"))
     torch.testing.assert_close(out.transpose(1, 2), scores.softmax(-1).nan_to_num(0.0) @ v, rtol=0, atol=1e-5)
+
+
+@settings(max_examples=60)
+@given(
+    st.integers(1, 9), st.sampled_from([None, 3]),
+    st.sampled_from(["none", "left", "alike", "both", "float", "by head"]), st.booleans(),
+    st.sampled_from([None, 1, 6]), st.sampled_from([None, 0.7]), st.sampled_from([1, 2, 6]),
+)  # fmt: skip
+def test_one_query_in_each_row_attends_with_everything_that_a_model_may_ask_for(
+    keys: int,
+    window: int | None,
+    padding: str,
+    sinks: bool,
+    biases: int | None,
+    softcap: float | None,
+    groups: int,
+) -> None:
+    q, k, v = (torch.randn(2, heads, n, 8) for heads, n in ((6, 1), (groups, keys), (groups, keys)))
+    function = PATTERNS["causal window" if window else "causal"](window)
+    seen = torch.ones(2, keys, dtype=torch.bool)
+    seen[0, : {"none": 0}.get(padding, keys // 2)] = False
+    seen[1, : keys // 2 if padding == "alike" else 0] = False
+    seen[1, keys - 1 :] = padding != "both"
+    arguments = {
+        "batch_size": 2,
+        "q_length": 1,
+        "kv_length": keys,
+        "q_offset": keys - 1,
+        "mask_function": function,
+    }
+    shown = masking_utils.sdpa_mask(**arguments, attention_mask=seen, allow_is_causal_skip=False)
+    mask = fastattn_mask(**arguments, attention_mask=seen)
+    if padding == "by head":
+        mask = shown = shown & (torch.rand(1, 6, 1, keys) < 0.7)
+    elif padding == "float":
+        mask = torch.zeros(shown.shape).masked_fill(~shown, torch.finfo(torch.float32).min)
+    bias = None if biases is None else torch.randn(1, biases, 1, keys)
+    sink = torch.randn(6) if sinks else None
+    beside = {"position_bias": bias, "sinks": sink, "softcap": softcap, "scaling": 0.6}
+    out, _ = transformers.AttentionInterface()["fastattn"](nn.Module(), q, k, v, mask, **beside)
+    k, v = (t.repeat_interleave(6 // groups, 1) for t in (k, v))
+    scores = 0.6 * q @ k.mT
+    scores = (softcap * (scores / softcap).tanh() if softcap else scores) + (0 if bias is None else bias)
+    scores = scores.masked_fill(~shown, float("-inf"))
+    sink = torch.full((6,), float("-inf")) if sink is None else sink
+    weights = torch.cat([scores, sink.view(1, 6, 1, 1).expand(2, -1, -1, -1)], -1).softmax(-1)[..., :-1]
+    some = (weights.nan_to_num(0.0) @ v).transpose(1, 2)
+    # Rows that see nothing have no meaning where a mask is added.
+    meant = shown.any(-1).expand(2, 6, 1).transpose(1, 2) | torch.tensor(padding != "float")
+    torch.testing.assert_close(out[meant], some[meant], rtol=0, atol=1e-5)
 
 
 def packed(ids: Tensor, positions: Tensor, pattern: Callable) -> dict[str, tuple[Callable, bool]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from real_models import minilm, smollm2
@@ -28,6 +30,37 @@ def test_smollm2_knows_where_the_eiffel_tower_is_and_says_the_same_as_eager():
     fastattn.patch(model, norm=True)
     assert (model(tokens).logits - exact).abs().max() <= allowed
     assert model.generate(tokens, **asked).equal(expected)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_smollm2_goes_on_as_eager_does_after_twenty_prompts_of_5_to_2000_tokens():
+    from fastattn.integrations.huggingface import GrowingCache
+
+    model, tokenizer = smollm2("eager")
+    text = Path(fastattn.attention.__code__.co_filename).read_text() * 3
+    tokens = tokenizer(text, return_tensors="pt").input_ids
+    asked = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    for i in range(20):
+        length = round(5 * 400 ** (i / 19))
+        prompt = tokens[:, 7 * i : 7 * i + length]
+        assert prompt.shape[1] == length
+        model.set_attn_implementation("eager")
+        expected = model.generate(prompt, **asked)
+        model.set_attn_implementation("fastattn")
+        cache = GrowingCache(config=model.config) if i % 2 else None
+        assert model.generate(prompt, **asked, past_key_values=cache).equal(expected)
+
+
+@torch.no_grad()
+def test_smollm2_continues_a_padded_batch_as_it_continues_each_prompt_alone():
+    model, tokenizer = smollm2()
+    prompts = ["The Eiffel Tower is located in the city of", "Water boils at", "One, two, three,"]
+    tokenizer.padding_side, tokenizer.pad_token = "left", tokenizer.eos_token
+    asked = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": tokenizer.eos_token_id, "eos_token_id": None}
+    together = model.generate(**tokenizer(prompts, return_tensors="pt", padding=True), **asked)[:, -8:]
+    for prompt, found in zip(prompts, together, strict=True):
+        assert model.generate(**tokenizer(prompt, return_tensors="pt"), **asked)[0, -8:].equal(found)
 
 
 @torch.no_grad()
