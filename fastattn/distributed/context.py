@@ -91,6 +91,7 @@ class _Context:
         self.mesh, self.layout, self.method, self.mask = mesh, layout, method, mask
         self.trust_positions, self.length = trust_positions, layout.length
         self._own = layout.positions(flat_rank(mesh))
+        self._on_device: dict[torch.device, Tensor] = {}
         self._checked: Tensor | None = None
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Any:
@@ -112,7 +113,9 @@ class _Context:
                 f"x must have the {len(self._own)} tokens that the layout gives this rank, got {length}: shard "
                 "the tokens before you give them to the model"
             )
-        return self._own.to(device)
+        if device not in self._on_device:
+            self._on_device[device] = self._own.to(device)
+        return self._on_device[device]
 
     def check_positions(self, positions: Tensor | None, model: str) -> None:
         if positions is None:

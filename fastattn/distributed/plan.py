@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -98,7 +99,7 @@ class HeadsParallel(ParallelStyle):
             if norm is not None:
                 _distribute(norm, device_mesh, Replicate())
         module.__class__ = _SelfAttentionOfHeads
-        return _with_plain_tensors(module, device_mesh)
+        return module
 
 
 class _SelfAttentionOfHeads(SelfAttention):
@@ -123,6 +124,7 @@ class _SelfAttentionOfHeads(SelfAttention):
             options["cos"], options["sin"] = self.rotary.tables(t)
         return prepare_heads(t, **options, backend=self.backend) if options else t
 
+    @torch.compiler.disable  # Its views of DTensors are no outputs of a graph.
     def forward(
         self,
         x: Tensor,
@@ -134,7 +136,8 @@ class _SelfAttentionOfHeads(SelfAttention):
     ) -> Tensor:
         if cache is not None:
             raise ValueError("cache must be None: generation is not computed over several ranks")
-        return self.attend(*self.project(x), mask=mask, window=window, key_lengths=key_lengths)
+        spread_x = _entered(x, self)
+        return _left(self.attend(*self.project(spread_x), mask=mask, window=window, key_lengths=key_lengths))
 
 
 class HiddenParallel(ParallelStyle):
@@ -153,25 +156,29 @@ class HiddenParallel(ParallelStyle):
             _distribute(module.gate, device_mesh, Shard(0))
         _distribute(module.down, device_mesh, Shard(1))
         module.__class__ = _GatedMLPOfUnits if isinstance(module, GatedMLP) else _MLPOfUnits
-        return _with_plain_tensors(module, device_mesh)
+        return module
 
 
 class _MLPOfUnits(MLP):
+    @torch.compiler.disable
     def forward(self, x: Tensor) -> Tensor:
-        up, down = self.up, self.down
-        return mlp(
+        up, down, x = self.up, self.down, _entered(x, self)
+        y = mlp(
             x, up.weight, up.bias, down.weight, down.bias, activation=self.activation, save=self.save,
             chunk=self.chunk, backend=self.backend,
         )  # fmt: skip
+        return _left(y)
 
 
 class _GatedMLPOfUnits(GatedMLP):
+    @torch.compiler.disable
     def forward(self, x: Tensor) -> Tensor:
-        gate, up, down = self.gate, self.up, self.down
-        return gated_mlp(
+        gate, up, down, x = self.gate, self.up, self.down, _entered(x, self)
+        y = gated_mlp(
             x, gate.weight, up.weight, down.weight, activation=self.activation, b_gate=gate.bias, b_up=up.bias,
             b_down=down.bias, save=self.save, chunk=self.chunk, backend=self.backend,
         )  # fmt: skip
+        return _left(y)
 
 
 def _cut(layer: nn.Linear, rows: list[int]) -> list[nn.Linear]:
@@ -195,19 +202,13 @@ def _distribute(layer: nn.Module, mesh: DeviceMesh, placement: Any) -> None:
         layer.register_parameter(name, nn.Parameter(spread, parameter.requires_grad))
 
 
-def _with_plain_tensors(module: nn.Module, mesh: DeviceMesh) -> nn.Module:
-    """Hooks: a plain x, the same on all ranks, becomes a DTensor, and the result a plain tensor again."""
+def _entered(x: Tensor, module: nn.Module) -> DTensor:
+    """A plain x, the same on all ranks, as a DTensor."""
+    mesh = next(p.device_mesh for p in module.parameters() if isinstance(p, DTensor))
+    return x if isinstance(x, DTensor) else DTensor.from_local(x, mesh, [Replicate()], run_check=False)
 
-    def enter(_: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
-        x, *rest = given
-        return (
-            x if isinstance(x, DTensor) else DTensor.from_local(x, mesh, [Replicate()], run_check=False),
-            *rest,
-        )
 
-    def leave(_: nn.Module, __: Any, y: DTensor) -> Tensor:
-        return y.redistribute(placements=[Replicate()]).to_local()
-
-    module.register_forward_pre_hook(enter)
-    module.register_forward_hook(leave)
-    return module
+def _left(y: Tensor) -> Tensor:
+    """A result as a plain tensor, the same on all ranks."""
+    assert isinstance(y, DTensor)
+    return y.redistribute(placements=[Replicate()]).to_local()

@@ -58,7 +58,7 @@ class Part:
     lead: rows without keys before them, so that dropout draws by their positions in the whole sequence.
     shift: what is added to the distance of a key from the diagonal of this call to give its distance in the whole
         sequence, where both are contiguous; else None.
-    key_positions: of the keys in the whole sequence, int64.
+    key_positions: of the keys in the whole sequence, int64, on the mask's device.
     """
 
     rows: slice
@@ -153,7 +153,7 @@ class Visibility:
         mask = self._mask(queries, keys, lead)
         contiguous = len(keys) == keys[-1] - keys[0] + 1 and len(queries) == queries[-1] - queries[0] + 1
         shift = int(keys[0] - queries[0]) + lead + len(keys) - (len(queries) + lead) if contiguous else None
-        return Part(rows, columns, None if mask is None else mask.to(device), lead, shift, keys)
+        return Part(rows, columns, None if mask is None else mask.to(device), lead, shift, keys.to(device))
 
     def bounds(self, queries: Tensor, keys: Tensor) -> tuple[slice, slice] | None:
         """The rows and the columns that hold all that is seen; None if nothing is."""

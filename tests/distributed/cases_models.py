@@ -151,6 +151,48 @@ def checkpointing_beyond_the_block_is_an_error(mesh: DeviceMesh) -> None:
             loss.backward()
 
 
+def same_training_curve(mesh: DeviceMesh) -> None:
+    """Five steps of AdamW give the losses of one process."""
+    curves = []
+    for spread in (False, True):
+        torch.manual_seed(3)
+        model = transformer().double()
+        optimizer, losses = torch.optim.AdamW(model.parameters(), lr=1e-2), []
+        plan = distributed.layout(LENGTH, mesh, causal=True)
+        tokens, targets = text()
+        for _ in range(5):
+            optimizer.zero_grad()
+            if spread:
+                with distributed.context_parallel(mesh, plan):
+                    own = [distributed.shard(t, plan, 1) for t in (tokens, targets)]
+                    loss = loss_of(model, *own)
+                    loss.backward()
+                loss = loss.detach()
+                for t in (loss, *(p.grad for p in model.parameters())):
+                    dist.all_reduce(t)
+            else:
+                loss = loss_of(model, tokens, targets)
+                loss.backward()
+            optimizer.step()
+            losses.append(loss.detach())
+        curves.append(torch.stack(losses))
+    assert curves[0][-1] < curves[0][0]
+    torch.testing.assert_close(curves[1], curves[0], rtol=1e-8, atol=0)
+
+
+def compiled(mesh: DeviceMesh) -> None:
+    model, (tokens, targets) = transformer().double(), text()
+    plan = distributed.layout(LENGTH, mesh, causal=True)
+    own = [distributed.shard(t, plan, 1) for t in (tokens, targets)]
+    gradients = []
+    for network in (model, torch.compile(model, backend="aot_eager")):
+        model.zero_grad()
+        with distributed.context_parallel(mesh, plan):
+            loss_of(network, *own).backward()
+        gradients.append([p.grad for p in model.parameters()])
+    torch.testing.assert_close(*gradients)
+
+
 def refused(mesh: DeviceMesh, call: Callable[[Callable[[Tensor], Tensor]], Any], words: str) -> None:
     plan = distributed.layout(LENGTH, mesh, causal=True)
     with (
@@ -201,6 +243,12 @@ REFUSED = {
     ),
     "labels that the model shifts": (_labels, "labels are shifted by the model"),
     "statistics": (_statistics, "attention_statistics is not computed under"),
+    "a loss that shifts": (
+        lambda shard: fastattn.linear_cross_entropy(
+            torch.zeros(1, 75, 9), torch.zeros(5, 9), torch.zeros(1, 75, dtype=torch.int64), shift=True
+        ),
+        "shift=True is not computed under",
+    ),
     "cross-attention": (_cross, "cross-attention is not computed under"),
     "attention weights": (_weights, "attention weights is not computed under|weights"),
     "a model longer than its positions": (
@@ -235,19 +283,23 @@ def shift_labels(mesh: DeviceMesh) -> None:
 
 OF_HUGGING_FACE = ("positions from 0", "positions that cannot be checked", "labels that the model shifts")
 # Hugging Face's library takes seconds to import, so fewer ranks do.
-CASES: dict[int, dict[str, groups.Case]] = {
+CASES: dict[groups.Group, dict[str, groups.Case]] = {
     2: {
         "Llama": partial(same_as_one_process, make=llama, options={}),
         "Llama, ring": partial(same_as_one_process, make=llama, options={}, method="ring"),
-        "Qwen 2 with a window in one layer": partial(same_as_one_process, make=windowed, options={}),
-        "patched Llama": partial(same_as_one_process, make=patched, options={}),
-        "GPT-2": partial(same_as_one_process, make=gpt2, options={}),
         "shifted labels": shift_labels,
+        "the training curve of one process, on two ranks": same_training_curve,
         "padding is refused": padding_is_refused_where_it_is_seen,
         **{
             f"{name}: refused": partial(refused, call=REFUSED[name][0], words=REFUSED[name][1])
             for name in OF_HUGGING_FACE
         },
+    },
+    "slow": {
+        "a compiled model under the block": compiled,
+        "Qwen 2 with a window in one layer": partial(same_as_one_process, make=windowed, options={}),
+        "patched Llama": partial(same_as_one_process, make=patched, options={}),
+        "GPT-2": partial(same_as_one_process, make=gpt2, options={}),
     },
     4: {
         **{
@@ -265,6 +317,7 @@ CASES: dict[int, dict[str, groups.Case]] = {
         "TransformerModel, mask of the block": partial(
             same_as_one_process, make=transformer, options={}, mask=DOCUMENTS
         ),
+        "the training curve of one process": same_training_curve,
         "checkpointing within the block": checkpointing_within_the_block,
         "checkpointing beyond the block": checkpointing_beyond_the_block_is_an_error,
         **{

@@ -301,7 +301,7 @@ REFUSED: dict[str, tuple[Callable[..., Any], str]] = {
     ),
 }
 
-CASES: dict[int, dict[str, groups.Case]] = {
+CASES: dict[groups.Group, dict[str, groups.Case]] = {
     4: {
         **{f"DTensor attention, {name}": case for name, case in ATTENTION.items()},
         **{f"DTensor {name}": case for name, case in OTHERS.items()},
@@ -450,8 +450,22 @@ CASES[4] |= {
     "FSDP, context and tensor parallel": three_dimensions,
     "checkpoints move between meshes": checkpoints_move_between_meshes,
 }
-CASES[2] = {
-    "tensor parallel, Llama": partial(tensor_parallel, make=llama, options={}),
+
+
+def compiled_tensor_parallel(mesh: DeviceMesh) -> None:
+    network, (text, targets) = model(), tokens()
+    parallelize_module(network, mesh, distributed.tensor_parallel_plan(network))
+    gradients = []
+    for called in (network, torch.compile(network, backend="aot_eager")):
+        network.zero_grad()
+        loss_of(called, text, targets).backward()
+        gradients.append([_whole_gradient(p) for p in network.parameters()])
+    torch.testing.assert_close(*gradients)
+
+
+CASES[2] = {"tensor parallel, Llama": partial(tensor_parallel, make=llama, options={})}
+CASES["slow"] = {
+    "tensor parallel, compiled": compiled_tensor_parallel,
     "tensor parallel, patched Llama": partial(tensor_parallel, make=patched, options={}),
 }
 CASES[8] = {"FSDP, context and tensor parallel": three_dimensions}

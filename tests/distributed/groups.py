@@ -1,6 +1,7 @@
 """Cases that run on several ranks: one spawned gloo group runs them all, since a spawn costs seconds.
 
-`python tests/distributed/groups.py 4 'ring, .*sinks'` runs the cases whose names match.
+`python tests/distributed/groups.py 4 'ring, .*sinks'` runs the cases of four ranks whose names match. Instead of 4,
+`slow` names those that take long.
 """
 
 from __future__ import annotations
@@ -22,32 +23,40 @@ from torch.distributed.device_mesh import DeviceMesh
 TIMEOUT = timedelta(seconds=60)
 MODULES = ("cases_attention", "cases_ranks", "cases_models", "cases_tensors", "cases_loss")
 Case = Callable[[DeviceMesh], None]
+# How many ranks run the cases; "slow" is two ranks.
+Group = int | str
 
 
-def cases(ranks: int, pattern: str = "") -> dict[str, Case]:
-    """The cases for so many ranks, by name: each module has them as CASES[ranks]."""
-    every = (importlib.import_module(module).CASES.get(ranks, {}) for module in MODULES)
+def cases(group: Group, pattern: str = "") -> dict[str, Case]:
+    """The cases of a group, by name: each module has them as CASES[group]."""
+    every = (importlib.import_module(module).CASES.get(group, {}) for module in MODULES)
     return {name: case for found in every for name, case in found.items() if re.search(pattern, name)}
 
 
-def failures(ranks: int, pattern: str = "") -> str:
+def failures(group: Group, pattern: str = "") -> str:
     """Run the cases; what went wrong, by name of the case and rank. "" if nothing did.
 
     A case takes the mesh of all ranks. It must talk to the other ranks only before it can fail.
     """
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_worker, (ranks, folder, pattern), nprocs=ranks)
+        ranks = ranks_of(group)
+        mp.spawn(_worker, (group, folder, pattern), nprocs=ranks)
         return "".join((Path(folder) / f"failures.{rank}").read_text() for rank in range(ranks))
 
 
-def _worker(rank: int, ranks: int, folder: str, pattern: str) -> None:
+def ranks_of(group: Group) -> int:
+    return 2 if group == "slow" else int(group)
+
+
+def _worker(rank: int, group: Group, folder: str, pattern: str) -> None:
+    ranks = ranks_of(group)
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/group", rank=rank, world_size=ranks, timeout=TIMEOUT
     )
     mesh = dist.init_device_mesh("cpu", (ranks,))
     report = ""
-    for name, case in cases(ranks, pattern).items():
+    for name, case in cases(group, pattern).items():
         torch.manual_seed(0)
         try:
             case(mesh)
@@ -60,4 +69,5 @@ def _worker(rank: int, ranks: int, folder: str, pattern: str) -> None:
 
 if __name__ == "__main__":
     sys.path.append(str(Path(__file__).parents[1]))
-    print(failures(int(sys.argv[1]), *sys.argv[2:]) or "all passed")
+    which = sys.argv[1]
+    print(failures(int(which) if which.isdigit() else which, *sys.argv[2:]) or "all passed")

@@ -15,10 +15,12 @@ from cases_ranks import LENGTH, heads, shards
 
 from fastattn import distributed
 
+SLOW = pytest.mark.slow
 
-@pytest.mark.parametrize("ranks", [2, 4, pytest.param(8, marks=pytest.mark.slow)])
-def test_ranks_together_compute_what_one_process_computes(ranks: int) -> None:
-    failures = groups.failures(ranks)
+
+@pytest.mark.parametrize("group", [2, 4, pytest.param(8, marks=SLOW), pytest.param("slow", marks=SLOW)])
+def test_ranks_together_compute_what_one_process_computes(group: groups.Group) -> None:
+    failures = groups.failures(group)
     assert not failures, failures
 
 
