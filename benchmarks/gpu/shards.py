@@ -12,6 +12,7 @@ KERNEL_TESTS = {
     "test_attention_kernels": "attention",
     "test_masked_attention": "masks",
     "test_scores": "scores",
+    "test_attention_with_cache": "cache",
     "test_loss": "loss",
     "test_mlp": "mlp",
     "test_norm": "norm",

@@ -81,7 +81,7 @@ def served(
 ) -> list[tuple[str, ...]]:
     """Which backend computes each direction, and how."""
     x = torch.empty(tokens, width, dtype=dtype, device=device)
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for direction in (FORWARD, BACKWARD):
         request = Request("mlp", MLPSpec("silu" if gated else "gelu", gated), (x,))
         chosen = capabilities.choose(request, direction)
@@ -96,13 +96,13 @@ def path(backend: str, x: Tensor, hidden: int) -> str:
     from fastattn.kernels import mlp
 
     weight = x.new_empty(hidden, x.shape[1])
-    fused = mlp.is_fused(mlp.hidden_kernel, mlp.Size(*x.shape, hidden), (x, weight), None)
+    fused = mlp.is_fused(mlp.hidden_kernel, mlp.Size(x.shape[0], x.shape[1], hidden), (x, weight), None)
     return "the activation in the product's kernel" if fused else "the library's product, then one pass over it"
 
 
 def floors(tokens: int, width: int, hidden: int, gated: bool, rate: float) -> list[tuple[str, ...]]:
     """The least time of a forward, and of a forward with its backward."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for direction, name in ((FORWARD, "forward"), (TRAINING, "forward and backward")):
         flops = mlp_flops(tokens, width, hidden, gated=gated, direction=direction)
         rows.append((f"least time, {name}", f"{1e3 * flops / rate:.4g} ms", f"{flops / 1e9:.4g} GFLOP"))
@@ -115,7 +115,7 @@ def kept_rows(
     """For each `save=` what the backend that serves it keeps."""
     x, weights = tensors(tokens, width, hidden, dtype, gated)
     there = torch.empty(tokens, width, dtype=dtype, device=device)
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for save in SAVES:
         chunk = automatic_chunk(there.is_cuda, hidden, dtype.itemsize, save)
         spec = MLPSpec("silu" if gated else "gelu", gated, save=save, chunk=chunk)
