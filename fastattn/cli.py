@@ -1,4 +1,4 @@
-"""The command line: fastattn demo | look | doctor | prove | bench."""
+"""The command line: fastattn demo | look | generate | doctor | prove | bench."""
 
 from __future__ import annotations
 
@@ -79,6 +79,12 @@ def _look() -> tuple[Callable, Callable]:
     return looking.add_arguments, looking.run
 
 
+def _generate() -> tuple[Callable, Callable]:
+    from fastattn import generating
+
+    return generating.add_arguments, generating.run
+
+
 def _doctor() -> tuple[Callable, Callable]:
     from fastattn.measuring import doctor
 
@@ -100,6 +106,7 @@ def _bench() -> tuple[Callable, Callable]:
 COMMANDS: dict[str, tuple[str, Loader]] = {
     "demo": ("train a transformer on these modules, beside an eager one, and look inside", _demo),
     "look": ("write a page about what happens inside a model on a text: heads, layers, neurons", _look),
+    "generate": ("go on with a text by a model, word by word", _generate),
     "doctor": ("say what serves on this machine and why, and test that it computes right", _doctor),
     "prove": ("test and time the kernels on this GPU, so that those serve that are right and faster", _prove),
     "bench": ("a short comparison with other implementations on this machine", _bench),

@@ -44,6 +44,7 @@ FLOORS = (
     ("measuring", "measuring.*"),
     ("demo", "demo.*"),
     ("looking", "looking.*"),
+    ("generating",),
     ("cli", "__main__"),
 )
 

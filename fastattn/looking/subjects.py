@@ -54,7 +54,16 @@ def find_subject(name: str, device: torch.device) -> Subject:
     """
     if name == "demo":
         return _demo(device)
-    return _checkpoint(_smollm2() if name == "smollm2" else _folder(name), device)
+    return _checkpoint(find_folder(name), device)
+
+
+def find_folder(name: str) -> Path:
+    """The folder of the checkpoint that MODEL names: smollm2, or a folder.
+
+    Raises:
+        CommandError: there is none; the sentence says what to do.
+    """
+    return _smollm2() if name == "smollm2" else _folder(name)
 
 
 def _demo(device: torch.device) -> Subject:

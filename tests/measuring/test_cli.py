@@ -39,7 +39,7 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess:
 def test_without_a_command_it_prints_help(capsys):
     assert main([]) == 0
     printed = capsys.readouterr().out
-    assert all(command in printed for command in ("demo", "look", "doctor", "prove", "bench"))
+    assert all(command in printed for command in ("demo", "look", "generate", "doctor", "prove", "bench"))
 
 
 def test_it_says_its_version(capsys):
@@ -48,7 +48,7 @@ def test_it_says_its_version(capsys):
     assert leaving.value.code == 0 and capsys.readouterr().out.strip() == f"fastattn {__version__}"
 
 
-@pytest.mark.parametrize("command", ["demo", "look", "doctor", "prove", "bench"])
+@pytest.mark.parametrize("command", ["demo", "look", "generate", "doctor", "prove", "bench"])
 def test_each_command_explains_itself(command, capsys):
     with pytest.raises(SystemExit) as leaving:
         main([command, "--help"])
@@ -58,7 +58,8 @@ def test_each_command_explains_itself(command, capsys):
 def test_importing_the_library_and_its_command_line_loads_no_extra():
     code = (
         "import sys, json, fastattn, fastattn.nn, fastattn.lens, fastattn.demo;"
-        "import fastattn.measuring.doctor, fastattn.measuring.prove, fastattn.looking.command, fastattn.cli;"
+        "import fastattn.measuring.doctor, fastattn.measuring.prove, fastattn.looking.command;"
+        "import fastattn.generating, fastattn.cli;"
         "print(json.dumps([m for m in ('triton', 'rich', 'matplotlib', 'transformers') if m in sys.modules]))"
     )
     assert json.loads(python(code).stdout) == []
