@@ -231,13 +231,15 @@ def test_every_feature_of_the_table_is_exact(feature: str, backend: str) -> None
         temperature=st.sampled_from([1.0, 2.0]),
         returns=st.booleans(),
         scale=st.sampled_from([0.1, 1.0, 5.0]),
-        dtype=st.sampled_from([torch.float16, torch.float32]),
+        dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32]),
         strided=st.booleans(),
     ),
     st.sampled_from(("triton", "portable")),
     st.sampled_from([2**10, 2**21]),
 )
 def test_any_shapes_strides_and_options(problem: Problem, backend: str, tile: int) -> None:
+    if problem.dtype == torch.bfloat16:
+        backend = "portable"  # the interpreter computes bfloat16 wrongly
     with mock.patch.object(portable, "TILE_ON_CPU", tile), mock.patch.object(portable, "LEAST_CLASSES", 4):
         check(problem, backend)
 
