@@ -135,12 +135,12 @@ def served_by(feature: Feature, device: torch.device) -> tuple[str, str]:
     if asked:
         lack = _lack(feature, asked, device)
         return (asked, "asked for") if lack is None else ("nothing", lack)
-    if capabilities.default_backend(device) == "portable":
+    record = None if capabilities.triton_obstacle(device) else proofs.record_of(device)
+    if record is None and capabilities.default_backend(device) == "portable":
         return "portable", "default"
     lack = _lack(feature, "triton", device)
     if lack is not None or not feature.proof:
         return "portable" if lack else "triton, portable", lack or "by what else is in the call"
-    record = proofs.record_of(device)
     rows = [] if record is None else [r for r in record.rows.values() if _is_about(r.key, feature)]
     if not rows:
         return "portable", "not proven here"

@@ -131,6 +131,8 @@ def test_a_slow_kernel_stays_off(here):
     record = fastattn.prove("cpu", families="norm")
     assert verdicts(record) == {proofs.SLOWER}
     assert capabilities.choose(RMS, FORWARD) == "portable"
+    feature = next(f for f in capabilities.FEATURES if f.proof == "rms")
+    assert doctor.served_by(feature, CPU) == ("portable", "0 of 2 proven, 0.99 x")
 
 
 @pytest.mark.parametrize("fault", ["wrong", "other bits", "nan"])
