@@ -5,6 +5,7 @@ Neighbouring rows of equal length are one call.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator
 from dataclasses import replace
@@ -46,7 +47,7 @@ def _of_one_query(q: Tensor, storage: Storage, spec: CacheSpec, tensors: CacheTe
     heads that share a key head become the queries of one head: keys are read once, not once for each of them."""
     (batch, heads), key_heads = q.shape[:2], storage.keys.shape[1]
     q = q[:, :, 0].unflatten(1, (key_heads, heads // max(key_heads, 1)))
-    every = replace(spec.attention, causal=False, window=(None, None))
+    every = _seeing_every_key(spec.attention)
     out = q.new_zeros((*q.shape[:3], spec.value_width))
     lse = q.new_full(q.shape[:3], float("-inf"), dtype=lse_dtype(q.dtype))
     straight = None
@@ -64,6 +65,11 @@ def _of_one_query(q: Tensor, storage: Storage, spec: CacheSpec, tensors: CacheTe
         if total is not None:
             out[rows], lse[rows] = total[0][..., : spec.value_width], total[1]
     return out.view(batch, 1, heads, spec.value_width).transpose(1, 2), lse.view(batch, heads, 1)
+
+
+@functools.lru_cache(maxsize=64)
+def _seeing_every_key(score_options: AttentionSpec) -> AttentionSpec:
+    return replace(score_options, causal=False, window=(None, None))
 
 
 def _pieces(storage: Storage, tensors: CacheTensors, first: int, stop: int) -> Iterator[tuple[int, int]]:
