@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import tempfile
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import groups
@@ -28,6 +28,7 @@ R, BATCH, HEADS, LENGTH = Replicate(), Shard(0), Shard(1), Shard(2)
 B, H, N, D = 4, 8, 40, 8
 
 
+@cache
 def two_by_two(mesh: DeviceMesh) -> DeviceMesh:
     return dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
 

@@ -1,7 +1,7 @@
 """Cases that run on several ranks: one spawned gloo group runs them all, since a spawn costs seconds.
 
-`python tests/distributed/groups.py 4 'ring, .*sinks'` runs the cases of four ranks whose names match. Instead of 4,
-`slow` names those that take long.
+`python tests/distributed/groups.py 4 'ring, .*sinks'` runs the cases of four ranks whose names match. The group
+`slow` has those that take long.
 """
 
 from __future__ import annotations
