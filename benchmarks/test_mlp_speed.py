@@ -15,7 +15,15 @@ if DEVICE.type == "cuda":
         for gated in (False, True)
     ]
 else:
-    PROBLEMS = [MLPProblem(256, 128, 320 if gated else 512, gated, "float32") for gated in (False, True)]
+    PROBLEMS = [
+        MLPProblem(tokens, width, hidden, gated, "float32")
+        for tokens, width, plain, narrower in (
+            (256, 128, 512, 320),
+            (512, 256, 1024, 704),
+            (2048, 512, 2048, 1408),
+        )
+        for gated, hidden in ((False, plain), (True, narrower))
+    ]
 
 
 @pytest.mark.parametrize("peer", usable_peers(PROBLEMS[0], DEVICE, compiled=True))
