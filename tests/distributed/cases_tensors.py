@@ -200,6 +200,14 @@ OTHERS: dict[str, groups.Case] = {
     "gated_mlp, rows": partial(
         same, function=fastattn.gated_mlp, tensors=GATED, placements={"x": [BATCH]}, options={}, result=[BATCH]
     ),
+    "gated_mlp, rows, keeping nothing": partial(
+        same,
+        function=fastattn.gated_mlp,
+        tensors=GATED,
+        placements={"x": [BATCH]},
+        options={"save": "nothing", "chunk": 2, "match_eager": True},
+        result=[BATCH],
+    ),
     "gated_mlp, column then row": partial(
         same, function=fastattn.gated_mlp, tensors=GATED, placements=GATED_HIDDEN, options={}, result=[Partial()]
     ),
@@ -295,6 +303,10 @@ REFUSED: dict[str, tuple[Callable[..., Any], str]] = {
     "a plain weight with a gradient": (
         lambda s: fastattn.rms_norm(s(BATCH, B, 8), torch.ones(8, requires_grad=True)),
         "weight must be a DTensor",
+    ),
+    "a packed weight": (
+        lambda s: fastattn.gated_mlp(s(R, B, 8), s(BATCH, 24, 8), None, s(HEADS, 8, 12), packed="gate_up"),
+        "packed must be None for DTensors",
     ),
     "rows and hidden units at once": (
         lambda s: fastattn.mlp(s(BATCH, B, 8), s(BATCH, 12, 8), None, s(HEADS, 8, 12), None),
