@@ -48,23 +48,35 @@ def _of_one_query(q: Tensor, storage: Storage, spec: CacheSpec, tensors: CacheTe
     (batch, heads), key_heads = q.shape[:2], storage.keys.shape[1]
     q = q[:, :, 0].unflatten(1, (key_heads, heads // max(key_heads, 1)))
     every = _seeing_every_key(spec.attention)
-    out = q.new_zeros((*q.shape[:3], spec.value_width))
-    lse = q.new_full(q.shape[:3], float("-inf"), dtype=lse_dtype(q.dtype))
-    straight = None
-    for rows, first, stop in _spans(spec.attention, tensors, 1):
-        total = None
+    spans = list(_spans(spec.attention, tensors, 1))
+    if len(spans) == 1 and spans[0][1] < spans[0][2]:
+        out, lse = _of_span(q, storage, every, tensors, *spans[0])
+        out = out[..., : spec.value_width].to(q.dtype)
+    else:
+        out = q.new_zeros((*q.shape[:3], spec.value_width))
+        lse = q.new_full(q.shape[:3], float("-inf"), dtype=lse_dtype(q.dtype))
+        for rows, first, stop in spans:
+            if first < stop:
+                found, lse[rows] = _of_span(q, storage, every, tensors, rows, first, stop)
+                out[rows] = found[..., : spec.value_width]
+    return out.reshape(batch, 1, heads, spec.value_width).transpose(1, 2), lse.reshape(batch, heads, 1)
+
+
+def _of_span(
+    q: Tensor, storage: Storage, every: AttentionSpec, tensors: CacheTensors, rows: slice, first: int, stop: int
+) -> tuple[Tensor, Tensor]:
+    """Attention of some rows to all of their keys from `first` to before `stop`, of which there are some."""
+    q = q if rows.stop - rows.start == len(q) else q[rows]
+
+    def parts() -> Iterator[tuple[Tensor, Tensor]]:
+        straight = None
         for begin, end in _pieces(storage, tensors, first, stop):
             k, v = keys_and_values(storage, tensors, rows, begin, end)
             # Whether PyTorch's operator computes this does not depend on the number of keys.
-            straight = straight or portable.straight(q[rows], k, v, every, False)
-            if straight is not None:
-                part = straight.forward(q[rows], k, v)
-            else:
-                part = portable.forward(q[rows], k, v, every, NO_TENSORS)
-            total = part if total is None else _merged(*total, *part)
-        if total is not None:
-            out[rows], lse[rows] = total[0][..., : spec.value_width], total[1]
-    return out.view(batch, 1, heads, spec.value_width).transpose(1, 2), lse.view(batch, heads, 1)
+            straight = straight or portable.straight(q, k, v, every, False)
+            yield portable.forward(q, k, v, every, NO_TENSORS) if straight is None else straight.forward(q, k, v)
+
+    return functools.reduce(lambda total, more: _merged(*total, *more), parts())
 
 
 @functools.lru_cache(maxsize=64)
