@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
 import math
 import weakref
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -26,6 +28,7 @@ import fastattn
 from fastattn.core import capabilities
 from fastattn.core.mlp import int8, portable
 from fastattn.core.mlp.spec import PACKED, MLPSpec, MLPWeights
+from fastattn.dropin import mlp_forms
 from fastattn.kernels import mlp as kernels
 
 FORMS: dict[str, dict[str, Any]] = {
@@ -510,3 +513,40 @@ X, W, PACKED_W, DOWN = (torch.zeros(size, device=DEVICE) for size in ((3, 8), (1
 def test_bad_input_is_refused_in_words(call, error, message) -> None:
     with pytest.raises(error, match=message):
         call()
+
+
+# Hugging Face's modules.
+
+MODULES = {
+    "LlamaMLP": ("llama", "LlamaConfig", {"hidden_act": "silu"}),
+    "GemmaMLP": ("gemma", "GemmaConfig", {"hidden_act": "gelu_pytorch_tanh"}),
+    "Phi3MLP": ("phi3", "Phi3Config", {"hidden_act": "silu", "pad_token_id": 0}),
+    "GPT2MLP": ("gpt2", "GPT2Config", {"resid_pdrop": 0.0}),
+    "T5DenseGatedActDense": ("t5", "T5Config", {"feed_forward_proj": "gated-gelu", "dropout_rate": 0.0}),
+}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_hugging_face_s_modules_keep_their_results_and_gradients_when_patched(name: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    family, config_name, options = MODULES[name]
+    sizes = {"d_model": 32, "d_ff": 48} if family == "t5" else {"hidden_size": 32, "intermediate_size": 48}
+    config = getattr(transformers, config_name)(**sizes, **options)
+    kind = getattr(importlib.import_module(f"transformers.models.{family}.modeling_{family}"), name)
+    module = kind(48, config) if family == "gpt2" else kind(config)
+    x = torch.randn(2, 9, 32)
+
+    def results() -> list[Tensor]:
+        leaf = x.clone().requires_grad_()
+        y = module(leaf)
+        return [y, *torch.autograd.grad(y.square().sum(), [leaf, *module.parameters()])]
+
+    expected = results()
+    (row,) = fastattn.patch(module).rows
+    assert row.now is not None, row.why
+    with mock.patch.object(mlp_forms, "gated_mlp", wraps=fastattn.gated_mlp) as gated:
+        for a, e in zip(results(), expected, strict=True):
+            torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-6)
+    # Phi-3's one weight for gate and up is taken as it lies.
+    asked = [call.kwargs.get("packed") for call in gated.call_args_list]
+    assert asked == ([] if name == "GPT2MLP" else ["gate_up" if name == "Phi3MLP" else None])
