@@ -24,6 +24,7 @@ from transformers.utils import output_capturing
 from fastattn.core import spread
 from fastattn.core.attention.functional import attention
 from fastattn.core.attention.varlen import attention_varlen
+from fastattn.integrations.huggingface_batching import PagedAttentionCache, attention_of_batch
 from fastattn.integrations.huggingface_cache import GrowingCache
 from fastattn.integrations.huggingface_decoding import attention_of_one_query, with_sinks
 from fastattn.integrations.huggingface_mask import (
@@ -68,6 +69,7 @@ def fastattn_attention(
     cu_seq_lens_q: Tensor | None = None,
     cu_seq_lens_k: Tensor | None = None,
     output_attentions: bool | None = None,
+    cache: PagedAttentionCache | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Attend, as transformers calls its attention functions.
@@ -85,6 +87,8 @@ def fastattn_attention(
         cu_seq_lens_q, cu_seq_lens_k: (sequences + 1,), as transformers passes them for flash-attn: the first token
             of each sequence packed into the batch, and the end. The mask applies, too.
         output_attentions: whether the weights are wanted; the model's own eager attention then computes the call.
+        cache: of continuous batching, which then passes cu_seq_lens_k by kind of layer, read_index and
+            write_index, too; its lengths say what is seen, not the mask.
         kwargs: keywords that do not change the result (`huggingface_models.HARMLESS`).
 
     Returns:
@@ -94,6 +98,19 @@ def fastattn_attention(
         ValueError: an unknown keyword, which is named; weights of a model without an eager attention; a tensor as
             mask with another number of keys than `key`.
     """
+    if isinstance(cache, PagedAttentionCache):
+        batch = {
+            "cu_seq_lens_q": cu_seq_lens_q, "cu_seq_lens_k": cu_seq_lens_k, "position_bias": position_bias,
+            "indices": indices, "block_indices": block_indices, "is_causal": is_causal, "dropout": dropout or None,
+            "output_attentions": output_attentions or _collects_weights() or None, **kwargs,
+        }  # fmt: skip
+        sinks = s_aux if sinks is None else sinks
+        out = attention_of_batch(
+            module, query, key, value, cache, batch, scale=scaling, softcap=softcap, sinks=sinks
+        )
+        return out, None
+    if cache is not None:
+        kwargs["cache"] = cache
     if kwargs:
         check_keywords(module, kwargs)
     wants_weights = output_attentions or _collects_weights()
@@ -221,6 +238,8 @@ def _mask_of(
 
 def _is_one_query(query: Tensor, key: Tensor, mask: Mask | Tensor) -> bool:
     """Whether each row has one query, and a mask that says which keys it sees."""
+    if spread.current is not None or isinstance(query, spread.DTENSORS):
+        return False  # The row has other queries, on other ranks.
     if query.shape[2] != 1 or not query.shape[0] or query.shape[1] % key.shape[1]:
         return False
     return mask.documents is None if isinstance(mask, Mask) else mask.dim() == 4

@@ -71,7 +71,7 @@ HARMLESS = {name: reason for reason, names in _HARMLESS_BECAUSE.items() for name
 
 # Keywords that change the result and are not supported, each with advice.
 REFUSED = {
-    "cache": 'continuous batching keeps keys in pages: use attn_implementation="sdpa" there',
+    "cache": "it is served for model.generate_batch, which passes transformers' PagedAttentionCache, and not here",
     "head_mask": 'a factor for each head is not computed: use attn_implementation="eager"',
 } | dict.fromkeys(
     ("band_mask", "from_mask", "to_mask", "from_blocked_mask", "to_blocked_mask"),

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastattn.core import spread
 from fastattn.core.cache.functional import attention_with_cache
 from fastattn.ground import arguments
 from fastattn.ground.checks import Window
@@ -68,6 +69,7 @@ class LayerCache:
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *, window: Window, backend: str | None) -> Tensor:
         """Add k and v, and attend from q to all keys up to its own position."""
+        spread.refuse("a cache")
         if self.keys is None or self.values is None:
             # Not filled: what lies behind a row's length is never read.
             self.keys, self.values = (

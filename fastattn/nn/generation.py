@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastattn.core import spread
 from fastattn.core.intact import alteration
 from fastattn.ground import arguments
 from fastattn.nn.attention import SelfAttention
@@ -44,6 +45,7 @@ def generate(
     **sampling: Any,
 ) -> Generation:
     """`TransformerModel.generate`, which explains the arguments."""
+    spread.refuse("generate")
     choice, stops = Sampling(**sampling), _stops(stop)
     if stream is not None and not callable(stream):
         raise TypeError(f"stream must be a function or None, got {type(stream).__name__}")

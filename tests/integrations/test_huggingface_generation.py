@@ -13,7 +13,9 @@ from torch import Tensor, nn
 transformers = pytest.importorskip("transformers")
 from transformers.cache_utils import DynamicCache, StaticCache  # noqa: E402
 
-from fastattn.integrations.huggingface import GrowingCache  # noqa: E402
+from fastattn.core import spread  # noqa: E402
+from fastattn.integrations.huggingface import GrowingCache, fastattn_attention  # noqa: E402
+from fastattn.nn import TransformerModel  # noqa: E402
 
 FAMILIES = ["gpt2", "llama", "mistral", "gemma2", "gemma3", "gpt_oss", "qwen3"]
 GREEDY = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
@@ -167,3 +169,22 @@ def test_a_growing_cache_made_in_inference_mode_serves_outside_and_gradients_pas
     keys, values = cache.update(new, new, 0)
     (keys * values).sum().backward()
     torch.testing.assert_close(new.grad, 2 * new.detach())
+
+
+def test_a_query_whose_row_goes_on_on_other_ranks_is_not_taken_for_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Spread:
+        length = 4
+
+        def check_positions(self, *_: Any) -> None:
+            pass
+
+        def attention(self, q: Tensor, k: Tensor, v: Tensor, options: Any) -> Tensor:
+            return torch.full_like(q, 7.0)
+
+    monkeypatch.setattr(spread, "current", Spread())
+    q, k, v = (torch.randn(1, heads, 1, 8) for heads in (4, 2, 2))
+    out, _ = fastattn_attention(nn.Module(), q, k, v, None)
+    assert (out == 7).all()
+    model = TransformerModel(vocab_size=9, embed_dim=16, num_heads=2, num_layers=1, max_length=8)
+    with pytest.raises(ValueError, match="generate is not computed under"):
+        model.generate(torch.zeros(1, 3, dtype=torch.long), 2)
