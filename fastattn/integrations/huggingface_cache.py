@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import GenerationMixin
 from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from fastattn.integrations.huggingface_models import NAME
 
 LEAST_ROOM = 256
 
@@ -19,15 +23,23 @@ class GrowingCache(DynamicCache):
     of other kinds (with a window, of linear attention) are as in a DynamicCache.
 
         model.generate(**inputs, past_key_values=GrowingCache(config=model.config))
+
+    On a CPU `generate` makes its own DynamicCache such a one where the model has attn_implementation="fastattn".
+    On a GPU the room could be memory that the model needs.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if getattr(self, "layer_class_to_replicate", None) is DynamicLayer:
-            self.layer_class_to_replicate = GrowingLayer
-        for layer in self.layers:
-            if type(layer) is DynamicLayer:
-                layer.__class__ = GrowingLayer
+        give_room(self)
+
+
+def give_room(cache: DynamicCache) -> None:
+    """Turn the plain layers of a cache into growing ones."""
+    if getattr(cache, "layer_class_to_replicate", None) is DynamicLayer:
+        cache.layer_class_to_replicate = GrowingLayer
+    for layer in cache.layers:
+        if type(layer) is DynamicLayer:
+            layer.__class__ = GrowingLayer
 
 
 class GrowingLayer(DynamicLayer):
@@ -92,3 +104,21 @@ def _with_room(room: Room | None, old: Tensor, new: Tensor) -> Room:
 def _needs_new_tensors(*new: Tensor) -> bool:
     """Whether autograd or a compiler follows the tensors, which must then not be written to."""
     return torch.compiler.is_compiling() or (torch.is_grad_enabled() and any(t.requires_grad for t in new))
+
+
+_prepare = GenerationMixin._prepare_cache_for_generation
+
+
+@functools.wraps(_prepare)
+def _prepare_with_room(self: Any, generation_config: Any, model_kwargs: Any, *args: Any, **kwargs: Any) -> Any:
+    """transformers' method, which makes the cache of a call of generate; ours is given room."""
+    given = model_kwargs.get("past_key_values")
+    result = _prepare(self, generation_config, model_kwargs, *args, **kwargs)
+    cache = model_kwargs.get("past_key_values")
+    ours = self.config._attn_implementation == NAME and self.device.type == "cpu"
+    if ours and cache is not given and type(cache) is DynamicCache and not cache.offloading:
+        give_room(cache)
+    return result
+
+
+GenerationMixin._prepare_cache_for_generation = _prepare_with_room  # type: ignore[method-assign]

@@ -11,10 +11,11 @@ from test_huggingface import VOCABULARY, build, prompt
 from torch import Tensor, nn
 
 transformers = pytest.importorskip("transformers")
-from transformers.cache_utils import DynamicCache, StaticCache  # noqa: E402
+from transformers.cache_utils import DynamicCache, DynamicLayer, StaticCache  # noqa: E402
 
 from fastattn.core import spread  # noqa: E402
 from fastattn.integrations.huggingface import GrowingCache, fastattn_attention  # noqa: E402
+from fastattn.integrations.huggingface_cache import GrowingLayer  # noqa: E402
 from fastattn.nn import TransformerModel  # noqa: E402
 
 FAMILIES = ["gpt2", "llama", "mistral", "gemma2", "gemma3", "gpt_oss", "qwen3"]
@@ -108,6 +109,20 @@ def test_a_growing_cache_changes_no_token(name: str, options: dict[str, Any]) ->
     expected = generated(model, "eager", inputs, **options)
     cache = GrowingCache(config=model.config)
     assert generated(model, "fastattn", inputs, **options, past_key_values=cache).equal(expected)
+
+
+def test_generate_gives_its_own_cache_room_under_our_name_only() -> None:
+    model, inputs = build("llama"), prompt("llama")
+    model.set_attn_implementation("eager")
+    plain = model.generate(**inputs, **GREEDY, return_dict_in_generate=True)
+    assert {type(layer) for layer in plain.past_key_values.layers} == {DynamicLayer}
+    model.set_attn_implementation("fastattn")
+    ours = model.generate(**inputs, **GREEDY, return_dict_in_generate=True)
+    assert {type(layer) for layer in ours.past_key_values.layers} == {GrowingLayer}
+    assert ours.sequences.equal(plain.sequences)
+    given = DynamicCache(config=model.config)
+    model.generate(**inputs, **GREEDY, past_key_values=given)
+    assert {type(layer) for layer in given.layers} == {DynamicLayer}
 
 
 def rows(count: int, seed: int = 0) -> Tensor:
