@@ -103,3 +103,19 @@ def test_a_plain_case_passes_and_a_wrong_kernel_fails_it(sizes, monkeypatch):
     monkeypatch.setattr(checking, "results_and_gradients", slightly_wrong)
     rows = checking.check_kernel(sizes, CPU, lambda step: None)
     assert all(row["verdict"].startswith("FAILED") for row in rows)
+
+
+@pytest.mark.parametrize("kind", ["gelu int8", "silu gated eager"])
+def test_an_mlp_that_keeps_8_bits_or_rounds_as_eager_passes_and_one_that_is_a_tenth_off_fails(kind, monkeypatch):
+    sizes = Sizes("mlp", kind, "float32", batch=1, length=20, width=16, hidden=150)
+    rows = checking.check_kernel(sizes, CPU, lambda step: None)
+    assert all(row["verdict"] == "passed" for row in rows), rows
+    results = checking.results_and_gradients
+
+    def wrong(call, backend, *more):
+        found = results(call, backend, *more)
+        return {name: t * 1.1 for name, t in found.items()} if backend == "triton" else found
+
+    monkeypatch.setattr(checking, "results_and_gradients", wrong)
+    rows = checking.check_kernel(sizes, CPU, lambda step: None)
+    assert all(row["verdict"].startswith("FAILED") for row in rows)

@@ -114,7 +114,8 @@ def gated_mlp(
         packed: "gate_up" or "up_gate" if w_gate (2h, d) holds both weights in this order, and b_gate (2h,) both
             biases; then w_up and b_up are None. One product computes both, and one their gradient; nothing is
             copied.
-        save, chunk, match_eager: as `mlp`'s. What is kept are gate and up. With save="auto" the portable backend
+        save, chunk, match_eager: as `mlp`'s. What is kept are gate and up. With save="int8" the gradients have a
+            relative error of about 1 percent (SiLU, normal numbers). With save="auto" the portable backend
             also keeps act(gate) and the hidden layer, as eager PyTorch does. A chunk's tensors are (chunk, 2h).
         backend: as `attention`'s.
 
