@@ -5,8 +5,8 @@ row r of a key head is query r // group and query head r % group of its group. K
 counted from the row's first key, and split over programs at multiples of SPLIT keys (Flash-Decoding, Dao et al.
 2023). Partial results are merged in ascending order. So the order of all sums depends on the row alone.
 
-Pages are an address translation where keys are loaded. Quantised caches have a factor where scores and weights are
-made. Grids follow from capacities, never from lengths, which stay on the device.
+Pages are an address translation where keys are loaded. Grids follow from capacities, never from lengths, which
+stay on the device.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from .tiles import (
     LOG2_E,
     Matrix,
     Shape,
-    Tensor3,
     Tensor4,
     head_of,
     load_row_values,
@@ -41,14 +40,11 @@ from .tiles import (
 
 
 class Cache(NamedTuple):
-    """Keys (page, head, place, width), values or None where they are columns of the keys, the factors of quantised
-    ones (page, head, place), the table (row, page), and how many pages there are. Without a table every row is a
-    page."""
+    """Keys (page, head, place, width), values or None where they are columns of the keys, the table (row, page),
+    and how many pages there are. Without a table every row is a page."""
 
     k: Tensor4
     v: Tensor4 | None
-    k_scales: Tensor3 | None
-    v_scales: Tensor3 | None
     table: Matrix | None
     pages: int
     last: None = None  # a tuple of tuples must end in a constant
@@ -157,9 +153,6 @@ def cache_step(
     if tile.REST > 0:
         k_rest = load_tokens(cache.k, tokens, exists, tile.MAIN_DIM, tile.REST_DIM, tile.REST, MASKED)
         products += tl.dot(q_rest, tl.trans(k_rest.to(q_rest.dtype)), input_precision=tile.PRECISION)
-    if cache.k_scales is not None:
-        factors = tl.load(token_pointers(cache.k_scales, head, pages, places), mask=exists, other=0.0)
-        products *= factors[None, :].to(tl.float32)
     diagonal = query + (length - rows.queries)
     values = cap(products, scores, score_terms)
     values = finish_scores(values, scores, score_terms, diagonal[:, None], keys[None, :], rows.aligned)
@@ -177,9 +170,6 @@ def cache_step(
         tokens = token_pointers(cache.v, head, pages, places)
         v_tile = load_tokens(cache.v, tokens, exists, 0, tile.VALUE_DIM, tile.VALUE_WIDTH, MASKED)
         v_tile = v_tile.to(q_tile.dtype)
-    if cache.v_scales is not None:
-        factors = tl.load(token_pointers(cache.v_scales, head, pages, places), mask=exists, other=0.0)
-        weights *= factors[None, :].to(tl.float32)
     accumulator *= rescale[:, None]
     accumulator = tl.dot(weights.to(q_tile.dtype), v_tile, accumulator, input_precision=tile.PRECISION)
     return accumulator, row_max, row_sum
@@ -371,9 +361,7 @@ def cache_merge_kernel(out, lse, partials, lse_partials, rows, tile: tl.constexp
 
 
 @triton.jit
-def store_new(
-    new, target, scales, batch, head, token, exists, pages, places, DIM: tl.constexpr, WIDTH: tl.constexpr
-):
+def store_new(new, target, batch, head, token, exists, pages, places, DIM: tl.constexpr, WIDTH: tl.constexpr):
     """Write one head's new tokens to their places."""
     columns = tl.arange(0, WIDTH)
     mask = exists[:, None] & (columns < DIM)[None, :]
@@ -395,11 +383,10 @@ def cache_append_kernel(k, v, cache, rows, count, tile: tl.constexpr):
     positions = length - count + token
     exists = (token < count) & is_known & (length >= count)
     pages, places, exists = places_of(cache, batch, tl.maximum(positions, 0), exists, tile.PAGE)
-    store_new(k, cache.k, cache.k_scales, batch, head, token, exists, pages, places, tile.DIM, tile.WIDTH)
+    store_new(k, cache.k, batch, head, token, exists, pages, places, tile.DIM, tile.WIDTH)
     if v is not None:
         store_new(
-            v, cache.v, cache.v_scales, batch, head, token, exists, pages, places, tile.VALUE_DIM,
-            tile.VALUE_WIDTH,
+            v, cache.v, batch, head, token, exists, pages, places, tile.VALUE_DIM, tile.VALUE_WIDTH
         )  # fmt: skip
 
 
@@ -409,7 +396,7 @@ def cache_of(storage: Any, table: torch.Tensor | None) -> Cache:
         if t is not None and (t.shape[3] - 1) * t.stride(3) >= 2**31:
             raise ValueError(f"{name}'s columns must lie within 2**31 elements, got strides {t.stride()}")
     keys, values = (None if t is None else Tensor4(t, *t.stride()) for t in (storage.keys, storage.values))
-    return Cache(keys, values, None, None, None if table is None else matrix(table), len(storage.keys))
+    return Cache(keys, values, None if table is None else matrix(table), len(storage.keys))
 
 
 def capacity_of(storage: Any, tensors: Any) -> int:
