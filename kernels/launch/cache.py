@@ -56,5 +56,28 @@ CACHE_ROWS = {
         Row(4, 512, Tiling(16, 16, 8, 1)),  # 105, 34 KiB
     ),
 }
+# sm_86 and sm_120, where the rows above would spill.
+CACHE_FEW_ROWS |= {
+    "sm_120": (
+        Row(2, 64, Tiling(16, 128, 4, 2)),
+        Row(2, 128, Tiling(16, 64, 4, 2)),  # 16 x 128: 5
+        Row(2, 256, Tiling(16, 32, 4, 2)),  # 16 x 64: 2
+        *CACHE_FEW_ROWS["sm_80"][3:],
+    ),
+    "sm_86 shaped": (
+        Row(2, 64, Tiling(16, 64, 4, 3)),
+        Row(2, 128, Tiling(16, 64, 8, 2)),  # 4 warps: 17
+    ),
+    "sm_120 shaped": (
+        Row(2, 64, Tiling(16, 64, 4, 3)),  # 16 x 32: 5
+        Row(2, 128, Tiling(16, 32, 4, 2)),  # 16 x 64: 56
+        Row(2, 256, Tiling(16, 16, 4, 2)),  # 16 x 32: 4
+    ),
+}
+CACHE_ROWS["sm_120 shaped"] = (
+    Row(2, 64, Tiling(32, 32, 4, 2)),  # 32 x 64: 2
+    Row(2, 128, Tiling(32, 32, 4, 2)),
+    Row(2, 256, Tiling(16, 16, 8, 1)),  # 16 x 32: 2, 16 x 16 with 4 warps: 6
+)
 # Tokens that one program writes, and rows that one merges.
 CACHE_APPEND = Tiling(16, 16, 4, 1)
