@@ -16,7 +16,6 @@ from torch import Tensor
 from fastattn.core import capabilities
 from fastattn.core.capabilities import BACKWARD, FORWARD, Request
 from fastattn.core.mlp.spec import SAVES, MLPSpec, MLPWeights, automatic_chunk
-from fastattn.measuring.peers import TRAINING, mlp_flops
 from fastattn.measuring.tables import print_table
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -103,6 +102,9 @@ def path(backend: str, x: Tensor, hidden: int) -> str:
 def floors(tokens: int, width: int, hidden: int, gated: bool, rate: float) -> list[tuple[str, ...]]:
     """The least time of a forward, and of a forward with its backward."""
     rows: list[tuple[str, ...]] = []
+    # Imported late: it brings Triton, which other parts of `doctor` may be there to miss.
+    from fastattn.measuring.peers import TRAINING, mlp_flops
+
     for direction, name in ((FORWARD, "forward"), (TRAINING, "forward and backward")):
         flops = mlp_flops(tokens, width, hidden, gated=gated, direction=direction)
         rows.append((f"least time, {name}", f"{1e3 * flops / rate:.4g} ms", f"{flops / 1e9:.4g} GFLOP"))

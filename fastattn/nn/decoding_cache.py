@@ -29,8 +29,11 @@ class DecodingCache:
         layers: a `LayerCache` for each layer.
     """
 
-    def __init__(self, batch: int, capacity: int, num_layers: int, device: torch.device) -> None:
-        self.capacity = capacity
+    def __init__(self, batch: int, capacity: int, num_layers: int, device: torch.device | str) -> None:
+        batch = arguments.integer("batch", batch, least=0)
+        num_layers = arguments.integer("num_layers", num_layers, least=0)
+        self.capacity = arguments.integer("capacity", capacity, least=0)
+        device = arguments.device("device", device)
         self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
         self.layers = [LayerCache(self) for _ in range(num_layers)]
         self._rotations: dict[tuple, tuple[Tensor, Tensor]] = {}

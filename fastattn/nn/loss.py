@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from fastattn.core.capabilities import check_backend
 from fastattn.core.intact import alteration
 from fastattn.core.loss.functional import linear_cross_entropy, loss_of_logits
-from fastattn.core.loss.spec import REDUCTIONS
-from fastattn.ground.arguments import choice, flag, integer
+from fastattn.core.loss.spec import REDUCTIONS, check_coefficient, loss_spec
+from fastattn.ground.arguments import choice, flag, integer, tensor
+from fastattn.ground.checks import check_floating
 from fastattn.nn.checks import check_width, factory_options
 
 
@@ -58,6 +59,17 @@ class LinearCrossEntropyLoss(nn.Module):
         self.in_features = integer("in_features", in_features, least=1)
         self.num_classes = integer("num_classes", num_classes, least=1)
         choice("reduction", reduction, REDUCTIONS)
+        loss_spec(
+            torch.empty(0, dtype=torch.int64), self.num_classes, ignore_index=ignore_index,
+            label_smoothing=label_smoothing, softcap=softcap, temperature=temperature, filter=None, entropy=False,
+        )  # fmt: skip
+        check_coefficient("z_loss", z_loss)
+        flag("shift", shift)
+        if weight is not None:
+            tensor("weight", weight, or_none=True)
+            check_floating("weight", weight)
+            if weight.shape != (self.num_classes,):
+                raise ValueError(f"weight must have shape ({self.num_classes},), got {tuple(weight.shape)}")
         self.reduction, self.ignore_index, self.label_smoothing = reduction, ignore_index, label_smoothing
         self.z_loss, self.softcap, self.temperature = z_loss, softcap, temperature
         self.shift, self.backend = shift, check_backend(backend)

@@ -257,6 +257,8 @@ class TransformerModel(nn.Module):
 
     def _forward_with_cache(self, tokens: torch.Tensor, cache: DecodingCache, **seen: Any) -> torch.Tensor:
         """The logits (B, 1, vocab_size) of each row's last token, after the tokens that the cache holds."""
+        if not isinstance(cache, DecodingCache):
+            raise TypeError(f"cache must be a DecodingCache or None, got {type(cache).__name__}")
         check_tokens(tokens, self.config.max_length)
         counts = cache.counts(tokens, **seen)
         x = self.embed(tokens, cache.positions(tokens))

@@ -237,6 +237,15 @@ KEEP_NO_TENSOR = {
     "obstacle_of_class": "text",
     "_read": "numbers",
     "_named": "a class",
+    "_seeing_every_key": "a spec",
+    "kernels_hash": "text",
+    "families": "text",
+    # Of a sequence that is spread over processes: made of the mask's own tensors, and no mode's call is spread.
+    "intervals": "tensors of one object",
+    "cells": "tensors of one object",
+    "_tokens": "tensors of one object",
+    "counts": "numbers",
+    "rank_work": "tensors of one object",
 }
 
 

@@ -700,7 +700,8 @@ def test_a_bigbird_decoder_attends_across_and_generates_the_same_with_its_cache(
         generate = {"attention_mask": seen, "max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, **more}
         before = calls["attention"]
         assert torch.equal(ours.generate(prompt, **generate), theirs.generate(prompt, **generate))
-        assert calls["attention"] - before == 6 * (4 if more else 2)
+        # The prompt; steps of one token go to PyTorch's kernel, past the host time of `attention`.
+        assert calls["attention"] - before == (4 if more else 2)
 
 
 @pytest.mark.parametrize("attention_type", ["block_sparse", "original_full"])
