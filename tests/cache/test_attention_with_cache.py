@@ -17,7 +17,7 @@ from hardware import DEVICE
 from hypothesis import given
 from hypothesis import strategies as st
 from tolerance import assert_as_exact_as_eager
-from torch import Tensor
+from torch import Tensor, library
 from torch.autograd import forward_ad
 
 import fastattn
@@ -495,15 +495,15 @@ def test_the_operators_pass_pytorch_s_own_checks() -> None:
         T([4, 20], dtype=torch.int32),
     )
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-    torch.library.opcheck(
+    library.opcheck(
         torch.ops.fastattn.cache_append, (*cache, k, k, lengths, table, False, "portable"), test_utils=tests
     )
-    torch.library.opcheck(
+    library.opcheck(
         torch.ops.fastattn.cache_append,
         (cache[0], None, k, None, lengths, table, False, "portable"),
         test_utils=tests,
     )
-    torch.library.opcheck(
+    library.opcheck(
         torch.ops.fastattn.cache_attention,
         (torch.randn(2, 4, 3, 8), *cache, lengths, None, table, None, None, None, 8, True, 0.3, None, None, 0.0,
          "ieee", False, "portable"), test_utils=tests,
