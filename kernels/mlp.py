@@ -1,7 +1,7 @@
 """The hidden layer of an MLP, hidden = act(x W1^T + b1), or gated, hidden = act(x Wg^T + bg) * (x Wu^T + bu).
 
 x is (T, d): T tokens of width d; the hidden layer has width h. Weights are (out, in), biases may be None. The
-products around the hidden layer are the library's (core/mlp/chunks.py).
+products around the hidden layer are PyTorch's.
 
 Kept for the backward, beside x: the pre-activation `pre` (T, h), or if gated gate and up side by side (T, 2h), in
 the input's dtype or in int8 with a scale for each 128 numbers of a row; or nothing. ReLU keeps only its output,

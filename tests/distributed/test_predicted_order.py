@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -166,12 +167,14 @@ def _worker(rank: int, ranks: int, folder: str) -> None:
 
         for method in predicted(case, ranks):
             step(method)  # makes the plan
-            with slowed(case):
-                dist.barrier()
-                begun = time.perf_counter()
-                step(method)
-                dist.barrier()
-                found.setdefault(case, {})[method] = time.perf_counter() - begun
+            seconds = found.setdefault(case, {})
+            for _ in range(2):  # the faster one: a busy machine delays one of them
+                with slowed(case):
+                    dist.barrier()
+                    begun = time.perf_counter()
+                    step(method)
+                    dist.barrier()
+                seconds[method] = min(seconds.get(method, math.inf), time.perf_counter() - begun)
     if rank == 0:
         (Path(folder) / "seconds").write_text(json.dumps(found))
     dist.destroy_process_group()
