@@ -11,6 +11,7 @@ from fastattn.core.attention.sdpa import scaled_dot_product_attention
 from fastattn.core.attention.varlen import attention_varlen
 from fastattn.core.cache.functional import attention_with_cache, attention_with_shared_prefix
 from fastattn.core.heads.functional import prepare_heads
+from fastattn.core.invariance import invariant
 from fastattn.core.loss.functional import linear_cross_entropy
 from fastattn.core.mlp.functional import gated_mlp, mlp
 from fastattn.core.norm.functional import layer_norm, rms_norm
@@ -35,6 +36,7 @@ __all__ = [
     "dropout_state",
     "flash_attn",
     "gated_mlp",
+    "invariant",
     "layer_norm",
     "lens",
     "linear_cross_entropy",

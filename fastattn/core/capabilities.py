@@ -120,6 +120,7 @@ def _has_other_cache_widths(request: Request) -> bool:
 
 
 _ROWS_OF_A_CACHE = "contiguous or in pages of any size, rows of their own lengths"
+_INVARIANT = "bits of a row that depend on that row alone (invariant)"
 _CHUNKS = "more than 16 queries a row"
 _LATENT = "values that are columns of the keys (latent attention)"
 _CACHE_PROOFS = {_ROWS_OF_A_CACHE: "cache", _CHUNKS: "chunk", _LATENT: "latent"}
@@ -131,6 +132,7 @@ _CACHE_FEATURES: tuple[tuple[str, Callable[[Request], bool], frozenset[str]], ..
     ("soft-capped scores", lambda r: r.spec.attention.softcap > 0, _FORWARD_ONLY),
     ("ALiBi slopes, sinks, left padding, masks of trees", lambda r: True, _FORWARD_ONLY),
     (_LATENT, _is_stored_once, _FORWARD_ONLY),
+    (_INVARIANT, lambda r: r.spec.attention.invariant, frozenset()),
     ("head widths 8 to 256, latent attention up to 640 and 512", lambda r: True, _FORWARD_ONLY),
     ("other head widths", _has_other_cache_widths, frozenset()),
     ("float16", _is(torch.float16), _FORWARD_ONLY),
@@ -195,6 +197,13 @@ FEATURES: tuple[Feature, ...] = (
     Feature("attention", "float32, tf32 and tf32x3 products", lambda r: r.spec.precision != "ieee"),
     Feature("attention", "float64", _is(torch.float64), triton=frozenset()),
     Feature("attention", "gradient of the log-sum-exp", lambda r: r.lse_gradient),
+    Feature(
+        "attention",
+        _INVARIANT,
+        lambda r: r.spec.invariant,
+        triton=frozenset(),
+        reference=EVERY_DIRECTION - {FORWARD, BACKWARD},
+    ),
     *(Feature("mlp", f"activation {name}", _activates(name), proof=name) for name in ACTIVATIONS),
     Feature("mlp", "gated", lambda r: r.spec.gated, proof="gated"),
     Feature("mlp", "gate and up packed in one weight, in either order", lambda r: bool(r.spec.packed)),
@@ -294,7 +303,7 @@ FEATURES: tuple[Feature, ...] = (
             needed,
             triton,
             portable=_FORWARD_ONLY,
-            reference=_FORWARD_ONLY,
+            reference=frozenset() if name == _INVARIANT else _FORWARD_ONLY,
             proof=_CACHE_PROOFS.get(name, ""),
         )
         for name, needed, triton in _CACHE_FEATURES

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from fastattn.core import spread
+from fastattn.core import invariance, spread
 from fastattn.distributed.dealing import Layout
 from fastattn.distributed.exchange import agree, flat_rank, ranks_of
 from fastattn.distributed.functional import METHODS, attention
@@ -97,6 +97,8 @@ class _Context:
     def attention(self, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Any:
         if options.pop("return_max"):
             raise ValueError("return_max is not computed under fastattn.distributed.context_parallel")
+        if invariance.asked(options.pop("invariant")):
+            raise ValueError("invariant must be False under fastattn.distributed.context_parallel, which splits keys")
         if self.mask is not None:
             mask = options["mask"]
             if mask is not None and not isinstance(mask, Mask):

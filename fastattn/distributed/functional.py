@@ -172,6 +172,8 @@ def _call(
     backend, scale = check_backend(options.pop("backend")), options["scale"]
     by_head = scale if isinstance(scale, Tensor) else None
     spec = attention_spec(q, k, v, **{**options, "scale": scale if by_head is None else 1.0})
+    if spec.invariant:
+        raise ValueError("invariant must be False where a sequence is spread over ranks: its keys are split there")
     count = layout.counts[flat_rank(mesh)]
     for name, t in (("q", q), ("k", k)):
         if t.shape[2] != count:

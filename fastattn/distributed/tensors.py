@@ -161,8 +161,9 @@ def attention(q: DTensor, k: DTensor, v: DTensor, options: dict[str, Any]) -> An
         if not isinstance(t, DTensor) or t.device_mesh != q.device_mesh:
             raise TypeError(f"{name} must be a DTensor on q's mesh, since q is one; got {type(t).__name__}")
     spec = attention_spec(
-        q, k, v, causal=options["causal"], scale=None, window=options["window"], dropout_p=options["dropout_p"]
-    )
+        q, k, v, causal=options["causal"], scale=None, window=options["window"], dropout_p=options["dropout_p"],
+        invariant=options["invariant"],
+    )  # fmt: skip
     kinds = []
     for dimension in range(q.device_mesh.ndim):
         found = tuple(_sharded_dim(t, dimension) for t in (q, k, v))

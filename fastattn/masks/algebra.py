@@ -115,6 +115,11 @@ class Mask:
         """The keys that each query sees, if they form one interval for every query; else None."""
         return None
 
+    def sequences(self, shape: Shape) -> Tensor | None:
+        """Sequences that the mask keeps apart: no query sees a key of another one. int32 (1 or B, n, 4): first
+        query, queries, first key and keys of each. None where none are known."""
+        return None
+
     def bounds(self, shape: Shape) -> tuple[int | None, int | None]:
         """How many keys before and after the diagonal are seen at most; None where no bound is known."""
         form = self.closed_form(shape)
@@ -282,7 +287,10 @@ def _lower(mask: Mask, shape: Shape, closed_forms: bool) -> Lowered:
     two_ways = None if intervals is None else both_ways(intervals, home)
     lists = build_lists(mask, home) if two_ways is None else None
     lengths = _key_lengths(mask, home)
-    lowered = Lowered(home, key_lengths=lengths, intervals=two_ways, lists=lists, bounds=mask.bounds(home))
+    lowered = Lowered(
+        home, key_lengths=lengths, intervals=two_ways, lists=lists, bounds=mask.bounds(home),
+        sequences=None if two_ways is None else mask.sequences(home),
+    )  # fmt: skip
     return lowered.to(shape.device)
 
 
@@ -362,6 +370,10 @@ class And(_Pair):
         if first is None or second is None:
             return None
         return Intervals(torch.maximum(first.start, second.start), torch.minimum(first.stop, second.stop))
+
+    def sequences(self, shape: Shape) -> Tensor | None:
+        first = self.first.sequences(shape)
+        return self.second.sequences(shape) if first is None else first
 
     def __repr__(self) -> str:
         return " & ".join(

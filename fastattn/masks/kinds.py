@@ -144,6 +144,15 @@ class Documents(Mask):
         stop = torch.where(ends, token + 1, ids.shape[1]).flip(1).cummin(1)[0].flip(1)
         return Intervals(start[:, shape.offset :], stop[:, shape.offset :])
 
+    def sequences(self, shape: Shape) -> Tensor:
+        ids = _document_ids(self.values, self.boundaries).to(shape.device)
+        begins = F.pad(ids.diff() != 0, (1, 0), value=True)
+        each = [F.pad(row.nonzero()[:, 0], (0, 1), value=ids.shape[1]) for row in begins]
+        # Rows with fewer documents than others have empty ones behind.
+        keys = torch.nn.utils.rnn.pad_sequence(each, batch_first=True, padding_value=ids.shape[1])
+        queries = (keys - shape.offset).clamp(min=0)
+        return torch.stack((queries[:, :-1], queries.diff(), keys[:, :-1], keys.diff()), 2).int()
+
     def varies(self, shape: Shape) -> tuple[bool, bool]:
         return self._rows != 1, False
 
@@ -204,14 +213,19 @@ class PackedSequences(Mask):
                 raise ValueError(f"cu_seqlens_{name} ends with {int(values.tensor[-1])}, expected {length} tokens")
 
     def closed_form(self, shape: Shape) -> ClosedForm | None:
-        return Window(self.left, self.right, self.top_left).closed_form(shape) if self.sequences == 1 else None
+        return Window(self.left, self.right, self.top_left).closed_form(shape) if self.count == 1 else None
 
     def intervals(self, shape: Shape) -> Intervals:
         start, stop = _intervals(self)
         return Intervals(start[None].to(shape.device), stop[None].to(shape.device))
 
+    def sequences(self, shape: Shape) -> Tensor:
+        (queries, keys) = (values.on(shape.device) for values in (self.queries, self.keys))
+        return torch.stack((queries[:-1], queries.diff(), keys[:-1], keys.diff()), 1)[None].int()
+
     @property
-    def sequences(self) -> int:
+    def count(self) -> int:
+        """How many sequences there are."""
         return self.queries.tensor.numel() - 1
 
     @property

@@ -250,6 +250,8 @@ class Lowered:
         mask, except that keys from key_lengths on are hidden, too.
     lists: if not None, they are the whole mask, key lengths included.
     bounds: how many keys before and after the diagonal intervals and lists show at most; None where not known.
+    sequences: int32 (1 or B, n, 4), sequences that the intervals keep apart: first query, queries, first key and
+        keys of each; None where none are known.
     packed: the lists in the form that operators take.
     """
 
@@ -260,6 +262,7 @@ class Lowered:
     intervals: Tensor | None = None
     lists: BlockLists | None = None
     bounds: tuple[int | None, int | None] = (None, None)
+    sequences: Tensor | None = None
     packed: tuple[Tensor, tuple[int, ...]] | None = field(init=False, repr=False, default=None)
 
     def __post_init__(self) -> None:
@@ -282,6 +285,7 @@ class Lowered:
                 shape=self.shape._replace(device=device),
                 key_lengths=moved(self.key_lengths),
                 intervals=moved(self.intervals),
+                sequences=moved(self.sequences),
                 lists=None if self.lists is None else self.lists.each(moved),
             )
 
@@ -294,19 +298,24 @@ class Lowered:
     def part(self, batch: tuple[int, int] | None, heads: tuple[int, int] | None) -> Lowered:
         """The mask of some batch elements and heads: the first of them and their number; None for all."""
         shape, lists, intervals, lengths = self.shape, self.lists, self.intervals, self.key_lengths
+        sequences = self.sequences
         if batch is not None:
             own = slice(batch[0], batch[0] + batch[1])
             shape = shape._replace(batch=batch[1])
             lengths = None if lengths is None else lengths[own]
             if intervals is not None and intervals.shape[0] != 1:
                 intervals = intervals[own]
+            if sequences is not None and sequences.shape[0] != 1:
+                sequences = sequences[own]
             if lists is not None and lists.pattern.shape[0] != 1:
                 lists = lists._replace(pattern=lists.pattern[own])
         if heads is not None:
             shape = shape._replace(heads=heads[1])
             if lists is not None and lists.pattern.shape[1] != 1:
                 lists = lists._replace(pattern=lists.pattern[:, heads[0] : heads[0] + heads[1]])
-        return replace(self, shape=shape, lists=lists, intervals=intervals, key_lengths=lengths)
+        return replace(
+            self, shape=shape, lists=lists, intervals=intervals, key_lengths=lengths, sequences=sequences
+        )
 
     def is_within(self, left: int | None, right: int | None) -> bool:
         """Whether a window of these bounds is known to hide none of what intervals and lists show."""

@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from fastattn.core import plans, spread
+from fastattn.core import invariance, plans, spread
 from fastattn.core.attention import operators
 from fastattn.core.attention.dropout import dropout_state as fresh_dropout_state
 from fastattn.core.attention.spec import (
@@ -52,6 +52,7 @@ def attention(
     dropout_p: float = ...,
     dropout_state: Tensor | None = ...,
     precision: str | None = ...,
+    invariant: bool | None = ...,
     return_lse: Literal[False] = ...,
     backend: str | None = ...,
 ) -> Tensor: ...
@@ -76,6 +77,7 @@ def attention(
     dropout_p: float = ...,
     dropout_state: Tensor | None = ...,
     precision: str | None = ...,
+    invariant: bool | None = ...,
     return_lse: Literal[True],
     backend: str | None = ...,
 ) -> tuple[Tensor, Tensor]: ...
@@ -109,6 +111,7 @@ def attention(
     dropout_p: float = 0.0,
     dropout_state: Tensor | None = None,
     precision: str | None = None,
+    invariant: bool | None = None,
     return_lse: bool = False,
     return_max: bool = False,
     backend: str | None = None,
@@ -155,6 +158,8 @@ def attention(
         precision: of float32 products on a GPU: "ieee", "tf32x3" (three tf32 products, nearly as
             exact) or "tf32"; by default what torch.backends.cuda.matmul allows. A backend may be more
             exact than that.
+        invariant: whether the bits of a row are to depend on that row alone, see `fastattn.invariant`; by default as
+            that context, or FASTATTN_INVARIANT, says.
         return_lse: also return the log-sum-exp of each row of scores, the sink included; differentiable.
         return_max: also return the largest score of each row, as it goes into the softmax: scaled, capped, biased.
             A sink is no key. Without gradient. On a GPU the kernel has it anyway; the portable backend computes
@@ -187,13 +192,13 @@ def attention(
             "causal": causal, "scale": scale, "window": window, "key_lengths": key_lengths, "mask": mask,
             "bias": bias, "alibi_slopes": alibi_slopes, "relative_bias": relative_bias, "softcap": softcap,
             "sinks": sinks, "dropout_p": dropout_p, "dropout_state": dropout_state, "precision": precision,
-            "return_lse": return_lse, "return_max": return_max, "backend": backend,
+            "invariant": invariant, "return_lse": return_lse, "return_max": return_max, "backend": backend,
         })  # fmt: skip
     scales = scale if isinstance(scale, Tensor) else None
-    beside = key_lengths, alibi_slopes, bias, relative_bias, sinks, dropout_state, None, None, scales
+    beside = key_lengths, alibi_slopes, bias, relative_bias, sinks, dropout_state, None, None, scales, None
     options = (
         causal, scale if scales is None else None, window, softcap, dropout_p, precision, return_lse, return_max,
-        mask, backend,
+        mask, backend, invariance.wanted if invariant is None else invariant,
     )  # fmt: skip
     key = plans.key((q, k, v, *beside), options)
     plan = PLANS.find(key)
@@ -204,14 +209,14 @@ def attention(
             "causal": causal, "scale": scale, "window": window, "key_lengths": key_lengths, "mask": mask,
             "bias": bias, "alibi_slopes": alibi_slopes, "relative_bias": relative_bias, "softcap": softcap,
             "sinks": sinks, "dropout_p": dropout_p, "dropout_state": dropout_state, "precision": precision,
-            "return_lse": return_lse, "return_max": return_max, "backend": backend,
+            "invariant": invariant, "return_lse": return_lse, "return_max": return_max, "backend": backend,
         })  # fmt: skip
     return_lse, backend = flag("return_lse", return_lse), check_backend(backend)
     q, k, v = autocast(q, k, v)
     number, head_scale = _scales(scale)
     spec = attention_spec(
         q, k, v, causal=causal, scale=number, window=window, softcap=softcap, dropout_p=dropout_p,
-        precision=precision,
+        precision=precision, invariant=invariant,
     )  # fmt: skip
     if spec.dropout and dropout_state is None:
         dropout_state = fresh_dropout_state(q.shape[0], q.device)
@@ -284,6 +289,7 @@ def attention_backward(
     dropout_p: float = 0.0,
     dropout_state: Tensor | None = None,
     precision: str | None = None,
+    invariant: bool | None = None,
     backend: str | None = None,
     **unknown: Any,
 ) -> tuple[Tensor, ...]:
@@ -306,7 +312,7 @@ def attention_backward(
     number, head_scale = _scales(scale)
     spec = attention_spec(
         q, k, v, causal=causal, scale=number, window=window, softcap=softcap, dropout_p=dropout_p,
-        precision=precision,
+        precision=precision, invariant=invariant,
     )  # fmt: skip
     if spec.dropout and dropout_state is None:
         raise ValueError(
@@ -351,7 +357,7 @@ def scores_asked(
     sign of the scale in it, the spec and the tensors."""
     number, head_scale = _scales(scale)
     spec = attention_spec(
-        q, k, k, causal=causal, scale=number, window=window, softcap=softcap, precision=precision
+        q, k, k, causal=causal, scale=number, window=window, softcap=softcap, precision=precision, invariant=False
     )
     spec, key_lengths, masked = with_mask(q, k, spec, key_lengths, mask)
     tensors = score_tensors(
@@ -409,12 +415,21 @@ def with_mask(
             lengths if key_lengths is None else torch.minimum(check_key_lengths(key_lengths, q, k), lengths)
         )
     if lowered.packed is not None:
+        if spec.invariant:
+            raise ValueError(
+                "invariant=True takes masks that become numbers or intervals (causal, window, key lengths, prefix, "
+                f"documents, packed sequences), but {mask!r} becomes block lists; give it as a bool bias, "
+                "bias=mask.dense(B, Hq, Lq, Lk, device)"
+            )
         words, layout = lowered.packed
         return _Masked(replace(spec, causal=False, window=bounds, mask=layout), key_lengths, {"mask": words})
     left, right = (smaller(a, b) for a, b in zip(bounds, (lowered.left, lowered.right), strict=True))
     window = left, None if right == 0 else right
     intervals = None if lowered.intervals is None else lowered.intervals.expand(q.shape[0], -1, -1)
-    return _Masked(replace(spec, causal=right == 0, window=window), key_lengths, {"intervals": intervals})
+    tensors = {"intervals": intervals}
+    if spec.invariant and lowered.sequences is not None:
+        tensors["sequences"] = lowered.sequences.expand(q.shape[0], -1, -1)
+    return _Masked(replace(spec, causal=right == 0, window=window), key_lengths, tensors)
 
 
 def _other_mask(mask: object) -> str:

@@ -171,12 +171,13 @@ class Attention(Function):
     @staticmethod
     def forward(
         q, k, v, key_lengths, alibi_slopes, bias, relative_bias, sinks, dropout_state, mask, intervals, head_scale,
-        causal, scale, left, right, softcap, dropout, precision, mask_layout, backend,
+        sequences, causal, scale, left, right, softcap, dropout, precision, mask_layout, invariant, backend,
     ):  # fmt: skip
         # Arguments of forwards are spelled out, because torch.compile cannot trace a forward of *arguments.
         return torch.ops.fastattn.attention_forward(
             q, k, v, key_lengths, alibi_slopes, bias, relative_bias, sinks, dropout_state, mask, intervals,
-            head_scale, causal, scale, left, right, softcap, dropout, precision, mask_layout, backend,
+            head_scale, sequences, causal, scale, left, right, softcap, dropout, precision, mask_layout, invariant,
+            backend,
         )  # fmt: skip
 
     @staticmethod
@@ -194,11 +195,12 @@ class AttentionMax(Attention):
     @staticmethod
     def forward(
         q, k, v, key_lengths, alibi_slopes, bias, relative_bias, sinks, dropout_state, mask, intervals, head_scale,
-        causal, scale, left, right, softcap, dropout, precision, mask_layout, backend,
+        sequences, causal, scale, left, right, softcap, dropout, precision, mask_layout, invariant, backend,
     ):  # fmt: skip
         return torch.ops.fastattn.attention_forward_max(
             q, k, v, key_lengths, alibi_slopes, bias, relative_bias, sinks, dropout_state, mask, intervals,
-            head_scale, causal, scale, left, right, softcap, dropout, precision, mask_layout, backend,
+            head_scale, sequences, causal, scale, left, right, softcap, dropout, precision, mask_layout, invariant,
+            backend,
         )  # fmt: skip
 
     @staticmethod
@@ -219,13 +221,13 @@ class AttentionBackward(Function):
     @staticmethod
     def forward(
         dout, q, k, v, out, lse, dlse, want_bias, want_relative_bias, key_lengths, alibi_slopes, bias,
-        relative_bias, sinks, dropout_state, mask, intervals, head_scale, causal, scale, left, right, softcap,
-        dropout, precision, mask_layout, backend,
+        relative_bias, sinks, dropout_state, mask, intervals, head_scale, sequences, causal, scale, left, right,
+        softcap, dropout, precision, mask_layout, invariant, backend,
     ):  # fmt: skip
         return torch.ops.fastattn.attention_backward(
             dout, q, k, v, out, lse, dlse, want_bias, want_relative_bias, key_lengths, alibi_slopes, bias,
-            relative_bias, sinks, dropout_state, mask, intervals, head_scale, causal, scale, left, right, softcap,
-            dropout, precision, mask_layout, backend,
+            relative_bias, sinks, dropout_state, mask, intervals, head_scale, sequences, causal, scale, left,
+            right, softcap, dropout, precision, mask_layout, invariant, backend,
         )  # fmt: skip
 
     @staticmethod

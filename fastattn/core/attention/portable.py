@@ -2,7 +2,8 @@
 
 Where PyTorch's own flash or memory-efficient attention computes the same thing, that does the work. The rest runs
 here: tiles of scores, an online softmax forward, recomputed weights backward, in fp32 for half-precision inputs.
-Under a mask of lists the tiles are its granules, many at once (see fastattn.core.attention.granules).
+Under a mask of lists the tiles are its granules, many at once (see fastattn.core.attention.granules). An invariant
+call goes sequence by sequence (see fastattn.core.attention.invariant).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from fastattn.core.attention import (
     definition,
     granules,
     head_scales,
+    invariant,
     tiles,
     torch_efficient,
     torch_flash,
@@ -30,6 +32,9 @@ from fastattn.ground.checks import lse_dtype
 def forward(
     q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, tensors: ScoreTensors, maxima: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
+    if spec.invariant:
+        with product_precision(q, spec):
+            return invariant.forward(q, k, v, spec, tensors, maxima)
     if tensors.head_scale is not None:
         return head_scales.forward(functools.partial(forward, maxima=maxima), q, k, v, spec, tensors)
     with product_precision(q, spec):
@@ -52,12 +57,17 @@ def straight(
     q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, differentiable: bool
 ) -> torch_flash.Plain | None:
     """The way of calls without ScoreTensors that need nothing but one operator of PyTorch's; None for others."""
+    if spec.invariant:
+        return None
     return torch_flash.plain(q, k, v, spec, differentiable)
 
 
 def backward(
     dout: Tensor, dlse: Tensor | None, saved: Saved, spec: AttentionSpec, tensors: ScoreTensors, wanted: Wanted
 ) -> Gradients:
+    if spec.invariant:
+        with product_precision(saved.q, spec):
+            return invariant.backward(dout, dlse, saved, spec, tensors, wanted)
     if tensors.head_scale is not None:
         return head_scales.backward(backward, dout, dlse, saved, spec, tensors, wanted)
     q, k, v = saved[:3]
@@ -105,44 +115,8 @@ def _for_rounded_rows(
 def _tiled_forward(
     q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, tensors: ScoreTensors, maxima: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    batch, heads, queries, _ = q.shape
-    dtype = lse_dtype(q.dtype)
-    fixed, (bias, relative_bias, sinks, _) = tiles.learned(tensors)
-    scores = Scores(q, k, spec, fixed)
-    out = zero_heads((batch, heads, queries, v.shape[3]), q, q.dtype)
-    lse = q.new_empty((batch, heads, queries), dtype=dtype)
-    for rows in scores.rows() if heads else ():
-        q_tile = grouped(q[:, :, rows].to(dtype), k.shape[1])
-        row_max, row_sum = _beginning(scores, sinks, q_tile)
-        total = q_tile.new_zeros((*q_tile.shape[:3], v.shape[3]))
-        for tile in scores.tiles_of(rows):
-            if tile.columns.start == tile.columns.stop:
-                continue
-            k_tile, v_tile = (scores.part_of(t, "columns", tile).to(dtype) for t in (k, v))
-            part = None if bias is None else tiles.part_of(bias, "scores", tile).to(dtype)
-            values, _ = scores.of(tile, q_tile, k_tile, part, relative_bias)
-            highest = values.amax(-1, keepdim=True)
-            if maxima is not None:
-                most = maxima[:, :, rows]
-                torch.maximum(most, ungrouped(highest, heads)[..., 0], out=most)
-            new_max = torch.maximum(row_max, highest)
-            pivot = new_max.masked_fill(new_max == float("-inf"), 0.0)
-            weights = torch.exp(values - pivot)
-            rescale = torch.exp(row_max - pivot)
-            row_sum = row_sum * rescale + weights.sum(-1, keepdim=True)
-            total = total * rescale + times(weights, scores.keep_mask(tile)) @ v_tile
-            row_max = new_max
-        out[:, :, rows] = ungrouped(total / row_sum.masked_fill(row_sum == 0, 1.0), heads).to(q.dtype)
-        lse[:, :, rows] = ungrouped(row_max + torch.log(row_sum), heads)[..., 0]
-    return out, lse
-
-
-def _beginning(scores: Scores, sinks: Tensor | None, q_tile: Tensor) -> tuple[Tensor, Tensor]:
-    """The running maximum and sum before the first key: nothing, or the sink."""
-    row_max = q_tile.new_full((*q_tile.shape[:3], 1), float("-inf"))
-    if sinks is None:
-        return row_max, torch.zeros_like(row_max)
-    return row_max.copy_(scores.per_row(sinks, q_tile.shape[2])), torch.ones_like(row_max)
+    fixed, learned = tiles.learned(tensors)
+    return tiles.forward(Scores(q, k, spec, fixed), q, k, v, learned, maxima)
 
 
 def _tiled_backward(

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastattn.core import invariance
 from fastattn.ground import arguments
 from fastattn.ground.checks import (
     Window,
@@ -41,6 +42,7 @@ class AttentionSpec:
     dropout: the probability of dropping a weight; a multiple of 2**-16, see dropout.py.
     precision: of float32 products, one of PRECISIONS.
     mask: the layout of ScoreTensors.mask, see fastattn.masks.lists.packed; None without a mask.
+    invariant: the bits of a row depend on that row alone, see fastattn.core.invariance.
     """
 
     causal: bool = False
@@ -50,6 +52,7 @@ class AttentionSpec:
     dropout: float = 0.0
     precision: str = "ieee"
     mask: tuple[int, ...] | None = None
+    invariant: bool = False
 
     @property
     def left(self) -> int | None:
@@ -70,10 +73,13 @@ class AttentionSpec:
         return replace(self, causal=right == 0, window=(left, None if right == 0 else right))
 
     @property
-    def options(self) -> tuple[bool, float, int | None, int | None, float, float, str, tuple[int, ...] | None]:
-        """As an operator takes them: causal, scale, window to the left and right, softcap, dropout, precision and
-        the mask's layout."""
-        return self.causal, self.scale, *self.window, self.softcap, self.dropout, self.precision, self.mask
+    def options(
+        self,
+    ) -> tuple[bool, float, int | None, int | None, float, float, str, tuple[int, ...] | None, bool]:
+        """As an operator takes them: causal, scale, window to the left and right, softcap, dropout, precision, the
+        mask's layout and invariant."""
+        scores = self.causal, self.scale, *self.window, self.softcap, self.dropout, self.precision
+        return *scores, self.mask, self.invariant
 
 
 class ScoreTensors(NamedTuple):
@@ -90,6 +96,8 @@ class ScoreTensors(NamedTuple):
     intervals: (B, 2, Lq + Lk) int32, the first key that each query sees and the one after the last, then the first
         query that sees each key and the one after the last. There is no window beside them.
     head_scale: (B, Hq) in the log-sum-exp's dtype, of any sign; multiplies the scores, beside the spec's scale.
+    sequences: (B, n, 4) int32, for an invariant call whose batch entries hold several sequences: first query,
+        queries, first key and keys of each. The intervals say that no query sees a key of another one.
     """
 
     key_lengths: Tensor | None = None
@@ -101,14 +109,16 @@ class ScoreTensors(NamedTuple):
     mask: Tensor | None = None
     intervals: Tensor | None = None
     head_scale: Tensor | None = None
+    sequences: Tensor | None = None
 
 
 NO_TENSORS = ScoreTensors()
 # What an attention operator takes beside its tensors, in the order of ScoreTensors and AttentionSpec.
 SCORES = (
     "Tensor? key_lengths, Tensor? alibi_slopes, Tensor? bias, Tensor? relative_bias, Tensor? sinks, "
-    "Tensor? dropout_state, Tensor? mask, Tensor? intervals, Tensor? head_scale, bool causal, float scale, "
-    "SymInt? left, SymInt? right, float softcap, float dropout, str precision, int[]? mask_layout, str? backend"
+    "Tensor? dropout_state, Tensor? mask, Tensor? intervals, Tensor? head_scale, Tensor? sequences, bool causal, "
+    "float scale, SymInt? left, SymInt? right, float softcap, float dropout, str precision, int[]? mask_layout, "
+    "bool invariant, str? backend"
 )
 
 
@@ -116,9 +126,9 @@ def put_together(rest: Sequence) -> tuple[ScoreTensors, AttentionSpec, str | Non
     """What an operator takes from key_lengths on, as the backends take it."""
     count = len(ScoreTensors._fields)
     tensors, options = rest[:count], rest[count:]
-    causal, scale, left, right, softcap, dropout, precision, layout, backend = options
+    causal, scale, left, right, softcap, dropout, precision, layout, invariant, backend = options
     layout = None if layout is None else tuple(layout)
-    spec = AttentionSpec(causal, scale, (left, right), softcap, dropout, precision, layout)
+    spec = AttentionSpec(causal, scale, (left, right), softcap, dropout, precision, layout, invariant)
     return ScoreTensors(*tensors), spec, backend
 
 
@@ -174,6 +184,7 @@ def attention_spec(
     softcap: float | None = None,
     dropout_p: float = 0.0,
     precision: str | None = None,
+    invariant: bool | None = None,
 ) -> AttentionSpec:
     """Check q, k, v and the options against each other; the default scale is 1/sqrt(D), the default precision
     PyTorch's own for float32 products.
@@ -183,13 +194,20 @@ def attention_spec(
     """
     check_heads(q=q, k=k, v=v)
     left, right = check_window(window)
+    dropout_p, invariant = check_dropout(dropout_p), invariance.asked(invariant)
+    if invariant and dropout_p:
+        raise ValueError(
+            f"dropout_p must be 0 where a call is invariant, got {dropout_p}: the random numbers of a row depend on "
+            "its place in the batch"
+        )
     return AttentionSpec(
         arguments.flag("causal", causal),
         1.0 / math.sqrt(q.shape[3]) if scale is None else check_scale(scale),
         (_bounded(left), _bounded(right)),
         check_softcap(softcap),
-        check_dropout(dropout_p),
+        dropout_p,
         check_precision(precision, q),
+        invariant=invariant,
     )
 
 

@@ -70,6 +70,7 @@ class Scores:
         self.batch, self.queries, self.keys = q.shape[0], q.shape[2], k.shape[2]
         self.shift = self.keys - self.queries
         self.heads, self.key_heads, self.group = q.shape[1], k.shape[1], q.shape[1] // max(1, k.shape[1])
+        self.exist = q.numel() > 0
         self.shortest, self.longest = key_counts(tensors.key_lengths, self.keys)
         # A tracer has nothing to read, and is shown every tile.
         intervals = tensors.intervals
@@ -287,25 +288,27 @@ class TileSum:
         """The results, each in the dtype of the input it is like. `tensors` are those that have no gradient."""
         q, k = (inputs[self.falls.index(falls)] for falls in ("rows", "columns"))
         assert q is not None and k is not None
-        work = lse_dtype(q.dtype)
-        scores = Scores(q, k, self.spec, tensors)
         likes = [t for t in (inputs[i] for i in self.outputs) if t is not None]
-        sums = [_zeros(t, work) for t in likes]
-        if not q.numel():
-            return tuple(total.to(t.dtype) for total, t in zip(sums, likes, strict=True))
         with product_precision(q, self.spec):
-            for rows in scores.rows():
-                remainder = self._remainder(scores, rows, inputs)
-                for tile in scores.tiles_of(rows):
-                    tile = tile if remainder is None else replace(tile, remainder=remainder)
-                    parts = (
-                        None if t is None else scores.part_of(t, falls, tile).to(work)
-                        for t, falls in zip(inputs, self.falls, strict=True)
-                    )
-                    given = self.function(tile, *parts)
-                    for total, i, g in zip(sums, self.outputs, given, strict=True):
-                        part_of(total, self.falls[i], tile).add_(g)
+            sums = self.sums(Scores(q, k, self.spec, tensors), inputs)
         return tuple(total.to(t.dtype) for total, t in zip(sums, likes, strict=True))
+
+    def sums(self, scores: Scores, inputs: Sequence[Tensor | None]) -> list[Tensor]:
+        """The results in the dtype that sums are made in, over the tiles of these scores."""
+        work = scores.dtype
+        sums = [zeros_of(t, work) for t in (inputs[i] for i in self.outputs) if t is not None]
+        for rows in scores.rows() if scores.exist else ():
+            remainder = self._remainder(scores, rows, inputs)
+            for tile in scores.tiles_of(rows):
+                tile = tile if remainder is None else replace(tile, remainder=remainder)
+                parts = (
+                    None if t is None else scores.part_of(t, falls, tile).to(work)
+                    for t, falls in zip(inputs, self.falls, strict=True)
+                )
+                given = self.function(tile, *parts)
+                for total, i, g in zip(sums, self.outputs, given, strict=True):
+                    part_of(total, self.falls[i], tile).add_(g)
+        return sums
 
     def _remainder(self, scores: Scores, rows: slice, inputs: Sequence[Tensor | None]) -> Tensor | None:
         """Of these rows, see `Scores.remainder`; a constant to every derivative."""
@@ -313,6 +316,48 @@ class TileSum:
         q, k, lse = named["q"], named["k"], named["lse"]
         assert q is not None and k is not None and lse is not None
         return scores.remainder(rows, q, k, lse, *(named[name] for name in LEARNED))
+
+
+def forward(
+    scores: Scores, q: Tensor, k: Tensor, v: Tensor, given: Learned, maxima: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Attention's out and lse, by the online softmax over the tiles of these scores. maxima (B, Hq, Lq), -inf, gets
+    the largest score of each row."""
+    heads, dtype = scores.heads, scores.dtype
+    out = zero_heads((*q.shape[:3], v.shape[3]), q, q.dtype)
+    lse = q.new_empty(q.shape[:3], dtype=dtype)
+    for rows in scores.rows() if heads else ():
+        q_tile = scores.scaled(grouped(q[:, :, rows].to(dtype), scores.key_heads), given.head_scale)
+        row_max, row_sum = _beginning(scores, given.sinks, q_tile)
+        total = q_tile.new_zeros((*q_tile.shape[:3], v.shape[3]))
+        for tile in scores.tiles_of(rows):
+            if tile.columns.start == tile.columns.stop:
+                continue
+            k_tile, v_tile = (scores.part_of(t, "columns", tile).to(dtype) for t in (k, v))
+            bias = None if given.bias is None else part_of(given.bias, "scores", tile).to(dtype)
+            values, _ = scores.of(tile, q_tile, k_tile, bias, given.relative_bias)
+            highest = values.amax(-1, keepdim=True)
+            if maxima is not None:
+                most = maxima[:, :, rows]
+                torch.maximum(most, ungrouped(highest, heads)[..., 0], out=most)
+            new_max = torch.maximum(row_max, highest)
+            pivot = new_max.masked_fill(new_max == float("-inf"), 0.0)
+            weights = torch.exp(values - pivot)
+            rescale = torch.exp(row_max - pivot)
+            row_sum = row_sum * rescale + weights.sum(-1, keepdim=True)
+            total = total * rescale + times(weights, scores.keep_mask(tile)) @ v_tile
+            row_max = new_max
+        out[:, :, rows] = ungrouped(total / row_sum.masked_fill(row_sum == 0, 1.0), heads).to(q.dtype)
+        lse[:, :, rows] = ungrouped(row_max + torch.log(row_sum), heads)[..., 0]
+    return out, lse
+
+
+def _beginning(scores: Scores, sinks: Tensor | None, q_tile: Tensor) -> tuple[Tensor, Tensor]:
+    """The running maximum and sum before the first key: nothing, or the sink."""
+    row_max = q_tile.new_full((*q_tile.shape[:3], 1), float("-inf"))
+    if sinks is None:
+        return row_max, torch.zeros_like(row_max)
+    return row_max.copy_(scores.per_row(sinks, q_tile.shape[2])), torch.ones_like(row_max)
 
 
 # ---- the two sums that everything else derives from ----
@@ -547,7 +592,7 @@ def ungrouped(t: Tensor, heads: int) -> Tensor:
     return t.reshape(batch, heads, rows * key_heads // heads, width)
 
 
-def _zeros(t: Tensor, dtype: torch.dtype) -> Tensor:
+def zeros_of(t: Tensor, dtype: torch.dtype) -> Tensor:
     """Zeros of this shape, laid out as results are."""
     return zero_heads(t.shape, t, dtype) if t.dim() == 4 else t.new_zeros(t.shape, dtype=dtype)
 

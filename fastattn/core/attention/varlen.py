@@ -37,6 +37,7 @@ def attention_varlen(
     sinks: Tensor | None = ...,
     dropout_p: float = ...,
     precision: str | None = ...,
+    invariant: bool | None = ...,
     seqused_k: Tensor | None = ...,
     block_table: Tensor | None = ...,
     num_splits: int | None = ...,
@@ -62,6 +63,7 @@ def attention_varlen(
     sinks: Tensor | None = ...,
     dropout_p: float = ...,
     precision: str | None = ...,
+    invariant: bool | None = ...,
     seqused_k: Tensor | None = ...,
     block_table: Tensor | None = ...,
     num_splits: int | None = ...,
@@ -86,6 +88,7 @@ def attention_varlen(
     sinks: Tensor | None = None,
     dropout_p: float = 0.0,
     precision: str | None = None,
+    invariant: bool | None = None,
     seqused_k: Tensor | None = None,
     block_table: Tensor | None = None,
     num_splits: int | None = None,
@@ -109,7 +112,7 @@ def attention_varlen(
         causal, window: counted from each sequence's own diagonal: its last query stands at its last key.
         alibi_slopes: (Hq,) or (sequences, Hq). If sequences differ in their slopes, or in how many more keys than
             queries they have, each sequence is computed by a call of its own.
-        scale, softcap, sinks, dropout_p, precision, backend: as `attention`'s. Sinks are (Hq,), a scale is a
+        scale, softcap, sinks, dropout_p, precision, invariant, backend: as `attention`'s. Sinks are (Hq,), a scale is a
             number or a tensor () or (Hq,).
         seqused_k: (sequences,), how many keys of each sequence exist, if cu_seqlens_k reserves room for more.
         block_table: (sequences, most pages): token t of a sequence lies in page block_table[sequence, t // page].
@@ -144,7 +147,7 @@ def attention_varlen(
     if block_table is not None:
         paged: dict[str, Any] = {
             "causal": causal, "window": window, "scale": scale, "softcap": softcap, "precision": precision,
-            "alibi_slopes": alibi_slopes, "sinks": sinks, "backend": backend,
+            "alibi_slopes": alibi_slopes, "sinks": sinks, "invariant": invariant, "backend": backend,
         }  # fmt: skip
         pages = _Pages(k, v, _lengths(cu_seqlens_k, seqused_k), block_table)
         out, lse = _in_pages(q, cu_seqlens_q, pages, dropout_p, paged)
@@ -162,13 +165,13 @@ def attention_varlen(
     q, k, v = q[:, :, : ends[0]], k[:, :, : ends[1]], v[:, :, : ends[1]]
     with outside_modes():
         mask.check(Shape(1, q.shape[1], q.shape[2], k.shape[2], q.device))
-    _check_per_head(q, scale, sinks, alibi_slopes, mask.sequences)
+    _check_per_head(q, scale, sinks, alibi_slopes, mask.count)
     options: dict[str, Any] = {
         "scale": scale, "softcap": softcap, "sinks": sinks, "dropout_p": dropout_p, "precision": precision,
-        "backend": backend,
+        "invariant": invariant, "backend": backend,
     }  # fmt: skip
-    if not mask.sequences or alibi_slopes is None or (alibi_slopes.dim() == 1 and mask.shares_diagonal):
-        slopes = alibi_slopes if mask.sequences else None
+    if not mask.count or alibi_slopes is None or (alibi_slopes.dim() == 1 and mask.shares_diagonal):
+        slopes = alibi_slopes if mask.count else None
         out, lse = attention(q, k, v, mask=mask, alibi_slopes=slopes, return_lse=True, **options)
     else:
         window = mask.left, mask.right
@@ -272,7 +275,7 @@ def _by_sequence(
 ) -> tuple[Tensor, Tensor]:
     """A call for each sequence."""
     rows, columns = (cu_seqlens.tensor.diff().tolist() for cu_seqlens in (mask.queries, mask.keys))
-    slopes = alibi_slopes.expand(mask.sequences, q.shape[1])
+    slopes = alibi_slopes.expand(mask.count, q.shape[1])
     parts = [
         attention(q_, k_, v_, alibi_slopes=own, return_lse=True, **options)
         for q_, k_, v_, own in zip(q.split(rows, 2), k.split(columns, 2), v.split(columns, 2), slopes, strict=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fastattn.core import plans, spread
+from fastattn.core import invariance, plans, spread
 from fastattn.core.attention.functional import attention, merge_states
 from fastattn.core.attention.spec import positive_scale
 from fastattn.core.autocast import autocast
@@ -59,6 +59,7 @@ def attention_with_cache(
     sinks: Tensor | None = ...,
     value_width: int | None = ...,
     precision: str | None = ...,
+    invariant: bool | None = ...,
     return_lse: Literal[False] = ...,
     check: bool = ...,
     backend: str | None = ...,
@@ -86,6 +87,7 @@ def attention_with_cache(
     sinks: Tensor | None = ...,
     value_width: int | None = ...,
     precision: str | None = ...,
+    invariant: bool | None = ...,
     return_lse: Literal[True],
     check: bool = ...,
     backend: str | None = ...,
@@ -112,6 +114,7 @@ def attention_with_cache(
     sinks: Tensor | None = None,
     value_width: int | None = None,
     precision: str | None = None,
+    invariant: bool | None = None,
     return_lse: bool = False,
     check: bool = False,
     backend: str | None = None,
@@ -140,6 +143,8 @@ def attention_with_cache(
         tree_mask: bool (Lq, M) or (B, Lq, M): which of a row's last M keys each query sees, beside causal and
             window. For trees of speculated tokens, M is the number of new tokens.
         scale, softcap, precision: as `attention`'s; a scale is one number. alibi_slopes, sinks: (Hq,) or (B, Hq).
+        invariant: whether the bits of a row are to depend on that row alone, see `fastattn.invariant`; by default as
+            that context, or FASTATTN_INVARIANT, says.
         value_width: see v_cache; by default D.
         check: have the kernels on a GPU, which then wait, check that lengths and page numbers are within bounds;
             everywhere, that no two rows write to one place. Without it a wrong number gives NaN in its row there,
@@ -185,7 +190,7 @@ def attention_with_cache(
     )
     options = (
         causal, scale, window, softcap, value_width, precision, return_lse, check, interleaved, backend,
-        cache_starts is None,
+        invariance.wanted if invariant is None else invariant, cache_starts is None,
     )  # fmt: skip
     lengths, starts = (t if isinstance(t, Tensor) else None for t in (cache_lengths, cache_starts))
     key = plans.key(tensors._replace(cache_lengths=lengths, cache_starts=starts), options)
@@ -264,7 +269,7 @@ class CachePlan(NamedTuple):
     @classmethod
     def of(
         cls, given: Given, causal: Any, scale: Any, window: Any, softcap: Any, value_width: Any, precision: Any,
-        return_lse: Any, check: Any, interleaved: Any, backend: Any,
+        return_lse: Any, check: Any, interleaved: Any, backend: Any, invariant: Any,
     ) -> CachePlan:  # fmt: skip
         q, storage = given.q, Storage(given.k_cache, given.v_cache)
         width = check_queries(q, storage, value_width)
@@ -275,8 +280,9 @@ class CachePlan(NamedTuple):
         check_beside_scores(q, given.alibi_slopes, given.sinks, given.tree_mask)
         check_rotation(q, given.k, given.cos, given.sin)
         scores = attention_options(
-            q, causal=causal, scale=scale, window=window, softcap=softcap, precision=precision
-        )
+            q, causal=causal, scale=scale, window=window, softcap=softcap, precision=precision,
+            invariant=invariant,
+        )  # fmt: skip
         given.refuse_transforms()
         factor = None if scores.scale > 0 else -1.0 if scores.scale < 0 else 0.0
         _, positive = positive_scale(q[:0], scores)

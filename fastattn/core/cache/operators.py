@@ -32,8 +32,8 @@ _operators.define(
 _operators.define(
     "cache_attention(Tensor q, Tensor k_cache, Tensor? v_cache, Tensor lengths, Tensor? starts, "
     "Tensor? block_table, Tensor? alibi_slopes, Tensor? sinks, Tensor? tree_mask, SymInt value_width, "
-    "bool causal, float scale, SymInt? left, SymInt? right, float softcap, str precision, bool check, "
-    "str backend) -> (Tensor, Tensor)"
+    "bool causal, float scale, SymInt? left, SymInt? right, float softcap, str precision, bool invariant, "
+    "bool check, str backend) -> (Tensor, Tensor)"
 )
 _APPEND, _ATTENTION = "fastattn::cache_append", "fastattn::cache_attention"
 _CACHES, _COUNT = len(Storage._fields), len(CacheTensors._fields)

@@ -1,6 +1,6 @@
 """Attention with a cache in plain PyTorch: each row reads its own keys, and no others.
 
-Neighbouring rows of equal length are one call.
+Neighbouring rows of equal length are one call, unless calls are invariant.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ __all__ = ["append", "forward"]
 
 
 def forward(q: Tensor, storage: Storage, spec: CacheSpec, tensors: CacheTensors) -> tuple[Tensor, Tensor]:
+    if spec.attention.invariant:
+        return _row_by_row(q, storage, spec, tensors)
     shaped = any(t is not None for t in (tensors.alibi_slopes, tensors.sinks, tensors.tree_mask))
     if q.shape[2] == 1 and not shaped:
         return _of_one_query(q, storage, spec, tensors)
@@ -39,6 +41,18 @@ def forward(q: Tensor, storage: Storage, spec: CacheSpec, tensors: CacheTensors)
         scores, attention = of_rows(tensors, rows, keys), spec.attention.at(q.shape[2], keys)
         found, lse[rows] = portable.forward(q[rows], k, v, attention, scores)
         out[rows] = found[..., : spec.value_width]
+    return out, lse
+
+
+def _row_by_row(q: Tensor, storage: Storage, spec: CacheSpec, tensors: CacheTensors) -> tuple[Tensor, Tensor]:
+    """Each row as `fastattn.attention` computes it, from its first key that is not hidden on."""
+    out = zero_heads((*q.shape[:3], spec.value_width), q, q.dtype)
+    lse = q.new_empty(q.shape[:3], dtype=lse_dtype(q.dtype))
+    for b, (first, stop) in enumerate(bounds(tensors)):
+        rows = slice(b, b + 1)
+        k, v = keys_and_values(storage, tensors, rows, first, stop)
+        beside, v = of_rows(tensors, rows, stop - first), v[..., : spec.value_width]
+        out[rows], lse[rows] = portable.forward(q[rows], k, v, spec.attention, beside)
     return out, lse
 
 

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastattn.core import invariance
 from fastattn.core.attention.spec import AttentionSpec, check_precision, check_scale, check_softcap
 from fastattn.ground import arguments
 from fastattn.ground.checks import (
@@ -40,16 +41,18 @@ class CacheSpec:
     value_width: int
 
     @property
-    def options(self) -> tuple[int, bool, float, int | None, int | None, float, str]:
-        """As an operator takes them: value width, causal, scale, left and right window, softcap, precision."""
+    def options(self) -> tuple[int, bool, float, int | None, int | None, float, str, bool]:
+        """As an operator takes them: value width, causal, scale, left and right window, softcap, precision,
+        invariant."""
         spec = self.attention
-        return self.value_width, spec.causal, spec.scale, *spec.window, spec.softcap, spec.precision
+        return self.value_width, spec.causal, spec.scale, *spec.window, spec.softcap, spec.precision, spec.invariant
 
 
 def spec_of(options: Sequence) -> CacheSpec:
     """The inverse of `CacheSpec.options`."""
-    value_width, causal, scale, left, right, softcap, precision = options
-    return CacheSpec(AttentionSpec(causal, scale, (left, right), softcap, 0.0, precision), value_width)
+    value_width, causal, scale, left, right, softcap, precision, invariant = options
+    spec = AttentionSpec(causal, scale, (left, right), softcap, 0.0, precision, invariant=invariant)
+    return CacheSpec(spec, value_width)
 
 
 class CacheTensors(NamedTuple):
@@ -280,6 +283,7 @@ def attention_options(
     window: Window,
     softcap: float | None,
     precision: str | None,
+    invariant: bool | None = None,
 ) -> AttentionSpec:
     """The options of the scores, as `fastattn.attention` has them."""
     left, right = (None if side is None or side >= 2**31 - 1 else side for side in check_window(window))
@@ -290,6 +294,7 @@ def attention_options(
         check_softcap(softcap),
         0.0,
         check_precision(precision, q),
+        invariant=invariance.asked(invariant),
     )
 
 

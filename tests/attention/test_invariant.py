@@ -1,0 +1,344 @@
+"""Under `invariant` the bits of a row depend on that row alone: in whatever company, and however it is computed.
+
+Each sequence is computed alone, by `attention`. Every other way must give the same bits.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from hardware import DEVICE
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tolerance import assert_as_exact_as_eager
+from torch import Tensor
+
+import fastattn
+from fastattn import attention, attention_varlen, attention_with_cache, masks
+from fastattn.core import invariance
+from fastattn.core.attention import definition, invariant
+from fastattn.core.attention.functional import scores_asked
+
+NAN = float("nan")
+PAGE = 16
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Sequences of these lengths, self-attention."""
+
+    lengths: tuple[int, ...] = (37, 1, 300, 256)
+    heads: int = 4
+    key_heads: int = 2
+    width: int = 24
+    value_width: int = 16
+    dtype: torch.dtype = torch.float32
+    causal: bool = True
+    window: tuple[int | None, int | None] | None = None
+    softcap: float = 0.0
+    alibi: bool = False
+    sinks: bool = False
+    seed: int = 0
+
+    def sequences(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """q, k and v of each, (1, heads, length, width)."""
+        generator = torch.Generator().manual_seed(self.seed)
+
+        def drawn(heads: int, length: int, width: int) -> Tensor:
+            t = torch.randn(1, heads, length, width, generator=generator)
+            return t.to(DEVICE, self.dtype)
+
+        sizes = (self.heads, self.width), (self.key_heads, self.width), (self.key_heads, self.value_width)
+        return [tuple(drawn(h, n, w) for h, w in sizes) for n in self.lengths]  # type: ignore[misc]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        by_head = torch.linspace(0.1, 0.9, self.heads, device=DEVICE)
+        return {
+            "causal": self.causal,
+            "window": self.window,
+            "softcap": self.softcap,
+            "alibi_slopes": by_head if self.alibi else None,
+            "sinks": by_head if self.sinks else None,
+            "return_lse": True,
+            "invariant": True,
+        }
+
+    def alone(self) -> list[tuple[Tensor, Tensor]]:
+        return [attention(*sequence, **self.options) for sequence in self.sequences()]
+
+    @property
+    def starts(self) -> Tensor:
+        return torch.tensor((0, *self.lengths), device=DEVICE).cumsum(0)
+
+
+LENGTHS = st.sampled_from((1, 2, 5, 15, 16, 17, 33, 70, 255, 256, 257, 300))
+PROBLEMS = st.builds(
+    Problem,
+    lengths=st.lists(LENGTHS, min_size=1, max_size=4).map(tuple),
+    key_heads=st.sampled_from((1, 2, 4)),
+    width=st.sampled_from((8, 24, 64)),
+    dtype=st.sampled_from((torch.float32, torch.float16, torch.bfloat16)),
+    causal=st.booleans(),
+    window=st.sampled_from((None, (0, 0), (7, None), (40, 3), (200, None))),
+    softcap=st.sampled_from((0.0, 0.0, 2.0)),
+    alibi=st.booleans(),
+    sinks=st.booleans(),
+    seed=st.integers(0, 100),
+)
+
+
+def assert_same(found: tuple[Tensor, Tensor], alone: tuple[Tensor, Tensor], what: str) -> None:
+    for name, a, b in zip(("out", "lse"), found, alone, strict=True):
+        assert torch.equal(a, b), f"{what}: {name} differs by {(a - b).abs().max()}"
+
+
+def packed(sequences: list[tuple[Tensor, ...]]) -> Iterator[Tensor]:
+    """q, k and v one after another, (1, heads, tokens, width)."""
+    return (torch.cat(parts, 2) for parts in zip(*sequences, strict=True))
+
+
+def padded(sequences: list[tuple[Tensor, ...]], fill: float, left: bool = False) -> Iterator[Tensor]:
+    """q, k and v as a batch, with `fill` behind them, or before."""
+    longest = max(q.shape[2] for q, *_ in sequences)
+    for parts in zip(*sequences, strict=True):
+        rows = []
+        for t in parts:
+            beside = t.new_full((*t.shape[:2], longest - t.shape[2], t.shape[3]), fill)
+            rows.append(torch.cat((beside, t) if left else (t, beside), 2))
+        yield torch.cat(rows)
+
+
+def paged(t: Tensor, order: Tensor) -> Tensor:
+    """Keys (1, Hkv, length, width) as pages (pages, Hkv, PAGE, width); page i lies at order[i]."""
+    pages = torch.full((len(order), t.shape[1], PAGE, t.shape[3]), NAN, dtype=t.dtype, device=t.device)
+    for i, part in enumerate(t[0].split(PAGE, 1)):
+        pages[order[i], :, : part.shape[1]] = part
+    return pages
+
+
+@settings(max_examples=25)
+@given(PROBLEMS)
+def test_a_packed_sequence_has_the_bits_of_one_alone(p: Problem) -> None:
+    q, k, v = packed(p.sequences())
+    options = {**p.options, "alibi_slopes": None}
+    alone = replace(p, alibi=False).alone()
+    varlen = attention_varlen(*(t[0].transpose(0, 1) for t in (q, k, v)), p.starts, p.starts, **options)
+    ids = torch.arange(len(p.lengths)).repeat_interleave(torch.tensor(p.lengths)).to(DEVICE)
+    documents = attention(q, k, v, mask=masks.documents(ids), **options)
+    for i, expected in enumerate(alone):
+        here = slice(int(p.starts[i]), int(p.starts[i + 1]))
+        assert_same((varlen[0][here].transpose(0, 1)[None], varlen[1][None, :, here]), expected, "varlen")
+        assert_same((documents[0][:, :, here], documents[1][:, :, here]), expected, "documents")
+
+
+@settings(max_examples=20)
+@given(PROBLEMS)
+def test_a_padded_sequence_has_the_bits_of_one_alone(p: Problem) -> None:
+    sequences = p.sequences()
+    lengths = torch.tensor(p.lengths, device=DEVICE)
+    right = attention(*padded(sequences, 3.0), key_lengths=lengths, **p.options)
+    q, k, v = padded(sequences, NAN, left=True)
+    longest = q.shape[2]
+    left = attention_with_cache(q, k, v, cache_lengths=longest, cache_starts=longest - lengths, **p.options)
+    for i, expected in enumerate(p.alone()):
+        n = p.lengths[i]
+        assert_same((right[0][i, None, :, :n], right[1][i, None, :, :n]), expected, "right")
+        assert_same((left[0][i, None, :, -n:], left[1][i, None, :, -n:]), expected, "left")
+
+
+@settings(max_examples=20)
+@given(PROBLEMS, st.sampled_from((1, 3, 16, 100)), st.data())
+def test_chunks_and_single_tokens_from_a_cache_have_the_bits_of_the_whole(
+    p: Problem, size: int, data: st.DataObject
+) -> None:
+    """In pages or not, and in the company of other rows."""
+    p = replace(p, window=None if p.window is None else (p.window[0], None), causal=True)
+    sequences, alone = p.sequences(), p.alone()
+    for (q, k, v), (out, lse) in zip(sequences, alone, strict=True):
+        last = data.draw(st.integers(1, q.shape[2]))
+        first = max(0, last - size)
+        chunk = q[:, :, first:last]
+        here = out[:, :, first:last], lse[:, :, first:last]
+        assert_same(attention(chunk, k[:, :, :last], v[:, :, :last], **p.options), here, "a chunk")
+        rows = [t.repeat(2, 1, 1, 1) for t in (chunk, k, v)]
+        rows[1][1, :, max(0, last - 3) :] = 9.0
+        lengths = torch.tensor((last, max(last - 3, 0)), device=DEVICE)
+        found = attention_with_cache(*rows, cache_lengths=lengths, **p.options)
+        assert_same((found[0][:1], found[1][:1]), here, "a cache")
+        order = torch.randperm(-(-q.shape[2] // PAGE) + 1)
+        pages = (paged(t, order) for t in (k, v))
+        table = order[None].to(DEVICE)
+        found = attention_with_cache(chunk, *pages, cache_lengths=last, block_table=table, **p.options)
+        assert_same(found, here, "pages")
+
+
+@settings(max_examples=15)
+@given(PROBLEMS)
+def test_gradients_of_a_packed_sequence_have_the_bits_of_those_of_one_alone(p: Problem) -> None:
+    p = replace(p, alibi=False)
+    sequences = [tuple(t.requires_grad_() for t in parts) for parts in p.sequences()]
+    upstream = [(torch.randn_like(out), torch.randn_like(lse)) for out, lse in p.alone()]
+    everything = [t.detach().requires_grad_() for t in packed(sequences)]
+    out, lse = attention_varlen(
+        *(t[0].transpose(0, 1) for t in everything), p.starts, p.starts, **p.options
+    )
+    dout, dlse = (torch.cat(parts, 2) for parts in zip(*upstream, strict=True))
+    together = torch.autograd.grad((out, lse), everything, (dout[0].transpose(0, 1), dlse[0]))
+    batch = [t.detach().requires_grad_() for t in padded(sequences, 0.0)]
+    lengths = torch.tensor(p.lengths, device=DEVICE)
+    beside = attention(*batch, key_lengths=lengths, **p.options)
+    more = [tuple(padded([(g if g.dim() == 4 else g[..., None],) for g in part], 0.0))[0] for part in zip(*upstream)]
+    in_a_batch = torch.autograd.grad(beside, batch, (more[0], more[1][..., 0]))
+    for i, sequence in enumerate(sequences):
+        expected = torch.autograd.grad(attention(*sequence, **p.options), sequence, upstream[i])
+        here = slice(int(p.starts[i]), int(p.starts[i + 1]))
+        for name, a, b, c in zip("qkv", together, in_a_batch, expected, strict=True):
+            assert torch.equal(a[:, :, here], c), f"d{name} of sequence {i}, packed"
+            assert torch.equal(b[i, None, :, : p.lengths[i]], c), f"d{name} of sequence {i}, padded"
+
+
+@settings(max_examples=20)
+@given(PROBLEMS, st.sampled_from("qkv"), st.data())
+def test_nan_in_one_sequence_reaches_no_other_forward_or_backward(
+    p: Problem, where: str, data: st.DataObject
+) -> None:
+    p = replace(p, lengths=(*p.lengths, 9), alibi=False)
+    sequences = p.sequences()
+    sick = data.draw(st.integers(0, len(sequences) - 1))
+    place = data.draw(st.integers(0, p.lengths[sick] - 1))
+    sequences[sick]["qkv".index(where)][:, :, place] = NAN
+    inputs = [t.requires_grad_() for t in packed(sequences)]
+    out, lse = attention_varlen(*(t[0].transpose(0, 1) for t in inputs), p.starts, p.starts, **p.options)
+    healthy = torch.ones(len(out), dtype=torch.bool, device=DEVICE)
+    healthy[int(p.starts[sick]) : int(p.starts[sick + 1])] = False
+    assert out[~healthy].isnan().any()
+    assert out[healthy].isfinite().all() and lse[:, healthy].isfinite().all()
+    for gradient in torch.autograd.grad(out.sum(), inputs):
+        assert gradient[:, :, healthy].isfinite().all()
+
+
+@settings(max_examples=25)
+@given(PROBLEMS)
+def test_it_computes_what_attention_computes(p: Problem) -> None:
+    q, k, v = padded(p.sequences(), 0.0)
+    options = {**p.options, "key_lengths": torch.tensor(p.lengths, device=DEVICE)}
+    found = attention(q, k, v, **options)
+    asked = {name: value for name, value in options.items() if name not in ("return_lse", "invariant")}
+    scaled, spec, tensors = scores_asked(q, k, **asked)
+    exact = [t.double() if t.is_floating_point() else t for t in (scaled, k, v)]
+    in_double = type(tensors)(*(t.double() if t is not None and t.is_floating_point() else t for t in tensors))
+    eager, double = definition.attention(scaled, k, v, spec, tensors), definition.attention(*exact, spec, in_double)
+    for actual, precise, rounded in zip(found, double, eager, strict=True):
+        seen = double[1].isfinite()
+        assert torch.equal(actual[~seen], rounded[~seen])
+        assert_as_exact_as_eager(actual[seen], precise[seen], rounded[seen])
+
+
+@pytest.mark.parametrize("kind", ["float", "bool", "relative", "scale of heads"])
+def test_biases_and_scales_of_heads_keep_the_bits_in_a_batch(kind: str) -> None:
+    p = Problem((70, 33, 50))
+    q, k, v = (t.requires_grad_() for t in padded(p.sequences(), 0.0))
+    rows = q.shape[2]
+    full = torch.randn(3, 4, rows, rows, device=DEVICE)
+    beside = {
+        "float": {"bias": full},
+        "bool": {"bias": full > 0},
+        "relative": {"relative_bias": torch.randn(3, 4, 21, device=DEVICE)},
+        "scale of heads": {"scale": torch.randn(3, 4, device=DEVICE)},
+    }[kind]
+    name, value = next(iter(beside.items()))
+    learned = [value.requires_grad_()] if value.is_floating_point() else []
+    out, _ = attention(q, k, v, **p.options, **beside)
+    together = torch.autograd.grad(out.sum(), [q, k, v, *learned])
+    for b in range(3):
+        mine = [t[b : b + 1].detach().requires_grad_() for t in (q, k, v)]
+        own = value[b : b + 1].detach().requires_grad_(bool(learned))
+        alone, _ = attention(*mine, **p.options, **{name: own})
+        assert torch.equal(alone, out[b : b + 1])
+        expected = torch.autograd.grad(alone.sum(), [*mine, *([own] if learned else [])])
+        assert all(torch.equal(t[b : b + 1], e) for t, e in zip(together, expected, strict=True))
+
+
+def test_latent_attention_from_a_cache_has_the_bits_of_the_whole() -> None:
+    q, k = torch.randn(1, 4, 40, 48, device=DEVICE), torch.randn(1, 1, 40, 48, device=DEVICE)
+    with fastattn.invariant():
+        whole = attention(q, k, k[..., :32], causal=True)
+        for n in (1, 17, 40):
+            found = attention_with_cache(q[:, :, n - 1 : n], k, None, cache_lengths=n, value_width=32)
+            assert torch.equal(found, whole[:, :, n - 1 : n])
+
+
+def test_without_it_a_packed_sequence_has_other_bits() -> None:
+    """So that the tests above see something."""
+    p = Problem()
+    q, k, v = (t[0].transpose(0, 1) for t in packed(p.sequences()))
+    options = {**p.options, "invariant": False, "return_lse": False}
+    found = attention_varlen(q, k, v, p.starts, p.starts, **options)
+    alone = [attention(*sequence, **options)[0].transpose(0, 1) for sequence in p.sequences()]
+    assert not torch.equal(found, torch.cat(alone))
+
+
+def test_the_context_asks_for_it_and_the_argument_wins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plans, too, are kept apart."""
+    called = []
+    forward = invariant.forward
+    monkeypatch.setattr(invariant, "forward", lambda *given: called.append(1) or forward(*given))
+    q = torch.randn(1, 2, 8, 16, device=DEVICE)
+
+    def asks(**argument: Any) -> bool:
+        called.clear()
+        attention(q, q, q, backend="portable", **argument)
+        attention(q, q, q, backend="portable", **argument)
+        return len(called) == 2
+
+    assert not asks()
+    with fastattn.invariant():
+        assert asks()
+        assert not asks(invariant=False)
+        with fastattn.invariant(False):
+            assert not asks()
+        assert asks()
+    assert not asks() and asks(invariant=True)
+
+
+def test_the_environment_variable_asks_for_it() -> None:
+    code = "from fastattn.core import invariance; print(invariance.wanted)"
+    environment = {**os.environ, "FASTATTN_INVARIANT": "1"}
+    found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert found.stdout.strip() == "True", found.stderr
+    assert not invariance.wanted
+
+
+def test_what_cannot_hold_is_refused() -> None:
+    q = torch.randn(1, 2, 8, 16, device=DEVICE)
+    with fastattn.invariant():
+        with pytest.raises(ValueError, match="dropout_p must be 0 where a call is invariant, got 0.5"):
+            attention(q, q, q, dropout_p=0.5)
+        with pytest.raises(ValueError, match="becomes block lists; give it as a bool bias"):
+            attention(q, q, q, mask=masks.dilated(2))
+        with pytest.raises(ValueError, match="backend 'reference' cannot compute this call"):
+            attention(q, q, q, backend="reference")
+    with pytest.raises(TypeError, match="invariant must be a bool, got int"):
+        attention(q, q, q, invariant=1)  # type: ignore[call-overload]
+
+
+def test_compiled_and_mapped_calls_keep_the_bits() -> None:
+    p = Problem((70,))
+    (q, k, v), = p.sequences()
+    lowered = masks.documents(torch.tensor([0] * 30 + [1] * 40)).lower(1, 4, 70, 70, DEVICE)
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with fastattn.invariant():
+            return attention(q, k, v, mask=lowered)
+
+    eager = call(q, k, v)
+    assert torch.equal(torch.compile(call, backend="eager", fullgraph=True)(q, k, v), eager)
+    assert torch.equal(torch.func.vmap(call)(*(t[None].repeat(2, 1, 1, 1, 1) for t in (q, k, v)))[1], eager)
