@@ -23,17 +23,17 @@ def asked(argument: bool | None) -> bool:
 
 @contextmanager
 def invariant(enabled: bool = True) -> Iterator[None]:
-    """Within it, the bits of a row of attention and MLPs depend on that row alone, forward and backward.
+    """Within it, the bits of a row of attention depend on that row alone, forward and backward.
 
     A sequence then gives the same bits alone and in a batch, packed (`attention_varlen`, `masks.documents`,
     `masks.packed_sequences`) and padded (key_lengths; cache_starts), its queries computed at once, in chunks or
     one by one from a cache (`attention_with_cache`), in pages or not. The gradients of a sequence are the same
-    packed and alone. A NaN in one sequence of a packed batch reaches no other. So the probabilities of a model that
-    generates are those of the model that learns.
+    packed and alone. A NaN in one sequence of a packed batch reaches no other. A model in training then has the
+    probabilities that it had when it generated.
 
-    It holds on one device, with one backend, one version of PyTorch and one number of threads. Norms, rotary
-    embeddings and other functions of single rows have it always. PyTorch's own products around them, such as
-    `torch.nn.Linear`, do not: their bits may depend on the number of rows.
+    It holds for finite keys and values, on one device, with one backend, one version of PyTorch and one number of
+    threads. Norms, rotary embeddings and other functions of single rows have it always. PyTorch's own products
+    around them, such as `torch.nn.Linear`, do not: their bits may depend on the number of rows.
 
     Dropout and masks of block lists are refused. Second derivatives and forward mode are computed as always.
 

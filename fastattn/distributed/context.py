@@ -98,7 +98,9 @@ class _Context:
         if options.pop("return_max"):
             raise ValueError("return_max is not computed under fastattn.distributed.context_parallel")
         if invariance.asked(options.pop("invariant")):
-            raise ValueError("invariant must be False under fastattn.distributed.context_parallel, which splits keys")
+            raise ValueError(
+                "invariant must be False under fastattn.distributed.context_parallel, which splits keys"
+            )
         if self.mask is not None:
             mask = options["mask"]
             if mask is not None and not isinstance(mask, Mask):

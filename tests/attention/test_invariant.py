@@ -187,16 +187,15 @@ def test_gradients_of_a_packed_sequence_have_the_bits_of_those_of_one_alone(p: P
     sequences = [tuple(t.requires_grad_() for t in parts) for parts in p.sequences()]
     upstream = [(torch.randn_like(out), torch.randn_like(lse)) for out, lse in p.alone()]
     everything = [t.detach().requires_grad_() for t in packed(sequences)]
-    out, lse = attention_varlen(
-        *(t[0].transpose(0, 1) for t in everything), p.starts, p.starts, **p.options
-    )
+    out, lse = attention_varlen(*(t[0].transpose(0, 1) for t in everything), p.starts, p.starts, **p.options)
     dout, dlse = (torch.cat(parts, 2) for parts in zip(*upstream, strict=True))
     together = torch.autograd.grad((out, lse), everything, (dout[0].transpose(0, 1), dlse[0]))
     batch = [t.detach().requires_grad_() for t in padded(sequences, 0.0)]
     lengths = torch.tensor(p.lengths, device=DEVICE)
     beside = attention(*batch, key_lengths=lengths, **p.options)
-    more = [tuple(padded([(g if g.dim() == 4 else g[..., None],) for g in part], 0.0))[0] for part in zip(*upstream)]
-    in_a_batch = torch.autograd.grad(beside, batch, (more[0], more[1][..., 0]))
+    upward = padded([(dout, dlse[..., None]) for dout, dlse in upstream], 0.0)
+    dout, dlse = next(upward), next(upward)[..., 0]
+    in_a_batch = torch.autograd.grad(beside, batch, (dout, dlse))
     for i, sequence in enumerate(sequences):
         expected = torch.autograd.grad(attention(*sequence, **p.options), sequence, upstream[i])
         here = slice(int(p.starts[i]), int(p.starts[i + 1]))
@@ -235,7 +234,10 @@ def test_it_computes_what_attention_computes(p: Problem) -> None:
     scaled, spec, tensors = scores_asked(q, k, **asked)
     exact = [t.double() if t.is_floating_point() else t for t in (scaled, k, v)]
     in_double = type(tensors)(*(t.double() if t is not None and t.is_floating_point() else t for t in tensors))
-    eager, double = definition.attention(scaled, k, v, spec, tensors), definition.attention(*exact, spec, in_double)
+    eager, double = (
+        definition.attention(scaled, k, v, spec, tensors),
+        definition.attention(*exact, spec, in_double),
+    )
     for actual, precise, rounded in zip(found, double, eager, strict=True):
         seen = double[1].isfinite()
         assert torch.equal(actual[~seen], rounded[~seen])
@@ -320,7 +322,7 @@ def test_the_environment_variable_asks_for_it() -> None:
 def test_what_cannot_hold_is_refused() -> None:
     q = torch.randn(1, 2, 8, 16, device=DEVICE)
     with fastattn.invariant():
-        with pytest.raises(ValueError, match="dropout_p must be 0 where a call is invariant, got 0.5"):
+        with pytest.raises(ValueError, match=r"dropout_p must be 0 where a call is invariant, got 0\.5"):
             attention(q, q, q, dropout_p=0.5)
         with pytest.raises(ValueError, match="becomes block lists; give it as a bool bias"):
             attention(q, q, q, mask=masks.dilated(2))
@@ -332,7 +334,7 @@ def test_what_cannot_hold_is_refused() -> None:
 
 def test_compiled_and_mapped_calls_keep_the_bits() -> None:
     p = Problem((70,))
-    (q, k, v), = p.sequences()
+    q, k, v = p.sequences()[0]
     lowered = masks.documents(torch.tensor([0] * 30 + [1] * 40)).lower(1, 4, 70, 70, DEVICE)
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -158,8 +158,8 @@ def attention(
         precision: of float32 products on a GPU: "ieee", "tf32x3" (three tf32 products, nearly as
             exact) or "tf32"; by default what torch.backends.cuda.matmul allows. A backend may be more
             exact than that.
-        invariant: whether the bits of a row are to depend on that row alone, see `fastattn.invariant`; by default as
-            that context, or FASTATTN_INVARIANT, says.
+        invariant: whether the bits of a row must depend on that row alone, see `fastattn.invariant`; by default as
+            that context or FASTATTN_INVARIANT says.
         return_lse: also return the log-sum-exp of each row of scores, the sink included; differentiable.
         return_max: also return the largest score of each row, as it goes into the softmax: scaled, capped, biased.
             A sink is no key. Without gradient. On a GPU the kernel has it anyway; the portable backend computes
@@ -417,8 +417,8 @@ def with_mask(
     if lowered.packed is not None:
         if spec.invariant:
             raise ValueError(
-                "invariant=True takes masks that become numbers or intervals (causal, window, key lengths, prefix, "
-                f"documents, packed sequences), but {mask!r} becomes block lists; give it as a bool bias, "
+                "an invariant call takes masks that become numbers or intervals (causal, window, key lengths, "
+                f"prefix, documents, packed sequences), but {mask!r} becomes block lists; give it as a bool bias, "
                 "bias=mask.dense(B, Hq, Lq, Lk, device)"
             )
         words, layout = lowered.packed

@@ -136,9 +136,9 @@ def forward(
         lse.copy_(learned.sinks[..., None])
     for at in sequences_of(q, k, tensors) if q.numel() else ():
         scores = FixedTiles(q, k, spec, fixed, at, QUERY_TILE)
-        inputs = (scores.padded(t, falls, work) for t, falls in ((q, "rows"), (k, "columns"), (v, "columns")))
+        rows, keys, values = (scores.padded(t, f, work) for t, f in ((q, "rows"), (k, "columns"), (v, "columns")))
         largest = None if maxima is None else scores.padded(maxima, "rows", work).fill_(float("-inf"))
-        found, found_lse = tiles.forward(scores, *inputs, _learned(scores, learned, work), largest)
+        found, found_lse = tiles.forward(scores, rows, keys, values, _learned(scores, learned, work), largest)
         here = slice(scores.front, scores.front + at.query_count)
         at.of(out, "rows").copy_(found[:, :, here])
         at.of(lse, "rows").copy_(found_lse[:, :, here])
@@ -167,8 +167,8 @@ def backward(
     fixed, learned = tiles.learned(tensors)
     function = tiles.gradients(spec, wanted, learned.sinks is not None, learned.head_scale is not None)
     inputs = (dout, *saved, dlse, *learned)
-    there = [i for i in function.outputs if inputs[i] is not None]
-    sums = {i: tiles.zeros_of(inputs[i], work) for i in there}
+    likes = {i: t for i in function.outputs if (t := inputs[i]) is not None}
+    sums = {i: tiles.zeros_of(t, work) for i, t in likes.items()}
     for at in sequences_of(q, k, tensors) if q.numel() else ():
         scores = FixedTiles(q, k, spec, fixed, at, BACKWARD_QUERY_TILE)
         # Rows that are padded see nothing.
@@ -177,9 +177,9 @@ def backward(
             for name, t, falls in zip(GRADIENT_INPUTS, inputs, function.falls, strict=True)
         ]
         own = function.sums(scores, parts)
-        for i, total in zip(there, own, strict=True):
+        for i, total in zip(likes, own, strict=True):
             _add(sums[i], total, function.falls[i], scores)
-    found = iter(sums[i].to(inputs[i].dtype) for i in there)
+    found = iter(sums[i].to(t.dtype) for i, t in likes.items())
     dq, dk, dv = next(found), next(found), next(found)
     dbias = next(found) if wanted.bias else None
     drelative_bias = next(found) if wanted.relative_bias else None
@@ -199,4 +199,3 @@ def _add(total: Tensor, part: Tensor, falls: str, scores: FixedTiles) -> None:
         part = part[:, :, rows] if part.shape[2] > 1 else part
         part = part[..., columns] if part.shape[3] > 1 else part
     scores.at.of(total, falls).add_(part)
-

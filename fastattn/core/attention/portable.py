@@ -24,9 +24,8 @@ from fastattn.core.attention import (
     whole_rows,
 )
 from fastattn.core.attention.spec import AttentionSpec, Gradients, Saved, ScoreTensors, Tangents, Wanted
-from fastattn.core.attention.tiles import Scores, grouped, product_precision, times, ungrouped
-from fastattn.core.layout import heads_last, zero_heads
-from fastattn.ground.checks import lse_dtype
+from fastattn.core.attention.tiles import Scores, product_precision
+from fastattn.core.layout import heads_last
 
 
 def forward(

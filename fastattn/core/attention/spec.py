@@ -197,8 +197,8 @@ def attention_spec(
     dropout_p, invariant = check_dropout(dropout_p), invariance.asked(invariant)
     if invariant and dropout_p:
         raise ValueError(
-            f"dropout_p must be 0 where a call is invariant, got {dropout_p}: the random numbers of a row depend on "
-            "its place in the batch"
+            f"dropout_p must be 0 where a call is invariant, got {dropout_p}: the random numbers of a row depend "
+            "on its place in the batch"
         )
     return AttentionSpec(
         arguments.flag("causal", causal),

@@ -321,8 +321,8 @@ class TileSum:
 def forward(
     scores: Scores, q: Tensor, k: Tensor, v: Tensor, given: Learned, maxima: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Attention's out and lse, by the online softmax over the tiles of these scores. maxima (B, Hq, Lq), -inf, gets
-    the largest score of each row."""
+    """Attention's out and lse, by the online softmax over the tiles of these scores. maxima (B, Hq, Lq), -inf,
+    gets the largest score of each row."""
     heads, dtype = scores.heads, scores.dtype
     out = zero_heads((*q.shape[:3], v.shape[3]), q, q.dtype)
     lse = q.new_empty(q.shape[:3], dtype=dtype)

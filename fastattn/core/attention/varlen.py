@@ -112,8 +112,8 @@ def attention_varlen(
         causal, window: counted from each sequence's own diagonal: its last query stands at its last key.
         alibi_slopes: (Hq,) or (sequences, Hq). If sequences differ in their slopes, or in how many more keys than
             queries they have, each sequence is computed by a call of its own.
-        scale, softcap, sinks, dropout_p, precision, invariant, backend: as `attention`'s. Sinks are (Hq,), a scale is a
-            number or a tensor () or (Hq,).
+        scale, softcap, sinks, dropout_p, precision, invariant, backend: as `attention`'s. Sinks are (Hq,), a scale
+            is a number or a tensor () or (Hq,).
         seqused_k: (sequences,), how many keys of each sequence exist, if cu_seqlens_k reserves room for more.
         block_table: (sequences, most pages): token t of a sequence lies in page block_table[sequence, t // page].
             For inference: no gradient and no dropout. Sequences with as many queries are one call of

@@ -143,8 +143,8 @@ def attention_with_cache(
         tree_mask: bool (Lq, M) or (B, Lq, M): which of a row's last M keys each query sees, beside causal and
             window. For trees of speculated tokens, M is the number of new tokens.
         scale, softcap, precision: as `attention`'s; a scale is one number. alibi_slopes, sinks: (Hq,) or (B, Hq).
-        invariant: whether the bits of a row are to depend on that row alone, see `fastattn.invariant`; by default as
-            that context, or FASTATTN_INVARIANT, says.
+        invariant: whether the bits of a row must depend on that row alone, see `fastattn.invariant`; by default as
+            that context or FASTATTN_INVARIANT says.
         value_width: see v_cache; by default D.
         check: have the kernels on a GPU, which then wait, check that lengths and page numbers are within bounds;
             everywhere, that no two rows write to one place. Without it a wrong number gives NaN in its row there,
@@ -366,6 +366,11 @@ def attention_with_shared_prefix(
     Source: Juravsky et al., Hydragen (2024), section 3.1; merging: Milakov and Gimelshein (2018), section 3.1.
     """
     return_lse = flag("return_lse", return_lse)
+    if invariance.wanted:
+        raise ValueError(
+            "attention_with_shared_prefix is not invariant, since it merges two results: call "
+            "attention_with_cache, with the pages of the prefix in every row's block_table"
+        )
     check_prefix(q, Storage(k_cache, v_cache), k_prefix, v_prefix)
     if plans.needs_gradient(q, k_prefix, v_prefix):
         raise ValueError(operators.NO_GRADIENT.replace("cache", "shared_prefix", 1))

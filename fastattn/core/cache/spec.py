@@ -45,7 +45,15 @@ class CacheSpec:
         """As an operator takes them: value width, causal, scale, left and right window, softcap, precision,
         invariant."""
         spec = self.attention
-        return self.value_width, spec.causal, spec.scale, *spec.window, spec.softcap, spec.precision, spec.invariant
+        return (
+            self.value_width,
+            spec.causal,
+            spec.scale,
+            *spec.window,
+            spec.softcap,
+            spec.precision,
+            spec.invariant,
+        )
 
 
 def spec_of(options: Sequence) -> CacheSpec:
