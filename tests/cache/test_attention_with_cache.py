@@ -478,7 +478,7 @@ def test_a_backward_through_the_operator_itself_is_refused() -> None:
     q, cache = torch.randn(1, 2, 1, 8, requires_grad=True), torch.randn(1, 2, 4, 8)
     out, _ = torch.ops.fastattn.cache_attention(
         q, cache, cache, T([3], dtype=torch.int32), None, None, None, None, None, 8, True, 1.0, None, None, 0.0,
-        "ieee", False, "portable",
+        "ieee", False, False, "portable",
     )  # fmt: skip
     with pytest.raises(ValueError, match="computes no gradients"):
         out.sum().backward()
@@ -506,7 +506,7 @@ def test_the_operators_pass_pytorch_s_own_checks() -> None:
     library.opcheck(
         torch.ops.fastattn.cache_attention,
         (torch.randn(2, 4, 3, 8), *cache, lengths, None, table, None, None, None, 8, True, 0.3, None, None, 0.0,
-         "ieee", False, "portable"), test_utils=tests,
+         "ieee", False, False, "portable"), test_utils=tests,
     )  # fmt: skip
 
 
