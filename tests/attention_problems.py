@@ -24,6 +24,9 @@ from fastattn.ground.checks import lse_dtype
 IMPLEMENTATIONS = ("triton", "portable", "tiled", "reference")
 
 
+OPTIONS = ("causal", "scale", "window", "softcap", "precision", "invariant")
+
+
 @dataclass(frozen=True)
 class Problem:
     """One call. `layout` is the order in which q, k, v lie in memory: "bhld", "blhd" or "strided"."""
@@ -53,6 +56,7 @@ class Problem:
     intervals: bool = False  # documents as sequences of any number of queries and keys, causal
     dropout: float = 0.0
     precision: str | None = None
+    invariant: bool = False
 
     def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
         sizes = (
@@ -79,12 +83,13 @@ class Problem:
         layout = self.lowered().packed[1] if self.lists else None
         scale = 1.0 if self.head_scale else self.scale or self.width**-0.5
         precision = self.precision or "ieee"
-        return AttentionSpec(self.causal, scale, self.window, self.softcap, dropout, precision, layout)
+        shared = self.causal, scale, self.window, self.softcap, dropout, precision
+        return AttentionSpec(*shared, layout, self.invariant)
 
     def arguments(self, tensors: ScoreTensors) -> dict[str, object]:
         """The keywords of `fastattn.attention` that stand for this problem and these tensors."""
-        options = {name: getattr(self, name) for name in ("causal", "scale", "window", "softcap", "precision")}
-        elsewhere = ("mask", "intervals", "head_scale")
+        options = {name: getattr(self, name) for name in OPTIONS}
+        elsewhere = ("mask", "intervals", "head_scale", "sequences")
         options |= {name: t for name, t in tensors._asdict().items() if name not in elsewhere}
         options |= {} if tensors.head_scale is None else {"scale": tensors.head_scale}
         mask = self.lowered() if self.lists or self.intervals else None
@@ -117,7 +122,10 @@ class Problem:
         scales = None
         if self.head_scale:
             scales = (torch.randn(heads, device=DEVICE) * self.width**-0.5).expand(batch, heads)
-        return ScoreTensors(lengths, slopes, bias, relative, sinks, state, words, intervals, scales)
+        sequences = None
+        if self.intervals and self.invariant:
+            sequences = self.lowered().sequences.expand(batch, -1, -1)
+        return ScoreTensors(lengths, slopes, bias, relative, sinks, state, words, intervals, scales, sequences)
 
     def lowered(self) -> masks.Lowered:
         """The mask for this call, as block lists even where it has a closed form; or as intervals."""

@@ -49,6 +49,9 @@ SAMPLES = {
     "float32, tf32 and tf32x3 products": Problem(precision="tf32x3", queries=33, keys=65),
     "float64": Problem(dtype=torch.float64, queries=33, keys=65),
     "gradient of the log-sum-exp": Problem(lse_gradient=True, causal=True, queries=50, keys=50),
+    "bits of a row that depend on that row alone (invariant)": Problem(
+        invariant=True, intervals=True, batch=2, heads=4, queries=90, keys=70
+    ),
 }
 ROWS = [f.name for f in capabilities.FEATURES if f.family == "attention"]
 
