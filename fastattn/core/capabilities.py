@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fastattn.core import backends
+from fastattn.core.attention import torch_routes
 from fastattn.core.attention.spec import NO_TENSORS, ScoreTensors
 from fastattn.core.plans import Plan, backend_asked
 from fastattn.core.proofs import Question, architecture, interpreting
@@ -494,11 +495,9 @@ Three backends compute every function of fastattn. On a GPU the kernels serve wh
 variable FASTATTN_BACKEND chooses by hand, and a backend that cannot compute a call refuses it in words.
 
 - **triton**: the kernels.
-- **portable**: the same algorithm in plain PyTorch, in tiles or rows, on any device, in O(N) memory. Where
-  PyTorch's own flash or memory-efficient attention computes the same, that does the work. On NVIDIA GPUs from
-  sm_80 on, in half precision, with one head width that is a multiple of 8: flash attention for full and causal
-  calls, and for windows where queries and keys are as many; memory-efficient attention for key lengths, boolean
-  masks and biases in the dtype of q, if what it adds to the scores is no larger than the inputs or the bias.
+- **portable**: the same algorithm in plain PyTorch, in tiles or rows, on any device, in O(N) memory. Where one of
+  PyTorch's own fused kernels computes the same, that does the work: on a CPU flash attention, on NVIDIA GPUs those
+  in the table at the end of this page.
 - **reference**: the definition, N x N memory, for debugging. It computes everything.
 
 A tick means all four directions: forward, backward, second derivative and forward mode (`torch.func.jvp`). Second
@@ -506,6 +505,16 @@ derivatives of attention are computed tile by tile in PyTorch for every backend,
 norms go through their definitions; those of losses, too, some tokens at a time.
 
 `fastattn doctor --features` prints this page; `fastattn doctor` prints what serves on your machine, and why.
+"""
+
+
+ROUTES = """## PyTorch's kernels on NVIDIA GPUs
+
+Where the Triton kernels are not proven, the portable backend hands attention to the first of these kernels, from
+left to right, that can do everything that is asked. cuDNN serves only where PyTorch itself would pick it. A kernel
+is tried on a small problem first. One that does not compute what the definition says is not used, and the log says
+so. What none computes takes a few large steps.
+
 """
 
 
@@ -517,7 +526,7 @@ def markdown() -> str:
         sections.append(
             "\n".join((f"## {family}\n", "| feature | Triton | portable |", "|---|---|---|", *rows, ""))
         )
-    return "\n".join(sections)
+    return "\n".join((*sections, ROUTES + torch_routes.markdown() + "\n"))
 
 
 def _cell(directions: frozenset[str]) -> str:

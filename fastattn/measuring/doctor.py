@@ -21,6 +21,7 @@ from torch import Tensor
 from fastattn import __version__
 from fastattn.core import backends, capabilities, plans, proofs
 from fastattn.core.attention import functional as attention_functional
+from fastattn.core.attention import torch_routes
 from fastattn.core.capabilities import EVERY_DIRECTION, FEATURES, Feature
 from fastattn.core.heads.functional import prepare_heads
 from fastattn.core.mlp import functional as mlp_functional
@@ -46,6 +47,7 @@ def run(options: argparse.Namespace) -> int:
     print_table("devices", [(str(device), describe(device)) for device in devices()])
     for device in devices():
         print_table(f"features on {device}\n  {default_reason(device)}", feature_rows(device))
+        report_routes(device)
         report_proofs(device)
     result = report_self_test()
     print_table("\nplans: calls that the self-test repeated, and that were not checked again", plan_rows())
@@ -105,6 +107,13 @@ def default_reason(device: torch.device) -> str:
         return "portable is the default; the Triton kernels are interpreted here, slowly, on request"
     off = f" ({proofs.VARIABLE}=off)" if proofs.switched_off() else "; `fastattn prove` tests and times them here"
     return f"portable is the default; the Triton kernels are not proven here{off}"
+
+
+def report_routes(device: torch.device) -> None:
+    """Which of PyTorch's kernels serve attention on an NVIDIA GPU where portable serves."""
+    if device.type == "cuda" and torch.version.cuda is not None:
+        title = f"attention by portable on {device}: PyTorch's kernels, if they pass a trial (see --features)"
+        print_table(title, torch_routes.served(torch.cuda.get_device_capability(device)))
 
 
 def report_proofs(device: torch.device) -> None:

@@ -7,6 +7,8 @@ reference backend.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -161,6 +163,11 @@ def is_rounded(lse: Tensor) -> Tensor:
     """Which log-sum-exps are so huge that rounding changes the weights made of them, as where all keys of a row
     have a bias of -1e9."""
     return (lse.abs() > LARGEST_EXACT) & lse.isfinite()
+
+
+def any_rounded(lse: Tensor) -> bool:
+    """Whether any is, in two steps."""
+    return torch.linalg.vector_norm(lse.nan_to_num(0.0, 0.0, 0.0), math.inf).item() > LARGEST_EXACT
 
 
 def _weights(scores: Tensor, lse: Tensor, tensors: ScoreTensors) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastattn.core.attention import torch_flash
+from fastattn.core.attention import torch_routes
 from fastattn.core.attention.spec import AttentionSpec, Gradients, Saved, ScoreTensors, Wanted
 from fastattn.core.layout import heads_last
 from fastattn.ground.checks import lse_dtype
@@ -79,7 +79,7 @@ def _in_halves(q: Tensor, v: Tensor, spec: AttentionSpec, tensors: ScoreTensors)
     if q.device.type != "cuda" or q.dtype.itemsize != 2 or q.shape[3] != v.shape[3]:
         return False
     wide = _like_widened(q)
-    return torch_flash.serves(wide, wide, wide, spec, tensors)
+    return torch_routes.serving(wide, wide, wide, spec, tensors) is not None
 
 
 def _like_widened(t: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """The kernels' algorithm in plain PyTorch: tiled, O(N) memory, any device, fp64 too.
 
-Where PyTorch's own flash or memory-efficient attention computes the same thing, that does the work. The rest runs
+Where one of PyTorch's own fused kernels computes the same thing, that does the work (torch_routes). The rest runs
 here: tiles of scores, an online softmax forward, recomputed weights backward, in fp32 for half-precision inputs.
 Under a mask of lists the tiles are its granules, many at once (see fastattn.core.attention.granules). An invariant
 call goes sequence by sequence (see fastattn.core.attention.invariant).
@@ -19,8 +19,8 @@ from fastattn.core.attention import (
     head_scales,
     invariant,
     tiles,
-    torch_efficient,
     torch_flash,
+    torch_routes,
     whole_rows,
 )
 from fastattn.core.attention.spec import AttentionSpec, Gradients, Saved, ScoreTensors, Tangents, Wanted
@@ -39,11 +39,9 @@ def forward(
     with product_precision(q, spec):
         if maxima is not None:
             return _tiled_forward(q, k, v, spec, tensors, maxima)
-        if torch_flash.serves(q, k, v, spec, tensors):
-            out, lse = torch_flash.forward(q, k, v, spec, tensors)
-            return heads_last(out), lse
-        if torch_efficient.serves(q, k, v, spec, tensors):
-            out, lse = torch_efficient.forward(q, k, v, spec, tensors)
+        kernel = torch_routes.serving(q, k, v, spec, tensors)
+        if kernel is not None:
+            out, lse = torch_routes.forward(kernel, q, k, v, spec, tensors)
             return heads_last(out), lse
         if granules.serves(spec, tensors):
             return granules.forward(q, k, v, spec, tensors)
@@ -71,14 +69,11 @@ def backward(
         return head_scales.backward(backward, dout, dlse, saved, spec, tensors, wanted)
     q, k, v = saved[:3]
     with product_precision(q, spec):
-        if dlse is None and not wanted.bias and torch_flash.serves_backward(q, k, v, spec, tensors):
+        kernel = torch_routes.serving(q, k, v, spec, tensors, wanted, dlse)
+        if kernel is not None:
             dout, _ = _for_rounded_rows(dout, None, saved, spec, tensors)
-            dq, dk, dv = torch_flash.backward(dout, saved, spec, tensors)
-            return Gradients(heads_last(dq), heads_last(dk), heads_last(dv))
-        if dlse is None and torch_efficient.serves_backward(q, k, v, spec, tensors, wanted):
-            dout, _ = _for_rounded_rows(dout, None, saved, spec, tensors)
-            dq, dk, dv, dbias = torch_efficient.backward(dout, saved, spec, tensors, wanted)
-            return Gradients(heads_last(dq), heads_last(dk), heads_last(dv), dbias)
+            of = torch_routes.backward(kernel, dout, saved, spec, tensors, wanted)
+            return of._replace(q=heads_last(of.q), k=heads_last(of.k), v=heads_last(of.v))
         if granules.serves(spec, tensors):
             dout, dlse = _for_rounded_rows(dout, dlse, saved, spec, tensors)
             return granules.backward(dout, dlse, saved, spec, tensors, wanted)
@@ -100,7 +95,7 @@ def _for_rounded_rows(
     """What comes from above, divided by what the weights exp(score - lse) of each row add up to: not 1 where the
     log-sum-exp is rounded. Gradients are linear in the weights of a row, and in what comes from above."""
     fixed, learned = tiles.learned(tensors)
-    if not tiles.adds_floats(tensors) or not bool(definition.is_rounded(saved.lse).any()):
+    if not tiles.adds_floats(tensors) or not definition.any_rounded(saved.lse):
         return dout, dlse
     scores = Scores(saved.q, saved.k, spec, fixed)
     shares = torch.ones_like(saved.lse)

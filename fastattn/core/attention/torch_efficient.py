@@ -1,60 +1,41 @@
-"""PyTorch's memory-efficient attention on CUDA, for key lengths, masks and biases in half precision.
+"""PyTorch's memory-efficient attention on CUDA, for masks and biases, in half precision and in float32.
 
-Its operator adds one tensor to the scores, which may be expanded from a small one. What that tensor cannot hold
-exactly in the dtype of q (slopes, relative positions, a bias in float32) is not given to it. The aten operators
-are called directly, because the public function does not return the log-sum-exp. Rows that see nothing, of which
-they may make anything, are put right here.
+Its operator adds one tensor to the scores, which may be expanded from a small one. If the dtype of q cannot hold
+that tensor as exactly as the definition has it (a relative bias, a bias in float32), all is computed in float32.
+The aten operators are called directly, because the public function does not return the log-sum-exp. Rows that see
+nothing, of which they may make anything, are put right here.
 """
 
 from __future__ import annotations
 
 import functools
 import math
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastattn.core.attention import definition, torch_trial
-from fastattn.core.attention.spec import AttentionSpec, Saved, ScoreTensors, Wanted
-from fastattn.core.attention.tiles import adds_floats
-from fastattn.core.attention.torch_flash import (
-    _empty_rows,
-    _finite,
-    _hides_by_window,
-    _is_causal,
-    _unexpanded,
-    runs_on_gpu,
-)
+from fastattn.core.attention import definition
+from fastattn.core.attention.spec import AttentionSpec, Gradients, Saved, ScoreTensors, Wanted
+from fastattn.core.attention.torch_flash import empty_rows, finite, hides_by_window, is_causal, unexpanded
+from fastattn.core.attention.torch_trial import Trial, agrees
+from fastattn.ground.modes import kept
 
 _efficient = torch.ops.aten._scaled_dot_product_efficient_attention
 _efficient_backward = torch.ops.aten._scaled_dot_product_efficient_attention_backward
 _HIDDEN = float("-inf")
 # The operator reads rows of the tensor, and of the log-sum-exp, in pieces of so many elements.
 ALIGNED, LSE_ALIGNED = 16, 32
-# The gradient of a bias is made for every head and batch entry first: at most so many times the bias.
-MOST_COPIES = 4
 
 
-def serves(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, tensors: ScoreTensors) -> bool:
-    """Whether it computes this call: one head width, no window but its own causal one, and a tensor to add that
-    holds everything exactly and is no larger than the inputs or the bias."""
-    if not runs_on_gpu(q, v, spec) or _hides_by_window(q, k, spec):
-        return False
-    there = {name for name, t in tensors._asdict().items() if t is not None}
-    if not there or not there <= {"key_lengths", "bias"}:
-        return False
-    if adds_floats(tensors) and tensors.bias.dtype != q.dtype:  # type: ignore[union-attr]
-        return False
-    given = 0 if tensors.bias is None else tensors.bias.numel()
-    if math.prod(_shape(q, k, tensors)) > max(q.numel() + k.numel() + v.numel(), given):
-        return False
-    return torch_trial.agrees("memory-efficient attention", q, forward, backward, _problem)
+def _plain_of_trial(q: Tensor, k: Tensor) -> tuple[AttentionSpec, ScoreTensors]:
+    return AttentionSpec(causal=True, scale=q.shape[3] ** -0.5), ScoreTensors()
 
 
-def _problem(q: Tensor) -> tuple[AttentionSpec, ScoreTensors]:
+def _added_of_trial(q: Tensor, k: Tensor) -> tuple[AttentionSpec, ScoreTensors]:
     """Causal, with an empty entry, with rows that see nothing, and with a bias that all batch entries share."""
-    _, heads, tokens, width = q.shape
+    heads, tokens, width = q.shape[1:]
     lengths = torch.tensor([tokens - 9, 0], dtype=torch.int32, device=q.device)
     place = torch.arange(tokens, device=q.device)
     bias = ((place * 0.7).sin() - (place[:, None] * 1.1).cos()).to(q.dtype).repeat(1, heads, 1, 1)
@@ -63,90 +44,220 @@ def _problem(q: Tensor) -> tuple[AttentionSpec, ScoreTensors]:
     return spec, ScoreTensors(key_lengths=lengths, bias=bias.masked_fill(hidden, _HIDDEN))
 
 
-def serves_backward(
-    q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, tensors: ScoreTensors, wanted: Wanted
-) -> bool:
-    """Whether it computes the gradients, too, without a much larger one of a bias that is shared."""
-    if not serves(q, k, v, spec, tensors):
-        return False
-    whole = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
-    return not wanted.bias or (tensors.bias is not None and whole <= MOST_COPIES * tensors.bias.numel())
+PLAIN = Trial("memory-efficient attention", _plain_of_trial)
+ADDED = Trial("memory-efficient attention with a bias", _added_of_trial)
+# Whether the operator itself gives rows that see nothing 0 and -inf.
+EMPTY = Trial("memory-efficient attention of rows that see nothing", _added_of_trial, decides=False)
+
+
+def ready(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, tensors: ScoreTensors) -> bool:
+    trial = ADDED if _adds(q, k, spec, tensors) else PLAIN
+    return agrees(trial, *_like(q, k, v, spec, tensors), forward, backward)
+
+
+def _like(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, tensors: ScoreTensors) -> tuple[Tensor, ...]:
+    """Heads of the dtype of the computation."""
+    dtype = dtype_of(q.dtype, spec, tensors)
+    if q.dtype == dtype:
+        return q, k, v
+    return tuple(t.new_empty((1, t.shape[1], 1, t.shape[3]), dtype=dtype) for t in (q, k, v))
+
+
+def dtype_of(dtype: torch.dtype, spec: AttentionSpec, tensors: ScoreTensors) -> torch.dtype:
+    """The dtype in which it is computed. The definition adds ALiBi's slopes to scores in the dtype of q, but all
+    else in float32; so it does with several biases."""
+    bias = tensors.bias
+    floats = bias is not None and bias.dtype != torch.bool
+    if tensors.relative_bias is not None or (floats and (bias.dtype != dtype or tensors.alibi_slopes is not None)):
+        return torch.float32
+    return dtype
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, tensors: ScoreTensors) -> tuple[Tensor, Tensor]:
-    added, empty = _added(q, k, spec, tensors)
-    queries, (keys, values) = _aligned(q), _for_heads(q, k, v, tensors)
-    out, lse, *_ = _efficient(queries, keys, values, added, True, 0.0, _is_causal(q, k, spec), scale=spec.scale)
-    # Of rows that see nothing the operator may make anything.
-    return out.masked_fill(empty[..., None], 0.0), lse[..., : q.shape[2]].masked_fill(empty, _HIDDEN)
+    out, lse, added = _computed(q, k, v, spec, tensors)
+    if added is None or not _may_be_empty(q, k, spec, tensors):
+        return out, lse
+    if agrees(EMPTY, *_like(q, k, v, spec, tensors), _as_it_is, backward):
+        return out, lse
+    empty = empty_rows(added, is_causal(q, k, spec), q.shape[2])
+    return out.masked_fill_(empty[..., None], 0.0), lse.masked_fill_(empty, _HIDDEN)
 
 
-def backward(
-    dout: Tensor, saved: Saved, spec: AttentionSpec, tensors: ScoreTensors, wanted: Wanted
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """The gradients of q, k, v, and of the bias if it is wanted."""
+def _may_be_empty(q: Tensor, k: Tensor, spec: AttentionSpec, tensors: ScoreTensors) -> bool:
+    """Whether rows may see nothing. A window alone holds its own diagonal, where there is a key."""
+    hides = tensors.key_lengths, tensors.bias, tensors.relative_bias, tensors.intervals
+    return any(t is not None for t in hides) or (hides_by_window(q, k, spec) and q.shape[2] > k.shape[2])
+
+
+def _as_it_is(
+    q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, tensors: ScoreTensors
+) -> tuple[Tensor, Tensor]:
+    return _computed(q, k, v, spec, tensors)[:2]
+
+
+def _computed(
+    q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, tensors: ScoreTensors
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What the operator returns, and what is added to the scores, before it is expanded."""
+    queries, keys, values = _inputs(q, k, v, spec, tensors)
+    added = _added(queries, k, spec, tensors)
+    out, lse, *_ = _efficient(
+        queries, keys, values, _every_row(added, q, k), True, 0.0, is_causal(q, k, spec), scale=spec.scale
+    )
+    return out.to(q.dtype), lse[..., : q.shape[2]].contiguous(), added
+
+
+def backward(dout: Tensor, saved: Saved, spec: AttentionSpec, tensors: ScoreTensors, wanted: Wanted) -> Gradients:
     q, k, v, out, lse = saved
-    added, _ = _added(q, k, spec, tensors)
-    keys, values = _for_heads(q, k, v, tensors)
+    queries, keys, values = _inputs(q, k, v, spec, tensors)
+    added = _every_row(_added(queries, k, spec, tensors), q, k)
     # With a finite log-sum-exp, exp(score - lse) is 0 in rows that see nothing. Behind the last row it is inf.
-    lse = F.pad(_finite(lse), (0, -lse.shape[2] % LSE_ALIGNED), value=math.inf)
+    lse, behind = lse if added is None else finite(lse), -lse.shape[2] % LSE_ALIGNED
+    lse = F.pad(lse, (0, behind), value=math.inf) if behind else lse
     unused = torch.empty((), dtype=torch.int64, device=q.device)
-    dq, dk, dv, dbias = _efficient_backward(
-        _aligned(dout), _aligned(q), keys, values, added, _aligned(out), lse, unused, unused, 0.0,
-        [True, True, True, wanted.bias], _is_causal(q, k, spec), scale=spec.scale,
+    dq, dk, dv, dadded = _efficient_backward(
+        _aligned(dout.to(queries.dtype)), queries, keys, values, added, _aligned(out.to(queries.dtype)), lse,
+        unused, unused, 0.0, [True, True, True, wanted.bias or wanted.relative_bias], is_causal(q, k, spec),
+        scale=spec.scale,
     )  # fmt: skip
+    dbias = drelative = None
     if wanted.bias:
         assert tensors.bias is not None
-        dbias = dbias.sum_to_size(tensors.bias.shape)
-    return dq, _of_key_heads(dk, k), _of_key_heads(dv, v), dbias if wanted.bias else None
+        dbias = dadded.sum_to_size(tensors.bias.shape).to(tensors.bias.dtype)
+    if wanted.relative_bias:
+        assert tensors.relative_bias is not None
+        drelative = definition.sum_by_distance(dadded, tensors.relative_bias, q.shape[2] - k.shape[2])
+    return Gradients(
+        dq.to(q.dtype), _of_key_heads(dk, k).to(k.dtype), _of_key_heads(dv, v).to(v.dtype), dbias, drelative
+    )
 
 
-def _shape(q: Tensor, k: Tensor, tensors: ScoreTensors) -> tuple[int, ...]:
-    """Of the tensor that is added, before it is expanded. Its rows are as long as there are keys."""
-    bias = (1, 1, 1, 1) if tensors.bias is None else tuple(_unexpanded(tensors.bias).shape)
-    batch = bias[0] if tensors.key_lengths is None else q.shape[0]
-    return batch, bias[1], bias[2], k.shape[2]
-
-
-def _added(q: Tensor, k: Tensor, spec: AttentionSpec, tensors: ScoreTensors) -> tuple[Tensor, Tensor]:
-    """What is added to the scores (B, Hq, Lq, Lk), -inf where hidden; and which rows see nothing, broadcasting to
-    (B, Hq, Lq)."""
-    seen: list[Tensor] = []
-    mask = q.new_zeros(())
-    if tensors.key_lengths is not None:
-        seen.append(torch.arange(k.shape[2], device=q.device) < tensors.key_lengths[:, None, None, None])
-    if tensors.bias is not None and tensors.bias.dtype == torch.bool:
-        seen.append(_unexpanded(tensors.bias))
-    elif tensors.bias is not None:
-        mask = _unexpanded(tensors.bias)
-    if seen:
-        mask = torch.where(functools.reduce(torch.logical_and, seen), mask, _HIDDEN)
-    if tensors.bias is None:
-        assert tensors.key_lengths is not None
-        empty = (tensors.key_lengths == 0)[:, None, None]  # with any key, every row sees the first one
-    else:
-        empty = _empty_rows(mask, _is_causal(q, k, spec), q.shape[2])
-    return _in_aligned_rows(mask, k.shape[2]).expand(*q.shape[:3], k.shape[2]), empty
-
-
-def _in_aligned_rows(mask: Tensor, keys: int) -> Tensor:
-    """The same, its rows as long as there are keys, each beginning where the operator may begin to read."""
-    if mask.shape[-1] != keys:
-        mask = mask.expand(*mask.shape[:-1], keys)
-    fits = all(stride % ALIGNED == 0 for stride in mask.stride()[:-1]) and mask.data_ptr() % 16 == 0
-    if fits and mask.stride(-1) == 1:
-        return mask
-    return F.pad(mask, (0, -keys % ALIGNED)).contiguous()[..., :keys]
-
-
-def _for_heads(q: Tensor, k: Tensor, v: Tensor, tensors: ScoreTensors) -> list[Tensor]:
-    """Keys and values for every query head, zeros behind the key lengths: nothing there may reach a result."""
-    found = []
+def _inputs(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, tensors: ScoreTensors) -> list[Tensor]:
+    """q, k and v as the operator takes them: in the dtype of the computation, keys and values for every query
+    head, zeros behind the key lengths, since nothing there may reach a result."""
+    dtype = dtype_of(q.dtype, spec, tensors)
+    group, found = q.shape[1] // k.shape[1], [_aligned(q.to(dtype))]
+    there = None if tensors.key_lengths is None else _there(k, tensors.key_lengths).mT
     for t in (k, v):
-        t = t if tensors.key_lengths is None else definition.keys_there(t, tensors.key_lengths)
-        group = q.shape[1] // t.shape[1]
+        t = t if there is None else torch.where(there, t, 0.0)
+        t = t.to(dtype)
         found.append(_aligned(t if group == 1 else t.repeat_interleave(group, 1)))
     return found
+
+
+def _there(k: Tensor, key_lengths: Tensor) -> Tensor:
+    """Which keys are there: bool (B, 1, 1, Lk)."""
+    return _places(k.shape[2], k.device) < key_lengths[:, None, None, None]
+
+
+# ---- the tensor that is added ----
+
+
+def _adds(q: Tensor, k: Tensor, spec: AttentionSpec, tensors: ScoreTensors) -> bool:
+    return hides_by_window(q, k, spec) or any(t is not None for t in tensors)
+
+
+def _added(q: Tensor, k: Tensor, spec: AttentionSpec, tensors: ScoreTensors) -> Tensor | None:
+    """What is added to the scores, -inf where hidden; broadcasts to (B, Hq, Lq, Lk). None for nothing."""
+    if not _adds(q, k, spec, tensors):
+        return None
+    bias = tensors.bias
+    floats = None if bias is None or bias.dtype == torch.bool else unexpanded(bias).to(q.dtype)
+    seen, diagonals = [], None
+    if tensors.key_lengths is not None:
+        seen.append(_there(k, tensors.key_lengths))
+    if bias is not None and floats is None:
+        seen.append(unexpanded(bias))
+    if tensors.intervals is not None:
+        start, stop = unexpanded(tensors.intervals)[:, None, :, : q.shape[2], None].unbind(2)
+        keys = _places(k.shape[2], q.device)
+        seen += [start <= keys, keys < stop]
+    if hides_by_window(q, k, spec) and floats is not None:
+        # A bias may be NaN where the window hides it, and NaN added to -inf is NaN.
+        seen.append(_along_diagonals(_within(q, k, spec), q, k))
+        spec = replace(spec, window=(None, None), causal=False)
+    if hides_by_window(q, k, spec) or tensors.alibi_slopes is not None or tensors.relative_bias is not None:
+        diagonals = _along_diagonals(_by_distance(q, k, spec, tensors), q, k)
+    mask = diagonals if floats is None else floats if diagonals is None else floats + diagonals
+    if not seen:
+        return mask
+    mask = _nothing(q.dtype, q.device) if mask is None else mask
+    return torch.where(functools.reduce(torch.logical_and, seen), mask, _HIDDEN)
+
+
+def _by_distance(q: Tensor, k: Tensor, spec: AttentionSpec, tensors: ScoreTensors) -> Tensor:
+    """What slopes and a relative bias add for each of `_distances`, -inf where the window hides it: (B or 1, Hq or
+    1, distances)."""
+    terms = []
+    lengths = q.shape[2], k.shape[2]
+    if tensors.alibi_slopes is not None:
+        terms.append(unexpanded(tensors.alibi_slopes)[..., None] * _away(*lengths, q.device))
+    if tensors.relative_bias is not None:
+        table = unexpanded(tensors.relative_bias)
+        terms.append(table.index_select(2, _index(*lengths, table.shape[2] // 2, q.device)))
+    if hides_by_window(q, k, spec):
+        terms.append(torch.where(_within(q, k, spec), 0.0, _HIDDEN)[None, None])
+    return functools.reduce(torch.add, terms).to(q.dtype)
+
+
+def _within(q: Tensor, k: Tensor, spec: AttentionSpec) -> Tensor:
+    """Which of `_distances` the window shows: bool (distances,)."""
+    distances = _distances(q.shape[2], k.shape[2], q.device)
+    sides = [] if spec.left is None else [distances >= -spec.left]
+    sides += [] if spec.right is None else [distances <= spec.right]
+    return functools.reduce(torch.logical_and, sides)
+
+
+def _along_diagonals(values: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    """(B, H, Lq, Lk) of values for each of `_distances` (..., distances), in rows as the operator reads them."""
+    rows = values.unfold(-1, _row(k.shape[2]), 1).flip(-2)
+    return rows[(None,) * (4 - rows.dim())][..., : k.shape[2]]
+
+
+@kept(8)
+def _distances(queries: int, keys: int, device: torch.device) -> Tensor:
+    """How many keys after its query's diagonal a key is: from the first key of the last query to the last key of
+    the first query, and then some more, which fill the rows of `_along_diagonals`."""
+    return torch.arange(1 - keys, queries + _row(keys) - keys, device=device)
+
+
+@kept(8)
+def _away(queries: int, keys: int, device: torch.device) -> Tensor:
+    """How far from its query's diagonal a key is, negative."""
+    return -_distances(queries, keys, device).abs().float()
+
+
+@kept(8)
+def _index(queries: int, keys: int, radius: int, device: torch.device) -> Tensor:
+    """Where in a relative bias the values of `_distances` stand."""
+    return definition.relative_index(_distances(queries, keys, device), radius)
+
+
+def _row(keys: int) -> int:
+    """The length of a row in memory."""
+    return keys + -keys % ALIGNED
+
+
+@kept(8)
+def _places(count: int, device: torch.device) -> Tensor:
+    return torch.arange(count, dtype=torch.int32, device=device)
+
+
+@kept(8)
+def _nothing(dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.zeros((), dtype=dtype, device=device)
+
+
+def _every_row(mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
+    """The same for all batch entries, heads and rows, each row beginning where the operator may begin to read."""
+    if mask is None:
+        return None
+    keys = k.shape[2]
+    mask = mask.expand(*mask.shape[:-1], keys)
+    fits = all(stride % ALIGNED == 0 for stride in mask.stride()[:-1]) and mask.data_ptr() % 16 == 0
+    if not fits or mask.stride(-1) != 1:
+        mask = F.pad(mask, (0, -keys % ALIGNED)).contiguous()[..., :keys]
+    return mask.expand(*q.shape[:3], keys)
 
 
 def _of_key_heads(gradient: Tensor, like: Tensor) -> Tensor:

@@ -1,4 +1,5 @@
-"""PyTorch's own fused attention, for the calls in which it computes the same thing.
+"""PyTorch's own fused attention on a CPU, for the calls in which it computes the same thing. See torch_routes for
+GPUs.
 
 The aten operators behind F.scaled_dot_product_attention are called directly, because the public function does
 not return the log-sum-exp that the backward and merge_states need.
@@ -15,141 +16,71 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastattn.core.attention import torch_trial
-from fastattn.core.attention.spec import NO_TENSORS, AttentionSpec, Saved, ScoreTensors, Wanted
+from fastattn.core.attention.spec import NO_TENSORS, AttentionSpec, Gradients, Saved, ScoreTensors, Wanted
 from fastattn.core.attention.tiles import KEY_TILE, QUERY_TILE, adds_floats, key_counts
 from fastattn.core.layout import heads_last
 from fastattn.ground.checks import lse_dtype
 
-_aten = torch.ops.aten
 # The same operator as in torch.ops.aten, but calling it there takes a third longer.
 _flash_on_cpu = torch._scaled_dot_product_flash_attention_for_cpu
-_flash_backward_on_cpu = _aten._scaled_dot_product_flash_attention_for_cpu_backward.default
-# Those of F.scaled_dot_product_attention take no window. q, k, v are (B, L, H, D) here.
-_windowed_forward, _windowed_backward = _aten._flash_attention_forward, _aten._flash_attention_backward
+_flash_backward_on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 _HIDDEN = float("-inf")
 
 
 def serves(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, tensors: ScoreTensors) -> bool:
-    """Whether PyTorch's flash attention computes this call: one head width, no mask but its causal one, which is
-    aligned top-left, and nothing else done to the scores. On a GPU it takes windows, too, used where queries and
-    keys are as many, since its alignment is not documented; on a CPU other masks, if they are no larger than what
-    the caller gave."""
-    if spec.softcap or q.shape[3] != v.shape[3] or q.numel() * k.numel() == 0:
+    """Whether PyTorch's flash attention for CPUs computes this call: one head width, and nothing done to the
+    scores but its own causal mask, which is aligned top-left, and masks no larger than what the caller gave."""
+    if q.device.type != "cpu" or spec.softcap or q.shape[3] != v.shape[3] or q.numel() * k.numel() == 0:
         return False
-    if q.device.type == "cpu":
-        return (
-            _is_added(tensors)
-            and not _skips(k, spec)
-            and _is_small(q, k, spec, tensors)
-            and not _reaches_earlier_rows(q, k, spec, tensors)
-        )
-    windowed = _hides_by_window(q, k, spec)
-    if tensors != NO_TENSORS or (windowed and q.shape[2] != k.shape[2]):
-        return False
-    if not runs_on_gpu(q, v, spec) or q.shape[3] > 256:
-        return False
-    return not windowed or torch_trial.agrees(
-        "flash attention with a window", q, forward, _gradients_of_trial, _problem
+    return (
+        _is_added(tensors)
+        and not _skips(k, spec)
+        and _is_small(q, k, spec, tensors)
+        and not _reaches_earlier_rows(q, k, spec, tensors)
     )
 
 
-def _gradients_of_trial(
-    dout: Tensor, saved: Saved, spec: AttentionSpec, tensors: ScoreTensors, _: Wanted
-) -> tuple:
-    return backward(dout, saved, spec, tensors)
-
-
-def _problem(q: Tensor) -> tuple[AttentionSpec, ScoreTensors]:
-    return AttentionSpec(scale=q.shape[3] ** -0.5, window=(9, 4)), NO_TENSORS
-
-
-def runs_on_gpu(q: Tensor, v: Tensor, spec: AttentionSpec) -> bool:
-    """Whether PyTorch has fused kernels for such heads on this GPU: NVIDIA's from sm_80 on, half precision, one
-    width, a multiple of 8, and no soft cap."""
-    if q.device.type != "cuda" or torch.version.cuda is None or spec.softcap or q.numel() * v.numel() == 0:
-        return False
-    half = q.dtype in (torch.float16, torch.bfloat16)
-    fits = q.shape[3] == v.shape[3] and q.shape[3] % 8 == 0
-    return half and fits and torch.cuda.get_device_capability(q.device) >= (8, 0)
-
-
 def serves_backward(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, tensors: ScoreTensors) -> bool:
-    """Whether it computes the gradients, too: all but those in float16 on a CPU, where it takes two to five times
-    as long as tiles in float32 (torch 2.13, without float16 instructions)."""
-    return serves(q, k, v, spec, tensors) and (q.device.type != "cpu" or q.dtype != torch.float16)
+    """Whether it computes the gradients, too: all but those in float16, where it takes two to five times as long
+    as tiles in float32 (torch 2.13, without float16 instructions)."""
+    return serves(q, k, v, spec, tensors) and q.dtype != torch.float16
 
 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, tensors: ScoreTensors = NO_TENSORS
 ) -> tuple[Tensor, Tensor]:
-    q, k, v = _unit_stride(q), _unit_stride(k), _unit_stride(v)
-    causal = _is_causal(q, k, spec)
-    if q.device.type != "cpu":
-        if _hides_by_window(q, k, spec):
-            return _windowed(q, k, v, spec)
-        out, lse, *_ = _aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, scale=spec.scale)
-        return out, lse.contiguous()
+    q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
+    causal = is_causal(q, k, spec)
     if _entries_differ(k, tensors):
         return _by_entry(forward, (q, k, v), spec, tensors)
     seen = _keys_seen(q, k, spec, tensors)
     if seen.start == seen.stop:
         return torch.zeros_like(q), q.new_full(q.shape[:3], _HIDDEN, dtype=lse_dtype(q.dtype))
     mask = _mask(q, k, spec, tensors, seen)
-    out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(
-        q, k[:, :, seen], v[:, :, seen], 0.0, causal, attn_mask=mask, scale=spec.scale
-    )
+    out, lse = _flash_on_cpu(q, k[:, :, seen], v[:, :, seen], 0.0, causal, attn_mask=mask, scale=spec.scale)
     # The operator gives rows that see nothing a log-sum-exp of 0. Few others have it: the mask need not be read.
     if mask is not None and bool((lse == 0).any()):
-        empty = _empty_rows(mask, causal, q.shape[2])
+        empty = empty_rows(mask, causal, q.shape[2])
         out, lse = out.masked_fill(empty[..., None], 0.0), lse.masked_fill(empty, _HIDDEN)
     return out, lse.contiguous()
 
 
 def backward(
-    dout: Tensor, saved: Saved, spec: AttentionSpec, tensors: ScoreTensors = NO_TENSORS
-) -> tuple[Tensor, Tensor, Tensor]:
-    dout, q, k, v, out = (_unit_stride(t) for t in (dout, *saved[:4]))
+    dout: Tensor, saved: Saved, spec: AttentionSpec, tensors: ScoreTensors = NO_TENSORS, _: Wanted | None = None
+) -> Gradients:
+    dout, q, k, v, out = (unit_stride(t) for t in (dout, *saved[:4]))
     lse = saved.lse
-    causal = _is_causal(q, k, spec)
-    if q.device.type == "cpu":
-        if _entries_differ(k, tensors):
-            return _by_entry(_backward_of, (dout, *saved), spec, tensors)
-        seen = _keys_seen(q, k, spec, tensors)
-        if seen.start == seen.stop:
-            return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        dq, dk, dv = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            dout, q, k[:, :, seen], v[:, :, seen], out, _finite(lse), 0.0, causal,
-            attn_mask=_mask(q, k, spec, tensors, seen), scale=spec.scale,
-        )  # fmt: skip
-        unseen = (0, 0, seen.start, k.shape[2] - seen.stop)
-        return dq, *(F.pad(t, unseen) if any(unseen) else t for t in (dk, dv))
-    # Dense and without dropout: no cumulative lengths, and a random state that is not read.
-    unused = torch.empty(0, dtype=torch.uint64, device=q.device)
-    if _hides_by_window(q, k, spec):
-        there = (t.transpose(1, 2) for t in (dout, q, k, v, out))
-        found = _windowed_backward(
-            *there, lse, None, None, q.shape[2], k.shape[2], 0.0, False, unused, unused, **_window(spec)
-        )
-        return tuple(t.transpose(1, 2) for t in found)  # type: ignore[return-value]
-    return _aten._scaled_dot_product_flash_attention_backward(
-        dout, q, k, v, out, lse, None, None, q.shape[2], k.shape[2], 0.0, causal, unused, unused, scale=spec.scale
-    )
-
-
-def _windowed(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
-    """On a GPU, of as many queries as keys: with a window, each row sees itself."""
-    there = (t.transpose(1, 2) for t in (q, k, v))
-    out, lse, *_ = _windowed_forward(
-        *there, None, None, q.shape[2], k.shape[2], 0.0, False, False, **_window(spec)
-    )
-    return out.transpose(1, 2), lse.contiguous()
-
-
-def _window(spec: AttentionSpec) -> dict[str, Any]:
-    """As the operators take it: -1 for a side without bound."""
-    left, right = (-1 if side is None else side for side in (spec.left, spec.right))
-    return {"scale": spec.scale, "window_size_left": left, "window_size_right": right}
+    if _entries_differ(k, tensors):
+        return Gradients(*_by_entry(_backward_of, (dout, *saved), spec, tensors))
+    seen = _keys_seen(q, k, spec, tensors)
+    if seen.start == seen.stop:
+        return Gradients(torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v))
+    dq, dk, dv = _flash_backward_on_cpu(
+        dout, q, k[:, :, seen], v[:, :, seen], out, finite(lse), 0.0, is_causal(q, k, spec),
+        attn_mask=_mask(q, k, spec, tensors, seen), scale=spec.scale,
+    )  # fmt: skip
+    unseen = (0, 0, seen.start, k.shape[2] - seen.stop)
+    return Gradients(dq, *(F.pad(t, unseen) if any(unseen) else t for t in (dk, dv)))
 
 
 class Plain(NamedTuple):
@@ -167,7 +98,7 @@ class Plain(NamedTuple):
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
     ) -> tuple[Tensor, ...]:
         dq, dk, dv = _flash_backward_on_cpu(
-            _unit_stride(dout), q, k, v, _unit_stride(out), _finite(lse), 0.0, self.causal, scale=self.scale
+            unit_stride(dout), q, k, v, unit_stride(out), finite(lse), 0.0, self.causal, scale=self.scale
         )
         return heads_last(dq), heads_last(dk), heads_last(dv)
 
@@ -175,13 +106,13 @@ class Plain(NamedTuple):
 def plain(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, differentiable: bool) -> Plain | None:
     """The operator for a call without ScoreTensors; None if the call needs more than it. differentiable: whether
     it shall compute the gradients, too."""
-    if q.device.type != "cpu" or _hides_by_window(q, k, spec) or any(t.stride(-1) != 1 for t in (q, k, v)):
+    if q.device.type != "cpu" or hides_by_window(q, k, spec) or any(t.stride(-1) != 1 for t in (q, k, v)):
         return None
     served = (serves_backward if differentiable else serves)(q, k, v, spec, NO_TENSORS)
-    return Plain(_is_causal(q, k, spec), spec.scale) if served else None
+    return Plain(is_causal(q, k, spec), spec.scale) if served else None
 
 
-def _finite(lse: Tensor) -> Tensor:
+def finite(lse: Tensor) -> Tensor:
     """The log-sum-exp for the backward. In rows whose scores are all -inf, any finite one makes exp(score - lse)
     zero; -inf would make it NaN."""
     return lse.nan_to_num(math.nan, math.inf, 0.0)
@@ -189,7 +120,7 @@ def _finite(lse: Tensor) -> Tensor:
 
 def _backward_of(dout: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     """`backward`, with the fields of Saved one by one, as `_by_entry` cuts them."""
-    return backward(dout, Saved(*rest[:5]), *rest[5:])
+    return backward(dout, Saved(*rest[:5]), *rest[5:])[:3]
 
 
 # ---- lengths, one for each batch entry ----
@@ -231,7 +162,7 @@ def _reaches_earlier_rows(q: Tensor, k: Tensor, spec: AttentionSpec, tensors: Sc
     """Whether a bias of each key holds NaN or +inf beside the operator's own causal mask. That adds -inf to it,
     which gives NaN in earlier rows, too, which do not see the key."""
     bias = tensors.bias
-    if bias is None or bias.dtype == torch.bool or not _is_causal(q, k, spec):
+    if bias is None or bias.dtype == torch.bool or not is_causal(q, k, spec):
         return False
     return bias.shape[2] == 1 < bias.shape[3] and not bool((bias < math.inf).all())
 
@@ -246,23 +177,23 @@ def _skips(k: Tensor, spec: AttentionSpec) -> bool:
 def _is_small(q: Tensor, k: Tensor, spec: AttentionSpec, tensors: ScoreTensors) -> bool:
     """Whether the mask has no more elements than a bias or key lengths have anyway, or than a tile of scores."""
     (batch, heads, queries, _), keys = q.shape, k.shape[2]
-    existing = [] if tensors.bias is None else [tuple(_unexpanded(tensors.bias).shape)]
-    made = [(1, 1, queries, keys)] if _hides_by_window(q, k, spec) else []
-    made += [] if tensors.alibi_slopes is None else [(*_unexpanded(tensors.alibi_slopes).shape, queries, keys)]
+    existing = [] if tensors.bias is None else [tuple(unexpanded(tensors.bias).shape)]
+    made = [(1, 1, queries, keys)] if hides_by_window(q, k, spec) else []
+    made += [] if tensors.alibi_slopes is None else [(*unexpanded(tensors.alibi_slopes).shape, queries, keys)]
     if not existing + made:
         return True
     whole = math.prod(map(max, *existing, *made, (1, 1, 1, 1)))
     return whole <= max(batch * heads * QUERY_TILE * KEY_TILE, *map(math.prod, existing), 0)
 
 
-def _is_causal(q: Tensor, k: Tensor, spec: AttentionSpec) -> bool:
+def is_causal(q: Tensor, k: Tensor, spec: AttentionSpec) -> bool:
     """Whether the operator's own causal mask, aligned top-left, hides what is after the diagonal."""
     return spec.right == 0 and q.shape[2] == k.shape[2]
 
 
-def _hides_by_window(q: Tensor, k: Tensor, spec: AttentionSpec) -> bool:
+def hides_by_window(q: Tensor, k: Tensor, spec: AttentionSpec) -> bool:
     """Whether the window hides more than the operator's own causal mask does."""
-    return spec.left is not None or (spec.right is not None and not _is_causal(q, k, spec))
+    return spec.left is not None or (spec.right is not None and not is_causal(q, k, spec))
 
 
 def _keys_seen(q: Tensor, k: Tensor, spec: AttentionSpec, tensors: ScoreTensors) -> slice:
@@ -279,17 +210,17 @@ def _mask(q: Tensor, k: Tensor, spec: AttentionSpec, tensors: ScoreTensors, keys
     added: list[Tensor] = []
     positions = torch.arange(keys.start, keys.stop, device=q.device)
     if tensors.bias is not None:
-        bias = _unexpanded(tensors.bias)
+        bias = unexpanded(tensors.bias)
         bias = bias[..., keys] if bias.shape[-1] > 1 else bias
         (seen if bias.dtype == torch.bool else added).append(bias)
     # The bias may be NaN where the operator's own causal mask hides a key, and NaN added to -inf is NaN.
-    if added and min(added[0].shape[-2:]) > 1 and _is_causal(q, k, spec):
+    if added and min(added[0].shape[-2:]) > 1 and is_causal(q, k, spec):
         seen.append(_distance(q, k, positions) <= 0)
-    if _hides_by_window(q, k, spec):
+    if hides_by_window(q, k, spec):
         seen += [] if spec.left is None else [_distance(q, k, positions) >= -spec.left]
         seen += [] if spec.right is None else [_distance(q, k, positions) <= spec.right]
     if tensors.alibi_slopes is not None:
-        added.append(-_unexpanded(tensors.alibi_slopes)[..., None, None] * _distance(q, k, positions).abs())
+        added.append(-unexpanded(tensors.alibi_slopes)[..., None, None] * _distance(q, k, positions).abs())
     if not seen and not added:
         return None
     # The operator takes the heads' dtype or float32.
@@ -304,7 +235,7 @@ def _distance(q: Tensor, k: Tensor, positions: Tensor) -> Tensor:
     return positions - torch.arange(q.shape[2], device=q.device)[:, None] - (k.shape[2] - q.shape[2])
 
 
-def _empty_rows(mask: Tensor, causal: bool, queries: int) -> Tensor:
+def empty_rows(mask: Tensor, causal: bool, queries: int) -> Tensor:
     """Which rows see nothing; broadcasts to (B, Hq, Lq)."""
     if not causal:
         return mask.amax(-1) == _HIDDEN
@@ -312,12 +243,12 @@ def _empty_rows(mask: Tensor, causal: bool, queries: int) -> Tensor:
     return (some == 0) | (first > torch.arange(queries, device=mask.device))
 
 
-def _unexpanded(t: Tensor) -> Tensor:
+def unexpanded(t: Tensor) -> Tensor:
     """The tensor with size 1 in dimensions that only repeat it (stride 0)."""
     for dim, (size, stride) in enumerate(zip(t.shape, t.stride(), strict=True)):
         t = t.narrow(dim, 0, 1) if size > 1 and stride == 0 else t
     return t
 
 
-def _unit_stride(t: Tensor) -> Tensor:
+def unit_stride(t: Tensor) -> Tensor:
     return t if t.stride(-1) == 1 else t.contiguous()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,76 +19,108 @@ from fastattn.core.attention.spec import AttentionSpec, Gradients, Saved, ScoreT
 from fastattn.ground.modes import outside_modes
 
 Forward = Callable[..., tuple[Tensor, Tensor]]  # of q, k, v, spec, tensors
-Backward = Callable[..., tuple[Any, ...]]  # of dout, saved, spec, tensors, wanted
-# Batch, heads, key heads, tokens, width.
-SIZES = 2, 4, 2, 70, 32
-# Of the largest value: far above rounding in half precision, and far below what a wrong mask or unit makes.
-CLOSE = 0.03
+Backward = Callable[..., Gradients]  # of dout, saved, spec, tensors, wanted
+BATCH, HEADS = 2, 4
+# Of the largest value: far above rounding, and far below what a wrong mask or unit makes; in float32 also below
+# what products in tf32 make.
+CLOSE = {torch.float16: 0.03, torch.bfloat16: 0.03, torch.float32: 5e-5}
 
 log = logging.getLogger("fastattn")
 _known: dict[tuple[Any, ...], bool] = {}
 
 
-def agrees(
-    name: str,
-    like: Tensor,
-    forward: Forward,
-    backward: Backward,
-    problem: Callable[[Tensor], tuple[AttentionSpec, ScoreTensors]],
-) -> bool:
-    """Whether they compute the problem as the definition does, in the dtype and on the device of `like`.
+class Trial(NamedTuple):
+    """A small problem.
 
-    problem: makes the spec and the tensors beside q, k, v, for a q.
+    name: what is tried, in words.
+    problem: makes the spec and the tensors beside q, k, v, for a q and a k.
+    queries, keys: how many of them.
+    decides: whether an operator that fails it is not used, which the log then says.
     """
-    key = (name, like.device, like.dtype, torch.are_deterministic_algorithms_enabled())
+
+    name: str
+    problem: Callable[[Tensor, Tensor], tuple[AttentionSpec, ScoreTensors]]
+    queries: int = 70
+    keys: int = 70
+    decides: bool = True
+
+
+class _Sizes(NamedTuple):
+    key_heads: int
+    width: int
+    value_width: int
+
+
+def agrees(trial: Trial, q: Tensor, k: Tensor, v: Tensor, forward: Forward, backward: Backward) -> bool:
+    """Whether they compute the problem as the definition does, in the dtype, on the device and with the widths of
+    these heads, grouped if these are."""
+    sizes = _Sizes(HEADS if q.shape[1] == k.shape[1] else HEADS // 2, q.shape[3], v.shape[3])
+    key = (trial.name, q.device, q.dtype, sizes, torch.are_deterministic_algorithms_enabled())
     if key not in _known:
         if torch.cuda.is_current_stream_capturing():
             return False  # the comparison would wait for the device, which a graph cannot
-        _known[key] = _tried(name, like, forward, backward, problem)
+        _known[key] = _tried(trial, q, sizes, forward, backward)
     return _known[key]
 
 
-def _tried(name: str, like: Tensor, forward: Forward, backward: Backward, problem: Callable) -> bool:
+def _tried(trial: Trial, like: Tensor, sizes: _Sizes, forward: Forward, backward: Backward) -> bool:
     with outside_modes(), torch.no_grad(), torch.autocast(like.device.type, enabled=False):
         try:
-            wrong = _difference(like, forward, backward, problem)
+            wrong = _difference(trial, like, sizes, forward, backward)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
             wrong = f"{type(error).__name__}: {error}"
-    if wrong:
-        log.warning("PyTorch's %s is not used on %s in %s: %s", name, like.device, like.dtype, wrong)
+    if wrong and trial.decides:
+        log.warning("PyTorch's %s is not used on %s in %s: %s", trial.name, like.device, like.dtype, wrong)
     return not wrong
 
 
-def _difference(like: Tensor, forward: Forward, backward: Backward, problem: Callable) -> str:
-    """What differs from the definition in float32; "" if nothing does."""
-    batch, heads, key_heads, tokens, width = SIZES
-    q, dout, k, v = (
-        _values(n, like, batch, h, tokens, width) for n, h in enumerate((heads, heads, *[key_heads] * 2))
+def _difference(trial: Trial, like: Tensor, sizes: _Sizes, forward: Forward, backward: Backward) -> str:
+    """What differs from the definition in a higher precision; "" if nothing does."""
+    heads, queries, keys = HEADS, trial.queries, trial.keys
+    shapes = (
+        (heads, queries, sizes.width),
+        (sizes.key_heads, keys, sizes.width),
+        (sizes.key_heads, keys, sizes.value_width),
+        (heads, queries, sizes.value_width),
     )
-    spec, tensors = problem(q)
-    wanted = Wanted(bias=tensors.bias is not None and tensors.bias.dtype != torch.bool)
+    q, k, v, dout = (_values(n, like, BATCH, *shape) for n, shape in enumerate(shapes))
+    spec, tensors = trial.problem(q, k)
+    learns = tensors.bias is not None and tensors.bias.dtype != torch.bool
+    wanted = Wanted(learns, tensors.relative_bias is not None)
+    _leave_nan_behind(q, k, v, dout)
     out, lse = forward(q, k, v, spec, tensors)
+    _leave_nan_behind(q, k, v)
     ours = backward(dout, Saved(q, k, v, out, lse), spec, tensors, wanted)
     exact = _exact(dout, q, k, v, spec, tensors, wanted)
-    for quantity, a, b in zip(("out", "lse", "dq", "dk", "dv", "dbias"), (out, lse, *ours), exact, strict=False):
-        if b is not None and not _close(a, b):
-            return f"its {quantity} differs from the definition"
+    names = ("out", "lse", "dq", "dk", "dv", "dbias", "drelative_bias")
+    for name, a, b in zip(names, (out, lse, *ours), exact, strict=False):
+        if b is not None and (a is None or not _close(a, b, CLOSE[like.dtype])):
+            return f"its {name} differs from the definition"
     return ""
 
 
 def _exact(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, spec: Any, tensors: ScoreTensors, wanted: Wanted
 ) -> tuple:
-    q, k, v, dout = (t.float() for t in (q, k, v, dout))
+    """The results by the definition, in float64 for float32, else in float32."""
+    dtype = torch.float64 if q.dtype == torch.float32 else torch.float32
+    q, k, v, dout = (t.to(dtype) for t in (q, k, v, dout))
     bias = tensors.bias
-    tensors = tensors._replace(bias=bias.float() if wanted.bias and bias is not None else bias)
+    tensors = tensors._replace(bias=bias.to(dtype) if wanted.bias and bias is not None else bias)
     out, lse = definition.attention(q, k, v, spec, tensors)
     gradients: Gradients = definition.attention_backward(
         dout, None, Saved(q, k, v, out, lse), spec, tensors, wanted
     )
-    return out, lse, *gradients[:4]
+    return out, lse, *gradients[:5]
+
+
+def _leave_nan_behind(*like: Tensor) -> None:
+    """Give memory full of NaN back to the allocator, which hands it out next: what an operator does not write must
+    not pass for the zeros that new memory often holds."""
+    spoiled = [torch.full_like(t, float("nan")) for t in like]
+    del spoiled
 
 
 def _values(seed: int, like: Tensor, *shape: int) -> Tensor:
@@ -97,9 +129,9 @@ def _values(seed: int, like: Tensor, *shape: int) -> Tensor:
     return ((count * (1.3 + 0.17 * seed)).sin() * 2).view(shape).to(like.dtype)
 
 
-def _close(found: Tensor, exact: Tensor) -> bool:
+def _close(found: Tensor, exact: Tensor, most: float) -> bool:
     infinite = torch.isinf(exact)
     if found.shape != exact.shape or not torch.equal(torch.isinf(found), infinite):
         return False
-    found, exact = found.float().masked_fill(infinite, 0.0), exact.masked_fill(infinite, 0.0)
-    return bool((found - exact).abs().max() <= CLOSE * exact.abs().max().clamp(min=1e-3))
+    found, exact = found.to(exact.dtype).masked_fill(infinite, 0.0), exact.masked_fill(infinite, 0.0)
+    return bool((found - exact).abs().max() <= most * exact.abs().max().clamp(min=1e-3))

@@ -1,0 +1,421 @@
+"""ONE table: which of PyTorch's own fused kernels computes which call of attention on an NVIDIA GPU, and why not.
+
+A call is computed by a kernel if that can do each thing that is asked, in the call's dtype, widths and sizes, on
+this GPU. The first such kernel serves, if it passes its trial (torch_trial). The dispatch, `fastattn doctor`, the
+page FEATURES.md and the tests all read the table. On a CPU there is one kernel, see torch_flash.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastattn.core.attention import torch_cudnn, torch_dense, torch_efficient, torch_flash, torch_varlen
+from fastattn.core.attention.spec import NO_TENSORS, AttentionSpec, Gradients, Saved, ScoreTensors, Wanted
+
+HALVES = (torch.float16, torch.bfloat16)
+# The gradient of a bias is made for every head and batch entry first: at most so many times the bias, or the
+# inputs.
+MOST_COPIES = 4
+_SHARED = frozenset({"alibi_slopes", "relative_bias", "intervals"})
+
+
+class Call(NamedTuple):
+    """What the choice of a kernel depends on, beside the GPU. No tensor.
+
+    spec: at these lengths, see AttentionSpec.at.
+    given: the names of the ScoreTensors that there are.
+    bias: the shape of the bias, with size 1 where it only repeats itself, and its dtype; None without one.
+    shared: the names of those among _SHARED that are the same for all batch entries.
+    backward: whether gradients are asked for; wanted: those of which biases; lse_gradient: from the log-sum-exp's.
+    """
+
+    dtype: torch.dtype
+    heads: tuple[int, int, int]  # B, Hq, Hkv
+    lengths: tuple[int, int]  # Lq, Lk
+    widths: tuple[int, int]  # D, Dv
+    spec: AttentionSpec
+    given: frozenset[str] = frozenset()
+    bias: tuple[tuple[int, ...], torch.dtype] | None = None
+    shared: frozenset[str] = frozenset()
+    backward: bool = False
+    wanted: Wanted = Wanted()
+    lse_gradient: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        spec: AttentionSpec,
+        tensors: ScoreTensors = NO_TENSORS,
+        wanted: Wanted | None = None,
+        lse_gradient: bool = False,
+    ) -> Call:
+        """wanted: None for a forward."""
+        there = {name: t for name, t in zip(ScoreTensors._fields, tensors, strict=True) if t is not None}
+        bias = (
+            None
+            if tensors.bias is None
+            else (tuple(torch_flash.unexpanded(tensors.bias).shape), tensors.bias.dtype)
+        )
+        return cls(
+            q.dtype,
+            (q.shape[0], q.shape[1], k.shape[1]),
+            (q.shape[2], k.shape[2]),
+            (q.shape[3], v.shape[3]),
+            spec,
+            frozenset(there),
+            bias,
+            frozenset(n for n, t in there.items() if n in _SHARED and (t.shape[0] == 1 or t.stride(0) == 0)),
+            wanted is not None,
+            Wanted() if wanted is None else wanted,
+            lse_gradient,
+        )
+
+    @property
+    def own_causal(self) -> bool:
+        """Whether PyTorch's causal mask, aligned top-left, hides what is after the diagonal."""
+        return self.spec.right == 0 and self.lengths[0] == self.lengths[1]
+
+    @property
+    def windowed(self) -> bool:
+        """Whether the window hides more than that."""
+        return self.spec.left is not None or (self.spec.right is not None and not self.own_causal)
+
+    @property
+    def inputs(self) -> int:
+        """Elements of q, k and v."""
+        (batch, heads, key_heads), (queries, keys), widths = self.heads, self.lengths, self.widths
+        return batch * (heads * queries * widths[0] + key_heads * keys * sum(widths))
+
+    @property
+    def added(self) -> tuple[int, int, int, int]:
+        """The shape of the tensor that says what is added to the scores and what is hidden; 1 where it repeats."""
+        (batch, heads, _), lengths = self.heads, self.lengths
+
+        def of(name: str) -> int:
+            return 1 if name in self.shared else batch
+
+        parts = [(1, 1, 1, lengths[1])]
+        parts += [] if self.bias is None else [self.bias[0]]
+        parts += [(batch, 1, 1, lengths[1])] if "key_lengths" in self.given else []
+        parts += [(of("intervals"), 1, *lengths)] if "intervals" in self.given else []
+        parts += [(of(name), heads, *lengths) for name in ("alibi_slopes", "relative_bias") if name in self.given]
+        parts += [(1, 1, *lengths)] if self.windowed else []
+        return tuple(map(max, zip(*parts, strict=True)))  # type: ignore[return-value]
+
+
+# ---- the kernels ----
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One of PyTorch's.
+
+    dtypes: each with the least compute capability.
+    widest: the widest heads; 0 for any.
+    own_values: whether values may have a width of their own.
+    """
+
+    name: str
+    module: ModuleType
+    dtypes: tuple[tuple[torch.dtype, tuple[int, int]], ...]
+    widest: int
+    own_values: bool
+
+    def limit(self, call: Call, capability: tuple[int, int]) -> str:
+        """Why it takes no such heads on a GPU of this capability; "" if it does."""
+        least = dict(self.dtypes).get(call.dtype)
+        if least is None:
+            return f"{_short(call.dtype)}: it knows {' and '.join(_short(dtype) for dtype, _ in self.dtypes)} only"
+        if capability < least:
+            return f"it needs sm_{least[0]}{least[1]} for {_short(call.dtype)}"
+        if any(width * call.dtype.itemsize % 16 for width in call.widths):
+            return "heads whose rows are not a multiple of 16 bytes"
+        if self.widest and max(call.widths) > self.widest:
+            return f"heads wider than {self.widest}"
+        if not self.own_values and call.widths[0] != call.widths[1]:
+            return "values of another width than keys"
+        return ""
+
+
+_FROM_AMPERE = tuple((dtype, (8, 0)) for dtype in HALVES)
+CUDNN = Kernel("cuDNN", torch_cudnn, _FROM_AMPERE, 256, True)
+FLASH = Kernel("flash", torch_dense, _FROM_AMPERE, 256, False)
+VARLEN = Kernel("flash, sequences", torch_varlen, _FROM_AMPERE, 256, False)
+EFFICIENT = Kernel(
+    "memory-efficient",
+    torch_efficient,
+    ((torch.float16, (7, 0)), (torch.bfloat16, (8, 0)), (torch.float32, (7, 0))),
+    0,
+    True,
+)
+# The first that can serves.
+KERNELS = (CUDNN, FLASH, VARLEN, EFFICIENT)
+
+
+# ---- the table ----
+
+
+@dataclass(frozen=True)
+class Yes:
+    """It does: `how`, in words, and why not this call, if some are left out."""
+
+    how: str = ""
+    unless: Callable[[Call], str] = lambda call: ""
+
+
+@dataclass(frozen=True)
+class No:
+    """It does not: `why`, in words."""
+
+    why: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """A thing that may be asked of attention, when it is, and what each of KERNELS does about it.
+
+    example: what a Call has that asks it, beside a plain one's.
+    """
+
+    name: str
+    asked: Callable[[Call], bool]
+    answers: tuple[Yes | No, ...]
+    example: tuple[tuple[str, Any], ...]
+
+
+def _row(name: str, asked: Callable[[Call], bool], *answers: Yes | No, **example: Any) -> Row:
+    return Row(name, asked, answers if len(answers) > 1 else answers * len(KERNELS), tuple(example.items()))
+
+
+def _given(name: str, field: str, *answers: Yes | No, **example: Any) -> Row:
+    """A row for one of the ScoreTensors."""
+    return _row(name, lambda call: field in call.given, *answers, given=frozenset({field}), **example)
+
+
+def _too_large(call: Call) -> str:
+    given = 0 if call.bias is None else math.prod(call.bias[0])
+    return "its tensor is larger than the inputs" if math.prod(call.added) > max(call.inputs, given) else ""
+
+
+def _gradient_too_large(call: Call) -> str:
+    given = 0 if call.bias is None else math.prod(call.bias[0])
+    whole = math.prod((*call.heads[:2], *call.lengths))
+    return "it is made for every head first" if whole > MOST_COPIES * max(call.inputs, given) else ""
+
+
+def _no_sequences(call: Call) -> str:
+    if call.spec.right is not None or call.spec.left is not None:
+        return "beside a causal mask or a window"
+    return "too many" if 2 * call.heads[0] > torch_varlen.MOST_SEQUENCES else ""
+
+
+_ADDED = Yes("as a tensor that is added, if that is no larger than the inputs", _too_large)
+_DENSE = No("it is for sequences")
+_NO_MASK = No("its gradients are NaN beside a mask in some versions")
+_NO_BIAS = No("it adds nothing to scores")
+_NO_SLOPES = No("it is built without slopes")
+_CAUSAL = AttentionSpec(causal=True)
+_SEQUENCES = frozenset({"key_lengths", "intervals"})
+
+ROWS: tuple[Row, ...] = (
+    _row(
+        "full", lambda c: not (c.own_causal or c.windowed or c.given & _SEQUENCES),
+        Yes(), Yes(), _DENSE, Yes(),
+    ),
+    _row("causal, as many queries as keys", lambda c: c.own_causal, Yes(), Yes(), _DENSE, Yes(), spec=_CAUSAL),
+    _row(
+        "causal, other lengths; windows", lambda c: c.windowed,
+        No("its causal mask begins at the first key"), Yes(), _DENSE, _ADDED, spec=AttentionSpec(window=(64, 0)),
+    ),
+    _given(
+        "key lengths", "key_lengths",
+        _NO_MASK, _NO_BIAS, Yes("as sequences, if not causal", _no_sequences), _ADDED,
+    ),
+    _given(
+        "documents, packed sequences", "intervals",
+        _NO_MASK, _NO_BIAS, Yes("if full or causal, and not windows", _no_sequences), _ADDED,
+    ),
+    _row(
+        "documents beside key lengths", lambda c: c.given >= _SEQUENCES,
+        _NO_MASK, _NO_BIAS, No("they are sequences in two ways"), _ADDED, given=_SEQUENCES,
+    ),
+    _given(
+        "boolean mask, bias", "bias",
+        _NO_MASK, _NO_BIAS, _NO_BIAS, Yes("in float32 if the bias is"), bias=((1, 8, 1024, 1024), torch.bfloat16),
+    ),
+    _row(
+        "gradient of a bias", lambda c: c.wanted.bias or c.wanted.relative_bias,
+        _NO_BIAS, _NO_BIAS, _NO_BIAS, Yes("if that of every head is not much larger", _gradient_too_large),
+        given=frozenset({"bias"}), bias=((8, 8, 1024, 1024), torch.bfloat16), backward=True, wanted=Wanted(True),
+    ),
+    _given(
+        "ALiBi slopes", "alibi_slopes",
+        _NO_BIAS, _NO_SLOPES, _NO_SLOPES, _ADDED, shared=frozenset({"alibi_slopes"}),
+    ),
+    _given(
+        "relative bias", "relative_bias",
+        _NO_BIAS, _NO_BIAS, _NO_BIAS, Yes(f"{_ADDED.how}; in float32", _too_large),
+        shared=frozenset({"relative_bias"}),
+    ),
+    _given("sinks, with gradient", "sinks", Yes("afterwards, from the log-sum-exp")),
+    _given("block lists", "mask", No("no operator of PyTorch's takes lists")),
+    _row("soft cap", lambda c: c.spec.softcap > 0, No("no operator of PyTorch's has one"),
+         spec=AttentionSpec(softcap=30.0)),
+    _given(
+        "dropout", "dropout_state",
+        No("it draws random numbers of its own; ours depend on seed and position alone, in every backend"),
+    ),
+    _given("scale of each head", "head_scale", No("q is scaled before, and the rest looked up here")),
+    _row("gradient of the log-sum-exp", lambda c: c.lse_gradient, No("its backward takes none"),
+         backward=True, lse_gradient=True),
+)  # fmt: skip
+
+
+def example(row: Row, dtype: torch.dtype = torch.bfloat16) -> Call:
+    """A call that asks it, of 8 x 8 heads, 1,024 tokens and 64 numbers."""
+    call = Call(dtype, (8, 8, 8), (1024, 1024), (64, 64), AttentionSpec())._replace(**dict(row.example))
+    return call if call.bias is None else call._replace(bias=(call.bias[0], dtype))
+
+
+def obstacles(call: Call, capability: tuple[int, int]) -> dict[str, str]:
+    """Of each kernel, by name, why it does not compute the call; "" if it does."""
+    return {kernel.name: _obstacle(number, call, capability) for number, kernel in enumerate(KERNELS)}
+
+
+def _obstacle(number: int, call: Call, capability: tuple[int, int]) -> str:
+    if 0 in (*call.heads, *call.lengths, *call.widths):
+        return "nothing is to be computed"
+    limit = KERNELS[number].limit(call, capability)
+    if limit:
+        return limit
+    for row in ROWS:
+        answer = row.answers[number]
+        if row.asked(call):
+            why = answer.why if isinstance(answer, No) else answer.unless(call)
+            if why:
+                return f"{row.name}: {why}"
+    return ""
+
+
+@functools.lru_cache(maxsize=1024)
+def candidates(call: Call, capability: tuple[int, int]) -> tuple[Kernel, ...]:
+    """The kernels that compute it, the first ones first."""
+    lacking = obstacles(call, capability)
+    return tuple(kernel for kernel in KERNELS if not lacking[kernel.name])
+
+
+# ---- dispatch ----
+
+
+def serving(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    spec: AttentionSpec,
+    tensors: ScoreTensors,
+    wanted: Wanted | None = None,
+    dlse: Tensor | None = None,
+) -> ModuleType | None:
+    """The module of the kernel that computes this call, a backward if there is a `wanted`; None for none."""
+    if q.device.type == "cpu":
+        serves = torch_flash.serves if wanted is None else torch_flash.serves_backward
+        asks = dlse is not None or (wanted is not None and wanted.bias)
+        return None if asks or not serves(q, k, v, spec, _without_sinks(tensors)) else torch_flash
+    if q.device.type != "cuda" or torch.version.cuda is None:
+        return None
+    call = Call.of(q, k, v, spec, tensors, wanted, dlse is not None)
+    rest = _without_sinks(tensors)
+    for kernel in candidates(call, torch.cuda.get_device_capability(q.device)):
+        if kernel.module.ready(q, k, v, spec, rest):
+            return kernel.module
+    return None
+
+
+def forward(
+    kernel: ModuleType, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, tensors: ScoreTensors
+) -> tuple[Tensor, Tensor]:
+    """By the kernel's module. A sink takes its share of the weights afterwards: the keys keep exp(lse) of exp(lse)
+    + exp(sink), which is sigmoid(lse - sink)."""
+    out, lse = kernel.forward(q, k, v, spec, _without_sinks(tensors))
+    if tensors.sinks is None:
+        return out, lse
+    sinks = tensors.sinks[..., None]
+    # -inf minus -inf, of a row that sees nothing, is NaN.
+    share = torch.sigmoid(lse - sinks).nan_to_num_(0.0)
+    return out.mul_(share[..., None]), torch.logaddexp(lse, sinks)
+
+
+def backward(
+    kernel: ModuleType, dout: Tensor, saved: Saved, spec: AttentionSpec, tensors: ScoreTensors, wanted: Wanted
+) -> Gradients:
+    """By the kernel's module: its weights are exp(score - lse), and lse has the sink in it."""
+    gradients = kernel.backward(dout, saved, spec, _without_sinks(tensors), wanted)
+    if tensors.sinks is None:
+        return gradients
+    weights = torch.exp(tensors.sinks[..., None] - saved.lse).nan_to_num_(0.0, 0.0)
+    delta = torch.linalg.vecdot(dout.to(saved.lse.dtype), saved.out.to(saved.lse.dtype))
+    return gradients._replace(sinks=-torch.linalg.vecdot(weights, delta))
+
+
+def _without_sinks(tensors: ScoreTensors) -> ScoreTensors:
+    return tensors if tensors.sinks is None else tensors._replace(sinks=None)
+
+
+# ---- in words ----
+
+Cells = tuple[str, ...]
+
+
+def served(capability: tuple[int, int]) -> list[Cells]:
+    """For each thing that may be asked, which kernel computes an example of it on a GPU of this capability, by
+    dtype, and why none does where none does. The first row holds the headings."""
+    dtypes = (torch.float16, torch.bfloat16, torch.float32)
+    found: list[Cells] = [("asked", *map(_short, dtypes), "why none")]
+    for row in ROWS:
+        calls = [example(row, dtype) for dtype in dtypes]
+        names = [_names(candidates(call, capability)) for call in calls]
+        # What the kernel that can do the most lacks, without the name of the row.
+        lacking = [obstacles(call, capability)[EFFICIENT.name] for call in calls]
+        found.append((row.name, *names, next(filter(None, lacking), "").rpartition(": ")[2]))
+    return found
+
+
+def _names(kernels: tuple[Kernel, ...]) -> str:
+    """The one that serves; behind cuDNN, which PyTorch must pick, the next one, too."""
+    count = 2 if CUDNN in kernels else 1
+    return " or ".join(kernel.name for kernel in kernels[:count]) or "—"
+
+
+def markdown() -> str:
+    """The table as Markdown, and below it the limits of each kernel."""
+    lines = [
+        "| asked | " + " | ".join(kernel.name for kernel in KERNELS) + " |",
+        "|---" * (len(KERNELS) + 1) + "|",
+    ]
+    lines += [f"| {row.name} | " + " | ".join(map(_cell, row.answers)) + " |" for row in ROWS]
+    lines += ["", "| kernel | dtypes | head widths |", "|---|---|---|"]
+    for kernel in KERNELS:
+        dtypes = ", ".join(f"{_short(dtype)} from sm_{a}{b}" for dtype, (a, b) in kernel.dtypes)
+        widths = f"to {kernel.widest}" if kernel.widest else "any"
+        own = "" if kernel.own_values else ", values as wide as keys"
+        lines.append(f"| {kernel.name} | {dtypes} | {widths}{own}, rows of a multiple of 16 bytes |")
+    return "\n".join(lines)
+
+
+def _cell(answer: Yes | No) -> str:
+    return f"— {answer.why}" if isinstance(answer, No) else f"✓ {answer.how}".rstrip()
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,193 @@
+"""Calls on a pretended GPU, by PyTorch's kernels: what is wrong of each, which kernels computed it, and how many
+operators it took. Prints JSON. A process of its own, see test_gpu_routes."""
+
+from __future__ import annotations
+
+import json
+import logging
+import warnings
+from dataclasses import replace
+from unittest import mock
+
+import torch
+
+import fastattn
+from fastattn import masks
+from fastattn.core import plans
+from fastattn.core.attention import torch_routes, torch_trial
+from fastattn.measuring import checking, kinds, tolerance
+from fastattn.measuring.kinds import Sizes
+from tests.attention import torch_stand_ins
+from tests.attention.torch_stand_ins import CALLS, FAULTS, LAUNCHES, counting
+from tests.pretended_gpu import GPUS, pretended_gpus
+
+warnings.simplefilter("ignore")
+ABOUT = {"dtype": "float16", "batch": 2, "length": 100, "width": 32}
+TINY = {"float16": 1e-3, "float32": 1e-6}
+
+found: dict[str, object] = {}
+said: list[str] = []
+
+
+def wrong(call: kinds.Call, sizes: Sizes) -> str:
+    computed, double = checking.results_and_gradients, tuple(t.double() for t in call.tensors)
+    ours, eager = (computed(call, backend, call.tensors, sizes) for backend in ("portable", "reference"))
+    for name, exact in computed(call, "reference", double, sizes).items():
+        judged = tolerance.judge(
+            ours[name], exact, eager[name].to(ours[name].dtype), gradient=name[0] == "d", tiny=TINY[sizes.dtype],
+            dtype=getattr(torch, sizes.dtype),
+        )  # fmt: skip
+        if judged.wrong:
+            return f"{name}: {judged.wrong}"
+    return ""
+
+
+def tried(family: str, kind: str, **other) -> list:
+    sizes = Sizes(family, kind, **{**ABOUT, **other})
+    plans.forget()
+    CALLS.clear()
+    return [wrong(kinds.build(sizes, device), sizes), sorted(set(CALLS))]
+
+
+def compared(inputs: tuple, learned: str = "", **options) -> list:
+    """Portable against the definition, by how close they are; `learned` is an option that has a gradient."""
+    leaves, results = [t.detach().requires_grad_() for t in inputs], []
+    if learned:
+        leaves.append(options.pop(learned).detach().requires_grad_())
+    for backend in ("portable", "reference"):
+        CALLS.clear()
+        given = {**options, **({learned: leaves[3]} if learned else {})}
+        out, lse = fastattn.attention(*leaves[:3], **given, return_lse=True, backend=backend)
+        results.append((out, lse, *torch.autograd.grad(out.sin().sum(), leaves)))
+        calls = calls if backend == "reference" else sorted(set(CALLS))  # noqa: F821
+    names = ("out", "lse", "dq", "dk", "dv", "dbeside")
+    pairs = zip(names, *results, strict=False)
+    differ = [n for n, a, b in pairs if not torch.allclose(a.float(), b.float(), atol=0.03, equal_nan=False)]
+    return [" ".join(differ), calls]
+
+
+def count(family: str, kind: str, **other) -> list[list[str]]:
+    """Operators that compute, of a forward and of a backward; of the second call, which has nothing to try."""
+    sizes = Sizes(family, kind, **{**ABOUT, "length": 128, "batch": 4, "width": 32, "key_heads": 4, **other})
+    call = kinds.build(sizes, device)
+    leaves = [t.detach().requires_grad_() for t in call.tensors]
+    for _ in range(2):
+        with counting():
+            out = call.function("portable", *leaves)[0]
+        forward = list(LAUNCHES)
+        # As a gradient comes from a linear layer.
+        upstream = torch.ones_like(out.transpose(1, 2)).transpose(1, 2)
+        with counting():
+            torch.autograd.grad(out, leaves, upstream)
+    return [forward, list(LAUNCHES)]
+
+
+class Hearing(logging.Handler):
+    def emit(self, record):
+        said.append(record.getMessage())
+
+
+logging.getLogger("fastattn").addHandler(Hearing())
+with pretended_gpus(GPUS["H100"]), torch_stand_ins.operators(prefers_cudnn=False):
+    device = torch.device("cuda", 0)
+    kinds_tried = {
+        "attention": ("full", "causal"),
+        "masks": ("key lengths", "boolean mask", "window", "documents", "random lists"),
+        "scores": ("bias", "padding bias", "softcap", "alibi", "relative bias", "sinks", "dropout", "head scale"),
+    }
+    for family, several in kinds_tried.items():
+        for kind in several:
+            for dtype in ("float16", "float32"):
+                found[f"{kind} {dtype}"] = tried(family, kind, dtype=dtype)
+    found["bias of every head"] = tried("scores", "bias", batch=5)
+    found["alibi, larger than the inputs"] = tried("scores", "alibi", batch=1, width=8)
+    found["width 20"] = tried("masks", "key lengths", width=20)
+    found["width 320"] = tried("attention", "causal", width=320, length=40)
+    found["values 16 wide"] = tried("attention", "full", value_width=16)
+    found["other lengths"] = tried("attention", "causal", keys=130)
+    found["fewer keys"] = tried("attention", "causal", keys=70)
+    found["lse gradient"] = tried("attention", f"causal{kinds.LSE}")
+
+    # Rows that see nothing, NaN behind the lengths, left padding beside a causal mask.
+    q, k, v = kinds.heads_of(Sizes("masks", "full", **ABOUT), device)
+    lengths = torch.tensor([0, 77], device=device)
+    padding = (torch.arange(100, device=device) >= torch.tensor([3, 100], device=device)[:, None])[:, None, None]
+    behind = (torch.arange(100, device=device) >= lengths[:, None])[:, None, :, None]
+    spoiled = [t.masked_fill(behind, float("nan")) for t in (k, v)]
+    sinks = torch.tensor([0.5, -1.0, 3.0, -float("inf")], device=device)
+    bias32 = torch.randn(1, 4, 100, 100, device=device)
+    place = torch.arange(100, device=device)
+    spoiled_bias = bias32.half().masked_fill(place > place[:, None], float("nan"))
+    packed = torch.tensor([0, 13, 13, 40, 100], device=device)
+    uneven = torch.tensor([0, 20, 25, 25, 100], device=device)
+    documents = masks.documents(torch.arange(100) // 30)
+    one = [t[:1] for t in (q, k, v)]
+    found |= {
+        "empty entries": compared((q, *spoiled), key_lengths=lengths),
+        "empty entries, causal": compared((q, *spoiled), key_lengths=lengths, causal=True),
+        "empty rows": compared((q, k, v), bias=padding, causal=True),
+        "both": compared((q, *spoiled), bias=padding, key_lengths=lengths, causal=True),
+        "sinks beside empty entries": compared((q, *spoiled), "sinks", key_lengths=lengths,
+                                               sinks=sinks.clamp(min=-2.0)),
+        "sinks": compared((q, k, v), "sinks", sinks=sinks, causal=True),
+        "window and key lengths": compared((q, *spoiled), key_lengths=lengths, window=(20, 3)),
+        "mask and window": compared((q, k, v), bias=torch.rand(100, 100, device=device) < 0.5, window=(20, 3)),
+        "bias with NaN behind a window": compared((q, k, v), bias=spoiled_bias, causal=True, window=(60, 0)),
+        "bias in float32": compared((q, k, v), "bias", bias=bias32),
+        "bias beside alibi": compared((q, k, v), bias=bias32.half(), alibi_slopes=sinks.abs().clamp(max=1.0)),
+        "full documents": compared((q, k, v), mask=documents),
+        "documents and key lengths": compared((q, *spoiled), mask=documents, key_lengths=lengths),
+        "packed": compared(one, mask=masks.packed_sequences(packed, uneven)),
+        "packed, causal": compared(one, mask=masks.packed_sequences(packed, uneven, causal=True)),
+        "packed, window": compared(one, mask=masks.packed_sequences(packed, uneven, window=(9, 0))),
+        "packed, sinks": compared(one, mask=masks.packed_sequences(packed, uneven), sinks=sinks),
+    }  # fmt: skip
+
+    for family, kind in (
+        ("attention", "causal"), ("attention", "full"), ("masks", "window"), ("masks", "key lengths"),
+        ("masks", "documents"), ("masks", "boolean mask"), ("scores", "bias"), ("scores", "sinks"),
+        ("scores", "alibi"), ("scores", "relative bias"),
+    ):  # fmt: skip
+        found[f"operators, {kind}"] = count(family, kind)
+    found["operators, float32"] = count("attention", "causal", dtype="float32")
+
+    FAULTS.add("clean")
+    torch_trial._known.clear()
+    for kind in ("boolean mask", "bias"):
+        found[f"operators, {kind}, clean"] = count("masks" if kind[1] == "o" else "scores", kind)
+    found["empty rows, clean"] = compared((q, k, v), bias=padding, causal=True)
+    FAULTS.clear()
+
+    rows = [replace(row, answers=(torch_routes.No("no"),) * 3 + row.answers[3:]) for row in torch_routes.ROWS]
+    with mock.patch.object(torch_routes, "ROWS", rows):
+        torch_routes.candidates.cache_clear()
+        found["key lengths, by another table"] = tried("masks", "key lengths")
+    torch_routes.candidates.cache_clear()
+
+    # Operators that compute something else.
+    for fault, call in (
+        ("ignored", ("masks", "window")), ("log2", ("masks", "window")), ("unaligned", ("masks", "documents")),
+        ("unwritten", ("masks", "key lengths")), ("tf32", ("attention", "causal")),
+    ):  # fmt: skip
+        dtype = "float32" if fault == "tf32" else "float16"
+        FAULTS.add(fault)
+        torch_trial._known.clear()
+        said.clear()
+        failed = tried(*call, dtype=dtype)
+        found[f"fault {fault}"] = [failed[0], tried(*call, dtype=dtype)[1]]
+        found[f"said {fault}"] = list(said)
+        FAULTS.clear()
+
+with pretended_gpus(GPUS["B200"]), torch_stand_ins.operators(prefers_cudnn=True):
+    torch_trial._known.clear()
+    device = torch.device("cuda", 0)
+    for kind in ("full", "causal"):
+        found[f"{kind}, cuDNN"] = tried("attention", kind)
+    found["sinks, cuDNN"] = tried("scores", "sinks")
+    found["window, cuDNN"] = tried("masks", "window")
+    FAULTS.add("cudnn")
+    torch_trial._known.clear()
+    said.clear()
+    found["fault cudnn"] = [tried("attention", "causal")[0], tried("attention", "causal")[1]]
+    found["said cudnn"] = list(said)
+print(json.dumps(found))

@@ -1,0 +1,268 @@
+"""Copies of PyTorch's fused operators for GPUs that compute on a CPU, for calls on a pretended GPU.
+
+Each checks what the real one asks for, and returns what the real one may: anything, in rows that see nothing, in
+memory that nobody computes, and behind the last row. `FAULTS` names what they shall do wrong.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from collections.abc import Iterator
+from itertools import pairwise
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from fastattn.core.attention import torch_cudnn, torch_dense, torch_efficient, torch_varlen
+from fastattn.core.layout import heads_last
+from tests.pretended_gpu import tensors
+
+CALLS: list[str] = []
+FAULTS: set[str] = set()
+LAUNCHES: list[str] = []  # under `counting`
+INSIDE: list[str] = []
+NAN, INF = math.nan, math.inf
+
+
+def scores(q, k, scale, added=None, causal=False, window=(-1, -1)) -> Tensor:
+    """Aligned top-left if causal; a window is aligned bottom-right. fp64 of float32, else fp32."""
+    dtype = torch.float64 if q.dtype == torch.float32 else torch.float32
+    if "tf32" in FAULTS and q.dtype == torch.float32:
+        q, k = q.bfloat16(), k.bfloat16()
+    s = q.to(dtype) @ k.to(dtype).mT * scale
+    s = s if added is None else s + added.to(dtype)
+    i, j = torch.arange(s.shape[-2], device=q.device)[:, None], torch.arange(s.shape[-1], device=q.device)
+    hidden = (j > i) if causal else torch.zeros_like(j > i)
+    i = i + s.shape[-1] - s.shape[-2]
+    hidden = hidden | (j < i - window[0]) if window[0] >= 0 else hidden
+    hidden = hidden | (j > i + window[1]) if window[1] >= 0 else hidden
+    return s.masked_fill(hidden, -INF)
+
+
+def forward_of(s: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """NaN in rows that see nothing."""
+    return (torch.softmax(s, -1) @ v.to(s.dtype)).to(v.dtype), s.logsumexp(-1).float()
+
+
+def backward_of(s, dout, q, k, v, out, lse, scale) -> list[Tensor]:
+    """Gradients of q, k, v and the scores, a key head for each query head."""
+    dtype = s.dtype
+    p = (s - lse[..., None]).exp()
+    dout, out, q_, k_, v_ = (t.to(dtype) for t in (dout, out, q, k, v))
+    ds = p * (dout @ v_.mT - (dout * out).sum(-1, keepdim=True))
+    return [t.to(q.dtype) for t in (ds @ k_ * scale, ds.mT @ q_ * scale, p.mT @ dout, ds)]
+
+
+def every_head(q: Tensor, *others: Tensor) -> list[Tensor]:
+    return [t.repeat_interleave(q.shape[-3] // t.shape[-3], -3) for t in others]
+
+
+def of_groups(gradients: list[Tensor], k: Tensor) -> list[Tensor]:
+    dq, *rest = gradients
+    return [dq, *(t.unflatten(-3, (k.shape[-3], -1)).sum(-3).to(k.dtype) for t in rest[:2])]
+
+
+def check(*heads: Tensor, added: Tensor | None = None, grouped: bool = False) -> None:
+    for t in heads:
+        step = 16 // t.element_size()
+        assert t.stride(-1) == 1 and all(s % step == 0 for s in t.stride()[:-1]) and t.dtype == heads[0].dtype
+    assert grouped or len({t.shape[1] for t in heads}) == 1, "it knows no groups"
+    if added is not None:
+        assert added.dtype == heads[0].dtype and added.shape == (*heads[0].shape[:3], heads[1].shape[2])
+        assert added.stride(-1) == 1 and all(s % 16 == 0 for s in added.stride()[:-1]), added.stride()
+
+
+# ---- memory-efficient ----
+
+
+def efficient(q, k, v, added, log, dropout, causal, *, scale):
+    CALLS.append("memory-efficient")
+    check(q, k, v, added=added)
+    out, lse = forward_of(scores(q, k, scale, added, causal), v)
+    out = out.nan_to_num() if "clean" in FAULTS else out
+    behind = lse.new_full((*lse.shape[:2], -lse.shape[2] % 32), NAN)
+    return heads_last(out), torch.cat((lse, behind), -1), None, None
+
+
+def efficient_backward(dout, q, k, v, added, out, lse, seed, offset, dropout, wanted, causal, *, scale):
+    CALLS.append("memory-efficient backward")
+    check(q, k, v, dout, out, added=added)
+    rows = q.shape[2]
+    assert lse.shape[2] % 32 == 0 and bool((lse[..., rows:] == INF).all())
+    assert bool(lse[..., :rows].isfinite().all())
+    *found, ds = backward_of(scores(q, k, scale, added, causal), dout, q, k, v, out, lse[..., :rows], scale)
+    return *map(heads_last, found), ds if wanted[3] else None
+
+
+# ---- flash and cuDNN ----
+
+
+def flash(q, k, v, dropout, causal, *, scale):
+    CALLS.append("flash")
+    check(q, k, v, grouped=True)
+    assert q.dtype != torch.float32 and (not causal or q.shape[2] == k.shape[2])
+    out, lse = forward_of(scores(q, *every_head(q, k), scale, causal=causal), *every_head(q, v))
+    return heads_last(out), lse, None, None
+
+
+def flash_backward(dout, q, k, v, out, lse, cq, ck, mq, mk, dropout, causal, seed, offset, *, scale):
+    CALLS.append("flash backward")
+    wide_k, wide_v = every_head(q, k, v)
+    s = scores(q, wide_k, scale, causal=causal)
+    return [heads_last(t) for t in of_groups(backward_of(s, dout, q, wide_k, wide_v, out, lse, scale), k)]
+
+
+def cudnn(q, k, v, added, log, dropout, causal, debug, *, scale):
+    assert added is None and log
+    out, lse, *_ = flash(q, k, v, dropout, causal, scale=scale)
+    CALLS[-1] = "cuDNN"
+    if "cudnn" in FAULTS:
+        raise RuntimeError("no plan")
+    return out, lse[..., None], None, None, 0, 0, None, None, None
+
+
+def cudnn_backward(dout, q, k, v, out, lse, seed, offset, added, cq, ck, mq, mk, dropout, causal, *, scale):
+    assert lse.dim() == 4 and added is None
+    found = flash_backward(
+        dout, q, k, v, out, lse[..., 0], cq, ck, mq, mk, dropout, causal, seed, offset, scale=scale
+    )
+    CALLS[-1] = "cuDNN backward"
+    return found
+
+
+def windowed(q, k, v, cq, ck, mq, mk, dropout, causal, debug, *, scale, window_size_left, window_size_right):
+    CALLS.append("flash")
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    window = (-1, -1) if "ignored" in FAULTS else (window_size_left, window_size_right)
+    out, lse = forward_of(scores(q, *every_head(q, k), scale, window=window), *every_head(q, v))
+    empty = lse == -INF
+    out, lse = out.masked_fill(empty[..., None], 0.0), lse.masked_fill(empty, INF)
+    return heads_last(out).transpose(1, 2), lse / math.log(2) if "log2" in FAULTS else lse, None, None, None
+
+
+def windowed_backward(
+    dout, q, k, v, out, lse, cq, ck, mq, mk, dropout, causal, seed, offset, *, scale, window_size_left,
+    window_size_right,
+):  # fmt: skip
+    CALLS.append("flash backward")
+    assert not bool((lse == -INF).any())
+    dout, q, k, v, out = (t.transpose(1, 2) for t in (dout, q, k, v, out))
+    wide_k, wide_v = every_head(q, k, v)
+    s = scores(q, wide_k, scale, window=(window_size_left, window_size_right))
+    found = of_groups(backward_of(s, dout, q, wide_k, wide_v, out, lse, scale), k)
+    return [heads_last(t).transpose(1, 2) for t in found]
+
+
+# ---- flash of sequences: (tokens, heads, width) ----
+
+
+def sequences(q, k, v, cq, ck, longest) -> Iterator[tuple[slice, slice]]:
+    assert q.dim() == k.dim() == v.dim() == 3 and all(t.stride(-1) == 1 for t in (q, k, v))
+    assert cq.dtype == ck.dtype == torch.int32 and cq.shape == ck.shape and cq.stride() == ck.stride() == (1,)
+    ends = [pairwise(t.cpu().tolist()) for t in (cq, ck)]
+    for (a, b), (c, d) in zip(*ends, strict=True):
+        assert 0 <= b - a <= longest[0] and 0 <= d - c <= longest[1]
+        yield slice(a, b), slice(c, d)
+    assert (b, d) == (len(q), len(k)), "it computes nothing behind the last sequence"
+
+
+def varlen(q, k, v, cq, ck, mq, mk, dropout, causal, debug, *, scale):
+    CALLS.append("sequences")
+    check(q, k, v, grouped=True)
+    out, lse = torch.full_like(q, NAN), q.new_full((q.shape[1], len(q)), NAN, dtype=torch.float32)
+    for rows, columns in sequences(q, k, v, cq, ck, (mq, mk)):
+        a, b, c = (t.transpose(0, 1) for t in (q[rows], k[columns], v[columns]))
+        if "unaligned" in FAULTS:
+            s = scores(a, *every_head(a, b), scale, causal=causal)
+        else:
+            s = scores(a, *every_head(a, b), scale, window=(-1, 0 if causal else -1))
+        part, sums = forward_of(s, *every_head(a, c))
+        out[rows] = part.masked_fill((sums == -INF)[..., None], 0.0).transpose(0, 1)
+        lse[:, rows] = sums.masked_fill(sums == -INF, INF)
+    return out, lse, None, None, None
+
+
+def varlen_backward(dout, q, k, v, out, lse, cq, ck, mq, mk, dropout, causal, seed, offset, *, scale):
+    CALLS.append("sequences backward")
+    assert lse.shape == (q.shape[1], len(q)) and lse.is_contiguous() and not bool((lse == -INF).any())
+    gradients = [torch.full_like(t, NAN) for t in (q, k, v)]
+    for rows, columns in sequences(q, k, v, cq, ck, (mq, mk)):
+        a, b, c, da, o = (t.transpose(0, 1) for t in (q[rows], k[columns], v[columns], dout[rows], out[rows]))
+        wide_k, wide_v = every_head(a, b, c)
+        s = scores(a, wide_k, scale, window=(-1, 0 if causal else -1))
+        found = of_groups(backward_of(s, da, a, wide_k, wide_v, o, lse[:, rows], scale), b)
+        for total, part, place in zip(gradients, found, (rows, columns, columns), strict=True):
+            total[place] = part.transpose(0, 1)
+    if "unwritten" in FAULTS:
+        gradients[1] = torch.where(gradients[1] == 0, NAN, gradients[1])
+    return gradients
+
+
+@contextlib.contextmanager
+def counting() -> Iterator[None]:
+    """Inside the block LAUNCHES gets the name of every operator that computes something; those of the copies here
+    count as one. Views compute nothing: what they return lies in the memory that they are given."""
+    LAUNCHES.clear()
+    run, depth = tensors._run, len(CALLS)
+
+    def noting(operator, arguments, keywords):
+        nonlocal depth
+        result = run(operator, arguments, keywords)
+        if len(CALLS) > depth:
+            LAUNCHES.extend(CALLS[depth:])
+            depth = len(CALLS)
+        given = {_memory(t) for t in tree_leaves((arguments, keywords)) if isinstance(t, Tensor)}
+        results = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
+        name = operator._schema.name.removeprefix("aten::")
+        computes = operator._schema.is_mutable or any(_memory(t) not in given for t in results)
+        if operator.namespace == "aten" and computes and "empty" not in name and not INSIDE:
+            LAUNCHES.append(name)
+        return result
+
+    with mock.patch.object(tensors, "_run", noting):
+        yield
+    LAUNCHES.extend(CALLS[depth:])
+
+
+def _memory(t: Tensor) -> int:
+    return t.untyped_storage().data_ptr()
+
+
+def inside(function):
+    """Operators within count as none."""
+
+    @functools.wraps(function)
+    def run(*arguments, **keywords):
+        INSIDE.append(function.__name__)
+        try:
+            return function(*arguments, **keywords)
+        finally:
+            INSIDE.pop()
+
+    return run
+
+
+@contextlib.contextmanager
+def operators(prefers_cudnn: bool) -> Iterator[None]:
+    """Inside the block these stand in PyTorch's place."""
+    with (
+        mock.patch.object(torch.version, "cuda", "12.8"),
+        mock.patch.object(torch.cuda, "is_current_stream_capturing", lambda: False),
+        mock.patch.multiple(
+            torch_efficient, _efficient=inside(efficient), _efficient_backward=inside(efficient_backward)
+        ),
+        mock.patch.multiple(
+            torch_dense, _flash=inside(flash), _flash_backward=inside(flash_backward), _windowed=inside(windowed),
+            _windowed_backward=inside(windowed_backward),
+        ),
+        mock.patch.multiple(torch_varlen, _flash=inside(varlen), _flash_backward=inside(varlen_backward)),
+        mock.patch.multiple(
+            torch_cudnn, _cudnn=inside(cudnn), _cudnn_backward=inside(cudnn_backward),
+            _choice=lambda *_, **__: torch_cudnn.CHOSEN if prefers_cudnn else 1,
+        ),
+    ):  # fmt: skip
+        yield
