@@ -16,7 +16,7 @@ import fastattn
 import fastattn.flops
 from fastattn import masks
 from fastattn.core.attention import definition as attention_definition
-from fastattn.core.attention import torch_flash
+from fastattn.core.attention import torch_dense
 from fastattn.core.attention.spec import AttentionSpec, Saved, ScoreTensors, Tangents
 
 BACKENDS = ("triton", "portable")
@@ -178,7 +178,7 @@ def test_the_flash_attention_torch_has_for_cuda_takes_our_arguments(causal: bool
     q = torch.empty(2, 4, 64, 32, dtype=torch.bfloat16, device="meta").transpose(2, 3).contiguous().transpose(2, 3)
     k = torch.empty(2, 2, 64, 32, dtype=torch.bfloat16, device="meta")
     spec = AttentionSpec(causal, 0.1)
-    out, lse = torch_flash.forward(q, k, k, spec)
+    out, lse = torch_dense.forward(q, k, k, spec)
     assert out.shape == q.shape and lse.shape == q.shape[:3] and lse.dtype == torch.float32
-    gradients = torch_flash.backward(out[:, :, :1].expand(q.shape), Saved(q, k, k, out, lse), spec)
-    assert [g.shape for g in gradients] == [q.shape, k.shape, k.shape]
+    gradients = torch_dense.backward(out[:, :, :1].expand(q.shape), Saved(q, k, k, out, lse), spec)
+    assert [g.shape for g in gradients[:3]] == [q.shape, k.shape, k.shape]

@@ -55,20 +55,24 @@ def ready(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, tensors: ScoreTe
     return agrees(trial, *_like(q, k, v, spec, tensors), forward, backward)
 
 
-def _like(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, tensors: ScoreTensors) -> tuple[Tensor, ...]:
+def _like(
+    q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, tensors: ScoreTensors
+) -> tuple[Tensor, Tensor, Tensor]:
     """Heads of the dtype of the computation."""
     dtype = dtype_of(q.dtype, spec, tensors)
     if q.dtype == dtype:
         return q, k, v
-    return tuple(t.new_empty((1, t.shape[1], 1, t.shape[3]), dtype=dtype) for t in (q, k, v))
+    q, k, v = (t.new_empty((1, t.shape[1], 1, t.shape[3]), dtype=dtype) for t in (q, k, v))
+    return q, k, v
 
 
 def dtype_of(dtype: torch.dtype, spec: AttentionSpec, tensors: ScoreTensors) -> torch.dtype:
     """The dtype in which it is computed. The definition adds ALiBi's slopes to scores in the dtype of q, but all
     else in float32; so it does with several biases."""
     bias = tensors.bias
-    floats = bias is not None and bias.dtype != torch.bool
-    if tensors.relative_bias is not None or (floats and (bias.dtype != dtype or tensors.alibi_slopes is not None)):
+    if tensors.relative_bias is not None:
+        return torch.float32
+    if bias is not None and bias.dtype != torch.bool and (bias.dtype != dtype or tensors.alibi_slopes is not None):
         return torch.float32
     return dtype
 

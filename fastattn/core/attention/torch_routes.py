@@ -105,7 +105,7 @@ class Call(NamedTuple):
         def of(name: str) -> int:
             return 1 if name in self.shared else batch
 
-        parts = [(1, 1, 1, lengths[1])]
+        parts: list[tuple[int, ...]] = [(1, 1, 1, lengths[1])]
         parts += [] if self.bias is None else [self.bias[0]]
         parts += [(batch, 1, 1, lengths[1])] if "key_lengths" in self.given else []
         parts += [(of("intervals"), 1, *lengths)] if "intervals" in self.given else []

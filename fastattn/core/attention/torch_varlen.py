@@ -141,13 +141,14 @@ def _documents(q: Tensor, k: Tensor, intervals: Tensor) -> Sequences | None:
 
 
 def _of_intervals(intervals: Values, batch: int, queries: int, keys: int) -> Sequences | None:
-    rows = intervals.tensor[:, :, :queries].cpu().long().expand(batch, -1, -1)
+    start, stop = intervals.tensor[:, :, :queries].cpu().long().expand(batch, -1, -1).unbind(1)
     device = intervals.tensor.device
     for causal in (False, True):
-        ends = _ends(*rows.unbind(1), keys, causal)
+        ends = _ends(start, stop, keys, causal)
         if ends is not None and len(ends[0]) <= MOST_SEQUENCES:
-            longest = tuple(int(t.diff().amax()) for t in ends)
-            return Sequences(*(t.int().to(device) for t in ends), longest, causal)  # type: ignore[arg-type]
+            cu_queries, cu_keys = (t.int().to(device) for t in ends)
+            longest = int(ends[0].diff().amax()), int(ends[1].diff().amax())
+            return Sequences(cu_queries, cu_keys, longest, causal)
     return None
 
 
