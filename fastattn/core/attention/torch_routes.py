@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fastattn.core.attention import torch_cudnn, torch_dense, torch_efficient, torch_flash, torch_varlen
 from fastattn.core.attention.spec import NO_TENSORS, AttentionSpec, Gradients, Saved, ScoreTensors, Wanted
+from fastattn.core.attention.tiles import adds_floats
 
 HALVES = (torch.float16, torch.bfloat16)
 # The gradient of a bias is made for every head and batch entry first: at most so many times the bias, or the
@@ -90,6 +91,11 @@ class Call(NamedTuple):
     def windowed(self) -> bool:
         """Whether the window hides more than that."""
         return self.spec.left is not None or (self.spec.right is not None and not self.own_causal)
+
+    @property
+    def adds_numbers(self) -> bool:
+        """Whether a bias that is no mask is added."""
+        return "relative_bias" in self.given or (self.bias is not None and self.bias[1] != torch.bool)
 
     @property
     def inputs(self) -> int:
@@ -269,6 +275,11 @@ ROWS: tuple[Row, ...] = (
         shared=frozenset({"relative_bias"}),
     ),
     _given("sinks, with gradient", "sinks", Yes("afterwards, from the log-sum-exp")),
+    _row(
+        "sinks beside a bias of numbers", lambda c: "sinks" in c.given and c.adds_numbers,
+        No("a huge bias rounds the log-sum-exp, and so the share of the sink"),
+        given=frozenset({"sinks", "bias"}), bias=((1, 8, 1024, 1024), torch.bfloat16),
+    ),
     _given("block lists", "mask", No("no operator of PyTorch's takes lists")),
     _row("soft cap", lambda c: c.spec.softcap > 0, No("no operator of PyTorch's has one"),
          spec=AttentionSpec(softcap=30.0)),
@@ -331,7 +342,9 @@ def serving(
     if q.device.type == "cpu":
         serves = torch_flash.serves if wanted is None else torch_flash.serves_backward
         asks = dlse is not None or (wanted is not None and wanted.bias)
-        return None if asks or not serves(q, k, v, spec, _without_sinks(tensors)) else torch_flash
+        # See the table: sinks beside a bias.
+        rest = tensors if adds_floats(tensors) else _without_sinks(tensors)
+        return None if asks or not serves(q, k, v, spec, rest) else torch_flash
     if q.device.type != "cuda" or torch.version.cuda is None:
         return None
     call = Call.of(q, k, v, spec, tensors, wanted, dlse is not None)
