@@ -17,6 +17,7 @@ from fastattn import masks
 from fastattn.core.attention import torch_routes, torch_varlen
 from fastattn.core.attention.spec import AttentionSpec, Saved, ScoreTensors, Wanted
 from fastattn.core.attention.torch_routes import KERNELS, ROWS, Call, candidates, example, obstacles
+from fastattn.measuring import doctor
 
 HOPPER, AMPERE, TURING = (9, 0), (8, 0), (7, 5)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -136,6 +137,15 @@ def test_what_no_kernel_does_is_refused_by_all_and_stays_refused_beside_others()
                 "given", frozenset()
             )
             assert first(example(other)._replace(**both)) == ""
+
+
+def test_the_doctor_prints_what_serves_on_a_gpu(capsys, monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: HOPPER)
+    doctor.report_routes(torch.device("cuda", 0))
+    lines = {line[2:35].strip(): line.split("  ") for line in capsys.readouterr().out.splitlines()}
+    assert "cuDNN or flash" in lines["full"] and "flash, sequences" in lines["key lengths"]
+    assert lines["soft cap"][-1] == "no operator of PyTorch's has one"
 
 
 # ---- sequences ----

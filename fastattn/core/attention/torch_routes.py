@@ -288,6 +288,8 @@ ROWS: tuple[Row, ...] = (
         No("it draws random numbers of its own; ours depend on seed and position alone, in every backend"),
     ),
     _given("scale of each head", "head_scale", No("q is scaled before, and the rest looked up here")),
+    _row("bits that do not depend on the batch", lambda c: c.spec.invariant, No("it splits the work by sizes"),
+         spec=AttentionSpec(invariant=True)),
     _row("gradient of the log-sum-exp", lambda c: c.lse_gradient, No("its backward takes none"),
          backward=True, lse_gradient=True),
 )  # fmt: skip
