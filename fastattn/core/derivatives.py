@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastattn.core import spread
 from fastattn.core.function import Function, saves_for_forward
 
 
@@ -15,6 +16,7 @@ def push_through(
     function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor | None], tangents: Sequence[Tensor | None]
 ) -> tuple[Tensor, ...]:
     """Forward mode: the tangents of the function's results."""
+    spread.refuse_dtensors(inputs)
     which = [i for i, t in enumerate(tangents) if t is not None]
     count = len(inputs)
 
@@ -33,6 +35,7 @@ def pull_through(
     which: Sequence[int] | None = None,
 ) -> tuple[Tensor | None, ...]:
     """Reverse mode: a gradient for each input, None for one that is None or not among `which` (by default all)."""
+    spread.refuse_dtensors(inputs)
     which = [i for i, t in enumerate(inputs) if t is not None] if which is None else which
     _, back = pull_back(function, inputs, which)
     found = dict(zip(which, back(list(cotangents)), strict=True))

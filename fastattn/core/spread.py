@@ -6,7 +6,7 @@ Functions that know what to do then ask `current`. Those that would take a part 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import torch
@@ -58,3 +58,19 @@ def refuse(what: str) -> None:
     """Raise ValueError if the sequence is spread over ranks: `what` would take a part for the whole."""
     if current is not None:
         raise ValueError(f"{what} is not computed under fastattn.distributed.context_parallel")
+
+
+def refuse_dtensors(tensors: Iterable[Any]) -> None:
+    """Raise ValueError if one of these is a DTensor, in a transform of torch.func or not."""
+    if any(isinstance(_innermost(t), DTENSORS) for t in tensors if isinstance(t, Tensor)):
+        raise ValueError(
+            "second derivatives and forward mode of DTensors are not computed within torch.func, nor from "
+            "operators that are called directly; take torch.autograd.grad(..., create_graph=True) of fastattn's "
+            "functions"
+        )
+
+
+def _innermost(t: Tensor) -> Tensor:
+    while torch._C._functorch.is_functorch_wrapped_tensor(t):
+        t = torch._C._functorch.get_unwrapped(t)
+    return t

@@ -28,7 +28,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from fastattn.core import spread
 from fastattn.core.attention.dropout import dropout_state as fresh_dropout_state
@@ -133,9 +132,19 @@ def _split(
             raise TypeError(f"{name} must be a DTensor, since x is one; give distribute_tensor({name}, mesh)")
         if isinstance(t, DTensor) and t.device_mesh != main.device_mesh:
             raise ValueError(f"{name} must be on the mesh {main.device_mesh}, got one on {t.device_mesh}")
-    shape, offset = compute_local_shape_and_global_offset(main.shape, main.device_mesh, main.placements)
-    ranges = {kind: (offset[dim], shape[dim]) for kind, dim in dims.items() if kind in kinds}
+    ranges = {kind: _own_range(main, dim) for kind, dim in dims.items() if kind in kinds}
     return Split(main.device_mesh, tuple(kinds), ranges)
+
+
+def _own_range(t: DTensor, dim: int) -> tuple[int, int]:
+    """The first index and the number that this rank has of a dimension, cut as torch.chunk cuts it."""
+    first, count = 0, t.shape[dim]
+    for dimension in range(t.device_mesh.ndim):
+        if _sharded_dim(t, dimension) == dim:
+            each = -(-count // t.device_mesh.size(dimension))
+            begin = min(each * t.device_mesh.get_local_rank(dimension), count)
+            first, count = first + begin, min(each, count - begin)
+    return first, count
 
 
 def _sharded_dim(t: DTensor, dimension: int) -> int | str | None:
@@ -204,21 +213,22 @@ def _key_heads(q: DTensor, k: DTensor, kinds: Sequence[str | None], split: Split
     """The first and the number of the key heads that this rank's query heads read; None for all that it has."""
     if HEADS not in kinds:
         return None
-    group = q.shape[1] // max(1, k.shape[1])
-    first, count = split.ranges[HEADS]
-    keys = first // group, max(1, count // group)
-    whole_groups = first % group == 0 and count % group == 0
-    in_one_group = first % group + count <= group
-    shape, offset = compute_local_shape_and_global_offset(k.shape, k.device_mesh, k.placements)
-    sharded = any(_sharded_dim(k, d) == 1 for d in range(len(kinds)))
-    fits = (offset[1], shape[1]) == keys and whole_groups if sharded else whole_groups or in_one_group
-    if not fits or q.shape[1] % _ranks_of(kinds, q.device_mesh, HEADS):
+    ranks, group = _ranks_of(kinds, q.device_mesh, HEADS), q.shape[1] // max(1, k.shape[1])
+    sharing_keys = 1
+    for dimension in range(len(kinds)):
+        sharing_keys *= q.device_mesh.size(dimension) if _sharded_dim(k, dimension) == 1 else 1
+    # Only what is the same on all ranks decides, so that all of them raise.
+    count = q.shape[1] // ranks
+    whole_groups, in_one_group = count % group == 0, count > 0 and group % count == 0
+    sharded = sharing_keys > 1
+    fits = whole_groups and sharing_keys == ranks if sharded else whole_groups or in_one_group
+    if not fits or q.shape[1] % ranks:
         raise ValueError(
             f"{q.shape[1]} query heads and {k.shape[1]} key heads cannot be shared out over "
-            f"{_ranks_of(kinds, q.device_mesh, HEADS)} ranks so that each key head stays with its queries; "
+            f"{ranks} ranks so that each key head stays with its queries; "
             "replicate k and v, or take fewer ranks"
         )
-    return None if sharded else keys
+    return None if sharded else (split.ranges[HEADS][0] // group, max(1, count // group))
 
 
 def _ranks_of(kinds: Sequence[str | None], mesh: DeviceMesh, kind: str) -> int:

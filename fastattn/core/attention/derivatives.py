@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastattn.core import spread
 from fastattn.core.attention.spec import ScoreTensors
 from fastattn.core.attention.tiles import Tile, TileSum
 from fastattn.core.derivatives import pull_back
@@ -80,6 +81,7 @@ def _pulled(function: TileSum, outputs: Sequence[int], which: Sequence[int]) -> 
 
 def apply(function: TileSum, tensors: ScoreTensors, inputs: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
     """The sum, differentiable by its inputs."""
+    spread.refuse_dtensors(inputs)
     return _Differentiable.apply(function, *(getattr(tensors, name) for name in _FIXED), *inputs)
 
 
