@@ -16,7 +16,13 @@ travels in the dtype of its tensor, since each message is what one call of the k
 summed where they arrive, in float32 and in a fixed order. `counted()` measures what is sent.
 """
 
-from fastattn.distributed import propagation, tensors  # noqa: F401  (from now on, DTensors are computed)
+from fastattn.distributed import (  # noqa: F401  (from now on, DTensors are computed)
+    propagation,
+    tensor_caches,
+    tensor_losses,
+    tensor_statistics,
+    tensors,
+)
 from fastattn.distributed.context import context_parallel
 from fastattn.distributed.dealing import Layout, layout
 from fastattn.distributed.exchange import Traffic, counted

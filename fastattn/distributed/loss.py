@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,18 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastattn.core.autocast import autocast, without_autocast
-from fastattn.core.capabilities import check_backend
-from fastattn.core.loss import definition, operators
-from fastattn.core.loss.functional import Terms, flat_target, shifted, tokens_of
-from fastattn.core.loss.spec import (
-    REDUCTIONS,
-    LossTensors,
-    check_coefficient,
-    check_tensors,
-    loss_spec,
-)
-from fastattn.ground import arguments
+from fastattn.core.loss.functional import Alone, Asked, Terms, computed
+from fastattn.core.loss.spec import LossTensors
 from fastattn.ground.checks import lse_dtype
 
 
@@ -65,44 +55,45 @@ def linear_cross_entropy(
 
     Source: Shoeybi et al., Megatron-LM (2019), section 3.
     """
-    arguments.choice("reduction", reduction, REDUCTIONS)
-    backend = check_backend(backend)
-    return_lse = arguments.flag("return_lse", return_lse)
-    return_entropy = arguments.flag("return_entropy", return_entropy)
-    z_loss = check_coefficient("z_loss", z_loss)
-    x, w, b = autocast(input, linear_weight, linear_bias)
-    if arguments.flag("shift", shift):
-        x, target = shifted(x, target)
-    check_tensors(LossTensors(x, w, b, target, weight))
-    first, classes = _places(w, group)
-    spec = loss_spec(
-        target,
-        classes,
-        ignore_index=ignore_index,
-        label_smoothing=label_smoothing,
-        softcap=softcap,
-        temperature=temperature,
-        filter=None,
-        entropy=return_entropy,
-    )
-    spec = replace(spec, first=first)
-    tensors = LossTensors(_Shared.apply(tokens_of(x), group), w, b, flat_target(target, spec), weight)
-    with without_autocast(x.device):
-        here = Terms.of(lse_dtype(x.dtype), tensors.target, weight, spec, z_loss, w.shape[0])
-        rows = operators.rows(*tensors, *spec.options, backend)
-        terms, rows = _merged(here, rows, tensors.target.is_floating_point(), group)
-        loss = terms.loss(rows, reduction, x.shape[:-1])
-        extra = [definition.log_sum_exp(rows)] * return_lse + [rows[-1]] * return_entropy
-        return (loss, *(t.view(x.shape[:-1]) for t in extra)) if extra else loss
+    asked = Asked(
+        reduction, ignore_index, label_smoothing, z_loss, softcap, temperature, None, return_lse, return_entropy,
+        shift, backend,
+    )  # fmt: skip
+    return computed(LossTensors(input, linear_weight, linear_bias, target, weight), asked, Among(group))
 
 
-def _places(w: Tensor, group: dist.ProcessGroup | None) -> tuple[int, int]:
-    """The first class of this rank, and the number of all classes."""
-    held = torch.tensor([w.shape[0]], device=w.device)
-    found = [torch.empty_like(held) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(found, held, group=group)
-    counts = torch.cat(found).tolist()
-    return sum(counts[: dist.get_rank(group)]), sum(counts)
+class Among(Alone):
+    """The ranks that share the classes, and those that share the tokens; None for no others.
+
+    classes: the group whose ranks hold the classes, in their order. tokens: groups, over each of which the tokens
+    are shared out.
+    """
+
+    def __init__(
+        self, classes: Any, tokens: Sequence[dist.ProcessGroup] = (), shares_classes: bool = True
+    ) -> None:
+        self.classes, self.tokens, self.shares_classes = classes, tokens, shares_classes
+
+    def places(self, w: Tensor) -> tuple[int, int]:
+        if not self.shares_classes:
+            return super().places(w)
+        held = torch.tensor([w.shape[0]], device=w.device)
+        found = [torch.empty_like(held) for _ in range(dist.get_world_size(self.classes))]
+        dist.all_gather(found, held, group=self.classes)
+        counts = torch.cat(found).tolist()
+        return sum(counts[: dist.get_rank(self.classes)]), sum(counts)
+
+    def shared(self, x: Tensor) -> Tensor:
+        return _Shared.apply(x, self.classes) if self.shares_classes else x
+
+    def merged(self, terms: Terms, rows: Tensor, probabilities: bool) -> tuple[Terms, Tensor]:
+        return _merged(terms, rows, probabilities, self.classes) if self.shares_classes else (terms, rows)
+
+    def total(self, t: Tensor) -> Tensor:
+        total = t.detach().sum()  # of targets and of weights of classes, which have no gradient
+        for group in self.tokens:
+            dist.all_reduce(total, group=group)
+        return total
 
 
 def _merged(

@@ -11,6 +11,10 @@ What each dimension of the mesh may share out:
 | mlp, gated_mlp | x replicated; weights and biases of hidden units Shard(0), last weight Shard(1) | Partial |
 | layer_norm, rms_norm | x Shard(any but the last), weights replicated | as x |
 | prepare_heads | x Shard(0), Shard(1) or Shard(2) | as x |
+| linear_cross_entropy | input and target Shard(any but the last): tokens | as input; one number: replicated |
+| linear_cross_entropy | linear_weight Shard(0): classes | replicated |
+| attention_with_cache | queries, caches and new keys all Shard(0) (no pages) or all Shard(1) | as q |
+| lens.attention_statistics, match_mass, gather_weights | q, k and lse all Shard(0) or all Shard(1) | as q |
 
 Or all replicated. Any other placement is refused. Tensors beside the main ones (biases, slopes, lengths) are
 replicated, or sharded with what they belong to. A plain tensor stands for the whole one, and must not need a
@@ -75,7 +79,7 @@ class Split:
                 )
         # From replicated to sharded nothing is sent.
         t = t.redistribute(placements=wanted)
-        return _local(
+        return local_part(
             t, [Partial() if kind and not w.is_shard() else w for kind, w in zip(self.kinds, wanted, strict=True)]
         )
 
@@ -90,10 +94,11 @@ class Split:
                 t = t.narrow(dim, *self.ranges[kind])
         return t
 
-    def whole(self, local: Tensor, shape: Sequence[int], dims: dict[str, int]) -> DTensor:
-        """A result as a DTensor of this shape. What is shared out and has no dimension in it is a partial sum."""
+    def whole(self, local: Tensor, shape: Sequence[int], dims: dict[str, int], same_for: str = "") -> DTensor:
+        """A result as a DTensor of this shape. What is shared out and has no dimension in it is a partial sum.
+        same_for: what else is shared out, so that all ranks have the same result."""
         placements: list[Placement] = [
-            Replicate() if kind is None else Shard(dims[kind]) if kind in dims else Partial()
+            Replicate() if kind in (None, same_for) else Shard(dims[kind]) if kind in dims else Partial()
             for kind in self.kinds
         ]
         stride = torch.empty(tuple(shape), device="meta").stride()
@@ -115,7 +120,7 @@ class _Summed(torch.autograd.Function):
         return gradient.redistribute(placements=summed)
 
 
-def _local(t: DTensor, gradient: Sequence[Placement]) -> Tensor:
+def local_part(t: DTensor, gradient: Sequence[Placement]) -> Tensor:
     """This rank's part. gradient: the placements of its gradient; that of a parameter is summed at once, since
     optimizers read it."""
     if t.is_leaf and t.requires_grad and any(p.is_partial() for p in gradient):
@@ -123,7 +128,7 @@ def _local(t: DTensor, gradient: Sequence[Placement]) -> Tensor:
     return t.to_local(grad_placements=gradient)
 
 
-def _split(
+def split_of(
     main: DTensor, kinds: Sequence[str | None], dims: dict[str, int], others: Sequence[tuple[str, Any]]
 ) -> Split:
     """kinds: what each dimension of main's mesh shares out. dims: by name, the dimension of `main`."""
@@ -132,22 +137,22 @@ def _split(
             raise TypeError(f"{name} must be a DTensor, since x is one; give distribute_tensor({name}, mesh)")
         if isinstance(t, DTensor) and t.device_mesh != main.device_mesh:
             raise ValueError(f"{name} must be on the mesh {main.device_mesh}, got one on {t.device_mesh}")
-    ranges = {kind: _own_range(main, dim) for kind, dim in dims.items() if kind in kinds}
+    ranges = {kind: own_range(main, dim) for kind, dim in dims.items() if kind in kinds}
     return Split(main.device_mesh, tuple(kinds), ranges)
 
 
-def _own_range(t: DTensor, dim: int) -> tuple[int, int]:
+def own_range(t: DTensor, dim: int) -> tuple[int, int]:
     """The first index and the number that this rank has of a dimension, cut as torch.chunk cuts it."""
     first, count = 0, t.shape[dim]
     for dimension in range(t.device_mesh.ndim):
-        if _sharded_dim(t, dimension) == dim:
+        if sharded_dim(t, dimension) == dim:
             each = -(-count // t.device_mesh.size(dimension))
             begin = min(each * t.device_mesh.get_local_rank(dimension), count)
             first, count = first + begin, min(each, count - begin)
     return first, count
 
 
-def _sharded_dim(t: DTensor, dimension: int) -> int | str | None:
+def sharded_dim(t: DTensor, dimension: int) -> int | str | None:
     """The tensor's dimension that a dimension of the mesh shares out, None if replicated, else the placement."""
     placement = t.placements[dimension]
     if type(placement) is Shard:
@@ -175,7 +180,7 @@ def attention(q: DTensor, k: DTensor, v: DTensor, options: dict[str, Any]) -> An
     )  # fmt: skip
     kinds = []
     for dimension in range(q.device_mesh.ndim):
-        found = tuple(_sharded_dim(t, dimension) for t in (q, k, v))
+        found = tuple(sharded_dim(t, dimension) for t in (q, k, v))
         if found not in _ATTENTION:
             raise ValueError(
                 "q, k and v must be sharded together: all by batch, all by heads, q alone by heads or by length "
@@ -183,11 +188,11 @@ def attention(q: DTensor, k: DTensor, v: DTensor, options: dict[str, Any]) -> An
                 "A sequence whose keys are sharded is computed by fastattn.distributed.attention"
             )
         kinds.append(_ATTENTION[found])
-    split = _split(q, kinds, {BATCH: 0, HEADS: 1, LENGTH: 2}, ())
-    keys = _key_heads(q, k, kinds, split)
+    split = split_of(q, kinds, {BATCH: 0, HEADS: 1, LENGTH: 2}, ())
+    keys = key_heads_of(q, k, kinds, split)
     _check_positions(kinds, spec, options)
-    local_q = _local(q, q.placements)
-    local_k, local_v = (_local_keys(t, kinds, keys) for t in (k, v))
+    local_q = local_part(q, q.placements)
+    local_k, local_v = (local_keys(t, kinds, keys) for t in (k, v))
     if LENGTH in kinds and spec.causal:
         # The last query of the shard stands at the last key.
         start, count = split.ranges[LENGTH]
@@ -195,12 +200,8 @@ def attention(q: DTensor, k: DTensor, v: DTensor, options: dict[str, Any]) -> An
         local_k, local_v = local_k[:, :, :end], local_v[:, :, :end]
         if options["bias"] is not None and options["bias"].shape[-1] > 1:
             options["bias"] = options["bias"][..., :end]
-    local = {**options, **_beside(split, q, options, spec.dropout)}
-    if options["mask"] is not None:
-        lengths = spread.whole_length(q.shape[2]), spread.whole_length(k.shape[2])
-        lowered = whole_mask((*q.shape[:2], *lengths, q.device), (spec.left, spec.right), options["mask"])
-        own = lowered.part(split.ranges.get(BATCH), split.ranges.get(HEADS)).to(q.device)
-        local |= {"mask": own, "causal": False, "window": None}
+    local = {**options, **score_tensors_of(split, q, options, spec.dropout)}
+    local |= own_mask(split, q, k, (spec.left, spec.right), options["mask"])
     results = attention_here(local_q, local_k, local_v, **local)
     out, *rows = results if isinstance(results, tuple) else (results,)
     whole = split.whole(out, (*q.shape[:3], v.shape[3]), {BATCH: 0, HEADS: 1, LENGTH: 2})
@@ -209,14 +210,24 @@ def attention(q: DTensor, k: DTensor, v: DTensor, options: dict[str, Any]) -> An
     return whole, *(split.whole(t, q.shape[:3], {BATCH: 0, HEADS: 1, LENGTH: 2}) for t in rows)
 
 
-def _key_heads(q: DTensor, k: DTensor, kinds: Sequence[str | None], split: Split) -> tuple[int, int] | None:
+def own_mask(split: Split, q: DTensor, k: DTensor, bounds: tuple[int | None, int | None], mask: Any) -> dict:
+    """This rank's part of a mask, with the window of these bounds in it, as `attention` takes it."""
+    if mask is None:
+        return {}
+    lengths = spread.whole_length(q.shape[2]), spread.whole_length(k.shape[2])
+    lowered = whole_mask((*q.shape[:2], *lengths, q.device), bounds, mask)
+    own = lowered.part(split.ranges.get(BATCH), split.ranges.get(HEADS)).to(q.device)
+    return {"mask": own, "causal": False, "window": None}
+
+
+def key_heads_of(q: DTensor, k: DTensor, kinds: Sequence[str | None], split: Split) -> tuple[int, int] | None:
     """The first and the number of the key heads that this rank's query heads read; None for all that it has."""
     if HEADS not in kinds:
         return None
     ranks, group = _ranks_of(kinds, q.device_mesh, HEADS), q.shape[1] // max(1, k.shape[1])
     sharing_keys = 1
     for dimension in range(len(kinds)):
-        sharing_keys *= q.device_mesh.size(dimension) if _sharded_dim(k, dimension) == 1 else 1
+        sharing_keys *= q.device_mesh.size(dimension) if sharded_dim(k, dimension) == 1 else 1
     # Only what is the same on all ranks decides, so that all of them raise.
     count = q.shape[1] // ranks
     whole_groups, in_one_group = count % group == 0, count > 0 and group % count == 0
@@ -238,13 +249,13 @@ def _ranks_of(kinds: Sequence[str | None], mesh: DeviceMesh, kind: str) -> int:
     return count
 
 
-def _local_keys(t: DTensor, kinds: Sequence[str | None], heads: tuple[int, int] | None) -> Tensor:
+def local_keys(t: DTensor, kinds: Sequence[str | None], heads: tuple[int, int] | None) -> Tensor:
     """This rank's keys. Where they are replicated and queries are not, their gradient is a part of a sum."""
     gradient = [
         Partial() if kind in (HEADS, LENGTH) and isinstance(placement, Replicate) else placement
         for kind, placement in zip(kinds, t.placements, strict=True)
     ]
-    local = _local(t, gradient)
+    local = local_part(t, gradient)
     return local if heads is None else local.narrow(1, *heads)
 
 
@@ -266,7 +277,7 @@ def _check_positions(kinds: Sequence[str | None], spec: Any, options: dict[str, 
         )
 
 
-def _beside(split: Split, q: DTensor, options: dict[str, Any], dropout: float) -> dict[str, Any]:
+def score_tensors_of(split: Split, q: DTensor, options: dict[str, Any], dropout: float) -> dict[str, Any]:
     """This rank's parts of the tensors beside q, k and v."""
     state, bias = options["dropout_state"], options["bias"]
     if dropout and state is None:
@@ -293,18 +304,20 @@ def _beside(split: Split, q: DTensor, options: dict[str, Any], dropout: float) -
     return found
 
 
-def _rows(x: DTensor) -> list[str | None]:
+def rows_of(x: DTensor, name: str = "x") -> list[str | None]:
     """What each dimension of x's mesh shares out, if it shares out any dimension but the last."""
     kinds: list[str | None] = []
     for dimension in range(x.device_mesh.ndim):
-        dim = _sharded_dim(x, dimension)
+        dim = sharded_dim(x, dimension)
         if isinstance(dim, str) or dim == x.dim() - 1:
-            raise ValueError(f"x must be replicated, or sharded by any dimension but the last, got {x.placements}")
+            raise ValueError(
+                f"{name} must be replicated, or sharded by any dimension but the last, got {x.placements}"
+            )
         kinds.append(None if dim is None else f"dimension {dim}")
     return kinds
 
 
-def _dims(kinds: Sequence[str | None]) -> dict[str, int]:
+def dims_of(kinds: Sequence[str | None]) -> dict[str, int]:
     return {kind: int(kind.removeprefix("dimension ")) for kind in kinds if kind and kind != HIDDEN}
 
 
@@ -333,18 +346,18 @@ def _mlp(
     x: DTensor, into: dict[str, Any], out: tuple[str, Any], bias: tuple[str, Any], compute: Callable[..., Tensor]
 ) -> DTensor:
     """into: weights and biases whose rows are hidden units. out: the weight whose columns they are."""
-    kinds, name, weight = _rows(x), *out
+    kinds, name, weight = rows_of(x), *out
     first = next(iter(into.values()))
     for dimension in range(x.device_mesh.ndim):
-        if isinstance(first, DTensor) and _sharded_dim(first, dimension) == 0:
+        if isinstance(first, DTensor) and sharded_dim(first, dimension) == 0:
             if kinds[dimension] is not None:
                 raise ValueError(
                     f"x must be replicated over dimension {dimension} of the mesh, which shares out hidden units, "
                     f"got {x.placements[dimension]}"
                 )
             kinds[dimension] = HIDDEN
-    main, dims = x, _dims(kinds)
-    split = _split(main, kinds, dims, [*into.items(), out, bias])
+    main, dims = x, dims_of(kinds)
+    split = split_of(main, kinds, dims, [*into.items(), out, bias])
     parts = {name: _exactly(split, name, t, {HIDDEN: 0}) for name, t in into.items()}
     local_weight = _exactly(split, name, weight, {HIDDEN: 1})
     local_bias = split.local(*bias, {})
@@ -371,9 +384,9 @@ def _exactly(split: Split, name: str, t: Any, dims: dict[str, int]) -> Any:
 
 def norm(which: str, x: DTensor, tensors: dict[str, Any], residual: Any, options: dict[str, Any]) -> Any:
     """`fastattn.rms_norm` or `fastattn.layer_norm`; tensors: weight and bias."""
-    kinds = _rows(x)
-    dims = _dims(kinds)
-    split = _split(x, kinds, dims, [*tensors.items(), ("residual", residual)])
+    kinds = rows_of(x)
+    dims = dims_of(kinds)
+    split = split_of(x, kinds, dims, [*tensors.items(), ("residual", residual)])
     if residual is not None and tuple(residual.placements) != tuple(x.placements):
         raise ValueError(f"residual must be sharded as x, {x.placements}, got {residual.placements}")
     function: Any = {"rms_norm": rms_norm_here, "layer_norm": layer_norm_here}[which]
@@ -389,12 +402,12 @@ def norm(which: str, x: DTensor, tensors: dict[str, Any], residual: Any, options
 def prepare_heads(x: DTensor, options: dict[str, Any]) -> DTensor:
     """`fastattn.prepare_heads`."""
     names: dict[int | None, str | None] = {None: None, 0: BATCH, 1: HEADS, 2: LENGTH}
-    found = [_sharded_dim(x, dimension) for dimension in range(x.device_mesh.ndim)]
+    found = [sharded_dim(x, dimension) for dimension in range(x.device_mesh.ndim)]
     if any(isinstance(dim, str) or dim == 3 for dim in found):
         raise ValueError(f"x must be replicated, or sharded by batch, heads or length, got {x.placements}")
     kinds = [names[dim] for dim in found]  # type: ignore[index]
     dims = {BATCH: 0, HEADS: 1, LENGTH: 2}
-    split = _split(x, kinds, dims, ())
+    split = split_of(x, kinds, dims, ())
     own, weight, scale = dict(options), options["norm_weight"], options["head_scale"]
     own["norm_weight"] = split.local("norm_weight", weight, {HEADS: 0} if _has_dims(weight, 2) else {})
     own["head_scale"] = split.local(
@@ -414,6 +427,6 @@ def _has_dims(t: Any, count: int) -> bool:
 
 
 spread.DTENSORS = (DTensor,)
-spread.of_dtensors = {
+spread.of_dtensors |= {
     "attention": attention, "mlp": mlp, "gated_mlp": gated_mlp, "norm": norm, "prepare_heads": prepare_heads
 }  # fmt: skip

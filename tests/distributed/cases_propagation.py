@@ -277,7 +277,10 @@ REFUSED: dict[str, tuple[Callable[..., Any], str]] = {
     "a sequence whose keys are sharded": (
         lambda s: attention(s(R), s(LENGTH), s(LENGTH)), r"k must have R.* got S\(2\).*distributed.attention"
     ),
-    "queries under causal": (lambda s: attention(s(LENGTH), s(R), s(R)), "causal must not be given to an"),
+    "queries under causal, after queries under no mask": (
+        lambda s: [attention(s(LENGTH), s(R), s(R), causal=causal) for causal in (False, True)],
+        "causal must not be given to an operator",
+    ),
     "heads that do not divide": (
         lambda s: attention(*(s(HEADS, B, 3, N, D) for _ in range(3))), "3 query heads and 3 key heads cannot"
     ),

@@ -20,8 +20,16 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.distributed.device_mesh import DeviceMesh
 
-TIMEOUT = timedelta(seconds=60)
-MODULES = ("cases_attention", "cases_ranks", "cases_models", "cases_tensors", "cases_loss", "cases_propagation")
+TIMEOUT = timedelta(seconds=15)
+MODULES = (
+    "cases_attention",
+    "cases_ranks",
+    "cases_models",
+    "cases_tensors",
+    "cases_loss",
+    "cases_propagation",
+    "cases_tensor_functions",
+)
 Case = Callable[[DeviceMesh], None]
 # How many ranks run the cases; "slow" is two ranks.
 Group = int | str
@@ -61,8 +69,9 @@ def _worker(rank: int, group: Group, folder: str, pattern: str) -> None:
         try:
             case(mesh)
         except BaseException:  # also what pytest.raises raises
-            report += f"\n{name}, rank {rank}:\n{traceback.format_exc()}"
-            print(report, file=sys.stderr, flush=True)  # before the other ranks wait for this one in vain
+            problem = f"\n{name}, rank {rank}:\n{traceback.format_exc()}"
+            report += problem
+            print(problem, file=sys.stderr, flush=True)  # before the other ranks wait for this one in vain
         dist.barrier()
     (Path(folder) / f"failures.{rank}").write_text(report)
     dist.destroy_process_group()

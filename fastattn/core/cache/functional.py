@@ -188,6 +188,12 @@ def attention_with_cache(
         cos,
         sin,
     )
+    if isinstance(q, spread.DTENSORS):
+        return spread.of_dtensors["attention_with_cache"](tensors, {
+            "interleaved": interleaved, "causal": causal, "scale": scale, "window": window, "softcap": softcap,
+            "value_width": value_width, "precision": precision, "return_lse": return_lse, "check": check,
+            "invariant": invariant, "backend": backend,
+        })  # fmt: skip
     options = (
         causal, scale, window, softcap, value_width, precision, return_lse, check, interleaved, backend,
         invariance.wanted if invariant is None else invariant, cache_starts is None,
@@ -366,6 +372,10 @@ def attention_with_shared_prefix(
     Source: Juravsky et al., Hydragen (2024), section 3.1; merging: Milakov and Gimelshein (2018), section 3.1.
     """
     return_lse = flag("return_lse", return_lse)
+    if isinstance(q, spread.DTENSORS):
+        raise TypeError(
+            "attention_with_shared_prefix does not take DTensors; give it what each rank has, .to_local()"
+        )
     if invariance.wanted:
         raise ValueError(
             "attention_with_shared_prefix is not invariant, since it merges two results: call "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -95,37 +96,102 @@ def linear_cross_entropy(
     Source: Wijmans et al., Cut Your Losses in Large-Vocabulary Language Models (2024), sections 4.1 to 4.3;
     z_loss: Chowdhery et al., PaLM (2022), section 5; smoothing: Szegedy et al. (2015), section 7.
     """
-    arguments.choice("reduction", reduction, REDUCTIONS)
-    backend = check_backend(backend)
-    return_lse = arguments.flag("return_lse", return_lse)
-    return_entropy = arguments.flag("return_entropy", return_entropy)
-    z_loss = check_coefficient("z_loss", z_loss)
-    x, w, b = autocast(input, linear_weight, linear_bias)
-    if arguments.flag("shift", shift):
+    asked = Asked(
+        reduction, ignore_index, label_smoothing, z_loss, softcap, temperature, filter, return_lse, return_entropy,
+        shift, backend,
+    )  # fmt: skip
+    tensors = LossTensors(input, linear_weight, linear_bias, target, weight)
+    if isinstance(input, spread.DTENSORS):
+        return spread.of_dtensors["linear_cross_entropy"](tensors, asked)
+    return computed(tensors, asked, Alone())
+
+
+class Asked(NamedTuple):
+    """What `linear_cross_entropy` takes beside its tensors."""
+
+    reduction: str
+    ignore_index: int | None
+    label_smoothing: float
+    z_loss: float
+    softcap: float | None
+    temperature: float
+    filter: float | None
+    return_lse: bool
+    return_entropy: bool
+    shift: bool
+    backend: str | None
+
+    def checked(self) -> Asked:
+        """With what does not become part of a spec checked."""
+        arguments.choice("reduction", self.reduction, REDUCTIONS)
+        return self._replace(
+            return_lse=arguments.flag("return_lse", self.return_lse),
+            return_entropy=arguments.flag("return_entropy", self.return_entropy),
+            z_loss=check_coefficient("z_loss", self.z_loss),
+            shift=arguments.flag("shift", self.shift),
+            backend=check_backend(self.backend),
+        )
+
+
+class Alone:
+    """This process has all classes and all tokens. See fastattn.distributed.loss for others."""
+
+    shares_classes = False
+
+    def places(self, w: Tensor) -> tuple[int, int]:
+        """The first class of this process, and the number of all classes."""
+        return 0, w.shape[0]
+
+    def shared(self, x: Tensor) -> Tensor:
+        """The tokens, which all that share the classes have."""
+        return x
+
+    def merged(self, terms: Terms, rows: Tensor, probabilities: bool) -> tuple[Terms, Tensor]:
+        """Terms and rows of all classes."""
+        return terms, rows
+
+    def total(self, t: Tensor) -> Tensor:
+        """The sum over all tokens."""
+        return t.sum()
+
+
+def computed(tensors: LossTensors, asked: Asked, among: Alone) -> Any:
+    """The loss of these tensors, checked, with what else is asked for. A reduced loss is that of this process's
+    tokens; a mean is over the tokens of all. among: who has the other classes and tokens."""
+    asked = asked.checked()
+    x, w, b, target, weight = tensors
+    x, w, b = autocast(x, w, b)
+    if asked.shift:
         x, target = shifted(x, target)
-    tensors = LossTensors(x, w, b, target, weight)
-    check_tensors(tensors)
-    spec = loss_spec(
-        target,
-        w.shape[0],
-        ignore_index=ignore_index,
-        label_smoothing=label_smoothing,
-        softcap=softcap,
-        temperature=temperature,
-        filter=filter,
-        entropy=return_entropy,
+    check_tensors(LossTensors(x, w, b, target, weight))
+    first, classes = among.places(w)
+    spec = replace(
+        loss_spec(
+            target,
+            classes,
+            ignore_index=asked.ignore_index,
+            label_smoothing=asked.label_smoothing,
+            softcap=asked.softcap,
+            temperature=asked.temperature,
+            filter=asked.filter,
+            entropy=asked.return_entropy,
+        ),
+        first=first,
     )
-    flat = LossTensors(tokens_of(x), w, b, flat_target(target, spec), weight)
+    flat = LossTensors(among.shared(tokens_of(x)), w, b, flat_target(target, spec), weight)
+    reduction, backend, extra = asked.reduction, asked.backend, asked.return_lse or asked.return_entropy
     with without_autocast(x.device):
-        terms = Terms.of(lse_dtype(x.dtype), flat.target, weight, spec, z_loss, w.shape[0])
-        if reduction != "none" and not (return_lse or return_entropy) and _gradients_at_once(flat):
-            coefficients = terms.coefficients(reduction)
+        terms = Terms.of(lse_dtype(x.dtype), flat.target, weight, spec, asked.z_loss, w.shape[0])
+        if reduction != "none" and not (extra or among.shares_classes) and _gradients_at_once(flat):
+            coefficients = terms.coefficients(reduction, among)
             wanted = [t is not None and t.requires_grad for t in (flat.x, w, b)]
-            return terms.finish(operators.reduced(*flat, coefficients, wanted, *spec.options, backend), reduction)
+            loss = operators.reduced(*flat, coefficients, wanted, *spec.options, backend)
+            return terms.finish(loss, reduction, among)
         rows = operators.rows(*flat, *spec.options, backend)
-        loss = terms.loss(rows, reduction, x.shape[:-1])
-        extra = [definition.log_sum_exp(rows)] * return_lse + [rows[-1]] * return_entropy
-        return (loss, *(t.view(x.shape[:-1]) for t in extra)) if extra else loss
+        terms, rows = among.merged(terms, rows, flat.target.is_floating_point())
+        loss = terms.loss(rows, reduction, x.shape[:-1], among)
+        beside = [definition.log_sum_exp(rows)] * asked.return_lse + [rows[-1]] * asked.return_entropy
+        return (loss, *(t.view(x.shape[:-1]) for t in beside)) if extra else loss
 
 
 def loss_of_logits(
@@ -163,7 +229,7 @@ def loss_of_logits(
     with without_autocast(logits.device):
         terms = Terms.of(lse_dtype(logits.dtype), flat, weight, spec, z_loss, classes)
         rows = definition.rows_of_logits(tokens_of(logits), flat, weight, spec)
-        return terms.loss(rows, reduction, logits.shape[:-1])
+        return terms.loss(rows, reduction, logits.shape[:-1], Alone())
 
 
 class Terms(NamedTuple):
@@ -212,23 +278,24 @@ class Terms(NamedTuple):
         linear = own * (1 - spec.smoothing) + counted * (total * (spec.smoothing / spec.classes))
         return cls(linear, counted, counted * z_loss, divisor)
 
-    def coefficients(self, reduction: str) -> Tensor:
+    def coefficients(self, reduction: str, among: Alone) -> Tensor:
         """(3, T): see `definition.loss_of_rows`."""
         if reduction != "mean":
             return torch.stack((self.linear, self.counted, self.square))
-        divisor = self.divisor.sum()
-        parts = torch.stack((self.linear / divisor, self.counted / divisor, self.square / self.counted.sum()))
+        divisor, count = among.total(self.divisor), among.total(self.counted)
+        parts = torch.stack((self.linear / divisor, self.counted / divisor, self.square / count))
         return torch.where(self.counted != 0, parts, 0.0)
 
-    def loss(self, rows: Tensor, reduction: str, shape: torch.Size) -> Tensor:
+    def loss(self, rows: Tensor, reduction: str, shape: torch.Size, among: Alone) -> Tensor:
         """The loss of these rows; without reduction, in this shape."""
-        each = definition.losses_of_rows(rows, self.coefficients(reduction))
+        each = definition.losses_of_rows(rows, self.coefficients(reduction, among))
         each = torch.where(self.counted != 0, each, 0.0)
-        return each.view(shape) if reduction == "none" else self.finish(each.sum(), reduction)
+        return each.view(shape) if reduction == "none" else self.finish(each.sum(), reduction, among)
 
-    def finish(self, loss: Tensor, reduction: str) -> Tensor:
+    def finish(self, loss: Tensor, reduction: str, among: Alone) -> Tensor:
         """A mean of nothing is NaN, as torch's."""
-        return torch.where(self.divisor.sum() == 0, float("nan"), loss) if reduction == "mean" else loss
+        none = among.total(self.divisor) == 0 if reduction == "mean" else None
+        return loss if none is None else torch.where(none, float("nan"), loss)
 
 
 def tokens_of(x: Tensor) -> Tensor:

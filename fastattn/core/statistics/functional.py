@@ -129,6 +129,13 @@ def attention_statistics(
     received: Zhang et al., H2O (2023), over the last queries: Li et al., SnapKV (2024); value norms: Kobayashi et
     al., Attention is Not Only a Weight (2020).
     """
+    if isinstance(q, spread.DTENSORS):
+        own = {
+            "v": v, "want": want, "queries": queries, "top": top, "within": within, "labels": labels,
+            "match": match, "query_weights": query_weights, "output": output, "thumbnail": thumbnail,
+            "backend": backend,
+        }  # fmt: skip
+        return spread.of_dtensors["statistics"](attention_statistics, {"q": q, "k": k, "lse": lse}, own, given)
     names = check_want(want)
     kinds = (match,) if isinstance(match, str) or callable(match) else tuple(match)
     call = _call("attention_statistics", q, k, lse, backend, given)
@@ -196,6 +203,9 @@ def match_mass(
     Source: Olsson et al., In-context Learning and Induction Heads (2022), for induction and previous; Wang et al.,
     Interpretability in the Wild (2022), for duplicate.
     """
+    if isinstance(q, spread.DTENSORS):
+        own = {"labels": labels, "kind": kind, "queries": queries, "backend": backend}
+        return spread.of_dtensors["statistics"](match_mass, {"q": q, "k": k, "lse": lse}, own, given)
     check_kind("kind", kind)
     call = _call("match_mass", q, k, lse, backend, given)
     check_labels(labels, q, k)
@@ -242,6 +252,9 @@ def gather_weights(
         >>> gather_weights(q, k, lse, torch.arange(1, 128), torch.arange(127), causal=True).shape  # previous token
         torch.Size([1, 4, 127])
     """
+    if isinstance(q, spread.DTENSORS):
+        own = {"rows": rows, "columns": columns, "backend": backend}
+        return spread.of_dtensors["statistics"](gather_weights, {"q": q, "k": k, "lse": lse}, own, given)
     call = _call("gather_weights", q, k, lse, backend, given)
     row, column = _pairs(rows, columns, q, k)
     with torch.no_grad(), without_autocast(q.device):
