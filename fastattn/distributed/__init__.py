@@ -11,9 +11,9 @@ N / P. Hq and Hkv are the heads of queries and keys, D and Dv the widths of keys
 | "ring x heads" | "heads" over the second dimension, then "ring" over the first with the heads of the rank |
 
 To a rank that sees some keys, "ring" sends those from the first to the last that it sees. In the backward, "ring"
-and "gather" send the keys again, and as many elements of gradients. "heads" sends what it received. A gradient
-travels in the dtype of its tensor, since each message is what one call of the kernels computed. Gradients are
-summed where they arrive, in float32 and in a fixed order. `counted()` measures what is sent.
+and "gather" send the keys again, and as many elements of gradients, in the dtype of the keys or in float32, as
+`gradient_dtype` says. "heads" sends what it received. Gradients are summed where they arrive, in float32 and in a
+fixed order. `counted()` measures what is sent.
 """
 
 from fastattn.distributed import (  # noqa: F401  (from now on, DTensors are computed)

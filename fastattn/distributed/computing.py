@@ -66,7 +66,7 @@ def parts_of(
     found, row = [], 0
     for query_run in runs(queries):
         column = 0
-        for key_run in (keys,) if in_place else runs(keys):
+        for key_run in runs(keys):
             part = visibility.part(query_run, key_run, device, in_place=in_place)
             if part is not None:
                 moved = _moved(part.rows, row), _moved(part.columns, column)
@@ -96,7 +96,7 @@ class Share:
         """Merge the attention to these keys into the state. Columns of the parts are those of k and v."""
         for part in parts:
             q = _led(self.q[:, :, part.rows], part.lead)
-            k_part, v_part = k[:, :, part.columns], v[:, :, part.columns]
+            k_part, v_part = (_led(t[:, :, part.columns], part.key_lead) for t in (k, v))
             out, lse = attention(q, k_part, v_part, **self._keywords(part, q, k_part), return_lse=True)
             out, lse = out[:, :, part.lead :].to(self.dtype), lse[:, :, part.lead :]
             rows = (slice(None), slice(None), part.rows)
@@ -106,7 +106,7 @@ class Share:
         options, learned = self.options, self.learned
         lengths = options.key_lengths
         if lengths is not None:
-            lengths = torch.searchsorted(part.key_positions, lengths.long())
+            lengths = torch.searchsorted(part.key_positions, lengths.long()) + part.key_lead
         table = None
         if learned.relative_bias is not None or options.alibi_slopes is not None:
             table = distance_table(learned.relative_bias, options.alibi_slopes, *self._distances(part, q, k))
@@ -156,14 +156,14 @@ class Gradients:
             q, dout, out = (_led(t[rows], lead) for t in (self.share.q, self.dout, self.out))
             lse = F.pad(self.lse[rows], (lead, 0), value=float("-inf"))
             dlse = None if self.dlse is None else F.pad(self.dlse[rows], (lead, 0))
-            k_part, v_part = k[:, :, columns], v[:, :, columns]
+            k_part, v_part = (_led(t[:, :, columns], part.key_lead) for t in (k, v))
             keywords = self.share._keywords(part, q, k_part)
             dq, dk_part, dv_part, *beside = attention_backward(
                 dout, q, k_part, v_part, out, lse, dlse=dlse, **keywords
             )
             self.q[rows] += dq[:, :, lead:]
-            dk[:, :, columns] += dk_part
-            dv[:, :, columns] += dv_part
+            dk[:, :, columns] += dk_part[:, :, part.key_lead :]
+            dv[:, :, columns] += dv_part[:, :, part.key_lead :]
             self._add(part, q, k_part, keywords, beside)
         return dk, dv
 
@@ -200,7 +200,10 @@ def _bias_of(bias: Tensor, part: Part) -> Tensor:
     if bias.shape[2] > 1:
         bias = bias[:, :, part.rows]
         bias = F.pad(bias, (0, 0, part.lead, 0)) if part.lead else bias
-    return bias.index_select(3, part.key_positions) if bias.shape[3] > 1 else bias
+    if bias.shape[3] > 1:
+        bias = bias.index_select(3, part.key_positions)
+        bias = F.pad(bias, (part.key_lead, 0)) if part.key_lead else bias
+    return bias
 
 
 def _add_bias(total: Tensor | None, gradient: Tensor, part: Part) -> None:
@@ -209,6 +212,7 @@ def _add_bias(total: Tensor | None, gradient: Tensor, part: Part) -> None:
         total, gradient = total[:, :, part.rows], gradient[:, :, part.lead :]
     gradient = gradient.to(total.dtype)
     if total.shape[3] > 1:
+        gradient = gradient[..., part.key_lead :]
         total.index_add_(3, part.key_positions, gradient)  # each position once, so the order is fixed
     else:
         total.add_(gradient)

@@ -27,6 +27,7 @@ def context_parallel(
     *,
     method: str = "auto",
     mask: Mask | None = None,
+    gradient_dtype: torch.dtype | None = None,
     trust_positions: bool = False,
 ) -> Iterator[None]:
     """Within the block a model computes this rank's tokens of a sequence that is spread over the ranks of a mesh.
@@ -48,7 +49,7 @@ def context_parallel(
     attention. With activation checkpointing, call backward within the block.
 
     Args:
-        mesh, layout, method: as `attention` takes them.
+        mesh, layout, method, gradient_dtype: as `attention` takes them.
         mask: of the whole sequence, applied beside each layer's own, such as `masks.documents(...)`.
         trust_positions: do not ask for the positions of a Hugging Face model that does not hand them on.
 
@@ -61,7 +62,7 @@ def context_parallel(
         raise ValueError("context_parallel must not be entered again within its block")
     with _refusing_losses_that_shift():
         spread.current = _Context(
-            mesh_of(layout, mesh), layout, method, mask, flag("trust_positions", trust_positions)
+            mesh_of(layout, mesh), layout, method, mask, flag("trust_positions", trust_positions), gradient_dtype
         )
         try:
             yield
@@ -83,13 +84,20 @@ class _Context:
     """See `spread.Spread`."""
 
     def __init__(
-        self, mesh: DeviceMesh, layout: Layout, method: str, mask: Mask | None, trust_positions: bool
+        self,
+        mesh: DeviceMesh,
+        layout: Layout,
+        method: str,
+        mask: Mask | None,
+        trust_positions: bool,
+        gradient_dtype: torch.dtype | None,
     ) -> None:
         choice("method", method, METHODS)
         if mask is not None and not isinstance(mask, Mask):
             raise TypeError(f"mask must be a value of fastattn.masks, got {type(mask).__name__}")
         self.mesh, self.layout, self.method, self.mask = mesh, layout, method, mask
         self.trust_positions, self.length = trust_positions, layout.length
+        self.gradient_dtype = gradient_dtype
         self._own = layout.positions(flat_rank(mesh))
         self._on_device: dict[torch.device, Tensor] = {}
         self._checked: Tensor | None = None
@@ -109,7 +117,10 @@ class _Context:
                 )
             options["mask"] = self.mask if mask is None else mask & self.mask
         with _suspended():
-            return attention(q, k, v, mesh=self.mesh, layout=self.layout, method=self.method, **options)
+            return attention(
+                q, k, v, mesh=self.mesh, layout=self.layout, method=self.method,
+                gradient_dtype=self.gradient_dtype, **options,
+            )  # fmt: skip
 
     def positions(self, length: int, device: torch.device) -> Tensor:
         if length != len(self._own):

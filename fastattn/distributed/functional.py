@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -27,7 +27,7 @@ from fastattn.distributed.sharding import mesh_of
 from fastattn.distributed.transports import Gather, Ring, Transport, places
 from fastattn.distributed.visibility import Visibility, whole_mask
 from fastattn.ground.arguments import choice, flag, refuse_keywords
-from fastattn.ground.checks import Window
+from fastattn.ground.checks import Window, lse_dtype
 from fastattn.masks import Lowered, Mask
 
 METHODS = ("auto", "ring", "gather", "heads", "ring x heads")
@@ -57,6 +57,7 @@ def attention(
     dropout_state: Tensor | None = None,
     precision: str | None = None,
     return_lse: bool = False,
+    gradient_dtype: torch.dtype | None = None,
     backend: str | None = None,
     **unknown: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -71,7 +72,7 @@ def attention(
         method: how keys reach the queries.
             "ring": from rank to rank in rounds, while the keys of the round before are computed. Ranks that see
             nothing of each other exchange nothing.
-            "gather": all keys to all ranks at once; the only method with dropout.
+            "gather": all keys to all ranks at once.
             "heads": each rank computes all tokens of some heads. Hq must be a multiple of the ranks, and Hkv a
             multiple or a divisor of them.
             "ring x heads": heads over the second dimension of the mesh, rings over the first.
@@ -83,8 +84,13 @@ def attention(
             row works with heads.
         scale, alibi_slopes, relative_bias, softcap, sinks, precision, backend: as `fastattn.attention` takes them,
             the same on all ranks.
-        dropout_p, dropout_state: as `fastattn.attention` takes them. What is dropped depends on positions in the
-            whole sequence, so it does not depend on the number of ranks. Without a state, rank 0 draws one.
+        dropout_p, dropout_state: as `fastattn.attention` takes them, with "ring" and "gather". What is dropped
+            depends on positions in the whole sequence, so it does not depend on the number of ranks. Without a
+            state, rank 0 draws one. "ring" then puts each part into memory for the whole sequence.
+        gradient_dtype: in which the gradients of keys and values travel between ranks with "ring" and "gather":
+            None for that of q, or torch.float32, which sends twice the bytes. They are summed in float32 either
+            way; it saves a rounding where one rank computes several parts of the keys of another, as it does with
+            dropout, ALiBi and relative biases.
 
     Returns:
         out (B, Hq, n, Dv); with `return_lse` also lse (B, Hq, n) in nats, differentiable. Gradients of q, k and v
@@ -114,7 +120,9 @@ def attention(
         choice("method", method, METHODS)
         return_lse = flag("return_lse", return_lse)
         q, k, v = autocast(q, k, v)
-        call = _call(q, k, v, layout, mesh, mask, bias, options, beside)._replace(return_lse=return_lse)
+        call = _call(q, k, v, layout, mesh, mask, bias, options, beside)
+        _check_gradient_dtype(gradient_dtype, call.q.dtype)
+        call = call._replace(return_lse=return_lse, gradient_dtype=gradient_dtype)
         program: Any = layout.programs.get(call.key(method))
         visibility = None if program is not None else _visibility(call, layout, mask)
     except (TypeError, ValueError) as problem:
@@ -141,6 +149,7 @@ class Call(NamedTuple):
     tensors: ScoreTensors
     backend: str | None
     return_lse: bool
+    gradient_dtype: torch.dtype | None = None
 
     @property
     def by_distance(self) -> bool:
@@ -152,7 +161,8 @@ class Call(NamedTuple):
         beside = tuple(None if t is None else (t.dtype, t.dim()) for t in self.tensors)
         tokens = tuple((*t.shape[:2], t.shape[3]) for t in (self.q, self.k, self.v))
         mesh = self.mesh.shape if self.mesh is not self.layout.mesh else None
-        return method, mesh, tokens, self.q.dtype, self.q.device, self.spec, self.mask, beside, self.backend
+        dtypes = self.q.dtype, self.gradient_dtype
+        return method, mesh, tokens, dtypes, self.q.device, self.spec, self.mask, beside, self.backend
 
 
 Program = Callable[[Call], tuple[Tensor, Tensor | None]]
@@ -189,6 +199,13 @@ def _call(
     return Call(q, k, v, layout, mesh, spec, mask, tensors, backend, False)
 
 
+def _check_gradient_dtype(dtype: torch.dtype | None, of_inputs: torch.dtype) -> None:
+    allowed = (None, of_inputs, lse_dtype(of_inputs))
+    if dtype not in allowed:
+        words = " or ".join(map(str, dict.fromkeys(allowed)))
+        raise ValueError(f"gradient_dtype must be {words} for q of {of_inputs}, got {dtype!r}")
+
+
 def _visibility(call: Call, layout: Layout, mask: Mask | Lowered | None) -> Visibility:
     shape = (*call.q.shape[:2], layout.length, layout.length, call.q.device)
     return Visibility(whole_mask(shape, (call.spec.left, call.spec.right), mask))
@@ -215,7 +232,7 @@ def _description(call: Call, method: str, visibility: Visibility) -> dict[str, A
     described: dict[str, Any] = {"method": method, "layout": _digest(call.layout.owners, call.layout.length)}
     for name, t in (("q", call.q), ("k", call.k), ("v", call.v)):
         described[f"shape of {name} (batch, heads, width)"] = (*t.shape[:2], t.shape[3])
-    described["dtype"] = str(call.q.dtype)
+    described["dtype"], described["gradient_dtype"] = str(call.q.dtype), str(call.gradient_dtype)
     for name in ("scale", "softcap", "dropout", "precision"):
         described[name] = getattr(call.spec, name)
     for name, t in call.tensors._asdict().items():
@@ -270,10 +287,10 @@ def _chosen(method: str, call: Call, visibility: Visibility) -> str:
             f'method must be "ring x heads" for a mesh of two dimensions, and only for one; got {method!r} for '
             f"{call.mesh.ndim}"
         )
-    if call.spec.dropout and method != "gather":
+    if call.spec.dropout and "heads" in method:
         raise ValueError(
-            'method must be "gather" if there is a dropout_p: kernels count positions and heads from 0 in each '
-            f"call, and only with all keys are these the whole sequence's; got {method!r}"
+            'method must be "ring" or "gather" if there is a dropout_p: kernels count heads from 0 in each call, '
+            f"so a rank with some heads would not drop what one process drops; got {method!r}"
         )
     if "heads" in method:
         lacking = _obstacle_to_heads(call, call.mesh.size(1) if two else size)
@@ -310,14 +327,14 @@ def _obstacle_to_heads(call: Call, ranks: int) -> str:
 
 def _program(call: Call, method: str, visibility: Visibility, dimensions: Sequence[Ranks]) -> Program:
     layout, device = call.layout, call.q.device
+    ways: dict[str, Any] = {"by_distance": call.by_distance, "in_place": call.spec.dropout > 0}
     shards = [layout.positions(rank) for rank in range(layout.ranks)]
     if method == "gather":
-        transport: Transport = Gather.of(
-            dimensions[0], visibility, shards, device, by_distance=call.by_distance, in_place=call.spec.dropout > 0
-        )
-        return Spread(transport)
+        gather = Gather.of(dimensions[0], visibility, shards, device, **ways)
+        return Spread(replace(gather, gradient_dtype=call.gradient_dtype))
     if method == "ring":
-        return Spread(Ring.of(dimensions[0], visibility, layout.owners, shards, device, call.by_distance))
+        ring_of_all = Ring.of(dimensions[0], visibility, layout.owners, shards, device, **ways)
+        return Spread(replace(ring_of_all, gradient_dtype=call.gradient_dtype))
     ring, sharing = (None, dimensions[0]) if method == "heads" else dimensions
     first = 0 if ring is None else ring.rank * sharing.size
     own = shards[first : first + sharing.size]
@@ -333,7 +350,8 @@ def _program(call: Call, method: str, visibility: Visibility, dimensions: Sequen
         rows = [shards[i : i + sharing.size] for i in range(0, len(shards), sharing.size)]
         joined = [torch.cat(row).sort().values for row in rows]
         owners = layout.owners // sharing.size
-        inner = Spread(Ring.of(ring, visibility, owners, joined, device, call.by_distance))
+        own_ring = Ring.of(ring, visibility, owners, joined, device, **ways)
+        inner = Spread(replace(own_ring, gradient_dtype=call.gradient_dtype))
     return SharedHeads(exchange, heads, inner)
 
 

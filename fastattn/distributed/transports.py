@@ -47,6 +47,7 @@ class Ring:
     own: what the own queries see of the own keys; None if nothing.
     rounds: from whom keys come and to whom they go in each round; None for nobody.
     incoming: by source. outgoing: by target, the own keys that it sees, from and to before.
+    gradient_dtype: in which gradients of keys and values travel; None for that of the keys.
     """
 
     ranks: Ranks
@@ -54,6 +55,7 @@ class Ring:
     rounds: tuple[tuple[int | None, int | None], ...]
     incoming: dict[int, Block]
     outgoing: dict[int, tuple[int, int]]
+    gradient_dtype: torch.dtype | None = None
 
     @staticmethod
     def of(
@@ -62,9 +64,12 @@ class Ring:
         owners: Tensor,
         shards: Sequence[Tensor],
         device: torch.device,
+        *,
         by_distance: bool,
+        in_place: bool,
     ) -> Ring:
-        """owners: the rank of each granule of tokens. shards: the positions of each rank's tokens."""
+        """owners: the rank of each granule of tokens. shards: the positions of each rank's tokens. The rest: as
+        `parts_of` takes it."""
         me, needs = ranks.rank, visibility.needs(owners, ranks.size)
 
         def block(source: int) -> Block | None:
@@ -72,7 +77,10 @@ class Ring:
             if bounds is None:
                 return None
             first, stop = bounds[1].start, bounds[1].stop
-            parts = parts_of(visibility, shards[me], shards[source][first:stop], device, by_distance=by_distance)
+            parts = parts_of(
+                visibility, shards[me], shards[source][first:stop], device,
+                by_distance=by_distance, in_place=in_place,
+            )  # fmt: skip
             return Block(tuple(parts), first, stop)
 
         sources = [j for j in needs[me].nonzero()[:, 0].tolist() if j != me]
@@ -100,6 +108,7 @@ class Ring:
 
     def backward(self, k: Tensor, v: Tensor, differentiate: Differentiate) -> tuple[Tensor, Tensor]:
         dk, dv = (torch.zeros_like(t, dtype=lse_dtype(t.dtype)) for t in (k, v))
+        dtype = self.gradient_dtype or k.dtype
         arriving = self._keys(0, k, v)
         if self.own is not None:
             own = slice(self.own.first, self.own.stop)
@@ -111,13 +120,10 @@ class Ring:
         for i, (source, target) in enumerate(self.rounds):
             message = arriving.wait()
             arriving = self._keys(i + 1, k, v)
-            gradients = (
-                k.new_empty(0)
-                if source is None
-                else _packed(
-                    *differentiate(self.incoming[source].parts, *self._unpacked(message, source, k, v))
-                ).to(k.dtype)
-            )
+            gradients = k.new_empty(0, dtype=dtype)
+            if source is not None:
+                keys = self._unpacked(message, source, k, v)
+                gradients = _packed(*differentiate(self.incoming[source].parts, *keys)).to(dtype)
             self._add(returning, dk, dv)
             # The gradients of the keys that went out in this round come back from where the keys went.
             size = 0 if target is None else _size(k, v, *self.outgoing[target])
@@ -208,12 +214,14 @@ class Gather:
     ranks.
 
     place: int64 (N,), where each position lies among the shards of all ranks, each padded to the longest.
+    gradient_dtype: as Ring's.
     """
 
     ranks: Ranks
     parts: tuple[Part, ...]
     place: Tensor
     longest: int
+    gradient_dtype: torch.dtype | None = None
 
     @staticmethod
     def of(
@@ -234,7 +242,7 @@ class Gather:
         attend(self.parts, *self._all(k, v))
 
     def backward(self, k: Tensor, v: Tensor, differentiate: Differentiate) -> tuple[Tensor, Tensor]:
-        both = torch.cat(differentiate(self.parts, *self._all(k, v)), -1).to(k.dtype)
+        both = torch.cat(differentiate(self.parts, *self._all(k, v)), -1).to(self.gradient_dtype or k.dtype)
         padded = both.new_zeros(*both.shape[:2], self.ranks.size * self.longest, both.shape[3])
         padded.index_copy_(2, self.place, both)
         messages = padded.unflatten(2, (self.ranks.size, self.longest)).movedim(2, 0)

@@ -55,7 +55,8 @@ class Part:
 
     rows, columns: which of the rank's queries, and which of the keys, as positions in their shards.
     mask: what they see; None for all.
-    lead: rows without keys before them, so that dropout draws by their positions in the whole sequence.
+    lead, key_lead: rows and keys without any weight before them, so that dropout draws by their positions in the
+        whole sequence.
     shift: what is added to the distance of a key from the diagonal of this call to give its distance in the whole
         sequence, where both are contiguous; else None.
     key_positions: of the keys in the whole sequence, int64, on the mask's device.
@@ -65,6 +66,7 @@ class Part:
     columns: slice
     mask: Lowered | None
     lead: int
+    key_lead: int
     shift: int | None
     key_positions: Tensor
 
@@ -140,20 +142,21 @@ class Visibility:
 
         Args:
             queries, keys: ascending positions, int64. Each granule of tokens is there as a whole or not at all.
-            in_place: give queries and keys their positions in the whole sequence. Queries must be contiguous, and
-                keys must begin with 0.
+            in_place: give queries and keys their positions in the whole sequence. Both must be contiguous.
         """
         bounds = self.bounds(queries, keys)
         if bounds is None:
             return None
         rows, columns = bounds
-        columns = slice(0, columns.stop) if in_place else columns
+        if in_place and keys[0] == 0:
+            columns = slice(0, columns.stop)  # no copy is needed to put these keys in their places
         queries, keys = queries[rows], keys[columns]
-        lead = int(queries[0]) if in_place else 0
-        mask = self._mask(queries, keys, lead)
+        lead, key_lead = (int(queries[0]), int(keys[0])) if in_place else (0, 0)
+        mask = self._mask(queries, keys, lead, key_lead)
         contiguous = len(keys) == keys[-1] - keys[0] + 1 and len(queries) == queries[-1] - queries[0] + 1
-        shift = int(keys[0] - queries[0]) + lead + len(keys) - (len(queries) + lead) if contiguous else None
-        return Part(rows, columns, None if mask is None else mask.to(device), lead, shift, keys.to(device))
+        shift = int(keys[0] - queries[0]) + len(keys) - len(queries) if contiguous else None
+        mask = None if mask is None else mask.to(device)
+        return Part(rows, columns, mask, lead, key_lead, shift, keys.to(device))
 
     def bounds(self, queries: Tensor, keys: Tensor) -> tuple[slice, slice] | None:
         """The rows and the columns that hold all that is seen; None if nothing is."""
@@ -169,11 +172,14 @@ class Visibility:
             return slice(int(seeing[0]), int(seeing[-1]) + 1), columns
         own_rows, own_columns = granules_of(queries), granules_of(keys)
         of_rows, of_columns = self.cells
-        here = torch.isin(of_rows, own_rows) & torch.isin(of_columns, own_columns)
+        row, column = (
+            _places(own, of_all, -(-self.shape.keys // GRANULE))
+            for own, of_all in ((own_rows, of_rows), (own_columns, of_columns))
+        )
+        here = (row >= 0) & (column >= 0)
         if not here.any():
             return None
-        row = torch.searchsorted(own_rows, of_rows[here])
-        column = torch.searchsorted(own_columns, of_columns[here])
+        row, column = row[here], column[here]
         return tuple(  # type: ignore[return-value]
             slice(int(t.min()) * GRANULE, min((int(t.max()) + 1) * GRANULE, size))
             for t, size in ((row, len(queries)), (column, len(keys)))
@@ -184,20 +190,28 @@ class Visibility:
         start, stop = (torch.searchsorted(keys, t[:, queries].contiguous()) for t in self.intervals)
         return start, torch.maximum(start, stop)
 
-    def _mask(self, queries: Tensor, keys: Tensor, lead: int) -> Lowered | None:
-        shape = self.shape._replace(queries=lead + len(queries), keys=len(keys))
+    def _mask(self, queries: Tensor, keys: Tensor, lead: int, key_lead: int) -> Lowered | None:
+        shape = self.shape._replace(queries=lead + len(queries), keys=key_lead + len(keys))
         ends = self.lowered.key_lengths
-        lengths = None if ends is None else torch.searchsorted(keys, ends.long()).int()
+        lengths = None if ends is None else (torch.searchsorted(keys, ends.long()) + key_lead).int()
         if self.lowered.lists is not None:
-            lists = cut(self.lowered.lists, granules_of(queries), granules_of(keys), shape, lead // GRANULE)
+            before = lead // GRANULE, key_lead // GRANULE
+            lists = cut(self.lowered.lists, granules_of(queries), granules_of(keys), shape, before)
             return Lowered(shape, key_lengths=lengths, lists=lists)
-        start, stop = (torch.nn.functional.pad(t, (lead, 0)) for t in self._local(queries, keys))
-        window = None if lead else _window(start, stop, shape)
+        start, stop = (torch.nn.functional.pad(t + key_lead, (lead, 0)) for t in self._local(queries, keys))
+        window = None if lead or key_lead else _window(start, stop, shape)
         if window is None:
             return Lowered(shape, key_lengths=lengths, intervals=both_ways(Intervals(start, stop), shape))
         if lengths is None and window == (None, None):
             return None
         return Lowered(shape, *window, key_lengths=lengths)
+
+
+def _places(own: Tensor, granules: Tensor, count: int) -> Tensor:
+    """Where each of these granules stands among the own ones, -1 if it is none of them. count: of all granules."""
+    place = torch.full((count,), -1)
+    place[own] = torch.arange(len(own))
+    return place[granules]
 
 
 def granules_of(positions: Tensor) -> Tensor:

@@ -57,6 +57,10 @@ def wrong_on_rank_1(mesh: DeviceMesh, change: dict[str, Any], words: str) -> Non
 DISAGREEMENTS = {
     "another mask": ({"causal": False}, "same mask, causal and window: rank 0 has .*, rank 1 has"),
     "another scale": ({"scale": 0.5}, "same scale: rank 0 has 0.35.*, rank 1 has 0.5"),
+    "another dtype of gradients": (
+        {"gradient_dtype": torch.float32},
+        "same gradient_dtype: rank 0 has None, rank 1 has torch.float32",
+    ),
     "another dtype": (
         {"dtype": torch.bfloat16},
         "same dtype: rank 0 has torch.float32, rank 1 has torch.bfloat16",
@@ -83,13 +87,13 @@ def refused(mesh: DeviceMesh, options: dict[str, Any], words: str) -> None:
 
 
 REFUSALS = {
-    "dropout over rings": (
-        {"dropout_p": 0.5, "method": "ring"},
-        'method must be "gather" if there is a dropout_p',
-    ),
     "dropout over heads": (
         {"dropout_p": 0.5, "method": "heads"},
-        'method must be "gather" if there is a dropout_p',
+        'method must be "ring" or "gather" if there is a dropout_p',
+    ),
+    "gradients in half precision": (
+        {"gradient_dtype": torch.float16},
+        "gradient_dtype must be None or torch.float32 for q of torch.float32, got torch.float16",
     ),
     "rings x heads on one dimension": ({"method": "ring x heads"}, "for a mesh of two dimensions"),
     "a bias of all rows over heads": ({"method": "heads", "bias": None}, "takes a bias with one row only"),
@@ -117,20 +121,23 @@ def same_bits_in_every_run(mesh: DeviceMesh, method: str) -> None:
     assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run, strict=True))
 
 
-def drops_what_one_process_drops(mesh: DeviceMesh, options: dict[str, Any]) -> None:
-    plan = distributed.layout(LENGTH, mesh, **{n: o for n, o in options.items() if n != "alibi_slopes"})
+def drops_what_one_process_drops(mesh: DeviceMesh, options: dict[str, Any], method: str) -> None:
+    seen = {n: o for n, o in options.items() if n not in ("alibi_slopes", "bias")}
+    plan = distributed.layout(LENGTH, mesh, **seen, batch=2)
     inputs, dout = heads(batch=2), torch.randn(2, HEADS, LENGTH, WIDTH)
     state = fastattn.dropout_state(2)
     drops = {**options, "dropout_p": 0.4, "dropout_state": state}
     leaves = [t.double().requires_grad_() for t in inputs]
-    expected = fastattn.attention(*leaves, **drops)
-    local = distributed.attention(*shards(plan, *leaves), layout=plan, **drops)
+    if "bias" in options:
+        drops["bias"] = torch.randn(HEADS, 1, LENGTH).double().requires_grad_()
+        leaves.append(drops["bias"])
+    expected = fastattn.attention(*leaves[:3], **drops)
+    local = distributed.attention(*shards(plan, *leaves[:3]), layout=plan, **drops, method=method)
     actual = distributed.unshard(local, plan)
-    pairs = zip(
-        (actual, *torch.autograd.grad(actual, leaves, dout.double())),
-        (expected, *torch.autograd.grad(expected, leaves, dout.double())),
-        strict=True,
-    )
+    found = torch.autograd.grad(actual, leaves, dout.double())
+    for t in found[3:]:
+        dist.all_reduce(t)
+    pairs = zip((actual, *found), (expected, *torch.autograd.grad(expected, leaves, dout.double())), strict=True)
     for a, b in pairs:
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
@@ -188,6 +195,27 @@ def traffic(mesh: DeviceMesh, method: str, options: dict[str, Any], key_heads: i
     else:
         sent = (RANKS - 1) * (HEADS + max(key_heads, RANKS)) * own // RANKS
         assert (forward, backward) == (distributed.Traffic(heads=sent), distributed.Traffic(heads=sent))
+
+
+def gradients_travel_in_float32(mesh: DeviceMesh, method: str) -> None:
+    """Twice the bytes, and gradients of several parts are closer to one process's."""
+    options = {"causal": True, "alibi_slopes": torch.tensor([0.05, 0.03, 0.01, 0.0])}
+    plan = distributed.layout(LENGTH, mesh, causal=True)
+    q, k, v = (t.to(torch.bfloat16).requires_grad_() for t in heads())
+    dout, errors, sent = torch.randn(1, HEADS, LENGTH, WIDTH), [], []
+    whole = fastattn.attention(*(t.float() for t in (q, k, v)), **options)
+    exact = torch.autograd.grad(whole, k, dout)[0].float()
+    for dtype in (None, torch.float32):
+        local = distributed.attention(
+            *shards(plan, q, k, v), layout=plan, method=method, gradient_dtype=dtype, **options
+        )
+        with distributed.counted() as backward:
+            gradient = torch.autograd.grad(local.float(), k, distributed.shard(dout, plan))[0]
+        errors.append(float((gradient.float() - exact).norm()))
+        sent.append(backward.gradients)
+    assert sent[1] == 2 * sent[0] > 0
+    assert errors[1] < errors[0], errors
+    assert len(plan.programs) == 2, "each dtype is prepared for itself"
 
 
 def window_of(options: dict[str, Any]) -> tuple[int | None, int | None]:
@@ -251,11 +279,14 @@ CASES: dict[int, dict[str, groups.Case]] = {RANKS: {
     "heads that do not divide": heads_that_do_not_divide,
     **{f"same bits in every run, {m}": partial(same_bits_in_every_run, method=m) for m in SPREAD},
     **{
-        f"drops what one process drops, {name}": partial(drops_what_one_process_drops, options=o)
+        f"drops what one process drops, {method}, {name}": partial(
+            drops_what_one_process_drops, options=o, method=method
+        )
+        for method in ("ring", "gather")
         for name, o in {
             "full": {},
-            "causal": {"causal": True},
-            "lists": {"mask": masks.longformer(64, [3, 200])},
+            "causal": {"causal": True, "key_lengths": [300, LENGTH]},
+            "lists": {"mask": masks.longformer(64, [3, 200]), "bias": None},
             "ALiBi": {"causal": True, "alibi_slopes": torch.tensor([0.5, 0.3, 0.1, 0.0])},
         }.items()
     },
@@ -270,6 +301,10 @@ CASES: dict[int, dict[str, groups.Case]] = {RANKS: {
             ("ring", {}), ("ring", {"causal": True}), ("ring", {"causal": True, "window": (100, None)}),
             ("gather", {}), ("heads", {}),
         )
+    },
+    **{
+        f"gradients in float32, {method}": partial(gradients_travel_in_float32, method=method)
+        for method in ("ring", "gather")
     },
     "batch x sequence": batch_and_sequence_share_a_mesh,
     "shard and unshard": shards_and_gradients_go_there_and_back,

@@ -20,7 +20,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.distributed.device_mesh import DeviceMesh
 
-TIMEOUT = timedelta(seconds=15)
+TIMEOUT = timedelta(seconds=60)
 MODULES = (
     "cases_attention",
     "cases_ranks",
