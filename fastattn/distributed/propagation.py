@@ -184,7 +184,7 @@ _ATTENTION = (
 )
 _SCORES = dict(zip(
     ScoreTensors._fields,
-    ("b", "b h", "b? h? q? .", "b h .", "b h", "b .", ".", "b . .", "b h"), strict=True,
+    ("b", "b h", "b? h? q? .", "b h .", "b h", "b .", ".", "b . .", "b h", "b . ."), strict=True,
 ))  # fmt: skip
 _QKV = {"q": "b h q .", "k": "b g k .", "v": "b g k ."}
 _ROWS = {"out": "b h q .", "lse": "b h q"}
@@ -335,7 +335,9 @@ def _mlp_results(arguments: Arguments) -> list[Result]:
     device = arguments["x"].mesh.device_type
     with torch._guards.detect_fake_mode() or torch._subclasses.FakeTensorMode():
         stand_ins = [
-            torch.empty(a.shape, dtype=a.tensor_meta.dtype, device=device) if isinstance(a, DTensorSpec) else a
+            a.tensor_meta and torch.empty(a.shape, dtype=a.tensor_meta.dtype, device=device)
+            if isinstance(a, DTensorSpec)
+            else a
             for a in arguments.values()
         ]
         _, *slots = torch.ops.fastattn.mlp_forward(*stand_ins)

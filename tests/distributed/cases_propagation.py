@@ -28,7 +28,7 @@ operators = torch.ops.fastattn
 
 def scores(causal: bool = True, dropout: float = 0.0, **beside: Any) -> tuple:
     """What an operator of attention takes from key_lengths on."""
-    return *ScoreTensors(**beside), causal, 0.3, None, None, 0.0, dropout, "ieee", None, None
+    return *ScoreTensors(**beside), causal, 0.3, None, None, 0.0, dropout, "ieee", None, False, None
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
@@ -80,7 +80,7 @@ def cache(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, q: Tensor, len
     k_cache, v_cache = k_cache.clone(), v_cache.clone()
     operators.cache_append(k_cache, v_cache, k, v, lengths, None, False, "portable")
     beside = (None,) * 5
-    options = D, True, 0.3, None, None, 0.0, "ieee", False, "portable"
+    options = D, True, 0.3, None, None, 0.0, "ieee", False, False, "portable"
     return operators.cache_attention(q, k_cache, v_cache, lengths, *beside, *options)
 
 

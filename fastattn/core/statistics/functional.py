@@ -130,12 +130,14 @@ def attention_statistics(
     al., Attention is Not Only a Weight (2020).
     """
     if isinstance(q, spread.DTENSORS):
-        own = {
+        asked_for = {
             "v": v, "want": want, "queries": queries, "top": top, "within": within, "labels": labels,
             "match": match, "query_weights": query_weights, "output": output, "thumbnail": thumbnail,
             "backend": backend,
         }  # fmt: skip
-        return spread.of_dtensors["statistics"](attention_statistics, {"q": q, "k": k, "lse": lse}, own, given)
+        return spread.of_dtensors["statistics"](
+            attention_statistics, {"q": q, "k": k, "lse": lse}, asked_for, given
+        )
     names = check_want(want)
     kinds = (match,) if isinstance(match, str) or callable(match) else tuple(match)
     call = _call("attention_statistics", q, k, lse, backend, given)
@@ -204,8 +206,8 @@ def match_mass(
     Interpretability in the Wild (2022), for duplicate.
     """
     if isinstance(q, spread.DTENSORS):
-        own = {"labels": labels, "kind": kind, "queries": queries, "backend": backend}
-        return spread.of_dtensors["statistics"](match_mass, {"q": q, "k": k, "lse": lse}, own, given)
+        asked_for = {"labels": labels, "kind": kind, "queries": queries, "backend": backend}
+        return spread.of_dtensors["statistics"](match_mass, {"q": q, "k": k, "lse": lse}, asked_for, given)
     check_kind("kind", kind)
     call = _call("match_mass", q, k, lse, backend, given)
     check_labels(labels, q, k)
@@ -253,8 +255,8 @@ def gather_weights(
         torch.Size([1, 4, 127])
     """
     if isinstance(q, spread.DTENSORS):
-        own = {"rows": rows, "columns": columns, "backend": backend}
-        return spread.of_dtensors["statistics"](gather_weights, {"q": q, "k": k, "lse": lse}, own, given)
+        asked_for = {"rows": rows, "columns": columns, "backend": backend}
+        return spread.of_dtensors["statistics"](gather_weights, {"q": q, "k": k, "lse": lse}, asked_for, given)
     call = _call("gather_weights", q, k, lse, backend, given)
     row, column = _pairs(rows, columns, q, k)
     with torch.no_grad(), without_autocast(q.device):
