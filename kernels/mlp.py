@@ -13,6 +13,15 @@ rounds it. So the hidden layer has the same bits in both directions, but for int
     backward   hidden_gradient_kernel   dh = dy W2; hidden = act(pre), dpre = dh act'(pre) in the epilogue
                                         -> hidden, dpre, sums of dpre over each tile's rows
 
+In a residual branch, y = residual + dropout(hidden W2^T + b2) of the norm of x:
+
+    output_kernel    the second product, with dropout and the residual in its epilogue; the dropout of dy is
+                     `output_pass_kernel`, its epilogue alone
+    hidden_kernel    takes the norm as a factor of each row: W1 times the norm's weight is made before the launch
+                     (a layer norm's bias goes into b1), `moments_kernel` finds each row's 1 / deviation (and
+                     mean), and the epilogue multiplies: ((x - mean) / deviation * w) W^T
+                     = (x (w W)^T - mean * sum(w W)) / deviation. The norm of x is never written.
+
 Beyond the widths in launch.MLP_FUSED_UP_TO the library's GEMM saves more time than one more pass over the hidden
 layer costs. There the first product of each direction goes to the library, too, followed by `activation_kernel` or
 `activation_gradient_kernel`, which share their epilogues with the fused kernels. int8 always goes that way
@@ -30,7 +39,10 @@ import triton
 import triton.language as tl
 
 from . import launch
+from .attention.scores import keep_mask
 from .launch.mlp import MLP_QUANTISE
+from .norm import Moments, load_rows, merged, moments_of, norm_forward, rows_of
+from .norm import Size as NormSize
 from .tiles import Matrix, matrix, tile_pointers
 
 INVERSE_SQRT_2_PI: tl.constexpr = tl.constexpr(0.3989422804014327)
@@ -48,10 +60,12 @@ GROUP: tl.constexpr = tl.constexpr(8)
 
 
 class Linear(NamedTuple):
-    """A linear layer: its weight as a product's right-hand side (in, out), and its bias (out,) or None."""
+    """A linear layer: its weight as a product's right-hand side (in, out), and its bias (out,) or None. Of a layer
+    norm before it, `level` (out,): what a row with the mean 1 and no deviation would give."""
 
     weight: Matrix
     bias: torch.Tensor | None
+    level: torch.Tensor | None = None
     last: None = None  # Triton 3.6: a tuple of tuples must end in a constant
 
 
@@ -64,6 +78,16 @@ class Pair(NamedTuple):
     last: None = None  # as in `Linear`
 
 
+class Dropout(NamedTuple):
+    """Elements whose 16 random bits are below the threshold are dropped, the others are multiplied by `growth`.
+    `state` holds seed and offset; the first row is the token `first`."""
+
+    state: torch.Tensor
+    threshold: int
+    growth: float
+    first: int
+
+
 class Size(NamedTuple):
     """The sizes of a product: T tokens, the width that is summed over, and the width of the hidden layer."""
 
@@ -72,9 +96,9 @@ class Size(NamedTuple):
     hidden: int
 
 
-def linear_argument(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
+def linear_argument(weight: torch.Tensor, bias: torch.Tensor | None, level: torch.Tensor | None = None) -> Linear:
     """A torch.nn.Linear's weight (out, in) and bias as a kernel argument."""
-    return Linear(matrix(weight.t()), None if bias is None else bias.contiguous())
+    return Linear(matrix(weight.t()), None if bias is None else bias.contiguous(), level)
 
 
 @triton.jit
@@ -245,21 +269,36 @@ def store_hidden(pre, up, hidden, row, column, mask, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def finish(total, up, first_bias, second_bias, kept, hidden, row, column, size, tile: tl.constexpr):
-    """From a tile of x @ first, and of x @ second in gated form: bias, rounding, activation, stores."""
+def standardised(total, layer, moments, row, columns, inside, size, tile: tl.constexpr):
+    """From a tile of x W^T to that of the standardised rows of x, if there is a norm."""
+    if tile.NORM != "":
+        rows = row + tl.arange(0, total.shape[0])
+        exist = rows < size.tokens
+        if tile.NORM == "layer":
+            mean = tl.load(moments.mean + rows, mask=exist, other=0.0)
+            total -= mean[:, None] * tl.load(layer.level + columns, mask=inside, other=0.0)[None, :]
+        total *= tl.load(moments.inverse + rows, mask=exist, other=0.0)[:, None]
+    return total
+
+
+@triton.jit
+def finish(total, up, first, second, moments, kept, hidden, row, column, size, tile: tl.constexpr):
+    """From a tile of x @ first, and of x @ second in gated form: norm, bias, rounding, activation, stores."""
     rows: tl.constexpr = total.shape[0]
     width: tl.constexpr = total.shape[1]
     dtype: tl.constexpr = hidden.pointer.dtype.element_ty
     columns = column + tl.arange(0, width)
     inside = columns < size.hidden
     mask = (row + tl.arange(0, rows) < size.tokens)[:, None] & inside[None, :]
-    pre = plus_bias(total, first_bias, columns, inside).to(dtype)
+    total = standardised(total, first, moments, row, columns, inside, size, tile)
+    pre = plus_bias(total, first.bias, columns, inside).to(dtype)
     if tile.CLAMPED:
         pre = tl.where(pre < 0.0, 0.0, pre).to(dtype)
     if tile.KEEP:
         tl.store(block(kept.gate, row, column, rows, width), pre, mask=mask)
     if tile.GATED:
-        up = plus_bias(up, second_bias, columns, inside).to(dtype)
+        up = standardised(up, second, moments, row, columns, inside, size, tile)
+        up = plus_bias(up, second.bias, columns, inside).to(dtype)
         if tile.KEEP:
             tl.store(block_of_up(kept, row, column, rows, width), up, mask=mask)
         store_hidden(pre, up, hidden, row, column, mask, tile.ACTIVATION)
@@ -268,16 +307,16 @@ def finish(total, up, first_bias, second_bias, kept, hidden, row, column, size, 
 
 
 @triton.jit
-def hidden_kernel(x, first, second, kept, hidden, size, tile: tl.constexpr):
+def hidden_kernel(x, first, second, moments, kept, hidden, size, tile: tl.constexpr):
     """hidden = act(x @ first), or if GATED act(x @ first) * (x @ second). If KEEP, the pre-activations are stored
-    in `kept`. GATED and KEEP are flags because Triton 3.6 cannot compare a tuple that holds None with None."""
+    in `kept`. If NORM is "rms" or "layer", the rows of x are standardised by their moments. GATED and KEEP are
+    flags because Triton 3.6 cannot compare a tuple that holds None with None."""
     tile_row, tile_column = grouped_tile(
         tl.program_id(0), tl.cdiv(size.tokens, tile.BLOCK_M), tl.cdiv(size.hidden, tile.BLOCK_N)
     )
     row = tile_row * tile.BLOCK_M
     column = tile_column * tile.BLOCK_N
     second_weight = second.weight if tile.GATED else None
-    second_bias = second.bias if tile.GATED else None
     total, up = products(
         x, first.weight, second_weight, row, column, size, tile.BLOCK_M, tile.BLOCK_N, tile.BLOCK_K, tile.WHOLE
     )
@@ -285,7 +324,76 @@ def hidden_kernel(x, first, second, kept, hidden, size, tile: tl.constexpr):
     ups = quarters(up)
     for part in tl.static_range(4):
         start = column + part * (tile.BLOCK_N // 4)
-        finish(totals[part], ups[part], first.bias, second_bias, kept, hidden, row, start, size, tile)
+        finish(totals[part], ups[part], first, second, moments, kept, hidden, row, start, size, tile)
+
+
+@triton.jit
+def moments_kernel(x, moments, size, eps, tile: tl.constexpr):
+    """The moments of BLOCK_M rows, as `norm_kernel` computes them."""
+    rows = tl.program_id(0) * tile.BLOCK_M + tl.arange(0, tile.BLOCK_M)
+    exists = rows < size.rows
+    columns = tl.arange(0, tile.BLOCK_N)
+    mean, squares = moments_of(
+        load_rows(x, 0, rows, exists, columns, tile.WIDTH), 0, columns, tile.WIDTH, tile.CENTRED
+    )
+    for start in range(tile.BLOCK_N, tile.WIDTH, tile.BLOCK_N):
+        stream = load_rows(x, 0, rows, exists, start + columns, tile.WIDTH)
+        more_mean, more_squares = moments_of(stream, start, start + columns, tile.WIDTH, tile.CENTRED)
+        more = tl.minimum(tile.BLOCK_N, tile.WIDTH - start)
+        mean, squares = merged(mean, squares, more_mean, more_squares, start, more)
+    inverse = tl.rsqrt(squares * (1.0 / tile.WIDTH) + tl.cast(eps, tl.float32))
+    line = rows.to(tl.int64)[:, None]
+    if moments.mean is not None:
+        tl.store(moments.mean + line, mean, mask=exists[:, None])
+    tl.store(moments.inverse + line, inverse, mask=exists[:, None])
+
+
+@triton.jit
+def write_output(value, residual, dropout, y, row, column, size, tile: tl.constexpr):
+    """Store a tile of the output: dropped out, then added to the residual. If tile.ROUND, every step is rounded to
+    the dtype, as eager rounds it."""
+    rows: tl.constexpr = value.shape[0]
+    width: tl.constexpr = value.shape[1]
+    dtype: tl.constexpr = y.pointer.dtype.element_ty
+    inside = column + tl.arange(0, width) < size.hidden
+    mask = (row + tl.arange(0, rows) < size.tokens)[:, None] & inside[None, :]
+    value = value.to(dtype).to(tl.float32) if tile.ROUND else value
+    if dropout is not None:
+        tokens = dropout.first + row + tl.arange(0, rows)
+        score_terms = (0, 0, 0, 0, tl.load(dropout.state), tl.load(dropout.state + 1))
+        keep = keep_mask(dropout, score_terms, tokens, column, width, False)
+        value = tl.where(keep, value * tl.cast(dropout.growth, tl.float32), 0.0)
+        value = value.to(dtype).to(tl.float32) if tile.ROUND else value
+    if residual is not None:
+        value += tl.load(block(residual, row, column, rows, width), mask=mask, other=0.0).to(tl.float32)
+    tl.store(block(y, row, column, rows, width), value.to(dtype), mask=mask)
+
+
+@triton.jit
+def output_kernel(hidden, layer, residual, dropout, y, size, tile: tl.constexpr):
+    """y = residual + dropout(hidden @ layer); the residual and the dropout may be None."""
+    tile_row, tile_column = grouped_tile(
+        tl.program_id(0), tl.cdiv(size.tokens, tile.BLOCK_M), tl.cdiv(size.hidden, tile.BLOCK_N)
+    )
+    row = tile_row * tile.BLOCK_M
+    column = tile_column * tile.BLOCK_N
+    total, _ = products(
+        hidden, layer.weight, None, row, column, size, tile.BLOCK_M, tile.BLOCK_N, tile.BLOCK_K, tile.WHOLE
+    )
+    parts = quarters(total)
+    for part in tl.static_range(4):
+        start = column + part * (tile.BLOCK_N // 4)
+        columns = start + tl.arange(0, tile.BLOCK_N // 4)
+        value = plus_bias(parts[part], layer.bias, columns, columns < size.hidden)
+        write_output(value, residual, dropout, y, row, start, size, tile)
+
+
+@triton.jit
+def output_pass_kernel(product, residual, dropout, y, size, tile: tl.constexpr):
+    """The epilogue of `output_kernel`, for a product from the library or for dy. May work in place."""
+    _, row, column, mask = tile_in_hidden(size, tile)
+    value = tl.load(block(product, row, column, tile.BLOCK_M, tile.BLOCK_N), mask=mask, other=0.0)
+    write_output(value.to(tl.float32), residual, dropout, y, row, column, size, tile)
 
 
 @triton.jit
@@ -562,20 +670,86 @@ def column_sum(t: torch.Tensor) -> torch.Tensor:
     return t.sum(0, dtype=torch.float32)
 
 
-def fused_hidden(x, layer: Layer, hidden, kept, size) -> None:
-    """Launch hidden_kernel: fill `hidden`, and `kept` if it is not None."""
+class Norm(NamedTuple):
+    """The norm of x before the first layer, over d columns: weight and bias (d,) or None; whether it is a layer
+    norm; its epsilon."""
+
+    weight: torch.Tensor | None
+    bias: torch.Tensor | None
+    centred: bool
+    eps: float
+
+    def of(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+        """The norm of x (T, d), and the moments of its rows (1, T)."""
+        lines = (None if t is None else t[None] for t in (self.weight, self.bias))
+        y, _, mean, inverse = norm_forward(x[None], None, *lines, centred=self.centred, eps=self.eps)
+        return y[0], mean, inverse
+
+    def moments(self, x: torch.Tensor) -> Moments:
+        """The moments of the rows of x (T, d) alone."""
+        tokens, width = x.shape
+        moments = Moments(*(x.new_empty(tokens, dtype=torch.float32) if t else None for t in (self.centred, True)))
+        family = launch.family(moments_kernel, x.device)
+        tile = launch.look_up(launch.NORM_FORWARD, family, x.element_size(), width)
+        launch.start(
+            moments_kernel,
+            (triton.cdiv(tokens, tile.block_m),),
+            rows_of(x[None]),
+            moments,
+            NormSize(tokens, 0, 0),
+            self.eps,
+            tile=tile.tile(CENTRED=self.centred, WIDTH=width),
+            **tile.compiler_options(),
+        )
+        return moments
+
+    def folded(self, layer: Layer) -> list[tuple]:
+        """Weight, bias and level (see `Linear`) of each first layer, with this norm's weight and bias in them, so
+        that they take standardised rows."""
+        found = []
+        for weight, bias in layer.separate():
+            scaled = weight if self.weight is None else (weight * self.weight).to(weight.dtype)
+            if self.bias is not None:
+                shift = torch.mv(weight, self.bias.to(weight.dtype))
+                bias = shift if bias is None else shift.float() + bias
+            found.append((scaled, bias, scaled.sum(1, dtype=torch.float32) if self.centred else None))
+        return found
+
+
+# Dtypes in which a weight times the norm's is rounded as well as anything else. In float16 small products would
+# lose digits.
+FOLDED = (torch.bfloat16,)
+
+
+def folds(x: torch.Tensor, layer: Layer, norm: Norm) -> bool:
+    """Whether the norm goes into the first product. That saves writing the norm of x, 2 bytes for each of T x d
+    elements. It costs reading and writing each weight once, and of a layer norm reading it twice more."""
+    bytes_a_weight = 8 if norm.centred else 4
+    return x.dtype in FOLDED and 2 * x.shape[0] >= bytes_a_weight * layer.width
+
+
+def fused_hidden(x, layer: Layer, norm: Norm | None, hidden, kept, size) -> None:
+    """Launch hidden_kernel: fill `hidden`, and `kept` if it is not None. `norm`: of x, to be folded in."""
+    linears = [(*linear, None) for linear in layer.separate()] if norm is None else norm.folded(layer)
     table = launch.MLP_GATED_FORWARD if layer.gated else launch.MLP_FORWARD
     tile = tiling(table, hidden_kernel, x, size)
     step = inner_tile(x.dtype)
-    first, *rest = [linear_argument(*linear) for linear in layer.separate()]
+    first, *rest = [linear_argument(*linear) for linear in linears]
     keep = kept is not None
-    choices = layer.choices(KEEP=keep, CLAMPED=keep and layer.clamped, WHOLE=size.inner % step == 0, BLOCK_K=step)
+    choices = layer.choices(
+        KEEP=keep,
+        CLAMPED=keep and layer.clamped,
+        WHOLE=size.inner % step == 0,
+        BLOCK_K=step,
+        NORM="" if norm is None else "layer" if norm.centred else "rms",
+    )
     launch.start(
         hidden_kernel,
         (tile_count(size, tile),),
         matrix(x),
         first,
         rest[0] if rest else None,
+        None if norm is None else norm.moments(x),
         pair(layer, kept),
         matrix(hidden),
         size,
@@ -613,13 +787,19 @@ def library_hidden(x, layer: Layer, hidden, pre, quantised: tuple, keep: bool, s
 
 
 def hidden_forward(
-    x: torch.Tensor, layer: Layer, keep: str, fused: bool | None = None
+    x: torch.Tensor,
+    layer: Layer,
+    keep: str,
+    fused: bool | None = None,
+    norm: Norm | None = None,
+    normalised: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
     """The hidden layer (T, h), and what the backward needs of it: the pre-activations (T, h) or (T, 2h) if `keep`
     is "preactivation", codes and scales if it is "int8", () if it is "nothing".
 
     x (T, d), weights (h, d) or packed (2h, d), of one dtype: float16, bfloat16 or float32. `fused` overrides the
-    table that chooses between our kernel and the library's product with an elementwise kernel.
+    table that chooses between our kernel and the library's product with an elementwise kernel. With a norm, the
+    layer takes the norm of x: `normalised`, if somebody has computed it.
     """
     size = Size(*x.shape, layer.hidden)
     hidden = x.new_empty(size.tokens, size.hidden)
@@ -629,8 +809,13 @@ def hidden_forward(
         return hidden, kept
     keeps_pre = keep == "preactivation" and not keeps_hidden
     with launch.on_device(x):
-        if keep != "int8" and is_fused(hidden_kernel, size, (x, *(weight for weight, _ in layer.linears)), fused):
-            fused_hidden(x, layer, hidden, kept[0] if keeps_pre else None, size)
+        ours = keep != "int8" and is_fused(
+            hidden_kernel, size, (x, *(weight for weight, _ in layer.linears)), fused
+        )
+        if norm is not None and not (ours and folds(x, layer, norm)):
+            x, norm = norm.of(x)[0] if normalised is None else normalised, None
+        if ours:
+            fused_hidden(x, layer, norm, hidden, kept[0] if keeps_pre else None, size)
         else:
             beside = x.new_empty(size.tokens, layer.width) if layer.gated and not keeps_pre else hidden
             pre = kept[0] if keeps_pre else beside
@@ -647,6 +832,72 @@ def kept_empty(x: torch.Tensor, layer: Layer, keep: str) -> tuple[torch.Tensor, 
     scales = triton.cdiv(layer.hidden, SCALED.value) * (2 if layer.gated else 1)
     codes = x.new_empty(x.shape[0], layer.width, dtype=torch.int8)
     return codes, x.new_empty(x.shape[0], scales, dtype=torch.float32)
+
+
+class After(NamedTuple):
+    """What follows the second product: the residual (T, out) or None; dropout or None; whether every step is
+    rounded to the dtype, as eager does."""
+
+    residual: torch.Tensor | None = None
+    dropout: Dropout | None = None
+    round: bool = False
+
+
+def output_forward(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    after: After,
+    out: torch.Tensor | None = None,
+    fused: bool | None = None,
+) -> torch.Tensor:
+    """residual + dropout(hidden W^T + b): (T, out), in `out` if it is given. hidden (T, h), weight (out, h)."""
+    size = Size(*hidden.shape, weight.shape[0])
+    plain = (after.residual is None and after.dropout is None) or size.tokens * size.hidden == 0
+    if plain and out is None:
+        return torch.nn.functional.linear(hidden, weight, bias)
+    y = hidden.new_empty(size.tokens, size.hidden) if out is None else out
+    if plain:
+        return linear(hidden, weight, bias, out=y)
+    with launch.on_device(hidden):
+        if not is_fused(output_kernel, size, (hidden, weight), fused):
+            return output_pass(linear(hidden, weight, bias, out=y), after, y)
+        tile, step = tiling(launch.MLP_FORWARD, output_kernel, hidden, size), inner_tile(hidden.dtype)
+        launch.start(
+            output_kernel,
+            (tile_count(size, tile),),
+            matrix(hidden),
+            linear_argument(weight, bias),
+            None if after.residual is None else matrix(after.residual),
+            after.dropout,
+            matrix(y),
+            size,
+            tile=tile.tile(WHOLE=size.inner % step == 0, BLOCK_K=step, ROUND=after.round),
+            **tile.compiler_options(),
+        )
+    return y
+
+
+def output_pass(product: torch.Tensor, after: After, out: torch.Tensor | None = None) -> torch.Tensor:
+    """residual + dropout(product): (T, out), in `out` if it is given, which may be the product."""
+    y = torch.empty_like(product, memory_format=torch.contiguous_format) if out is None else out
+    if y.numel() == 0:
+        return y
+    size = Size(product.shape[0], 0, product.shape[1])
+    with launch.on_device(product):
+        tile = tiling(launch.MLP_ELEMENTWISE, output_pass_kernel, product, size)
+        launch.start(
+            output_pass_kernel,
+            (tile_count(size, tile),),
+            matrix(product),
+            None if after.residual is None else matrix(after.residual),
+            after.dropout,
+            matrix(y),
+            size,
+            tile=tile.tile(ROUND=after.round),
+            **tile.compiler_options(),
+        )
+    return y
 
 
 class GradientTask(NamedTuple):

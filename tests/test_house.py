@@ -18,6 +18,8 @@ FAMILIES = ("attention", "mlp", "norm", "heads", "loss", "statistics", "cache")
 SCORES = {"core.attention.definition", "core.attention.tiles"}
 # A row of a cache is a call of attention: by its definition and its portable backend, not by second ones.
 ROWS = {"core.attention.definition", "core.attention.portable"}
+# A residual branch is a norm, an MLP and dropout: by the norm's own backends and attention's random numbers.
+BRANCH = {"core.norm.definition", "core.norm.portable", "core.attention.dropout"}
 FLOORS_OF_A_FAMILY = ("spec", "definition", "portable", "triton", "operators", "functional")
 # From the ground up. A module imports from the floors below, and from its own where no circle comes of it.
 FLOORS = (
@@ -121,7 +123,7 @@ def test_every_family_has_its_six_files(family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_family_enters_another_by_its_functional_or_spec_only(family: str) -> None:
     allowed = {f"core.{other}.{name}" for other in FAMILIES for name in ("functional", "spec")}
-    allowed |= SCORES if family == "statistics" else ROWS if family == "cache" else set()
+    allowed |= {"statistics": SCORES, "cache": ROWS, "mlp": BRANCH}.get(family, set())
     for name in MODULES:
         if name.startswith(f"core.{family}."):
             elsewhere = {m for m in imported(name) if m.split(".")[1:2] != [family] and m.count(".") == 2}
@@ -141,6 +143,7 @@ MORE_PARAMETERS = {
     "core.attention.operators.Attention.forward": "torch.compile cannot trace a forward of *arguments",
     "core.attention.operators.AttentionMax.forward": "torch.compile cannot trace a forward of *arguments",
     "core.attention.operators.AttentionBackward.forward": "torch.compile cannot trace a forward of *arguments",
+    "core.mlp.operators.MLP.forward": "torch.compile cannot trace a forward of *arguments",
     "core.mlp.operators.MLPBackward.forward": "torch.compile cannot trace a forward of *arguments",
     "core.attention.tiles._tangent_of_tile": "derivatives pass each tensor of a tile by position",
     "core.attention.functional.scores_asked": "it takes the keywords of fastattn.attention that change scores",

@@ -6,7 +6,7 @@ attention   forward(q, k, v, spec, tensors, maxima=None) -> out, lse
             tangent(saved, tangents, spec, tensors) -> the tangents of out and lse
                 `saved` is a Saved: q, k, v, out, lse.
 mlp         forward(x, weights, spec) -> y, kept
-            backward(dy, x, weights, kept, wanted, spec) -> dx, dw, db, dw_out, db_out
+            backward(dy, x, weights, kept, wanted, spec) -> dx, dw, db, dw_out, db_out, dnorm_weight, dnorm_bias
                 x is (T, d). `kept` is up to four tensors (T, ...), () if nothing was kept; each backend takes what
                 another one has kept. `wanted` says which gradients to compute; the others are None. dw and db are
                 those of w_in and b_in, then of w_up and b_up.

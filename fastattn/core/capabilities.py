@@ -212,6 +212,13 @@ FEATURES: tuple[Feature, ...] = (
     Feature("mlp", "keeping nothing but x for the backward", lambda r: r.spec.save == "nothing"),
     Feature("mlp", "chunks of tokens", lambda r: r.spec.chunk > 0),
     Feature("mlp", "rounding wherever eager rounds", lambda r: r.spec.match_eager, proof="eager"),
+    Feature(
+        "mlp", "RMS norm or layer norm of its input, with gradient", lambda r: bool(r.spec.norm), proof="norm"
+    ),
+    Feature("mlp", "dropout of its output", lambda r: r.spec.dropout > 0, proof="dropout"),
+    Feature(
+        "mlp", "residual added in the same pass, with gradient", lambda r: bool(r.spec.residual), proof="residual"
+    ),
     Feature("mlp", "biases, or none", lambda r: True),
     Feature("mlp", "any widths", lambda r: True),
     Feature("mlp", "float16", _is(torch.float16)),

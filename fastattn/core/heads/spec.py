@@ -117,10 +117,10 @@ def _check_x(x: Tensor) -> None:
     check_floating("x", x)
 
 
-def check_eps(eps: float) -> float:
-    eps = float(arguments.number("eps", eps))
+def check_eps(eps: float, name: str = "eps") -> float:
+    eps = float(arguments.number(name, eps))
     if not SMALLEST_EPS <= eps < math.inf:
-        raise ValueError(f"eps must be finite and at least {SMALLEST_EPS:.1e}, got {eps}")
+        raise ValueError(f"{name} must be finite and at least {SMALLEST_EPS:.1e}, got {eps}")
     return eps
 
 

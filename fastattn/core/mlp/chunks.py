@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastattn.core.mlp.spec import MLPSpec, MLPWeights
@@ -27,31 +26,37 @@ class Steps(NamedTuple):
     """What a backend computes of T tokens.
 
     hidden: (x, weights, spec) -> the hidden layer (T, h), and what is kept of it for the backward: () for nothing.
-    recalled: (x, weights, kept, spec) -> the hidden layer, or None if `gradient` returns it, and a state for
-        `gradient`.
+    output: (hidden, x, weights, spec, first, out) -> y (T, out), in `out` if it is given. The rows are the tokens
+        from `first` on, by which dropout draws.
+    dropped: (dy, weights, spec, first) -> the gradient of what is dropped out.
+    normalised: (x, weights, spec) -> the norm of x, and of each row its moments as `norm_gradient` takes them.
+    recalled: (x, normalised, weights, kept, spec) -> the hidden layer, or None if `gradient` returns it, and a
+        state for `gradient`. `normalised` is x without a norm.
     gradient: (dy, state, weights, want_hidden, want_bias, spec) -> the gradients of the pre-activations, one
         (T, 2h) as `MLPSpec.halves` reads it, or of each first weight its own; their sum over tokens in at least
         float32 or None; the hidden layer or None.
+    norm_gradient: (dy, dresidual, x, moments, weights, spec, wanted) -> through the norm: dx, to which dresidual
+        is added, and of its weight and bias, those that are wanted.
     """
 
     hidden: Callable[..., tuple[Tensor, Kept]]
+    output: Callable[..., Tensor]
+    dropped: Callable[..., Tensor]
+    normalised: Callable[..., tuple[Tensor, Any]]
     recalled: Callable[..., tuple[Tensor | None, tuple]]
     gradient: Callable[..., tuple[list[Tensor], Tensor | None, Tensor | None]]
+    norm_gradient: Callable[..., tuple[Tensor, Tensor | None, Tensor | None]]
 
 
 def forward(steps: Steps, x: Tensor, weights: MLPWeights, spec: MLPSpec) -> tuple[Tensor, Kept]:
     """y (T, out) and what is kept for the backward."""
-    w_out, b_out = weights.w_out, weights.b_out
     if not 0 < spec.chunk < x.shape[0]:
         hidden, kept = steps.hidden(x, weights, spec)
-        return F.linear(hidden, w_out, b_out), kept
-    y, kept = x.new_empty(x.shape[0], w_out.shape[0]), ()
+        return steps.output(hidden, x, weights, spec, 0, None), kept
+    y, kept = x.new_empty(x.shape[0], weights.w_out.shape[0]), ()
     for rows in _chunks(x.shape[0], spec.chunk):
         hidden, part = steps.hidden(x[rows], weights, spec)
-        if b_out is None:
-            torch.mm(hidden, w_out.t(), out=y[rows])
-        else:
-            torch.addmm(b_out, hidden, w_out.t(), out=y[rows])
+        steps.output(hidden, x[rows], _of_rows(weights, rows), spec, rows.start, y[rows])
         kept = kept or tuple(t.new_empty(x.shape[0], t.shape[1]) for t in part)
         for whole, t in zip(kept, part, strict=True):
             whole[rows] = t
@@ -61,32 +66,55 @@ def forward(steps: Steps, x: Tensor, weights: MLPWeights, spec: MLPSpec) -> tupl
 def backward(
     steps: Steps, dy: Tensor, x: Tensor, weights: MLPWeights, kept: Kept, wanted: Sequence[bool], spec: MLPSpec
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of x, of w_in above w_up, of b_in before b_up, of w_out and of b_out; None where not
-    wanted."""
+    """The gradients of x, of w_in above w_up, of b_in before b_up, of w_out, of b_out, of norm_weight and of
+    norm_bias; None where not wanted."""
     if not 0 < spec.chunk < x.shape[0]:
-        dx, dw, db, dw_out, db_out = _gradients(steps, _product, dy, x, weights, kept, wanted, spec)
-        db, db_out = (t if t is None else t.to(x.dtype) for t in (db, db_out))
-        return dx, dw, db, dw_out, db_out
+        dy, dresidual = _upstream(steps, dy, weights, spec, 0)
+        found = _gradients(steps, _product, (dy, dresidual), x, weights, kept, wanted, spec)
+        return _in_dtypes(found, x, weights)
     dx = x.new_empty(x.shape) if wanted[0] else None
     sums: dict[str, Tensor] = {}
     add_product = functools.partial(_add_product, sums)
     for rows in _chunks(x.shape[0], spec.chunk):
         part = tuple(t[rows] for t in kept)
-        dx_part, _, db, _, db_out = _gradients(steps, add_product, dy[rows], x[rows], weights, part, wanted, spec)
+        upstream = _upstream(steps, dy[rows], weights, spec, rows.start)
+        found = _gradients(steps, add_product, upstream, x[rows], weights, part, wanted, spec)
+        dx_part, _, db, _, *beside = found
         if dx is not None and dx_part is not None:
             dx[rows] = dx_part
-        for name, t in (("b", db), ("b_out", db_out)):
+        for name, t in zip(("b", *_BESIDE), (db, *beside), strict=True):
             if t is not None:
                 sums[name] = sums[name] + t if name in sums else t
-        del dx_part
-    found = (sums.get(name) for name in ("w", "b", "w_out", "b_out"))
-    return dx, *(None if t is None else t.to(x.dtype) for t in found)
+        del dx_part, found
+    return _in_dtypes((dx, *(sums.get(name) for name in ("w", "b", "w_out", *_BESIDE))), x, weights)
+
+
+_BESIDE = ("b_out", "norm_weight", "norm_bias")
+
+
+def _of_rows(weights: MLPWeights, rows: slice) -> MLPWeights:
+    """The same, with the residual of these tokens."""
+    return weights if weights.residual is None else weights._replace(residual=weights.residual[rows])
+
+
+def _upstream(
+    steps: Steps, dy: Tensor, weights: MLPWeights, spec: MLPSpec, first: int
+) -> tuple[Tensor, Tensor | None]:
+    """The gradient of the last product's result, and what x gets of dy as the residual, if it is the residual."""
+    return steps.dropped(dy, weights, spec, first) if spec.dropout else dy, dy if spec.residual == "x" else None
+
+
+def _in_dtypes(found: Sequence[Tensor | None], x: Tensor, weights: MLPWeights) -> tuple[Tensor | None, ...]:
+    """Gradients in the dtypes of what they are the gradients of."""
+    beside = (weights.norm_weight, weights.norm_bias)
+    dtypes = [x.dtype] * 5 + [x.dtype if t is None else t.dtype for t in beside]
+    return tuple(t if t is None else t.to(dtype) for t, dtype in zip(found, dtypes, strict=True))
 
 
 def _gradients(
     steps: Steps,
     product: Callable[..., Tensor],
-    dy: Tensor,
+    upstream: tuple[Tensor, Tensor | None],
     x: Tensor,
     weights: MLPWeights,
     kept: Kept,
@@ -94,9 +122,11 @@ def _gradients(
     spec: MLPSpec,
 ) -> tuple[Tensor | None, ...]:
     """The gradients of a chunk. product: (name, left matrices, right) -> the left^T right, one above the other."""
-    want_x, want_weight, want_bias, want_out, want_out_bias = wanted
+    dy, dresidual = upstream
+    want_x, want_weight, want_bias, want_out, want_out_bias, *want_norm = wanted
     dw_out = None
-    hidden, state = steps.recalled(x, weights, kept, spec)
+    source, moments = steps.normalised(x, weights, spec) if spec.norm else (x, None)
+    hidden, state = steps.recalled(x, source, weights, kept, spec)
     recalled = hidden is not None
     if want_out and recalled:
         dw_out = product("w_out", [dy], hidden)
@@ -105,9 +135,17 @@ def _gradients(
     if want_out and not recalled:
         dw_out = product("w_out", [dy], hidden)
     del hidden, state
-    dw = product("w", dpres, x) if want_weight else None
-    dx = input_gradient(dpres, weights, spec) if want_x else None
-    return dx, dw, db, dw_out, column_sum(dy, spec) if want_out_bias else None
+    dw = product("w", dpres, source) if want_weight else None
+    del source
+    dx, of_norm = None, (None, None)
+    if want_x or any(want_norm):
+        dx = input_gradient(dpres, weights, spec)
+        del dpres
+        if spec.norm:
+            dx, *of_norm = steps.norm_gradient(dx, dresidual, x, moments, weights, spec, want_norm)
+        elif dresidual is not None:
+            dx = dx.add_(dresidual)
+    return dx if want_x else None, dw, db, dw_out, column_sum(dy, spec) if want_out_bias else None, *of_norm
 
 
 def _product(name: str, lefts: list[Tensor], right: Tensor) -> Tensor:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from fastattn.core import plans, spread
+from fastattn.core.attention.dropout import dropout_state as fresh_dropout_state
 from fastattn.core.autocast import autocast
 from fastattn.core.capabilities import check_backend
-from fastattn.core.mlp import operators
+from fastattn.core.mlp import definition, operators
 from fastattn.core.mlp.spec import MLPSpec, MLPWeights, Options, gated_mlp_spec, mlp_spec
+from fastattn.core.norm.functional import layer_norm, rms_norm
+from fastattn.ground import arguments
 
 
 def mlp(
@@ -27,9 +30,19 @@ def mlp(
     save: str = "auto",
     chunk: int | str = "auto",
     match_eager: bool = False,
+    norm: str | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    norm_eps: float | None = None,
+    residual: Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_state: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """act(x W1^T + b1) W2^T + b2, fused, keeping as little for the backward as the caller likes.
+
+    With `norm`, `residual` and `dropout_p` it is the branch of a transformer layer, in one call:
+    residual + dropout(mlp(norm(x))).
 
     Args:
         x: (..., d); any leading dimensions, any strides.
@@ -52,11 +65,22 @@ def mlp(
             but at least 4096 or 1024.
         match_eager: round wherever eager PyTorch rounds, in the backward, too. By default the backward rounds less
             often in half precision, which is more exact.
+        norm: what of x the first layer reads: "rms" for its RMS norm, "layer" for its layer norm, None for x
+            itself. The result of the norm is not kept for the backward.
+        norm_weight, norm_bias: (d,), any floating dtype, or None for 1 and 0. An RMS norm has no bias.
+        norm_eps: None for what torch takes: 1e-5 in a layer norm, else the epsilon of float32.
+        residual: (..., out), the result's shape and dtype; is added to the result. It may be x.
+        dropout_p: the probability of dropping an element of the MLP's result, before the residual is added;
+            rounded to 16 bits. The others are multiplied by 1 / (1 - dropout_p). Nothing is stored: the backward
+            draws the same numbers again.
+        dropout_state: (1, 2) int64, as `dropout_state(1)` gives it, which draws one by default. Of T tokens,
+            `dropout_mask(state, dropout_p, 1, T, out)` shows what is dropped.
         backend: as `attention`'s.
 
     Returns:
-        (..., out) in the inputs' dtype. The pre-activation and the hidden layer are rounded to that dtype, as
-        eager PyTorch rounds them; sums are in fp32, or fp64 for fp64 inputs.
+        (..., out) in the inputs' dtype; under autocast, a residual is added in its own. The pre-activation and the
+        hidden layer are rounded to that dtype, as eager PyTorch rounds them; sums are in fp32, or fp64 for fp64
+        inputs.
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what was expected, before anything runs.
@@ -65,26 +89,27 @@ def mlp(
         >>> x, w1, w2 = torch.randn(2, 10, 64), torch.randn(256, 64), torch.randn(64, 256)
         >>> mlp(x, w1, None, w2, None).shape
         torch.Size([2, 10, 64])
+        >>> mlp(x, w1, None, w2, None, norm="layer", residual=x, dropout_p=0.1).shape
+        torch.Size([2, 10, 64])
 
     Source: Vaswani et al., Attention Is All You Need (2017), section 3.3; Hendrycks and Gimpel, GELU (2016).
     """
-    key = plans.key((x, w1, b1, w2, b2), (activation, save, chunk, match_eager, backend))
+    adds = _added(residual, x)
+    options = activation, save, chunk, match_eager, norm, norm_eps, dropout_p, adds
+    residual = residual if adds == "apart" else None
+    weights = w1, b1, None, None, w2, b2, norm_weight, norm_bias, residual, dropout_state
+    key = plans.key((x, *weights), (*options, backend))
     plan = MLP_PLANS.find(key)
     if plan is not None:
-        return _planned(plan, x, (w1, b1, None, None, w2, b2))
+        return _planned(plan, x, weights)
     if isinstance(x, spread.DTENSORS):
+        _refuse_spread_branch(norm, dropout_p, adds)
         return spread.of_dtensors["mlp"](x, w1, b1, w2, b2, {
             "activation": activation, "save": save, "chunk": chunk, "match_eager": match_eager, "backend": backend,
         })  # fmt: skip
     backend = check_backend(backend)
-    x, w1, b1, w2, b2 = autocast(x, w1, b1, w2, b2)
-    weights = MLPWeights(w1, b1, None, None, w2, b2)
-    spec = mlp_spec(x, weights, Options(activation, save, chunk, match_eager))
-    if key is None:
-        return _mlp(x, weights, spec, backend)
-    plan = operators.MLPPlan.of(x, weights, spec, backend)
-    MLP_PLANS.keep(key, plan)
-    return _planned(plan, x, weights)
+    given = Options(activation, save, chunk, match_eager, None, *options[4:])
+    return _first(x, MLPWeights(*weights), given, backend, mlp_spec, MLP_PLANS, key)
 
 
 def gated_mlp(
@@ -101,6 +126,13 @@ def gated_mlp(
     save: str = "auto",
     chunk: int | str = "auto",
     match_eager: bool = False,
+    norm: str | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    norm_eps: float | None = None,
+    residual: Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_state: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """(act(x Wg^T + bg) * (x Wu^T + bu)) Wd^T + bd, fused, keeping as little for the backward as the caller likes.
@@ -117,6 +149,7 @@ def gated_mlp(
         save, chunk, match_eager: as `mlp`'s. What is kept are gate and up. With save="int8" the gradients have a
             relative error of about 1 percent (SiLU, normal numbers). With save="auto" the portable backend
             also keeps act(gate) and the hidden layer, as eager PyTorch does. A chunk's tensors are (chunk, 2h).
+        norm, norm_weight, norm_bias, norm_eps, residual, dropout_p, dropout_state: as `mlp`'s.
         backend: as `attention`'s.
 
     Returns:
@@ -127,25 +160,27 @@ def gated_mlp(
 
     Source: Shazeer, GLU Variants Improve Transformer (2020), section 2.
     """
-    tensors = x, w_gate, b_gate, w_up, b_up, w_down, b_down
-    key = plans.key(tensors, (activation, packed, save, chunk, match_eager, backend))
+    adds = _added(residual, x)
+    options = activation, save, chunk, match_eager, packed, norm, norm_eps, dropout_p, adds
+    residual = residual if adds == "apart" else None
+    weights = w_gate, b_gate, w_up, b_up, w_down, b_down, norm_weight, norm_bias, residual, dropout_state
+    key = plans.key((x, *weights), (*options, backend))
     plan = GATED_PLANS.find(key)
     if plan is not None:
-        return _planned(plan, x, tensors[1:])
+        return _planned(plan, x, weights)
     if isinstance(x, spread.DTENSORS):
+        _refuse_spread_branch(norm, dropout_p, adds)
         return spread.of_dtensors["gated_mlp"](x, w_gate, w_up, w_down, {
             "b_gate": b_gate, "b_up": b_up, "b_down": b_down, "activation": activation, "packed": packed,
             "save": save, "chunk": chunk, "match_eager": match_eager, "backend": backend,
         })  # fmt: skip
     backend = check_backend(backend)
-    x, *rest = autocast(*tensors)
-    weights = MLPWeights(*rest)
-    spec = gated_mlp_spec(x, weights, Options(activation, save, chunk, match_eager, packed))
-    if key is None:
-        return _mlp(x, weights, spec, backend)
-    plan = operators.MLPPlan.of(x, weights, spec, backend)
-    GATED_PLANS.keep(key, plan)
-    return _planned(plan, x, weights)
+    return _first(x, MLPWeights(*weights), Options(*options), backend, gated_mlp_spec, GATED_PLANS, key)
+
+
+def _added(residual: Tensor | None, x: Tensor) -> str:
+    """Whether a residual is added, and which: one of RESIDUALS."""
+    return "" if residual is None else "x" if residual is x else "apart"
 
 
 MLP_PLANS: plans.Plans[operators.MLPPlan] = plans.Plans("mlp")
@@ -154,10 +189,87 @@ GATED_PLANS: plans.Plans[operators.MLPPlan] = plans.Plans("gated_mlp")
 
 def _planned(plan: operators.MLPPlan, x: Tensor, weights: Sequence[Tensor | None]) -> Tensor:
     """The MLP of a call that was checked before."""
+    if plan.spec.dropout and weights[-1] is None:
+        weights = *weights[:-1], fresh_dropout_state(1, x.device)
     if x.dim() == 2:
         return plans.run(plan, x, *weights)[0]
+    if (residual := weights[-2]) is not None:
+        weights = *weights[:-2], _tokens(residual), weights[-1]
     (y,) = plans.run(plan, _tokens(x), *weights)
     return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def _first(
+    x: Tensor,
+    weights: MLPWeights,
+    options: Options,
+    backend: str | None,
+    make_spec: Callable[[Tensor, MLPWeights, Options], MLPSpec],
+    known: plans.Plans[operators.MLPPlan],
+    key: plans.Key | None,
+) -> Tensor:
+    """The MLP of a call that has no plan; it gets one if it has a key."""
+    if key is None:
+        return _unplanned(x, weights, options, backend, make_spec)
+    spec = make_spec(x, weights, options)
+    if not spec.dropout:
+        weights = weights._replace(dropout_state=None)
+    plan = operators.MLPPlan.of(x, weights, spec, backend)
+    known.keep(key, plan)
+    return _planned(plan, x, weights)
+
+
+def _unplanned(
+    x: Tensor,
+    weights: MLPWeights,
+    options: Options,
+    backend: str | None,
+    make_spec: Callable[[Tensor, MLPWeights, Options], MLPSpec],
+) -> Tensor:
+    """Autocast casts what goes into the products. It leaves the norm and the sum with the residual to their own
+    dtypes, so that these are steps of their own then."""
+    branch = options.norm or options.dropout_p or options.residual
+    if branch and isinstance(x, Tensor) and x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
+        return _step_by_step(x, weights, options, backend, make_spec)
+    x, *rest = autocast(x, *weights[:6])
+    weights = MLPWeights(*rest, *weights[6:])
+    return _mlp(x, weights, make_spec(x, weights, options), backend)
+
+
+def _step_by_step(
+    x: Tensor,
+    weights: MLPWeights,
+    options: Options,
+    backend: str | None,
+    make_spec: Callable[[Tensor, MLPWeights, Options], MLPSpec],
+) -> Tensor:
+    """A residual branch under autocast, norm, MLP, dropout and sum each for itself."""
+    residual = x if options.residual == "x" else weights.residual
+    if residual is not None:
+        arguments.tensor("residual", residual, or_none=True)
+    cast, *rest = autocast(x, *weights[:6])
+    alike = None if residual is None else cast.new_empty((), device=residual.device).expand(residual.shape)
+    checked = weights._replace(residual=alike, **dict(zip(MLPWeights._fields, rest, strict=False)))
+    spec = make_spec(cast, checked, options)
+    if options.norm == "rms":
+        x = rms_norm(x, weights.norm_weight, eps=spec.norm_eps, backend=backend)
+    elif options.norm == "layer":
+        x = layer_norm(x, weights.norm_weight, weights.norm_bias, eps=spec.norm_eps, backend=backend)
+    (x,) = autocast(x)
+    y = _mlp(x, MLPWeights(*rest), replace(spec, norm="", norm_eps=0.0, dropout=0.0, residual=""), backend)
+    if spec.dropout:
+        state = weights.dropout_state
+        state = fresh_dropout_state(1, x.device) if state is None else state
+        y = definition.dropped(_tokens(y), state, spec.dropout).view(y.shape)
+    return y if residual is None else residual + y
+
+
+def _refuse_spread_branch(norm: str | None, dropout_p: float, adds: str) -> None:
+    for name, asked in (("norm", norm), ("residual", adds), ("dropout_p", dropout_p)):
+        if asked:
+            raise ValueError(
+                f"{name} must not be given for DTensors: norm, dropout and sum are steps of their own"
+            )
 
 
 def _mlp(x: Tensor, weights: MLPWeights, spec: MLPSpec, backend: str | None) -> Tensor:
@@ -166,6 +278,11 @@ def _mlp(x: Tensor, weights: MLPWeights, spec: MLPSpec, backend: str | None) -> 
     # Under torch.func a wrapped tensor may not show that an outer transform wants its gradient.
     if not (torch.is_grad_enabled() and (wanted or torch._C._are_functorch_transforms_active())):
         spec = replace(spec, save="nothing")
+    state, residual = weights.dropout_state if spec.dropout else None, weights.residual
+    if spec.dropout and state is None:
+        state = fresh_dropout_state(1, x.device)
+    residual = None if residual is None else _tokens(residual)
+    weights = weights._replace(residual=residual, dropout_state=state)
     y, *_ = operators.mlp(_tokens(x), *weights, *operators.options_of(spec), backend)
     return y.reshape(*x.shape[:-1], y.shape[-1])
 

@@ -6,7 +6,7 @@ autograd.Function that the functional calls.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -22,50 +22,72 @@ from fastattn.core.mlp.spec import MLPSpec, MLPWeights
 from fastattn.core.plans import Plan, needs_gradient
 
 # The options of a spec, as arguments of an operator, in this order.
-_OPTIONS = "str activation, str packed, str save, int chunk, bool match_eager"
+_OPTIONS = (
+    "str activation, str packed, str save, int chunk, bool match_eager, str norm, float norm_eps, float dropout, "
+    "str residual_kind"
+)
 # What a backend keeps of the hidden layer is up to four tensors; in the operators' results, the others are empty.
 _SLOTS = 4
+_WEIGHTS = len(MLPWeights._fields)
 
 _operators = library.Library("fastattn", "FRAGMENT")
 _operators.define(
     "mlp_forward(Tensor x, Tensor w_in, Tensor? b_in, Tensor? w_up, Tensor? b_up, Tensor w_out, Tensor? b_out, "
+    "Tensor? norm_weight, Tensor? norm_bias, Tensor? residual, Tensor? dropout_state, "
     f"{_OPTIONS}, str? backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _operators.define(
     "mlp_backward(Tensor dy, Tensor x, Tensor w_in, Tensor? b_in, Tensor? w_up, Tensor? b_up, Tensor w_out, "
+    "Tensor? norm_weight, Tensor? norm_bias, Tensor? dropout_state, "
     "Tensor? kept_1, Tensor? kept_2, Tensor? kept_3, Tensor? kept_4, bool[] wanted, "
-    f"{_OPTIONS}, str? backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    f"{_OPTIONS}, str? backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _FORWARD, _BACKWARD = "fastattn::mlp_forward", "fastattn::mlp_backward"
 
 
 def options_of(spec: MLPSpec) -> tuple:
     """The spec's options as arguments of the operators."""
-    return spec.activation, spec.packed, spec.save, spec.chunk, spec.match_eager
+    return (
+        spec.activation, spec.packed, spec.save, spec.chunk, spec.match_eager, spec.norm, spec.norm_eps,
+        spec.dropout, spec.residual,
+    )  # fmt: skip
 
 
 def _spec(w_up: Tensor | None, options: Sequence[Any]) -> MLPSpec:
-    activation, packed, save, chunk, match_eager = options
-    return MLPSpec(activation, w_up is not None or bool(packed), packed, save, chunk, match_eager)
+    activation, packed, *rest = options
+    return MLPSpec(activation, w_up is not None or bool(packed), packed, *rest)
+
+
+def _saved(x: Tensor, *weights: Tensor | None) -> tuple[Tensor | None, ...]:
+    """What the backward takes of x and an MLPWeights: all but b_out and the residual."""
+    return x, *weights[:5], *weights[6:8], weights[9]
+
+
+def _weights(saved: Sequence) -> MLPWeights:
+    """The weights among what `_saved` gave, without x."""
+    return MLPWeights(*saved[:5], None, *saved[5:7], None, saved[7])
+
+
+_SAVED = 9
 
 
 def _filled(kept: Sequence[Tensor], x: Tensor) -> tuple[Tensor, ...]:
     return *kept, *(x.new_empty(0) for _ in range(_SLOTS - len(kept)))
 
 
-def _forward(x, w_in, b_in, w_up, b_up, w_out, b_out, *rest) -> tuple[Tensor, ...]:
-    *options, backend = rest
-    spec = _spec(w_up, options)
+def _forward(x, *arguments) -> tuple[Tensor, ...]:
+    weights, (*options, backend) = MLPWeights(*arguments[:_WEIGHTS]), arguments[_WEIGHTS:]
+    spec = _spec(weights.w_up, options)
     chosen = capabilities.module(Request("mlp", spec, (x,)), FORWARD, backend)
-    y, kept = chosen.forward(x, MLPWeights(w_in, b_in, w_up, b_up, w_out, b_out), spec)
+    y, kept = chosen.forward(x, weights, spec)
     return y, *_filled(kept, x)
 
 
-def _backward(dy, x, w_in, b_in, w_up, b_up, w_out, *rest) -> tuple[Tensor, ...]:
+def _backward(dy, x, *arguments) -> tuple[Tensor, ...]:
+    weights, rest = _weights(arguments), arguments[_SAVED - 1 :]
     kept, (wanted, *options, backend) = rest[:_SLOTS], rest[_SLOTS:]
-    spec = _spec(w_up, options)
+    spec = _spec(weights.w_up, options)
     chosen = capabilities.module(Request("mlp", spec, (x,)), BACKWARD, backend)
-    weights = MLPWeights(w_in, b_in, w_up, b_up, w_out)
     gradients = chosen.backward(dy, x, weights, tuple(t for t in kept if t is not None), wanted, spec)
     return tuple(x.new_empty(0) if g is None else g for g in gradients)
 
@@ -75,50 +97,63 @@ _operators.impl("mlp_backward", _backward, "CompositeExplicitAutograd")
 
 
 @library.register_fake(_FORWARD, lib=_operators)
-def _forward_fake(x, w_in, b_in, w_up, b_up, w_out, b_out, *rest):
-    *options, backend = rest
-    spec = _spec(w_up, options)
+def _forward_fake(x, *arguments):
+    weights, (*options, backend) = MLPWeights(*arguments[:_WEIGHTS]), arguments[_WEIGHTS:]
+    spec = _spec(weights.w_up, options)
     chosen = capabilities.module(Request("mlp", spec, (x,)), FORWARD, backend)
-    kept = chosen.kept_empty(x, MLPWeights(w_in, b_in, w_up, b_up, w_out), spec)
-    return x.new_empty((x.shape[0], w_out.shape[0])), *_filled(kept, x)
+    kept = chosen.kept_empty(x, weights, spec)
+    return x.new_empty((x.shape[0], weights.w_out.shape[0])), *_filled(kept, x)
 
 
 @library.register_fake(_BACKWARD, lib=_operators)
-def _backward_fake(dy, x, w_in, b_in, w_up, b_up, w_out, *rest):
-    wanted = rest[_SLOTS]
-    rows = w_in.shape[0] * (1 if w_up is None else 2)
-    shapes = (x.shape, (rows, w_in.shape[1]), (rows,), w_out.shape, (w_out.shape[0],))
-    return tuple(x.new_empty(shape if want else 0) for shape, want in zip(shapes, wanted, strict=True))
+def _backward_fake(dy, x, *arguments):
+    weights, wanted = _weights(arguments), arguments[_SAVED - 1 + _SLOTS]
+    w_in, w_out = weights.w_in, weights.w_out
+    rows, width = w_in.shape[0] * (1 if weights.w_up is None else 2), w_in.shape[1:]
+    like = (x, x, x, x, x, weights.norm_weight, weights.norm_bias)
+    shapes = (x.shape, (rows, *width), (rows,), w_out.shape, (w_out.shape[0],), width, width)
+    return tuple(
+        (x if t is None else t).new_empty(shape if want else 0)
+        for t, shape, want in zip(like, shapes, wanted, strict=True)
+    )
 
 
 class MLP(Function):
-    """(x, w_in, b_in, w_up, b_up, w_out, b_out, the options of a spec, backend) -> y, and in four slots what is
-    kept (see backends.py)."""
+    """(x, the tensors of an MLPWeights, the options of a spec, backend) -> y, and in four slots what is kept (see
+    backends.py)."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x, w_in, b_in, w_up, b_up, w_out, b_out, activation, packed, save, chunk, match_eager, backend):
+    def forward(
+        x, w_in, b_in, w_up, b_up, w_out, b_out, norm_weight, norm_bias, residual, dropout_state,
+        activation, packed, save, chunk, match_eager, norm, norm_eps, dropout, residual_kind, backend,
+    ):  # fmt: skip
         return torch.ops.fastattn.mlp_forward(
-            x, w_in, b_in, w_up, b_up, w_out, b_out, activation, packed, save, chunk, match_eager, backend
-        )
+            x, w_in, b_in, w_up, b_up, w_out, b_out, norm_weight, norm_bias, residual, dropout_state,
+            activation, packed, save, chunk, match_eager, norm, norm_eps, dropout, residual_kind, backend,
+        )  # fmt: skip
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         _, *slots = output
         ctx.mark_non_differentiable(*slots)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*inputs[:6], *_in_use(slots))
-        ctx.options = inputs[7:]
+        ctx.save_for_backward(*_saved(*inputs[: 1 + _WEIGHTS]), *_in_use(slots))
+        ctx.options = inputs[1 + _WEIGHTS :]
 
     @staticmethod
     def backward(ctx, dy, *_):
         if dy is None:
-            return (None,) * 13
+            return (None,) * (1 + _WEIGHTS + len(ctx.options))
         saved = ctx.saved_tensors  # once: activation checkpointing hands them out a single time
-        wanted = _wanted(ctx.needs_input_grad)
-        gradients = mlp_backward(dy, *saved[:6], *_slots(saved[6:]), wanted, *ctx.options)
-        return *_by_argument(gradients, ctx.needs_input_grad, saved[1].shape[0]), *(None,) * 6
+        found = _found(
+            ctx.needs_input_grad,
+            dy,
+            saved[1].shape[0],
+            lambda wanted: mlp_backward(dy, *saved[:_SAVED], *_slots(saved[_SAVED:]), wanted, *ctx.options),
+        )
+        return *found, *(None,) * len(ctx.options)
 
 
 def _in_use(slots: Sequence[Tensor]) -> list[Tensor]:
@@ -132,19 +167,29 @@ def _slots(kept: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
 
 def _wanted(needed: Sequence[bool]) -> tuple[bool, ...]:
     """Which gradients the backward computes, by which of MLP's arguments need one."""
-    x, w_in, b_in, w_up, b_up, w_out, b_out = needed[:7]
-    return x, w_in or w_up, b_in or b_up, w_out, b_out
+    x, w_in, b_in, w_up, b_up, w_out, b_out, norm_weight, norm_bias = needed[:9]
+    return x, w_in or w_up, b_in or b_up, w_out, b_out, norm_weight, norm_bias
+
+
+def _found(
+    needed: Sequence[bool], dy: Tensor, rows: int, compute: Callable[[tuple[bool, ...]], Sequence]
+) -> tuple[Tensor | None, ...]:
+    """The gradient of each of MLP's tensors that needs one. compute: which are wanted -> what the backward
+    computes. The residual's is dy."""
+    wanted = _wanted(needed)
+    found = _by_argument(compute(wanted) if any(wanted) else (None,) * len(wanted), needed, rows)
+    return *found, dy if needed[9] else None, None
 
 
 def _by_argument(gradients: Sequence, needed: Sequence[bool], rows: int) -> tuple[Tensor | None, ...]:
-    """What the backward computed, by MLP's tensors; w_in has so many rows."""
-    dx, dw, db, dw_out, db_out = gradients
+    """What the backward computed, by MLP's tensors up to norm_bias; w_in has so many rows."""
+    dx, dw, db, dw_out, db_out, *of_norm = gradients
     dw_up = db_up = None
     if needed[3] or (dw is not None and dw.shape[0] != rows):
         dw, dw_up = dw[:rows], dw[rows:]
     if needed[4] or (db is not None and db.shape[0] != rows):
         db, db_up = db[:rows], db[rows:]
-    found = (dx, dw, db, dw_up, db_up, dw_out, db_out)
+    found = (dx, dw, db, dw_up, db_up, dw_out, db_out, *of_norm)
     return tuple(t if need else None for t, need in zip(found, needed, strict=False))
 
 
@@ -158,30 +203,35 @@ class MLPBackward(Function):
 
     @staticmethod
     def forward(
-        dy, x, w_in, b_in, w_up, b_up, w_out, kept_1, kept_2, kept_3, kept_4,
-        wanted, activation, packed, save, chunk, match_eager, backend,
+        dy, x, w_in, b_in, w_up, b_up, w_out, norm_weight, norm_bias, dropout_state, kept_1, kept_2, kept_3,
+        kept_4, wanted, activation, packed, save, chunk, match_eager, norm, norm_eps, dropout, residual_kind,
+        backend,
     ):  # fmt: skip
         return torch.ops.fastattn.mlp_backward(
-            dy, x, w_in, b_in, w_up, b_up, w_out, kept_1, kept_2, kept_3, kept_4,
-            wanted, activation, packed, save, chunk, match_eager, backend,
+            dy, x, w_in, b_in, w_up, b_up, w_out, norm_weight, norm_bias, dropout_state, kept_1, kept_2, kept_3,
+            kept_4, wanted, activation, packed, save, chunk, match_eager, norm, norm_eps, dropout, residual_kind,
+            backend,
         )  # fmt: skip
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs[:7])
-        ctx.wanted, *ctx.options, _backend = inputs[7 + _SLOTS :]
+        ctx.save_for_backward(*inputs[: 1 + _SAVED])
+        ctx.wanted, *ctx.options, _backend = inputs[1 + _SAVED + _SLOTS :]
 
     @staticmethod
     def backward(ctx, *second):
         cotangents = [g for g, want in zip(second, ctx.wanted, strict=True) if want]
-        found = derivatives.pull_through(lambda *t: _gradients(ctx, t), ctx.saved_tensors, cotangents)
-        return *found, *(None,) * (_SLOTS + 7)
+        saved = ctx.saved_tensors
+        which = [i for i, t in enumerate(saved) if t is not None and t.is_floating_point()]
+        found = derivatives.pull_through(lambda *t: _gradients(ctx, t), saved, cotangents, which)
+        return *found, *(None,) * (_SLOTS + 2 + len(ctx.options))
 
 
 def _gradients(ctx, tensors: Sequence) -> list[Tensor]:
     """The gradients that are wanted, by the reference formula."""
-    dy, x, *weights = tensors
-    every = definition.mlp_backward(dy, x, MLPWeights(*weights), _spec(weights[2], ctx.options))
+    dy, x, *rest = tensors
+    weights = _weights(rest)
+    every = definition.mlp_backward(dy, x, weights, _spec(weights.w_up, ctx.options))
     return [g for g, want in zip(every, ctx.wanted, strict=True) if want]
 
 
@@ -193,23 +243,30 @@ class DualMLP(MLP):
         MLP.setup_context(ctx, inputs, output)
         # The same tensors as MLP saves for the backward: torch.func.vmap keeps one list of their mapped
         # dimensions.
-        ctx.save_for_forward(*inputs[:6], *_in_use(output[1:]))
+        ctx.save_for_forward(*_saved(*inputs[: 1 + _WEIGHTS]), *_in_use(output[1:]))
 
     @staticmethod
     def jvp(ctx, *tangents):
-        x, *weights = tensors = ctx.saved_tensors[:6]
-        spec = _spec(weights[2], ctx.options[:-1])
+        x, *rest = tensors = ctx.saved_tensors[:_SAVED]
+        weights = _weights(rest)
+        spec = _spec(weights.w_up, ctx.options[:-1])
 
-        def y(x, *weights):
-            return [definition.mlp(x, MLPWeights(*weights), spec)]
+        def y(x, *rest):
+            return [definition.mlp(x, _weights(rest), spec)]
 
-        dy = x.new_zeros((x.shape[0], weights[-1].shape[0]))
-        if any(t is not None for t in tangents[:6]):
-            (dy,) = derivatives.push_through(y, tensors, tangents[:6])
-        return dy if tangents[6] is None else dy + tangents[6], *(None,) * _SLOTS
+        dy = x.new_zeros((x.shape[0], weights.w_out.shape[0]))
+        moved = _saved(*tangents[: 1 + _WEIGHTS])
+        if any(t is not None for t in moved):
+            (dy,) = derivatives.push_through(y, tensors, moved)
+        db_out, dresidual = tangents[6], tangents[9]
+        if db_out is not None and spec.dropout:
+            db_out = definition.dropped(db_out.expand(dy.shape), weights.dropout_state, spec.dropout)
+        for more in (db_out, dresidual):
+            dy = dy if more is None else dy + more
+        return dy, *(None,) * _SLOTS
 
 
-DualMLPBackward = derivatives.with_forward_mode(MLPBackward, _gradients, 7)
+DualMLPBackward = derivatives.with_forward_mode(MLPBackward, _gradients, 1 + _SAVED)
 
 
 class MLPPlan(Plan):
@@ -227,19 +284,21 @@ class MLPPlan(Plan):
 
     def forward(self, x, *weights):
         y, kept = self.module.forward(x, MLPWeights(*weights), self.spec)
-        return (y,), (x, *weights[:-1], *kept) if self.differentiable else ()
+        return (y,), (*_saved(x, *weights), *kept) if self.differentiable else ()
 
     def gradients(self, saved, cotangents, needed, direct):
-        (dy,), (x, *weights), kept = cotangents, saved[:6], saved[6:]
+        (dy,), (x, *rest), kept = cotangents, saved[:_SAVED], saved[_SAVED:]
         if dy is None:
-            return (None,) * 7
-        wanted = _wanted(needed)
-        if direct:
+            return (None,) * (1 + _WEIGHTS)
+
+        def compute(wanted):
+            if not direct:
+                options = wanted, *options_of(self.spec), self.backend
+                return mlp_backward(dy, x, *rest, *_slots(kept), *options)
             module = capabilities.backward_module(self, (x,))
-            gradients = module.backward(dy, x, MLPWeights(*weights), kept, wanted, self.spec)
-        else:
-            gradients = mlp_backward(dy, x, *weights, *_slots(kept), wanted, *options_of(self.spec), self.backend)
-        return _by_argument(gradients, needed, weights[0].shape[0])
+            return module.backward(dy, x, _weights(rest), kept, wanted, self.spec)
+
+        return _found(needed, dy, rest[0].shape[0], compute)
 
 
 def mlp(*arguments) -> tuple[Tensor, Tensor]:
@@ -254,7 +313,9 @@ def mlp_backward(*arguments) -> tuple[Tensor, ...]:
 
 @library.register_vmap(_FORWARD, lib=_operators)
 def _forward_vmap(info: Any, in_dims: tuple, x, *rest):
-    if not info.batch_size or any(isinstance(dim, int) for dim in in_dims[1:]):
+    # All samples share a residual and random numbers, which belong to the tokens of one sample.
+    by_token = any(t is not None for t in rest[_WEIGHTS - 2 : _WEIGHTS])
+    if not info.batch_size or by_token or any(isinstance(dim, int) for dim in in_dims[1:]):
         return one_by_one(torch.ops.fastattn.mlp_forward, info.batch_size, in_dims, (x, *rest))
     # All samples share their weights: they are more tokens of one call.
     x = x.movedim(in_dims[0], 0).flatten(0, 1)

@@ -15,6 +15,8 @@ from torch import Tensor
 from fastattn.core.mlp import chunks, definition, int8
 from fastattn.core.mlp.chunks import Kept, Steps, column_sum, pre_activations, pre_count
 from fastattn.core.mlp.spec import MLPSpec, MLPWeights
+from fastattn.core.norm import portable as norm
+from fastattn.core.norm.spec import Saved
 
 RELUS = ("relu", "relu_squared")
 
@@ -46,7 +48,7 @@ def kept_empty(x: Tensor, weights: MLPWeights, spec: MLPSpec) -> Kept:
 
 def _hidden(x: Tensor, weights: MLPWeights, spec: MLPSpec) -> tuple[Tensor, Kept]:
     """The hidden layer, and what is kept of it."""
-    pre = _products(x, weights)
+    pre = _products(_normalised(x, weights, spec)[0] if spec.norm else x, weights)
     gate, up = pre_activations(pre, spec)
     if spec.save == "nothing":
         hidden = _activate_in_place(gate, spec.activation)
@@ -64,10 +66,53 @@ def _hidden(x: Tensor, weights: MLPWeights, spec: MLPSpec) -> tuple[Tensor, Kept
     return hidden, _quantised(gate, up, spec) if spec.save == "int8" else pre
 
 
-def _recalled(x: Tensor, weights: MLPWeights, kept: Kept, spec: MLPSpec) -> tuple[Tensor, tuple]:
+def _output(
+    hidden: Tensor, x: Tensor, weights: MLPWeights, spec: MLPSpec, first: int, out: Tensor | None
+) -> Tensor:
+    w_out, b_out = weights.w_out, weights.b_out
+    if out is None:
+        y = F.linear(hidden, w_out, b_out)
+    elif b_out is None:
+        y = torch.mm(hidden, w_out.t(), out=out)
+    else:
+        y = torch.addmm(b_out, hidden, w_out.t(), out=out)
+    if spec.dropout:
+        y.mul_(definition.keep_factors(y, weights.dropout_state, spec.dropout, first))
+    residual = x if spec.residual == "x" else weights.residual
+    return y if residual is None else y.add_(residual)
+
+
+def _dropped(dy: Tensor, weights: MLPWeights, spec: MLPSpec, first: int) -> Tensor:
+    return definition.dropped(dy, weights.dropout_state, spec.dropout, first)
+
+
+def _normalised(x: Tensor, weights: MLPWeights, spec: MLPSpec) -> tuple[Tensor, tuple]:
+    lines = (None if t is None else t[None] for t in (weights.norm_weight, weights.norm_bias))
+    y, _, *moments = norm.forward(x[None], None, *lines, spec.norm_spec)
+    return y[0], tuple(moments)
+
+
+def _norm_gradient(
+    dy: Tensor,
+    dresidual: Tensor | None,
+    x: Tensor,
+    moments: tuple,
+    weights: MLPWeights,
+    spec: MLPSpec,
+    wanted: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    weight = None if weights.norm_weight is None else weights.norm_weight[None]
+    saved, dtotal = Saved(x[None], weight, *moments), None if dresidual is None else dresidual[None]
+    found = norm.backward(dy[None], dtotal, saved, spec.norm_spec, tuple(wanted))
+    return tuple(None if t is None else t[0] for t in found)
+
+
+def _recalled(
+    x: Tensor, normalised: Tensor, weights: MLPWeights, kept: Kept, spec: MLPSpec
+) -> tuple[Tensor, tuple]:
     """The hidden layer, and gate, up and act(gate) for its gradient. Gate comes without its negative numbers where
     the square of a ReLU is taken, and where it is the only one."""
-    found = kept or _products(x, weights)
+    found = kept or _products(normalised, weights)
     gate, up = pre_activations(found, spec)
     if found[0].dtype == torch.int8:
         gate, up = _restored(gate, up, found[1], x.dtype, spec)
@@ -105,7 +150,7 @@ def _gradient(
     return dpres, db, None
 
 
-STEPS = Steps(_hidden, _recalled, _gradient)
+STEPS = Steps(_hidden, _output, _dropped, _normalised, _recalled, _gradient, _norm_gradient)
 
 
 def _products(x: Tensor, weights: MLPWeights) -> Kept:

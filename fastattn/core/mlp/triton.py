@@ -11,7 +11,8 @@ from fastattn.core.mlp.chunks import Kept, Steps, pre_activations
 from fastattn.core.mlp.spec import MLPSpec, MLPWeights
 from fastattn.kernels import mlp as _mlp
 from fastattn.kernels.launch.recording import record as record
-from fastattn.kernels.mlp import GradientTask, Layer
+from fastattn.kernels.mlp import After, Dropout, GradientTask, Layer, Norm
+from fastattn.kernels.norm import norm_backward
 
 
 def forward(x: Tensor, weights: MLPWeights, spec: MLPSpec) -> tuple[Tensor, Kept]:
@@ -30,21 +31,73 @@ def kept_empty(x: Tensor, weights: MLPWeights, spec: MLPSpec) -> Kept:
 
 
 def _layer(weights: MLPWeights, spec: MLPSpec) -> Layer:
-    w_in, b_in, w_up, b_up, w_out, _ = weights
+    w_in, b_in, w_up, b_up, w_out, *_ = weights
     linears = [(w_in, b_in)] if w_up is None else [(w_in, b_in), (w_up, b_up)]
     return Layer(linears, spec.packed, spec.activation, w_out.shape[1])
 
 
+def _norm(weights: MLPWeights, spec: MLPSpec) -> Norm | None:
+    if not spec.norm:
+        return None
+    return Norm(weights.norm_weight, weights.norm_bias, spec.norm == "layer", spec.norm_eps)
+
+
 def _hidden(x: Tensor, weights: MLPWeights, spec: MLPSpec) -> tuple[Tensor, Kept]:
     keep = "preactivation" if spec.save == "auto" else spec.save
-    return _mlp.hidden_forward(x, _layer(weights, spec), keep)
+    return _mlp.hidden_forward(x, _layer(weights, spec), keep, norm=_norm(weights, spec))
 
 
-def _recalled(x: Tensor, weights: MLPWeights, kept: Kept, spec: MLPSpec) -> tuple[Tensor | None, tuple]:
+def _output(
+    hidden: Tensor, x: Tensor, weights: MLPWeights, spec: MLPSpec, first: int, out: Tensor | None
+) -> Tensor:
+    residual = x if spec.residual == "x" else weights.residual
+    after = After(residual, _dropout(weights, spec, first), spec.match_eager)
+    return _mlp.output_forward(hidden, weights.w_out, weights.b_out, after, out)
+
+
+def _dropout(weights: MLPWeights, spec: MLPSpec, first: int) -> Dropout | None:
+    if not spec.dropout:
+        return None
+    assert weights.dropout_state is not None
+    threshold = round(spec.dropout * 2**16)
+    return Dropout(weights.dropout_state.contiguous(), threshold, 1 / (1 - spec.dropout), first)
+
+
+def _dropped(dy: Tensor, weights: MLPWeights, spec: MLPSpec, first: int) -> Tensor:
+    return _mlp.output_pass(dy, After(dropout=_dropout(weights, spec, first)))
+
+
+def _normalised(x: Tensor, weights: MLPWeights, spec: MLPSpec) -> tuple[Tensor, tuple]:
+    norm = _norm(weights, spec)
+    assert norm is not None
+    y, *moments = norm.of(x)
+    return y, tuple(moments)
+
+
+def _norm_gradient(
+    dy: Tensor,
+    dresidual: Tensor | None,
+    x: Tensor,
+    moments: tuple,
+    weights: MLPWeights,
+    spec: MLPSpec,
+    wanted: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    weight = None if weights.norm_weight is None else weights.norm_weight[None]
+    dtotal = None if dresidual is None else dresidual[None]
+    found = norm_backward(dy[None], dtotal, (x[None], weight, *moments), wanted=tuple(wanted))
+    return tuple(None if t is None else t[0] for t in found)
+
+
+def _recalled(
+    x: Tensor, normalised: Tensor, weights: MLPWeights, kept: Kept, spec: MLPSpec
+) -> tuple[Tensor | None, tuple]:
     """The hidden layer again if nothing was kept, and gate, up and their scales."""
     hidden = None
     if not kept:
-        hidden, kept = _mlp.hidden_forward(x, _layer(weights, spec), "preactivation")
+        hidden, kept = _mlp.hidden_forward(
+            x, _layer(weights, spec), "preactivation", norm=_norm(weights, spec), normalised=normalised
+        )
     gate, up = pre_activations(kept, spec)
     if kept[0].dtype.is_floating_point:
         return hidden, (gate, up, None, None)
@@ -59,4 +112,4 @@ def _gradient(
     return [dpre], db, hidden
 
 
-STEPS = Steps(_hidden, _recalled, _gradient)
+STEPS = Steps(_hidden, _output, _dropped, _normalised, _recalled, _gradient, _norm_gradient)
