@@ -29,6 +29,7 @@ import fastattn
 from fastattn import kernels, lens
 from fastattn.kernels import cache as cache_kernels
 from fastattn.kernels import launch
+from fastattn.kernels import mlp as mlp_kernels
 
 pytestmark = pytest.mark.skipif(
     ON_GPU, reason="checks kernels in Triton's interpreter; on a GPU: compute-sanitizer"
@@ -157,6 +158,13 @@ def statistics(problem: Problem) -> list[Tensor]:
         match=("induction", "previous"), query_weights=torch.ones_like(lse), backend=BACKEND, **given,
     )  # fmt: skip
     return [t for t in found if t is not None]
+
+
+def norms_in_products() -> list[Tensor]:
+    """In bfloat16 on GPUs; here in float32, because the interpreter computes bfloat16 wrongly."""
+    with mock.patch.object(mlp_kernels, "FOLDED", (torch.float32,)):
+        found = mlp(50, 43, 11, gated=False, strided=False, inference=True, norm="layer")
+        return found + mlp(50, 21, 11, gated=True, strided=True, inference=True, norm="rms")
 
 
 def mlp(
@@ -318,6 +326,28 @@ CALLS = {
         partial(mlp, 33, 21, 45, gated=True, strided=False, save="nothing", chunk=20),
         {"hidden_kernel", "hidden_gradient_kernel"},
     ),
+    "branch of an mlp": (
+        partial(mlp, 20, 21, 24, gated=False, strided=True, norm="layer", dropout_p=0.2),
+        {
+            "norm_kernel",
+            "hidden_kernel",
+            "output_kernel",
+            "output_pass_kernel",
+            "hidden_gradient_kernel",
+            "norm_gradient_kernel",
+        },
+    ),
+    "branch of an mlp with the library's products": (
+        partial(by_library, partial(mlp, 33, 32, 48, gated=True, strided=False, norm="rms", dropout_p=0.2)),
+        {
+            "norm_kernel",
+            "activation_kernel",
+            "output_pass_kernel",
+            "activation_gradient_kernel",
+            "norm_gradient_kernel",
+        },
+    ),
+    "norms in the first product": (norms_in_products, {"moments_kernel", "hidden_kernel"}),
     "layer norm": (partial(norm, 33, 21, centred=True, strided=True), {"norm_kernel", "norm_gradient_kernel"}),
     "wide RMS norm": (
         partial(norm, 33, 43, centred=False, strided=False),

@@ -17,7 +17,17 @@ from fastattn.kernels.attention.tangent import attention_tangent
 from fastattn.kernels.cache import cache_append, cache_attention
 from fastattn.kernels.heads import prepare_heads, prepare_heads_backward
 from fastattn.kernels.loss import Loss, loss_gradients, loss_rows
-from fastattn.kernels.mlp import GradientTask, Layer, hidden_backward, hidden_forward
+from fastattn.kernels.mlp import (
+    After,
+    Dropout,
+    GradientTask,
+    Layer,
+    Norm,
+    hidden_backward,
+    hidden_forward,
+    output_forward,
+    output_pass,
+)
 from fastattn.kernels.norm import norm_backward, norm_forward
 from fastattn.masks import BlockLists
 
@@ -180,6 +190,34 @@ class MLPCall:
 
     def matrix(self, *shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=DTYPES[self.dtype], device="meta")
+
+
+@dataclass(frozen=True)
+class BranchCall(MLPCall):
+    """What a residual branch adds to an MLP: a norm in its first product, dropout and the residual after its
+    second; library: the passes of their own instead."""
+
+    norm: str = ""
+    after: str = ""  # some of "dropout" and "residual"
+
+    @property
+    def name(self) -> str:
+        return f"branch of {super().name}: {' '.join(filter(None, (self.norm, self.after)))}"
+
+    def run(self) -> None:
+        hidden = 4 * self.width
+        x, of_norm = self.matrix(self.tokens, self.width), self.matrix(self.width)
+        if self.norm:
+            linears = [(self.matrix(hidden, self.width), self.matrix(hidden))] * (1 + self.gated)
+            norm = Norm(of_norm, of_norm if self.norm == "layer" else None, self.norm == "layer", 1e-6)
+            hidden_forward(x, Layer(linears, "", self.activation, hidden), "nothing", self.fused, norm)
+        if self.after:
+            dropout = Dropout(torch.empty((1, 2), dtype=torch.int64, device="meta"), 6554, 1.1, 0)
+            after = After(x if "residual" in self.after else None, dropout if "dropout" in self.after else None)
+            weight = self.matrix(self.width, hidden)
+            output_forward(self.matrix(self.tokens, hidden), weight, of_norm, after, fused=self.fused)
+            if not self.fused and after.dropout:
+                output_pass(x, After(dropout=dropout))
 
 
 @dataclass(frozen=True)
@@ -353,6 +391,17 @@ CALLS: tuple[Call, ...] = (
     MLPCall("bf16", 1024, "gelu", fused=True, save="int8"),
     *(MLPCall("bf16", 1024, "silu", gated=True, fused=fused, save="int8") for fused in (True, False)),
     MLPCall("bf16", 1024, "silu", gated=True, fused=True, packed="up_gate"),
+    *(BranchCall("bf16", 512, "gelu", fused=True, norm=norm) for norm in ("rms", "layer")),
+    *(
+        BranchCall("bf16", 512, "silu", gated=True, fused=True, tokens=16384, norm=norm)
+        for norm in ("rms", "layer")
+    ),
+    *(
+        BranchCall("bf16", 1024, "gelu", fused=True, tokens=tokens, after="dropout residual")
+        for tokens in (128, 1024, 8192)
+    ),
+    BranchCall("bf16", 1024, "gelu", fused=True, after="residual"),
+    *(BranchCall(dtype, 1024, "gelu", fused=False, after="dropout residual") for dtype in ("bf16", "fp32")),
     *(HeadsCall("bf16", width, width) for width in (64, 128, 256)),
     HeadsCall("bf16", 128, 128, everything=False),
     HeadsCall("bf16", 128, 128, "interleaved"),

@@ -54,7 +54,7 @@ def rivals(sizes: Sizes, device: torch.device) -> dict[str, Callable[[], Rival]]
         return _loss_rivals(sizes, device)
     if sizes.family == "cache":
         return {"SDPA": lambda: _sdpa_of_padded_rows(sizes, device)} if sizes.kind == "contiguous" else {}
-    eager = {"norm": _eager_norm, "heads": _eager_heads}[sizes.family]
+    eager = {"norm": _eager_norm, "heads": _eager_heads, "mlp": _eager_mlp}[sizes.family]
     return {
         "eager": lambda: eager(sizes, device),
         "compiled eager": lambda: torch.compile(eager(sizes, device), dynamic=False),
@@ -290,6 +290,26 @@ def _eager_norm(sizes: Sizes, device: torch.device) -> Rival:
     return call
 
 
+def _eager_mlp(sizes: Sizes, device: torch.device) -> Rival:
+    activation, *steps = sizes.kind.split()
+    act: Callable[[Tensor], Tensor] = {"gelu": F.gelu, "silu": F.silu}[activation]
+
+    def call(x: Tensor, *weights: Tensor) -> Tensor:
+        left, normalised = list(weights), x
+        firsts = [left.pop(0) for _ in range(1 + ("gated" in steps))]
+        down = left.pop(0)
+        if "layer" in steps:
+            normalised = F.layer_norm(x, x.shape[-1:], *left, 1e-6)
+        elif "rms" in steps:
+            normalised = F.rms_norm(x, x.shape[-1:], *left, 1e-6)
+        hidden, *up = (F.linear(normalised, w) for w in firsts)
+        y = F.linear(act(hidden) * up[0] if up else act(hidden), down)
+        y = F.dropout(y, 0.1) if "dropout" in steps else y
+        return x + y if "residual" in steps else y
+
+    return call
+
+
 def _eager_heads(sizes: Sizes, device: torch.device) -> Rival:
     """As models write it: norm, then x cos + rotate_half(x) sin."""
     steps = sizes.kind.split()
@@ -389,7 +409,7 @@ def compare(case: dict[str, Any], device: torch.device, notify: Notify) -> list[
 def relative_error(found: Tensor, expected: Tensor, sizes: Sizes, peer: str) -> float:
     """Distance from the definition. Other libraries drop other weights than ours, so with dropout only norms are
     compared."""
-    if sizes.kind == "dropout" and peer != OURS:
+    if "dropout" in sizes.kind.split() and peer != OURS:
         return float((found.norm() - expected.norm()).abs() / expected.norm())
     return float((found - expected).norm() / expected.norm())
 
@@ -469,6 +489,17 @@ def cases(timing: dict[str, Any], absent: list[str]) -> list[dict[str, Any]]:
             for width in (1024, 4096)
             for kind in ("rms residual", "layer")
         ],
+        [
+            Sizes("mlp", kind, batch=1, length=8192, width=1024, hidden=hidden)
+            for kind, hidden in (
+                ("gelu layer residual dropout", 4096),
+                ("silu gated rms residual", 2816),
+                ("gelu int8", 4096),
+                ("gelu nothing", 4096),
+                ("silu gated int8", 2816),
+                ("silu gated nothing", 2816),
+            )
+        ],
         [Sizes("varlen", kind, **{**many, "batch": 1, "length": 16384}) for kind in ("causal", "full")],
         [Sizes("heads", kind, length=4096, heads=32, width=128) for kind in ("norm rotary", "rotary")],
         [Sizes("statistics", kind, **many) for kind in ("causal: entropy received", "causal", "bigbird")],
@@ -486,7 +517,7 @@ def cases(timing: dict[str, Any], absent: list[str]) -> list[dict[str, Any]]:
     in_turn = [group[n] for n in range(longest) for group in groups if n < len(group)]
     found = []
     for sizes in in_turn:
-        gradient = TRAINING if sizes.family in ("norm", "heads", "loss") else BACKWARD
+        gradient = TRAINING if sizes.family in ("norm", "heads", "loss", "mlp") else BACKWARD
         directions = (FORWARD,) if sizes.family in kinds.WITHOUT_GRADIENT else (FORWARD, gradient)
         found += [case_of(sizes, d, "feature", absent, **timing) for d in directions]
     return found

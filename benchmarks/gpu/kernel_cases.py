@@ -49,7 +49,8 @@ def masks_and_scores() -> list[Sizes]:
 def mlps() -> list[Sizes]:
     kinds = (
         "gelu_tanh biases", "silu gated", "gelu", "relu", "relu_squared", "silu biases", "gelu gated biases",
-        "gelu int8", "silu gated eager",
+        "gelu int8", "silu gated int8", "silu gated eager", "gelu layer residual dropout",
+        "silu gated rms residual dropout",
     )  # fmt: skip
     regular = [Sizes("mlp", kind, dtype, width=256, hidden=1024) for dtype in DTYPES for kind in kinds]
     odd = [Sizes("mlp", kind, dtype, width=111, hidden=250) for dtype in DTYPES for kind in kinds[:2]]

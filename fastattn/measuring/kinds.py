@@ -253,7 +253,8 @@ def cache_call(sizes: Sizes, device: torch.device) -> Call:
 
 
 def mlp_call(sizes: Sizes, device: torch.device) -> Call:
-    """`kind` is an activation, then "gated", "biases", "int8" and "eager" (`match_eager`) where they are."""
+    """`kind` is an activation, then where they are "gated", "biases", "int8" or "nothing" (what is saved), "eager"
+    (`match_eager`), and of a residual branch "rms" or "layer" (its norm), "residual" (x itself) and "dropout"."""
     activation, *more = sizes.kind.split()
     gated, biases = "gated" in more, "biases" in more
     into, out = (sizes.hidden, sizes.width), (sizes.width, sizes.hidden)
@@ -267,12 +268,22 @@ def mlp_call(sizes: Sizes, device: torch.device) -> Call:
     if biases:
         tensors |= {f"b_{name}": random(sizes, device, sizes.hidden) for name in firsts}
         tensors |= {"b_down": random(sizes, device, sizes.width)}
+    norm = next((word for word in ("rms", "layer") if word in more), None)
+    if norm:
+        tensors |= {"norm_weight": random(sizes, device, sizes.width)}
+    if norm == "layer":
+        tensors |= {"norm_bias": random(sizes, device, sizes.width)}
+    save = next((word for word in ("int8", "nothing") if word in more), "auto")
+    state = torch.tensor([[7, 0]], device=device) if "dropout" in more else None
     names = tuple(tensors)
 
     def function(backend: str, *values: Tensor) -> Tensor:
         t = dict(zip(names, values, strict=True))
         asked: dict[str, Any] = {"activation": activation, "backend": backend, "match_eager": "eager" in more}
-        asked["save"] = "int8" if "int8" in more else "auto"
+        asked |= {"save": save, "norm": norm, "norm_eps": 1e-6 if norm else None}
+        asked |= {name: t[name] for name in ("norm_weight", "norm_bias") if name in t}
+        asked |= {"residual": t["x"]} if "residual" in more else {}
+        asked |= {"dropout_p": 0.1, "dropout_state": state} if "dropout" in more else {}
         if gated:
             asked |= {name: t[name] for name in ("b_gate", "b_up", "b_down") if name in t}
             return fastattn.gated_mlp(t["x"], t["w_gate"], t["w_up"], t["w_down"], **asked)
@@ -284,7 +295,7 @@ def mlp_call(sizes: Sizes, device: torch.device) -> Call:
             x, *rest = values
             return function(backend, x if x.requires_grad else x.detach().requires_grad_(), *rest)
 
-    return Call(keeping if "int8" in more else function, tuple(tensors.values()), names)
+    return Call(keeping if save != "auto" else function, tuple(tensors.values()), names)
 
 
 def norm_call(sizes: Sizes, device: torch.device) -> Call:

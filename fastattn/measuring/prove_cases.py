@@ -219,12 +219,21 @@ def mlps() -> list[Case]:
     for dtype in DTYPES:
         for width in WIDTHS["mlp"]:
             alone = [a for a in ACTIVATIONS if a != "gelu_tanh"]
-            for kind in ("gelu_tanh biases", "silu gated", "gelu int8", "gelu eager", *alone):
-                proves = next((word for word in ("gated", "int8", "eager") if word in kind), kind.split()[0])
+            for kind in (
+                "gelu_tanh biases", "silu gated", "gelu int8", "gelu eager", "gelu layer biases", "gelu residual",
+                "gelu dropout", *alone,
+            ):  # fmt: skip
+                decides = {"gated": "gated", "int8": "int8", "eager": "eager", "layer": "norm",
+                           "residual": "residual", "dropout": "dropout"}  # fmt: skip
+                proves = next((decides[word] for word in kind.split() if word in decides), kind.split()[0])
                 about: dict[str, Any] = {"family": "mlp", "kind": kind, "dtype": dtype, "batch": 1}
                 tiles = ((128, 1024), (1024, 4096), (4096, 4096))
                 checks = [Sizes(**about, length=rows, width=width, hidden=hidden) for rows, hidden in tiles]
                 checks.append(Sizes(**about, length=77, width=width - 9, hidden=250))
+                if proves == "norm":  # also in the first product, where there are more tokens than weights repay
+                    checks += [dataclasses.replace(sizes, kind="silu gated rms") for sizes in checks]
+                    folded: dict[str, Any] = {"length": 8192, "hidden": 512}
+                    checks += [dataclasses.replace(sizes, **folded) for sizes in (checks[0], checks[-1])]
                 hidden = 8 * width // 3 // 128 * 128 if proves == "gated" else 4 * width
                 timed = {
                     size: Sizes(**about, length=rows, width=width, hidden=hidden)

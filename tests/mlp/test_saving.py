@@ -18,6 +18,7 @@ from comparing import check_or_refusal, exact_and_eager, run
 from hardware import DEVICE
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_branch import Branch
 from test_mlp import BACKENDS, Problem, check
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -58,6 +59,9 @@ SAMPLES = {
     "keeping nothing but x for the backward": Problem(save="nothing"),
     "chunks of tokens": Problem(chunk=7),
     "rounding wherever eager rounds": Problem(match_eager=True, dtype=torch.float16),
+    "RMS norm or layer norm of its input, with gradient": Branch(norm="layer", tokens=9),
+    "dropout of its output": Branch(dropout=0.1, tokens=9),
+    "residual added in the same pass, with gradient": Branch(residual="x", tokens=9),
     "biases, or none": Problem(biases=False),
     "any widths": Problem(width=1, hidden=131, out=7),
     "float16": Problem(dtype=torch.float16),

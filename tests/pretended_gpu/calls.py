@@ -351,6 +351,9 @@ def mlp(
     kind = DTYPES[dtype]
     x, first = tensor(tokens, d, dtype=kind), tensor(h, d, dtype=kind)
     second = tensor(d, h, dtype=kind)
+    asked |= {name: tensor(d, dtype=kind) for name in ("norm_weight", "norm_bias") if name in asked}
+    if "residual" in asked:
+        asked["residual"] = x if asked["residual"] == "x" else tensor(tokens, d, dtype=kind)
     widths = {"b_gate": h, "b_up": h, "b_down": d} if gated else {"b1": h, "b2": d}
     given = {name: tensor(width, dtype=kind) if name in biases.split() else None for name, width in widths.items()}
     if gated:
@@ -363,6 +366,17 @@ def mlp(
     function(x, **given)
     leaves = [t.requires_grad_() for t in (x, *given.values()) if t is not None]
     torch.autograd.grad(function(x, **given).sum(), leaves)
+
+
+# Arguments of a residual branch: tensors are made where True stands.
+BRANCHES: dict[str, dict[str, Any]] = {
+    "norm before it": {"norm": "layer", "norm_weight": True, "norm_bias": True, "residual": "x"},
+    "norm in the first product": {"norm": "layer", "norm_weight": True, "residual": "apart", "tokens": 2100},
+    "rms in the first product": {"norm": "rms", "norm_weight": True, "save": "nothing", "tokens": 2100},
+    "dropout": {"residual": "x", "dropout_p": 0.1},
+    "dropout of chunks": {"dropout_p": 0.1, "save": "nothing", "chunk": 40},
+    "by the library": {"norm": "rms", "residual": "x", "dropout_p": 0.1, "d": 64, "h": 5008},
+}
 
 
 def mlp_calls() -> Iterator[Call]:
@@ -384,6 +398,8 @@ def mlp_calls() -> Iterator[Call]:
         for save in ("preactivation", "int8", "nothing"):
             yield of(save, "silu", " ".join(names), gated=gated, dtype="bf16", save=save, chunk=40)
         yield of("rounding as eager", "silu", " ".join(names), gated=gated, dtype="bf16", match_eager=True)
+        for title, branch in BRANCHES.items():
+            yield of(f"branch: {title}", "silu", " ".join(names), gated=gated, dtype="bf16", **branch)
     for order in ("gate_up", "up_gate"):
         yield of(f"packed {order}", "silu", "b_gate b_down", gated=True, dtype="bf16", packed=order)
         yield of("wide", "gelu", "", gated=gated, dtype="bf16", d=8192, h=256)
