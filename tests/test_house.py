@@ -143,7 +143,6 @@ MORE_PARAMETERS = {
     "core.attention.operators.Attention.forward": "torch.compile cannot trace a forward of *arguments",
     "core.attention.operators.AttentionMax.forward": "torch.compile cannot trace a forward of *arguments",
     "core.attention.operators.AttentionBackward.forward": "torch.compile cannot trace a forward of *arguments",
-    "core.mlp.operators.MLP.forward": "torch.compile cannot trace a forward of *arguments",
     "core.mlp.operators.MLPBackward.forward": "torch.compile cannot trace a forward of *arguments",
     "core.attention.tiles._tangent_of_tile": "derivatives pass each tensor of a tile by position",
     "core.attention.functional.scores_asked": "it takes the keywords of fastattn.attention that change scores",

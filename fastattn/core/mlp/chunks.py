@@ -45,7 +45,7 @@ class Steps(NamedTuple):
     normalised: Callable[..., tuple[Tensor, Any]]
     recalled: Callable[..., tuple[Tensor | None, tuple]]
     gradient: Callable[..., tuple[list[Tensor], Tensor | None, Tensor | None]]
-    norm_gradient: Callable[..., tuple[Tensor, Tensor | None, Tensor | None]]
+    norm_gradient: Callable[..., tuple[Tensor | None, ...]]
 
 
 def forward(steps: Steps, x: Tensor, weights: MLPWeights, spec: MLPSpec) -> tuple[Tensor, Kept]:
@@ -137,7 +137,8 @@ def _gradients(
     del hidden, state
     dw = product("w", dpres, source) if want_weight else None
     del source
-    dx, of_norm = None, (None, None)
+    dx: Tensor | None = None
+    of_norm: list[Tensor | None] = [None, None]
     if want_x or any(want_norm):
         dx = input_gradient(dpres, weights, spec)
         del dpres

@@ -232,7 +232,7 @@ def _unplanned(
     if branch and isinstance(x, Tensor) and x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
         return _step_by_step(x, weights, options, backend, make_spec)
     x, *rest = autocast(x, *weights[:6])
-    weights = MLPWeights(*rest, *weights[6:])
+    weights = weights._replace(**dict(zip(MLPWeights._fields, rest, strict=False)))
     return _mlp(x, weights, make_spec(x, weights, options), backend)
 
 

@@ -65,7 +65,8 @@ def _saved(x: Tensor, *weights: Tensor | None) -> tuple[Tensor | None, ...]:
 
 def _weights(saved: Sequence) -> MLPWeights:
     """The weights among what `_saved` gave, without x."""
-    return MLPWeights(*saved[:5], None, *saved[5:7], None, saved[7])
+    w_in, b_in, w_up, b_up, w_out, norm_weight, norm_bias, state = saved[: _SAVED - 1]
+    return MLPWeights(w_in, b_in, w_up, b_up, w_out, None, norm_weight, norm_bias, None, state)
 
 
 _SAVED = 9
@@ -227,7 +228,7 @@ class MLPBackward(Function):
         return *found, *(None,) * (_SLOTS + 2 + len(ctx.options))
 
 
-def _gradients(ctx, tensors: Sequence) -> list[Tensor]:
+def _gradients(ctx, tensors: Sequence) -> list[Any]:
     """The gradients that are wanted, by the reference formula."""
     dy, x, *rest = tensors
     weights = _weights(rest)

@@ -87,8 +87,8 @@ def _dropped(dy: Tensor, weights: MLPWeights, spec: MLPSpec, first: int) -> Tens
 
 
 def _normalised(x: Tensor, weights: MLPWeights, spec: MLPSpec) -> tuple[Tensor, tuple]:
-    lines = (None if t is None else t[None] for t in (weights.norm_weight, weights.norm_bias))
-    y, _, *moments = norm.forward(x[None], None, *lines, spec.norm_spec)
+    weight, bias = (None if t is None else t[None] for t in (weights.norm_weight, weights.norm_bias))
+    y, _, *moments = norm.forward(x[None], None, weight, bias, spec.norm_spec)
     return y[0], tuple(moments)
 
 
@@ -103,7 +103,7 @@ def _norm_gradient(
 ) -> tuple[Tensor | None, ...]:
     weight = None if weights.norm_weight is None else weights.norm_weight[None]
     saved, dtotal = Saved(x[None], weight, *moments), None if dresidual is None else dresidual[None]
-    found = norm.backward(dy[None], dtotal, saved, spec.norm_spec, tuple(wanted))
+    found = norm.backward(dy[None], dtotal, saved, spec.norm_spec, (wanted[0], wanted[1]))
     return tuple(None if t is None else t[0] for t in found)
 
 

@@ -85,7 +85,7 @@ def _norm_gradient(
 ) -> tuple[Tensor | None, ...]:
     weight = None if weights.norm_weight is None else weights.norm_weight[None]
     dtotal = None if dresidual is None else dresidual[None]
-    found = norm_backward(dy[None], dtotal, (x[None], weight, *moments), wanted=tuple(wanted))
+    found = norm_backward(dy[None], dtotal, (x[None], weight, *moments), wanted=(wanted[0], wanted[1]))
     return tuple(None if t is None else t[0] for t in found)
 
 
