@@ -87,8 +87,8 @@ def mlp_flops(x: tuple, w_in: tuple, w_out: tuple, gated: bool, wanted: tuple[bo
     second = 2 * x[0] * w_out[0] * w_out[1]
     if wanted is None:
         return first + second
-    want_x, want_weight, _, want_out, _ = wanted
-    return first * (want_x + want_weight) + second * (1 + want_out)
+    want_x, want_weight, _, want_out, _, *of_norm = wanted
+    return first * ((want_x or any(of_norm)) + want_weight) + second * (1 + want_out)
 
 
 @register_flop_formula(torch.ops.fastattn.mlp_forward)
@@ -97,8 +97,8 @@ def _mlp_forward(x, w_in, b_in, w_up, b_up, w_out, *args, out_shape=None, **kwar
 
 
 @register_flop_formula(torch.ops.fastattn.mlp_backward)
-def _mlp_backward(dy, x, w_in, b_in, w_up, b_up, w_out, kept, *args, out_shape=None, **kwargs) -> int:
-    _, _, _, wanted, *_ = args
+def _mlp_backward(dy, x, w_in, b_in, w_up, b_up, w_out, *args, out_shape=None, **kwargs) -> int:
+    _, _, _, kept, _, _, _, wanted, *_ = args
     # Where nothing was kept, the first product is computed again.
     again = 2 * x[0] * w_in[0] * w_in[1] * (1 if w_up is None else 2) if kept is None else 0
     return mlp_flops(x, w_in, w_out, w_up is not None, wanted) + again

@@ -15,8 +15,9 @@ from comparing import exact_and_eager, run
 from hardware import DEVICE, ON_GPU
 from test_mlp import BACKENDS, Problem, implementation
 from tolerance import assert_as_exact_as_eager
-from torch import Tensor
+from torch import Tensor, library
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import fastattn
@@ -208,6 +209,26 @@ def test_second_derivatives_and_forward_mode_are_those_of_its_steps(branch: str)
         seconds.append(torch.autograd.grad(sum(g.square().sum() for g in grads), present))
     for a, e in zip(*seconds, strict=True):
         torch.testing.assert_close(a, e)
+
+
+def test_opcheck() -> None:
+    """Of the forward and of the backward, by what they are called with."""
+    problem, inputs = small("whole, gated, chunks", torch.float32)
+    called: list[tuple] = []
+
+    class Note(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function in (forward, backward):
+                called.append((function, args))
+            return function(*args, **(kwargs or {}))
+
+    forward, backward = (getattr(torch.ops.fastattn, f"mlp_{name}").default for name in ("forward", "backward"))
+    with Note():
+        y = problem.ours(*inputs, backend="portable")
+        torch.autograd.grad(y.sum(), [t for t in inputs if t is not None])
+    assert [function for function, _ in called] == [forward, backward]
+    for function, arguments in called:
+        library.opcheck(function, arguments)
 
 
 @EVERY_BRANCH

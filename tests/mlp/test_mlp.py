@@ -22,6 +22,7 @@ import fastattn.flops
 from fastattn.core.mlp import chunks
 from fastattn.core.mlp import definition as mlp_definition
 from fastattn.core.mlp import portable as mlp_portable
+from fastattn.core.mlp.operators import options_of
 from fastattn.core.mlp.spec import PACKED, SAVES, MLPSpec, MLPWeights
 from fastattn.ground.checks import ACTIVATIONS
 from fastattn.kernels import launch
@@ -30,6 +31,7 @@ from fastattn.kernels import mlp as kernels
 # "library" is the Triton backend with the library's products and an elementwise kernel after them.
 IMPLEMENTATIONS = ("triton", "library", "portable", "reference")
 BACKENDS = ("triton", "portable")
+ALONE = (None,) * 4  # the operator's tensors of a residual branch, where there is none
 GATED = pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 
 
@@ -427,18 +429,20 @@ def test_opcheck(backend: str, gated: bool) -> None:
     _, inputs = small(gated)
     forward = torch.ops.fastattn.mlp_forward
     for save in SAVES:
-        options = "silu", "", save, 3, False, backend
-        library.opcheck(forward.default, (*inputs, *options))
-        y, *slots = (t.detach() for t in forward(*inputs, *options))
+        options = *options_of(MLPSpec("silu", save=save, chunk=3)), backend
+        library.opcheck(forward.default, (*inputs, *ALONE, *options))
+        y, *slots = (t.detach() for t in forward(*inputs, *ALONE, *options))
         kept = [t if t.dim() == 2 else None for t in slots]
         for wanted in ([True] * 5, [False, True, False, True, False]):
-            arguments = (torch.randn_like(y), *inputs[:6], *kept, wanted, *options)
+            beside = *ALONE[:3], *kept, [*wanted, False, False]
+            arguments = (torch.randn_like(y), *inputs[:6], *beside, *options)
             library.opcheck(torch.ops.fastattn.mlp_backward.default, arguments)
 
 
 def test_an_operator_call_that_saved_nothing_can_be_differentiated_all_the_same() -> None:
     problem, inputs = small(True)
-    y, *_ = torch.ops.fastattn.mlp_forward(*inputs, "gelu", "", "nothing", 0, False, "portable")
+    options = options_of(MLPSpec("gelu", save="nothing"))
+    y, *_ = torch.ops.fastattn.mlp_forward(*inputs, *ALONE, *options, "portable")
     leaves = [t for t in inputs if t is not None]
     expected = torch.autograd.grad(problem.ours(*inputs).sum(), leaves)
     assert all(torch.equal(a, e) for a, e in zip(torch.autograd.grad(y.sum(), leaves), expected, strict=True))
@@ -481,7 +485,7 @@ def test_vmap_of_the_operator_itself_over_any_dimension(gated: bool) -> None:
     problem, inputs = small(gated, activation="silu")
     x, *weights = (None if t is None else t.detach() for t in inputs)
     xs = torch.stack([x, -x, x * 2], dim=1)
-    options = "silu", "", "preactivation", 0, False, "portable"
+    options = *ALONE, *options_of(MLPSpec("silu", save="preactivation")), "portable"
     ys, *kept = torch.func.vmap(lambda x: torch.ops.fastattn.mlp_forward(x, *weights, *options), in_dims=1)(xs)
     for i in range(3):
         torch.testing.assert_close(ys[i], problem.ours(xs[:, i], *weights))

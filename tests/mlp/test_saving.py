@@ -235,7 +235,7 @@ def test_a_chunked_backward_has_three_tensors_as_wide_as_the_hidden_layer(form, 
     y, kept = portable.forward(x, weights, spec)
     dy = torch.randn_like(y)
     with Peak(x, dy, *rest, *kept) as peak:
-        found = portable.backward(dy, x, weights, kept, (True, True, False, True, False), spec)
+        found = portable.backward(dy, x, weights, kept, (True, True, False, True, False, False, False), spec)
     three = 3 * chunk * hidden * 4 * (2 if problem.gated else 1)
     gradients = sum(t.nbytes for t in found if t is not None)
     assert gradients < peak.most <= three + gradients + 0.1 * three, (peak.most, three, gradients)
@@ -285,7 +285,7 @@ def test_a_packed_weight_and_its_gradient_are_never_copied(save: str, order: str
     weights, spec = MLPWeights(*rest), MLPSpec("silu", True, order, save)
     with Copies() as copies:
         y, kept = portable.forward(x, weights, spec)
-        _, dw, *_ = portable.backward(torch.randn_like(y), x, weights, kept, (True,) * 5, spec)
+        _, dw, *_ = portable.backward(torch.randn_like(y), x, weights, kept, (True,) * 5 + (False,) * 2, spec)
     assert dw.is_contiguous() and dw.shape == weights.w_in.shape
     assert not [found for found in copies.found if found[1] > 2 * problem.hidden], copies.found
 
