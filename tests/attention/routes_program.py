@@ -7,6 +7,7 @@ import json
 import logging
 import warnings
 from dataclasses import replace
+from functools import partial
 from unittest import mock
 
 import torch
@@ -120,6 +121,7 @@ with pretended_gpus(GPUS["H100"]), torch_stand_ins.operators(prefers_cudnn=False
     spoiled_bias = bias32.half().masked_fill(place > place[:, None], float("nan"))
     packed = torch.tensor([0, 13, 13, 40, 100], device=device)
     uneven = torch.tensor([0, 20, 25, 25, 100], device=device)
+    sequences = partial(masks.packed_sequences, packed, uneven)
     documents = masks.documents(torch.arange(100) // 30)
     one = [t[:1] for t in (q, k, v)]
     found |= {
@@ -137,10 +139,11 @@ with pretended_gpus(GPUS["H100"]), torch_stand_ins.operators(prefers_cudnn=False
         "bias beside alibi": compared((q, k, v), bias=bias32.half(), alibi_slopes=sinks.abs().clamp(max=1.0)),
         "full documents": compared((q, k, v), mask=documents),
         "documents and key lengths": compared((q, *spoiled), mask=documents, key_lengths=lengths),
-        "packed": compared(one, mask=masks.packed_sequences(packed, uneven)),
-        "packed, causal": compared(one, mask=masks.packed_sequences(packed, uneven, causal=True)),
-        "packed, window": compared(one, mask=masks.packed_sequences(packed, uneven, window=(9, 0))),
-        "packed, sinks": compared(one, mask=masks.packed_sequences(packed, uneven), sinks=sinks),
+        "packed": compared(one, mask=sequences()),
+        "packed, causal": compared(one, mask=sequences(causal=True)),
+        "packed, window": compared(one, mask=sequences(causal=True, window=(9, None))),
+        "packed, window after the diagonal": compared(one, mask=sequences(window=(9, 3))),
+        "packed, sinks": compared(one, mask=sequences(), sinks=sinks),
     }  # fmt: skip
 
     for family, kind in (

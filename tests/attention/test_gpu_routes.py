@@ -87,7 +87,8 @@ def test_a_call_takes_the_fastest_of_pytorch_s_kernels_that_computes_it_exactly(
         ("documents and key lengths", EFFICIENT),
         ("packed", SEQUENCES),
         ("packed, causal", SEQUENCES),
-        ("packed, window", EFFICIENT),
+        ("packed, window", SEQUENCES),
+        ("packed, window after the diagonal", EFFICIENT),
         ("packed, sinks", SEQUENCES),
         # Where PyTorch prefers it.
         ("full, cuDNN", CUDNN),

@@ -150,59 +150,59 @@ def test_the_doctor_prints_what_serves_on_a_gpu(capsys, monkeypatch):
 
 # ---- sequences ----
 
+FULL, CAUSAL, WINDOWED = SEQUENCES = torch_varlen.FULL, torch_varlen.CAUSAL, torch_varlen.WINDOWED
 
-def seen_of(ends: tuple[Tensor, Tensor], batch: int, queries: int, keys: int, causal: bool) -> Tensor:
+
+def seen_of(ends: tuple[Tensor, Tensor], batch: int, queries: int, keys: int, kind: str, left: int) -> Tensor:
     """Which keys queries see in these sequences, bool (B, Lq, Lk), by the definition of cu_seqlens."""
     seen = torch.zeros(batch * queries, batch * keys, dtype=torch.bool)
     for (a, b), (c, d) in zip(*(pairwise(t.tolist()) for t in ends), strict=True):
-        i, j = torch.arange(b - a)[:, None], torch.arange(d - c)
-        seen[a:b, c:d] = (j <= i + (d - c) - (b - a)) if causal else True
+        diagonal, j = torch.arange(b - a)[:, None] + (d - c) - (b - a), torch.arange(d - c)
+        seen[a:b, c:d] = True if kind == FULL else j <= diagonal
+        seen[a:b, c:d] &= (j >= diagonal - left) if kind == WINDOWED else True
     entries = seen.unflatten(0, (batch, queries)).unflatten(2, (batch, keys))
     assert not entries[~torch.eye(batch, dtype=torch.bool)[:, None].expand(-1, queries, -1)].any()
     return entries.diagonal(dim1=0, dim2=2).permute(2, 0, 1)
 
 
-@given(st.data(), st.integers(1, 3), st.integers(1, 7), st.integers(1, 7), st.booleans())
+@given(st.data(), st.integers(1, 3), st.integers(1, 7), st.integers(1, 7), st.sampled_from(SEQUENCES))
 @settings(max_examples=300, deadline=None)
-def test_sequences_found_from_intervals_show_exactly_these(data, batch, queries, keys, causal):
+def test_sequences_found_from_intervals_show_exactly_these(data, batch, queries, keys, kind):
     bound = st.integers(0, keys)
     start, stop = (
         torch.tensor(data.draw(st.lists(st.lists(bound, min_size=queries, max_size=queries), min_size=batch,
                                         max_size=batch)))
         for _ in range(2)
     )  # fmt: skip
-    ends = torch_varlen._ends(start, stop, keys, causal)
+    ends, key = torch_varlen._ends(start, stop, keys, kind), torch.arange(keys)
     if ends is not None:
-        key = torch.arange(keys)
-        assert torch.equal(
-            seen_of(ends, batch, queries, keys, causal), (start[..., None] <= key) & (key < stop[..., None])
-        )
+        left = int((stop - start).amax()) - 1
+        seen = (start[..., None] <= key) & (key < stop[..., None])
+        assert torch.equal(seen_of(ends, batch, queries, keys, kind, left), seen)
 
 
-@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=1, max_size=6), st.booleans())
-@settings(max_examples=200, deadline=None)
-def test_packed_sequences_are_found(lengths, causal):
+@given(
+    st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=1, max_size=6),
+    st.sampled_from(SEQUENCES),
+    st.integers(0, 6),
+)
+@settings(max_examples=300, deadline=None)
+def test_packed_sequences_are_found(lengths, kind, left):
     counts = [torch.tensor([0, *n]).cumsum(0) for n in zip(*lengths, strict=True)]
     queries, keys = (int(c[-1]) for c in counts)
-    if not queries or not keys:
-        return
-    lowered = masks.packed_sequences(*counts, causal=causal).lower(1, 1, queries, keys, torch.device("cpu"))
-    if lowered.intervals is None:
-        return
-    found = [
-        torch_varlen._ends(*lowered.intervals[:, :, :queries].long().unbind(1), keys, c) for c in (False, True)
-    ]
-    assert any(ends is not None for ends in found)
+    window = (left, None) if kind == WINDOWED else None
+    mask = masks.packed_sequences(*counts, causal=kind != FULL, window=window)
+    lowered = mask.lower(1, 1, queries, keys, torch.device("cpu"))
+    if queries and keys and lowered.intervals is not None:
+        start, stop = lowered.intervals[:, :, :queries].long().unbind(1)
+        assert any(torch_varlen._ends(start, stop, keys, other) is not None for other in (kind, FULL, CAUSAL))
 
 
-def test_documents_in_windows_are_no_sequences():
+def test_windows_after_the_diagonal_are_no_sequences():
     starts = torch.tensor([0, 40, 100])
-    mask = masks.packed_sequences(starts, starts, causal=True, window=(9, 0))
-    intervals = mask.lower(1, 1, 100, 100, torch.device("cpu")).intervals
-    assert all(
-        torch_varlen._ends(*intervals[:, :, :100].long().unbind(1), 100, causal) is None
-        for causal in (False, True)
-    )
+    mask = masks.packed_sequences(starts, starts, window=(9, 3))
+    start, stop = mask.lower(1, 1, 100, 100, torch.device("cpu")).intervals[:, :, :100].long().unbind(1)
+    assert all(torch_varlen._ends(start, stop, 100, kind) is None for kind in SEQUENCES)
 
 
 # ---- sinks, which are added to any kernel: on a CPU there is one ----

@@ -170,30 +170,33 @@ def sequences(q, k, v, cq, ck, longest) -> Iterator[tuple[slice, slice]]:
     assert (b, d) == (len(q), len(k)), "it computes nothing behind the last sequence"
 
 
-def varlen(q, k, v, cq, ck, mq, mk, dropout, causal, debug, *, scale):
+def varlen(q, k, v, cq, ck, mq, mk, dropout, causal, debug, *, scale, window_size_left, window_size_right):
     CALLS.append("sequences")
     check(q, k, v, grouped=True)
     out, lse = torch.full_like(q, NAN), q.new_full((q.shape[1], len(q)), NAN, dtype=torch.float32)
     for rows, columns in sequences(q, k, v, cq, ck, (mq, mk)):
         a, b, c = (t.transpose(0, 1) for t in (q[rows], k[columns], v[columns]))
         if "unaligned" in FAULTS:
-            s = scores(a, *every_head(a, b), scale, causal=causal)
+            s = scores(a, *every_head(a, b), scale, causal=window_size_right == 0)
         else:
-            s = scores(a, *every_head(a, b), scale, window=(-1, 0 if causal else -1))
+            s = scores(a, *every_head(a, b), scale, window=(window_size_left, window_size_right))
         part, sums = forward_of(s, *every_head(a, c))
         out[rows] = part.masked_fill((sums == -INF)[..., None], 0.0).transpose(0, 1)
         lse[:, rows] = sums.masked_fill(sums == -INF, INF)
     return out, lse, None, None, None
 
 
-def varlen_backward(dout, q, k, v, out, lse, cq, ck, mq, mk, dropout, causal, seed, offset, *, scale):
+def varlen_backward(
+    dout, q, k, v, out, lse, cq, ck, mq, mk, dropout, causal, seed, offset, *, scale, window_size_left,
+    window_size_right,
+):  # fmt: skip
     CALLS.append("sequences backward")
     assert lse.shape == (q.shape[1], len(q)) and lse.is_contiguous() and not bool((lse == -INF).any())
     gradients = [torch.full_like(t, NAN) for t in (q, k, v)]
     for rows, columns in sequences(q, k, v, cq, ck, (mq, mk)):
         a, b, c, da, o = (t.transpose(0, 1) for t in (q[rows], k[columns], v[columns], dout[rows], out[rows]))
         wide_k, wide_v = every_head(a, b, c)
-        s = scores(a, wide_k, scale, window=(-1, 0 if causal else -1))
+        s = scores(a, wide_k, scale, window=(window_size_left, window_size_right))
         found = of_groups(backward_of(s, da, a, wide_k, wide_v, o, lse[:, rows], scale), b)
         for total, part, place in zip(gradients, found, (rows, columns, columns), strict=True):
             total[place] = part.transpose(0, 1)

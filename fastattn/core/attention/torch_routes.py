@@ -250,7 +250,7 @@ ROWS: tuple[Row, ...] = (
     ),
     _given(
         "documents, packed sequences", "intervals",
-        _NO_MASK, _NO_BIAS, Yes("if full or causal, and not windows", _no_sequences), _ADDED,
+        _NO_MASK, _NO_BIAS, Yes("if full or causal, with windows before the diagonal", _no_sequences), _ADDED,
     ),
     _row(
         "documents beside key lengths", lambda c: c.given >= _SEQUENCES,

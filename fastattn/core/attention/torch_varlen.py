@@ -20,6 +20,7 @@ from fastattn.core.attention.torch_trial import Trial, agrees
 from fastattn.ground.modes import kept, lasts
 from fastattn.masks.algebra import Values
 
+FULL, CAUSAL, WINDOWED = "full", "causal", "windowed"
 # Programs of the operator are numbered by sequence in 16 bits.
 MOST_SEQUENCES = 2**16 - 1
 _flash, _flash_backward = torch.ops.aten._flash_attention_forward, torch.ops.aten._flash_attention_backward
@@ -31,12 +32,19 @@ class Sequences(NamedTuple):
     cu_queries, cu_keys: int32 (sequences + 1,), the first token of each and the end.
     longest: the most queries and the most keys of one.
     causal: whether they are, each with its last query at its last key.
+    left: how many keys before its own a query sees if they are causal; -1 for all.
     """
 
     cu_queries: Tensor
     cu_keys: Tensor
     longest: tuple[int, int]
     causal: bool
+    left: int = -1
+
+    @property
+    def window(self) -> dict[str, int]:
+        """As the operators take it; -1 for a side without bound."""
+        return {"window_size_left": self.left, "window_size_right": 0 if self.causal else -1}
 
 
 def _lengths_of_trial(q: Tensor, k: Tensor) -> tuple[AttentionSpec, ScoreTensors]:
@@ -56,22 +64,36 @@ def _documents_of_trial(q: Tensor, k: Tensor) -> tuple[AttentionSpec, ScoreTenso
     return AttentionSpec(scale=q.shape[3] ** -0.5), ScoreTensors(intervals=intervals)
 
 
+def _windows_of_trial(q: Tensor, k: Tensor) -> tuple[AttentionSpec, ScoreTensors]:
+    """The same with a window."""
+    spec, tensors = _documents_of_trial(q, k)
+    assert tensors.intervals is not None
+    start, stop = tensors.intervals.unbind(1)
+    return spec, ScoreTensors(intervals=torch.stack((torch.maximum(start, stop - 7), stop), 1))
+
+
 LENGTHS = Trial("flash attention of sequences", _lengths_of_trial)
 DOCUMENTS = Trial("flash attention of causal sequences", _documents_of_trial)
+WINDOWS = Trial("flash attention of sequences with a window", _windows_of_trial)
 
 
 def ready(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, tensors: ScoreTensors) -> bool:
-    """Documents only where each query sees all keys of its sequence, or all up to its own place."""
-    if tensors.intervals is not None and _documents(q, k, tensors.intervals) is None:
-        return False
-    return all(agrees(trial, q, k, v, forward, backward) for trial in (LENGTHS, DOCUMENTS))
+    """Documents only where each query sees all keys of its sequence, or those up to its own place, or as many of
+    these as its window shows."""
+    trial = LENGTHS
+    if tensors.intervals is not None:
+        found = _documents(q, k, tensors.intervals)
+        if found is None:
+            return False
+        trial = WINDOWS if found.left >= 0 else DOCUMENTS if found.causal else LENGTHS
+    return agrees(trial, q, k, v, forward, backward)
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, tensors: ScoreTensors) -> tuple[Tensor, Tensor]:
     at = _sequences(q, k, tensors)
     out, lse, *_ = _flash(
-        *(_packed(t) for t in (q, k, v)), at.cu_queries, at.cu_keys, *at.longest, 0.0, at.causal, False,
-        scale=spec.scale,
+        *(_packed(t) for t in (q, k, v)), at.cu_queries, at.cu_keys, *at.longest, 0.0, False, False,
+        scale=spec.scale, **at.window,
     )  # fmt: skip
     # (H, B * L) in its own order. The operator gives rows that see nothing +inf.
     found = lse.view(q.shape[1], q.shape[0], q.shape[2]).transpose(0, 1)
@@ -89,8 +111,8 @@ def backward(
     # Without dropout: a random state that is not read.
     unused = torch.empty(0, dtype=torch.uint64, device=q.device)
     dq, dk, dv = _flash_backward(
-        *(_packed(t) for t in (dout, q, k, v, out)), lse, at.cu_queries, at.cu_keys, *at.longest, 0.0, at.causal,
-        unused, unused, scale=spec.scale,
+        *(_packed(t) for t in (dout, q, k, v, out)), lse, at.cu_queries, at.cu_keys, *at.longest, 0.0, False,
+        unused, unused, scale=spec.scale, **at.window,
     )  # fmt: skip
     return Gradients(_unpacked(dq, q), _unpacked(dk, k), _unpacked(dv, v))
 
@@ -143,26 +165,31 @@ def _documents(q: Tensor, k: Tensor, intervals: Tensor) -> Sequences | None:
 def _of_intervals(intervals: Values, batch: int, queries: int, keys: int) -> Sequences | None:
     start, stop = intervals.tensor[:, :, :queries].cpu().long().expand(batch, -1, -1).unbind(1)
     device = intervals.tensor.device
-    for causal in (False, True):
-        ends = _ends(start, stop, keys, causal)
+    for kind in (FULL, CAUSAL, WINDOWED):
+        ends = _ends(start, stop, keys, kind)
         if ends is not None and len(ends[0]) <= MOST_SEQUENCES:
             cu_queries, cu_keys = (t.int().to(device) for t in ends)
             longest = int(ends[0].diff().amax()), int(ends[1].diff().amax())
-            return Sequences(cu_queries, cu_keys, longest, causal)
+            left = int((stop - start).amax()) - 1 if kind == WINDOWED else -1
+            return Sequences(cu_queries, cu_keys, longest, kind != FULL, left)
     return None
 
 
 _kept_of_intervals = kept(8)(_of_intervals)
 
 
-def _ends(start: Tensor, stop: Tensor, keys: int, causal: bool) -> tuple[Tensor, Tensor] | None:
+def _ends(start: Tensor, stop: Tensor, keys: int, kind: str) -> tuple[Tensor, Tensor] | None:
     """cu_seqlens of queries and of keys in which query i of batch entry b sees the keys from start[b, i] to before
-    stop[b, i]; None if there are none."""
+    stop[b, i]; None if there are none of this kind."""
     (batch, queries), row = start.shape, torch.arange(start.shape[1])
     empty = stop <= start
-    # Within a sequence the first key stays the same, and so does the last, seen from the diagonal if it is causal.
-    alike = torch.stack((start, stop - row if causal else stop)).masked_fill(empty, -queries - 1)
-    begins = F.pad((alike.diff() != 0).any(0), (1, 0), value=True)
+    # Within a sequence the last key stays the same, seen from the diagonal if it is causal; and so does the first,
+    # until a window moves it: then queries see one key more than the one before, up to the size of the window.
+    counts = (stop - start).masked_fill(empty, 0)
+    expected = (counts + 1).clamp(max=int(counts.amax())).masked_fill(empty, 0)[:, :-1]
+    first_moves = counts[:, 1:] != expected if kind == WINDOWED else start.masked_fill(empty, -1).diff() != 0
+    last = (stop if kind == FULL else stop - row).masked_fill(empty, -queries - 1)
+    begins = F.pad(first_moves | (last.diff() != 0), (1, 0), value=True)
     entry, first = begins.nonzero(as_tuple=True)
     first_query = entry * queries + first
     stop_query = torch.cat((first_query[1:], torch.tensor([batch * queries])))
