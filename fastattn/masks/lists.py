@@ -191,6 +191,12 @@ def unpacked(words: Tensor, layout: tuple[int, ...]) -> BlockLists:
     return BlockLists(*fields, *items)  # type: ignore[arg-type]
 
 
+def entries_of(layout: tuple[int, ...], batch: int) -> tuple[int, int]:
+    """For how many batch entries and heads lists of this layout differ: 1 where all share them. See `of_heads`."""
+    entries, heads = layout[6:8]
+    return 1 if entries == 1 else batch, heads
+
+
 def log_counts(lists: BlockLists, rows: range, columns: range) -> Tensor:
     """The logarithm of how often each pair counts, for some rows and columns of granules: fp32 (P, 64 rows,
     64 columns), -inf for pairs that are not seen."""

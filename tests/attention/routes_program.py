@@ -93,7 +93,7 @@ with pretended_gpus(GPUS["H100"]), torch_stand_ins.operators(prefers_cudnn=False
     device = torch.device("cuda", 0)
     kinds_tried = {
         "attention": ("full", "causal"),
-        "masks": ("key lengths", "boolean mask", "window", "documents", "random lists"),
+        "masks": ("key lengths", "boolean mask", "window", "documents", "random lists", "bigbird"),
         "scores": ("bias", "padding bias", "softcap", "alibi", "relative bias", "sinks", "dropout", "head scale"),
     }
     for family, several in kinds_tried.items():
@@ -121,6 +121,7 @@ with pretended_gpus(GPUS["H100"]), torch_stand_ins.operators(prefers_cudnn=False
     spoiled_bias = bias32.half().masked_fill(place > place[:, None], float("nan"))
     packed = torch.tensor([0, 13, 13, 40, 100], device=device)
     uneven = torch.tensor([0, 20, 25, 25, 100], device=device)
+    of_heads = masks.from_dense((torch.arange(4 * 100 * 100) * 7 % 11 < 4).view(1, 4, 100, 100))
     sequences = partial(masks.packed_sequences, packed, uneven)
     documents = masks.documents(torch.arange(100) // 30)
     one = [t[:1] for t in (q, k, v)]
@@ -139,6 +140,8 @@ with pretended_gpus(GPUS["H100"]), torch_stand_ins.operators(prefers_cudnn=False
         "bias beside alibi": compared((q, k, v), bias=bias32.half(), alibi_slopes=sinks.abs().clamp(max=1.0)),
         "full documents": compared((q, k, v), mask=documents),
         "documents and key lengths": compared((q, *spoiled), mask=documents, key_lengths=lengths),
+        "lists of each head": compared((q, k, v), mask=of_heads),
+        "lists and key lengths": compared((q, *spoiled), mask=of_heads, key_lengths=lengths),
         "packed": compared(one, mask=sequences()),
         "packed, causal": compared(one, mask=sequences(causal=True)),
         "packed, window": compared(one, mask=sequences(causal=True, window=(9, None))),
@@ -149,7 +152,7 @@ with pretended_gpus(GPUS["H100"]), torch_stand_ins.operators(prefers_cudnn=False
     for family, kind in (
         ("attention", "causal"), ("attention", "full"), ("masks", "window"), ("masks", "key lengths"),
         ("masks", "documents"), ("masks", "boolean mask"), ("scores", "bias"), ("scores", "sinks"),
-        ("scores", "alibi"), ("scores", "relative bias"),
+        ("scores", "alibi"), ("scores", "relative bias"), ("masks", "random lists"),
     ):  # fmt: skip
         found[f"operators, {kind}"] = count(family, kind)
     found["operators, float32"] = count("attention", "causal", dtype="float32")

@@ -20,7 +20,9 @@ from fastattn.core.attention import definition
 from fastattn.core.attention.spec import AttentionSpec, Gradients, Saved, ScoreTensors, Wanted
 from fastattn.core.attention.torch_flash import empty_rows, finite, hides_by_window, is_causal, unexpanded
 from fastattn.core.attention.torch_trial import Trial, agrees
-from fastattn.ground.modes import kept
+from fastattn.ground.modes import kept, lasts
+from fastattn.masks.algebra import Values
+from fastattn.masks.lists import decode, entries_of, unpacked
 
 _efficient = torch.ops.aten._scaled_dot_product_efficient_attention
 _efficient_backward = torch.ops.aten._scaled_dot_product_efficient_attention_backward
@@ -51,6 +53,9 @@ EMPTY = Trial("memory-efficient attention of rows that see nothing", _added_of_t
 
 
 def ready(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, tensors: ScoreTensors) -> bool:
+    # To make a tensor of lists waits for the device, which a graph cannot.
+    if tensors.mask is not None and (not lasts(tensors.mask) or torch.cuda.is_current_stream_capturing()):
+        return False
     trial = ADDED if _adds(q, k, spec, tensors) else PLAIN
     return agrees(trial, *_like(q, k, v, spec, tensors), forward, backward)
 
@@ -89,7 +94,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, tensors: Score
 
 def _may_be_empty(q: Tensor, k: Tensor, spec: AttentionSpec, tensors: ScoreTensors) -> bool:
     """Whether rows may see nothing. A window alone holds its own diagonal, where there is a key."""
-    hides = tensors.key_lengths, tensors.bias, tensors.relative_bias, tensors.intervals
+    hides = tensors.key_lengths, tensors.bias, tensors.relative_bias, tensors.intervals, tensors.mask
     return any(t is not None for t in hides) or (hides_by_window(q, k, spec) and q.shape[2] > k.shape[2])
 
 
@@ -182,11 +187,21 @@ def _added(q: Tensor, k: Tensor, spec: AttentionSpec, tensors: ScoreTensors) -> 
         spec = replace(spec, window=(None, None), causal=False)
     if hides_by_window(q, k, spec) or tensors.alibi_slopes is not None or tensors.relative_bias is not None:
         diagonals = _along_diagonals(_by_distance(q, k, spec, tensors), q, k)
-    mask = diagonals if floats is None else floats if diagonals is None else floats + diagonals
-    if not seen:
-        return mask
-    mask = _nothing(q.dtype, q.device) if mask is None else mask
-    return torch.where(functools.reduce(torch.logical_and, seen), mask, _HIDDEN)
+    lists = None
+    if tensors.mask is not None and spec.mask is not None:
+        lists = _of_lists(Values(tensors.mask), spec.mask, q.shape[0], (q.shape[2], k.shape[2]), q.dtype)
+    terms = [t for t in (floats, diagonals, lists) if t is not None]
+    mask = functools.reduce(torch.add, terms) if terms else _nothing(q.dtype, q.device)
+    return torch.where(functools.reduce(torch.logical_and, seen), mask, _HIDDEN) if seen else mask
+
+
+@kept(2)
+def _of_lists(
+    words: Values, layout: tuple[int, ...], batch: int, lengths: tuple[int, int], dtype: torch.dtype
+) -> Tensor:
+    """The logarithm of how often each pair counts, -inf where it is not seen: (B or 1, Hq or 1, Lq, Lk)."""
+    seen, counts = decode(unpacked(words.tensor, layout), *entries_of(layout, batch), *lengths)
+    return _in_aligned_rows(counts.masked_fill(~seen, _HIDDEN).to(dtype))
 
 
 def _by_distance(q: Tensor, k: Tensor, spec: AttentionSpec, tensors: ScoreTensors) -> Tensor:
@@ -257,11 +272,15 @@ def _every_row(mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
     if mask is None:
         return None
     keys = k.shape[2]
-    mask = mask.expand(*mask.shape[:-1], keys)
+    return _in_aligned_rows(mask.expand(*mask.shape[:-1], keys)).expand(*q.shape[:3], keys)
+
+
+def _in_aligned_rows(mask: Tensor) -> Tensor:
     fits = all(stride % ALIGNED == 0 for stride in mask.stride()[:-1]) and mask.data_ptr() % 16 == 0
-    if not fits or mask.stride(-1) != 1:
-        mask = F.pad(mask, (0, -keys % ALIGNED)).contiguous()[..., :keys]
-    return mask.expand(*q.shape[:3], keys)
+    if fits and mask.stride(-1) == 1:
+        return mask
+    keys = mask.shape[-1]
+    return F.pad(mask, (0, -keys % ALIGNED)).contiguous()[..., :keys]
 
 
 def _of_key_heads(gradient: Tensor, like: Tensor) -> Tensor:

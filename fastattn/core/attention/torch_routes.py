@@ -20,6 +20,7 @@ from torch import Tensor
 from fastattn.core.attention import torch_cudnn, torch_dense, torch_efficient, torch_flash, torch_varlen
 from fastattn.core.attention.spec import NO_TENSORS, AttentionSpec, Gradients, Saved, ScoreTensors, Wanted
 from fastattn.core.attention.tiles import adds_floats
+from fastattn.masks.lists import entries_of
 
 HALVES = (torch.float16, torch.bfloat16)
 # The gradient of a bias is made for every head and batch entry first: at most so many times the bias, or the
@@ -117,6 +118,7 @@ class Call(NamedTuple):
         parts += [(of("intervals"), 1, *lengths)] if "intervals" in self.given else []
         parts += [(of(name), heads, *lengths) for name in ("alibi_slopes", "relative_bias") if name in self.given]
         parts += [(1, 1, *lengths)] if self.windowed else []
+        parts += [] if self.spec.mask is None else [(*entries_of(self.spec.mask, batch), *lengths)]
         return tuple(map(max, zip(*parts, strict=True)))  # type: ignore[return-value]
 
 
@@ -280,7 +282,11 @@ ROWS: tuple[Row, ...] = (
         No("a huge bias rounds the log-sum-exp, and so the share of the sink"),
         given=frozenset({"sinks", "bias"}), bias=((1, 8, 1024, 1024), torch.bfloat16),
     ),
-    _given("block lists", "mask", No("no operator of PyTorch's takes lists")),
+    _given(
+        "block lists", "mask",
+        _NO_MASK, _NO_BIAS, No("no sequences"), Yes(f"{_ADDED.how}; it is kept for further calls", _too_large),
+        spec=AttentionSpec(mask=(1, 16, 16, 0, 0, 0, 1, 1, 0, 0, 0, 0, 0)),
+    ),
     _row("soft cap", lambda c: c.spec.softcap > 0, No("no operator of PyTorch's has one"),
          spec=AttentionSpec(softcap=30.0)),
     _given(
