@@ -75,6 +75,7 @@ class Row:
     error, allowed: the largest error against float64, and the largest that the tests' rule allows; None if the
         kernel gave no result.
     reason: why it is not proven, in words.
+    against: what it was timed against, in words; "" where that is not told.
     """
 
     key: Key
@@ -83,10 +84,12 @@ class Row:
     error: float | None = None
     allowed: float | None = None
     reason: str = ""
+    against: str = ""
 
     @classmethod
     def of(cls, given: dict[str, Any]) -> Row:
         rest = {name: given[name] for name in ("verdict", "ratio", "error", "allowed", "reason")}
+        rest["against"] = given.get("against", "")
         row = cls(Key(*(given[name] for name in Key._fields)), **rest)
         if row.verdict not in VERDICTS:
             raise ValueError(f"unknown verdict {row.verdict!r}")

@@ -148,13 +148,13 @@ def verdict_of(answer: Answer) -> str:
 def judged(one: Case, rows: dict[str, dict[str, Any]], key: proofs.Key, timed: Answer | None) -> Row:
     """One row of the record: right and not slower is proven."""
     row = rows[key.direction]
-    about = {"error": row["error"], "allowed": row["allowed"]}
+    about: dict[str, Any] = {"error": row["error"], "allowed": row["allowed"]}
     if row["verdict"] is not None or timed is None:
         return Row(key, row["verdict"], reason=row["reason"], **about)
     if timed.went_wrong:
         return Row(key, verdict_of(timed), reason=f"{timed.step}: {timed.note}", **about)
     time_of = next(t for t in timed.rows if (t["direction"], t["size"]) == (key.direction, key.size))
-    ratio = time_of["ratio"]
+    ratio, about["against"] = time_of["ratio"], time_of.get("against", "")
     if ratio is None or ratio >= 1:
         return Row(key, proofs.PROVEN, ratio=ratio, reason=time_of["reason"], **about)
     return Row(key, proofs.SLOWER, ratio=ratio, reason="what serves otherwise is faster", **about)

@@ -1,8 +1,8 @@
 """What a process does for a case of `fastattn prove`: check it, then time it. See prove_cases for what a case is.
 
 `check` returns a row for each direction: {direction, verdict, error, allowed, reason}, with verdict None where the
-kernel is right. `time` returns a row for each direction and size: {direction, size, ratio, reason}; one that is
-`skipped` needs more memory than there is.
+kernel is right. `time` returns a row for each direction and size: {direction, size, ratio, reason, against}; one
+that is `skipped` needs more memory than there is.
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from types import ModuleType
 from typing import Any
 
 import torch
 
 from fastattn.core import capabilities, plans, proofs
+from fastattn.core.attention import torch_routes
 from fastattn.core.capabilities import BACKWARD, FORWARD, TANGENT
 from fastattn.core.proofs import Question
 from fastattn.measuring import checking, kinds
@@ -132,12 +134,15 @@ def _compared(case: Case, size: str, sizes: Sizes, direction: str, device: torch
         return {"ratio": None, "reason": one_line(error), "skipped": True}
     _must_be_about(case, size, direction, questions)
     try:
-        otherwise = thunk(call, OTHERWISE, direction)
-        otherwise()
+        with routes() as taken:
+            otherwise = thunk(call, OTHERWISE, direction)
+            otherwise()
     except torch.OutOfMemoryError as error:
         return {"ratio": None, "reason": f"what would serve otherwise fails: {one_line(error)}"}
     seconds = compare({OURS: ours, OTHERWISE: otherwise}, device)
-    return {"ratio": seconds[OTHERWISE] / seconds[OURS], "reason": ""}
+    # That of the backward is the last one.
+    against = taken[-1] if taken else ""
+    return {"ratio": seconds[OTHERWISE] / seconds[OURS], "reason": "", "against": against}
 
 
 @contextlib.contextmanager
@@ -154,6 +159,23 @@ def asked() -> Iterator[list[Question]]:
         yield found
     finally:
         capabilities.choose = choose
+
+
+@contextlib.contextmanager
+def routes() -> Iterator[list[str]]:
+    """Which of PyTorch's kernels compute the attention of portable within, in order."""
+    serving, found = torch_routes.serving, []
+
+    def noting(*arguments: Any, **keywords: Any) -> ModuleType | None:
+        module = serving(*arguments, **keywords)
+        found.append(torch_routes.name_of(module))
+        return module
+
+    torch_routes.serving = noting
+    try:
+        yield found
+    finally:
+        torch_routes.serving = serving
 
 
 def _must_be_about(case: Case, size: str, direction: str, questions: list[Question]) -> None:

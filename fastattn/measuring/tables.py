@@ -49,10 +49,11 @@ def record_rows(record: Record) -> list[Cells]:
     groups: dict[tuple[str, str, str], list[Row]] = {}
     for key, row in record.rows.items():
         groups.setdefault((key.family, key.direction, key.kind), []).append(row)
-    lines: list[Cells] = [("family", "direction", "kind", *CLASSES, "why not")]
+    lines: list[Cells] = [("family", "direction", "kind", *CLASSES, "against", "why not")]
     for names, rows in sorted(groups.items(), key=lambda group: group[0][0]):
         cells = (summary([row for row in rows if row.key.size == size]) for size in CLASSES)
-        lines.append((*names, *cells, why_not(rows)))
+        against = dict.fromkeys(row.against for row in rows if row.against)
+        lines.append((*names, *cells, ", ".join(against), why_not(rows)))
     return lines
 
 

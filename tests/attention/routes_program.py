@@ -14,13 +14,14 @@ import torch
 
 import fastattn
 from fastattn import masks
-from fastattn.core import plans
+from fastattn.core import capabilities, plans
 from fastattn.core.attention import torch_routes, torch_trial
-from fastattn.measuring import checking, kinds, tolerance
+from fastattn.measuring import checking, kinds, prove_worker, tolerance
 from fastattn.measuring.kinds import Sizes
 from tests.attention import torch_stand_ins
 from tests.attention.torch_stand_ins import CALLS, FAULTS, LAUNCHES, counting
 from tests.pretended_gpu import GPUS, pretended_gpus
+from tests.pretended_gpu.tensors import planned
 
 warnings.simplefilter("ignore")
 ABOUT = {"dtype": "float16", "batch": 2, "length": 100, "width": 32}
@@ -52,7 +53,7 @@ def tried(family: str, kind: str, **other) -> list:
 
 def compared(inputs: tuple, learned: str = "", **options) -> list:
     """Portable against the definition, by how close they are; `learned` is an option that has a gradient."""
-    leaves, results = [t.detach().requires_grad_() for t in inputs], []
+    leaves, results, taken = [t.detach().requires_grad_() for t in inputs], [], []
     if learned:
         leaves.append(options.pop(learned).detach().requires_grad_())
     for backend in ("portable", "reference"):
@@ -60,11 +61,11 @@ def compared(inputs: tuple, learned: str = "", **options) -> list:
         given = {**options, **({learned: leaves[3]} if learned else {})}
         out, lse = fastattn.attention(*leaves[:3], **given, return_lse=True, backend=backend)
         results.append((out, lse, *torch.autograd.grad(out.sin().sum(), leaves)))
-        calls = calls if backend == "reference" else sorted(set(CALLS))  # noqa: F821
+        taken = sorted(set(CALLS)) if backend == "portable" else taken
     names = ("out", "lse", "dq", "dk", "dv", "dbeside")
     pairs = zip(names, *results, strict=False)
     differ = [n for n, a, b in pairs if not torch.allclose(a.float(), b.float(), atol=0.03, equal_nan=False)]
-    return [" ".join(differ), calls]
+    return [" ".join(differ), taken]
 
 
 def count(family: str, kind: str, **other) -> list[list[str]]:
@@ -148,6 +149,27 @@ with pretended_gpus(GPUS["H100"]), torch_stand_ins.operators(prefers_cudnn=False
         "packed, window after the diagonal": compared(one, mask=sequences(window=(9, 3))),
         "packed, sinks": compared(one, mask=sequences(), sinks=sinks),
     }  # fmt: skip
+
+    with planned():
+        calls = []
+        for _ in range(3):
+            leaves = [t.detach().requires_grad_() for t in (q, k, v)]
+            with mock.patch.object(torch_routes, "serving", wraps=torch_routes.serving) as serving:
+                results = fastattn.attention(*leaves, causal=True, return_lse=True)
+                gradients = torch.autograd.grad(results[0].float().sin().sum(), leaves)
+            calls.append([serving.called, *results, *gradients])
+    found["planned calls look up"] = [called for called, *_ in calls]
+    pairs = [pair for one in calls for pair in zip(one[1:], calls[0][1:], strict=True)]
+    found["planned calls are alike"] = [torch.equal(a, b) for a, b in pairs]
+
+    for kind in ("causal", "documents", "bias", "dropout", "head scale"):
+        family = {"causal": "attention", "documents": "masks"}.get(kind, "scores")
+        call = kinds.build(Sizes(family, kind, **{**ABOUT, "batch": 4}), device)
+        for direction in (capabilities.FORWARD, capabilities.BACKWARD):
+            plans.forget()
+            with prove_worker.routes() as taken:
+                prove_worker.thunk(call, prove_worker.OTHERWISE, direction)()
+            found[f"{direction} {kind} is timed against"] = taken[-1]
 
     for family, kind in (
         ("attention", "causal"), ("attention", "full"), ("masks", "window"), ("masks", "key lengths"),

@@ -106,6 +106,26 @@ def test_what_is_special_about_a_call_decides(call, kernels, found):
     assert found[call] == ["", kernels]
 
 
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize(
+    ("call", "kernel"),
+    [
+        ("causal", "PyTorch's flash"),
+        ("documents", "PyTorch's flash, sequences"),
+        ("bias", "PyTorch's memory-efficient"),
+        ("head scale", "PyTorch's flash"),
+        ("dropout", "steps of PyTorch's"),
+    ],
+)
+def test_a_proof_tells_against_which_of_them_ours_was_timed(direction, call, kernel, found):
+    assert found[f"{direction} {call} is timed against"] == kernel
+
+
+def test_a_plain_call_that_was_seen_before_goes_to_flash_attention_without_looking_it_up(found):
+    assert found["planned calls look up"] == [True, False, False]
+    assert len(found["planned calls are alike"]) == 15 and all(found["planned calls are alike"])
+
+
 # Operators that compute, of a forward and of a backward, the kernel and the front door included. Key lengths are
 # clamped by the front door, biases have rows that see nothing put right, gradients of sinks are sums of their own.
 @pytest.mark.parametrize(

@@ -117,6 +117,7 @@ def test_a_kernel_that_is_right_and_not_slower_serves_from_then_on(here, monkeyp
     record = fastattn.prove("cpu", families=["norm"])
     assert verdicts(record) == {proofs.PROVEN} and {row.ratio for row in record.rows.values()} == {2.0}
     assert all(0 <= row.error <= row.allowed for row in record.rows.values())
+    assert {row.against for row in record.rows.values()} == {""}  # only attention has several ways
     calls.clear()
     torch.testing.assert_close(fastattn.rms_norm(x, torch.ones(16)), before)
     assert calls

@@ -52,11 +52,11 @@ def forward(
 
 def straight(
     q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, differentiable: bool
-) -> torch_flash.Plain | None:
+) -> torch_flash.Plain | torch_routes.Plain | None:
     """The way of calls without ScoreTensors that need nothing but one operator of PyTorch's; None for others."""
     if spec.invariant:
         return None
-    return torch_flash.plain(q, k, v, spec, differentiable)
+    return torch_flash.plain(q, k, v, spec, differentiable) or torch_routes.plain(q, k, v, spec)
 
 
 def backward(

@@ -20,6 +20,7 @@ from torch import Tensor
 from fastattn.core.attention import torch_cudnn, torch_dense, torch_efficient, torch_flash, torch_varlen
 from fastattn.core.attention.spec import NO_TENSORS, AttentionSpec, Gradients, Saved, ScoreTensors, Wanted
 from fastattn.core.attention.tiles import adds_floats
+from fastattn.core.layout import heads_last
 from fastattn.masks.lists import entries_of
 
 HALVES = (torch.float16, torch.bfloat16)
@@ -393,6 +394,29 @@ def _without_sinks(tensors: ScoreTensors) -> ScoreTensors:
     return tensors if tensors.sinks is None else tensors._replace(sinks=None)
 
 
+class Plain(NamedTuple):
+    """Flash attention of a call that needs nothing else, and no trial."""
+
+    spec: AttentionSpec
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        out, lse = torch_dense.forward(q, k, v, self.spec)
+        return heads_last(out), lse
+
+    def backward(self, dout: Tensor, *saved: Tensor) -> tuple[Tensor, ...]:
+        """saved: q, k, v, out and lse."""
+        of = torch_dense.backward(dout, Saved(*saved), self.spec)
+        return heads_last(of.q), heads_last(of.k), heads_last(of.v)
+
+
+def plain(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Plain | None:
+    """Where flash attention serves a call on a GPU that is full or causal. cuDNN is looked up in each call, because
+    PyTorch picks it by settings that may change."""
+    if q.device.type != "cuda" or torch_flash.hides_by_window(q, k, spec):
+        return None
+    return Plain(spec) if serving(q, k, v, spec, NO_TENSORS) is torch_dense else None
+
+
 # ---- in words ----
 
 Cells = tuple[str, ...]
@@ -416,6 +440,13 @@ def _names(kernels: tuple[Kernel, ...]) -> str:
     """The one that serves; behind cuDNN, which PyTorch must pick, the next one, too."""
     count = 2 if CUDNN in kernels else 1
     return " or ".join(kernel.name for kernel in kernels[:count]) or "—"
+
+
+def name_of(module: ModuleType | None) -> str:
+    """Of what `serving` returned."""
+    if module is torch_flash:
+        return "PyTorch's flash for CPUs"
+    return next((f"PyTorch's {k.name}" for k in KERNELS if k.module is module), "steps of PyTorch's")
 
 
 def markdown() -> str:
