@@ -410,7 +410,7 @@ class Plain(NamedTuple):
 
 
 def plain(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Plain | None:
-    """Where flash attention serves a call on a GPU that is full or causal. cuDNN is looked up in each call, because
+    """Where flash attention serves a call on a GPU that is full or causal. cuDNN is looked up in each call, as
     PyTorch picks it by settings that may change."""
     if q.device.type != "cuda" or torch_flash.hides_by_window(q, k, spec):
         return None
