@@ -174,7 +174,7 @@ with pretended_gpus(GPUS["H100"]), torch_stand_ins.operators(prefers_cudnn=False
     for family, kind in (
         ("attention", "causal"), ("attention", "full"), ("masks", "window"), ("masks", "key lengths"),
         ("masks", "documents"), ("masks", "boolean mask"), ("scores", "bias"), ("scores", "sinks"),
-        ("scores", "alibi"), ("scores", "relative bias"), ("masks", "random lists"),
+        ("scores", "alibi"), ("scores", "relative bias"), ("masks", "random lists"), ("scores", "dropout"),
     ):  # fmt: skip
         found[f"operators, {kind}"] = count(family, kind)
     found["operators, float32"] = count("attention", "causal", dtype="float32")

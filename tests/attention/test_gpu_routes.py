@@ -54,7 +54,7 @@ NONE: list[str] = []
         ("random lists", EFFICIENT, EFFICIENT),
         ("bigbird", EFFICIENT, EFFICIENT),
         ("softcap", NONE, NONE),
-        ("dropout", NONE, NONE),
+        ("dropout", ["jiterator"], ["jiterator"]),
     ],
 )
 def test_a_call_takes_the_fastest_of_pytorch_s_kernels_that_computes_it_exactly(call, half, single, found):
@@ -143,6 +143,7 @@ def test_a_plain_call_that_was_seen_before_goes_to_flash_attention_without_looki
         ("bias", 5, 5),
         ("alibi", 4, 5),
         ("random lists", 5, 2),
+        ("dropout", 35, 40),
         ("sinks", 6, 10),
         ("relative bias", 11, 22),
     ],

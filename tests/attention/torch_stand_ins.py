@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from fastattn.core.attention import torch_cudnn, torch_dense, torch_efficient, torch_varlen
+from fastattn.core.attention import torch_cudnn, torch_dense, torch_dropout, torch_efficient, torch_varlen
+from fastattn.core.attention.dropout import philox
 from fastattn.core.layout import heads_last
 from tests.pretended_gpu import tensors
 
@@ -205,6 +206,22 @@ def varlen_backward(
     return gradients
 
 
+# ---- dropout's random numbers ----
+
+
+def jiterator(query, key, head, offset, low, high, *, threshold):
+    """On a GPU it takes tensors of this dtype only."""
+    CALLS.append("jiterator")
+    tensors_given = query, key, head, offset, low, high
+    assert all(t.dtype == torch.float64 and t.device.type == "cuda" for t in tensors_given)
+    query, key, head, offset, low, high = (t.long() for t in tensors_given)
+    words = torch.broadcast_tensors(*philox((key // 8, query, head, offset), low | high << 32))
+    place = (key % 8).expand_as(words[0])
+    halves = [(w >> shift) & 0xFFFF for w in words for shift in (0, 16)]
+    number = torch.stack(halves, -1).gather(-1, place[..., None])[..., 0]
+    return (number >= int(threshold)).double()
+
+
 @contextlib.contextmanager
 def counting() -> Iterator[None]:
     """Inside the block LAUNCHES gets the name of every operator that computes something; those of the copies here
@@ -262,6 +279,7 @@ def operators(prefers_cudnn: bool) -> Iterator[None]:
             torch_dense, _flash=inside(flash), _flash_backward=inside(flash_backward), _windowed=inside(windowed),
             _windowed_backward=inside(windowed_backward),
         ),
+        mock.patch.object(torch_dropout, "_compiled", lambda: inside(jiterator)),
         mock.patch.multiple(torch_varlen, _flash=inside(varlen), _flash_backward=inside(varlen_backward)),
         mock.patch.multiple(
             torch_cudnn, _cudnn=inside(cudnn), _cudnn_backward=inside(cudnn_backward),

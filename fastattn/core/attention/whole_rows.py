@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from fastattn.core.attention.definition import diagonal_sums, of_distances, relative_index
-from fastattn.core.attention.dropout import KeepMasks
 from fastattn.core.attention.spec import AttentionSpec, Gradients, Saved, ScoreTensors, Wanted
 from fastattn.core.attention.tiles import exp_, grouped, row_terms, tanh_of_half_
+from fastattn.core.attention.torch_dropout import FusedKeepMasks, KeepMasks, masks_of
 from fastattn.core.layout import empty_heads, zero_heads
 from fastattn.core.workspace import Workspace
 from fastattn.ground.checks import lse_dtype
@@ -316,17 +316,18 @@ def _workspace(
 ) -> Workspace:
     """With room for so many results of the size of the largest block, and what cap and dropout need beside."""
     dtype = lse_dtype(q.dtype)
-    of_dropout = 0 if tensors.dropout_state is None else dtype.itemsize + KeepMasks.BYTES
+    beside_a_mask = 0 if tensors.dropout_state is None else masks_of(q.device).BYTES
+    of_dropout = dtype.itemsize + beside_a_mask if beside_a_mask else 0
     bytes_a_score = (results + bool(spec.softcap)) * dtype.itemsize + of_dropout
     return Workspace(dtype, q.device, bytes_a_score * max((block.elements for block in blocks), default=0))
 
 
 def _keep_masks(
     q: Tensor, k: Tensor, spec: AttentionSpec, tensors: ScoreTensors, workspace: Workspace
-) -> KeepMasks | None:
+) -> KeepMasks | FusedKeepMasks | None:
     if tensors.dropout_state is None:
         return None
-    return KeepMasks(tensors.dropout_state, (q.shape[1], q.shape[2], k.shape[2]), spec.dropout, workspace)
+    return masks_of(q.device)(tensors.dropout_state, (q.shape[1], q.shape[2], k.shape[2]), spec.dropout, workspace)
 
 
 def _put(total: Tensor, part: Tensor, alone: bool) -> None:
