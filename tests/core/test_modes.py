@@ -240,6 +240,8 @@ KEEP_NO_TENSOR = {
     "_seeing_every_key": "a spec",
     "kernels_hash": "text",
     "families": "text",
+    "candidates": "the kernels",
+    "_compiled": "a function",
     # Of a sequence that is spread over processes: made of the mask's own tensors, and no mode's call is spread.
     "intervals": "tensors of one object",
     "cells": "tensors of one object",
