@@ -143,7 +143,7 @@ def test_a_plain_call_that_was_seen_before_goes_to_flash_attention_without_looki
         ("bias", 5, 5),
         ("alibi", 4, 5),
         ("random lists", 5, 2),
-        ("dropout", 35, 40),
+        ("dropout", 34, 41),
         ("sinks", 6, 10),
         ("relative bias", 11, 22),
     ],
