@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -132,10 +134,33 @@ def _named(ranks: Ranks, collective: Any) -> None:
     try:
         collective()
     except RuntimeError as problem:
+        silent = _silent(ranks)
+        who = f"rank {silent[0]}" if len(silent) == 1 else f"one of the ranks {', '.join(map(str, silent))}"
         raise RuntimeError(
-            f"rank {ranks.rank} could not exchange with the {ranks.size - 1} other ranks of its group: one of "
-            "them may have died, or it computes something else"
+            f"rank {ranks.rank} could not exchange with the {ranks.size - 1} other ranks of its group: {who} may "
+            "have died, or computes something else"
         ) from problem
+
+
+PATIENCE = timedelta(seconds=5)
+_failures: Counter[Any] = Counter()
+
+
+def _silent(ranks: Ranks) -> list[int]:
+    """The ranks of a group that do not say within a few seconds that this exchange failed for them, too. Each rank
+    on which it failed calls this and says so in the store of the group."""
+    others = [rank for rank in range(ranks.size) if rank != ranks.rank]
+    number = _failures[ranks.group]
+    _failures[ranks.group] += 1
+    try:
+        store = ranks.group.get_group_store()
+        words = {rank: f"fastattn, failure {number} on rank {rank}" for rank in range(ranks.size)}
+        store.set(words[ranks.rank], "")
+        with suppress(RuntimeError):
+            store.wait([words[rank] for rank in others], PATIENCE)
+        return [rank for rank in others if not store.check([words[rank]])] or others
+    except RuntimeError:  # the store has gone with the rank that kept it
+        return others
 
 
 def agree(dimensions: Sequence[Ranks], mine: dict[str, Any] | Exception) -> None:

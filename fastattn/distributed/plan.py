@@ -2,30 +2,37 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
-from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 
 from fastattn.core.heads.functional import prepare_heads
 from fastattn.core.intact import alteration
+from fastattn.core.loss.functional import linear_cross_entropy
 from fastattn.core.mlp.functional import gated_mlp, mlp
+from fastattn.ground import arguments
 from fastattn.ground.checks import Window
 from fastattn.masks import Lowered, Mask
 from fastattn.nn.attention import SelfAttention
-from fastattn.nn.checks import check_stream
+from fastattn.nn.checks import check_stream, check_tokens
 from fastattn.nn.mlp import MLP, GatedMLP
 from fastattn.nn.rotary import Rotary
+from fastattn.nn.transformer_model import TransformerModel
 
 # Linear layers of Hugging Face's decoders, by name: those that make heads or hidden units, those that read them.
 INTO = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 OUT_OF = ("o_proj", "down_proj")
+# Layers that make queries, keys and values, or gate and up, in one product. A plain cut would mix them.
+PACKED = ("c_attn", "qkv_proj", "query_key_value", "Wqkv", "in_proj", "gate_up_proj")
 
 
-def tensor_parallel_plan(model: nn.Module) -> dict[str, ParallelStyle]:
+def tensor_parallel_plan(model: nn.Module, *, vocabulary: bool = False) -> dict[str, ParallelStyle]:
     """A plan for `torch.distributed.tensor.parallel.parallelize_module(model, mesh, plan)`.
 
         >>> parallelize_module(model, mesh["tensor"], tensor_parallel_plan(model))          # doctest: +SKIP
@@ -38,30 +45,71 @@ def tensor_parallel_plan(model: nn.Module) -> dict[str, ParallelStyle]:
       model does not depend on the number of ranks), `MLP` and `GatedMLP`, which stay fused.
     - Hugging Face models with layers named q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj and down_proj, such
       as Llama's and Qwen's; patched ones call those layers one by one.
+    - Hugging Face's GPT-2, whose packed weights (d, 3 d) become (d, 3, d), so that each rank has the columns of
+      its heads and the state dict does not depend on the number of ranks.
 
     The number of key heads must be a multiple of the ranks. In `fastattn.nn` it may also divide the ranks: then
     keys and values are replicated.
 
+    Args:
+        vocabulary: each rank also has some rows of the token embedding and of the unembedding, which stay tied if
+            they were. `fastattn.nn.TransformerModel` then computes its loss from them without gathering anything;
+            logits, if asked for, are gathered.
+
     Raises:
-        ValueError: the model has none of these layers, or is computed in another way (GPT-2's packed projections).
+        ValueError: the model has none of these layers, or others that pack several weights in one.
     """
     plan: dict[str, ParallelStyle] = {}
     for name, module in model.named_modules():
         kind, last = type(module), name.rpartition(".")[2]
+        if any(name.startswith(f"{known}.") and isinstance(style, _WHOLE) for known, style in plan.items()):
+            continue  # a part of what a style handles as a whole
         if kind is SelfAttention:
             plan[name] = HeadsParallel()
         elif kind in (MLP, GatedMLP):
             plan[name] = HiddenParallel()
+        elif kind.__name__ in ("GPT2Attention", "GPT2MLP"):
+            plan[name] = GPT2Parallel()
+        elif last in PACKED:
+            raise ValueError(
+                f"{name} packs several weights in one, which tensor_parallel_plan knows for fastattn.nn and for "
+                "Hugging Face's GPT-2 only"
+            )
         elif isinstance(module, nn.Linear) and last in INTO:
-            plan[name] = ColwiseParallel()
+            plan[name] = ColwiseOfHeads(_head_dim(model, name))
         elif isinstance(module, nn.Linear) and last in OUT_OF:
             plan[name] = RowwiseParallel()
     if not plan:
         raise ValueError(
             f"{type(model).__name__} has no layers that tensor_parallel_plan knows: fastattn.nn's SelfAttention, "
-            f"MLP and GatedMLP, or Linear layers named {', '.join((*INTO, *OUT_OF))}"
+            f"MLP and GatedMLP, GPT-2's, or Linear layers named {', '.join((*INTO, *OUT_OF))}"
         )
-    return plan
+    return {**plan, "": VocabularyParallel()} if arguments.flag("vocabulary", vocabulary) else plan
+
+
+def _head_dim(model: nn.Module, name: str) -> int:
+    """The width of the heads that a layer makes; 1 if it makes hidden units."""
+    parent, _, last = name.rpartition(".")
+    return (
+        int(getattr(model.get_submodule(parent), "head_dim", 1)) if last in ("q_proj", "k_proj", "v_proj") else 1
+    )
+
+
+class ColwiseOfHeads(ColwiseParallel):
+    """torch's ColwiseParallel of a Linear layer, by whole heads."""
+
+    def __init__(self, head_dim: int) -> None:
+        super().__init__()
+        self.head_dim = head_dim
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        rows = module.out_features
+        if rows % (self.head_dim * device_mesh.size()):  # type: ignore[operator]
+            raise ValueError(
+                f"the {rows} rows of {module} must be a multiple of {device_mesh.size()} ranks x {self.head_dim}, "
+                "so that no head is cut"
+            )
+        return super()._apply(module, device_mesh)
 
 
 class HeadsParallel(ParallelStyle):
@@ -181,6 +229,108 @@ class _GatedMLPOfUnits(GatedMLP):
         return _left(y)
 
 
+class GPT2Parallel(ParallelStyle):
+    """Hugging Face's GPT2Attention, of which each rank computes some heads, or GPT2MLP, of which it computes some
+    hidden units. Plain tensors go in and come out."""
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        part: Any = module
+        ranks, heads = device_mesh.size(), hasattr(module, "c_attn")
+        into, units = (part.c_attn, part.num_heads) if heads else (part.c_fc, part.c_fc.nf)
+        if heads and hasattr(module, "q_attn"):
+            raise ValueError("module must be without cross-attention, which tensor_parallel_plan does not know")
+        if units % ranks:
+            word = "heads" if heads else "hidden units"
+            raise ValueError(
+                f"the {units} {word} of {type(module).__name__} must be a multiple of the {ranks} ranks"
+            )
+        for layer in (into, part.c_proj):
+            if type(layer).__name__ != "Conv1D" or (layer._forward_hooks or layer._forward_pre_hooks):
+                raise ValueError(f"module must be as it was built; it has {layer}")
+        packed = 3 if heads else 1
+        into.weight = nn.Parameter(into.weight.detach().unflatten(1, (packed, -1)), into.weight.requires_grad)
+        into.bias = nn.Parameter(into.bias.detach().unflatten(0, (packed, -1)), into.bias.requires_grad)
+        _distribute_each(into, device_mesh, weight=Shard(2), bias=Shard(1))
+        _distribute_each(part.c_proj, device_mesh, weight=Shard(0), bias=Replicate())
+        into.__class__, part.c_proj.__class__ = _columns_of(type(into)), _rows_of(type(part.c_proj))
+        if heads:
+            part.split_size //= ranks
+            part.num_heads //= ranks
+        return module
+
+
+@cache
+def _columns_of(kind: type[Any]) -> type[Any]:
+    """Hugging Face's Conv1D with columns of its own on each rank."""
+
+    class ConvOfColumns(kind):  # type: ignore[misc,valid-type]
+        def forward(self, x: Tensor) -> Tensor:
+            weight, bias = (t.to_local().flatten(-2) for t in (self.weight, self.bias))
+            return _entered(x, self).to_local(grad_placements=[Partial()]) @ weight + bias
+
+    return ConvOfColumns
+
+
+@cache
+def _rows_of(kind: type[Any]) -> type[Any]:
+    """Hugging Face's Conv1D with rows of its own on each rank."""
+
+    class ConvOfRows(kind):  # type: ignore[misc,valid-type]
+        def forward(self, x: Tensor) -> Tensor:
+            mesh = self.weight.device_mesh
+            y = DTensor.from_local(x @ self.weight.to_local(), mesh, [Partial()], run_check=False)
+            return _left(y) + _left(self.bias)
+
+    return ConvOfRows
+
+
+class VocabularyParallel(ParallelStyle):
+    """A model of which each rank has some rows of the token embedding and of the unembedding."""
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        if isinstance(module, TransformerModel):
+            if type(module) is not TransformerModel:
+                raise TypeError(f"module must be a fastattn.nn.TransformerModel, got {type(module).__name__}")
+            for layer in (module.token_embedding, module.unembedding):
+                if layer is not None:
+                    _distribute(layer, device_mesh, Shard(0))
+            module.__class__ = _TransformerOfVocabulary
+            return module
+        model: Any = module
+        if not hasattr(model, "get_input_embeddings"):
+            raise TypeError(
+                "vocabulary needs a fastattn.nn.TransformerModel or a Hugging Face model, got "
+                f"{type(module).__name__}"
+            )
+        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+        tied = head is not None and head.weight is embedding.weight
+        parallelize_module(embedding, device_mesh, RowwiseParallel(input_layouts=Replicate()))
+        if head is not None:
+            parallelize_module(head, device_mesh, ColwiseParallel(output_layouts=Replicate()))
+        if tied:
+            head.weight = embedding.weight
+        return module
+
+
+class _TransformerOfVocabulary(TransformerModel):
+    @torch.compiler.disable
+    def embed(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
+        check_tokens(tokens, self.config.max_length)
+        weight = self.token_embedding.weight
+        x = _left(F.embedding(_entered(tokens, self.token_embedding), weight))
+        return self.with_positions(x, positions)
+
+    @torch.compiler.disable
+    def unembed(self, x: Tensor) -> Tensor:
+        return _left(F.linear(_entered(self.final_norm(x), self.token_embedding), self.unembedding_weight))
+
+    @torch.compiler.disable
+    def _loss(self, x: Tensor, labels: Tensor) -> Tensor:
+        x = _entered(self.final_norm(x), self.token_embedding)
+        shift, weight = self.config.causal, self.unembedding_weight
+        return _left(linear_cross_entropy(x, weight, labels, shift=shift, backend=self.config.backend))
+
+
 def _cut(layer: nn.Linear, rows: list[int]) -> list[nn.Linear]:
     """One layer for each of these numbers of rows of its weight."""
     biases = [None] * len(rows) if layer.bias is None else layer.bias.detach().split(rows)
@@ -196,10 +346,18 @@ def _cut(layer: nn.Linear, rows: list[int]) -> list[nn.Linear]:
 
 def _distribute(layer: nn.Module, mesh: DeviceMesh, placement: Any) -> None:
     """Make DTensors of a layer's parameters. A bias of rows is sharded with them."""
+    _distribute_each(layer, mesh, weight=placement, bias=Replicate() if placement == Shard(1) else placement)
+
+
+def _distribute_each(layer: nn.Module, mesh: DeviceMesh, **placements: Any) -> None:
+    """Make DTensors of a layer's parameters. placements: by name."""
     for name, parameter in list(layer.named_parameters(recurse=False)):
-        whole = name == "bias" and placement == Shard(1)
-        spread = distribute_tensor(parameter.detach(), mesh, [Replicate() if whole else placement])
+        spread = distribute_tensor(parameter.detach(), mesh, [placements[name]])
         layer.register_parameter(name, nn.Parameter(spread, parameter.requires_grad))
+
+
+# Styles that handle a module with all that is in it.
+_WHOLE = (HeadsParallel, HiddenParallel, GPT2Parallel)
 
 
 def _entered(x: Tensor, module: nn.Module) -> DTensor:

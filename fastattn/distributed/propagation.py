@@ -438,5 +438,21 @@ def _register(name: str, rule: Rule) -> None:
     )
 
 
+def _refuse_on_cpu(schema: OpSchema) -> OpStrategy:
+    raise ValueError(
+        "torch computes F.scaled_dot_product_attention of DTensors on GPUs only, and its context_parallel, too, "
+        "also while fastattn.sdpa is active. Take fastattn.distributed.context_parallel, which runs on CPUs, too, "
+        "under any mask; fastattn.scaled_dot_product_attention takes DTensors whose batch or heads are sharded"
+    )
+
+
 for _name, _rule in RULES.items():
     _register(_name, _rule)
+# A version of torch that can do it has an answer of its own.
+_on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+if not any(
+    _on_cpu in known
+    for name, known in vars(DTensor._op_dispatcher.sharding_propagator).items()
+    if name.startswith("op_") and isinstance(known, dict)
+):
+    DTensor._op_dispatcher.sharding_propagator.register_op_strategy(_on_cpu, _refuse_on_cpu)

@@ -272,10 +272,13 @@ class TransformerModel(nn.Module):
         """The residual stream (B, L, embed_dim) that the first block reads, from tokens (B, L) at positions
         (B, L), by default 0 to L - 1."""
         check_tokens(tokens, self.config.max_length)
-        x = self.token_embedding(tokens)
+        return self.with_positions(self.token_embedding(tokens), positions)
+
+    def with_positions(self, x: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
+        """The embeddings of tokens (B, L, embed_dim), and those of their positions, if they are learned."""
         if self.position_embedding is not None:
             if positions is None:
-                positions = spread.positions(tokens.shape[1], tokens.device)
+                positions = spread.positions(x.shape[1], x.device)
             x = x + self.position_embedding(positions)
         return self.dropout(x)
 

@@ -10,10 +10,13 @@ from typing import Any
 import groups
 import pytest
 import torch
+import torch.nn.functional as F
 from cases_tensors import BATCH, HEADS, LENGTH, R, all_as, q_alone
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
+from torch.distributed.tensor.experimental import context_parallel
+from torch.distributed.tensor.experimental._context_parallel import _attention as ring
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import fastattn
@@ -21,6 +24,7 @@ from fastattn.core.attention.spec import ScoreTensors, Tangents
 from fastattn.core.loss.spec import LossSpec
 from fastattn.core.statistics.spec import StatisticsTensors
 from fastattn.distributed import propagation
+from fastattn.dropin.takeover import _Operators
 
 B, H, N, D, CLASSES = 4, 4, 12, 8, 7
 operators = torch.ops.fastattn
@@ -329,6 +333,52 @@ def partial_sum(t: DTensor) -> DTensor:
     return DTensor.from_local(t.to_local(), t.device_mesh, [P])
 
 
+def torchs_context_parallel_on_a_cpu(mesh: DeviceMesh) -> None:
+    q, k, v = (numbers(1, 2, 8 * N, D) for _ in range(3))
+    with (
+        fastattn.sdpa(),
+        context_parallel(mesh, buffers=[q, k, v], buffer_seq_dims=[2] * 3),
+        pytest.raises(RuntimeError, match=r"Take fastattn\.distributed\.context_parallel"),
+    ):
+        F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def torchs_ring_over_our_operators(mesh: DeviceMesh) -> None:
+    """On GPUs torch's context_parallel calls the operators that fastattn.sdpa replaces. Here its ring calls what
+    they are replaced by."""
+    whole = numbers(4, 1, 2, 8 * N, D).unbind()
+    before = ring._cp_options.enable_load_balance
+    ours, group = _Operators(), mesh.get_group()
+    try:
+        for causal, balanced in ((True, False), (True, True), (False, False)):
+            ring._cp_options.enable_load_balance = balanced
+            rank, halves = mesh.get_local_rank(), torch.arange(8 * N).view(4, -1)
+            own = (halves[[rank, 3 - rank]] if balanced else halves[2 * rank : 2 * rank + 2]).flatten()
+            q, k, v, dout = (t[:, :, own] for t in whole)
+            options = {"dropout_p": 0.0, "return_debug_mask": False, "scale": None}
+            out, lse, *_ = ring._templated_ring_attention(
+                group, 2, ours.forward_on_gpu, q, k, v, is_causal=causal, **options
+            )
+            found = ring._templated_ring_attention_backward(
+                group, 2, partial(_backward, ours), dout, "grad_out", q, k, v, out, lse, causal
+            )
+            leaves = [t.clone().requires_grad_() for t in whole[:3]]
+            expected = F.scaled_dot_product_attention(*leaves, is_causal=causal)
+            wanted = (expected, *torch.autograd.grad(expected, leaves, whole[3]))
+            for a, e in zip((out, *found), wanted, strict=False):
+                torch.testing.assert_close(a, e[:, :, own])
+    finally:
+        ours.remove()
+        ring._cp_options.enable_load_balance = before
+
+
+def _backward(ours: Any, **given: Any) -> tuple[Tensor, ...]:
+    """As torch's dispatcher calls it."""
+    tensors = (given[name] for name in ("grad_out", "query", "key", "value", "out", "logsumexp"))
+    seed = torch.zeros(2, dtype=torch.uint64)
+    return ours.backward_on_gpu(*tensors, None, None, 0, 0, 0.0, given["is_causal"], seed, None)
+
+
 def every_operator_has_a_rule(mesh: DeviceMesh) -> None:
     """Also one that will be added."""
     names = {
@@ -351,5 +401,7 @@ CASES: dict[groups.Group, dict[str, groups.Case]] = {
         "operators on DTensors within torch.func": in_a_transform,
         "operators on DTensors, traced and compiled": traced,
         "every operator has a rule": every_operator_has_a_rule,
+        "torch's context_parallel on a CPU": torchs_context_parallel_on_a_cpu,
+        "torch's ring over our operators": torchs_ring_over_our_operators,
     },
 }

@@ -363,8 +363,21 @@ def llama() -> nn.Module:
     return transformers.LlamaForCausalLM(config).double()
 
 
-def patched() -> nn.Module:
-    made = llama()
+def gpt2() -> nn.Module:
+    import transformers
+
+    importlib.import_module("fastattn.integrations.huggingface")
+    torch.manual_seed(1)
+    config = transformers.GPT2Config(
+        vocab_size=17, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=0, eos_token_id=0,
+        attn_pdrop=0, resid_pdrop=0, embd_pdrop=0,
+    )  # fmt: skip
+    config._attn_implementation = "fastattn"
+    return transformers.GPT2LMHeadModel(config).double()
+
+
+def patched(make: Callable[[], nn.Module] = llama) -> nn.Module:
+    made = make()
     fastattn.patch(made)
     return made
 
@@ -379,11 +392,16 @@ def _whole_gradient(p: Tensor) -> Tensor:
     return p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad
 
 
-def tensor_parallel(mesh: DeviceMesh, make: Callable[[], nn.Module], options: dict[str, Any]) -> None:
+def tensor_parallel(
+    mesh: DeviceMesh, make: Callable[[], nn.Module], options: dict[str, Any], vocabulary: bool = False
+) -> None:
     """Loss, gradients and one step of Adam are those of one process."""
     text, targets = tokens()
     whole, spread = make(), make()
-    parallelize_module(spread, mesh, distributed.tensor_parallel_plan(spread))
+    parallelize_module(spread, mesh, distributed.tensor_parallel_plan(spread, vocabulary=vocabulary))
+    if vocabulary:
+        embedded = next(p for name, p in spread.named_parameters() if "wte" in name or "token_embedding" in name)
+        assert list(embedded.placements) == [BATCH]
     losses = []
     for network in (whole, spread):
         optimizer = torch.optim.Adam(network.parameters(), lr=1e-2, foreach=False)
@@ -397,7 +415,38 @@ def tensor_parallel(mesh: DeviceMesh, make: Callable[[], nn.Module], options: di
     names = dict(whole.named_parameters())
     for name, p in spread.named_parameters():
         if name in names:
+            gradient = _whole_gradient(p).reshape(names[name].shape)  # GPT-2's packed weights have another one
+            torch.testing.assert_close(gradient, names[name].grad, rtol=1e-7, atol=1e-9, msg=name)
+    assert ("lm_head.weight" in dict(spread.named_parameters())) == ("lm_head.weight" in names), "tied or not"
+
+
+def loss_of_the_model(mesh: DeviceMesh, tied: bool) -> None:
+    """The loss that a TransformerModel computes from its classes, and no gathered logits."""
+    text, _ = tokens()
+    whole, spread = model(tied=tied), model(tied=tied)
+    parallelize_module(spread, mesh, distributed.tensor_parallel_plan(spread, vocabulary=True))
+    losses = [network(text, labels=text) for network in (whole, spread)]
+    torch.testing.assert_close(losses[1], losses[0])
+    for loss in losses:
+        loss.backward()
+    names = dict(whole.named_parameters())
+    for name, p in spread.named_parameters():
+        if name in names:
             torch.testing.assert_close(_whole_gradient(p), names[name].grad, rtol=1e-7, atol=1e-9, msg=name)
+
+
+def plans_that_are_refused(mesh: DeviceMesh) -> None:
+    layer = nn.Module()
+    layer.qkv_proj, layer.o_proj = nn.Linear(8, 24), nn.Linear(8, 8)
+    with pytest.raises(ValueError, match="qkv_proj packs several weights in one"):
+        distributed.tensor_parallel_plan(layer)
+    layer = nn.Module()
+    layer.head_dim, layer.k_proj = 8, nn.Linear(8, 24)
+    with pytest.raises(ValueError, match=r"the 24 rows of Linear.* must be a multiple of 2 ranks x 8"):
+        parallelize_module(layer, mesh, distributed.tensor_parallel_plan(layer))
+    with pytest.raises(TypeError, match="vocabulary needs a"):
+        block = model().blocks[0]
+        parallelize_module(block, mesh, distributed.tensor_parallel_plan(block, vocabulary=True))
 
 
 def three_dimensions(mesh: DeviceMesh) -> None:
@@ -476,7 +525,17 @@ def compiled_tensor_parallel(mesh: DeviceMesh) -> None:
     torch.testing.assert_close(*gradients)
 
 
-CASES[2] = {"tensor parallel, Llama": partial(tensor_parallel, make=llama, options={})}
+CASES[2] = {
+    "tensor parallel, Llama": partial(tensor_parallel, make=llama, options={}),
+    "tensor parallel, GPT-2 and its vocabulary": partial(tensor_parallel, make=gpt2, options={}, vocabulary=True),
+    "tensor parallel, patched GPT-2": partial(tensor_parallel, make=partial(patched, gpt2), options={}),
+    **{
+        f"tensor parallel, vocabulary, tied: {tied}": partial(loss_of_the_model, tied=tied)
+        for tied in (True, False)
+    },
+    "tensor parallel, logits of a vocabulary": partial(tensor_parallel, make=model, options={}, vocabulary=True),
+    "tensor parallel, refused": plans_that_are_refused,
+}
 CASES["slow"] = {
     "tensor parallel, compiled": compiled_tensor_parallel,
     "tensor parallel, patched Llama": partial(tensor_parallel, make=patched, options={}),

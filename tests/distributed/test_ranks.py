@@ -27,19 +27,24 @@ def test_ranks_together_compute_what_one_process_computes(group: groups.Group) -
 def _dies(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2, timeout=timedelta(seconds=5)
+        "gloo", init_method=f"file://{folder}/group", rank=rank, world_size=3, timeout=timedelta(seconds=5)
     )
-    mesh = dist.init_device_mesh("cpu", (2,))
+    mesh = dist.init_device_mesh("cpu", (3,))
     plan = distributed.layout(LENGTH, mesh)
     q, k, v = shards(plan, *heads())
-    distributed.attention(q, k, v, layout=plan, method="ring")
-    if rank == 1:
+    for method in ("ring", "gather"):
+        distributed.attention(q, k, v, layout=plan, method=method)
+    if rank == 2:
         os._exit(0)
-    with pytest.raises(RuntimeError, match="rank 0 could not exchange keys from rank 1 and to rank 1"):
-        distributed.attention(q, k, v, layout=plan, method="ring")
+    for method, words in (
+        ("ring", rf"rank {rank} could not exchange keys .*rank 2"),
+        ("gather", f"rank {rank} could not exchange with the 2 other ranks of its group: rank 2 may have died"),
+    ):
+        with pytest.raises(RuntimeError, match=words):
+            distributed.attention(q, k, v, layout=plan, method=method)
     os._exit(0)  # destroying the group would wait for the dead rank
 
 
 def test_a_rank_that_dies_ends_the_others_with_its_name() -> None:
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_dies, (folder,), nprocs=2)
+        mp.spawn(_dies, (folder,), nprocs=3)
