@@ -260,7 +260,7 @@ class GPT2Parallel(ParallelStyle):
 
 
 @cache
-def _columns_of(kind: type[Any]) -> type[Any]:
+def _columns_of(kind: Any) -> Any:
     """Hugging Face's Conv1D with columns of its own on each rank."""
 
     class ConvOfColumns(kind):  # type: ignore[misc,valid-type]
@@ -272,7 +272,7 @@ def _columns_of(kind: type[Any]) -> type[Any]:
 
 
 @cache
-def _rows_of(kind: type[Any]) -> type[Any]:
+def _rows_of(kind: Any) -> Any:
     """Hugging Face's Conv1D with rows of its own on each rank."""
 
     class ConvOfRows(kind):  # type: ignore[misc,valid-type]
@@ -318,7 +318,7 @@ class _TransformerOfVocabulary(TransformerModel):
         check_tokens(tokens, self.config.max_length)
         weight = self.token_embedding.weight
         x = _left(F.embedding(_entered(tokens, self.token_embedding), weight))
-        return self.with_positions(x, positions)
+        return self._with_positions(x, positions)
 
     @torch.compiler.disable
     def unembed(self, x: Tensor) -> Tensor:

@@ -311,17 +311,24 @@ _MLP = (
 )
 _WEIGHTS = {
     "x": "t .", "w_in": "f .", "b_in": "f", "w_up": "f .", "b_up": "f", "w_out": ". f", "b_out": ".",
+    "norm_weight": ".", "norm_bias": ".", "residual": "t .", "dropout_state": ". .|.",
 }  # fmt: skip
 _KEPT = {f"kept_{i}": "t f" for i in (1, 2, 3, 4)}
 
 
 def _check_hidden(shared: str, ranks: int, arguments: Arguments) -> None:
+    if arguments["dropout"]:
+        _refuse("dropout", shared, _MLP)
     if shared != "f":
         return
     if arguments["w_in"].shape[0] % ranks:
         raise ValueError(
             f"{arguments['w_in'].shape[0]} hidden units cannot be shared out among {ranks} ranks equally"
         )
+    for name in ("norm", "residual_kind"):
+        if arguments[name]:
+            # Each rank has a part of a sum, and would add the residual to it.
+            _refuse("norm and residual", shared, _MLP)
     for name in ("w_up", "packed"):
         if arguments[name]:
             # The gradients of both weights are one tensor, whose halves would both have to be sharded.
@@ -351,6 +358,7 @@ RULES |= {
         [
             Result("t .", is_there=_wants(0)), Result("f .", is_there=_wants(1)), Result("f", is_there=_wants(2)),
             Result(". f", is_there=_wants(3)), Result(".", "f", is_there=_wants(4)),
+            Result(".", is_there=_wants(5)), Result(".", is_there=_wants(6)),
         ],
         "tf", ("x", "w_in"), _check_hidden, _MLP, frozenset(("dy",)),
     ),

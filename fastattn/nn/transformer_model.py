@@ -272,9 +272,9 @@ class TransformerModel(nn.Module):
         """The residual stream (B, L, embed_dim) that the first block reads, from tokens (B, L) at positions
         (B, L), by default 0 to L - 1."""
         check_tokens(tokens, self.config.max_length)
-        return self.with_positions(self.token_embedding(tokens), positions)
+        return self._with_positions(self.token_embedding(tokens), positions)
 
-    def with_positions(self, x: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
+    def _with_positions(self, x: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
         """The embeddings of tokens (B, L, embed_dim), and those of their positions, if they are learned."""
         if self.position_embedding is not None:
             if positions is None:

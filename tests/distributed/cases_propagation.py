@@ -22,6 +22,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import fastattn
 from fastattn.core.attention.spec import ScoreTensors, Tangents
 from fastattn.core.loss.spec import LossSpec
+from fastattn.core.mlp.spec import MLPWeights
 from fastattn.core.statistics.spec import StatisticsTensors
 from fastattn.distributed import propagation
 from fastattn.dropin.takeover import _Operators
@@ -57,8 +58,13 @@ def prepare_heads(x: Tensor, norm_weight: Tensor, head_scale: Tensor, cos: Any =
 
 
 def mlp(x: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor, b_out: Tensor, **other: Any) -> Tensor:
-    weights = w_in, b_in, other.get("w_up"), None, w_out, b_out
-    return operators.mlp_forward(x, *weights, "gelu", "", other.get("save", "auto"), 64, False, "portable")[0]
+    tensors = MLPWeights(w_in, b_in, other.get("w_up"), None, w_out, b_out, *(other.get(n) for n in BRANCH))
+    norm, residual = "rms" if "norm_weight" in other else "", "apart" if "residual" in other else ""
+    options = "gelu", "", other.get("save", "auto"), 64, False, norm, 1e-5, other.get("dropout", 0.0), residual
+    return operators.mlp_forward(x, *tensors, *options, "portable")[0]
+
+
+BRANCH = ("norm_weight", "norm_bias", "residual", "dropout_state")
 
 
 def loss_rows(x: Tensor, w: Tensor, b: Tensor, target: Tensor) -> Tensor:
@@ -208,6 +214,13 @@ COMPUTED: dict[str, groups.Case] = {
         mlp, MLP, {"x": [BATCH]}, [BATCH],
         gradients={name: [P] for name in ("w_in", "b_in", "w_out", "b_out")},
     ),
+    "mlp, a branch by tokens": Computed(
+        mlp,
+        {**MLP, "w_out": (D, 10), "b_out": (D,), "norm_weight": (D,), "residual": (6, D)},
+        {"x": [BATCH], "residual": [BATCH]},
+        [BATCH],
+        gradients={"residual": [R], **{n: [P] for n in ("w_in", "b_in", "w_out", "b_out", "norm_weight")}},
+    ),
     "mlp, by hidden units": Computed(mlp, MLP, HIDDEN, [P], gradients={"x": [P], "b_out": [R]}),
     "loss of rows, by tokens": Computed(
         loss_rows, LOSS, BY_TOKENS, [HEADS], gradients={"w": [P], "b": [P]}
@@ -303,6 +316,10 @@ REFUSED: dict[str, tuple[Callable[..., Any], str]] = {
     "a gate by hidden units": (
         lambda s: mlp(s(R, 6, D), **weights_of(s, BATCH, BATCH, HEADS, R), w_up=s(BATCH, 10, D)),
         r"a second weight \(w_up, or a packed one\) must not be given",
+    ),
+    "a residual by hidden units": (
+        lambda s: mlp(s(R, 6, D), **weights_of(s, BATCH, BATCH, HEADS, R), residual=s(R, 6, 5)),
+        "norm and residual must not be given",
     ),
     "kept in int8 by hidden units": (
         lambda s: mlp(s(R, 6, D), **weights_of(s, BATCH, BATCH, HEADS, R), save="int8"), 'save="int8" must not be'
