@@ -252,7 +252,8 @@ class GPT2Parallel(ParallelStyle):
         into.bias = nn.Parameter(into.bias.detach().unflatten(0, (packed, -1)), into.bias.requires_grad)
         _distribute_each(into, device_mesh, weight=Shard(2), bias=Shard(1))
         _distribute_each(part.c_proj, device_mesh, weight=Shard(0), bias=Replicate())
-        into.__class__, part.c_proj.__class__ = _columns_of(type(into)), _rows_of(type(part.c_proj))
+        kind: Any = type(into)
+        into.__class__, part.c_proj.__class__ = _columns_of(kind), _rows_of(kind)
         if heads:
             part.split_size //= ranks
             part.num_heads //= ranks
