@@ -18,8 +18,10 @@ from torch import Tensor, nn
 
 from fastattn.core.intact import alteration
 from fastattn.core.mlp.functional import gated_mlp, mlp
+from fastattn.core.mlp.spec import MLPSpec
 from fastattn.dropin.fused_classes import Fused
 from fastattn.ground.checks import ACTIVATIONS, FLOATING
+from fastattn.nn.residual import branch_of
 
 HUGGINGFACE = {
     "GELUActivation": "gelu",
@@ -124,18 +126,23 @@ def _name(thing: Any) -> str:
     return type(thing).__name__ if isinstance(thing, nn.Module) else getattr(thing, "__name__", repr(thing))
 
 
-def fused(parts: Parts, x: Tensor) -> Tensor:
-    """Compute the MLP of these parts: (..., d) to (..., out)."""
+def fused(parts: Parts, x: Tensor, **branch: Any) -> Tensor:
+    """Compute the MLP of these parts: (..., d) to (..., out). branch: the arguments of a residual branch."""
     (*first, (w2, b2)) = [weights(layer) for layer in parts.layers]
-    activation = parts.activation if parts.activation in ACTIVATIONS else activation_name(parts.activation)
-    assert activation is not None
+    asked = {"activation": _activation(parts), **branch}
     if parts.packed:
         ((w, b),) = first
-        return gated_mlp(x, w, None, w2, activation=activation, b_gate=b, b_down=b2, packed=parts.packed)
+        return gated_mlp(x, w, None, w2, b_gate=b, b_down=b2, packed=parts.packed, **asked)
     if len(first) == 1:
-        return mlp(x, *first[0], w2, b2, activation=activation)
+        return mlp(x, *first[0], w2, b2, **asked)
     (w_gate, b_gate), (w_up, b_up) = first
-    return gated_mlp(x, w_gate, w_up, w2, activation=activation, b_gate=b_gate, b_up=b_up, b_down=b2)
+    return gated_mlp(x, w_gate, w_up, w2, b_gate=b_gate, b_up=b_up, b_down=b2, **asked)
+
+
+def _activation(parts: Parts) -> str:
+    name = parts.activation if parts.activation in ACTIVATIONS else activation_name(parts.activation)
+    assert name is not None
+    return name
 
 
 def weights(layer: Any) -> tuple[Tensor, Tensor | None]:
@@ -211,13 +218,28 @@ class Form(Fused):
         parts = self.names.read(self)
         return [] if parts is None else [parts]
 
-    def _fused(self, x: Tensor) -> Tensor | None:
-        """The MLP's result, or None if the module's own code must compute it."""
+    def _parts(self, x: Tensor) -> Parts | None:
+        """The MLP's parts, or None if the module's own code must compute it."""
         # Its code may read the training flag of any of its parts.
         if self.names.only_in_eval and any(part.training for part in self.modules()):
             return None
         parts = self.names.read(self)
-        return None if parts is None or obstacle(parts, x) else fused(parts, x)
+        return None if parts is None or obstacle(parts, x) else parts
+
+    def _fused(self, x: Tensor) -> Tensor | None:
+        """The MLP's result, or None if the module's own code must compute it."""
+        parts = self._parts(x)
+        return None if parts is None else fused(parts, x)
+
+    def _added(self, x: Tensor, norm: nn.Module | None = None) -> Tensor | None:
+        """x + dropout(the MLP of x, or of its norm) in one call; None if these are to be steps of their own."""
+        dropouts = [_get(self, name) for name in self.names.after]
+        parts = self._parts(x) if len(dropouts) < 2 else None
+        if parts is None:
+            return None
+        spec = MLPSpec(_activation(parts), bool(parts.packed) or len(parts.first) == 2)
+        branch = branch_of(x, spec, norm=norm, dropout=dropouts[0] if dropouts else None)
+        return None if branch is None else fused(parts, x, **branch)
 
     def _after(self, y: Tensor) -> Tensor:
         for name in self.names.after:
@@ -243,6 +265,11 @@ class FusedFeedForward(Form):
         y = self._fused(x)
         return super()._ff_block(x) if y is None else self._after(y)  # type: ignore[misc]
 
+    def _ff_step(self, x: Tensor, norm: nn.Module | None) -> Tensor:
+        """A part of the layers in fastattn.nn."""
+        total = self._added(x, norm)
+        return super()._ff_step(x, norm) if total is None else total  # type: ignore[misc]
+
 
 class FusedChunk(Form):
     """A BERT layer, whose MLP is spread over two modules with the norm in the second."""
@@ -250,10 +277,13 @@ class FusedChunk(Form):
     method = "feed_forward_chunk"
 
     def feed_forward_chunk(self, attention_output: Tensor) -> Tensor:
+        output: Any = self.output
+        total = self._added(attention_output)
+        if total is not None:
+            return output.LayerNorm(total)
         y = self._fused(attention_output)
         if y is None:
             return super().feed_forward_chunk(attention_output)  # type: ignore[misc]
-        output: Any = self.output
         return output.LayerNorm(self._after(y) + attention_output)
 
 

@@ -11,7 +11,7 @@ from fastattn.core.capabilities import check_backend
 from fastattn.core.intact import alteration
 from fastattn.core.mlp import functional as mlp_functional
 from fastattn.core.mlp.definition import activate
-from fastattn.core.mlp.spec import SAVES, checked_chunk
+from fastattn.core.mlp.spec import SAVES, MLPSpec, checked_chunk
 from fastattn.ground.arguments import choice, flag, integer
 from fastattn.ground.checks import ACTIVATIONS
 from fastattn.nn.checks import check_width, factory_options
@@ -41,6 +41,20 @@ class _MLP(nn.Module):
 
     def _default_hidden_dim(self) -> int:
         raise NotImplementedError
+
+    @property
+    def _layers(self) -> tuple[nn.Module, ...]:
+        raise NotImplementedError
+
+    def _is_altered(self, x: torch.Tensor) -> bool:
+        """Whether a user has changed one of the layers (see `alteration`), so that it must be called as a
+        module."""
+        return any(alteration(layer, nn.Linear, x) for layer in self._layers)
+
+    @property
+    def _spec(self) -> MLPSpec:
+        """What is asked of an MLP, without what depends on an input."""
+        return MLPSpec(self.activation, isinstance(self, GatedMLP), save=self.save)
 
     def extra_repr(self) -> str:
         asked = "" if self.save == "auto" else f"save={self.save!r}, "
@@ -89,8 +103,16 @@ class MLP(_MLP):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (..., embed_dim); same shape."""
         check_width("x", x, self.embed_dim)
-        if _altered(x, self.up, self.down):
+        if self._is_altered(x):
             return self.down(activate(self.up(x), self.activation))
+        return self._fused(x)
+
+    @property
+    def _layers(self) -> tuple[nn.Module, ...]:
+        return self.up, self.down
+
+    def _fused(self, x: torch.Tensor, **branch: Any) -> torch.Tensor:
+        """`fastattn.mlp` of the weights as they are; branch: its arguments for norm, residual and dropout."""
         return mlp_functional.mlp(
             x,
             self.up.weight,
@@ -101,6 +123,7 @@ class MLP(_MLP):
             save=self.save,
             chunk=self.chunk,
             backend=self.backend,
+            **branch,
         )
 
 
@@ -149,8 +172,16 @@ class GatedMLP(_MLP):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (..., embed_dim); same shape."""
         check_width("x", x, self.embed_dim)
-        if _altered(x, self.gate, self.up, self.down):
+        if self._is_altered(x):
             return self.down(activate(self.gate(x), self.activation) * self.up(x))
+        return self._fused(x)
+
+    @property
+    def _layers(self) -> tuple[nn.Module, ...]:
+        return self.gate, self.up, self.down
+
+    def _fused(self, x: torch.Tensor, **branch: Any) -> torch.Tensor:
+        """`fastattn.gated_mlp` of the weights as they are, as `MLP._fused`."""
         return mlp_functional.gated_mlp(
             x,
             self.gate.weight,
@@ -163,9 +194,5 @@ class GatedMLP(_MLP):
             save=self.save,
             chunk=self.chunk,
             backend=self.backend,
+            **branch,
         )
-
-
-def _altered(x: torch.Tensor, *layers: nn.Module) -> bool:
-    """Whether a user has changed one of the layers (see `alteration`), so that it must be called as a module."""
-    return any(alteration(layer, nn.Linear, x) for layer in layers)

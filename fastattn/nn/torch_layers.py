@@ -67,13 +67,17 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         )
         if self.norm_first:
             between = src + attend(self.norm1(src))
-            out = between + self._ff_block(self.norm2(between))
+            out = self._ff_step(between, self.norm2)
         else:
             between = self.norm1(src + attend(src))
-            out = self.norm2(between + self._ff_block(between))
+            out = self.norm2(self._ff_step(between, None))
         if torch.is_autocast_enabled("cpu") and out.dtype == torch.float32 and _torch_fuses(self, src):
             return out.to(torch.get_autocast_dtype("cpu"))
         return out
+
+    def _ff_step(self, x: Tensor, norm: nn.Module | None) -> Tensor:
+        """x and what the feed-forward block makes of it, or of its norm."""
+        return x + self._ff_block(x if norm is None else norm(x))
 
 
 def _torch_fuses(layer: nn.TransformerEncoderLayer, src: Tensor) -> bool:

@@ -29,6 +29,7 @@ from fastattn.nn.decoding_cache import DecodingCache, LayerCache
 from fastattn.nn.generation import Generation, generate
 from fastattn.nn.gpt2 import copy_gpt2, gpt2_config, gpt2_state
 from fastattn.nn.mlp import MLP, GatedMLP
+from fastattn.nn.residual import residual_step
 
 
 class TransformerBlock(nn.Module):
@@ -123,7 +124,7 @@ class TransformerBlock(nn.Module):
             x = x + self.dropout(read)
         if self.mlp is not None:
             x = self.hook_resid_mid(x)
-            x = x + self.dropout(self.mlp(self.mlp_norm(x)))
+            x = residual_step(x, self.mlp_norm, self.mlp, self.dropout)
         return self.hook_resid_post(x)
 
     def _read_context(self, x: torch.Tensor, context: Any, seen: dict[str, Any]) -> torch.Tensor:
