@@ -82,25 +82,48 @@ def _any_mode() -> bool:
     )
 
 
+class _OfAGraph(Exception):
+    """What is made now belongs to the CUDA graph that is captured."""
+
+
+_read_by_graphs: dict[int, Any] = {}
+
+
+def capturing() -> bool:
+    """Whether the current stream of CUDA is captured into a graph."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
 def kept(maxsize: int) -> Callable[[Callable[..., R]], Callable[..., R]]:
     """Decorator of a function that makes tensors: it runs outside of the caller's modes, and its last `maxsize`
     results are cached.
 
     Arguments are hashed. If an argument's `lasts` is False, it holds a tensor of the caller's mode, whose values
     cannot be read outside of it: then the function runs in that mode, and its result is not cached.
+
+    A CUDA graph reads the same memory at each replay. So what it gets from the cache is never freed; and what is
+    made while one is captured belongs to the graph, and is not cached.
     """
 
     def keep(function: Callable[..., R]) -> Callable[..., R]:
         @lru_cache(maxsize=maxsize)
         def made(*arguments: Any) -> R:
+            if capturing():
+                raise _OfAGraph
             with outside_modes():
                 return function(*arguments)
 
         @wraps(function)
         def kept_or_made(*arguments: Any) -> R:
-            if all(getattr(argument, "lasts", True) for argument in arguments):
-                return made(*arguments)
-            return function(*arguments)
+            if not all(getattr(argument, "lasts", True) for argument in arguments):
+                return function(*arguments)
+            try:
+                found = made(*arguments)
+            except _OfAGraph:
+                return function(*arguments)
+            if capturing():
+                _read_by_graphs[id(found)] = found
+            return found
 
         kept_or_made.forget = made.cache_clear  # type: ignore[attr-defined]
         return kept_or_made

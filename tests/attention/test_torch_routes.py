@@ -14,7 +14,7 @@ from torch import Tensor
 
 import fastattn
 from fastattn import masks
-from fastattn.core.attention import torch_efficient, torch_routes, torch_varlen
+from fastattn.core.attention import torch_efficient, torch_routes, torch_trial, torch_varlen
 from fastattn.core.attention.spec import AttentionSpec, Saved, ScoreTensors, Wanted
 from fastattn.core.attention.torch_routes import KERNELS, ROWS, Call, candidates, example, obstacles
 from fastattn.measuring import doctor
@@ -75,7 +75,7 @@ def test_a_kernel_that_the_table_names_takes_the_call(call):
     with (
         mock.patch.object(torch_varlen, "_documents", lambda *_: found),
         mock.patch.object(torch_efficient, "_of_lists", lambda *_: torch.empty(70, 80, device="meta")[..., :70]),
-        mock.patch.object(torch.cuda, "is_current_stream_capturing", lambda: True),
+        mock.patch.object(torch_trial, "capturing", lambda: True),
     ):
         for kernel in candidates(call, HOPPER):
             out, lse = torch_routes.forward(kernel.module, q, k, v, call.spec, tensors)

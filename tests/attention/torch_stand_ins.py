@@ -271,7 +271,6 @@ def operators(prefers_cudnn: bool) -> Iterator[None]:
     """Inside the block these stand in PyTorch's place."""
     with (
         mock.patch.object(torch.version, "cuda", "12.8"),
-        mock.patch.object(torch.cuda, "is_current_stream_capturing", lambda: False),
         mock.patch.multiple(
             torch_efficient, _efficient=inside(efficient), _efficient_backward=inside(efficient_backward)
         ),

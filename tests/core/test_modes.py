@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastattn
 from fastattn import lens, masks
+from fastattn.ground import modes
 from fastattn.masks import Mask, algebra, kinds, random_blocks
 
 SOURCE = Path(fastattn.__file__).parent
@@ -227,6 +228,27 @@ def test_threads_in_different_modes_share_what_is_kept() -> None:
     for thread in threads:
         thread.join()
     assert not problems
+
+
+def test_a_cuda_graph_gets_nothing_that_is_freed_and_leaves_nothing_behind(monkeypatch) -> None:
+    made = []
+
+    @modes.kept(1)
+    def of(number: int) -> Tensor:
+        made.append(number)
+        return torch.full((2,), number)
+
+    known = of(1)
+    monkeypatch.setattr(modes, "capturing", lambda: True)
+    monkeypatch.setattr(modes, "_read_by_graphs", {})
+    assert of(1) is known and made == [1]
+    # Made within a graph, it has no values outside.
+    assert of(2) is not of(2) and made == [1, 2, 2]
+    monkeypatch.setattr(modes, "capturing", lambda: False)
+    of(2)
+    assert made == [1, 2, 2, 2]
+    assert of(3) is of(3) and of(1) is not known  # the cache has dropped it
+    assert list(modes._read_by_graphs.values()) == [known]
 
 
 # Functions that keep what is no tensor, with what they keep.

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastattn.core.attention.dropout import ROUNDS, KeepMasks, dropout_mask
-from fastattn.ground.modes import outside_modes
+from fastattn.ground.modes import capturing, outside_modes
 
 # Numbers come as doubles, which hold 32 bits exactly. The weight of a key is in one half of one of four words.
 CODE = """
@@ -75,7 +75,7 @@ def masks_of(device: torch.device) -> type[KeepMasks] | type[FusedKeepMasks]:
     if device.type != "cuda" or not (torch.version.cuda or torch.version.hip):
         return KeepMasks
     if device not in _known:
-        if torch.cuda.is_current_stream_capturing():
+        if capturing():
             return KeepMasks  # a compilation and a comparison, which a graph cannot hold
         _known[device] = _agrees(device)
     return FusedKeepMasks if _known[device] else KeepMasks

@@ -20,7 +20,7 @@ from fastattn.core.attention import definition
 from fastattn.core.attention.spec import AttentionSpec, Gradients, Saved, ScoreTensors, Wanted
 from fastattn.core.attention.torch_flash import empty_rows, finite, hides_by_window, is_causal, unexpanded
 from fastattn.core.attention.torch_trial import Trial, agrees
-from fastattn.ground.modes import kept, lasts
+from fastattn.ground.modes import capturing, kept, lasts
 from fastattn.masks.algebra import Values
 from fastattn.masks.lists import decode, entries_of, unpacked
 
@@ -54,7 +54,7 @@ EMPTY = Trial("memory-efficient attention of rows that see nothing", _added_of_t
 
 def ready(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, tensors: ScoreTensors) -> bool:
     # To make a tensor of lists waits for the device, which a graph cannot.
-    if tensors.mask is not None and (not lasts(tensors.mask) or torch.cuda.is_current_stream_capturing()):
+    if tensors.mask is not None and (not lasts(tensors.mask) or capturing()):
         return False
     trial = ADDED if _adds(q, k, spec, tensors) else PLAIN
     return agrees(trial, *_like(q, k, v, spec, tensors), forward, backward)

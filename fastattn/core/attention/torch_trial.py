@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastattn.core.attention import definition
 from fastattn.core.attention.spec import AttentionSpec, Gradients, Saved, ScoreTensors, Wanted
-from fastattn.ground.modes import outside_modes
+from fastattn.ground.modes import capturing, outside_modes
 
 Forward = Callable[..., tuple[Tensor, Tensor]]  # of q, k, v, spec, tensors
 Backward = Callable[..., Gradients]  # of dout, saved, spec, tensors, wanted
@@ -57,7 +57,7 @@ def agrees(trial: Trial, q: Tensor, k: Tensor, v: Tensor, forward: Forward, back
     sizes = _Sizes(HEADS if q.shape[1] == k.shape[1] else HEADS // 2, q.shape[3], v.shape[3])
     key = (trial.name, q.device, q.dtype, sizes, torch.are_deterministic_algorithms_enabled())
     if key not in _known:
-        if torch.cuda.is_current_stream_capturing():
+        if capturing():
             return False  # the comparison would wait for the device, which a graph cannot
         _known[key] = _tried(trial, q, sizes, forward, backward)
     return _known[key]

@@ -17,7 +17,7 @@ from torch import Tensor
 from fastattn.core.attention.spec import AttentionSpec, Gradients, Saved, ScoreTensors, Wanted
 from fastattn.core.attention.torch_flash import unit_stride
 from fastattn.core.attention.torch_trial import Trial, agrees
-from fastattn.ground.modes import kept, lasts
+from fastattn.ground.modes import capturing, kept, lasts
 from fastattn.masks.algebra import Values
 
 FULL, CAUSAL, WINDOWED = "full", "causal", "windowed"
@@ -152,7 +152,7 @@ def _documents(q: Tensor, k: Tensor, intervals: Tensor) -> Sequences | None:
     """The sequences in which each query sees these intervals; None if there are none such. Reading them waits for
     the device, once for a mask: the result is cached. A graph would be captured with the sequences of this call,
     whatever later ones hold."""
-    if not lasts(intervals) or torch.cuda.is_current_stream_capturing():
+    if not lasts(intervals) or capturing():
         return None
     # The functional expands a mask for the batch in every call; what it expands stays the same.
     base = intervals._base
