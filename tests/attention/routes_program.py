@@ -150,6 +150,14 @@ with pretended_gpus(GPUS["H100"]), torch_stand_ins.operators(prefers_cudnn=False
         "packed, sinks": compared(one, mask=sequences(), sinks=sinks),
     }  # fmt: skip
 
+    for name, added in (("relative bias", torch.randn(4, 257, device=device) * 40), ("bias", bias32 * 40)):
+        CALLS.clear()
+        options = {name.replace(" ", "_"): added, "return_lse": True}
+        _, lse = fastattn.attention(q, k, v, **options, backend="portable")
+        called = sorted(set(CALLS))
+        _, exact = fastattn.attention(*(t.double() for t in (q, k, v)), **options, backend="reference")
+        found[f"{name}, large"] = [float((lse - exact).abs().max().cpu()), called]
+
     with planned():
         calls = []
         for _ in range(3):

@@ -121,6 +121,12 @@ def test_a_proof_tells_against_which_of_them_ours_was_timed(direction, call, ker
     assert found[f"{direction} {call} is timed against"] == kernel
 
 
+@pytest.mark.parametrize("name", ["bias", "relative bias"])
+def test_large_biases_of_float32_are_not_rounded_to_half_precision(name, found):
+    error, kernels = found[f"{name}, large"]
+    assert error < 1e-4 and kernels == ["memory-efficient"]
+
+
 def test_a_plain_call_that_was_seen_before_goes_to_flash_attention_without_looking_it_up(found):
     assert found["planned calls look up"] == [True, False, False]
     assert len(found["planned calls are alike"]) == 15 and all(found["planned calls are alike"])
