@@ -86,6 +86,10 @@ def test_a_call_takes_the_fastest_of_pytorch_s_kernels_that_computes_it_exactly(
         ("bias beside alibi", EFFICIENT),
         ("full documents", SEQUENCES),
         ("documents and key lengths", EFFICIENT),
+        ("scales and key lengths", SEQUENCES),
+        ("scales and mask", EFFICIENT),
+        ("scales and a bias", EFFICIENT),
+        ("scales and sinks", FLASH),
         ("lists of each head", EFFICIENT),
         ("lists and key lengths", NONE),  # larger than the inputs
         ("packed", SEQUENCES),

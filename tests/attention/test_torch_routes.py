@@ -3,6 +3,7 @@ the place of a GPU, and where sequences lie is found from intervals."""
 
 from __future__ import annotations
 
+from dataclasses import fields
 from itertools import pairwise
 from unittest import mock
 
@@ -138,6 +139,15 @@ def test_what_no_kernel_does_is_refused_by_all_and_stays_refused_beside_others()
                 "given", frozenset()
             )
             assert first(example(other)._replace(**both)) == ""
+
+
+def test_what_is_not_in_the_table_is_refused():
+    call = plain(given=frozenset({"sequences"}))
+    assert first(call) == "" and set(obstacles(call, HOPPER).values()) == {"sequences: not in the table"}
+    # A new field of the spec needs a row, or a word here why every kernel computes it: the scale is an argument of
+    # all of them, and none is less precise than was asked.
+    asked = {"causal", "window", "softcap", "dropout", "mask", "invariant"}
+    assert {field.name for field in fields(AttentionSpec)} == asked | {"scale", "precision"}
 
 
 def test_the_doctor_prints_what_serves_on_a_gpu(capsys, monkeypatch):

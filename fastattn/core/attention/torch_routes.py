@@ -302,6 +302,10 @@ ROWS: tuple[Row, ...] = (
 )  # fmt: skip
 
 
+# What no row names is done by no kernel.
+_NAMED = frozenset().union(*(dict(row.example).get("given", ()) for row in ROWS))
+
+
 def example(row: Row, dtype: torch.dtype = torch.bfloat16) -> Call:
     """A call that asks it, of 8 x 8 heads, 1,024 tokens and 64 numbers."""
     call = Call(dtype, (8, 8, 8), (1024, 1024), (64, 64), AttentionSpec())._replace(**dict(row.example))
@@ -319,6 +323,8 @@ def _obstacle(number: int, call: Call, capability: tuple[int, int]) -> str:
     limit = KERNELS[number].limit(call, capability)
     if limit:
         return limit
+    if not call.given <= _NAMED:
+        return f"{', '.join(sorted(call.given - _NAMED))}: not in the table"
     for row in ROWS:
         answer = row.answers[number]
         if row.asked(call):
