@@ -1,4 +1,4 @@
-"""Cases that run on several ranks: one spawned gloo group runs them all, since a spawn costs seconds.
+"""Cases that run on several ranks: one gloo group runs them all, since it takes seconds to start.
 
 `python tests/distributed/groups.py 4 'ring, .*sinks'` runs the cases of four ranks whose names match. The group
 `slow` has those that take long.
@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import importlib
+import multiprocessing
 import re
 import sys
 import tempfile
@@ -30,6 +31,13 @@ MODULES = (
     "cases_propagation",
     "cases_tensor_functions",
 )
+IMPORTED = (
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor.parallel",
+    "torch._dynamo",
+    "fastattn",
+    "transformers",
+)
 Case = Callable[[DeviceMesh], None]
 # How many ranks run the cases; "slow" is two ranks.
 Group = int | str
@@ -48,8 +56,15 @@ def failures(group: Group, pattern: str = "") -> str:
     """
     with tempfile.TemporaryDirectory() as folder:
         ranks = ranks_of(group)
-        mp.spawn(_worker, (group, folder, pattern), nprocs=ranks)
+        start(_worker, (group, folder, pattern), ranks)
         return "".join((Path(folder) / f"failures.{rank}").read_text() for rank in range(ranks))
+
+
+def start(function: Callable[..., None], arguments: tuple, ranks: int) -> None:
+    """Call function(rank, *arguments) in a process for each rank. They are forks of one process that has imported
+    what takes long, and nothing else."""
+    multiprocessing.set_forkserver_preload(list(IMPORTED))
+    mp.start_processes(function, arguments, nprocs=ranks, start_method="forkserver")
 
 
 def ranks_of(group: Group) -> int:

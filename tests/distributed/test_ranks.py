@@ -10,7 +10,6 @@ import groups
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from cases_ranks import LENGTH, heads, shards
 
 from fastattn import distributed
@@ -47,4 +46,4 @@ def _dies(rank: int, folder: str) -> None:
 
 def test_a_rank_that_dies_ends_the_others_with_its_name() -> None:
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_dies, (folder,), nprocs=3)
+        groups.start(_dies, (folder,), 3)
