@@ -20,6 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import parallelize_module
+from torch.utils.checkpoint import checkpoint as recomputed
 
 import fastattn
 from fastattn import distributed, masks
@@ -344,6 +345,14 @@ def model(**fields: Any) -> nn.Module:
     return fastattn.nn.TransformerModel(**{**sizes, **fields}).double()
 
 
+def checkpointed(**fields: Any) -> nn.Module:
+    """A model that computes its blocks again in the backward."""
+    made = model(**fields)
+    for block in made.blocks:
+        block.forward = partial(recomputed, block.forward, use_reentrant=False)
+    return made
+
+
 def llama() -> nn.Module:
     import transformers
 
@@ -449,6 +458,26 @@ def plans_that_are_refused(mesh: DeviceMesh) -> None:
         parallelize_module(block, mesh, distributed.tensor_parallel_plan(block, vocabulary=True))
 
 
+def two_dimensions(mesh: DeviceMesh, make: Callable[[], nn.Module]) -> None:
+    """FSDP2 over data, heads, hidden units and vocabulary over tensor."""
+    square = two_by_two(mesh)
+    text, targets = tokens()
+    whole, spread = make(), make()
+    expected = loss_of(whole, text, targets)
+    expected.backward()
+    parallelize_module(spread, square["tensor"], distributed.tensor_parallel_plan(spread, vocabulary=True))
+    for block in spread.blocks:
+        fully_shard(block, mesh=square["data"])
+    fully_shard(spread, mesh=square["data"])
+    rows = slice(square["data"].get_local_rank(), None, 2)
+    loss_of(spread, text[rows], targets[rows]).backward()
+    names = dict(whole.named_parameters())
+    for name, p in spread.named_parameters():
+        if name in names:
+            # FSDP takes the mean over data, we take the sum of losses.
+            torch.testing.assert_close(_whole_gradient(p) * 2, names[name].grad, rtol=1e-7, atol=1e-9, msg=name)
+
+
 def three_dimensions(mesh: DeviceMesh) -> None:
     """FSDP2 over data, a sequence over context, heads and hidden units over tensor."""
     size = mesh.size()
@@ -509,6 +538,8 @@ CASES[4] |= {
         make=partial(model, num_kv_heads=2, qk_norm=True, mlp="gated", bias=True),
         options={"mask": masks.from_function(_by_batch_and_head) | masks.window(0, 0)},
     ),
+    "tensor parallel, activation checkpointing": partial(tensor_parallel, make=checkpointed, options={}),
+    "FSDP and tensor parallel, activation checkpointing": partial(two_dimensions, make=checkpointed),
     "FSDP, context and tensor parallel": three_dimensions,
     "checkpoints move between meshes": checkpoints_move_between_meshes,
 }
