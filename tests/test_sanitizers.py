@@ -26,8 +26,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 import fastattn
-from fastattn import kernels, lens
+from fastattn import kernels, lens, masks
 from fastattn.kernels import cache as cache_kernels
+from fastattn.kernels import invariant as invariant_kernels
 from fastattn.kernels import launch
 from fastattn.kernels import mlp as mlp_kernels
 
@@ -230,6 +231,21 @@ def loss(tokens: int, width: int, classes: int, *, probabilities: bool, strided:
     return forward_and_backward(call, [x, torch.randn(classes, width), torch.randn(classes)])
 
 
+def invariant(*, packed: bool) -> list[Tensor]:
+    """Sequences whose keys fill several splits, which one program merges; behind a padded one lies NaN."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 4, 20, 24), torch.randn(2, 2, 20, 24), torch.randn(2, 2, 20, 40)
+    given: dict[str, object] = {"sinks": torch.randn(4), "softcap": 3.0, "scale": torch.rand(4)}
+    if packed:
+        given |= {"mask": masks.documents(torch.tensor([[0] * 17 + [1] * 3, [0] * 9 + [1] * 11])) & masks.causal()}
+    else:
+        k[1, :, 13:], v[1, :, 13:] = float("nan"), float("nan")
+        given |= {"key_lengths": torch.tensor([20, 13]), "window": (9, 4), "alibi_slopes": torch.rand(4)}
+    with mock.patch.multiple(invariant_kernels, SPLIT=16, SPLIT_ROWS=0 if packed else 64):
+        out, lse = fastattn.attention(q, k, v, return_lse=True, invariant=True, backend=BACKEND, **given)
+    return [out, lse]
+
+
 def cache(queries: int, *, page: int | None, shaped: bool, absorbed: bool = False) -> list[Tensor]:
     """Rows of which the longest has its keys split over three programs; behind the rows lies NaN."""
     torch.manual_seed(0)
@@ -364,6 +380,11 @@ CALLS = {
     "heads": (
         partial(heads, 21, 24, interleaved=False, strided=True),
         {"heads_kernel", "heads_gradient_kernel"},
+    ),
+    "invariant, packed": (partial(invariant, packed=True), {"invariant_attention_kernel"}),
+    "invariant, padded": (
+        partial(invariant, packed=False),
+        {"invariant_attention_kernel", "invariant_merge_kernel"},
     ),
     "a cache in pages": (
         partial(cache, 2, page=10, shaped=False),

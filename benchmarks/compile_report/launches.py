@@ -16,6 +16,7 @@ from fastattn.kernels.attention.statistics import attention_statistics
 from fastattn.kernels.attention.tangent import attention_tangent
 from fastattn.kernels.cache import cache_append, cache_attention
 from fastattn.kernels.heads import prepare_heads, prepare_heads_backward
+from fastattn.kernels.invariant import invariant_attention, invariant_cache_attention
 from fastattn.kernels.loss import Loss, loss_gradients, loss_rows
 from fastattn.kernels.mlp import (
     After,
@@ -342,14 +343,65 @@ class CacheCall:
         return torch.empty(shape, dtype=DTYPES[self.dtype], device="meta")
 
 
+@dataclass(frozen=True)
+class InvariantCall:
+    """Attention whose bits depend on each row alone: 4 x 1024 queries on as many keys, packed sequences, or one
+    query of each of 4 rows of a cache in pages; 16 query heads on 4 key heads."""
+
+    dtype: str
+    head_dim: int
+    kind: str = "causal"  # or "packed", "everything", "cache everything"
+
+    @property
+    def name(self) -> str:
+        return f"invariant {self.dtype} D={self.head_dim} {self.kind}"
+
+    def run(self) -> None:
+        cached = self.kind.startswith("cache")
+        q = self.tensor(4, 1 if cached else 1024, 16, self.head_dim).transpose(1, 2)
+        spec = AttentionSpec(True, self.head_dim**-0.5, invariant=True)
+        lengths, by_head = torch.empty(4, dtype=torch.int32, device="meta"), _heads()
+        tensors = ScoreTensors(key_lengths=lengths)
+        if self.kind.endswith("everything"):
+            spec = AttentionSpec(True, self.head_dim**-0.5, (512, None), 30.0, invariant=True)
+            tensors = ScoreTensors(lengths, by_head, sinks=by_head, head_scale=by_head)
+        if cached:
+            keys = self.tensor(2048, 4, 16, self.head_dim)
+            table = torch.empty((4, 512), dtype=torch.int32, device="meta")
+            beside = (by_head, by_head) if self.kind.endswith("everything") else (None, None)
+            rows = CacheTensors(lengths, None, table, *beside)
+            invariant_cache_attention(q, Storage(keys, keys), CacheSpec(spec, self.head_dim), rows, 8192)
+            return
+        k = self.tensor(4, 1024, 4, self.head_dim).transpose(1, 2)
+        if self.kind == "packed":
+            spec = AttentionSpec(False, self.head_dim**-0.5, invariant=True)
+            intervals = torch.empty((4, 2, 2048), dtype=torch.int32, device="meta")
+            spans = torch.empty((4, 3, 4), dtype=torch.int32, device="meta")
+            tensors = ScoreTensors(intervals=intervals, sequences=spans)
+        invariant_attention(q, k, k, spec, tensors)
+
+    def tensor(self, *shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=DTYPES[self.dtype], device="meta")
+
+
 # Not compiled for AMD's target: the tables have no rows for it, and it compiles ten times slower.
 NOT_ON_AMD = (
     "bias", "bool mask", "padding as bias", "relative bias", "dropout", "intervals", "lists", "lists that count",
     "tf32", "tf32x3",
 )  # fmt: skip
-Call = AttentionCall | MLPCall | HeadsCall | NormCall | LossCall | CacheCall
+Call = AttentionCall | MLPCall | HeadsCall | NormCall | LossCall | CacheCall | InvariantCall
 
 CALLS: tuple[Call, ...] = (
+    *(
+        InvariantCall(dtype, width, kind)
+        for dtype, width, kind in (
+            *(("bf16", width, "everything") for width in (64, 128, 256)),
+            *(("fp32", width, "everything") for width in (64, 128)),
+            ("bf16", 128, "causal"),
+            ("bf16", 128, "packed"),
+            ("bf16", 128, "cache everything"),
+        )
+    ),
     *(AttentionCall("bf16", width, causal) for width in (64, 128, 256) for causal in (True, False)),
     AttentionCall("bf16", 80, True),
     AttentionCall("bf16", 192, True, value_dim=128),

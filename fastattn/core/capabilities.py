@@ -121,10 +121,20 @@ def _has_other_cache_widths(request: Request) -> bool:
 
 
 _ROWS_OF_A_CACHE = "contiguous or in pages of any size, rows of their own lengths"
+_WIDEST_INVARIANT = {torch.float16: 256, torch.bfloat16: 256, torch.float32: 128, torch.float64: 0}
+
+
+def _invariance_is_portable(request: Request) -> bool:
+    """Whether an invariant call asks for what the Triton kernels do not compute in it."""
+    q, _, v = request.tensors
+    added = _bias_dtype(request) is not None or request.score_tensors.relative_bias is not None
+    return added or max(q.shape[_WIDTH], v.shape[_WIDTH]) > _WIDEST_INVARIANT[request.dtype]
+
+
 _INVARIANT = "bits of a row that depend on that row alone (invariant)"
 _CHUNKS = "more than 16 queries a row"
 _LATENT = "values that are columns of the keys (latent attention)"
-_CACHE_PROOFS = {_ROWS_OF_A_CACHE: "cache", _CHUNKS: "chunk", _LATENT: "latent"}
+_CACHE_PROOFS = {_ROWS_OF_A_CACHE: "cache", _CHUNKS: "chunk", _LATENT: "latent", _INVARIANT: "invariant"}
 _CACHE_FEATURES: tuple[tuple[str, Callable[[Request], bool], frozenset[str]], ...] = (
     (_ROWS_OF_A_CACHE, lambda r: True, _FORWARD_ONLY),
     (_CHUNKS, lambda r: r.tensors[_Q].shape[_LENGTH] > 16, _FORWARD_ONLY),
@@ -133,7 +143,12 @@ _CACHE_FEATURES: tuple[tuple[str, Callable[[Request], bool], frozenset[str]], ..
     ("soft-capped scores", lambda r: r.spec.attention.softcap > 0, _FORWARD_ONLY),
     ("ALiBi slopes, sinks, left padding, masks of trees", lambda r: True, _FORWARD_ONLY),
     (_LATENT, _is_stored_once, _FORWARD_ONLY),
-    (_INVARIANT, lambda r: r.spec.attention.invariant, frozenset()),
+    (_INVARIANT, lambda r: r.spec.attention.invariant, _FORWARD_ONLY),
+    (
+        "invariant, heads wider than 256 (float32: 128)",
+        lambda r: r.spec.attention.invariant and r.tensors[_Q].shape[_WIDTH] > _WIDEST_INVARIANT[r.dtype],
+        frozenset(),
+    ),
     ("head widths 8 to 256, latent attention up to 640 and 512", lambda r: True, _FORWARD_ONLY),
     ("other head widths", _has_other_cache_widths, frozenset()),
     ("float16", _is(torch.float16), _FORWARD_ONLY),
@@ -202,7 +217,15 @@ FEATURES: tuple[Feature, ...] = (
         "attention",
         _INVARIANT,
         lambda r: r.spec.invariant,
-        triton=frozenset(),
+        triton=EVERY_DIRECTION - {BACKWARD},
+        reference=EVERY_DIRECTION - {FORWARD, BACKWARD},
+        proof="invariant",
+    ),
+    Feature(
+        "attention",
+        "invariant beside a bias, or with heads wider than 256 (float32: 128)",
+        lambda r: r.spec.invariant and _invariance_is_portable(r),
+        triton=EVERY_DIRECTION - {FORWARD, BACKWARD},
         reference=EVERY_DIRECTION - {FORWARD, BACKWARD},
     ),
     *(Feature("mlp", f"activation {name}", _activates(name), proof=name) for name in ACTIVATIONS),
@@ -311,7 +334,7 @@ FEATURES: tuple[Feature, ...] = (
             needed,
             triton,
             portable=_FORWARD_ONLY,
-            reference=frozenset() if name == _INVARIANT else _FORWARD_ONLY,
+            reference=frozenset() if "invariant" in name else _FORWARD_ONLY,
             proof=_CACHE_PROOFS.get(name, ""),
         )
         for name, needed, triton in _CACHE_FEATURES

@@ -52,6 +52,9 @@ SAMPLES = {
     "bits of a row that depend on that row alone (invariant)": Problem(
         invariant=True, intervals=True, batch=2, heads=4, queries=90, keys=70
     ),
+    "invariant beside a bias, or with heads wider than 256 (float32: 128)": Problem(
+        invariant=True, bias=(0, 0, 0, 0), queries=40, keys=52
+    ),
 }
 ROWS = [f.name for f in capabilities.FEATURES if f.family == "attention"]
 

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from fastattn import attention, attention_varlen, attention_with_cache, masks
 from fastattn.core import invariance
 from fastattn.core.attention import definition, invariant
 from fastattn.core.attention.functional import scores_asked
+from fastattn.kernels import invariant as kernels
 
 NAN = float("nan")
 PAGE = 16
@@ -46,6 +48,7 @@ class Problem:
     alibi: bool = False
     sinks: bool = False
     seed: int = 0
+    backend: str = "portable"
 
     def sequences(self) -> list[tuple[Tensor, Tensor, Tensor]]:
         """q, k and v of each, (1, heads, length, width)."""
@@ -69,6 +72,7 @@ class Problem:
             "sinks": by_head if self.sinks else None,
             "return_lse": True,
             "invariant": True,
+            "backend": self.backend,
         }
 
     def alone(self) -> list[tuple[Tensor, Tensor]]:
@@ -93,6 +97,20 @@ PROBLEMS = st.builds(
     sinks=st.booleans(),
     seed=st.integers(0, 100),
 )
+
+
+# In the interpreter: few programs, sequences of a few tiles of 16 keys, and splits of 32 keys instead of 1024.
+IN_KERNELS = (
+    Problem((33, 2, 40), heads=2, key_heads=1, backend="triton"),
+    Problem((40, 17), heads=2, key_heads=2, window=(20, 3), dtype=torch.float16, sinks=True, backend="triton"),
+    Problem((17, 40), heads=1, key_heads=1, causal=False, softcap=2.0, alibi=True, backend="triton"),
+)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _short_splits() -> Iterator[None]:
+    with mock.patch.object(kernels, "SPLIT", kernels.SPLIT if DEVICE == "cuda" else 32):
+        yield
 
 
 def assert_same(found: tuple[Tensor, Tensor], alone: tuple[Tensor, Tensor], what: str) -> None:
@@ -139,6 +157,11 @@ def test_a_packed_sequence_has_the_bits_of_one_alone(p: Problem) -> None:
         assert_same((documents[0][:, :, here], documents[1][:, :, here]), expected, "documents")
 
 
+@pytest.mark.parametrize("p", IN_KERNELS, ids=("plain", "window", "shaped"))
+def test_a_packed_sequence_in_kernels_has_the_bits_of_one_alone(p: Problem) -> None:
+    test_a_packed_sequence_has_the_bits_of_one_alone.hypothesis.inner_test(p)
+
+
 @settings(max_examples=20)
 @given(PROBLEMS)
 def test_a_padded_sequence_has_the_bits_of_one_alone(p: Problem) -> None:
@@ -154,16 +177,30 @@ def test_a_padded_sequence_has_the_bits_of_one_alone(p: Problem) -> None:
         assert_same((left[0][i, None, :, -n:], left[1][i, None, :, -n:]), expected, "left")
 
 
+@pytest.mark.parametrize("p", IN_KERNELS, ids=("plain", "window", "shaped"))
+def test_a_padded_sequence_in_kernels_has_the_bits_of_one_alone(p: Problem) -> None:
+    test_a_padded_sequence_has_the_bits_of_one_alone.hypothesis.inner_test(p)
+
+
 @settings(max_examples=20)
 @given(PROBLEMS, st.sampled_from((1, 3, 16, 100)), st.data())
 def test_chunks_and_single_tokens_from_a_cache_have_the_bits_of_the_whole(
     p: Problem, size: int, data: st.DataObject
 ) -> None:
+    check_chunks(p, size, [data.draw(st.integers(1, length)) for length in p.lengths])
+
+
+@pytest.mark.parametrize("p", IN_KERNELS[:2], ids=("plain", "window"))
+def test_chunks_and_single_tokens_in_kernels_have_the_bits_of_the_whole(p: Problem) -> None:
+    check_chunks(replace(p, lengths=(70,)), 1, [70])
+    check_chunks(replace(p, lengths=(70,)), 3, [35])
+
+
+def check_chunks(p: Problem, size: int, ends: list[int]) -> None:
     """In pages or not, and in the company of other rows."""
     p = replace(p, window=None if p.window is None else (p.window[0], None), causal=True)
     sequences, alone = p.sequences(), p.alone()
-    for (q, k, v), (out, lse) in zip(sequences, alone, strict=True):
-        last = data.draw(st.integers(1, q.shape[2]))
+    for (q, k, v), (out, lse), last in zip(sequences, alone, ends, strict=True):
         first = max(0, last - size)
         chunk = q[:, :, first:last]
         here = out[:, :, first:last], lse[:, :, first:last]
@@ -328,6 +365,11 @@ def test_what_cannot_hold_is_refused() -> None:
             attention(q, q, q, mask=masks.dilated(2))
         with pytest.raises(ValueError, match="backend 'reference' cannot compute this call"):
             attention(q, q, q, backend="reference")
+        with pytest.raises(ValueError, match="return_max is not computed by backend 'triton' in an invariant call"):
+            attention(q, q, q, backend="triton", return_max=True)
+        prefix = torch.randn(2, 3, 16, device=DEVICE)
+        with pytest.raises(ValueError, match="attention_with_shared_prefix is not invariant"):
+            fastattn.attention_with_shared_prefix(q, prefix, prefix, q, q, cache_lengths=8)
     with pytest.raises(TypeError, match="invariant must be a bool, got int"):
         attention(q, q, q, invariant=1)  # type: ignore[call-overload]
 

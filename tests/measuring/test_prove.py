@@ -299,6 +299,7 @@ def test_every_kind_that_dispatch_asks_about_has_a_case():
     asked = {(f.family, f.proof) for f in capabilities.FEATURES if f.proof}
     # Served on request only: what they leave out or change is not checked.
     asked -= {("loss", "filter"), ("loss", "temperature"), ("cache", "latent")}
+    asked -= {("attention", "invariant"), ("cache", "invariant")}
     assert asked | {("attention", capabilities.TOGETHER)} == proven
     directions = {(one["record"], d) for one in prove_cases.cases() for d in one["directions"]}
     assert {("attention", TANGENT), ("attention", BACKWARD), ("mlp", BACKWARD)} <= directions

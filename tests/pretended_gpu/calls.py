@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -533,6 +533,41 @@ def cache(
     fastattn.attention_with_cache(q, keys, values, cache_lengths=lengths, return_lse=True, **given)
 
 
+def invariant_calls() -> Iterator[Call]:
+    def of(
+        title: str,
+        *,
+        width: int = 128,
+        dtype: str = "bf16",
+        length: int = 300,
+        by_head: Sequence[str] = (),
+        **given: Any,
+    ) -> Call:
+        def call() -> None:
+            q, k = (tensor(2, length, heads, width, dtype=DTYPES[dtype]).transpose(1, 2) for heads in (4, 2))
+            beside = {name: tensor(4) for name in by_head}
+            fastattn.attention(q, k, k, return_lse=True, invariant=True, **beside, **given)
+
+        return Call(f"invariant, {title}", call)
+
+    def cached(queries: int) -> None:
+        q = tensor(2, queries, 4, 128, dtype=torch.bfloat16).transpose(1, 2)
+        pages = tensor(256, 2, 16, 128, dtype=torch.bfloat16)
+        table = torch.zeros(2, 128, dtype=torch.int32, device="cuda")
+        lengths = torch.zeros(2, dtype=torch.int32, device="cuda")
+        fastattn.attention_with_cache(q, pages, pages, cache_lengths=lengths, block_table=table, invariant=True)
+
+    for dtype, width in itertools.product(DTYPES, (64, 128, 256)):
+        if (dtype, width) != ("fp32", 256):
+            yield of(f"{dtype} D={width}", dtype=dtype, width=width, causal=True)
+    ids = torch.arange(300) // 100
+    yield of("packed", mask=masks.documents(ids) & masks.causal())
+    yield of("all", width=80, by_head=("alibi_slopes", "sinks", "scale"), window=(100, 3), softcap=5.0)
+    yield of("few queries", length=8, causal=True)
+    for queries in (1, 100):
+        yield Call(f"invariant, from a cache, {queries} queries", functools.partial(cached, queries))
+
+
 def cache_calls() -> Iterator[Call]:
     def of(title: str, **keywords: Any) -> Call:
         return Call(f"attention_with_cache, {title}", lambda: cache(**keywords), keywords.get("batch") != 0)
@@ -627,5 +662,6 @@ def all_calls() -> list[Call]:
         *heads_calls(),
         *norm_calls(),
         *cache_calls(),
+        *invariant_calls(),
         *other_calls(),
     ]

@@ -64,6 +64,8 @@ def _forward_max(q, k, v, *rest) -> tuple[Tensor, Tensor, Tensor]:
     tensors, spec, backend = put_together(rest)
     spec = spec.at(q.shape[2], k.shape[2])
     request = Request("attention", spec, (q, k, v), score_tensors=tensors)
+    if spec.invariant and backend is None and not backend_asked():
+        backend = "portable"
     chosen = capabilities.choose(request, FORWARD, backend)
     maxima = q.new_full(q.shape[:3], float("-inf"), dtype=lse_dtype(q.dtype))
     out, lse = backends.load("attention", chosen).forward(q, k, v, spec, tensors, maxima)

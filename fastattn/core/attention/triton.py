@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from fastattn.core.attention.spec import AttentionSpec, Gradients, Saved, ScoreTensors, Tangents, Wanted
+from fastattn.kernels import invariant as _invariant
 from fastattn.kernels.attention import backward as _backward
 from fastattn.kernels.attention import forward as _forward
 from fastattn.kernels.attention import tangent as _tangent
@@ -16,6 +17,12 @@ from fastattn.masks.lists import unpacked
 def forward(
     q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, tensors: ScoreTensors, maxima: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
+    if spec.invariant:
+        if maxima is not None:
+            raise ValueError(
+                "return_max is not computed by backend 'triton' in an invariant call, only by 'portable'"
+            )
+        return _invariant.invariant_attention(q, k, v, spec, tensors)
     return _forward.attention_forward(q, k, v, spec, tensors, _lists(spec, tensors), maxima)
 
 
