@@ -267,7 +267,7 @@ def test_it_computes_what_attention_computes(p: Problem) -> None:
     q, k, v = padded(p.sequences(), 0.0)
     options = {**p.options, "key_lengths": torch.tensor(p.lengths, device=DEVICE)}
     found = attention(q, k, v, **options)
-    asked = {name: value for name, value in options.items() if name not in ("return_lse", "invariant")}
+    asked = {name: value for name, value in options.items() if name not in ("return_lse", "invariant", "backend")}
     scaled, spec, tensors = scores_asked(q, k, **asked)
     exact = [t.double() if t.is_floating_point() else t for t in (scaled, k, v)]
     in_double = type(tensors)(*(t.double() if t is not None and t.is_floating_point() else t for t in tensors))
@@ -279,6 +279,11 @@ def test_it_computes_what_attention_computes(p: Problem) -> None:
         seen = double[1].isfinite()
         assert torch.equal(actual[~seen], rounded[~seen])
         assert_as_exact_as_eager(actual[seen], precise[seen], rounded[seen])
+
+
+@pytest.mark.parametrize("p", IN_KERNELS, ids=("plain", "window", "shaped"))
+def test_kernels_compute_what_attention_computes(p: Problem) -> None:
+    test_it_computes_what_attention_computes.hypothesis.inner_test(p)
 
 
 @pytest.mark.parametrize("kind", ["float", "bool", "relative", "scale of heads"])
@@ -365,7 +370,9 @@ def test_what_cannot_hold_is_refused() -> None:
             attention(q, q, q, mask=masks.dilated(2))
         with pytest.raises(ValueError, match="backend 'reference' cannot compute this call"):
             attention(q, q, q, backend="reference")
-        with pytest.raises(ValueError, match="return_max is not computed by backend 'triton' in an invariant call"):
+        with pytest.raises(
+            ValueError, match="return_max is not computed by backend 'triton' in an invariant call"
+        ):
             attention(q, q, q, backend="triton", return_max=True)
         prefix = torch.randn(2, 3, 16, device=DEVICE)
         with pytest.raises(ValueError, match="attention_with_shared_prefix is not invariant"):
