@@ -8,6 +8,12 @@
     beams = [prompt, *cache.fork(prompt, 3)]      # they share all pages until one of them writes
 
 Which pages a sequence has is kept on the host: no call reads a value from the device.
+
+There is no plug-in for vLLM or SGLang. One would keep the engine's scheduler, block table and lengths, and in each
+layer call `fastattn.attention_with_cache(q, k_cache, v_cache, k=k, v=v, cache_lengths=, block_table=)` where all
+rows have as many new tokens, or `fastattn.attention_varlen(q, k_cache, v_cache, ..., block_table=, seqused_k=)`
+for a packed batch. The second takes pages as these engines have them, (pages, page, heads, width); the first takes
+their `.transpose(1, 2)`.
 """
 
 from __future__ import annotations
@@ -20,7 +26,9 @@ import torch
 from torch import Tensor
 
 from fastattn.core.cache.functional import attention_with_cache
+from fastattn.core.cache.spec import LARGEST
 from fastattn.ground import arguments
+from fastattn.ground.checks import FLOATING
 
 
 class OutOfPages(RuntimeError):
@@ -40,9 +48,13 @@ class PagedKVCache:
         width: of keys; `value_width` of values, by default the same.
         layers: each has its own keys and values; the pages of a sequence have the same numbers in all of them.
         capacity: the most tokens of one sequence; by default as many as all pages hold.
-        dtype, device: of the caches.
+        dtype, device: of the caches. torch.int8 and torch.float8_e4m3fn quantise: a token of a head takes a byte a
+            number and one float32 scale. `attention_with_cache` says how far that moves results.
+        k_scale, v_scale: of quantised caches: a number or (heads,), positive. Then pages have these scales, and
+            tokens none. Numbers beyond 127 scales in int8, or 448 in fp8, become that.
 
-    keys[layer] is (pages, heads, page, width), values[layer] (pages, heads, page, value_width).
+    keys[layer] is (pages, heads, page, width), values[layer] (pages, heads, page, value_width); k_scales[layer]
+    and v_scales[layer] are (pages, heads, page), (pages, heads) or None.
 
     Source: Kwon et al., Efficient Memory Management for Large Language Model Serving with PagedAttention (2023),
     sections 4.3 and 4.4.
@@ -60,6 +72,8 @@ class PagedKVCache:
         capacity: int | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | int = "cpu",
+        k_scale: float | Tensor | None = None,
+        v_scale: float | Tensor | None = None,
     ) -> None:
         sizes = {"pages": pages, "page": page, "heads": heads, "width": width, "layers": layers}
         sizes = {name: arguments.integer(name, size, least=1) for name, size in sizes.items()}
@@ -69,12 +83,20 @@ class PagedKVCache:
         capacity = most if capacity is None else capacity
         self.capacity = arguments.integer("capacity", capacity, least=1, what="an integer or None")
         self.page = sizes["page"]
-        dtype, device = arguments.floating_dtype("dtype", dtype), arguments.device("device", device)
+        dtype, device = _stored_dtype(dtype), arguments.device("device", device)
         shape = sizes["pages"], sizes["heads"], self.page
         # Zeros, since what a cache holds behind a sequence must not be read, but may be looked at.
         self.keys, self.values = (
             [torch.zeros(*shape, w, dtype=dtype, device=device) for _ in range(sizes["layers"])]
             for w in (sizes["width"], value_width)
+        )
+        if (k_scale is None) != (v_scale is None):
+            raise ValueError(
+                f"k_scale and v_scale must come together, got {'k' if v_scale is None else 'v'}_scale alone"
+            )
+        self.k_scales, self.v_scales = (
+            [_scales(name, scale, self.keys[0]) for _ in range(sizes["layers"])]
+            for name, scale in (("k_scale", k_scale), ("v_scale", v_scale))
         )
         self._free = list(range(sizes["pages"]))[::-1]
         self._owners: Counter[int] = Counter()  # of each page
@@ -174,10 +196,10 @@ class PagedKVCache:
         """`fastattn.attention_with_cache` of q (sequences, Hq, Lq, D) and these sequences. k and v (sequences,
         heads, new, width) are written to their last tokens first, for which `extend` made room.
 
-        options: the others of `attention_with_cache`, but for cache_lengths and block_table.
+        options: the others of `attention_with_cache`, but for cache_lengths, block_table and scales.
         """
         chosen, layer = self._chosen(sequences), self._layer(layer)
-        for name in ("cache_lengths", "block_table"):
+        for name in ("cache_lengths", "block_table", "k_scale", "v_scale"):
             if name in options:
                 raise TypeError(f"attention() takes no {name}: the cache knows it")
         new = 0 if k is None else k.shape[2]
@@ -189,7 +211,8 @@ class PagedKVCache:
         table, lengths = self._on_device(chosen)
         return attention_with_cache(
             q, self.keys[layer], self.values[layer], k=k, v=v, cache_lengths=lengths - new if new else lengths,
-            block_table=self._table_or_none(chosen, table), **options,
+            block_table=self._table_or_none(chosen, table), k_scale=self.k_scales[layer],
+            v_scale=self.v_scales[layer], **options,
         )  # fmt: skip
 
     def write(self, sequences: Iterable[int], k: Tensor, v: Tensor, *, layer: int = 0) -> None:
@@ -277,8 +300,9 @@ class PagedKVCache:
     def _make_own(self, pages: list[int]) -> None:
         """A copy of the last of these pages, in its place."""
         shared, own = pages[-1], self._taken()
-        for cache in (*self.keys, *self.values):
-            cache[own] = cache[shared]
+        for cache in (*self.keys, *self.values, *self.k_scales, *self.v_scales):
+            if cache is not None:
+                cache[own].copy_(cache[shared])
         self._owners[shared] -= 1
         pages[-1] = own
 
@@ -304,6 +328,28 @@ class PagedKVCache:
         return table
 
 
+def _stored_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What a cache may hold."""
+    if isinstance(dtype, torch.dtype) and (dtype in LARGEST or dtype in FLOATING):
+        return dtype
+    raise TypeError(f"dtype must be float16, bfloat16, float32, float64, int8 or float8_e4m3fn, got {dtype!r}")
+
+
+def _scales(name: str, scale: float | Tensor | None, keys: Tensor) -> Tensor | None:
+    """The scales of one layer. Those of tokens come with them."""
+    pages, heads, page, _ = keys.shape
+    if keys.dtype not in LARGEST:
+        if scale is not None:
+            raise ValueError(f"{name} must be None for a cache of {keys.dtype}, got {scale!r}")
+        return None
+    if scale is None:
+        return torch.zeros(pages, heads, page, device=keys.device)
+    values = torch.as_tensor(scale, dtype=torch.float32, device=keys.device)
+    if tuple(values.shape) not in ((), (heads,)) or not bool((values > 0).all()):
+        raise ValueError(f"{name} must be positive, one number or {heads} for the heads; got {scale!r}")
+    return values.expand(pages, heads).contiguous()
+
+
 class KVCache(PagedKVCache):
     """Keys and values of up to `rows` sequences, each with room for `capacity` tokens that lie one after another.
 
@@ -322,11 +368,13 @@ class KVCache(PagedKVCache):
         value_width: int | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | int = "cpu",
+        k_scale: float | Tensor | None = None,
+        v_scale: float | Tensor | None = None,
     ) -> None:
         rows, capacity = arguments.integer("rows", rows, least=1), arguments.integer("capacity", capacity, least=1)
         super().__init__(
             rows, capacity, heads, width, layers=layers, value_width=value_width, capacity=capacity, dtype=dtype,
-            device=device,
+            device=device, k_scale=k_scale, v_scale=v_scale,
         )  # fmt: skip
 
     def _table_or_none(self, chosen: tuple[int, ...], table: Tensor) -> Tensor | None:

@@ -7,6 +7,10 @@ counted from the row's first key, and split over programs at multiples of SPLIT 
 
 Pages are an address translation where keys are loaded. Grids follow from capacities, never from lengths, which
 stay on the device.
+
+Scales of a quantised cache multiply the scores of a key and the weights of a value, so that what is stored is only
+converted. Numbers become fp8 (e4m3) by integer arithmetic, and fp8 becomes numbers so where a target has no
+instructions for it, as sm_80: the bits are the same everywhere.
 """
 
 from __future__ import annotations
@@ -20,13 +24,23 @@ import triton.language as tl
 from . import launch
 from .attention.problem import empty_heads, products
 from .attention.scores import cap, finish_scores, score_factor, scores_of
-from .launch.cache import CACHE_APPEND, CACHE_FEW_ROWS, CACHE_ROWS, SPLIT, SPLIT_ROWS
+from .launch.cache import (
+    CACHE_APPEND,
+    CACHE_FEW_ROWS,
+    CACHE_ROWS,
+    QUANTISED_FEW_ROWS,
+    QUANTISED_ROWS,
+    SPLIT,
+    SPLIT_ROWS,
+)
+from .launch.rows import INTERPRETER
 from .tile import Tile, tile_of
 from .tiles import (
     LN_2,
     LOG2_E,
     Matrix,
     Shape,
+    Tensor3,
     Tensor4,
     head_of,
     load_row_values,
@@ -38,13 +52,28 @@ from .tiles import (
     tensor4,
 )
 
+# The least scale, float32's smallest normal number; and what stands for NaN in int8 beside the scale of a page.
+LEAST_SCALE: tl.constexpr = tl.constexpr(1.1754943508222875e-38)
+NO_NUMBER: tl.constexpr = tl.constexpr(-128)
+# Of a float32: the sign, and the seven bits that fp8's exponent and mantissa have there.
+SIGN_AND_FP8: tl.constexpr = tl.constexpr(0x87F00000 - 2**32)
+TWO_TO_120: tl.constexpr = tl.constexpr(2.0**120)
+# Numbers whose neighbours in float32 are 1 away, and 2^-9, as fp8's subnormal numbers are; and their bits.
+INTEGERS: tl.constexpr = tl.constexpr(1.5 * 2**23)
+INTEGERS_BITS: tl.constexpr = tl.constexpr(0x4B400000)
+FP8_SUBNORMALS: tl.constexpr = tl.constexpr(2.0**14)
+FP8_SUBNORMALS_BITS: tl.constexpr = tl.constexpr(0x46800000)
+
 
 class Cache(NamedTuple):
-    """Keys (page, head, place, width), values or None where they are columns of the keys, the table (row, page),
-    and how many pages there are. Without a table every row is a page."""
+    """Keys (page, head, place, width), values or None where they are columns of the keys, the scales of quantised
+    ones (page, head, place), the table (row, page), and how many pages there are. Without a table every row is a
+    page."""
 
     k: Tensor4
     v: Tensor4 | None
+    k_scale: Tensor3 | None
+    v_scale: Tensor3 | None
     table: Matrix | None
     pages: int
     last: None = None  # a tuple of tuples must end in a constant
@@ -123,6 +152,57 @@ def load_tokens(
 
 
 @triton.jit
+def numbers_of(stored, tile: tl.constexpr, dtype: tl.constexpr):
+    """What a cache stores, as numbers of `dtype`, which still lack their scale. The exponent of "fp8 bits" goes to
+    the place of float32's, whose bias is greater by 120; subnormal numbers come out right, too."""
+    if tile.STORED == "int8":
+        numbers = stored.to(tl.float32)
+        if tile.BY_PAGE:
+            numbers = tl.where(stored == NO_NUMBER, float("nan"), numbers)
+        return numbers.to(dtype)
+    elif tile.STORED == "fp8":
+        # Instructions of the GPU: half as many.
+        return stored.to(tl.float8e4nv, bitcast=True).to(dtype)
+    elif tile.STORED == "fp8 bits":
+        bits = stored.to(tl.int32)
+        numbers = ((bits << 20) & SIGN_AND_FP8).to(tl.float32, bitcast=True) * TWO_TO_120
+        if tile.BY_PAGE:
+            numbers = tl.where((bits & 0x7F) == 0x7F, float("nan"), numbers)
+        return numbers.to(dtype)
+    else:
+        return stored.to(dtype)
+
+
+@triton.jit
+def scale_of(values, tile: tl.constexpr):
+    """The scale of each row of new numbers: their largest magnitude becomes the largest that the cache stores."""
+    scale = tl.math.div_rn(tl.max(tl.abs(values), 1), tile.LARGEST * 1.0)
+    has_nan = tl.max((values != values).to(tl.int32), 1) > 0
+    return tl.where(has_nan, float("nan"), tl.maximum(scale, LEAST_SCALE))
+
+
+@triton.jit
+def quantised(values, scale, tile: tl.constexpr):
+    """Numbers over the scales of their rows, rounded to nearest, ties to even, as what a cache stores in 8 bits.
+    What is added makes a float32 whose last bit is the last one that is kept."""
+    scale = tl.where(scale > 0.0, scale, float("nan"))
+    values = tl.math.div_rn(values, tl.broadcast_to(scale[:, None], values.shape))
+    is_number = values == values
+    values = tl.minimum(tl.maximum(values, -tile.LARGEST), tile.LARGEST * 1.0)
+    if tile.STORED == "int8":
+        codes = (values + INTEGERS).to(tl.int32, bitcast=True) - INTEGERS_BITS
+        return tl.where(is_number, codes, NO_NUMBER)
+    else:
+        size = tl.abs(values)
+        bits = size.to(tl.int32, bitcast=True)
+        normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - (120 << 3)
+        subnormal = (size + FP8_SUBNORMALS).to(tl.int32, bitcast=True) - FP8_SUBNORMALS_BITS
+        codes = tl.where(size < 0.015625, subnormal, normal)
+        codes = tl.where(values.to(tl.int32, bitcast=True) < 0, codes | 0x80, codes)
+        return tl.where(is_number, codes, 0x7F)
+
+
+@triton.jit
 def is_seen(keys, bounds, query, length, batch, rows):
     """Which keys each row sees: (M, BLOCK_N)."""
     first, stop = bounds
@@ -148,11 +228,16 @@ def cache_step(
     keys = start + tl.arange(0, tile.BLOCK_N)
     pages, places, exists = places_of(cache, batch, keys, keys < end, tile.PAGE)
     tokens = token_pointers(cache.k, head, pages, places)
-    k_tile = load_tokens(cache.k, tokens, exists, 0, tile.MAIN_DIM, tile.WIDTH, MASKED).to(q_tile.dtype)
+    k_tile = load_tokens(cache.k, tokens, exists, 0, tile.MAIN_DIM, tile.WIDTH, MASKED)
+    k_tile = numbers_of(k_tile, tile, q_tile.dtype)
     products = tl.dot(q_tile, tl.trans(k_tile), input_precision=tile.PRECISION)
     if tile.REST > 0:
         k_rest = load_tokens(cache.k, tokens, exists, tile.MAIN_DIM, tile.REST_DIM, tile.REST, MASKED)
-        products += tl.dot(q_rest, tl.trans(k_rest.to(q_rest.dtype)), input_precision=tile.PRECISION)
+        k_rest = numbers_of(k_rest, tile, q_tile.dtype)
+        products += tl.dot(q_rest, tl.trans(k_rest), input_precision=tile.PRECISION)
+    if cache.k_scale is not None:
+        factors = tl.load(token_pointers(cache.k_scale, head, pages, places), mask=exists, other=0.0)
+        products *= factors[None, :]
     diagonal = query + (length - rows.queries)
     values = cap(products, scores, score_terms)
     values = finish_scores(values, scores, score_terms, diagonal[:, None], keys[None, :], rows.aligned)
@@ -169,7 +254,15 @@ def cache_step(
     else:
         tokens = token_pointers(cache.v, head, pages, places)
         v_tile = load_tokens(cache.v, tokens, exists, 0, tile.VALUE_DIM, tile.VALUE_WIDTH, MASKED)
-        v_tile = v_tile.to(q_tile.dtype)
+        v_tile = numbers_of(v_tile, tile, q_tile.dtype)
+        if cache.v_scale is not None:
+            factors = tl.load(token_pointers(cache.v_scale, head, pages, places), mask=exists, other=0.0)
+    if cache.k_scale is not None:
+        if q_tile.dtype == tl.float16:
+            # A weight times a small scale would be less than float16's smallest number.
+            v_tile = (v_tile.to(tl.float32) * factors[:, None]).to(tl.float16)
+        else:
+            weights *= factors[None, :]
     accumulator *= rescale[:, None]
     accumulator = tl.dot(weights.to(q_tile.dtype), v_tile, accumulator, input_precision=tile.PRECISION)
     return accumulator, row_max, row_sum
@@ -361,12 +454,33 @@ def cache_merge_kernel(out, lse, partials, lse_partials, rows, tile: tl.constexp
 
 
 @triton.jit
-def store_new(new, target, batch, head, token, exists, pages, places, DIM: tl.constexpr, WIDTH: tl.constexpr):
-    """Write one head's new tokens to their places."""
+def store_new(
+    new,
+    target,
+    scales,
+    position,
+    exists,
+    pages,
+    places,
+    tile: tl.constexpr,
+    DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """Write one head's new tokens to their places, quantised where there are scales."""
+    batch, head, token = position
     columns = tl.arange(0, WIDTH)
     mask = exists[:, None] & (columns < DIM)[None, :]
     source = head_of(new, batch, head) + token.to(tl.int64) * new.row
     values = tl.load(source[:, None] + columns[None, :] * new.column, mask=mask, other=0.0)
+    if scales is not None:
+        values = values.to(tl.float32)
+        scale_pointers = token_pointers(scales, head, pages, places)
+        if tile.BY_PAGE:
+            scale = tl.load(scale_pointers, mask=exists, other=1.0)
+        else:
+            scale = scale_of(values, tile)
+            tl.store(scale_pointers, scale, mask=exists)
+        values = quantised(values, scale, tile)
     pointers = token_pointers(target, head, pages, places)[:, None] + columns[None, :] * target.column
     tl.store(pointers, values.to(target.pointer.dtype.element_ty), mask=mask)
 
@@ -383,10 +497,11 @@ def cache_append_kernel(k, v, cache, rows, count, tile: tl.constexpr):
     positions = length - count + token
     exists = (token < count) & is_known & (length >= count)
     pages, places, exists = places_of(cache, batch, tl.maximum(positions, 0), exists, tile.PAGE)
-    store_new(k, cache.k, batch, head, token, exists, pages, places, tile.DIM, tile.WIDTH)
+    position = (batch, head, token)
+    store_new(k, cache.k, cache.k_scale, position, exists, pages, places, tile, tile.DIM, tile.WIDTH)
     if v is not None:
         store_new(
-            v, cache.v, batch, head, token, exists, pages, places, tile.VALUE_DIM, tile.VALUE_WIDTH
+            v, cache.v, cache.v_scale, position, exists, pages, places, tile, tile.VALUE_DIM, tile.VALUE_WIDTH
         )  # fmt: skip
 
 
@@ -395,8 +510,35 @@ def cache_of(storage: Any, table: torch.Tensor | None) -> Cache:
     for name, t in (("k_cache", storage.keys), ("v_cache", storage.values)):
         if t is not None and (t.shape[3] - 1) * t.stride(3) >= 2**31:
             raise ValueError(f"{name}'s columns must lie within 2**31 elements, got strides {t.stride()}")
-    keys, values = (None if t is None else Tensor4(t, *t.stride()) for t in (storage.keys, storage.values))
-    return Cache(keys, values, None if table is None else matrix(table), len(storage.keys))
+    keys, values = (None if t is None else Tensor4(_bytes(t), *t.stride()) for t in (storage.keys, storage.values))
+    k_scale, v_scale = (
+        # A page's scale is that of all its places.
+        None if t is None else Tensor3(t, *t.stride(), *(0,) * (3 - t.dim()))
+        for t in (storage.k_scale, storage.v_scale)
+    )
+    return Cache(keys, values, k_scale, v_scale, None if table is None else matrix(table), len(storage.keys))
+
+
+def _bytes(t: torch.Tensor) -> torch.Tensor:
+    """fp8 as bytes with a sign."""
+    return t.view(torch.int8) if t.dtype.itemsize == 1 else t
+
+
+STORED = {torch.int8: ("int8", 127), torch.float8_e4m3fn: ("fp8", 448)}
+# Families with instructions that convert fp8: a third of the instructions for each number.
+CONVERTS_FP8 = ("sm_90", "sm_100", "sm_120")
+
+
+def stored_as(storage: Any, family: str) -> dict[str, Any]:
+    """Compile-time choices: how numbers are stored ("" as they are), the largest one, and whether a scale is that
+    of a page."""
+    stored, largest = STORED.get(storage.keys.dtype, ("", 0))
+    if stored == "fp8" and family not in CONVERTS_FP8:
+        stored = "fp8 bits"
+    return {
+        "STORED": stored, "LARGEST": largest,
+        "BY_PAGE": storage.k_scale is not None and storage.k_scale.dim() == 2,
+    }  # fmt: skip
 
 
 def capacity_of(storage: Any, tensors: Any) -> int:
@@ -421,13 +563,15 @@ def rows_of(q: torch.Tensor, storage: Any, tensors: Any, spec: Any, splits: int 
     )  # fmt: skip
 
 
-def kind_of(score_options: Any, tensors: Any) -> str:
-    """Which of a table's rows a call needs, see `launch.look_up`."""
-    beside = tensors.alibi_slopes, tensors.tree_mask, tensors.starts, score_options.left
-    return "shaped" if score_options.softcap or any(t is not None for t in beside) else "plain"
+def kind_of(q: torch.Tensor, storage: Any, spec: Any, tensors: Any) -> str:
+    """Which of a table's rows a call needs, see `launch.look_up`. float16 multiplies values by their scales, which
+    needs as many registers as what shapes scores."""
+    shaped = tensors.alibi_slopes, tensors.tree_mask, tensors.starts, spec.attention.left
+    is_shaped = spec.attention.softcap or any(t is not None for t in shaped)
+    return "shaped" if is_shaped or (storage.k_scale is not None and q.dtype == torch.float16) else "plain"
 
 
-def tile_for(q: torch.Tensor, storage: Any, spec: Any, tiling: launch.Tiling) -> Tile:
+def tile_for(q: torch.Tensor, storage: Any, spec: Any, tiling: launch.Tiling, family: str) -> Tile:
     """The compile-time choices of a launch. Keys that hold the values are kept as these and the rest."""
     width, value_width = q.shape[3], spec.value_width
     main = value_width if storage.values is None else width
@@ -444,6 +588,7 @@ def tile_for(q: torch.Tensor, storage: Any, spec: Any, tiling: launch.Tiling) ->
         PAGE=storage.keys.shape[2],
         SPLIT=SPLIT,
         PRECISION=products(spec.attention.precision, q.element_size(), launch.tile_width(width)),
+        **stored_as(storage, family),
     )
 
 
@@ -451,7 +596,8 @@ def cache_attention(q: torch.Tensor, storage: Any, spec: Any, tensors: Any) -> t
     """softmax of the scores over each row's own keys, times its values, and the log-sum-exp.
 
     q (B, Hq, Lq, D); `storage` has keys (pages, Hkv, page, D) and values (pages, Hkv, page, Dv) or None, where
-    they are the first Dv columns of the keys; `spec` the options of a call and value_width, `tensors` lengths (B,)
+    they are the first Dv columns of the keys, and k_scale and v_scale of quantised ones, fp32 (pages, Hkv, page)
+    or (pages, Hkv); `spec` the options of a call and value_width, `tensors` lengths (B,)
     int32, starts (B,) int32, block_table (B, most pages) int32, alibi_slopes and sinks (B, Hq) fp32, tree_mask (B,
     Lq, M) bool, None for what is not asked. Returns out (B, Hq, Lq, Dv) in q's dtype and lse (B, Hq, Lq) in nats,
     fp32. A row whose length is not between 0 and its capacity, or whose pages do not exist, is NaN.
@@ -465,9 +611,13 @@ def cache_attention(q: torch.Tensor, storage: Any, spec: Any, tensors: Any) -> t
     count = queries * (heads // key_heads)
     with launch.on_device(q):
         family = launch.family(cache_attention_kernel, q.device)
-        table = CACHE_FEW_ROWS if count <= 16 else CACHE_ROWS
+        few, many = (
+            (CACHE_FEW_ROWS, CACHE_ROWS) if storage.k_scale is None else (QUANTISED_FEW_ROWS, QUANTISED_ROWS)
+        )
         widest = launch.tile_width(max(spec.value_width, q.shape[3] if storage.values is not None else 0))
-        tiling = launch.look_up(table, family, q.element_size(), widest, kind_of(spec.attention, tensors))
+        tiling = launch.look_up(
+            few if count <= 16 else many, family, q.element_size(), widest, kind_of(q, storage, spec, tensors)
+        )
         rows = rows_of(q, storage, tensors, spec, None)
         splits = triton.cdiv(rows.capacity, SPLIT) if count <= SPLIT_ROWS else 1
         partials = lse_partials = None
@@ -476,7 +626,7 @@ def cache_attention(q: torch.Tensor, storage: Any, spec: Any, tensors: Any) -> t
             shape = splits * batch, key_heads, count
             partials = torch.empty((*shape, spec.value_width), dtype=torch.float32, device=q.device)
             lse_partials = torch.empty(shape, dtype=torch.float32, device=q.device)
-        tile = tile_for(q, storage, spec, tiling)
+        tile = tile_for(q, storage, spec, tiling, family)
         scores = scores_of(
             spec.attention.scale, spec.attention.softcap or None, tensors.alibi_slopes, None, None, tensors.sinks
         )
@@ -504,7 +654,7 @@ def cache_attention(q: torch.Tensor, storage: Any, spec: Any, tensors: Any) -> t
                 tensor4(partials),
                 tensor3(lse_partials),
                 rows,
-                tile=tile_for(q, storage, spec, CACHE_APPEND),
+                tile=tile_for(q, storage, spec, CACHE_APPEND, family),
                 **CACHE_APPEND.compiler_options(),
             )
     return out, lse
@@ -530,6 +680,7 @@ def cache_append(storage: Any, k: torch.Tensor, v: torch.Tensor | None, tensors:
             tile=tile_of(
                 BLOCK_M=tiling.block_m, DIM=width, WIDTH=launch.tile_width(width), VALUE_DIM=value_width,
                 VALUE_WIDTH=launch.tile_width(value_width), PAGE=storage.keys.shape[2],
+                **stored_as(storage, INTERPRETER),
             ),
             **tiling.compiler_options(),
         )  # fmt: skip

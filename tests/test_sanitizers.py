@@ -276,6 +276,29 @@ def cache(queries: int, *, page: int | None, shaped: bool, absorbed: bool = Fals
     return [out, lse.nan_to_num(neginf=-1.0), keys.nan_to_num(), values.nan_to_num()]
 
 
+def quantised_cache(dtype: torch.dtype, *, page: int | None, by_page: bool) -> list[Tensor]:
+    """New tokens are quantised and written. Behind the rows lie scales that are NaN."""
+    torch.manual_seed(0)
+    lengths, end, stored = torch.tensor([20, 0], dtype=torch.int32), 30, (2, 1, 30, 24)
+    q, new = torch.randn(2, 2, 2, 24), torch.randn(2, 1, 2, 24)
+    scales = [torch.rand(2, 1) + 0.1 if by_page else torch.rand(2, 1, end) + 0.1 for _ in "kv"]
+    for scale in () if by_page else scales:
+        scale.masked_fill_(torch.arange(end) >= lengths[:, None, None], float("nan"))
+    table = None
+    if page is not None:  # one head: pages of a row are its tokens in order
+        stored = (2 * end // page, 1, page, 24)
+        table = torch.arange(stored[0]).view(2, -1).int()
+        table = table.masked_fill(torch.arange(table.shape[1]) * page >= (lengths + 2)[:, None], 10**9)
+        scales = [scale.view(stored[:3]) for scale in scales]
+    codes = [torch.randint(-9, 9, stored, dtype=torch.int8).to(dtype) for _ in "kv"]
+    with mock.patch.object(cache_kernels, "SPLIT", 16):
+        out = fastattn.attention_with_cache(
+            q, *codes, k=new, v=new, k_scale=scales[0], v_scale=scales[1], cache_lengths=lengths,
+            block_table=table, backend=BACKEND,
+        )  # fmt: skip
+    return [out, *(t.float() for t in codes), *(t.nan_to_num() for t in scales)]
+
+
 def by_library(call: Callable[[], list[Tensor]]) -> list[Tensor]:
     """With PyTorch's matrix products, and our kernels between them, as for wide MLPs."""
     with mock.patch.dict(launch.MLP_FUSED_UP_TO, {family: {} for family in launch.MLP_FUSED_UP_TO}):
@@ -392,6 +415,14 @@ CALLS = {
     ),
     "a cache, every score feature": (
         partial(cache, 5, page=None, shaped=True),
+        {"cache_append_kernel", "cache_attention_kernel", "cache_merge_kernel"},
+    ),
+    "an int8 cache in pages": (
+        partial(quantised_cache, torch.int8, page=10, by_page=False),
+        {"cache_append_kernel", "cache_attention_kernel", "cache_merge_kernel"},
+    ),
+    "an fp8 cache, a scale a row": (
+        partial(quantised_cache, torch.float8_e4m3fn, page=None, by_page=True),
         {"cache_append_kernel", "cache_attention_kernel", "cache_merge_kernel"},
     ),
     "a chunk, values in the keys": (

@@ -57,6 +57,10 @@ def resource_complaints(row: Row, known_spills: int = 0) -> list[str]:
     if row.serialised:
         found.append(f"{row.name}: asynchronous products wait for one another, ptxas C7515 ({row.tile})")
     found += [f"{row.name}: {hazard} ({row.tile})" for hazard in row.hazards]
+    # Less, too: then loads are narrow, which takes more instructions.
+    if row.best and row.needed_bytes and row.best.loaded_bytes != row.needed_bytes:
+        asked = f"asks {row.best.loaded_bytes} bytes of memory by wide loads for {row.needed_bytes}"
+        found.append(f"{row.name}: {asked} ({row.tile})")
     if row.shared > row.shared_limit:
         found.append(f"{row.name}: {row.shared} bytes of shared memory of {row.shared_limit} ({row.tile})")
     if row.tensor_memory > MOST_TENSOR_MEMORY_COLUMNS:

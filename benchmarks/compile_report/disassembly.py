@@ -196,6 +196,13 @@ def reaching(tail: int, head: int, before: list[list[int]]) -> set[int]:
     return seen
 
 
+def loaded_bytes(instructions: list[Instruction], warps: int) -> int:
+    """What the threads of a program ask of global memory, by loads of 8 bytes or more, where each of these
+    instructions runs once. Narrower loads are of single numbers, which neighbours share."""
+    widths = [re.search(r"\.(128|64)(?:\.|$)", i.opcode) for i in instructions if i.name in ("LDG", "LDGSTS")]
+    return 32 * warps * sum(int(found[1]) // 8 for found in widths if found)
+
+
 def are_serialised(instructions: list[Instruction]) -> bool:
     """Whether the assembler makes every asynchronous product of sm_90 wait for the one before. It does so in a
     whole kernel, without an error, where it cannot prove that no instruction uses an accumulator meanwhile

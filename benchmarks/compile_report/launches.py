@@ -313,18 +313,30 @@ class CacheCall:
     value_dim: int | None = None  # of values that are columns of the keys
     shaped: bool = False
     paged: bool = True
+    stored: str = ""  # "int8" or "fp8" in a quantised cache
+    by_page: bool = False  # a scale for each page instead of each token
 
     @property
     def name(self) -> str:
         width = str(self.head_dim) if self.value_dim is None else f"{self.head_dim}/{self.value_dim}"
         kind = f"{'pages' if self.paged else 'contiguous'}{' everything' if self.shaped else ''}"
-        return f"cache {self.dtype} D={width} queries={self.queries} {kind}"
+        stored = f" {self.stored}{' by page' if self.by_page else ''}" if self.stored else ""
+        return f"cache {self.dtype} D={width} queries={self.queries} {kind}{stored}"
+
+    @property
+    def token_bytes(self) -> int:
+        """Of a key and its value."""
+        numbers = self.head_dim if self.value_dim else 2 * self.head_dim
+        return numbers * (1 if self.stored else DTYPES[self.dtype].itemsize)
 
     def run(self) -> None:
         key_heads = 8 if self.value_dim is None else 1
         pages, page = (2048, 16) if self.paged else (4, 8192)
-        keys = self.tensor(pages, key_heads, page, self.head_dim)
-        storage = Storage(keys, keys if self.value_dim is None else None)
+        keys, scales = self.tensor(pages, key_heads, page, self.head_dim), None
+        if self.stored:
+            keys = keys.to({"int8": torch.int8, "fp8": torch.float8_e4m3fn}[self.stored])
+            scales = torch.empty(keys.shape[: 2 if self.by_page else 3], device="meta")
+        storage = Storage(keys, None, scales) if self.value_dim else Storage(keys, keys, scales, scales)
         q = self.tensor(4, self.queries, 32, self.head_dim).transpose(1, 2)
         new = self.tensor(4, self.queries, key_heads, self.head_dim).transpose(1, 2)
         integers = torch.empty(4, dtype=torch.int32, device="meta")
@@ -479,6 +491,20 @@ CALLS: tuple[Call, ...] = (
     *(CacheCall("fp32", width, queries) for width in (64, 128, 256) for queries in (1, 512)),
     *(CacheCall("bf16", 576, queries, value_dim=512) for queries in (1, 512)),
     CacheCall("bf16", 128, paged=False),
+    *(
+        CacheCall("bf16", width, queries, stored=stored)
+        for width in (64, 128, 256)
+        for queries in (1, 512)
+        for stored in ("int8", "fp8")
+    ),
+    *(
+        CacheCall("bf16", width, queries, shaped=True, stored="fp8", by_page=True)
+        for width in (64, 128, 256)
+        for queries in (1, 512)
+    ),
+    CacheCall("fp16", 128, stored="fp8"),
+    *(CacheCall("fp32", width, queries, stored="int8") for width in (64, 128, 256) for queries in (1, 512)),
+    *(CacheCall("bf16", 576, queries, value_dim=512, stored="int8") for queries in (1, 512)),
 )
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from benchmarks.compile_report import caching, disassembly, hazards
 from benchmarks.compile_report.compiling import Compiled, catching
 from benchmarks.compile_report.disassembly import Instruction, TensorOperation
-from benchmarks.compile_report.launches import Call
+from benchmarks.compile_report.launches import CacheCall, Call
 from benchmarks.compile_report.targets import (
     MOST_TENSOR_MEMORY_COLUMNS,
     REGISTERS,
@@ -29,6 +30,7 @@ class Loop:
     busy_cycles: float  # cycles for which the chosen instructions keep the tensor cores busy
     issue_cycles: float
     special_cycles: float
+    loaded_bytes: int = 0  # that an iteration asks of global memory by wide loads
 
     @property
     def ratio(self) -> float:
@@ -64,6 +66,7 @@ class Row:
     loops: tuple[Loop, ...] = field(default=())
     serialised: bool = False
     hazards: tuple[str, ...] = ()  # see hazards.py
+    needed_bytes: int = 0  # of global memory, once, in an iteration of the full-tile loop; 0 if nobody counted
     error: str = ""
 
     @property
@@ -104,8 +107,18 @@ def rows_of(call: Call, target: Target, only: str | None = None, cached: bool = 
         last = caught[-1].kernel if caught else "nothing"
         message = f"after {last}: {type(error).__name__}: {error}"
         return [Row(target.name, call.name, only or "a kernel", error=message.splitlines()[0])]
-    rows = [replace(known_row(compiled, target, cached), call=call.name) for compiled in caught]
+    rows = [
+        replace(known_row(compiled, target, cached), call=call.name, needed_bytes=needed_bytes(call, compiled))
+        for compiled in caught
+    ]
     return list({row.name: row for row in rows}.values())
+
+
+def needed_bytes(call: Call, compiled: Compiled) -> int:
+    """Those of keys and values, once, in an iteration of attention with a cache; 0 for other kernels."""
+    if compiled.kernel != "cache_attention_kernel" or not isinstance(call, CacheCall):
+        return 0
+    return call.token_bytes * int(re.match(r"\d+x(\d+),", compiled.tile)[1])
 
 
 def known_row(compiled: Compiled, target: Target, cached: bool) -> Row:
@@ -176,6 +189,7 @@ def main_loops(
             sum(busy_cycles(tensor[i.address], warps, target) for i in code if i.address in tensor),
             len(code) * warps / SCHEDULERS,
             sum(i.name == "MUFU" for i in code) * SPECIAL_CYCLES * warps / SCHEDULERS,
+            disassembly.loaded_bytes(code, warps),
         )
         for code, work in zip(codes, flops, strict=False)
     ]

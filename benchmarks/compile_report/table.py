@@ -23,6 +23,7 @@ COLUMNS = (
     "exp2",
     "issue/tensor",
     "model: % of limit",
+    "bytes / needed",
 )
 _TEXT_COLUMNS = ("kernel", "tile", "tensor instructions", "loop")
 
@@ -36,7 +37,7 @@ def table_of(title: str, rows: list[Row]) -> Table:
         if row.error:
             table.add_row(row.kernel, row.error)
             continue
-        lines = [loop_cells(loop) for loop in row.loops] or [()]
+        lines = [loop_cells(loop, row.needed_bytes) for loop in row.loops] or [()]
         table.add_row(*kernel_cells(row), *lines[0])
         for line in lines[1:]:
             table.add_row(*[""] * len(kernel_cells(row)), *line)
@@ -55,7 +56,7 @@ def kernel_cells(row: Row) -> tuple[str, ...]:
     )
 
 
-def loop_cells(loop: Loop) -> tuple[str, ...]:
+def loop_cells(loop: Loop, needed_bytes: int) -> tuple[str, ...]:
     overlapped, in_turn = loop.model
     return (
         loop.kind,
@@ -66,4 +67,5 @@ def loop_cells(loop: Loop) -> tuple[str, ...]:
         f"{loop.special_cycles:.0f}",
         f"{loop.ratio:.2f}",
         f"{100 * overlapped:.0f} to {100 * in_turn:.0f}",
+        f"{loop.loaded_bytes / needed_bytes:.2f}" if needed_bytes else "",
     )

@@ -510,7 +510,7 @@ def cases(timing: dict[str, Any], absent: list[str]) -> list[dict[str, Any]]:
         [
             Sizes("cache", kind, batch=batch, heads=32, key_heads=8, length=1, keys=keys, width=128)
             for batch, keys in ((1, 1024), (8, 8192), (64, 8192), (1, 32768))
-            for kind in ("contiguous", "pages")
+            for kind in ("contiguous", "pages", "int8 pages", "fp8 pages")
         ],
     ]
     longest = max(map(len, groups))

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from fastattn.measuring.kinds import CACHE_KINDS, MASK_KINDS, SCORE_KINDS, Sizes
+from fastattn.measuring.kinds import (
+    CACHE_KINDS,
+    LATENT_KINDS,
+    MASK_KINDS,
+    QUANTISED_KINDS,
+    SCORE_KINDS,
+    Sizes,
+)
 
 HALF, SINGLE = ("bfloat16", "float16"), "float32"
 # Queries, keys, width, value width.
@@ -125,6 +132,6 @@ def caches() -> list[Sizes]:
         Sizes("cache", kind, dtype, batch=3, heads=8, length=length, keys=1100, width=width)
         for dtype in DTYPES
         for width in (128, 64, 256)
-        for kind in CACHE_KINDS
+        for kind in (*CACHE_KINDS, *QUANTISED_KINDS, *LATENT_KINDS)
         for length in (1, 5, 70)
     ]

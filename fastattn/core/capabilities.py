@@ -96,7 +96,7 @@ _FORWARD_ONLY = frozenset({FORWARD})
 _BY_KEY = ("received", "max_received", "weighted_received")
 _BY_QUERY = ("mass", "entropy", "max_logit", "sum_of_squares", "mean_distance")
 _ALL_SCORES = "all that attention does to scores, without dropout"
-# Options of a loss are checked with these; of what may be left out, and of other temperatures, nothing is.
+# The others are checked with these.
 _LOSS_PROOFS = {
     "class indices, ignored tokens": "classes",
     "class probabilities": "probabilities",
@@ -110,6 +110,10 @@ _HEADS, _LENGTH, _WIDTH = 1, 2, 3
 def _is_stored_once(request: Request) -> bool:
     """Whether the values of a cache are columns of its keys: the request then has fewer of them than keys have."""
     return request.spec.value_width < request.tensors[_V].shape[3]
+
+
+def _is_quantised(request: Request) -> bool:
+    return request.tensors[_K].dtype != request.dtype
 
 
 def _has_other_cache_widths(request: Request) -> bool:
@@ -134,7 +138,10 @@ def _invariance_is_portable(request: Request) -> bool:
 _INVARIANT = "bits of a row that depend on that row alone (invariant)"
 _CHUNKS = "more than 16 queries a row"
 _LATENT = "values that are columns of the keys (latent attention)"
-_CACHE_PROOFS = {_ROWS_OF_A_CACHE: "cache", _CHUNKS: "chunk", _LATENT: "latent", _INVARIANT: "invariant"}
+_QUANTISED = "int8 and fp8 (e4m3) caches, a scale for each token or page of a head"
+_CACHE_PROOFS = {
+    _ROWS_OF_A_CACHE: "cache", _CHUNKS: "chunk", _LATENT: "latent", _INVARIANT: "invariant", _QUANTISED: "quantised",
+}  # fmt: skip
 _CACHE_FEATURES: tuple[tuple[str, Callable[[Request], bool], frozenset[str]], ...] = (
     (_ROWS_OF_A_CACHE, lambda r: True, _FORWARD_ONLY),
     (_CHUNKS, lambda r: r.tensors[_Q].shape[_LENGTH] > 16, _FORWARD_ONLY),
@@ -149,6 +156,8 @@ _CACHE_FEATURES: tuple[tuple[str, Callable[[Request], bool], frozenset[str]], ..
         lambda r: r.spec.attention.invariant and r.tensors[_Q].shape[_WIDTH] > _WIDEST_INVARIANT[r.dtype],
         frozenset(),
     ),
+    (_QUANTISED, _is_quantised, _FORWARD_ONLY),
+    ("invariant, int8 and fp8 caches", lambda r: r.spec.attention.invariant and _is_quantised(r), frozenset()),
     ("head widths 8 to 256, latent attention up to 640 and 512", lambda r: True, _FORWARD_ONLY),
     ("other head widths", _has_other_cache_widths, frozenset()),
     ("float16", _is(torch.float16), _FORWARD_ONLY),

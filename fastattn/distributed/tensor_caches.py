@@ -40,8 +40,8 @@ def with_cache(given: Any, options: dict[str, Any]) -> Any:
 
 
 def _caches(given: Any) -> dict[str, Any]:
-    """The caches and what is written to them, by name."""
-    names = ("k_cache", "v_cache", "k", "v")
+    """The caches, their scales and what is written. Dimensions 0 and 1 of all are batch and heads."""
+    names = ("k_cache", "v_cache", "k_scale", "v_scale", "k", "v")
     found = {name: t for name in names if (t := getattr(given, name)) is not None}
     mesh = given.q.device_mesh
     for name, t in found.items():

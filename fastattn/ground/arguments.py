@@ -141,6 +141,8 @@ _ELSEWHERE = {
     "s_aux": "sinks=",
     "seqlens_k": "key_lengths=",
     "cache_seqlens": "key_lengths=",
+    "k_descale": "k_scale=",
+    "v_descale": "v_scale=",
     "query": "q",
     "key": "k",
     "value": "v",

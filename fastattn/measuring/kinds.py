@@ -26,6 +26,8 @@ SCORE_KINDS = (
 LSE = " lse gradient"  # behind a kind of attention: the log-sum-exp is added to out, and so has a gradient
 WITHOUT_GRADIENT = ("tangent", "statistics", "cache")
 CACHE_KINDS = ("contiguous", "pages", "shaped pages")
+LATENT_KINDS = ("latent pages", "latent contiguous", "latent shaped pages")
+QUANTISED_KINDS = ("int8 pages", "fp8 pages", "fp8 contiguous by-page", "int8 shaped pages by-page")
 # Arguments that have a gradient, beside q, k and v.
 LEARNED = ("bias", "relative_bias", "sinks")
 
@@ -224,12 +226,14 @@ def starts_of(sizes: Sizes) -> Tensor:
 
 
 def cache_call(sizes: Sizes, device: torch.device) -> Call:
-    """`length` queries for each of rows of half to all of `keys` keys; `kind` is among CACHE_KINDS. Pages have 16
-    tokens, and lie in any order."""
+    """`length` queries for each of rows of half to all of `keys` keys; `kind` is one of CACHE_KINDS, LATENT_KINDS
+    and QUANTISED_KINDS. Pages have 16 tokens, and lie in any order. Latent values are the first eight ninths of
+    the keys' columns."""
+    words = sizes.kind.split()
     q, k, v = heads_of(sizes, device)
     k, v = k.contiguous(), v.contiguous()
     arguments: dict[str, Any] = {"cache_lengths": lengths_of(sizes, device)}
-    if "pages" in sizes.kind:
+    if "pages" in words:
         pages = k.shape[2] // 16
         table = torch.randperm(sizes.batch * pages).view(sizes.batch, pages).to(device)
         arguments["block_table"] = table.int()
@@ -239,14 +243,48 @@ def cache_call(sizes: Sizes, device: torch.device) -> Call:
             t[:, :, : 16 * pages].unflatten(2, (pages, 16)).transpose(1, 2).flatten(0, 1)[order] for t in (k, v)
         )
         arguments["cache_lengths"] = arguments["cache_lengths"].clamp(max=16 * pages)
-    if "shaped" in sizes.kind:
+    if "shaped" in words:
         arguments |= {"softcap": 30.0, "alibi_slopes": slopes_of(sizes, device), "window": (k.shape[2] * 4, None)}
         arguments |= {"sinks": torch.randn(sizes.heads, device=device)}
+    if "int8" in words or "fp8" in words:
+        return _quantised_cache_call(sizes, q, (k, v), arguments)
+    latent = "latent" in words
+    if latent:
+        arguments["value_width"] = sizes.width * 8 // 9
 
-    def function(backend: str, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def function(backend: str, q: Tensor, k: Tensor, v: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return fastattn.attention_with_cache(q, k, v, **arguments, return_lse=True, backend=backend)
 
-    return Call(function, (q, k, v), ("q", "k_cache", "v_cache"))
+    return Call(
+        function, (q, k) if latent else (q, k, v), ("q", "k_cache") if latent else ("q", "k_cache", "v_cache")
+    )
+
+
+def _quantised_cache_call(
+    sizes: Sizes, q: Tensor, caches: tuple[Tensor, Tensor], arguments: dict[str, Any]
+) -> Call:
+    """New tokens are quantised and written first, to the same places in every call."""
+    words = sizes.kind.split()
+    dtype, device = torch.int8 if "int8" in words else torch.float8_e4m3fn, q.device
+    stored = [(t.float() * 40).clamp(-127, 127).to(dtype) for t in caches]
+    scales = [torch.rand(t.shape[: 2 if "by-page" in words else 3], device=device) * 0.02 + 0.01 for t in stored]
+    arguments["cache_lengths"] = (arguments["cache_lengths"] - sizes.length).clamp(min=0)
+    new = [random(sizes, device, sizes.batch, sizes.key_heads, sizes.length, sizes.width) for _ in "kv"]
+
+    def function(backend: str, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return fastattn.attention_with_cache(
+            q,
+            *stored,
+            k=k,
+            v=v,
+            k_scale=scales[0],
+            v_scale=scales[1],
+            **arguments,
+            return_lse=True,
+            backend=backend,
+        )
+
+    return Call(function, (q, *new), ("q", "k", "v"))
 
 
 # ---- the others ----
@@ -344,6 +382,8 @@ def loss_call(sizes: Sizes, device: torch.device) -> Call:
     if form == "probabilities":
         fixed["target"] = random(sizes, device, len(x), sizes.hidden, dtype=torch.float32).softmax(1).to(x.dtype)
     fixed |= {"softcap": 5.0} if "softcap" in steps else {}
+    fixed |= {"temperature": 0.7} if "temperature" in steps else {}
+    fixed |= {"filter": 1e-7} if "filter" in steps else {}
     fixed |= {"label_smoothing": 0.1} if "smoothing" in steps else {}
     fixed |= {"return_entropy": True, "return_lse": True} if "entropy" in steps else {}
     fixed |= {"weight": torch.rand(sizes.hidden, device=device)} if "weights" in steps else {}

@@ -13,7 +13,7 @@ from typing import Any
 from fastattn.core.capabilities import BACKWARD, CLASSES, FORWARD, TANGENT, TOGETHER, WIDTHS
 from fastattn.core.proofs import Key
 from fastattn.ground.checks import ACTIVATIONS
-from fastattn.measuring.kinds import CACHE_KINDS, Sizes
+from fastattn.measuring.kinds import CACHE_KINDS, LATENT_KINDS, QUANTISED_KINDS, Sizes
 
 # What is asked of us by name; each runs in a process of its own.
 FAMILIES = ("attention", "masks", "scores", "forward mode", "cache", "mlp", "norm", "heads", "loss", "statistics")
@@ -185,29 +185,42 @@ def statistics() -> list[Case]:
     return found
 
 
+# Kinds of proofs of caches: the calls that are of it, the one that is timed, and how many queries are checked.
+CACHES: dict[str, tuple[tuple[str, ...], str, tuple[int, ...]]] = {
+    "cache": (CACHE_KINDS, "pages", (1, 5)),
+    "chunk": (CACHE_KINDS, "pages", (70,)),
+    "quantised": (QUANTISED_KINDS, "int8 pages", (1, 5, 70)),
+    "latent": (LATENT_KINDS, "latent pages", (1, 5, 70)),
+}
+LATENT_WIDTH = 576  # of keys, in models; their class is that of 512
+
+
 def caches() -> list[Case]:
     """One query and a few, of which the keys are split over programs; and chunks of a prompt."""
     found = []
     for dtype in DTYPES:
         for width in HEAD_WIDTHS:
-            for proves, length in (("cache", 1), ("chunk", 70)):
-                about: dict[str, Any] = {"family": "cache", "dtype": dtype, "width": width}
-                checks = [
-                    Sizes(kind=kind, **about, batch=3, heads=8, length=n, keys=1104)
-                    for kind in CACHE_KINDS
-                    for n in ((1, 5) if proves == "cache" else (70,))
-                ]
-                rooms = (
-                    ((1, 1024), (8, 8192), (64, 8192)) if proves == "cache" else ((1, 96), (1, 2048), (2, 8192))
-                )
-                timed = {
-                    size: Sizes(
-                        kind="pages", **about, batch=batch, heads=32, key_heads=8, length=length, keys=keys
-                    )
-                    for size, (batch, keys) in zip(CLASSES, rooms, strict=True)
-                }
-                found.append(case("cache", proves, checks, timed, (FORWARD,), width))
+            found += [_cache(proves, dtype, width) for proves in ("cache", "chunk", "quantised")]
+        found.append(_cache("latent", dtype, LATENT_WIDTH))
     return found
+
+
+def _cache(proves: str, dtype: str, width: int) -> Case:
+    kinds, timed_kind, lengths = CACHES[proves]
+    about: dict[str, Any] = {"family": "cache", "dtype": dtype, "width": width}
+    few, many = (1, 1) if proves == "latent" else (2, 8)  # key heads
+    checks = [
+        Sizes(kind=kind, **about, batch=3, heads=8, key_heads=few, length=n, keys=1104)
+        for n in lengths
+        for kind in kinds
+    ]
+    rooms = ((1, 96), (1, 2048), (2, 8192)) if proves == "chunk" else ((1, 1024), (8, 8192), (64, 8192))
+    length = 70 if proves == "chunk" else 1
+    timed = {
+        size: Sizes(kind=timed_kind, **about, batch=batch, heads=32, key_heads=many, length=length, keys=keys)
+        for size, (batch, keys) in zip(CLASSES, rooms, strict=True)
+    }
+    return case("cache", proves, checks, timed, (FORWARD,), min(width, WIDTHS["cache"][-1]))
 
 
 # ---- the others ----
@@ -288,6 +301,9 @@ def losses() -> list[Case]:
     kinds = {
         "classes": ("classes mean", "classes bias weights", "classes softcap smoothing entropy"),
         "probabilities": ("probabilities mean", "probabilities smoothing bias"),
+        "temperature": ("classes temperature mean", "probabilities temperature softcap"),
+        # The kernels leave nothing out, so that they are checked like the others.
+        "filter": ("classes filter mean",),
     }
     found = []
     for dtype in DTYPES:
@@ -299,7 +315,7 @@ def losses() -> list[Case]:
                     for kind in calls
                     for rows, wide, classes in ((333, width, 2111), (1024, width - 9, 8192))
                 ]
-                sizes = ((128, 32768), (2048, 32768), (8192, 65536 if proves == "classes" else 32768))
+                sizes = ((128, 32768), (2048, 32768), (8192, 32768 if proves == "probabilities" else 65536))
                 timed = {
                     size: Sizes(kind=calls[0], **about, length=rows, width=width, hidden=classes)
                     for size, (rows, classes) in zip(CLASSES, sizes, strict=True)

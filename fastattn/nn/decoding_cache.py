@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastattn.core import spread
 from fastattn.core.cache.functional import attention_with_cache
+from fastattn.core.cache.spec import LARGEST
 from fastattn.ground import arguments
 from fastattn.ground.checks import Window
 from fastattn.nn.rotary import Rotary
@@ -23,17 +24,27 @@ class DecodingCache:
         capacity: how many tokens a row may have.
         num_layers: of the model.
         device: of the tokens.
+        dtype: torch.int8 or torch.float8_e4m3fn quantise keys and values, each token of a head with a scale of its
+            own, see `fastattn.attention_with_cache`. None keeps them as they are.
 
     Attributes:
         lengths: (B,) int32, how many tokens each row holds.
         layers: a `LayerCache` for each layer.
     """
 
-    def __init__(self, batch: int, capacity: int, num_layers: int, device: torch.device | str) -> None:
+    def __init__(
+        self,
+        batch: int,
+        capacity: int,
+        num_layers: int,
+        device: torch.device | str,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         batch = arguments.integer("batch", batch, least=0)
         num_layers = arguments.integer("num_layers", num_layers, least=0)
         self.capacity = arguments.integer("capacity", capacity, least=0)
         device = arguments.device("device", device)
+        self.dtype = quantised_dtype("dtype", dtype)
         self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
         self.layers = [LayerCache(self) for _ in range(num_layers)]
         self._rotations: dict[tuple, tuple[Tensor, Tensor]] = {}
@@ -66,6 +77,8 @@ class LayerCache:
         self.cache = cache
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
+        self.k_scale: Tensor | None = None
+        self.v_scale: Tensor | None = None
 
     def rotation(self, rotary: Rotary, heads: Tensor) -> dict[str, Any]:
         return self.cache.rotation(rotary, heads)
@@ -73,15 +86,32 @@ class LayerCache:
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *, window: Window, backend: str | None) -> Tensor:
         """Add k and v, and attend from q to all keys up to its own position."""
         spread.refuse("a cache")
-        if self.keys is None or self.values is None:
-            # Not filled: what lies behind a row's length is never read.
-            self.keys, self.values = (
-                t.new_empty((t.shape[0], t.shape[1], self.cache.capacity, t.shape[3])) for t in (k, v)
-            )
+        keys, values = self.keys, self.values
+        if keys is None or values is None:
+            keys, values = self._make(k, v)
         return attention_with_cache(
-            q, self.keys, self.values, k=k, v=v, cache_lengths=self.cache.lengths.to(q.device), window=window,
-            backend=backend,
+            q, keys, values, k=k, v=v, cache_lengths=self.cache.lengths.to(q.device), window=window,
+            k_scale=self.k_scale, v_scale=self.v_scale, backend=backend,
         )  # fmt: skip
+
+    def _make(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values. Not filled: what lies behind a row's length is never read."""
+        dtype, capacity = self.cache.dtype, self.cache.capacity
+        keys, values = (
+            t.new_empty((t.shape[0], t.shape[1], capacity, t.shape[3]), dtype=dtype or t.dtype) for t in (k, v)
+        )
+        self.keys, self.values = keys, values
+        if dtype is not None:
+            shape = k.shape[0], k.shape[1], capacity
+            self.k_scale, self.v_scale = (k.new_empty(shape, dtype=torch.float32) for _ in "kv")
+        return keys, values
+
+
+def quantised_dtype(name: str, dtype: torch.dtype | None) -> torch.dtype | None:
+    """The argument, checked: the dtype of a quantised cache, or None."""
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype in LARGEST):
+        raise TypeError(f"{name} must be torch.int8, torch.float8_e4m3fn or None, got {dtype!r}")
+    return dtype
 
 
 def row_lengths(tokens: Tensor, key_lengths: Tensor | Sequence[int] | None) -> Tensor:

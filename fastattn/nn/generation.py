@@ -15,7 +15,7 @@ from fastattn.core.intact import alteration
 from fastattn.ground import arguments
 from fastattn.nn.attention import SelfAttention
 from fastattn.nn.checks import check_tokens
-from fastattn.nn.decoding_cache import DecodingCache, row_lengths
+from fastattn.nn.decoding_cache import DecodingCache, quantised_dtype, row_lengths
 from fastattn.nn.rotary import Rotary
 from fastattn.nn.sampling import Sampling
 
@@ -42,6 +42,7 @@ def generate(
     seed: int | None,
     stream: Callable[[Tensor], Any] | None,
     use_cache: bool,
+    cache_dtype: torch.dtype | None,
     **sampling: Any,
 ) -> Generation:
     """`TransformerModel.generate`, which explains the arguments."""
@@ -50,10 +51,12 @@ def generate(
     if stream is not None and not callable(stream):
         raise TypeError(f"stream must be a function or None, got {type(stream).__name__}")
     cached = arguments.flag("use_cache", use_cache)
+    if quantised_dtype("cache_dtype", cache_dtype) is not None and not cached:
+        raise ValueError(f"cache_dtype must be None without a cache, got {cache_dtype}")
     _check_model(model, cached)
     rows = _rows_of(model, tokens, key_lengths, max_new_tokens)
     generator = _generator(seed, tokens)
-    next_logits = _with_cache(model, rows) if cached else _anew(model, rows)
+    next_logits = _with_cache(model, rows, cache_dtype) if cached else _anew(model, rows)
     for _ in range(rows.room if len(tokens) else 0):
         logits = next_logits()
         present = rows.present(logits.shape[1]) if choice.repetition_penalty != 1 else None
@@ -115,10 +118,10 @@ class _Rows:
         return Generation(self.tokens[:, :longest].clone(), self.lengths)
 
 
-def _with_cache(model: Any, rows: _Rows) -> Callable[[], Tensor]:
+def _with_cache(model: Any, rows: _Rows, dtype: torch.dtype | None) -> Callable[[], Tensor]:
     """The logits (B, vocabulary) of the next tokens: the prompts are read at once, then one token at a time."""
     batch, most = rows.tokens.shape
-    cache = DecodingCache(batch, most, len(model.blocks), rows.tokens.device)
+    cache = DecodingCache(batch, most, len(model.blocks), rows.tokens.device, dtype)
     steps = itertools.count()
 
     def next_logits() -> Tensor:

@@ -313,6 +313,7 @@ class TransformerModel(nn.Module):
         seed: int | None = None,
         stream: Callable[[torch.Tensor], Any] | None = None,
         use_cache: bool = True,
+        cache_dtype: torch.dtype | None = None,
     ) -> Generation:
         """Continue prompts, a token at a time; keys and values of earlier tokens are kept in a cache.
 
@@ -331,6 +332,9 @@ class TransformerModel(nn.Module):
             seed: of the draws; None draws from torch's generator.
             stream: called after each step with the new tokens (B,) int64; -1 for rows that have ended.
             use_cache: False computes all tokens again at each step. That is slow, and serves what a cache cannot.
+            cache_dtype: torch.int8 or torch.float8_e4m3fn quantise keys and values in the cache, which takes less
+                memory; logits then differ a little, see `fastattn.attention_with_cache`. None keeps them as they
+                are.
 
         Returns:
             tokens (B, longest), each row's prompt and its new tokens behind it, then zeros; lengths (B,) int64.
@@ -352,7 +356,7 @@ class TransformerModel(nn.Module):
         return generate(
             self, tokens, max_new_tokens, key_lengths=key_lengths, temperature=temperature, top_k=top_k,
             top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty, stop=stop, seed=seed, stream=stream,
-            use_cache=use_cache,
+            use_cache=use_cache, cache_dtype=cache_dtype,
         )  # fmt: skip
 
     def reset_parameters(self) -> None:

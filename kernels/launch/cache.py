@@ -79,5 +79,97 @@ CACHE_ROWS["sm_120 shaped"] = (
     Row(2, 128, Tiling(32, 32, 4, 2)),
     Row(2, 256, Tiling(16, 16, 8, 1)),  # 16 x 32: 2, 16 x 16 with 4 warps: 6
 )
+# The same for quantised caches, whose conversion needs registers: as compiled for fp8, and for int8.
+QUANTISED_FEW_ROWS = {
+    INTERPRETER: CACHE_FEW_ROWS[INTERPRETER],
+    # fp8 is converted by its bits.
+    "sm_80": (
+        Row(2, 64, Tiling(16, 128, 4, 2)),
+        Row(2, 128, Tiling(16, 64, 4, 3)),
+        Row(2, 256, Tiling(16, 32, 4, 2)),
+        Row(2, 512, Tiling(16, 32, 8, 2)),
+        Row(4, 64, Tiling(16, 32, 8, 2)),
+        Row(4, 512, Tiling(16, 16, 8, 1)),
+    ),
+    "sm_90": (
+        Row(2, 128, Tiling(16, 128, 4, 2)),
+        Row(2, 256, Tiling(16, 32, 4, 2)),
+        Row(2, 512, Tiling(16, 32, 8, 2)),
+        Row(4, 64, Tiling(16, 32, 8, 2)),
+        Row(4, 512, Tiling(16, 16, 8, 1)),
+    ),
+    "shaped": (
+        Row(2, 64, Tiling(16, 64, 4, 2)),
+        Row(2, 256, Tiling(16, 32, 4, 2)),
+        Row(2, 512, Tiling(16, 16, 8, 1)),
+        Row(4, 512, Tiling(16, 16, 8, 1)),
+    ),
+}
+QUANTISED_FEW_ROWS |= {
+    "sm_100": QUANTISED_FEW_ROWS["sm_90"],
+    "sm_86 shaped": (
+        Row(2, 64, Tiling(16, 64, 4, 2)),
+        Row(2, 128, Tiling(16, 32, 4, 2)),
+        Row(2, 256, Tiling(16, 16, 8, 1)),  # 16 x 32: 4 spills
+    ),
+}
+QUANTISED_FEW_ROWS["sm_120"] = (
+    Row(2, 64, Tiling(16, 128, 4, 2)),
+    Row(2, 128, Tiling(16, 64, 4, 2)),  # 3 stages: 8 spills
+    *QUANTISED_FEW_ROWS["sm_80"][2:],
+)
+QUANTISED_FEW_ROWS["sm_120 shaped"] = (
+    Row(2, 64, Tiling(16, 64, 4, 2)),
+    Row(2, 256, Tiling(16, 16, 8, 1)),  # 16 x 32: 34 spills at D = 128
+)
+QUANTISED_ROWS = {
+    INTERPRETER: CACHE_ROWS[INTERPRETER],
+    "sm_80": (
+        Row(2, 64, Tiling(64, 64, 4, 2)),
+        Row(2, 128, Tiling(64, 32, 4, 2)),
+        Row(2, 256, Tiling(32, 32, 4, 2)),
+        Row(2, 512, Tiling(32, 32, 8, 2)),
+        Row(4, 64, Tiling(32, 32, 8, 1)),
+        Row(4, 128, Tiling(32, 16, 8, 1)),
+        Row(4, 512, Tiling(16, 16, 8, 1)),
+    ),
+    "shaped": (
+        Row(2, 64, Tiling(32, 64, 4, 2)),
+        Row(2, 128, Tiling(16, 32, 4, 2)),
+        Row(2, 512, Tiling(16, 16, 8, 1)),
+        Row(4, 512, Tiling(16, 16, 8, 1)),
+    ),
+}
+QUANTISED_ROWS |= {
+    "sm_86": (
+        Row(2, 64, Tiling(32, 64, 4, 2)),
+        Row(2, 128, Tiling(32, 32, 4, 2)),  # 64 x 32: 6 spills
+        *QUANTISED_ROWS["sm_80"][2:],
+    ),
+    "sm_90": (
+        # In 2 stages, copies would follow a wait without a barrier.
+        Row(2, 64, Tiling(64, 64, 4, 1)),
+        Row(2, 128, Tiling(64, 32, 4, 1)),
+        *QUANTISED_ROWS["sm_80"][2:],
+    ),
+    "sm_100": (
+        Row(2, 64, Tiling(64, 64, 4, 2)),
+        Row(2, 128, Tiling(64, 32, 4, 2)),
+        Row(2, 256, Tiling(16, 32, 4, 2)),  # 32 x 32: 5 spills
+        Row(2, 512, Tiling(16, 32, 8, 2)),  # 32 x 32: 22
+        *QUANTISED_ROWS["sm_80"][4:],
+    ),
+}
+QUANTISED_ROWS |= {
+    "sm_120": (
+        *QUANTISED_ROWS["sm_86"][:3],
+        Row(2, 512, Tiling(16, 32, 8, 2)),  # 32 x 32: 11 spills
+        *QUANTISED_ROWS["sm_86"][4:],
+    ),
+    "sm_120 shaped": (
+        Row(2, 64, Tiling(32, 32, 4, 2)),  # 32 x 64: 13 spills
+        Row(2, 128, Tiling(16, 16, 8, 1)),
+    ),
+}
 # Tokens that one program writes, and rows that one merges.
 CACHE_APPEND = Tiling(16, 16, 4, 1)

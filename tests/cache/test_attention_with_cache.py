@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -22,11 +23,14 @@ from torch.autograd import forward_ad
 
 import fastattn
 from fastattn import attention_with_cache
+from fastattn.core import plans
 from fastattn.core.attention import definition
 from fastattn.core.attention.spec import AttentionSpec, ScoreTensors
+from fastattn.core.cache.functional import Given
 from fastattn.core.cache.spec import CacheSpec, CacheTensors, Storage
 from fastattn.kernels import cache as kernels
 
+T = torch.tensor
 BACKENDS = ("triton", "portable", "reference")
 
 
@@ -297,11 +301,11 @@ def test_what_a_gpu_cannot_refuse_is_not_a_number_and_writes_nothing(
     )
     lengths = torch.tensor([20, 20, 20, 49, -1], dtype=torch.int32, device=DEVICE)
     storage = Storage(*torch.randn(2, 9, 2, 16, 16, device=DEVICE))
-    before = [t.clone() for t in storage]
+    before = [storage.keys.clone(), storage.values.clone()]
     q, k = torch.randn(5, 4, 1, 16, device=DEVICE), torch.randn(5, 2, 5, 16, device=DEVICE)
     tensors = CacheTensors(lengths, block_table=table)
     kernels.cache_append(storage, k, k, tensors)
-    for cache, old in zip(storage, before, strict=True):
+    for cache, old in zip(storage[:2], before, strict=True):
         changed = (cache != old).any(-1).any(1)
         # Row 0 writes its tokens 15 to 19, and rows 1 and 2 their token 15, which lies in a page that exists.
         expected = torch.zeros(9, 16, dtype=torch.bool, device=DEVICE)
@@ -368,6 +372,32 @@ def test_the_bits_of_a_row_do_not_depend_on_the_batch(queries: int, dtype: torch
         assert torch.equal(alone[0], together[b]), b
 
 
+@pytest.mark.parametrize("options", [{}, {"window": (3, None)}, {"scale": 0.3, "causal": False}], ids=str)
+@pytest.mark.parametrize("length", [7, 16, T([5, 5]), T(6), 1], ids=str)
+@pytest.mark.parametrize("heads", [2, 6])
+def test_the_short_way_of_one_token_gives_the_same_bits(options: dict, length: Any, heads: int) -> None:
+    q, caches = (
+        torch.randn(2, heads, 1, 8),
+        torch.randn(2, 2, 2, 16, 8).transpose(2, 3).contiguous().transpose(2, 3),
+    )
+    asked = {"cache_lengths": length, "return_lse": True, "backend": "portable", **options}
+    with mock.patch.object(Given, "converted", side_effect=AssertionError("the long way")):
+        short = attention_with_cache(q, *caches, **asked)
+    with mock.patch.object(plans, "key", return_value=None):
+        assert all(map(torch.equal, short, attention_with_cache(q, *caches, **asked)))
+
+
+@pytest.mark.parametrize(
+    "length, words", [(17, "at most 16, got 17"), (-1, "not be negative, got -1"), ([3], "shape")]
+)
+def test_the_short_way_of_one_token_refuses_what_the_long_one_does(length: Any, words: str) -> None:
+    q, caches = torch.randn(2, 2, 1, 8), torch.randn(2, 2, 2, 16, 8)
+    attention_with_cache(q, *caches, cache_lengths=3)
+    with pytest.raises(ValueError, match=words):
+        attention_with_cache(q, *caches, cache_lengths=length)
+    assert not attention_with_cache(q, *caches, cache_lengths=T([0, 3]))[0].any()
+
+
 # ---- what is refused, before anything is written ----
 
 
@@ -386,7 +416,6 @@ def call(**changed: Any) -> Tensor:
         raise
 
 
-T = torch.tensor
 WRONG = (
     ({"cache_lengths": T([1, 30])}, ValueError, r"cache_lengths must be at most 29 with 3 new tokens, got 30"),
     ({"cache_lengths": T([1, 33]), "k": None, "v": None}, ValueError, r"cache_lengths must be at most 32, got 33"),
@@ -477,8 +506,8 @@ def test_gradients_of_transforms_are_refused() -> None:
 def test_a_backward_through_the_operator_itself_is_refused() -> None:
     q, cache = torch.randn(1, 2, 1, 8, requires_grad=True), torch.randn(1, 2, 4, 8)
     out, _ = torch.ops.fastattn.cache_attention(
-        q, cache, cache, T([3], dtype=torch.int32), None, None, None, None, None, 8, True, 1.0, None, None, 0.0,
-        "ieee", False, False, "portable",
+        q, cache, cache, None, None, T([3], dtype=torch.int32), None, None, None, None, None, 8, True, 1.0, None,
+        None, 0.0, "ieee", False, False, "portable",
     )  # fmt: skip
     with pytest.raises(ValueError, match="computes no gradients"):
         out.sum().backward()
@@ -496,17 +525,19 @@ def test_the_operators_pass_pytorch_s_own_checks() -> None:
     )
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     library.opcheck(
-        torch.ops.fastattn.cache_append, (*cache, k, k, lengths, table, False, "portable"), test_utils=tests
+        torch.ops.fastattn.cache_append,
+        (*cache, None, None, k, k, lengths, table, False, "portable"),
+        test_utils=tests,
     )
     library.opcheck(
         torch.ops.fastattn.cache_append,
-        (cache[0], None, k, None, lengths, table, False, "portable"),
+        (cache[0], None, None, None, k, None, lengths, table, False, "portable"),
         test_utils=tests,
     )
     library.opcheck(
         torch.ops.fastattn.cache_attention,
-        (torch.randn(2, 4, 3, 8), *cache, lengths, None, table, None, None, None, 8, True, 0.3, None, None, 0.0,
-         "ieee", False, False, "portable"), test_utils=tests,
+        (torch.randn(2, 4, 3, 8), *cache, None, None, lengths, None, table, None, None, None, 8, True, 0.3, None,
+         None, 0.0, "ieee", False, False, "portable"), test_utils=tests,
     )  # fmt: skip
 
 

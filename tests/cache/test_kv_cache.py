@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from typing import Any
 
@@ -13,6 +14,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fastattn
+from fastattn.core.cache.definition import dequantised, scale_of
+from fastattn.core.cache.definition import quantised as quantise
+from fastattn.core.cache.spec import LARGEST
 from fastattn.kv_cache import KVCache, OutOfPages, PagedKVCache
 
 HEADS, WIDTH, VALUE_WIDTH, LAYERS = 2, 8, 4, 2
@@ -31,8 +35,19 @@ def new_tokens(count: int) -> tuple[Tensor, Tensor]:
     return torch.zeros(1, HEADS, count, WIDTH), torch.zeros(1, HEADS, count, VALUE_WIDTH)
 
 
+def quantised(dtype: torch.dtype, by_page: bool) -> Any:
+    """As `paged`; in a page, scales of its own are those of the largest number that is drawn."""
+
+    def make(**options: Any) -> PagedKVCache:
+        scales = {name: 6.0 / LARGEST[dtype] for name in ("k_scale", "v_scale")} if by_page else {}
+        return paged(dtype=dtype, **scales, **options)
+
+    return make
+
+
 class Model:
-    """A cache beside the tokens that it must hold, a list of layers of (key, value) for each sequence."""
+    """A cache beside the tokens that it must hold, a list of layers of (key, value) for each sequence: as they are
+    written, or for a quantised cache as it must have them."""
 
     def __init__(self, cache: PagedKVCache) -> None:
         self.cache = cache
@@ -49,8 +64,16 @@ class Model:
             k = torch.randn(len(sequences), HEADS, count, WIDTH, device=DEVICE)
             v = torch.randn(len(sequences), HEADS, count, VALUE_WIDTH, device=DEVICE)
             self.cache.write(sequences, k, v, layer=layer)
+            k, v = self.as_stored(k), self.as_stored(v)
             for row, sequence in enumerate(sequences):
                 self.tokens[sequence][layer] += [(k[row, :, t], v[row, :, t]) for t in range(count)]
+
+    def as_stored(self, x: Tensor) -> Tensor:
+        dtype, scales = self.cache.keys[0].dtype, self.cache.k_scales[0]
+        if scales is None:
+            return x
+        scale = scale_of(x, dtype) if scales.dim() == 3 else scales[0, 0].expand(x.shape[:3])
+        return dequantised(quantise(x, scale, dtype), scale, x.dtype)
 
     def do(self, step: tuple[int, int, int]) -> None:
         """One of: a new sequence, tokens for one, tokens for all, a fork, a truncation, the end of one."""
@@ -103,10 +126,14 @@ STEPS = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 7), st.integers(0, 
 
 
 @settings(max_examples=60)
-@given(STEPS, st.sampled_from([paged, contiguous]), st.integers(1, 4))
+@given(
+    STEPS,
+    st.sampled_from([paged, contiguous, quantised(torch.int8, False), quantised(torch.float8_e4m3fn, True)]),
+    st.integers(1, 4),
+)
 def test_any_order_of_steps_keeps_every_token(steps: list, make: Any, page: int) -> None:
     torch.manual_seed(0)
-    model = Model(make(page=page) if make is paged else make())
+    model = Model(make() if make is contiguous else make(page=page))
     for step in steps:
         model.do(step)
     model.check()
@@ -123,6 +150,27 @@ def test_a_fork_shares_pages_until_it_writes() -> None:
     # The last owner of the page writes to it as it is.
     model.append([0], 1)
     model.check()
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("scales", [{}, {"k_scale": 0.05, "v_scale": torch.tensor([0.02, 0.03])}])
+def test_tokens_that_are_written_again_after_a_truncation_or_a_copy_give_the_same_bits(
+    dtype: torch.dtype, scales: dict
+) -> None:
+    cache = paged(layers=1, dtype=dtype, **scales)
+    (one,) = cache.add()
+    k, v = torch.randn(1, HEADS, 8, WIDTH), torch.randn(1, HEADS, 8, VALUE_WIDTH)
+    k, v, q = k.to(DEVICE), v.to(DEVICE), torch.randn(1, 4, 8, WIDTH, device=DEVICE)
+    cache.append([one], k, v)
+    expected = cache.attention(q, [one])
+    kept = copy.deepcopy(cache)
+    cache.truncate(one, 4)
+    (other,) = cache.fork(one)
+    for sequence in (other, one):
+        cache.append([sequence], k[:, :, 4:], v[:, :, 4:])
+    assert all(torch.equal(c.attention(q, [s]), expected) for c, s in ((cache, one), (cache, other), (kept, one)))
+    sizes = {t.element_size() for t in (*cache.keys, *cache.values)}
+    assert sizes == {1} and cache.k_scales[0].dim() == (2 if scales else 3)
 
 
 def test_out_of_pages_loses_nothing_and_says_what_is_needed() -> None:
@@ -185,7 +233,11 @@ def test_shapes_do_not_change_from_step_to_step() -> None:
          "k must have at most as many tokens as each sequence, 4; got 5"),
         (lambda c: c.write(c.fork(0), *new_tokens(1)), ValueError, "others share the last 1 of sequence 1"),
         (lambda c: paged(pages=0), ValueError, "pages must be at least 1, got 0"),
-        (lambda c: paged(dtype=torch.int8), ValueError, "dtype must be a floating dtype"),
+        (lambda c: paged(dtype=torch.int32), TypeError, "dtype must be float16, .* float8_e4m3fn, got torch.i"),
+        (lambda c: paged(k_scale=0.1, v_scale=0.1), ValueError, "k_scale must be None for a cache of torch.f"),
+        (lambda c: paged(dtype=torch.int8, k_scale=0.1), ValueError, "k_scale and v_scale must come together"),
+        (lambda c: paged(dtype=torch.int8, k_scale=0, v_scale=1), ValueError, "k_scale must be positive, one n"),
+        (lambda c: c.attention(torch.zeros(1, 4, 1, WIDTH), [0], k_scale=None), TypeError, "takes no k_scale"),
     ],
 )  # fmt: skip
 def test_bad_input_is_named(call: Any, kind: type, words: str) -> None:

@@ -76,6 +76,18 @@ def test_own_tokens_may_lie_in_pages() -> None:
     torch.testing.assert_close(fastattn.attention_with_shared_prefix(**t, block_table=table), whole)
 
 
+def test_own_tokens_may_be_quantised() -> None:
+    t = given()
+    t |= {f"{name}_cache": (t[f"{name}_cache"] * 40).to(torch.int8) for name in "kv"}
+    scales = {f"{name}_scale": torch.rand(3, 2, 16, device=DEVICE) * 0.05 for name in "kv"}
+    found = fastattn.attention_with_shared_prefix(**t, **scales)
+    for name in "kv":
+        t[f"{name}_cache"] = t[f"{name}_cache"] * scales[f"{name}_scale"][..., None]
+        del t[name]
+    t["cache_lengths"] = t["cache_lengths"] + NEW
+    torch.testing.assert_close(found, fastattn.attention_with_shared_prefix(**t))
+
+
 def test_an_empty_prefix_changes_nothing() -> None:
     t, alone = given(), given()
     for name in ("k_prefix", "v_prefix"):

@@ -49,17 +49,19 @@ LOSSES = {
 }
 
 
-def cache(mesh: DeviceMesh, placed: Any, **options: Any) -> None:
+def cache(mesh: DeviceMesh, placed: Any, dtype: torch.dtype = torch.float32, **options: Any) -> None:
     """What is written and what is read; all calls of one cache, one after another."""
     lengths, shape = torch.tensor([0, 5, 3, 9]), (B, H, 16, D)
-    whole = [torch.zeros(shape) for _ in range(2)]
-    spread = [distribute_tensor(torch.zeros(shape), mesh, [placed]) for _ in range(2)]
+    names = ("k_cache", "v_cache", *(("k_scale", "v_scale") if dtype == torch.int8 else ()))
+    whole = [torch.zeros(shape, dtype=dtype) if "cache" in name else torch.zeros(shape[:3]) for name in names]
+    spread = [distribute_tensor(t.clone(), mesh, [placed]) for t in whole]
     for step in range(2):
         new = [torch.randn(B, H, 3, D) for _ in range(3)]
         q, k, v = (distribute_tensor(t, mesh, [placed]) for t in new)
         given = {"cache_lengths": lengths + 3 * step, "return_lse": True, **options}
-        expected = fastattn.attention_with_cache(new[0], *whole, k=new[1], v=new[2], **given)
-        found = fastattn.attention_with_cache(q, *spread, k=k, v=v, **given)
+        caches, parts = dict(zip(names, whole, strict=True)), dict(zip(names, spread, strict=True))
+        expected = fastattn.attention_with_cache(new[0], k=new[1], v=new[2], **caches, **given)
+        found = fastattn.attention_with_cache(q, k=k, v=v, **parts, **given)
         for a, e in zip((*found, *spread), (*expected, *whole), strict=True):
             assert isinstance(a, DTensor) and list(a.placements) == [placed]
             torch.testing.assert_close(a.full_tensor(), e)
@@ -188,6 +190,8 @@ CASES: dict[groups.Group, dict[str, groups.Case]] = {
         ),
         "DTensor cache by batch": partial(cache, placed=BATCH, **BESIDE),
         "DTensor cache by heads": partial(cache, placed=HEADS, **BESIDE),
+        "DTensor int8 cache by batch": partial(cache, placed=BATCH, dtype=torch.int8),
+        "DTensor int8 cache by heads": partial(cache, placed=HEADS, dtype=torch.int8),
         **{
             f"DTensor statistics {name}": partial(statistics, placed=placed, key_heads=key_heads, **given)
             for name, (placed, key_heads, given) in STATISTICS.items()

@@ -60,6 +60,12 @@ def test_the_loop_that_issues_least_is_the_full_tile_loop() -> None:
     assert full == Loop("full tile", 2, issued / 4096, issued / 2048, 2 * 8 / 4, 0)
 
 
+def test_bytes_that_are_asked_of_memory_are_those_of_wide_loads_of_every_thread() -> None:
+    codes = ("LDG.E.128.CONSTANT", "LDGSTS.E.BYPASS.LTC128B.128", "LDG.E.64", "LDG.E", "LDG.E.U8", "LDS.128")
+    lines = [disassembly.Instruction(16 * n, "", code, "") for n, code in enumerate((*codes, "STG.E.128"))]
+    assert disassembly.loaded_bytes(lines, 4) == (16 + 16 + 8) * 32 * 4
+
+
 def test_loops_that_do_not_match_the_source_are_an_error() -> None:
     instructions = disassembly.parse(SASS)
     tensor = disassembly.tensor_operations(instructions, "")
@@ -220,7 +226,7 @@ def test_programs_that_fit_a_multiprocessor(
 
 
 def row(**changes: object) -> Row:
-    full = Loop("full tile", 500, 2048.0, 2048.0, 1000.0, 512.0)
+    full = Loop("full tile", 500, 2048.0, 2048.0, 1000.0, 512.0, 1000)
     loops = (full, Loop("masked", 700, 2048.0, 2048.0, 1400.0, 512.0))
     given = {"registers": 200, "shared": 1024, "shared_limit": 2048, "programs": 1, "loops": loops} | changes
     return Row("sm_90", "attention bf16 D=128 causal", "attention_forward_kernel", "128x128", **given)
@@ -245,6 +251,7 @@ def test_a_sound_row_has_nothing_to_complain_about() -> None:
         ({"tensor_memory": 640}, "640 columns of tensor memory"),
         ({"serialised": True}, "asynchronous products wait for one another"),
         ({"hazards": ("LDGSTS after a wait without a barrier at 0x40",)}, "LDGSTS after a wait without a barrier"),
+        ({"needed_bytes": 700}, "asks 1000 bytes of memory by wide loads for 700"),
         ({"error": "CompilationError"}, "CompilationError"),
     ],
 )

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from fastattn.nn import Rotary, SelfAttention, TransformerModel
+from fastattn.nn import DecodingCache, Rotary, SelfAttention, TransformerModel
 from fastattn.nn.sampling import Sampling
 
 VOCABULARY = 37
@@ -273,8 +273,6 @@ def test_encoders_and_models_that_drop_do_not_generate():
 
 
 def test_a_layer_with_a_cache_takes_no_mask_and_an_encoder_no_cache():
-    from fastattn.nn.decoding_cache import DecodingCache
-
     cache = DecodingCache(1, 8, 1, torch.device("cpu"))
     x = torch.randn(1, 3, 32)
     with pytest.raises(ValueError, match="key_lengths must be None with a cache, got list"):
@@ -283,3 +281,32 @@ def test_a_layer_with_a_cache_takes_no_mask_and_an_encoder_no_cache():
         SelfAttention(32, 4)(x, cache=cache.layers[0])
     with pytest.raises(ValueError, match="window must be None with a cache, got 3"):
         lively(num_layers=1)(torch.zeros(1, 3, dtype=torch.long), window=3, cache=cache)
+
+
+@pytest.mark.parametrize("dtype, error", [(torch.int8, 0.02), (torch.float8_e4m3fn, 0.1)])
+def test_a_quantised_cache_holds_bytes_and_gives_nearly_the_same_logits(dtype, error):
+    torch.manual_seed(0)
+    model, tokens, lengths = lively(positions="rotary", num_kv_heads=2), torch.randint(VOCABULARY, (2, 10)), [9, 5]
+    caches = [DecodingCache(2, 12, 2, "cpu", kind) for kind in (None, dtype)]
+    with torch.no_grad():
+        for cache in caches:
+            model(tokens[:, :9], key_lengths=lengths, cache=cache)
+        exact, found = (model(tokens[:, 9:], cache=cache) for cache in caches)
+    assert 0 < (found - exact).norm() < error * exact.norm()
+    assert {t.dtype for layer in caches[1].layers for t in (layer.keys, layer.values)} == {dtype}
+    together = model.generate(tokens[:, :9], 3, key_lengths=lengths, cache_dtype=dtype).tokens
+    for row, length in zip(tokens, lengths, strict=True):
+        alone = model.generate(row[None, :length], 3, cache_dtype=dtype).tokens[0]
+        assert any(line[: length + 3].equal(alone) for line in together)
+
+
+def test_a_cache_dtype_is_one_that_quantises_and_needs_a_cache():
+    tokens = torch.zeros(1, 3, dtype=torch.long)
+    with pytest.raises(
+        TypeError, match=r"cache_dtype must be torch.int8, torch.float8_e4m3fn or None, got torch.f"
+    ):
+        lively().generate(tokens, 2, cache_dtype=torch.half)
+    with pytest.raises(ValueError, match=r"cache_dtype must be None without a cache, got torch.int8"):
+        lively().generate(tokens, 2, cache_dtype=torch.int8, use_cache=False)
+    with pytest.raises(TypeError, match=r"dtype must be torch.int8, torch.float8_e4m3fn or None, got 'int8'"):
+        DecodingCache(1, 8, 1, "cpu", "int8")

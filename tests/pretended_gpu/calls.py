@@ -511,8 +511,10 @@ class _Module:
 def cache(
     *, dtype: str = "bf16", width: int = 128, value_width: int | None = None, queries: int = 1,
     page: int | None = 16, capacity: int = 1024, shaped: bool = False, latent: int | None = None, batch: int = 2,
+    stored: torch.dtype | None = None, by_page: bool = False,
 ) -> None:  # fmt: skip
-    """attention_with_cache with new tokens; `latent`: values are so many columns of the keys."""
+    """attention_with_cache with new tokens; `latent`: values are so many columns of the keys; `stored`: the dtype
+    of a quantised cache."""
     kind, heads = DTYPES[dtype], 1 if latent else 2
     pages, length = (batch, capacity) if page is None else (batch * (capacity // page), page)
     keys = tensor(pages, heads, length, width, dtype=kind)
@@ -521,6 +523,10 @@ def cache(
     new = [None if t is None else tensor(batch, queries, heads, t.shape[3], dtype=kind).transpose(1, 2)
            for t in (keys, values)]  # fmt: skip
     given: dict[str, Any] = {"k": new[0], "v": new[1], "value_width": latent}
+    if stored is not None:
+        keys, values = (None if t is None else t.to(stored) for t in (keys, values))
+        scale = tensor(*keys.shape[: 2 if by_page else 3], dtype=torch.float32)
+        given |= {"k_scale": scale, "v_scale": None if latent else scale}
     if page is not None:
         given["block_table"] = torch.zeros(batch, capacity // page, dtype=torch.int32, device="cuda")
     if shaped:
@@ -568,6 +574,16 @@ def invariant_calls() -> Iterator[Call]:
         yield Call(f"invariant, from a cache, {queries} queries", functools.partial(cached, queries))
 
 
+QUANTISED: dict[str, dict[str, Any]] = {
+    "cache": {},
+    "cache, float16": {"dtype": "fp16"},
+    "cache, float32": {"dtype": "fp32"},
+    "cache, a scale a page, all": {"by_page": True, "shaped": True},
+    "cache, latent": {"width": 576, "latent": 512},
+    "cache, contiguous, a scale a row": {"page": None, "by_page": True, "width": 80},
+}
+
+
 def cache_calls() -> Iterator[Call]:
     def of(title: str, **keywords: Any) -> Call:
         return Call(f"attention_with_cache, {title}", lambda: cache(**keywords), keywords.get("batch") != 0)
@@ -582,6 +598,10 @@ def cache_calls() -> Iterator[Call]:
         yield of(f"latent, {queries} queries, all", width=576, latent=512, queries=queries, shaped=True)
     yield of("contiguous", page=None)
     yield of("contiguous, all", page=None, shaped=True, queries=3)
+    for stored, (kind, dtype) in itertools.product((torch.int8, torch.float8_e4m3fn), QUANTISED.items()):
+        title = f"{str(stored).removeprefix('torch.')} {kind}"
+        yield of(title, stored=stored, **dtype)
+        yield of(f"{title}, 100 queries", stored=stored, queries=100, **dtype)
     yield of("short", page=None, capacity=200)
     yield of("pages of 10, odd widths", page=10, capacity=1000, width=80, value_width=40)
     yield of("nothing in the batch", batch=0)

@@ -1,6 +1,11 @@
 """Attention with a cache in plain PyTorch, row by row: the oracle of the tests and the reference backend.
 
 A row's keys and values are taken out of the cache, and `fastattn.core.attention.definition` does the rest.
+
+A number x is quantised to the number of the cache's dtype that is nearest to x / scale, ties to even; beyond the
+dtype's largest number to that one. The scale of a token's head is its largest magnitude over the dtype's largest
+number, so that none is beyond. A number moves by at most scale / 2 in int8; in fp8 by a sixteenth of itself, or
+scale / 1024 where that is more.
 """
 
 from __future__ import annotations
@@ -10,7 +15,7 @@ from torch import Tensor
 
 from fastattn.core.attention import definition
 from fastattn.core.attention.spec import ScoreTensors
-from fastattn.core.cache.spec import CacheSpec, CacheTensors, Storage, slots_of
+from fastattn.core.cache.spec import INT8, LARGEST, CacheSpec, CacheTensors, Storage, slots_of
 from fastattn.core.layout import heads_last, zero_heads
 from fastattn.ground.checks import lse_dtype
 
@@ -18,9 +23,49 @@ from fastattn.ground.checks import lse_dtype
 def append(storage: Storage, k: Tensor, v: Tensor | None, tensors: CacheTensors) -> None:
     """Write the new keys and values (B, Hkv, new, width) to the ends of their rows, whose lengths count them."""
     pages, places = slots_of(storage.keys, tensors, k.shape[2])
-    for cache, new in ((storage.keys, k), (storage.values, v)):
-        if cache is not None and new is not None:
-            cache[pages, :, places] = new.transpose(1, 2)
+    for cache, scales, new in ((storage.keys, storage.k_scale, k), (storage.values, storage.v_scale, v)):
+        if cache is None or new is None:
+            continue
+        new = new.transpose(1, 2)
+        if scales is not None:
+            if scales.dim() == 3:
+                scale = scales[pages, :, places] = scale_of(new, cache.dtype)
+            else:
+                scale = scales[pages]
+            new = as_bytes(quantised(new, scale, cache.dtype))
+        as_bytes(cache)[pages, :, places] = new
+
+
+# The least scale: the smallest normal number of float32, so that a scale is never 0 and loses no digits.
+LEAST = torch.finfo(torch.float32).tiny
+# What stands for NaN in int8, where a page has a scale of its own. A token's scale is NaN itself.
+NO_NUMBER = -128
+
+
+def scale_of(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The scale of each row of x (..., width), fp32 (...): the largest magnitude becomes the dtype's largest."""
+    return (x.abs().amax(-1).float() / LARGEST[dtype]).clamp_min(LEAST)
+
+
+def quantised(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """x (..., width) over scale (...), in the dtype of a cache. A scale that is not positive gives NaN."""
+    scale = scale.where(scale > 0, float("nan"))
+    x = (x.float() / scale[..., None]).clamp(-LARGEST[dtype], LARGEST[dtype])
+    return x.round().nan_to_num(nan=NO_NUMBER).to(dtype) if dtype == INT8 else x.to(dtype)
+
+
+def dequantised(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """What quantised x (..., width) stands for: times scale (...), computed in at least fp32."""
+    work = lse_dtype(dtype)
+    numbers = x.to(work)
+    if x.dtype == INT8:
+        numbers = numbers.masked_fill(x == NO_NUMBER, float("nan"))
+    return numbers.mul_(scale.to(work)[..., None]).to(dtype)
+
+
+def as_bytes(t: Tensor) -> Tensor:
+    """fp8 as bytes, which every operator can move."""
+    return t.view(torch.uint8) if t.dtype.itemsize == 1 else t
 
 
 def forward(q: Tensor, storage: Storage, spec: CacheSpec, tensors: CacheTensors) -> tuple[Tensor, Tensor]:
@@ -29,7 +74,7 @@ def forward(q: Tensor, storage: Storage, spec: CacheSpec, tensors: CacheTensors)
     lse = q.new_empty(q.shape[:3], dtype=lse_dtype(q.dtype))
     for b, (first, stop) in enumerate(bounds(tensors)):
         rows = slice(b, b + 1)
-        k, v = keys_and_values(storage, tensors, rows, first, stop)
+        k, v = keys_and_values(storage, tensors, rows, first, stop, q.dtype)
         scores = of_rows(tensors, rows, stop - first)
         v = v[..., : spec.value_width]
         out[rows], lse[rows] = definition.attention(q[rows], k, v, spec.attention, scores)
@@ -45,12 +90,22 @@ def bounds(tensors: CacheTensors) -> list[tuple[int, int]]:
 
 
 def keys_and_values(
-    storage: Storage, tensors: CacheTensors, rows: slice, first: int, stop: int
+    storage: Storage, tensors: CacheTensors, rows: slice, first: int, stop: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Tokens `first` to `stop` of some rows, (rows, Hkv, tokens, width); of one row if there is a table. Values
-    that are columns of the keys come with all columns."""
-    k = _tokens(storage.keys, tensors.block_table, rows, first, stop)
-    return k, k if storage.values is None else _tokens(storage.values, tensors.block_table, rows, first, stop)
+    that are columns of the keys come with all columns. What is quantised comes in `dtype`."""
+
+    def tokens(cache: Tensor, scales: Tensor | None) -> Tensor:
+        found = _tokens(cache, tensors.block_table, rows, first, stop)
+        if scales is None:
+            return found
+        scales = scales if scales.dim() == 3 else scales[:, :, None].expand(cache.shape[:3])
+        return dequantised(
+            found, _tokens(scales[..., None], tensors.block_table, rows, first, stop)[..., 0], dtype
+        )
+
+    k = tokens(storage.keys, storage.k_scale)
+    return k, k if storage.values is None else tokens(storage.values, storage.v_scale)
 
 
 def _tokens(cache: Tensor, table: Tensor | None, rows: slice, first: int, stop: int) -> Tensor:
@@ -67,10 +122,13 @@ def _pages(cache: Tensor, pages: Tensor) -> Tensor:
     """These pages one after another: (1, Hkv, tokens, width). One copy, whether heads or tokens come first in
     memory."""
     _, heads, page, width = cache.shape
+    dtype, cache = cache.dtype, as_bytes(cache)
     if cache.is_contiguous():
         blocks = pages * heads + torch.arange(heads, device=pages.device)[:, None]
-        return cache.view(-1, page * width).index_select(0, blocks.flatten()).view(1, heads, -1, width)
-    return cache.transpose(1, 2).index_select(0, pages).flatten(0, 1).transpose(0, 1)[None]
+        found = cache.view(-1, page * width).index_select(0, blocks.flatten()).view(1, heads, -1, width)
+    else:
+        found = cache.transpose(1, 2).index_select(0, pages).flatten(0, 1).transpose(0, 1)[None]
+    return found.view(dtype)
 
 
 def of_rows(tensors: CacheTensors, rows: slice, keys: int) -> ScoreTensors:

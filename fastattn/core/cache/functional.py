@@ -27,6 +27,7 @@ from fastattn.core.cache.spec import (
     check_queries,
     check_rotation,
     check_row_numbers,
+    check_scales,
     check_table,
     row_numbers,
 )
@@ -45,6 +46,8 @@ def attention_with_cache(
     cache_lengths: int | Tensor | Sequence[int],
     k: Tensor | None = ...,
     v: Tensor | None = ...,
+    k_scale: Tensor | None = ...,
+    v_scale: Tensor | None = ...,
     cache_starts: int | Tensor | Sequence[int] | None = ...,
     block_table: Tensor | None = ...,
     cos: Tensor | None = ...,
@@ -73,6 +76,8 @@ def attention_with_cache(
     cache_lengths: int | Tensor | Sequence[int],
     k: Tensor | None = ...,
     v: Tensor | None = ...,
+    k_scale: Tensor | None = ...,
+    v_scale: Tensor | None = ...,
     cache_starts: int | Tensor | Sequence[int] | None = ...,
     block_table: Tensor | None = ...,
     cos: Tensor | None = ...,
@@ -100,6 +105,8 @@ def attention_with_cache(
     cache_lengths: int | Tensor | Sequence[int],
     k: Tensor | None = None,
     v: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
     cache_starts: int | Tensor | Sequence[int] | None = None,
     block_table: Tensor | None = None,
     cos: Tensor | None = None,
@@ -127,13 +134,18 @@ def attention_with_cache(
 
     Args:
         q: queries (B, Hq, Lq, D), any Lq; any strides. The last query of a row stands at the row's last key.
-        k_cache: (B, Hkv, capacity, D), or pages (pages, Hkv, page, D) with a block_table; in q's dtype, any
-            strides. Hq is a multiple of Hkv.
+        k_cache: (B, Hkv, capacity, D), or pages (pages, Hkv, page, D) with a block_table; in q's dtype, or
+            quantised: torch.int8 or torch.float8_e4m3fn. Any strides. Hq is a multiple of Hkv.
         v_cache: the same with a width Dv of its own. None: values are the first `value_width` columns of the keys,
             which are then stored and read once (the absorbed form of DeepSeek's latent attention, 576 and 512).
         cache_lengths: how many tokens each row has before this call: (B,) int32 or int64, or one number.
         k, v: new keys (B, Hkv, new, D) and values, written behind each row's last token. v is None where v_cache
             is.
+        k_scale, v_scale: of quantised caches, float32: a number in the cache times its scale is the key or value.
+            With shape k_cache.shape[:3], one for each token and head: new tokens bring theirs, which is written
+            with them. With shape k_cache.shape[:2], one for each page (or row) and head, which the caller chose:
+            positive: new numbers beyond the largest that the dtype holds, times the scale, become that. None for
+            caches in q's dtype. v_scale is None where v_cache is.
         cache_starts: (B,), how many of each row's first keys are hidden, as with left padding; or one number.
         block_table: (B, most pages) int32 or int64: token t of a row lies in page block_table[row, t // page].
             Entries that no token of the row needs are not read.
@@ -155,6 +167,12 @@ def attention_with_cache(
         out (B, Hq, Lq, Dv) in q's dtype, laid out (B, Lq, Hq, Dv); with `return_lse` also the log-sum-exp of each
         row of scores (B, Hq, Lq) in nats, fp32 (fp64 for fp64). A query that sees no key gives 0 and -inf, or the
         sink's score.
+
+    Errors of quantised caches: a number moves by at most scale / 2 in int8, where 127 scales are a token's largest
+    magnitude; in fp8 by at most a sixteenth of itself, or scale / 1024 where that is more (448 scales are the
+    largest). If keys move by up to dk and values by up to dv, a query's scores and log-sum-exp move by at most
+    s = |scale| * sum(|q|) * dk, and its result by at most s * max|v| + dv. With a scale of its own, a token with
+    NaN or infinity is NaN throughout; with a page's, NaN stays NaN.
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what was expected, before anything is written. A
@@ -179,6 +197,8 @@ def attention_with_cache(
         v_cache,
         k,
         v,
+        k_scale,
+        v_scale,
         cache_lengths,
         cache_starts,
         block_table,
@@ -198,11 +218,16 @@ def attention_with_cache(
         causal, scale, window, softcap, value_width, precision, return_lse, check, interleaved, backend,
         invariance.wanted if invariant is None else invariant, cache_starts is None,
     )  # fmt: skip
-    lengths, starts = (t if isinstance(t, Tensor) else None for t in (cache_lengths, cache_starts))
-    key = plans.key(tensors._replace(cache_lengths=lengths, cache_starts=starts), options)
+    described = tensors
+    if not isinstance(cache_lengths, Tensor) or not (cache_starts is None or isinstance(cache_starts, Tensor)):
+        lengths, starts = (t if isinstance(t, Tensor) else None for t in (cache_lengths, cache_starts))
+        described = tensors._replace(cache_lengths=lengths, cache_starts=starts)
+    key = plans.key(described, options)
     plan = PLANS.find(key)
     if plan is None:
         plan = CachePlan.of(tensors.under_autocast(), *options[:-1])
+        if key is not None:
+            plan = plan.shortened(tensors)
         PLANS.keep(key, plan)
     out, lse = plan(tensors.under_autocast() if key is None else tensors, watched=key is None)
     return (out, lse) if plan.return_lse else out
@@ -216,6 +241,8 @@ class Given(NamedTuple):
     v_cache: Tensor | None
     k: Tensor | None
     v: Tensor | None
+    k_scale: Tensor | None
+    v_scale: Tensor | None
     cache_lengths: Any  # an integer, or one for each row
     cache_starts: Any  # the same, or None
     block_table: Tensor | None
@@ -229,6 +256,10 @@ class Given(NamedTuple):
         """With queries and new tokens in autocast's dtype. The caches stay as they are, since they are written."""
         q, k, v = autocast(self.q, self.k, self.v)
         return self._replace(q=q, k=k, v=v)
+
+    @property
+    def storage(self) -> Storage:
+        return Storage(self.k_cache, self.v_cache, self.k_scale, self.v_scale)
 
     @property
     def new(self) -> int:
@@ -258,11 +289,15 @@ class Given(NamedTuple):
         return CacheTensors(before + self.new if self.new else before, starts, table, slopes, sinks, tree), before
 
 
+BESIDE_LENGTHS = ("k", "cos", "cache_starts", "block_table", "alibi_slopes", "sinks", "tree_mask")
+
+
 class CachePlan(NamedTuple):
     """A call that was checked: what does not depend on the values of its tensors.
 
     factor: by which queries are multiplied, so that the spec's scale can be positive; None for 1.
     backend: the one that computes it.
+    one_token: a shorter way, see `operators.one_token`, or None.
     """
 
     spec: CacheSpec
@@ -271,14 +306,16 @@ class CachePlan(NamedTuple):
     return_lse: bool
     check: bool
     backend: str
+    one_token: Any = None
 
     @classmethod
     def of(
         cls, given: Given, causal: Any, scale: Any, window: Any, softcap: Any, value_width: Any, precision: Any,
         return_lse: Any, check: Any, interleaved: Any, backend: Any, invariant: Any,
     ) -> CachePlan:  # fmt: skip
-        q, storage = given.q, Storage(given.k_cache, given.v_cache)
+        q, storage = given.q, given.storage
         width = check_queries(q, storage, value_width)
+        check_scales(storage)
         check_new(q, storage, given.k, given.v)
         check_table(q, storage, given.block_table)
         check_row_numbers("cache_lengths", given.cache_lengths, q)
@@ -298,9 +335,19 @@ class CachePlan(NamedTuple):
             operators.chosen(q, storage, spec, backend),
         )  # fmt: skip
 
+    def shortened(self, given: Given) -> CachePlan:
+        """For repeated calls. With `one_token` where the call has nothing beside lengths."""
+        if self.factor is not None or any(getattr(given, name) is not None for name in BESIDE_LENGTHS):
+            return self
+        return self._replace(one_token=operators.one_token(given.q, given.storage, self.spec, self.backend))
+
     def __call__(self, given: Given, watched: bool) -> tuple[Tensor, Tensor]:
         """watched: somebody must see the operators."""
-        storage = Storage(given.k_cache, given.v_cache)
+        storage = given.storage
+        if self.one_token is not None:
+            found = self.one_token(given.q, storage, given.cache_lengths)
+            if found is not None:
+                return found
         tensors, before = given.converted()
         q, k = self.rotated(given, tensors, before)
         q = q if self.factor is None else q * self.factor
@@ -342,6 +389,8 @@ def attention_with_shared_prefix(
     cache_lengths: int | Tensor | Sequence[int],
     k: Tensor | None = None,
     v: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
     block_table: Tensor | None = None,
     causal: bool = True,
     scale: float | None = None,
@@ -358,9 +407,9 @@ def attention_with_shared_prefix(
     Args:
         k_prefix, v_prefix: keys (Hkv, prefix, D) and values (Hkv, prefix, Dv) of the shared tokens. Every query
             sees all of them.
-        q, k_cache, v_cache, cache_lengths, k, v, block_table and the others: as `attention_with_cache`'s, of the
-            tokens behind the prefix. q and k are already rotated: a row's own tokens have positions from `prefix`
-            on.
+        q, k_cache, v_cache, cache_lengths, k, v, k_scale, v_scale, block_table and the others: as
+            `attention_with_cache`'s, of the tokens behind the prefix, which itself is not quantised. q and k are
+            already rotated: a row's own tokens have positions from `prefix` on.
 
     Returns:
         out (B, Hq, Lq, Dv), and with `return_lse` the log-sum-exp (B, Hq, Lq), over the prefix and the row's own
@@ -393,9 +442,9 @@ def attention_with_shared_prefix(
     )  # fmt: skip
     # After the other part, so that nothing is written if that is refused.
     out, lse = attention_with_cache(
-        q, k_cache, v_cache, cache_lengths=cache_lengths, k=k, v=v, block_table=block_table, causal=causal,
-        scale=scale, softcap=softcap, sinks=sinks, precision=precision, check=check, backend=backend,
-        return_lse=True,
+        q, k_cache, v_cache, cache_lengths=cache_lengths, k=k, v=v, k_scale=k_scale, v_scale=v_scale,
+        block_table=block_table, causal=causal, scale=scale, softcap=softcap, sinks=sinks, precision=precision,
+        check=check, backend=backend, return_lse=True,
     )  # fmt: skip
     shape = heads // max(key_heads, 1), batch, queries
     shared_out, shared_lse = (t[0].unflatten(1, shape).movedim(2, 0).flatten(1, 2) for t in shared)

@@ -16,6 +16,7 @@ from fastattn.core.cache.spec import (
     CacheSpec,
     CacheTensors,
     Storage,
+    check_page_scales,
     check_slots,
     check_values,
     spec_of,
@@ -26,14 +27,14 @@ from fastattn.ground.checks import lse_dtype
 
 _operators = library.Library("fastattn", "FRAGMENT")
 _operators.define(
-    "cache_append(Tensor(a!) k_cache, Tensor(b!)? v_cache, Tensor k, Tensor? v, Tensor lengths, "
-    "Tensor? block_table, bool check, str backend) -> ()"
+    "cache_append(Tensor(a!) k_cache, Tensor(b!)? v_cache, Tensor(c!)? k_scale, Tensor(d!)? v_scale, Tensor k, "
+    "Tensor? v, Tensor lengths, Tensor? block_table, bool check, str backend) -> ()"
 )
 _operators.define(
-    "cache_attention(Tensor q, Tensor k_cache, Tensor? v_cache, Tensor lengths, Tensor? starts, "
-    "Tensor? block_table, Tensor? alibi_slopes, Tensor? sinks, Tensor? tree_mask, SymInt value_width, "
-    "bool causal, float scale, SymInt? left, SymInt? right, float softcap, str precision, bool invariant, "
-    "bool check, str backend) -> (Tensor, Tensor)"
+    "cache_attention(Tensor q, Tensor k_cache, Tensor? v_cache, Tensor? k_scale, Tensor? v_scale, Tensor lengths, "
+    "Tensor? starts, Tensor? block_table, Tensor? alibi_slopes, Tensor? sinks, Tensor? tree_mask, "
+    "SymInt value_width, bool causal, float scale, SymInt? left, SymInt? right, float softcap, str precision, "
+    "bool invariant, bool check, str backend) -> (Tensor, Tensor)"
 )
 _APPEND, _ATTENTION = "fastattn::cache_append", "fastattn::cache_attention"
 _CACHES, _COUNT = len(Storage._fields), len(CacheTensors._fields)
@@ -43,6 +44,12 @@ def chosen(q: Tensor, storage: Storage, spec: CacheSpec, backend: str | None) ->
     """The backend of a call."""
     values = storage.keys if storage.values is None else storage.values
     return capabilities.choose(Request("cache", spec, (q, storage.keys, values)), FORWARD, backend)
+
+
+def one_token(q: Tensor, storage: Storage, spec: CacheSpec, backend: str) -> Any:
+    """A shorter way of calls that have no CacheTensors beside lengths; None if the backend has none for this."""
+    shorter = getattr(backends.load("cache", backend), "OneToken", None)
+    return None if shorter is None else shorter.of(q, storage, spec)
 
 
 def _reads_values(t: Tensor, backend: str) -> bool:
@@ -56,6 +63,7 @@ def append(
     """Write new keys and values to the ends of their rows; `tensors.lengths` count them."""
     if check or _reads_values(k, backend):
         check_values(storage.keys, tensors, k.shape[2])
+        check_page_scales(storage, tensors, k.shape[2])
     if check:
         check_slots(storage.keys, tensors, k.shape[2])
     if k.numel():
@@ -71,8 +79,9 @@ def attend(
     return backends.load("cache", backend).forward(q, storage, spec, tensors)
 
 
-def _append(k_cache, v_cache, k, v, lengths, block_table, check, backend) -> None:
-    append(Storage(k_cache, v_cache), k, v, CacheTensors(lengths, None, block_table), check, backend)
+def _append(*given) -> None:
+    k, v, lengths, block_table, check, backend = given[_CACHES:]
+    append(Storage(*given[:_CACHES]), k, v, CacheTensors(lengths, None, block_table), check, backend)
 
 
 def _attention(q, *rest) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,8 @@
 """Attention with a cache in plain PyTorch: each row reads its own keys, and no others.
 
-Neighbouring rows of equal length are one call, unless calls are invariant.
+Neighbouring rows of equal length are one call, unless calls are invariant. Where a copy is needed, out of pages or
+of dequantised numbers, it is made of a part at a time: of some keys of a row if there is one query, else of some
+heads. Invariant calls copy a row.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ import functools
 import itertools
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +23,7 @@ from fastattn.core.cache.spec import CacheSpec, CacheTensors, Storage
 from fastattn.core.layout import zero_heads
 from fastattn.ground.checks import lse_dtype
 
-# Elements of keys that are copied out of pages at a time: beside as many of values, a cache holds them.
+# Elements of keys that are copied at a time: beside as many of values, a processor's cache holds them.
 COPIED = 2**18
 
 __all__ = ["append", "forward"]
@@ -34,13 +37,16 @@ def forward(q: Tensor, storage: Storage, spec: CacheSpec, tensors: CacheTensors)
         return _of_one_query(q, storage, spec, tensors)
     out = zero_heads((*q.shape[:3], spec.value_width), q, q.dtype)
     lse = q.new_empty(q.shape[:3], dtype=lse_dtype(q.dtype))
-    for rows, first, stop in _spans(spec.attention, tensors, q.shape[2]):
-        k, v = keys_and_values(storage, tensors, rows, first, stop)
+    for rows, first, stop in _spans(spec.attention, storage, tensors, q.shape[2]):
         keys = stop - first
-        # Values that are columns of the keys come with all of these: at one width PyTorch's own kernel serves.
-        scores, attention = of_rows(tensors, rows, keys), spec.attention.at(q.shape[2], keys)
-        found, lse[rows] = portable.forward(q[rows], k, v, attention, scores)
-        out[rows] = found[..., : spec.value_width]
+        every, attention = of_rows(tensors, rows, keys), spec.attention.at(q.shape[2], keys)
+        for key_heads, heads in _head_groups(q, storage, keys):
+            k, v = keys_and_values(storage.of_heads(key_heads), tensors, rows, first, stop, q.dtype)
+            slopes, sinks = (None if t is None else t[:, heads] for t in (every.alibi_slopes, every.sinks))
+            scores = every._replace(alibi_slopes=slopes, sinks=sinks)
+            # Values that are columns of the keys come with all of these: at one width PyTorch's own kernel serves.
+            found, lse[rows, heads] = portable.forward(q[rows, heads], k, v, attention, scores)
+            out[rows, heads] = found[..., : spec.value_width]
     return out, lse
 
 
@@ -50,10 +56,57 @@ def _row_by_row(q: Tensor, storage: Storage, spec: CacheSpec, tensors: CacheTens
     lse = q.new_empty(q.shape[:3], dtype=lse_dtype(q.dtype))
     for b, (first, stop) in enumerate(bounds(tensors)):
         rows = slice(b, b + 1)
-        k, v = keys_and_values(storage, tensors, rows, first, stop)
+        k, v = keys_and_values(storage, tensors, rows, first, stop, q.dtype)
         beside, v = of_rows(tensors, rows, stop - first), v[..., : spec.value_width]
         out[rows], lse[rows] = portable.forward(q[rows], k, v, spec.attention, beside)
     return out, lse
+
+
+def _head_groups(q: Tensor, storage: Storage, keys: int) -> Iterator[tuple[slice, slice]]:
+    """Key heads and their query heads, as many at a time as are dequantised at once; all, if none is."""
+    key_heads, width = storage.keys.shape[1], storage.keys.shape[3]
+    group = q.shape[1] // max(key_heads, 1)
+    step = max(1, COPIED // max(1, keys * width)) if storage.is_quantised else max(key_heads, 1)
+    for first in range(0, key_heads, step):
+        yield slice(first, first + step), slice(first * group, (first + step) * group)
+
+
+class OneToken(NamedTuple):
+    """A call with one query a row, no pages and nothing that shapes scores. Where rows are of one length, it is
+    one operator of PyTorch's, which at short lengths takes less time than finding that out."""
+
+    key_heads: int
+    group: int
+    capacity: int
+    left: int | None
+    operator: Any  # what `portable.straight` returns
+
+    @classmethod
+    def of(cls, q: Tensor, storage: Storage, spec: CacheSpec) -> OneToken | None:
+        """For calls without CacheTensors beside lengths; None if they need more."""
+        keys, values = storage.keys, storage.values
+        if q.shape[2] != 1 or values is None or storage.is_quantised or q.numel() == 0:
+            return None
+        heads = keys.shape[1], q.shape[1] // keys.shape[1]
+        operator = portable.straight(
+            q.reshape(len(q), *heads, -1), keys, values, _seeing_every_key(spec.attention), False
+        )
+        return None if operator is None else cls(*heads, keys.shape[2], spec.attention.left, operator)
+
+    def __call__(self, q: Tensor, storage: Storage, lengths: Any) -> tuple[Tensor, Tensor] | None:
+        """None if rows differ in length, see no key or are longer than the cache."""
+        stop = lengths.tolist() if isinstance(lengths, Tensor) else lengths
+        if isinstance(lengths, Tensor) and type(stop) is list and stop.count(stop[0]) == len(stop):
+            stop = stop[0]
+        if type(stop) is not int or not 0 < stop <= self.capacity:
+            return None
+        first = 0 if self.left is None else max(0, stop - 1 - self.left)
+        k, v = storage.keys, storage.keys if storage.values is None else storage.values
+        if stop - first < self.capacity:
+            k, v = k[:, :, first:stop], v[:, :, first:stop]
+        batch, heads = q.shape[:2]
+        out, lse = self.operator.forward(q.reshape(batch, self.key_heads, self.group, -1), k, v)
+        return out.reshape(batch, heads, 1, -1), lse.reshape(batch, heads, 1)
 
 
 def _of_one_query(q: Tensor, storage: Storage, spec: CacheSpec, tensors: CacheTensors) -> tuple[Tensor, Tensor]:
@@ -62,7 +115,7 @@ def _of_one_query(q: Tensor, storage: Storage, spec: CacheSpec, tensors: CacheTe
     (batch, heads), key_heads = q.shape[:2], storage.keys.shape[1]
     q = q[:, :, 0].unflatten(1, (key_heads, heads // max(key_heads, 1)))
     every = _seeing_every_key(spec.attention)
-    spans = list(_spans(spec.attention, tensors, 1))
+    spans = list(_spans(spec.attention, storage, tensors, 1))
     if len(spans) == 1 and spans[0][1] < spans[0][2]:
         out, lse = _of_span(q, storage, every, tensors, *spans[0])
         out = out[..., : spec.value_width].to(q.dtype)
@@ -85,7 +138,7 @@ def _of_span(
     def parts() -> Iterator[tuple[Tensor, Tensor]]:
         straight = None
         for begin, end in _pieces(storage, tensors, first, stop):
-            k, v = keys_and_values(storage, tensors, rows, begin, end)
+            k, v = keys_and_values(storage, tensors, rows, begin, end, q.dtype)
             # Whether PyTorch's operator computes this does not depend on the number of keys.
             straight = straight or portable.straight(q, k, v, every, False)
             yield portable.forward(q, k, v, every, NO_TENSORS) if straight is None else straight.forward(q, k, v)
@@ -99,10 +152,11 @@ def _seeing_every_key(score_options: AttentionSpec) -> AttentionSpec:
 
 
 def _pieces(storage: Storage, tensors: CacheTensors, first: int, stop: int) -> Iterator[tuple[int, int]]:
-    """The keys from `first` to before `stop`. Where they are copied out of pages, in pieces of whole pages."""
+    """The keys from `first` to before `stop`. Where they are copied, in pieces: of whole pages, if there are."""
     step = stop
-    if tensors.block_table is not None:
-        step = storage.page * max(1, COPIED // max(1, storage.keys[0].numel()))
+    if tensors.block_table is not None or storage.is_quantised:
+        page = 1 if tensors.block_table is None else storage.page
+        step = page * max(1, COPIED // max(1, page * storage.keys.shape[1] * storage.keys.shape[3]))
     while first < stop:
         end = min(stop, first - first % step + step)
         yield first, end
@@ -117,14 +171,18 @@ def _merged(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> tuple[T
     return (lse - pivot).exp()[..., None] * out + (more_lse - pivot).exp()[..., None] * more, both
 
 
-def _spans(spec: AttentionSpec, tensors: CacheTensors, queries: int) -> Iterator[tuple[slice, int, int]]:
-    """Neighbouring rows that see the same keys, from the first to before the last. With pages, each row alone."""
+def _spans(
+    spec: AttentionSpec, storage: Storage, tensors: CacheTensors, queries: int
+) -> Iterator[tuple[slice, int, int]]:
+    """Neighbouring rows that see the same keys, from the first to before the last. Where keys are copied, each row
+    alone."""
+    alone = tensors.block_table is not None or storage.is_quantised
     start = 0
     for (first, stop), group in itertools.groupby(bounds(tensors)):
         if spec.left is not None:
             first = min(max(first, stop - queries - spec.left), stop)
         last = start + len(list(group))
-        step = last - start if tensors.block_table is None else 1
+        step = 1 if alone else last - start
         for b in range(start, last, step):
             yield slice(b, b + step), first, stop
         start = last

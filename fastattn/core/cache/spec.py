@@ -3,6 +3,9 @@
 A cache holds pages of keys and of values, (pages, Hkv, page, width). A block table (B, most pages) lists the pages
 of each row; token t of row b lies in page table[b, t // page], at t % page. A contiguous cache (B, Hkv, capacity,
 D) has one page of the whole capacity for each row, and needs no table.
+
+A quantised cache holds int8 or float8_e4m3fn, and float32 scales beside them: a number that is stored, times its
+scale, is the key or value.
 """
 
 from __future__ import annotations
@@ -27,6 +30,10 @@ from fastattn.ground.checks import (
     lse_dtype,
     shape_of,
 )
+
+INT8, FP8 = torch.int8, torch.float8_e4m3fn
+# The largest number that a quantised cache stores, by dtype.
+LARGEST = {INT8: 127.0, FP8: 448.0}
 
 
 @dataclass(frozen=True)
@@ -83,15 +90,29 @@ class CacheTensors(NamedTuple):
 
 class Storage(NamedTuple):
     """A cache: keys (pages, Hkv, page, D), values (pages, Hkv, page, Dv) or None where they are columns of the
-    keys."""
+    keys. A quantised one has scales of both, fp32: (pages, Hkv, page), one for each token and head, written with
+    the tokens; or (pages, Hkv), one for each page and head, which stay as they are."""
 
     keys: Tensor
     values: Tensor | None
+    k_scale: Tensor | None = None
+    v_scale: Tensor | None = None
 
     @property
     def page(self) -> int:
         """How many tokens a page holds."""
         return self.keys.shape[2]
+
+    @property
+    def is_quantised(self) -> bool:
+        return self.k_scale is not None
+
+    def of_heads(self, heads: slice) -> Storage:
+        """Of these key heads alone."""
+        if heads.start == 0 and heads.stop >= self.keys.shape[1]:
+            return self
+        values, k_scale, v_scale = (None if t is None else t[:, heads] for t in self[1:])
+        return Storage(self.keys[:, heads], values, k_scale, v_scale)
 
 
 def capacity_of(keys: Tensor, block_table: Tensor | None) -> int:
@@ -101,14 +122,24 @@ def capacity_of(keys: Tensor, block_table: Tensor | None) -> int:
 
 def check_queries(q: Tensor, storage: Storage, value_width: int | None) -> int:
     """Check q against the caches; the width of values."""
-    keys, values = storage
+    keys, values = storage.keys, storage.values
     for name, t in (("q", q), ("k_cache", keys), *((("v_cache", values),) if values is not None else ())):
         arguments.tensor(name, t)
         if t.dim() != 4:
             what = "(batch, heads, length, width)" if name == "q" else "(batch or pages, heads, length, width)"
             raise ValueError(f"{name} must have shape {what}, got {shape_of(t)}")
-        check_floating(name, t)
-        check_same(name, t, "q", q)
+    check_floating("q", q)
+    if keys.dtype in LARGEST:
+        check_beside("k_cache", keys, q, None)
+    elif not keys.is_floating_point():
+        raise TypeError(
+            "k_cache must be float16, bfloat16, float32 or float64, or quantised: int8 or float8_e4m3fn; got "
+            f"{keys.dtype}"
+        )
+    else:
+        check_same("k_cache", keys, "q", q)
+    if values is not None:
+        check_same("v_cache", values, "k_cache", keys)
     heads, width = keys.shape[1], keys.shape[3]
     if q.shape[3] != width or width == 0:
         raise ValueError(f"q must have k_cache's head width {width}, at least 1; got {q.shape[3]}")
@@ -135,6 +166,37 @@ def _check_value_width(value_width: int | None, width: int) -> int:
     return value_width
 
 
+def check_scales(storage: Storage) -> None:
+    """Check the scales against the caches that they belong to: both are there for quantised ones, none for
+    others."""
+    for kind, cache, scale in (
+        ("k", storage.keys, storage.k_scale),
+        ("v", storage.values, storage.v_scale),
+    ):
+        name = f"{kind}_scale"
+        if cache is None or cache.dtype not in LARGEST:
+            if scale is not None:
+                where = (
+                    f"where {kind}_cache is None" if cache is None else f"beside a {kind}_cache of {cache.dtype}"
+                )
+                raise ValueError(f"{name} must be None {where}, got a tensor")
+            continue
+        if scale is None:
+            raise ValueError(f"{name} must be given for a {kind}_cache of {cache.dtype}, got None")
+        shape = shape_of(cache)
+        check_beside(name, scale, cache, (shape[:3], shape[:2]), of=f"{kind}_cache")
+        if scale.dtype != torch.float32:
+            raise TypeError(f"{name} must be float32, got {scale.dtype}")
+    if (
+        storage.k_scale is not None
+        and storage.v_scale is not None
+        and storage.k_scale.dim() != storage.v_scale.dim()
+    ):
+        raise ValueError(
+            f"v_scale must have k_scale's {storage.k_scale.dim()} dimensions, got {storage.v_scale.dim()}"
+        )
+
+
 def check_new(q: Tensor, storage: Storage, k: Tensor | None, v: Tensor | None) -> None:
     """Check the new keys and values against the cache that they go to."""
     if k is None:
@@ -154,7 +216,8 @@ def check_new(q: Tensor, storage: Storage, k: Tensor | None, v: Tensor | None) -
         if t.dim() != 4 or (t.shape[0], t.shape[1], t.shape[3]) != (q.shape[0], cache.shape[1], cache.shape[3]):
             shape = f"({q.shape[0]}, {cache.shape[1]}, new tokens, {cache.shape[3]})"
             raise ValueError(f"{name} must have shape {shape}, got {shape_of(t)}")
-        check_same(name, t, f"{name}_cache", cache)
+        # What is quantised has q's dtype before.
+        check_same(name, t, *(("q", q) if cache.dtype in LARGEST else (f"{name}_cache", cache)))
     if v is not None and v.shape[2] != k.shape[2]:
         raise ValueError(f"v must have as many new tokens as k, {k.shape[2]}; got {v.shape[2]}")
 
@@ -328,6 +391,15 @@ def check_values(keys: Tensor, tensors: CacheTensors, new: int = 0) -> None:
             f"block_table must list pages from 0 to {keys.shape[0] - 1} for all tokens of a row, "
             f"got {int(table[row, place])} at [{row}, {place}]"
         )
+
+
+def check_page_scales(storage: Storage, tensors: CacheTensors, new: int) -> None:
+    """Raise if the scale of a page that new tokens go to is not positive. Reads values."""
+    for name, scale in (("k_scale", storage.k_scale), ("v_scale", storage.v_scale)):
+        if scale is not None and scale.dim() == 2:
+            written = scale[slots_of(storage.keys, tensors, new)[0]]
+            if not bool((written > 0).all()):
+                raise ValueError(f"{name} must be positive for pages that are written, got {float(written.min())}")
 
 
 def check_slots(keys: Tensor, tensors: CacheTensors, new: int) -> None:
