@@ -98,6 +98,10 @@ def plain(dtype: torch.dtype = torch.float16, **changed) -> Call:
     return example(ROWS[0], dtype)._replace(**changed)
 
 
+def biased(*shape: int) -> Call:
+    return plain(lengths=shape[2:], given=frozenset({"bias"}), bias=(shape, torch.float16))
+
+
 ALIBI = {"given": frozenset({"alibi_slopes"}), "shared": frozenset({"alibi_slopes"})}
 
 
@@ -114,13 +118,15 @@ ALIBI = {"given": frozenset({"alibi_slopes"}), "shared": frozenset({"alibi_slope
         (plain(lengths=(0, 1024)), HOPPER, "", "nothing is to be computed"),
         (plain(spec=AttentionSpec(causal=True), lengths=(5, 9)), AMPERE, "flash", ""),
         (plain(heads=(40_000, 1, 1), given=frozenset({"key_lengths"})), HOPPER, "memory-efficient", ""),
+        (plain(heads=(70_000, 1, 1)), HOPPER, "", "more than 65535"),
+        (biased(8, 8, 2**14, 2**14), HOPPER, "", "2**31"),
+        (biased(8, 1, 2**14, 2**14), HOPPER, "memory-efficient", ""),
+        (biased(1, 1, 2**10, 2**10)._replace(wanted=Wanted(bias=True)), HOPPER, "", "made for every head"),
         (plain(**ALIBI), HOPPER, "memory-efficient", ""),
         (plain(**{**ALIBI, "shared": frozenset()}), HOPPER, "", "larger than the inputs"),
         (plain(**ALIBI, heads=(1, 8, 8)), HOPPER, "", "larger than the inputs"),
         (plain(spec=AttentionSpec(window=(9, 0)), given=frozenset({"key_lengths"}), heads=(1, 8, 8)), HOPPER,
          "memory-efficient", ""),
-        (plain(given=frozenset({"bias"}), bias=((1, 1, 1024, 1024), torch.float16), wanted=Wanted(True)), HOPPER,
-         "", "made for every head"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )  # fmt: skip

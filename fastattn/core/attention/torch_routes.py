@@ -27,6 +27,8 @@ HALVES = (torch.float16, torch.bfloat16)
 # The gradient of a bias is made for every head and batch entry first: at most so many times the bias, or the
 # inputs.
 MOST_COPIES = 4
+# Programs are numbered by batch entry, or by sequence, and by head, in 16 bits each.
+MOST_PROGRAMS = torch_varlen.MOST_SEQUENCES
 _SHARED = frozenset({"alibi_slopes", "relative_bias", "intervals"})
 
 
@@ -150,6 +152,8 @@ class Kernel:
             return f"it needs sm_{least[0]}{least[1]} for {_short(call.dtype)}"
         if any(width * call.dtype.itemsize % 16 for width in call.widths):
             return "heads whose rows are not a multiple of 16 bytes"
+        if max(call.heads) > MOST_PROGRAMS:
+            return f"more than {MOST_PROGRAMS} batch entries or heads"
         if self.widest and max(call.widths) > self.widest:
             return f"heads wider than {self.widest}"
         if not self.own_values and call.widths[0] != call.widths[1]:
@@ -212,21 +216,29 @@ def _given(name: str, field: str, *answers: Yes | No, **example: Any) -> Row:
     return _row(name, lambda call: field in call.given, *answers, given=frozenset({field}), **example)
 
 
+def _too_long(call: Call) -> str:
+    """The operator counts the elements of a batch entry in 32 bits."""
+    shape = (call.heads[1], *call.lengths) if call.wanted != Wanted() else call.added[1:]
+    return "2**31 numbers and more in a batch entry" if math.prod(shape) >= 2**31 else ""
+
+
 def _too_large(call: Call) -> str:
     given = 0 if call.bias is None else math.prod(call.bias[0])
-    return "its tensor is larger than the inputs" if math.prod(call.added) > max(call.inputs, given) else ""
+    if math.prod(call.added) > max(call.inputs, given):
+        return "its tensor is larger than the inputs"
+    return _too_long(call)
 
 
 def _gradient_too_large(call: Call) -> str:
     given = 0 if call.bias is None else math.prod(call.bias[0])
     whole = math.prod((*call.heads[:2], *call.lengths))
-    return "it is made for every head first" if whole > MOST_COPIES * max(call.inputs, given) else ""
+    return "it is made for every head first" if whole > MOST_COPIES * max(call.inputs, given) else _too_long(call)
 
 
 def _no_sequences(call: Call) -> str:
     if call.spec.right is not None or call.spec.left is not None:
         return "beside a causal mask or a window"
-    return "too many" if 2 * call.heads[0] > torch_varlen.MOST_SEQUENCES else ""
+    return "too many" if 2 * call.heads[0] > MOST_PROGRAMS else ""
 
 
 _ADDED = Yes("as a tensor that is added, if that is no larger than the inputs", _too_large)
@@ -261,7 +273,8 @@ ROWS: tuple[Row, ...] = (
     ),
     _given(
         "boolean mask, bias", "bias",
-        _NO_MASK, _NO_BIAS, _NO_BIAS, Yes("in float32 if the bias is"), bias=((1, 8, 1024, 1024), torch.bfloat16),
+        _NO_MASK, _NO_BIAS, _NO_BIAS, Yes("in float32 if the bias is", _too_long),
+        bias=((1, 8, 1024, 1024), torch.bfloat16),
     ),
     _row(
         "gradient of a bias", lambda c: c.wanted.bias or c.wanted.relative_bias,
