@@ -140,8 +140,12 @@ _CHUNKS = "more than 16 queries a row"
 _LATENT = "values that are columns of the keys (latent attention)"
 _QUANTISED = "int8 and fp8 (e4m3) caches, a scale for each token or page of a head"
 _CACHE_PROOFS = {
-    _ROWS_OF_A_CACHE: "cache", _CHUNKS: "chunk", _LATENT: "latent", _INVARIANT: "invariant", _QUANTISED: "quantised",
-}  # fmt: skip
+    _ROWS_OF_A_CACHE: "cache",
+    _CHUNKS: "chunk",
+    _LATENT: "latent",
+    _INVARIANT: "invariant",
+    _QUANTISED: "quantised",
+}
 _CACHE_FEATURES: tuple[tuple[str, Callable[[Request], bool], frozenset[str]], ...] = (
     (_ROWS_OF_A_CACHE, lambda r: True, _FORWARD_ONLY),
     (_CHUNKS, lambda r: r.tensors[_Q].shape[_LENGTH] > 16, _FORWARD_ONLY),

@@ -182,7 +182,7 @@ def test_invariant_calls_read_quantised_caches_too_but_not_in_the_kernels() -> N
     asked = cache.arguments() | {"invariant": True}
     found, (exact, _) = attention_with_cache(cache.q, *cache.caches, **asked), cache.expected(torch.float64, asked)
     torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5)
-    with pytest.raises(ValueError, match="cannot compute this call .*: no invariant, int8 and fp8 caches"):
+    with pytest.raises(ValueError, match=r"cannot compute this call .*: no invariant, int8 and fp8 caches"):
         attention_with_cache(cache.q, *cache.caches, **asked, backend="triton")
 
 
