@@ -24,7 +24,6 @@ from fastattn.core.attention.spec import ScoreTensors, Tangents
 from fastattn.core.loss.spec import LossSpec
 from fastattn.core.mlp.spec import MLPWeights
 from fastattn.core.statistics.spec import StatisticsTensors
-from fastattn.distributed import propagation
 from fastattn.dropin.takeover import _Operators
 
 B, H, N, D, CLASSES = 4, 4, 12, 8, 7
@@ -396,18 +395,6 @@ def _backward(ours: Any, **given: Any) -> tuple[Tensor, ...]:
     return ours.backward_on_gpu(*tensors, None, None, 0, 0, 0.0, given["is_causal"], seed, None)
 
 
-def every_operator_has_a_rule(mesh: DeviceMesh) -> None:
-    """Also one that will be added."""
-    names = {
-        name for schema in torch._C._jit_get_all_schemas() if (name := schema.name.removeprefix("fastattn::"))
-        != schema.name
-    }  # fmt: skip
-    assert names == set(propagation.RULES)
-    for name, rule in propagation.RULES.items():
-        arguments = getattr(operators, name).default._schema.arguments
-        assert {a.name for a in arguments if "Tensor" in str(a.type)} <= set(rule.inputs), name
-
-
 CASES: dict[groups.Group, dict[str, groups.Case]] = {
     2: {
         **{f"operator on DTensors: {name}": run for name, run in COMPUTED.items()},
@@ -417,7 +404,6 @@ CASES: dict[groups.Group, dict[str, groups.Case]] = {
         },
         "operators on DTensors within torch.func": in_a_transform,
         "operators on DTensors, traced and compiled": traced,
-        "every operator has a rule": every_operator_has_a_rule,
         "torch's context_parallel on a CPU": torchs_context_parallel_on_a_cpu,
         "torch's ring over our operators": torchs_ring_over_our_operators,
     },
