@@ -6,6 +6,7 @@ Functions that know what to do then ask `current`. Those that would take a part 
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
@@ -58,6 +59,14 @@ def refuse(what: str) -> None:
     """Raise ValueError if the sequence is spread over ranks: `what` would take a part for the whole."""
     if current is not None:
         raise ValueError(f"{what} is not computed under fastattn.distributed.context_parallel")
+
+
+def is_dtensor(t: Any) -> bool:
+    """Whether this is a DTensor. The first one imports what computes them, since a program may import fastattn
+    before it imports torch.distributed.tensor."""
+    if DTENSORS:
+        return isinstance(t, DTENSORS)
+    return type(t).__name__ == "DTensor" and bool(importlib.import_module("fastattn.distributed"))
 
 
 def refuse_dtensors(tensors: Iterable[Any]) -> None:

@@ -238,7 +238,7 @@ def _mask_of(
 
 def _is_one_query(query: Tensor, key: Tensor, mask: Mask | Tensor) -> bool:
     """Whether each row has one query, and a mask that says which keys it sees."""
-    if spread.current is not None or isinstance(query, spread.DTENSORS):
+    if spread.current is not None or spread.is_dtensor(query):
         return False  # The row has other queries, on other ranks.
     if query.shape[2] != 1 or not query.shape[0] or query.shape[1] % key.shape[1]:
         return False

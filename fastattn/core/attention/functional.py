@@ -187,7 +187,7 @@ def attention(
     """
     if unknown:
         refuse_keywords("attention", unknown)
-    if spread.current is not None and not isinstance(q, spread.DTENSORS):
+    if spread.current is not None and not spread.is_dtensor(q):
         return spread.current.attention(q, k, v, {
             "causal": causal, "scale": scale, "window": window, "key_lengths": key_lengths, "mask": mask,
             "bias": bias, "alibi_slopes": alibi_slopes, "relative_bias": relative_bias, "softcap": softcap,
@@ -204,7 +204,7 @@ def attention(
     plan = PLANS.find(key)
     if plan is not None:
         return plan(q, k, v, beside)
-    if isinstance(q, spread.DTENSORS):
+    if spread.is_dtensor(q):
         return spread.of_dtensors["attention"](q, k, v, {
             "causal": causal, "scale": scale, "window": window, "key_lengths": key_lengths, "mask": mask,
             "bias": bias, "alibi_slopes": alibi_slopes, "relative_bias": relative_bias, "softcap": softcap,

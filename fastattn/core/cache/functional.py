@@ -208,7 +208,7 @@ def attention_with_cache(
         cos,
         sin,
     )
-    if isinstance(q, spread.DTENSORS):
+    if spread.is_dtensor(q):
         return spread.of_dtensors["attention_with_cache"](tensors, {
             "interleaved": interleaved, "causal": causal, "scale": scale, "window": window, "softcap": softcap,
             "value_width": value_width, "precision": precision, "return_lse": return_lse, "check": check,
@@ -421,7 +421,7 @@ def attention_with_shared_prefix(
     Source: Juravsky et al., Hydragen (2024), section 3.1; merging: Milakov and Gimelshein (2018), section 3.1.
     """
     return_lse = flag("return_lse", return_lse)
-    if isinstance(q, spread.DTENSORS):
+    if spread.is_dtensor(q):
         raise TypeError(
             "attention_with_shared_prefix does not take DTensors; give it what each rank has, .to_local()"
         )

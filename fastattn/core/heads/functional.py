@@ -68,7 +68,7 @@ def prepare_heads(
     plan = PLANS.find(key)
     if plan is not None:
         return plans.run(plan, x, *head_tensors(x, norm_weight, cos, sin, offsets, head_scale))[0]
-    if isinstance(x, spread.DTENSORS):
+    if spread.is_dtensor(x):
         return spread.of_dtensors["prepare_heads"](x, {
             "norm_weight": norm_weight, "norm": norm, "eps": eps, "cos": cos, "sin": sin,
             "interleaved": interleaved, "offsets": offsets, "head_scale": head_scale, "backend": backend,

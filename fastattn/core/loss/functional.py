@@ -101,7 +101,7 @@ def linear_cross_entropy(
         shift, backend,
     )  # fmt: skip
     tensors = LossTensors(input, linear_weight, linear_bias, target, weight)
-    if isinstance(input, spread.DTENSORS):
+    if spread.is_dtensor(input):
         return spread.of_dtensors["linear_cross_entropy"](tensors, asked)
     return computed(tensors, asked, Alone())
 

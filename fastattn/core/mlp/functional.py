@@ -102,7 +102,7 @@ def mlp(
     plan = MLP_PLANS.find(key)
     if plan is not None:
         return _planned(plan, x, weights)
-    if isinstance(x, spread.DTENSORS):
+    if spread.is_dtensor(x):
         _refuse_spread_branch(norm, dropout_p, adds)
         return spread.of_dtensors["mlp"](x, w1, b1, w2, b2, {
             "activation": activation, "save": save, "chunk": chunk, "match_eager": match_eager, "backend": backend,
@@ -168,7 +168,7 @@ def gated_mlp(
     plan = GATED_PLANS.find(key)
     if plan is not None:
         return _planned(plan, x, weights)
-    if isinstance(x, spread.DTENSORS):
+    if spread.is_dtensor(x):
         _refuse_spread_branch(norm, dropout_p, adds)
         return spread.of_dtensors["gated_mlp"](x, w_gate, w_up, w_down, {
             "b_gate": b_gate, "b_up": b_up, "b_down": b_down, "activation": activation, "packed": packed,

@@ -79,7 +79,7 @@ def rms_norm(
     call = RMS_PLANS.find(key)
     if call is not None:
         return call(x, weight, None, residual)
-    if isinstance(x, spread.DTENSORS):
+    if spread.is_dtensor(x):
         options: dict[str, Any] = {"eps": eps, "weight_offset": weight_offset, "backend": backend}
         return spread.of_dtensors["norm"]("rms_norm", x, {"weight": weight}, residual, options)
     backend = capabilities.check_backend(backend)
@@ -131,7 +131,7 @@ def layer_norm(
     call = LAYER_PLANS.find(key)
     if call is not None:
         return call(x, weight, bias, residual)
-    if isinstance(x, spread.DTENSORS):
+    if spread.is_dtensor(x):
         options: dict[str, Any] = {"eps": eps, "backend": backend}
         return spread.of_dtensors["norm"]("layer_norm", x, {"weight": weight, "bias": bias}, residual, options)
     backend = capabilities.check_backend(backend)

@@ -129,7 +129,7 @@ def attention_statistics(
     received: Zhang et al., H2O (2023), over the last queries: Li et al., SnapKV (2024); value norms: Kobayashi et
     al., Attention is Not Only a Weight (2020).
     """
-    if isinstance(q, spread.DTENSORS):
+    if spread.is_dtensor(q):
         asked_for = {
             "v": v, "want": want, "queries": queries, "top": top, "within": within, "labels": labels,
             "match": match, "query_weights": query_weights, "output": output, "thumbnail": thumbnail,
@@ -205,7 +205,7 @@ def match_mass(
     Source: Olsson et al., In-context Learning and Induction Heads (2022), for induction and previous; Wang et al.,
     Interpretability in the Wild (2022), for duplicate.
     """
-    if isinstance(q, spread.DTENSORS):
+    if spread.is_dtensor(q):
         asked_for = {"labels": labels, "kind": kind, "queries": queries, "backend": backend}
         return spread.of_dtensors["statistics"](match_mass, {"q": q, "k": k, "lse": lse}, asked_for, given)
     check_kind("kind", kind)
@@ -254,7 +254,7 @@ def gather_weights(
         >>> gather_weights(q, k, lse, torch.arange(1, 128), torch.arange(127), causal=True).shape  # previous token
         torch.Size([1, 4, 127])
     """
-    if isinstance(q, spread.DTENSORS):
+    if spread.is_dtensor(q):
         asked_for = {"rows": rows, "columns": columns, "backend": backend}
         return spread.of_dtensors["statistics"](gather_weights, {"q": q, "k": k, "lse": lse}, asked_for, given)
     call = _call("gather_weights", q, k, lse, backend, given)
