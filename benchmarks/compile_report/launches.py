@@ -17,6 +17,7 @@ from fastattn.kernels.attention.tangent import attention_tangent
 from fastattn.kernels.cache import cache_append, cache_attention
 from fastattn.kernels.heads import prepare_heads, prepare_heads_backward
 from fastattn.kernels.invariant import invariant_attention, invariant_cache_attention
+from fastattn.kernels.launch.whole_mlp import GATED_AT_ONCE
 from fastattn.kernels.loss import Loss, loss_gradients, loss_rows
 from fastattn.kernels.mlp import (
     After,
@@ -30,6 +31,7 @@ from fastattn.kernels.mlp import (
     output_pass,
 )
 from fastattn.kernels.norm import norm_backward, norm_forward
+from fastattn.kernels.whole_mlp import whole_forward, whole_input_gradient, whole_weight_gradients
 from fastattn.masks import BlockLists
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -219,6 +221,31 @@ class BranchCall(MLPCall):
             output_forward(self.matrix(self.tokens, hidden), weight, of_norm, after, fused=self.fused)
             if not self.fused and after.dropout:
                 output_pass(x, After(dropout=dropout))
+
+
+@dataclass(frozen=True)
+class WholeMLPCall(MLPCall):
+    """The same in one kernel, which keeps nothing of the hidden layer. The weights of a wide gated layer take two
+    launches, the first layers' here and the last one's with `last`."""
+
+    last: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"whole {super().name}{' last weight' if self.last else ''}"
+
+    def run(self) -> None:
+        hidden = 4 * self.width
+        x, weight = self.matrix(self.tokens, self.width), self.matrix(self.width, hidden)
+        linear = self.matrix(hidden, self.width), self.matrix(hidden)
+        layer = Layer([linear] * (2 if self.gated else 1), "", self.activation, hidden)
+        if self.last:
+            whole_weight_gradients(x, x, layer, weight, (False, False, True))
+            return
+        whole_forward(x, layer, weight, self.matrix(self.width))
+        whole_input_gradient(x, x, layer, weight)
+        at_once = not self.gated or self.width <= GATED_AT_ONCE
+        whole_weight_gradients(x, x, layer, weight, (True, True, at_once))
 
 
 @dataclass(frozen=True)
@@ -466,6 +493,13 @@ CALLS: tuple[Call, ...] = (
     ),
     BranchCall("bf16", 1024, "gelu", fused=True, after="residual"),
     *(BranchCall(dtype, 1024, "gelu", fused=False, after="dropout residual") for dtype in ("bf16", "fp32")),
+    *(
+        WholeMLPCall(dtype, width, activation, gated)
+        for dtype, width in (("bf16", 64), ("bf16", 128), ("bf16", 80), ("fp32", 64))
+        for activation, gated in (("gelu", False), ("gelu", True))
+    ),
+    *(WholeMLPCall("bf16", width, "silu", gated=True) for width in (64, 128)),
+    WholeMLPCall("bf16", 128, "gelu", gated=True, last=True),
     *(HeadsCall("bf16", width, width) for width in (64, 128, 256)),
     HeadsCall("bf16", 128, 128, everything=False),
     HeadsCall("bf16", 128, 128, "interleaved"),
