@@ -35,6 +35,7 @@ FLOORS = (
     ("core.*.head_scales", "core.attention.invariant"),
     ("core.*.portable", "core.*.triton", "core.attention.derivatives"),
     ("core.capabilities",),
+    ("core.mlp.whole",),
     ("core.*.operators",),
     ("core.*.functional", "core.attention.varlen", "core.attention.sdpa", "flops"),
     ("flash_attn", "kv_cache", "integrations", "integrations.*"),

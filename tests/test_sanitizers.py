@@ -29,8 +29,9 @@ import fastattn
 from fastattn import kernels, lens, masks
 from fastattn.kernels import cache as cache_kernels
 from fastattn.kernels import invariant as invariant_kernels
-from fastattn.kernels import launch
+from fastattn.kernels import launch, whole_mlp
 from fastattn.kernels import mlp as mlp_kernels
+from fastattn.kernels.launch.whole_mlp import WHOLE_MLP_UP_TO
 
 pytestmark = pytest.mark.skipif(
     ON_GPU, reason="checks kernels in Triton's interpreter; on a GPU: compute-sanitizer"
@@ -305,6 +306,13 @@ def by_library(call: Callable[[], list[Tensor]]) -> list[Tensor]:
         return call()
 
 
+def as_a_whole(call: Callable[[], list[Tensor]]) -> list[Tensor]:
+    """With the kernels that compute an MLP as a whole, in segments of one step."""
+    limits = mock.patch.dict(WHOLE_MLP_UP_TO, {launch.INTERPRETER: {4: 128}})
+    with limits, mock.patch.object(whole_mlp, "LEAST_STEPS", 1):
+        return call()
+
+
 def check(call: Callable[[], list[Tensor]], *orders: str) -> set[str]:
     """Sound, no NaN out of unwritten memory, and the same bits in every order; the kernels that ran."""
     expected = call()
@@ -364,6 +372,14 @@ CALLS = {
     "gated mlp that keeps nothing": (
         partial(mlp, 33, 21, 45, gated=True, strided=False, save="nothing", chunk=20),
         {"hidden_kernel", "hidden_gradient_kernel"},
+    ),
+    "whole mlp": (
+        partial(as_a_whole, partial(mlp, 70, 21, 45, gated=False, strided=True)),
+        {"whole_mlp_kernel", "whole_mlp_input_kernel", "whole_mlp_weights_kernel"},
+    ),
+    "whole gated mlp": (
+        partial(as_a_whole, partial(mlp, 70, 21, 45, gated=True, strided=False)),
+        {"whole_mlp_kernel", "whole_mlp_input_kernel", "whole_mlp_weights_kernel"},
     ),
     "branch of an mlp": (
         partial(mlp, 20, 21, 24, gated=False, strided=True, norm="layer", dropout_p=0.2),

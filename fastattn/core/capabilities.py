@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn.core import backends
+from fastattn.core import backends, proofs
 from fastattn.core.attention import torch_routes
 from fastattn.core.attention.spec import NO_TENSORS, ScoreTensors
+from fastattn.core.mlp.spec import ALWAYS
 from fastattn.core.plans import Plan, backend_asked
 from fastattn.core.proofs import Question, architecture, interpreting
 from fastattn.ground import arguments
@@ -170,6 +171,8 @@ _CACHE_FEATURES: tuple[tuple[str, Callable[[Request], bool], frozenset[str]], ..
     ("float64", _is(torch.float64), frozenset()),
 )
 
+WHOLE_LAYER = "whole layers up to 128 wide: one kernel (portable: chunks of tokens)"
+
 FEATURES: tuple[Feature, ...] = (
     Feature("attention", "full (bidirectional)", lambda r: not r.spec.causal, proof="full"),
     Feature("attention", "causal, aligned bottom-right", lambda r: r.spec.causal, proof="causal"),
@@ -254,6 +257,10 @@ FEATURES: tuple[Feature, ...] = (
     Feature("mlp", "dropout of its output", lambda r: r.spec.dropout > 0, proof="dropout"),
     Feature(
         "mlp", "residual added in the same pass, with gradient", lambda r: bool(r.spec.residual), proof="residual"
+    ),
+    Feature("mlp", WHOLE_LAYER, lambda r: r.spec.whole == ALWAYS and not r.spec.gated, proof="whole"),
+    Feature(
+        "mlp", f"{WHOLE_LAYER}, gated", lambda r: r.spec.whole == ALWAYS and r.spec.gated, proof="whole gated"
     ),
     Feature("mlp", "biases, or none", lambda r: True),
     Feature("mlp", "any widths", lambda r: True),
@@ -455,6 +462,8 @@ def _triton_installed() -> bool:
 
 # Kinds that decide only where a call is of no other kind.
 BASES = frozenset({"full", "causal", "rms", "layer", "classes", "probabilities", "cache", *ACTIVATIONS})
+# Kinds that are proven for all the others together: an MLP's whole layer.
+ALONE = frozenset({"whole", "whole gated"})
 # The kind of calls of several kinds beside a base.
 TOGETHER = "together"
 # Classes of widths, named by the largest; wider ones belong to the last. Attention, heads: as the launch tables.
@@ -468,6 +477,7 @@ WIDTHS = {
     "mlp": (1024, 2048, 4096, 8192),
     "norm": (1024, 4096, 16384, 32768),
 }
+WHOLE_WIDTHS = (64, 128)  # of whole layers
 # Classes of sizes, by what is below each: scores of attention, of a cache those with all that it has room for;
 # rows of an MLP; logits of a loss; elements of the others.
 SIZES = {
@@ -486,11 +496,13 @@ CLASSES = ("small", "medium", LARGE)
 def question(request: Request, direction: str) -> Question:
     """What must be proven before the Triton kernels serve this call by default."""
     kinds = [f.proof for f in FEATURES if f.family == request.family and f.proof and f.needed(request)]
+    whole = not ALONE.isdisjoint(kinds)
+    kinds = [kind for kind in kinds if kind in ALONE] if whole else kinds
     deciding = tuple(kind for kind in kinds if kind not in BASES) or tuple(kinds)
     if request.family == "attention" and len(set(kinds) - BASES) > 1:
         kinds.append(TOGETHER)
     width, size = _width_and_size(request)
-    widths, sizes = WIDTHS[request.family], SIZES[request.family]
+    widths, sizes = WHOLE_WIDTHS if whole else WIDTHS[request.family], SIZES[request.family]
     return Question(
         request.family,
         direction,
@@ -500,6 +512,15 @@ def question(request: Request, direction: str) -> Question:
         next((bound for bound in widths if width <= bound), widths[-1]),
         next((name for name, bound in sizes.items() if size < bound), LARGE),
     )
+
+
+def proven_at_every_size(request: Request) -> bool:
+    """Whether the record lets the Triton kernels serve such calls of every size, forward and backward."""
+    record = proofs.record_of(request.device)
+    if record is None:
+        return False
+    asked = (question(request, direction) for direction in (FORWARD, BACKWARD))
+    return not any(record.obstacle(one._replace(size=size)) for one in asked for size in CLASSES)
 
 
 def _width_and_size(request: Request) -> tuple[int, int]:

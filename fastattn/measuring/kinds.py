@@ -7,6 +7,7 @@ A `Sizes` names a call. `build` makes its tensors and a function `call(backend, 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,8 @@ from torch.autograd import forward_ad
 
 import fastattn
 from fastattn import lens, masks
+from fastattn.core.mlp import operators
+from fastattn.core.mlp.spec import ALWAYS, NEVER, MLPWeights, Options, gated_mlp_spec, mlp_spec
 from fastattn.core.statistics.spec import NAMES
 
 MASK_KINDS = ("window", "documents", "bigbird", "prefix", "random lists", "key lengths", "boolean mask")
@@ -25,6 +28,7 @@ SCORE_KINDS = (
 )  # fmt: skip
 LSE = " lse gradient"  # behind a kind of attention: the log-sum-exp is added to out, and so has a gradient
 WITHOUT_GRADIENT = ("tangent", "statistics", "cache")
+HIDDEN_STORED = "hidden layer stored"  # in place of a backend: the Triton kernels of other MLPs
 CACHE_KINDS = ("contiguous", "pages", "shaped pages")
 LATENT_KINDS = ("latent pages", "latent contiguous", "latent shaped pages")
 QUANTISED_KINDS = ("int8 pages", "fp8 pages", "fp8 contiguous by-page", "int8 shaped pages by-page")
@@ -68,11 +72,13 @@ class Sizes:
 @dataclass(frozen=True)
 class Call:
     """`function(backend, *tensors)` returns one tensor or several; each of `tensors` has a gradient, but for the
-    families WITHOUT_GRADIENT."""
+    families WITHOUT_GRADIENT. otherwise: what would serve without the kernel, beside the portable backend, by
+    names that the function takes like a backend's."""
 
     function: Callable[..., Tensor | tuple[Tensor, ...]]
     tensors: tuple[Tensor, ...]
     names: tuple[str, ...]
+    otherwise: tuple[str, ...] = ()
 
 
 def build(sizes: Sizes, device: torch.device) -> Call:
@@ -292,7 +298,8 @@ def _quantised_cache_call(
 
 def mlp_call(sizes: Sizes, device: torch.device) -> Call:
     """`kind` is an activation, then where they are "gated", "biases", "int8" or "nothing" (what is saved), "eager"
-    (`match_eager`), and of a residual branch "rms" or "layer" (its norm), "residual" (x itself) and "dropout"."""
+    (`match_eager`), and of a residual branch "rms" or "layer" (its norm), "residual" (x itself) and "dropout";
+    "whole": the Triton backend computes it in one kernel."""
     activation, *more = sizes.kind.split()
     gated, biases = "gated" in more, "biases" in more
     into, out = (sizes.hidden, sizes.width), (sizes.width, sizes.hidden)
@@ -333,7 +340,24 @@ def mlp_call(sizes: Sizes, device: torch.device) -> Call:
             x, *rest = values
             return function(backend, x if x.requires_grad else x.detach().requires_grad_(), *rest)
 
+    if "whole" in more:
+        whole = functools.partial(_whole_mlp, names, activation, gated)
+        return Call(whole, tuple(tensors.values()), names, (HIDDEN_STORED,))
     return Call(keeping if save != "auto" else function, tuple(tensors.values()), names)
+
+
+def _whole_mlp(names: tuple[str, ...], activation: str, gated: bool, backend: str, *values: Tensor) -> Tensor:
+    """An MLP that the Triton backend computes in one kernel; as HIDDEN_STORED, it stores the hidden layer."""
+    t = dict(zip(names, values, strict=True))
+    first = "gate" if gated else "1"
+    weights = MLPWeights(
+        t[f"w_{first}"], t.get(f"b_{first}"), t.get("w_up"), t.get("b_up"), t["w_down"], t.get("b_down")
+    )
+    options = Options(activation, "auto" if backend == HIDDEN_STORED else "nothing")
+    spec = (gated_mlp_spec if gated else mlp_spec)(t["x"], weights, options)
+    spec = dataclasses.replace(spec, whole=ALWAYS if backend == "triton" else NEVER)
+    asked = "triton" if backend == HIDDEN_STORED else backend
+    return operators.mlp(t["x"], *weights, *operators.options_of(spec), asked)[0]
 
 
 def norm_call(sizes: Sizes, device: torch.device) -> Call:

@@ -10,7 +10,16 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from fastattn.core.capabilities import BACKWARD, CLASSES, FORWARD, TANGENT, TOGETHER, WIDTHS
+from fastattn.core.capabilities import (
+    ALONE,
+    BACKWARD,
+    CLASSES,
+    FORWARD,
+    TANGENT,
+    TOGETHER,
+    WHOLE_WIDTHS,
+    WIDTHS,
+)
 from fastattn.core.proofs import Key
 from fastattn.ground.checks import ACTIVATIONS
 from fastattn.measuring.kinds import CACHE_KINDS, LATENT_KINDS, QUANTISED_KINDS, Sizes
@@ -110,7 +119,7 @@ def _shrunk(one: Case) -> Case:
     timed = {CLASSES[0]: small(one["timed"][CLASSES[0]])}
     first, *others = one["checks"]
     checks = [small(first), *(small(s) for s in others if s["kind"] != one["proves"])][:FEW]
-    width = WIDTHS[one["record"]][0]
+    width = WHOLE_WIDTHS[0] if one["proves"] in ALONE else WIDTHS[one["record"]][0]
     return case(one["family"], one["proves"], checks, timed, tuple(one["directions"]), width)
 
 
@@ -244,14 +253,33 @@ def mlps() -> list[Case]:
                 checks = [Sizes(**about, length=rows, width=width, hidden=hidden) for rows, hidden in tiles]
                 checks.append(Sizes(**about, length=77, width=width - 9, hidden=250))
                 if proves == "norm":  # also in the first product, where there are more tokens than weights repay
-                    both = ((sizes, dataclasses.replace(sizes, kind="silu gated rms")) for sizes in checks)
-                    checks = [sizes for pair in both for sizes in pair]
+                    checks += [dataclasses.replace(sizes, kind="silu gated rms") for sizes in checks]
                     folded: dict[str, Any] = {"length": 8192, "hidden": 512}
-                    checks += [dataclasses.replace(sizes, **folded) for sizes in checks[:2]]
+                    checks += [dataclasses.replace(sizes, **folded) for sizes in (checks[0], checks[-1])]
                 hidden = 8 * width // 3 // 128 * 128 if proves == "gated" else 4 * width
                 timed = {
                     size: Sizes(**about, length=rows, width=width, hidden=hidden)
                     for size, rows in zip(CLASSES, (128, 2048, 16384), strict=True)
+                }
+                found.append(case("mlp", proves, checks, timed, BOTH, width))
+    return found + whole_layers()
+
+
+def whole_layers() -> list[Case]:
+    """MLPs that one kernel computes, with every activation. In float32 they take longer by counting."""
+    found = []
+    for dtype in DTYPES[:2]:
+        for width in WHOLE_WIDTHS:
+            for proves, form in (("whole", "whole"), ("whole gated", "gated whole")):
+                about: dict[str, Any] = {"family": "mlp", "dtype": dtype, "batch": 1}
+                kinds = [f"{activation} {form}" for activation in ACTIVATIONS]
+                checks = [Sizes(kind=kind, **about, length=5000, width=width, hidden=4 * width) for kind in kinds]
+                odd: dict[str, Any] = {"length": 77, "width": width - 16, "hidden": 208}
+                checks.append(Sizes(kind=f"gelu {form} biases", **about, **odd))
+                hidden = 8 * width // 3 // 16 * 16 if proves == "whole gated" else 4 * width
+                timed = {
+                    size: Sizes(kind=kinds[0], **about, length=rows, width=width, hidden=hidden)
+                    for size, rows in zip(CLASSES, (128, 4096, 65536), strict=True)
                 }
                 found.append(case("mlp", proves, checks, timed, BOTH, width))
     return found

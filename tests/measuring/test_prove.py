@@ -28,7 +28,7 @@ from fastattn.core.cache.spec import CacheSpec
 from fastattn.core.capabilities import BACKWARD, CLASSES, FORWARD, TANGENT, Request
 from fastattn.core.heads.spec import HeadsSpec
 from fastattn.core.loss.spec import LossSpec
-from fastattn.core.mlp.spec import MLPSpec
+from fastattn.core.mlp.spec import ALWAYS, NEVER, MLPSpec
 from fastattn.core.norm import triton as norm_kernels
 from fastattn.core.norm.spec import NormSpec
 from fastattn.core.proofs import Key, Question, Record, Row
@@ -264,8 +264,10 @@ def test_every_case_is_about_the_calls_that_its_row_names():
     for one in prove_cases.small_cases():
         sizes = Sizes(**one["timed"][CLASSES[0]])
         call = kinds.build(sizes, CPU)
+        # Only the Triton backend computes a layer as a whole.
+        backend = "triton" if one["proves"] in capabilities.ALONE else "portable"
         with prove_worker.asked() as questions:
-            prove_worker.thunk(call, "portable", one["directions"][0])()
+            prove_worker.thunk(call, backend, one["directions"][0])()
         wanted = next(k for k in prove_cases.keys(one))
         (question,) = {q for q in questions if q.direction == wanted.direction and q.family == wanted.family}
         assert question.key(one["proves"]) == wanted and one["proves"] in question.kinds
@@ -286,7 +288,8 @@ def request_of(sizes: Sizes, record: str) -> Request:
         "statistics": (StatisticsSpec(AttentionSpec(), (), (0, 0)), (q, k, k)),
         "cache": (CacheSpec(AttentionSpec(), sizes.width), (q, k, k)),
         "loss": (LossSpec(), (rows, torch.empty(sizes.hidden, sizes.width, device="meta"), rows)),
-        "mlp": (MLPSpec(), (rows,)), "norm": (NormSpec(), (rows,)), "heads": (HeadsSpec(), (q,)),
+        "mlp": (MLPSpec(whole=ALWAYS if "whole" in sizes.kind else NEVER), (rows,)),
+        "norm": (NormSpec(), (rows,)), "heads": (HeadsSpec(), (q,)),
     }  # fmt: skip
     return Request(record, *of[record])
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -19,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fastattn
 import fastattn.flops
+from fastattn.core import plans
 from fastattn.core.mlp import chunks
 from fastattn.core.mlp import definition as mlp_definition
 from fastattn.core.mlp import portable as mlp_portable
@@ -27,6 +30,7 @@ from fastattn.core.mlp.spec import PACKED, SAVES, MLPSpec, MLPWeights
 from fastattn.ground.checks import ACTIVATIONS
 from fastattn.kernels import launch
 from fastattn.kernels import mlp as kernels
+from fastattn.kernels.launch import whole_mlp as launch_whole
 
 # "library" is the Triton backend with the library's products and an elementwise kernel after them.
 IMPLEMENTATIONS = ("triton", "library", "portable", "reference")
@@ -98,10 +102,33 @@ class Problem:
 
 
 @contextlib.contextmanager
+def whole_layers() -> Iterator[set[str]]:
+    """Calls of the Triton backend are computed whole at every width that has rows; the names of their kernels."""
+    limits = {family: {2: 128, 4: 128} for family in (launch.INTERPRETER, "sm_80", "sm_90")}
+    kernels: set[str] = set()
+    start = launch.start
+
+    def noting(kernel: Any, *arguments: Any, **keywords: Any) -> None:
+        kernels.add(kernel.fn.__name__ if hasattr(kernel, "fn") else kernel.__name__)
+        start(kernel, *arguments, **keywords)
+
+    plans.forget()
+    with (
+        mock.patch.dict(launch_whole.WHOLE_MLP_UP_TO, limits),
+        mock.patch.object(launch, "start", noting),
+    ):
+        yield kernels
+    plans.forget()
+
+
+@contextlib.contextmanager
 def implementation(name: str):
     """The `backend` argument of an implementation; inside the block that implementation is the one that runs."""
     if name == "library":
         with mock.patch.dict(launch.MLP_FUSED_UP_TO, {family: {} for family in launch.MLP_FUSED_UP_TO}):
+            yield "triton"
+    elif name == "whole":
+        with whole_layers():
             yield "triton"
     else:
         yield name

@@ -62,6 +62,8 @@ SAMPLES = {
     "RMS norm or layer norm of its input, with gradient": Branch(norm="layer", tokens=9),
     "dropout of its output": Branch(dropout=0.1, tokens=9),
     "residual added in the same pass, with gradient": Branch(residual="x", tokens=9),
+    capabilities.WHOLE_LAYER: Problem(save="nothing"),
+    f"{capabilities.WHOLE_LAYER}, gated": Problem(save="nothing", gated=True),
     "biases, or none": Problem(biases=False),
     "any widths": Problem(width=1, hidden=131, out=7),
     "float16": Problem(dtype=torch.float16),
@@ -77,6 +79,8 @@ ROWS = [f.name for f in capabilities.FEATURES if f.family == "mlp"]
 def test_every_feature_of_the_table_is_exact(feature: str, backend: str) -> None:
     problem = SAMPLES[feature]
     checking = check_int8 if problem.save == "int8" else check
+    if backend == "triton" and feature.startswith(capabilities.WHOLE_LAYER):
+        checking = lambda problem, _: check(problem, "whole")  # noqa: E731
     check_or_refusal(checking, problem, backend, "float64" if problem.dtype == torch.float64 else None)
 
 

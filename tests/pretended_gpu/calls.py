@@ -343,7 +343,7 @@ def mlp(
     gated: bool,
     dtype: str,
     tokens: int = 77,
-    d: int = 128,
+    d: int = 192,
     h: int = 256,
     **asked: Any,
 ):
@@ -398,10 +398,14 @@ def mlp_calls() -> Iterator[Call]:
         for save in ("preactivation", "int8", "nothing"):
             yield of(save, "silu", " ".join(names), gated=gated, dtype="bf16", save=save, chunk=40)
         yield of("rounding as eager", "silu", " ".join(names), gated=gated, dtype="bf16", match_eager=True)
+        for d in (64, 128):
+            yield of(f"whole, {d} wide", "gelu", " ".join(names), gated=gated, dtype="bf16", d=d)
+        yield of("whole, many tokens", "silu", "", gated=gated, dtype="fp16", d=80, h=208, tokens=40000)
         for title, branch in BRANCHES.items():
             yield of(f"branch: {title}", "silu", " ".join(names), gated=gated, dtype="bf16", **branch)
     for order in ("gate_up", "up_gate"):
         yield of(f"packed {order}", "silu", "b_gate b_down", gated=True, dtype="bf16", packed=order)
+        yield of(f"whole, packed {order}", "silu", "b_gate", gated=True, dtype="bf16", d=64, packed=order)
         yield of("wide", "gelu", "", gated=gated, dtype="bf16", d=8192, h=256)
         yield of("many tokens", "gelu", "", gated=gated, dtype="bf16", tokens=40000)
         yield of("no tokens", "gelu", "", gated=gated, dtype="bf16", tokens=0)

@@ -19,12 +19,13 @@ from fastattn.core.function import Function, register_autograd
 from fastattn.core.mapped import one_by_one, unfold
 from fastattn.core.mlp import definition
 from fastattn.core.mlp.spec import MLPSpec, MLPWeights
+from fastattn.core.mlp.whole import resolved
 from fastattn.core.plans import Plan, needs_gradient
 
 # The options of a spec, as arguments of an operator, in this order.
 _OPTIONS = (
     "str activation, str packed, str save, int chunk, bool match_eager, str norm, float norm_eps, float dropout, "
-    "str residual_kind"
+    "str residual_kind, str whole"
 )
 # What a backend keeps of the hidden layer is up to four tensors; in the operators' results, the others are empty.
 _SLOTS = 4
@@ -49,7 +50,7 @@ def options_of(spec: MLPSpec) -> tuple:
     """The spec's options as arguments of the operators."""
     return (
         spec.activation, spec.packed, spec.save, spec.chunk, spec.match_eager, spec.norm, spec.norm_eps,
-        spec.dropout, spec.residual,
+        spec.dropout, spec.residual, spec.whole,
     )  # fmt: skip
 
 
@@ -78,7 +79,7 @@ def _filled(kept: Sequence[Tensor], x: Tensor) -> tuple[Tensor, ...]:
 
 def _forward(x, *arguments) -> tuple[Tensor, ...]:
     weights, (*options, backend) = MLPWeights(*arguments[:_WEIGHTS]), arguments[_WEIGHTS:]
-    spec = _spec(weights.w_up, options)
+    spec = resolved(x, weights, _spec(weights.w_up, options), backend)
     chosen = capabilities.module(Request("mlp", spec, (x,)), FORWARD, backend)
     y, kept = chosen.forward(x, weights, spec)
     return y, *_filled(kept, x)
@@ -87,7 +88,7 @@ def _forward(x, *arguments) -> tuple[Tensor, ...]:
 def _backward(dy, x, *arguments) -> tuple[Tensor, ...]:
     weights, rest = _weights(arguments), arguments[_SAVED - 1 :]
     kept, (wanted, *options, backend) = rest[:_SLOTS], rest[_SLOTS:]
-    spec = _spec(weights.w_up, options)
+    spec = resolved(x, weights, _spec(weights.w_up, options), backend)
     chosen = capabilities.module(Request("mlp", spec, (x,)), BACKWARD, backend)
     gradients = chosen.backward(dy, x, weights, tuple(t for t in kept if t is not None), wanted, spec)
     return tuple(x.new_empty(0) if g is None else g for g in gradients)
@@ -100,7 +101,7 @@ _operators.impl("mlp_backward", _backward, "CompositeExplicitAutograd")
 @library.register_fake(_FORWARD, lib=_operators)
 def _forward_fake(x, *arguments):
     weights, (*options, backend) = MLPWeights(*arguments[:_WEIGHTS]), arguments[_WEIGHTS:]
-    spec = _spec(weights.w_up, options)
+    spec = resolved(x, weights, _spec(weights.w_up, options), backend)
     chosen = capabilities.module(Request("mlp", spec, (x,)), FORWARD, backend)
     kept = chosen.kept_empty(x, weights, spec)
     return x.new_empty((x.shape[0], weights.w_out.shape[0])), *_filled(kept, x)
@@ -128,11 +129,13 @@ class MLP(Function):
     @staticmethod
     def forward(
         x, w_in, b_in, w_up, b_up, w_out, b_out, norm_weight, norm_bias, residual, dropout_state,
-        activation, packed, save, chunk, match_eager, norm, norm_eps, dropout, residual_kind, backend,
+        activation, packed, save, chunk, match_eager, norm, norm_eps, dropout, residual_kind, whole,
+        backend,
     ):  # fmt: skip
         return torch.ops.fastattn.mlp_forward(
             x, w_in, b_in, w_up, b_up, w_out, b_out, norm_weight, norm_bias, residual, dropout_state,
-            activation, packed, save, chunk, match_eager, norm, norm_eps, dropout, residual_kind, backend,
+            activation, packed, save, chunk, match_eager, norm, norm_eps, dropout, residual_kind, whole,
+            backend,
         )  # fmt: skip
 
     @staticmethod
@@ -206,12 +209,12 @@ class MLPBackward(Function):
     def forward(
         dy, x, w_in, b_in, w_up, b_up, w_out, norm_weight, norm_bias, dropout_state, kept_1, kept_2, kept_3,
         kept_4, wanted, activation, packed, save, chunk, match_eager, norm, norm_eps, dropout, residual_kind,
-        backend,
+        whole, backend,
     ):  # fmt: skip
         return torch.ops.fastattn.mlp_backward(
             dy, x, w_in, b_in, w_up, b_up, w_out, norm_weight, norm_bias, dropout_state, kept_1, kept_2, kept_3,
             kept_4, wanted, activation, packed, save, chunk, match_eager, norm, norm_eps, dropout, residual_kind,
-            backend,
+            whole, backend,
         )  # fmt: skip
 
     @staticmethod
@@ -278,7 +281,7 @@ class MLPPlan(Plan):
     @classmethod
     def of(cls, x: Tensor, weights: MLPWeights, spec: MLPSpec, backend: str | None) -> MLPPlan:
         differentiable = needs_gradient(x, *weights)
-        spec = spec if differentiable else replace(spec, save="nothing")
+        spec = resolved(x, weights, spec if differentiable else replace(spec, save="nothing"), backend)
         return cls(
             spec, backend, differentiable, capabilities.module(Request("mlp", spec, (x,)), FORWARD, backend)
         )

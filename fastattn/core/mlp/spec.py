@@ -27,6 +27,7 @@ SAVES = ("auto", "preactivation", "int8", "nothing")
 PACKED = ("gate_up", "up_gate")
 NORMS = ("rms", "layer")
 RESIDUALS = ("", "x", "apart")
+NEVER, AUTO, ALWAYS = "never", "auto", "always"
 
 # chunk="auto" takes as many tokens as let three hidden-wide tensors fit into so many bytes, but not fewer than
 # these. Every chunk reads and writes the weight gradients once more, in float32. By bytes and flop, that takes
@@ -50,6 +51,8 @@ class MLPSpec:
     norm: one of NORMS, or "" for none, and norm_eps: the norm of x that the first products read.
     dropout: the probability of dropping an element of the output; a multiple of 2**-16.
     residual: one of RESIDUALS, what is added to the output: x itself, or a tensor of its own.
+    whole: whether one kernel computes the whole layer and keeps nothing but x: NEVER, ALWAYS, or AUTO, where that
+        is known to be faster (see `whole.py`).
     """
 
     activation: str = "gelu"
@@ -62,6 +65,7 @@ class MLPSpec:
     norm_eps: float = 0.0
     dropout: float = 0.0
     residual: str = ""
+    whole: str = NEVER
 
     @property
     def norm_spec(self) -> NormSpec:
@@ -159,7 +163,12 @@ def _spec(x: Tensor, weights: MLPWeights, options: Options, gated: bool) -> MLPS
     eps = _check_norm(x, weights, options)
     dropout = _check_branch(x, weights, options)
     norm = options.norm or ""
-    return MLPSpec(activation, gated, packed or "", save, size, match_eager, norm, eps, dropout, options.residual)
+    # What one kernel does not do: a norm, dropout, a residual; and keeping or rounding as the caller asks for.
+    beside = norm or dropout or options.residual or match_eager or save not in ("auto", "nothing")
+    return MLPSpec(
+        activation, gated, packed or "", save, size, match_eager, norm, eps, dropout, options.residual,
+        NEVER if beside else AUTO,
+    )  # fmt: skip
 
 
 def _check_norm(x: Tensor, weights: MLPWeights, options: Options) -> float:

@@ -8,25 +8,54 @@ from torch import Tensor
 
 from fastattn.core.mlp import chunks
 from fastattn.core.mlp.chunks import Kept, Steps, pre_activations
-from fastattn.core.mlp.spec import MLPSpec, MLPWeights
+from fastattn.core.mlp.spec import ALWAYS, MLPSpec, MLPWeights
 from fastattn.kernels import mlp as _mlp
+from fastattn.kernels import whole_mlp
 from fastattn.kernels.launch.recording import record as record
 from fastattn.kernels.mlp import After, Dropout, GradientTask, Layer, Norm
 from fastattn.kernels.norm import norm_backward
 
 
 def forward(x: Tensor, weights: MLPWeights, spec: MLPSpec) -> tuple[Tensor, Kept]:
+    if spec.whole == ALWAYS:
+        return whole_mlp.whole_forward(x, _layer(weights, spec), weights.w_out, weights.b_out), ()
     return chunks.forward(STEPS, x, weights, spec)
 
 
 def backward(
     dy: Tensor, x: Tensor, weights: MLPWeights, kept: Kept, wanted: Sequence[bool], spec: MLPSpec
 ) -> tuple[Tensor | None, ...]:
-    return chunks.backward(STEPS, _mlp.as_operand(dy), x, weights, kept, wanted, spec)
+    dy = _mlp.as_operand(dy)
+    if spec.whole == ALWAYS and not kept:
+        return _whole_backward(dy, x, weights, wanted, spec)
+    return chunks.backward(STEPS, dy, x, weights, kept, wanted, spec)
+
+
+def _whole_backward(
+    dy: Tensor, x: Tensor, weights: MLPWeights, wanted: Sequence[bool], spec: MLPSpec
+) -> tuple[Tensor | None, ...]:
+    want_x, *want_weights, want_out_bias, _, _ = wanted
+    layer = _layer(weights, spec)
+    dx = whole_mlp.whole_input_gradient(dy, x, layer, weights.w_out) if want_x else None
+    found = whole_mlp.whole_weight_gradients(dy, x, layer, weights.w_out, want_weights)
+    db_out = chunks.column_sum(dy, spec).to(x.dtype) if want_out_bias else None
+    return dx, *found, db_out, None, None
+
+
+def computes_whole(x: Tensor, weights: MLPWeights, spec: MLPSpec) -> bool:
+    """Whether one kernel can compute the whole layer, at its full speed."""
+    return whole_mlp.fits(x, _layer(weights, spec), weights.w_out)
+
+
+def gains_whole(x: Tensor, weights: MLPWeights, spec: MLPSpec) -> bool:
+    """Whether by counting it is then faster than the kernels that store the hidden layer."""
+    return whole_mlp.pays(x, weights.w_out)
 
 
 def kept_empty(x: Tensor, weights: MLPWeights, spec: MLPSpec) -> Kept:
     """Tensors like those that `forward` keeps, without values."""
+    if spec.whole == ALWAYS:
+        return ()
     return _mlp.kept_empty(x, _layer(weights, spec), spec.save)
 
 
