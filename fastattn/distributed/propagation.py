@@ -423,11 +423,14 @@ def _check_cache(shared: str, ranks: int, arguments: Arguments) -> None:
         _check_heads(ranks, arguments["q"].shape[1] if "q" in arguments else keys, keys)
 
 
-_CACHES = {"k_cache": "b g . .", "v_cache": "b g . .", "lengths": "b", "block_table": "b ."}
+_CACHES = {
+    "k_cache": "b g . .", "v_cache": "b g . .", "k_scale": "b g .|b g", "v_scale": "b g .|b g", "lengths": "b",
+    "block_table": "b .",
+}  # fmt: skip
 RULES |= {
     "cache_append": Rule(
         {**_CACHES, "k": "b g . .", "v": "b g . ."}, (), "bh", ("k_cache",), _check_cache, _CACHE,
-        written=frozenset(("k_cache", "v_cache")),
+        written=frozenset(("k_cache", "v_cache", "k_scale", "v_scale")),
     ),
     "cache_attention": Rule(
         {**_CACHES, "q": "b h q .", "starts": "b", "alibi_slopes": "b h", "sinks": "b h", "tree_mask": "b . ."},

@@ -85,12 +85,15 @@ def weights(q: Tensor, k: Tensor, lse: Tensor, rows: Tensor, columns: Tensor) ->
     return operators.attention_weights(q, k, lse, rows, columns, None, *scores())
 
 
-def cache(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, q: Tensor, lengths: Tensor) -> Any:
-    k_cache, v_cache = k_cache.clone(), v_cache.clone()
-    operators.cache_append(k_cache, v_cache, k, v, lengths, None, False, "portable")
+def cache(
+    k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, q: Tensor, lengths: Tensor, **scales: Tensor
+) -> Any:
+    written = [k_cache, v_cache, scales.get("k_scale"), scales.get("v_scale")]
+    written = [None if t is None else t.clone() for t in written]
+    operators.cache_append(*written, k, v, lengths, None, False, "portable")
     beside = (None,) * 5
     options = D, True, 0.3, None, None, 0.0, "ieee", False, False, "portable"
-    return operators.cache_attention(q, k_cache, v_cache, lengths, *beside, *options)
+    return operators.cache_attention(q, *written, lengths, *beside, *options)
 
 
 @dataclass(frozen=True)
@@ -159,6 +162,11 @@ CACHES = {
     "k_cache": torch.zeros(B, 2, 9, D), "v_cache": torch.zeros(B, 2, 9, D), "k": numbers(B, 2, 3, D),
     "v": numbers(B, 2, 3, D), "q": numbers(B, H, 3, D), "lengths": torch.tensor([3, 9, 5, 4]).int(),
 }  # fmt: skip
+QUANTISED = {
+    **CACHES,
+    **{name: torch.zeros(B, 2, 9, D, dtype=torch.int8) for name in ("k_cache", "v_cache")},
+    **{name: torch.zeros(B, 2, 9) for name in ("k_scale", "v_scale")},
+}
 
 
 def placed(tensors: dict[str, Tensor], place: Shard) -> dict[str, list[Any]]:
@@ -235,6 +243,7 @@ COMPUTED: dict[str, groups.Case] = {
             ("statistics", statistics, SEEN),
             ("weights", weights, {**SEEN, "rows": torch.arange(3), "columns": torch.arange(3)}),
             ("cache", cache, CACHES),
+            ("quantised cache", cache, QUANTISED),
         )
     },
 }  # fmt: skip
@@ -332,13 +341,13 @@ REFUSED: dict[str, tuple[Callable[..., Any], str]] = {
     ),
     "a whole cache of sharded keys": (
         lambda s: operators.cache_append(
-            s(R), s(R), s(BATCH), s(BATCH), s(R, B).int(), None, False, "portable"
+            s(R), s(R), None, None, s(BATCH), s(BATCH), s(R, B).int(), None, False, "portable"
         ),
         r"k must have R.* got S\(0\)",
     ),
     "pages of sharded rows": (
         lambda s: operators.cache_append(
-            *(s(BATCH),) * 4, s(BATCH, B).int(), s(R, B, 1).int(), False, "portable"
+            *(s(BATCH),) * 2, None, None, *(s(BATCH),) * 2, s(BATCH, B).int(), s(R, B, 1).int(), False, "portable"
         ),
         "block_table must not be given to an operator that shares out the batch",
     ),
