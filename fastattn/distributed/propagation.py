@@ -24,6 +24,7 @@ from torch.distributed.tensor._dtensor_spec import DTensorSpec
 from torch.distributed.tensor._op_schema import OpSchema, OpSpec, OpStrategy, RuntimeSchemaInfo
 
 from fastattn.core.attention.spec import ScoreTensors, Tangents
+from fastattn.core.mlp.spec import NEVER
 from fastattn.core.statistics.spec import StatisticsTensors
 
 Arguments = dict[str, Any]
@@ -319,6 +320,10 @@ _KEPT = {f"kept_{i}": "t f" for i in (1, 2, 3, 4)}
 def _check_hidden(shared: str, ranks: int, arguments: Arguments) -> None:
     if arguments["dropout"]:
         _refuse("dropout", shared, _MLP)
+    forward = "wanted" not in arguments
+    if forward and arguments["whole"] != NEVER and _kept(arguments) != _kept(arguments, shared, ranks):
+        # DTensor asks what is kept of the whole tensors, and gets what is kept of the parts.
+        _refuse(f"whole={arguments['whole']!r}", shared, _MLP)
     if shared != "f":
         return
     if arguments["w_in"].shape[0] % ranks:
@@ -338,17 +343,22 @@ def _check_hidden(shared: str, ranks: int, arguments: Arguments) -> None:
 
 
 def _mlp_results(arguments: Arguments) -> list[Result]:
-    """y, and the slots of what is kept, some of which are empty."""
-    device = arguments["x"].mesh.device_type
+    return [Result("t ."), *(Result("t f", is_there=_always(there)) for there in _kept(arguments))]
+
+
+def _kept(arguments: Arguments, shared: str = "", ranks: int = 1) -> list[bool]:
+    """Which slots of what is kept are not empty; on a rank that has its part of what is shared out."""
+
+    def stand_in(name: str, a: Any) -> Any:
+        if not isinstance(a, DTensorSpec) or a.tensor_meta is None:
+            return a
+        names = _names(_WEIGHTS[name], a.ndim)
+        shape = [-(-size // ranks) if n == shared else size for n, size in zip(names, a.shape, strict=True)]
+        return torch.empty(shape, dtype=a.tensor_meta.dtype, device=a.mesh.device_type)
+
     with torch._guards.detect_fake_mode() or torch._subclasses.FakeTensorMode():
-        stand_ins = [
-            a.tensor_meta and torch.empty(a.shape, dtype=a.tensor_meta.dtype, device=device)
-            if isinstance(a, DTensorSpec)
-            else a
-            for a in arguments.values()
-        ]
-        _, *slots = torch.ops.fastattn.mlp_forward(*stand_ins)
-    return [Result("t ."), *(Result("t f", is_there=_always(t.dim() == 2)) for t in slots)]
+        _, *slots = torch.ops.fastattn.mlp_forward(*(stand_in(*each) for each in arguments.items()))
+    return [t.dim() == 2 for t in slots]
 
 
 RULES |= {

@@ -11,7 +11,7 @@ import groups
 import pytest
 import torch
 import torch.nn.functional as F
-from cases_tensors import BATCH, HEADS, LENGTH, R, all_as, q_alone
+from cases_tensors import BATCH, HEADS, LENGTH, R, all_as, q_alone, two_by_two
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
@@ -20,9 +20,11 @@ from torch.distributed.tensor.experimental._context_parallel import _attention a
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import fastattn
-from fastattn.core.attention.spec import ScoreTensors, Tangents
+from fastattn.core.attention.spec import AttentionSpec, ScoreTensors, Tangents
+from fastattn.core.cache.spec import CacheSpec, CacheTensors
 from fastattn.core.loss.spec import LossSpec
-from fastattn.core.mlp.spec import MLPWeights
+from fastattn.core.mlp.operators import options_of
+from fastattn.core.mlp.spec import MLPSpec, MLPWeights
 from fastattn.core.statistics.spec import StatisticsTensors
 from fastattn.dropin.takeover import _Operators
 
@@ -32,7 +34,7 @@ operators = torch.ops.fastattn
 
 def scores(causal: bool = True, dropout: float = 0.0, **beside: Any) -> tuple:
     """What an operator of attention takes from key_lengths on."""
-    return *ScoreTensors(**beside), causal, 0.3, None, None, 0.0, dropout, "ieee", None, False, None
+    return *ScoreTensors(**beside), *AttentionSpec(causal, 0.3, dropout=dropout).options, None
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
@@ -59,8 +61,10 @@ def prepare_heads(x: Tensor, norm_weight: Tensor, head_scale: Tensor, cos: Any =
 def mlp(x: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor, b_out: Tensor, **other: Any) -> Tensor:
     tensors = MLPWeights(w_in, b_in, other.get("w_up"), None, w_out, b_out, *(other.get(n) for n in BRANCH))
     norm, residual = "rms" if "norm_weight" in other else "", "apart" if "residual" in other else ""
-    options = "gelu", "", other.get("save", "auto"), 64, False, norm, 1e-5, other.get("dropout", 0.0), residual
-    return operators.mlp_forward(x, *tensors, *options, "portable")[0]
+    spec = MLPSpec(
+        "gelu", whole="auto", save=other.get("save", "auto"), chunk=64, norm=norm, norm_eps=1e-5, residual=residual
+    )
+    return operators.mlp_forward(x, *tensors, *options_of(spec), "portable")[0]
 
 
 BRANCH = ("norm_weight", "norm_bias", "residual", "dropout_state")
@@ -91,9 +95,9 @@ def cache(
     written = [k_cache, v_cache, scales.get("k_scale"), scales.get("v_scale")]
     written = [None if t is None else t.clone() for t in written]
     operators.cache_append(*written, k, v, lengths, None, False, "portable")
-    beside = (None,) * 5
-    options = D, True, 0.3, None, None, 0.0, "ieee", False, False, "portable"
-    return operators.cache_attention(q, *written, lengths, *beside, *options)
+    beside = CacheTensors(lengths)
+    options = CacheSpec(AttentionSpec(True, 0.3), D).options
+    return operators.cache_attention(q, *written, *beside, *options, False, "portable")
 
 
 @dataclass(frozen=True)
@@ -116,7 +120,9 @@ class Computed:
             name: torch.randn(t, dtype=torch.float64) if isinstance(t, tuple) else t
             for name, t in self.tensors.items()
         }
-        placements = {name: self.placements.get(name, [R]) for name in whole}
+        mesh = two_by_two(mesh) if len(self.result) == 2 else mesh
+        everywhere = [R] * mesh.ndim
+        placements = {name: self.placements.get(name, everywhere) for name in whole}
         spread = {name: distribute_tensor(t, mesh, placements[name]) for name, t in whole.items()}
         learned = [name for name, t in self.tensors.items() if isinstance(t, tuple) and self.gradients is not None]
         for name in learned:
@@ -130,7 +136,7 @@ class Computed:
             return
         upstream = [torch.randn_like(t) for t in expected]
         wanted = torch.autograd.grad(expected, [whole[name] for name in learned], upstream)
-        upstream = [distribute_tensor(t, mesh, [R]) for t in upstream]
+        upstream = [distribute_tensor(t, mesh, everywhere) for t in upstream]
         found = torch.autograd.grad(actual, [spread[name] for name in learned], upstream)
         for name, a, e in zip(learned, found, wanted, strict=True):
             assert list(a.placements) == self.gradients.get(name, placements[name]), (name, a.placements)
@@ -404,6 +410,29 @@ def _backward(ours: Any, **given: Any) -> tuple[Tensor, ...]:
     return ours.backward_on_gpu(*tensors, None, None, 0, 0, 0.0, given["is_causal"], seed, None)
 
 
+ON_TWO_DIMENSIONS: dict[str, groups.Case] = {
+    "attention": Computed(
+        attention, {**heads(2), "sinks": (B, H)}, all_as(BATCH, HEADS) | {"sinks": [BATCH, HEADS]}, [BATCH, HEADS]
+    ),
+    "attention, heads twice": Computed(attention, heads(), all_as(HEADS, HEADS), [HEADS, HEADS]),
+    "attention, batch and queries": Computed(
+        attention,
+        heads(2),
+        {"q": [BATCH, LENGTH], "k": [BATCH, R], "v": [BATCH, R]},
+        [BATCH, LENGTH],
+        {"causal": False},
+        {"k": [BATCH, P], "v": [BATCH, P]},
+    ),
+    "mlp": Computed(
+        mlp,
+        {**MLP, "x": (6, D)},
+        {"x": [BATCH, R], "w_in": [R, BATCH], "b_in": [R, BATCH], "w_out": [R, HEADS]},
+        [BATCH, P],
+        gradients={
+            "x": [BATCH, P], "w_in": [P, BATCH], "b_in": [P, BATCH], "w_out": [P, HEADS], "b_out": [P, R]
+        },
+    ),
+}  # fmt: skip
 CASES: dict[groups.Group, dict[str, groups.Case]] = {
     2: {
         **{f"operator on DTensors: {name}": run for name, run in COMPUTED.items()},
@@ -416,4 +445,5 @@ CASES: dict[groups.Group, dict[str, groups.Case]] = {
         "torch's context_parallel on a CPU": torchs_context_parallel_on_a_cpu,
         "torch's ring over our operators": torchs_ring_over_our_operators,
     },
+    4: {f"operator on a mesh of two dimensions: {name}": run for name, run in ON_TWO_DIMENSIONS.items()},
 }
