@@ -23,7 +23,7 @@ from torch import Tensor
 
 import fastattn
 from fastattn import attention, attention_varlen, attention_with_cache, masks
-from fastattn.core import invariance
+from fastattn.core import invariance, plans
 from fastattn.core.attention import definition, invariant
 from fastattn.core.attention.functional import scores_asked
 from fastattn.kernels import invariant as kernels
@@ -393,3 +393,44 @@ def test_compiled_and_mapped_calls_keep_the_bits() -> None:
     eager = call(q, k, v)
     assert torch.equal(torch.compile(call, backend="eager", fullgraph=True)(q, k, v), eager)
     assert torch.equal(torch.func.vmap(call)(*(t[None].repeat(2, 1, 1, 1, 1) for t in (q, k, v)))[1], eager)
+
+
+def test_a_repeated_call_of_kernels_follows_the_values_of_its_tensors() -> None:
+    """The third call of a plan repeats what was recorded: the table of sequences is made anew in it."""
+    with mock.patch.object(plans, "_is_interpreted", lambda *_: False):
+        for lengths in ((20, 13), (5, 20), (9, 1), (1, 20)):
+            p = Problem((20, 20), heads=1, key_heads=1, seed=lengths[0], backend="triton", causal=False)
+            q, k, v = packed(p.sequences())
+            q, k, v = (t.unflatten(2, (2, 20)).transpose(1, 2)[0].contiguous() for t in (q, k, v))
+            out, lse = attention(q, k, v, key_lengths=torch.tensor(lengths, device=DEVICE), **p.options)
+            for b, n in enumerate(lengths):
+                mine = [t[b : b + 1, :, :n] for t in (q, k, v)]
+                alone = attention(q[b : b + 1], *mine[1:], **p.options)
+                assert_same((out[b : b + 1], lse[b : b + 1]), alone, f"row {b} of lengths {lengths}")
+    plans.forget()
+
+
+@pytest.mark.parametrize("backend", ["portable", "triton"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_norms_and_heads_always_have_the_bits_of_one_row(backend: str, dtype: torch.dtype) -> None:
+    x = torch.randn(37, 96, device=DEVICE).to(dtype)
+    weight, dy = torch.rand(96, device=DEVICE).to(dtype), torch.randn_like(x)
+    angles = torch.rand(64, 4, device=DEVICE)
+
+    def of(x: Tensor, dy: Tensor, first: int) -> tuple[Tensor, ...]:
+        x = x.clone().requires_grad_()
+        heads = x.view(1, len(x), 4, 24).transpose(1, 2)
+        turned = fastattn.prepare_heads(
+            heads, cos=angles.cos(), sin=angles.sin(), norm=True, offsets=first, backend=backend
+        ).transpose(1, 2).reshape(x.shape)  # fmt: skip
+        parts = (
+            fastattn.rms_norm(x, weight, backend=backend),
+            fastattn.layer_norm(x, weight, backend=backend),
+            turned,
+        )
+        return *parts, *(torch.autograd.grad(part, x, dy)[0] for part in parts)
+
+    together = of(x, dy, 0)
+    for first, stop in ((0, 1), (13, 14), (5, 30)):
+        alone = of(x[first:stop], dy[first:stop], first)
+        assert all(torch.equal(t[first:stop], a) for t, a in zip(together, alone, strict=True))

@@ -13,6 +13,9 @@ from fastattn.core.norm.spec import NormSpec, Saved
 from fastattn.ground.checks import lse_dtype
 
 
+ELEMENTS = 2**16  # that are multiplied at a time before they are summed along their rows
+
+
 def serves(x: Tensor, weight: Tensor | None, bias: Tensor | None, spec: NormSpec) -> bool:
     """Whether PyTorch's norms compute this: all rows have one weight, which is exact in the dtype they take."""
     if x.device.type not in ("cpu", "cuda") or x.numel() == 0 or (bias is not None and not spec.centred):
@@ -57,7 +60,7 @@ def backward(
         dx, *beside = torch.ops.aten._fused_rms_norm_backward(dy, rows, [width], inverse, weight, mask)
     else:
         dx, *beside = _layer_norm(dy, rows, weight, torch.zeros_like(inverse), inverse, wanted)
-        level = dy.sum(1) if weight is None else dy @ weight
+        level = dy.sum(1) if weight is None else _row_dots(dy, weight)
         dx.addcmul_(level[:, None], inverse, value=1 / width)
     dweight, dbias = (None if t is None else t.to(inverse.dtype)[None] for t in (*beside, None)[:2])
     return dx.to(x.dtype).view(x.shape), dweight, dbias
@@ -72,6 +75,15 @@ def _layer_norm(
     # Only the size of the bias is read.
     bias, mask = weight if wanted[1] else None, [True, *wanted]
     return torch.ops.aten.native_layer_norm_backward(dy, rows, [rows.shape[1]], mean, inverse, weight, bias, mask)
+
+
+def _row_dots(rows: Tensor, weight: Tensor) -> Tensor:
+    """rows @ weight, (R,). The bits of the product itself depend on how many rows there are; those of a sum along a
+    row do not. Some rows at a time, so that what is summed stays in a cache."""
+    at_once = max(1, ELEMENTS // rows.shape[1])
+    products = torch.empty_like(rows[:at_once])
+    parts = rows.split(at_once)
+    return torch.cat([torch.mul(part, weight, out=products[: len(part)]).sum(1) for part in parts])
 
 
 def _taken(x: Tensor) -> torch.dtype:
