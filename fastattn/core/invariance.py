@@ -32,8 +32,8 @@ def invariant(enabled: bool = True) -> Iterator[None]:
     probabilities that it had when it generated.
 
     It holds for finite keys and values, on one device, with one backend, one version of PyTorch and one number of
-    threads. Norms, rotary embeddings and other functions of single rows have it always. PyTorch's own products
-    around them, such as `torch.nn.Linear`, do not: their bits may depend on the number of rows.
+    threads. Norms and `prepare_heads` have it always. Products with weights do not: the bits of a row of
+    `torch.nn.Linear`, of an MLP or of a loss may depend on how many rows there are.
 
     Dropout and masks of block lists are refused. Second derivatives and forward mode are computed as always.
 

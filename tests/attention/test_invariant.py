@@ -434,3 +434,13 @@ def test_norms_and_heads_always_have_the_bits_of_one_row(backend: str, dtype: to
     for first, stop in ((0, 1), (13, 14), (5, 30)):
         alone = of(x[first:stop], dy[first:stop], first)
         assert all(torch.equal(t[first:stop], a) for t, a in zip(together, alone, strict=True))
+
+
+def test_a_repeated_decoding_step_keeps_the_bits() -> None:
+    """A call that was seen before takes a shorter way."""
+    q, k, v = Problem((100,)).sequences()[0]
+    with fastattn.invariant():
+        whole = attention(q, k, v, causal=True)
+        for n in (100, 60, 100, 3):
+            found = attention_with_cache(q[:, :, n - 1 : n], k, v, cache_lengths=n)
+            assert torch.equal(found, whole[:, :, n - 1 : n])
