@@ -12,7 +12,6 @@ from torch import Tensor
 from fastattn.core.norm.spec import NormSpec, Saved
 from fastattn.ground.checks import lse_dtype
 
-
 ELEMENTS = 2**16  # that are multiplied at a time before they are summed along their rows
 
 
@@ -78,8 +77,8 @@ def _layer_norm(
 
 
 def _row_dots(rows: Tensor, weight: Tensor) -> Tensor:
-    """rows @ weight, (R,). The bits of the product itself depend on how many rows there are; those of a sum along a
-    row do not. Some rows at a time, so that what is summed stays in a cache."""
+    """rows @ weight, (R,). The bits of the product itself depend on how many rows there are; those of a sum along
+    a row do not. Some rows at a time, so that what is summed stays in a cache."""
     at_once = max(1, ELEMENTS // rows.shape[1])
     products = torch.empty_like(rows[:at_once])
     parts = rows.split(at_once)
