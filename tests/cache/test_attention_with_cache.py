@@ -26,6 +26,7 @@ from fastattn import attention_with_cache
 from fastattn.core import plans
 from fastattn.core.attention import definition
 from fastattn.core.attention.spec import AttentionSpec, ScoreTensors
+from fastattn.core.cache import operators
 from fastattn.core.cache.functional import Given
 from fastattn.core.cache.spec import CacheSpec, CacheTensors, Storage
 from fastattn.kernels import cache as kernels
@@ -385,6 +386,18 @@ def test_the_short_way_of_one_token_gives_the_same_bits(options: dict, length: A
         short = attention_with_cache(q, *caches, **asked)
     with mock.patch.object(plans, "key", return_value=None):
         assert all(map(torch.equal, short, attention_with_cache(q, *caches, **asked)))
+
+
+@pytest.mark.parametrize("rotated", [False, True])
+def test_a_step_with_a_new_token_goes_the_short_way_and_gives_the_same_bits(rotated: bool) -> None:
+    q, k, caches = torch.randn(2, 4, 1, 8), torch.randn(2, 2, 1, 8), torch.randn(2, 2, 2, 16, 8)
+    asked: dict[str, Any] = {"k": k, "v": k + 1, "cache_lengths": T([7, 7]), "backend": "portable"}
+    asked |= {"cos": torch.rand(16, 4), "sin": torch.rand(16, 4)} if rotated else {}
+    others = caches.clone()
+    with mock.patch.object(operators, "attend", side_effect=AssertionError("the long way")):
+        short = attention_with_cache(q, *caches, **asked)
+    with mock.patch.object(plans, "key", return_value=None):
+        assert torch.equal(short, attention_with_cache(q, *others, **asked)) and torch.equal(caches, others)
 
 
 @pytest.mark.parametrize(

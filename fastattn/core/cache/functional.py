@@ -289,7 +289,7 @@ class Given(NamedTuple):
         return CacheTensors(before + self.new if self.new else before, starts, table, slopes, sinks, tree), before
 
 
-BESIDE_LENGTHS = ("k", "cos", "cache_starts", "block_table", "alibi_slopes", "sinks", "tree_mask")
+BESIDE_LENGTHS = ("cache_starts", "block_table", "alibi_slopes", "sinks", "tree_mask")
 
 
 class CachePlan(NamedTuple):
@@ -344,7 +344,7 @@ class CachePlan(NamedTuple):
     def __call__(self, given: Given, watched: bool) -> tuple[Tensor, Tensor]:
         """watched: somebody must see the operators."""
         storage = given.storage
-        if self.one_token is not None:
+        if self.one_token is not None and given.k is None and given.cos is None:
             found = self.one_token(given.q, storage, given.cache_lengths)
             if found is not None:
                 return found
@@ -354,7 +354,8 @@ class CachePlan(NamedTuple):
         if not watched:
             if k is not None:
                 operators.append(storage, k, given.v, tensors, self.check, self.backend)
-            return operators.attend(q, storage, self.spec, tensors, self.check, self.backend)
+            found = None if self.one_token is None else self.one_token(q, storage, tensors.lengths)
+            return found or operators.attend(q, storage, self.spec, tensors, self.check, self.backend)
         if k is not None:
             torch.ops.fastattn.cache_append(
                 *storage, k, given.v, tensors.lengths, tensors.block_table, self.check, self.backend

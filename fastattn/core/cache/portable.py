@@ -18,7 +18,8 @@ from torch import Tensor
 
 from fastattn.core.attention import portable
 from fastattn.core.attention.spec import NO_TENSORS, AttentionSpec
-from fastattn.core.cache.definition import append, bounds, keys_and_values, of_rows
+from fastattn.core.cache import definition
+from fastattn.core.cache.definition import bounds, keys_and_values, of_rows
 from fastattn.core.cache.spec import CacheSpec, CacheTensors, Storage
 from fastattn.core.layout import zero_heads
 from fastattn.ground.checks import lse_dtype
@@ -27,6 +28,18 @@ from fastattn.ground.checks import lse_dtype
 COPIED = 2**18
 
 __all__ = ["append", "forward"]
+
+
+def append(storage: Storage, k: Tensor, v: Tensor | None, tensors: CacheTensors) -> None:
+    """Rows of one length without pages get their tokens by one copy."""
+    ends = tensors.lengths.tolist()
+    if tensors.block_table is not None or storage.is_quantised or ends.count(ends[0]) < len(ends):
+        definition.append(storage, k, v, tensors)
+        return
+    places = slice(ends[0] - k.shape[2], ends[0])
+    storage.keys[:, :, places].copy_(k)
+    if v is not None and storage.values is not None:
+        storage.values[:, :, places].copy_(v)
 
 
 def forward(q: Tensor, storage: Storage, spec: CacheSpec, tensors: CacheTensors) -> tuple[Tensor, Tensor]:
