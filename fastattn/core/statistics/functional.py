@@ -283,7 +283,9 @@ def _call(function: str, q: Tensor, k: Tensor, lse: Tensor, backend: str | None,
     dropout = given.get("dropout_p", 0.0)
     if not isinstance(dropout, int | float) or dropout:
         raise ValueError(f"dropout_p must be 0: statistics are of the weights before dropout; got {dropout!r}")
-    options = {name: value for name, value in given.items() if name not in ("dropout_p", "dropout_state")}
+    # What attention takes and what changes no weight.
+    other = ("dropout_p", "dropout_state", "invariant")
+    options = {name: value for name, value in given.items() if name not in other}
     if unknown := [name for name in options if name not in _SCORE_OPTIONS]:
         arguments.refuse_keywords(function, unknown)
     backend = check_backend(backend)
