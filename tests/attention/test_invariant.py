@@ -142,7 +142,7 @@ def paged(t: Tensor, order: Tensor) -> Tensor:
     return pages
 
 
-@settings(max_examples=25)
+@settings(max_examples=10)
 @given(PROBLEMS)
 def test_a_packed_sequence_has_the_bits_of_one_alone(p: Problem) -> None:
     q, k, v = packed(p.sequences())
@@ -162,7 +162,7 @@ def test_a_packed_sequence_in_kernels_has_the_bits_of_one_alone(p: Problem) -> N
     test_a_packed_sequence_has_the_bits_of_one_alone.hypothesis.inner_test(p)
 
 
-@settings(max_examples=20)
+@settings(max_examples=8)
 @given(PROBLEMS)
 def test_a_padded_sequence_has_the_bits_of_one_alone(p: Problem) -> None:
     sequences = p.sequences()
@@ -182,7 +182,7 @@ def test_a_padded_sequence_in_kernels_has_the_bits_of_one_alone(p: Problem) -> N
     test_a_padded_sequence_has_the_bits_of_one_alone.hypothesis.inner_test(p)
 
 
-@settings(max_examples=20)
+@settings(max_examples=8)
 @given(PROBLEMS, st.sampled_from((1, 3, 16, 100)), st.data())
 def test_chunks_and_single_tokens_from_a_cache_have_the_bits_of_the_whole(
     p: Problem, size: int, data: st.DataObject
@@ -217,7 +217,7 @@ def check_chunks(p: Problem, size: int, ends: list[int]) -> None:
         assert_same(found, here, "pages")
 
 
-@settings(max_examples=15)
+@settings(max_examples=6)
 @given(PROBLEMS)
 def test_gradients_of_a_packed_sequence_have_the_bits_of_those_of_one_alone(p: Problem) -> None:
     p = replace(p, alibi=False)
@@ -241,7 +241,7 @@ def test_gradients_of_a_packed_sequence_have_the_bits_of_those_of_one_alone(p: P
             assert torch.equal(b[i, None, :, : p.lengths[i]], c), f"d{name} of sequence {i}, padded"
 
 
-@settings(max_examples=20)
+@settings(max_examples=8)
 @given(PROBLEMS, st.sampled_from("qkv"), st.data())
 def test_nan_in_one_sequence_reaches_no_other_forward_or_backward(
     p: Problem, where: str, data: st.DataObject
@@ -261,7 +261,7 @@ def test_nan_in_one_sequence_reaches_no_other_forward_or_backward(
         assert gradient[:, :, healthy].isfinite().all()
 
 
-@settings(max_examples=25)
+@settings(max_examples=10)
 @given(PROBLEMS)
 def test_it_computes_what_attention_computes(p: Problem) -> None:
     q, k, v = padded(p.sequences(), 0.0)
@@ -413,7 +413,7 @@ def test_a_repeated_call_of_kernels_follows_the_values_of_its_tensors() -> None:
 @pytest.mark.parametrize("backend", ["portable", "triton"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_norms_and_heads_always_have_the_bits_of_one_row(backend: str, dtype: torch.dtype) -> None:
-    x = torch.randn(37, 96, device=DEVICE).to(dtype)
+    x = torch.randn(17, 96, device=DEVICE).to(dtype)
     weight, dy = torch.rand(96, device=DEVICE).to(dtype), torch.randn_like(x)
     angles = torch.rand(64, 4, device=DEVICE)
 
@@ -431,7 +431,7 @@ def test_norms_and_heads_always_have_the_bits_of_one_row(backend: str, dtype: to
         return *parts, *(torch.autograd.grad(part, x, dy)[0] for part in parts)
 
     together = of(x, dy, 0)
-    for first, stop in ((0, 1), (13, 14), (5, 30)):
+    for first, stop in ((0, 1), (5, 12)):
         alone = of(x[first:stop], dy[first:stop], first)
         assert all(torch.equal(t[first:stop], a) for t, a in zip(together, alone, strict=True))
 
