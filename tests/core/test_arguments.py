@@ -300,7 +300,7 @@ def test_keys_and_values_in_one_tensor_are_named_as_the_caller_has_them(kv: torc
 
 def test_every_public_function_is_tried() -> None:
     functions = {n for n in fastattn.__all__ if inspect.isfunction(getattr(fastattn, n))}
-    assert functions - {"patch", "unpatch", "prove"} <= set(CALLS)
+    assert functions - {"patch", "unpatch", "prove", "invariant"} <= set(CALLS)
     ours = {n for n in nn.__all__ if not issubclass(getattr(nn, n), tuple(COUNTERPARTS | NORMS))} - {"Generation"}
     assert {f"nn.{n}" for n in ours} <= set(CALLS)
     kinds = {n for n in masks.__all__ if inspect.isfunction(getattr(masks, n))} - {"decode"}
