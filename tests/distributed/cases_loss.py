@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
 
 import fastattn
 from fastattn import distributed
@@ -68,6 +70,38 @@ def classes_that_do_not_exist(mesh: DeviceMesh) -> None:
         distributed.linear_cross_entropy(torch.randn(3, WIDTH), w, torch.tensor([0, 28, 29]))
 
 
+SHARDED = {
+    "tied": {},
+    "untied": {"tied": False, "norm": "rms", "mlp": "gated"},
+    "an unembedding sharded alone": {"tied": False},
+    "little kept": {"dropout": 0.0},
+}
+
+
+def fsdp_of_a_model(mesh: DeviceMesh, name: str) -> None:
+    """FSDP2 of a model that computes its own loss: each rank has some rows, and gradients are their mean."""
+    torch.manual_seed(3)
+    sizes = {"vocab_size": 29, "embed_dim": 16, "num_heads": 2, "num_layers": 2, "max_length": 12}
+    whole = fastattn.nn.TransformerModel(**sizes, **SHARDED[name]).double()
+    text = torch.randint(29, (2 * mesh.size(), 12))
+    sharded = copy.deepcopy(whole)
+    if name == "little kept":
+        for block in sharded.blocks:
+            block.mlp.save = "nothing"
+    for part in (*sharded.blocks, *([sharded.unembedding] if name.startswith("an unembedding") else [])):
+        fully_shard(part, mesh=mesh)
+    fully_shard(sharded, mesh=mesh)
+    expected = whole(text, labels=text)
+    expected.backward()
+    loss = sharded(text[mesh.get_local_rank() :: mesh.size()], labels=text[mesh.get_local_rank() :: mesh.size()])
+    loss.backward()
+    mean = loss.detach() / mesh.size()
+    dist.all_reduce(mean, group=mesh.get_group())
+    torch.testing.assert_close(mean, expected.detach())
+    for (key, p), q in zip(sharded.named_parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(p.grad.full_tensor(), q.grad, msg=key)
+
+
 def made(ranks: int) -> dict[str, groups.Case]:
     cases: dict[str, Callable[[DeviceMesh], None]] = {
         f"loss, {target}, {name}{', weights' if weighted else ''}": partial(
@@ -82,6 +116,8 @@ def made(ranks: int) -> dict[str, groups.Case]:
         if name in names
         for weighted in (False, True)
     }
+    if ranks == 2:
+        cases |= {f"loss of a model under FSDP2, {name}": partial(fsdp_of_a_model, name=name) for name in SHARDED}
     return {**cases, "loss, classes that do not exist": classes_that_do_not_exist}
 
 

@@ -154,6 +154,7 @@ def test_a_block_takes_the_step_and_compiles_in_one_graph() -> None:
     blocks = [TransformerBlock(SelfAttention(16, 2), MLP(16, 24), norm="rms").to(DEVICE)]
     blocks.append(copy.deepcopy(blocks[0]))
     blocks[1].mlp.save = "nothing"
+    assert not any(block(X)._is_view() for block in blocks)
     assert [calls_of_branches(lambda block=block: block(X)) for block in blocks] == [[False], [True]]
     compiled = torch.compile(blocks[1], fullgraph=True, backend="aot_eager")
     dy = torch.randn_like(X)

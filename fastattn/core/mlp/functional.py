@@ -198,7 +198,9 @@ def _planned(plan: operators.MLPPlan, x: Tensor, weights: Sequence[Tensor | None
     if (residual := weights[-2]) is not None:
         weights = *weights[:-2], _tokens(residual), weights[-1]
     (y,) = plans.run(plan, _tokens(x), *weights)
-    return y.view(*x.shape[:-1], y.shape[-1])
+    shape = (*x.shape[:-1], y.shape[-1])
+    # A layer returns this sum: FSDP2 wants it to be no view, because an operation in place would lose its hook.
+    return torch.ops.aten._unsafe_view.default(y, shape) if plan.spec.residual else y.view(shape)
 
 
 def _first(
