@@ -173,7 +173,7 @@ class Plan:
     module: the backend that computes the forward.
     asked: FASTATTN_BACKEND when the plan was made.
     chosen: the backends of the backward, see `fastattn.core.capabilities.backward_module`.
-    repeats: what was recorded of earlier calls.
+    repeats: what was recorded of earlier calls; repeatable: whether any is ever recorded.
     """
 
     spec: Any
@@ -183,7 +183,11 @@ class Plan:
     asked: Hashable = field(default_factory=backend_asked)
     chosen: dict[Hashable, ModuleType] = field(default_factory=dict)
     repeats: Repeats = field(default_factory=lambda: Repeats(), compare=False)
+    repeatable: bool = field(init=False, compare=False)
     family: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "repeatable", hasattr(self.module, "record"))
 
     def forward(self, *tensors: Any) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]:
         """The results, and what the gradients need: the same as the family's autograd.Function saves, because
@@ -235,7 +239,8 @@ def run(plan: Plan, *tensors: Tensor | None) -> tuple[Tensor, ...]:
 
 
 def _forward(plan: Plan, tensors: Sequence[Tensor | None]) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]:
-    return plan.repeats(plan, plan.forward, tensors, "forward")
+    # Around a computation of a CPU Python's code is out of the caches: each step less is worth ten of a hot loop.
+    return plan.repeats(plan, plan.forward, tensors, "forward") if plan.repeatable else plan.forward(*tensors)
 
 
 def needs_gradient(*tensors: Tensor | None) -> bool:
@@ -260,7 +265,7 @@ class Planned(Function):
         direct = not _grad_enabled() and not watched()
         for t in cotangents:
             direct = direct and (t is None or _is_plain(t))
-        if not direct:
+        if not (direct and plan.repeatable):
             return None, *plan.gradients(saved, cotangents, needed, direct)
 
         def gradients(*tensors: Any) -> Sequence[Tensor | None]:
