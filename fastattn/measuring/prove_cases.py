@@ -253,9 +253,10 @@ def mlps() -> list[Case]:
                 checks = [Sizes(**about, length=rows, width=width, hidden=hidden) for rows, hidden in tiles]
                 checks.append(Sizes(**about, length=77, width=width - 9, hidden=250))
                 if proves == "norm":  # also in the first product, where there are more tokens than weights repay
-                    checks += [dataclasses.replace(sizes, kind="silu gated rms") for sizes in checks]
+                    both = ((sizes, dataclasses.replace(sizes, kind="silu gated rms")) for sizes in checks)
+                    checks = [sizes for pair in both for sizes in pair]
                     folded: dict[str, Any] = {"length": 8192, "hidden": 512}
-                    checks += [dataclasses.replace(sizes, **folded) for sizes in (checks[0], checks[-1])]
+                    checks += [dataclasses.replace(sizes, **folded) for sizes in checks[:2]]
                 hidden = 8 * width // 3 // 128 * 128 if proves == "gated" else 4 * width
                 timed = {
                     size: Sizes(**about, length=rows, width=width, hidden=hidden)
