@@ -55,10 +55,14 @@ def rivals(sizes: Sizes, device: torch.device) -> dict[str, Callable[[], Rival]]
     if sizes.family == "cache":
         return {"SDPA": lambda: _sdpa_of_padded_rows(sizes, device)} if sizes.kind == "contiguous" else {}
     eager = {"norm": _eager_norm, "heads": _eager_heads, "mlp": _eager_mlp}[sizes.family]
-    return {
+    found = {
         "eager": lambda: eager(sizes, device),
         "compiled eager": lambda: torch.compile(eager(sizes, device), dynamic=False),
     }
+    if "whole" in sizes.kind.split():
+        call = kinds.build(sizes, device)
+        found |= {kinds.HIDDEN_STORED: lambda: functools.partial(_first, call, kinds.HIDDEN_STORED)}
+    return found
 
 
 def _attention_rivals(sizes: Sizes, device: torch.device) -> dict[str, Callable[[], Rival]]:
@@ -488,6 +492,14 @@ def cases(timing: dict[str, Any], absent: list[str]) -> list[dict[str, Any]]:
             Sizes("norm", kind, length=8192, width=width)
             for width in (1024, 4096)
             for kind in ("rms residual", "layer")
+        ],
+        [
+            Sizes("mlp", kind, batch=1, length=65536, width=width, hidden=hidden)
+            for kind, width, hidden in (
+                ("gelu whole", 128, 512),
+                ("gelu whole", 64, 256),
+                ("silu gated whole", 128, 336),
+            )
         ],
         [
             Sizes("mlp", kind, batch=1, length=8192, width=1024, hidden=hidden)

@@ -61,7 +61,14 @@ def mlps() -> list[Sizes]:
     )  # fmt: skip
     regular = [Sizes("mlp", kind, dtype, width=256, hidden=1024) for dtype in DTYPES for kind in kinds]
     odd = [Sizes("mlp", kind, dtype, width=111, hidden=250) for dtype in DTYPES for kind in kinds[:2]]
-    return [*regular, *odd]
+    whole = [
+        Sizes("mlp", f"{kind} whole", dtype, width=width, hidden=hidden)
+        for kind in ("gelu_tanh biases", "silu gated", "relu_squared", "gelu gated biases")
+        for dtype, width, hidden in (
+            ("bfloat16", 128, 512), ("float16", 80, 208), ("bfloat16", 64, 256), ("float32", 64, 80),
+        )
+    ]  # fmt: skip
+    return [*regular, *odd, *whole]
 
 
 def norms() -> list[Sizes]:

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from fastattn.core import capabilities
 from fastattn.core.capabilities import BACKWARD, FORWARD, Request
-from fastattn.core.mlp.spec import SAVES, MLPSpec, MLPWeights, automatic_chunk
+from fastattn.core.mlp.spec import ALWAYS, AUTO, NEVER, SAVES, MLPSpec, MLPWeights, automatic_chunk
+from fastattn.core.mlp.whole import resolved
 from fastattn.measuring.tables import print_table
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -78,20 +79,34 @@ def product_rate(tokens: int, width: int, hidden: int, dtype: torch.dtype, devic
 def served(
     tokens: int, width: int, hidden: int, dtype: torch.dtype, device: torch.device, gated: bool
 ) -> list[tuple[str, ...]]:
-    """Which backend computes each direction, and how."""
+    """Which backend computes each direction, and how; and whether one kernel computes the whole layer."""
     x = torch.empty(tokens, width, dtype=dtype, device=device)
+    _, weights = tensors(tokens, width, hidden, dtype, gated)
+    spec = resolved(x, weights, MLPSpec("silu" if gated else "gelu", gated, whole=AUTO), None)
     rows: list[tuple[str, ...]] = []
     for direction in (FORWARD, BACKWARD):
-        request = Request("mlp", MLPSpec("silu" if gated else "gelu", gated), (x,))
-        chosen = capabilities.choose(request, direction)
-        rows.append((direction, chosen, path(chosen, x, hidden)))
-    return rows
+        chosen = capabilities.choose(Request("mlp", spec, (x,)), direction)
+        rows.append((direction, chosen, path(chosen, x, hidden, spec)))
+    return [*rows, ("one kernel for the whole layer", *whole_layer(x, spec))]
 
 
-def path(backend: str, x: Tensor, hidden: int) -> str:
+def whole_layer(x: Tensor, spec: MLPSpec) -> tuple[str, str]:
+    """Whether one kernel computes it, and why."""
+    if spec.whole == ALWAYS:
+        return "yes", "it is proven to be faster"
+    if x.shape[1] > capabilities.WHOLE_WIDTHS[-1]:
+        return "no", f"only up to {capabilities.WHOLE_WIDTHS[-1]} wide"
+    if x.dtype == torch.float32:
+        return "no", "only in half precision"
+    return "no", "not proven to be faster at every number of tokens"
+
+
+def path(backend: str, x: Tensor, hidden: int, spec: MLPSpec) -> str:
     """How this backend computes the first product and the activation, in words."""
     if backend != "triton":
         return "PyTorch's products and activations"
+    if spec.whole == ALWAYS:
+        return "the hidden layer never leaves the chip"
     from fastattn.kernels import mlp
 
     weight = x.new_empty(hidden, x.shape[1])
@@ -120,11 +135,13 @@ def kept_rows(
     rows: list[tuple[str, ...]] = []
     for save in SAVES:
         chunk = automatic_chunk(there.is_cuda, hidden, dtype.itemsize, save)
-        spec = MLPSpec("silu" if gated else "gelu", gated, save=save, chunk=chunk)
+        whole = AUTO if save in ("auto", "nothing") else NEVER
+        asked = MLPSpec("silu" if gated else "gelu", gated, save=save, chunk=chunk, whole=whole)
+        spec = resolved(there, weights, asked, None)
         kept = capabilities.module(Request("mlp", spec, (there,)), FORWARD).kept_empty(x, weights, spec)
         total = sum(t.numel() * t.element_size() for t in (x, *kept))
         at_a_time = min(chunk or tokens, tokens)
-        most = 3 * at_a_time * hidden * dtype.itemsize * (2 if gated else 1)
+        most = 0 if spec.whole == ALWAYS else 3 * at_a_time * hidden * dtype.itemsize * (2 if gated else 1)
         rows.append((save, _bytes(total), f"{total / tokens:.6g}", f"{at_a_time}", f"at most {_bytes(most)}"))
     return rows
 

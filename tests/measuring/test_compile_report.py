@@ -337,9 +337,10 @@ def test_one_call_end_to_end(tmp_path: Path) -> None:
 
 EVERY_ROW_ASKED_FOR = """
 from benchmarks.compile_report.compiling import catching
-from benchmarks.compile_report.launches import CALLS
+from benchmarks.compile_report.launches import CALLS, WholeMLPCall, calls_for
 from benchmarks.compile_report.targets import TARGETS, Target
 from fastattn.kernels import launch
+from fastattn.kernels.launch import whole_mlp
 
 look_up, served = launch.look_up, set()
 def record(table, *ask):
@@ -351,8 +352,10 @@ for target in TARGETS.values():
     served.clear()
     with catching(target, only="none of them"):
         for call in CALLS:
-            call.run()
-    for name, table in vars(launch).items():
+            if call in calls_for(target) or not isinstance(call, WholeMLPCall):
+                call.run()
+    whole = {f"MLP_WHOLE {name}": table for name, table in whole_mlp.TABLES.items()}
+    for name, table in {**vars(launch), **whole}.items():
         of_rows = isinstance(table, dict) and name != "MLP_FUSED_UP_TO"
         if of_rows and name.startswith(("ATTENTION_", "MLP_", "HEADS_", "NORM_")):
             for row in table.get(target.name, table["sm_80"]):

@@ -20,6 +20,7 @@ CALLS = [
     *(Sizes("norm", kind, **SMALL) for kind in ("rms", "layer", "rms residual", "layer residual")),
     *(Sizes("heads", kind, **SMALL) for kind in ("norm rotary scale", "rotary", "norm")),
     Sizes("statistics", "causal: entropy received", **SMALL),
+    *(Sizes("mlp", kind, **SMALL, hidden=32) for kind in ("gelu whole", "silu gated whole")),
 ]
 
 

@@ -11,7 +11,10 @@ from torch import Tensor
 
 import fastattn
 from fastattn.cli import main
+from fastattn.core import proofs
+from fastattn.core.capabilities import BACKWARD, CLASSES, FORWARD
 from fastattn.core.mlp.spec import SAVES
+from fastattn.core.proofs import Key
 from fastattn.measuring import mlp_plan
 
 TOKENS, WIDTH, HIDDEN = 24, 16, 200
@@ -49,6 +52,26 @@ def test_the_report_names_the_backend_the_least_time_and_every_save(capsys) -> N
     assert len(re.findall(r"least time, forward(?: and backward)? +[\d.e+-]+ ms +[\d.e+-]+ GFLOP", printed)) == 4
     for save in SAVES:
         assert len(re.findall(rf"^  {save} ", printed, re.M)) == 2
+
+
+def test_one_kernel_for_the_whole_layer_is_named_where_it_serves_and_why_not_elsewhere(monkeypatch) -> None:
+    device = torch.device(DEVICE)
+    about = (TOKENS, 64, 256, torch.float32, device, False)
+    assert mlp_plan.served(*about)[-1][1:] == ("no", "only in half precision")
+    half = TOKENS, 64, 256, torch.float16, device, False
+    assert mlp_plan.served(*half)[-1][1:] == ("no", "not proven to be faster at every number of tokens")
+    assert mlp_plan.served(TOKENS, 129, 256, torch.float16, device, False)[-1][1:] == ("no", "only up to 128 wide")
+    keys = [Key("mlp", d, "whole", "float32", 64, size) for d in (FORWARD, BACKWARD) for size in CLASSES]
+    proven = proofs.Record(proofs.machine(device), rows={key: proofs.Row(key, proofs.PROVEN) for key in keys})
+    monkeypatch.setattr(proofs, "record_of", lambda device: proven)
+    forward, backward, whole = mlp_plan.served(*about)
+    assert (
+        forward[1:] == backward[1:] == ("triton", "the hidden layer never leaves the chip") and whole[1] == "yes"
+    )
+    x_alone = 4 * 64
+    kept = {row[0]: (float(row[2]), row[4]) for row in mlp_plan.kept_rows(*about)}
+    assert kept["auto"] == kept["nothing"] == (x_alone, "at most 0 KiB")
+    assert kept["preactivation"][0] > x_alone
 
 
 def test_the_least_time_is_that_of_the_products_at_the_rate_that_was_timed() -> None:

@@ -81,6 +81,18 @@ def test_segments_of_the_tokens_and_layers_too_wide_for_three_sums_at_a_time(gat
     check_whole(Problem(tokens=tokens, width=65, hidden=40, out=16, gated=gated, save="nothing"))
 
 
+@pytest.mark.skipif(ON_GPU, reason="the interpreter's tiles")
+def test_a_segment_s_sum_may_pass_the_largest_number_of_half_precision() -> None:
+    """Each of two segments sums 256 gradients of 300; their signs differ."""
+    ones = torch.ones(512, 16, dtype=torch.float16)
+    weights = MLPWeights(ones[:16] / 16, ones[0] * 0, None, None, torch.eye(16, dtype=torch.float16))
+    dy = torch.cat((300 * ones[:256], -300 * ones[256:]))
+    spec = MLPSpec("relu", whole=ALWAYS)
+    _, *found = backends.load("mlp", "triton").backward(dy, ones, weights, (), [True] * 5 + [False] * 2, spec)
+    assert whole_mlp.segments_of(512, 1, 32, launch.INTERPRETER)[1] == 2
+    assert all(torch.equal(t, torch.zeros_like(t)) for t in found if t is not None)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("width", [64, 80, 128])
