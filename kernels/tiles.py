@@ -58,8 +58,9 @@ class Shape(NamedTuple):
     batches: int
 
 
-# No tile has more rows or columns than this; offsets within a tile are 32-bit.
+# No tile has more rows than the first, nor more columns than the second; offsets within a tile are 32-bit.
 LARGEST_TILE = 256
+WIDEST_TILE = 512
 
 
 def coalesced(t: torch.Tensor) -> torch.Tensor:
@@ -71,7 +72,7 @@ def coalesced(t: torch.Tensor) -> torch.Tensor:
     return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
 
 
-def near(t: torch.Tensor, inner: int, extent: int | None = LARGEST_TILE) -> torch.Tensor:
+def near(t: torch.Tensor, inner: int, extent: int | None = WIDEST_TILE) -> torch.Tensor:
     """`t`, for a kernel that adds up 32-bit offsets in its last `inner` dimensions, over `extent` elements of each
     (None: all). It is copied first if offsets would exceed 32 bits; expanded dimensions stay expanded.
 
@@ -153,6 +154,27 @@ def load_tile(
         return tl.load(pointers, mask=columns, other=0.0)
     else:
         return tl.load(pointers)
+
+
+@triton.jit
+def product_in_parts(
+    left, right, column_count: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """left right^T of two tiles that nothing else uses, 128 columns at a time: whole wide ones would fill the
+    registers. Each is (pointer, tensor, first row, number of rows)."""
+    product = tl.zeros([ROWS, KEYS], tl.float32)
+    for first in tl.static_range(0, WIDTH, 128):
+        if first < column_count:
+            left_part = load_tile(
+                left[0] + first * left[1].column, left[1], left[2], left[3], column_count - first, ROWS, 128, True
+            )
+            right_part = load_tile(
+                right[0] + first * right[1].column, right[1], right[2], right[3], column_count - first, KEYS, 128,
+                True,
+            )  # fmt: skip
+            product = tl.dot(left_part, tl.trans(right_part), product, input_precision=PRECISION)
+    return product
 
 
 @triton.jit

@@ -430,6 +430,8 @@ NOT_ON_AMD = (
 )  # fmt: skip
 Call = AttentionCall | MLPCall | HeadsCall | NormCall | LossCall | CacheCall | InvariantCall
 
+WIDTHS = (64, 128, 256, 512)  # a class of rows each
+
 CALLS: tuple[Call, ...] = (
     *(
         InvariantCall(dtype, width, kind)
@@ -441,36 +443,39 @@ CALLS: tuple[Call, ...] = (
             ("bf16", 128, "cache everything"),
         )
     ),
-    *(AttentionCall("bf16", width, causal) for width in (64, 128, 256) for causal in (True, False)),
+    *(AttentionCall("bf16", width, causal) for width in WIDTHS for causal in (True, False)),
     AttentionCall("bf16", 80, True),
     AttentionCall("bf16", 192, True, value_dim=128),
+    AttentionCall("bf16", 320, True, value_dim=512),
     AttentionCall("fp16", 128, True),
     *(
         AttentionCall("bf16", width, True, shaped=shape)
-        for width in (64, 128, 256)
+        for width in WIDTHS
         for shape in ("window", "everything", "bias", "relative bias", "dropout", "lists")
     ),
-    *(AttentionCall("fp32", width, False, shaped="lists") for width in (64, 128, 256)),
-    *(AttentionCall("bf16", width, False, shaped="intervals") for width in (64, 128, 256)),
+    *(AttentionCall("fp32", width, False, shaped="lists") for width in WIDTHS),
+    *(AttentionCall("bf16", width, False, shaped="intervals") for width in WIDTHS),
     AttentionCall("bf16", 64, False, shaped="lists that count"),
-    *(AttentionCall("bf16", width, True, shaped="bool mask") for width in (64, 128, 256)),
-    *(AttentionCall("bf16", width, False, shaped="padding as bias") for width in (64, 128, 256)),
+    *(AttentionCall("bf16", width, True, shaped="bool mask") for width in WIDTHS),
+    *(AttentionCall("bf16", width, False, shaped="padding as bias") for width in WIDTHS),
     TangentCall("bf16", 128, False, shaped="lists"),
-    *(TangentCall("bf16", width, True, shaped=shape) for width in (64, 128, 256) for shape in ("", "everything")),
-    *(TangentCall("fp32", width, True) for width in (64, 128, 256)),
-    *(AttentionCall("fp32", width, True, shaped=kind) for width in (64, 128, 256) for kind in ("tf32", "tf32x3")),
-    *(AttentionCall("fp32", width, True) for width in (64, 128, 256)),
-    AttentionCall("fp32", 64, True, shaped="bias"),
+    *(TangentCall("bf16", width, True, shaped=shape) for width in WIDTHS for shape in ("", "everything")),
+    *(TangentCall("fp32", width, True) for width in WIDTHS[:3]),
+    *(AttentionCall("fp32", width, True, shaped="tf32") for width in WIDTHS),
+    *(AttentionCall("fp32", width, True, shaped="tf32x3") for width in WIDTHS[:3]),
+    *(AttentionCall("fp32", width, True) for width in WIDTHS),
+    *(AttentionCall("fp32", width, True, shaped="bias") for width in (64, 512)),
     *(
         StatisticsCall("bf16", width, True, shaped=shape)
-        for width in (64, 128, 256)
+        for width in WIDTHS
         for shape in ("", "everything", "bias", "lists")
     ),
     *(StatisticsCall("bf16", width, True, want=("mass", "entropy")) for width in (64, 128)),
-    *(StatisticsCall("bf16", width, False, shaped="intervals") for width in (64, 256)),
+    *(StatisticsCall("bf16", width, False, shaped="intervals") for width in (64, 256, 512)),
     StatisticsCall("bf16", 64, False, shaped="lists that count"),
-    *(StatisticsCall("fp32", width, True) for width in (64, 128, 256)),
+    *(StatisticsCall("fp32", width, True) for width in WIDTHS),
     *(StatisticsCall("fp32", width, True, shaped=kind) for width in (64, 256) for kind in ("tf32", "tf32x3")),
+    StatisticsCall("fp32", 512, True, shaped="tf32"),
     *(MLPCall("bf16", 1024, "gelu", fused=True, tokens=tokens) for tokens in (128, 1024, 8192)),
     *(MLPCall("bf16", 1024, "silu", gated=True, fused=True, tokens=tokens) for tokens in (128, 8192)),
     MLPCall("bf16", 1024, "gelu", fused=False),
@@ -500,7 +505,7 @@ CALLS: tuple[Call, ...] = (
     ),
     *(WholeMLPCall("bf16", width, "silu", gated=True) for width in (64, 128)),
     WholeMLPCall("bf16", 128, "gelu", gated=True, last=True),
-    *(HeadsCall("bf16", width, width) for width in (64, 128, 256)),
+    *(HeadsCall("bf16", width, width) for width in WIDTHS),
     HeadsCall("bf16", 128, 128, everything=False),
     HeadsCall("bf16", 128, 128, "interleaved"),
     HeadsCall("bf16", 80, 32),

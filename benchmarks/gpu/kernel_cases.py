@@ -19,6 +19,7 @@ ODD = (
     (1023, 1024, 128, None),
     (257, 257, 192, 128),
     (1, 777, 64, None),
+    (113, 203, 320, 512),
 )
 DTYPES = (*HALF, SINGLE)
 
@@ -35,7 +36,7 @@ def attention() -> list[Sizes]:
     plain = [
         Sizes("attention", kind, dtype, width=width)
         for dtype in DTYPES
-        for width in (128, 64, 256)
+        for width in (128, 64, 256, 512)
         for kind in ("causal", "full")
     ]
     odd = [
@@ -49,7 +50,14 @@ def attention() -> list[Sizes]:
 def masks_and_scores() -> list[Sizes]:
     """Every kind where it is used most; then in the dtypes and at the widths that have rows of their own."""
     kinds = [*(("masks", kind) for kind in MASK_KINDS), *(("scores", kind) for kind in SCORE_KINDS)]
-    forms = (("bfloat16", 128), ("bfloat16", 64), ("float16", 128), ("bfloat16", 256), ("float32", 64))
+    forms = (
+        ("bfloat16", 128),
+        ("bfloat16", 64),
+        ("float16", 128),
+        ("bfloat16", 256),
+        ("float32", 64),
+        ("bfloat16", 512),
+    )
     return [Sizes(family, kind, dtype, width=width) for dtype, width in forms for family, kind in kinds]
 
 
@@ -85,7 +93,10 @@ def norms() -> list[Sizes]:
 def heads() -> list[Sizes]:
     kinds = ("norm rotary scale", "rotary", "norm", "norm interleaved")
     return [
-        Sizes("heads", kind, dtype, width=width) for width in (128, 64, 80) for dtype in DTYPES for kind in kinds
+        Sizes("heads", kind, dtype, width=width)
+        for width in (128, 64, 80, 512)
+        for dtype in DTYPES
+        for kind in kinds
     ]
 
 
@@ -105,7 +116,7 @@ def losses() -> list[Sizes]:
 
 def tangents() -> list[Sizes]:
     kinds = ("causal", "full", "sinks", "bias", "bigbird", "dropout")
-    forms = (("bfloat16", 64), ("bfloat16", 128), ("float32", 64))
+    forms = (("bfloat16", 64), ("bfloat16", 128), ("float32", 64), ("bfloat16", 512))
     return [Sizes("tangent", kind, dtype, width=width) for dtype, width in forms for kind in kinds]
 
 
@@ -121,7 +132,14 @@ def statistics() -> list[Sizes]:
     """All that have a kernel, at once: the kinds that have rows or loops of their own; then two alone, whose tiles
     differ."""
     kinds = ("causal", "full", "window", "documents", "bigbird", "key lengths", "softcap", "sinks", "bias")
-    forms = (("bfloat16", 128), ("bfloat16", 64), ("float16", 128), ("bfloat16", 256), ("float32", 64))
+    forms = (
+        ("bfloat16", 128),
+        ("bfloat16", 64),
+        ("float16", 128),
+        ("bfloat16", 256),
+        ("float32", 64),
+        ("bfloat16", 512),
+    )
     every = [Sizes("statistics", kind, dtype, width=width) for dtype, width in forms for kind in kinds]
     alone = [Sizes("statistics", "causal: mass entropy", "bfloat16", width=width) for width in (64, 128, 256)]
     return [*every, *alone]

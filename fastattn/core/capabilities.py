@@ -86,7 +86,7 @@ def _bias_dtype(request: Request) -> torch.dtype | None:
 def _has_other_widths(request: Request) -> bool:
     """Whether heads of keys or of values are wider or narrower than the Triton kernels' tiles."""
     q, _, v = request.tensors
-    return not (8 <= q.shape[3] <= 256 and 8 <= v.shape[3] <= 256)
+    return not (8 <= q.shape[3] <= 512 and 8 <= v.shape[3] <= 512)
 
 
 def _wants(*names: str) -> Callable[[Request], bool]:
@@ -214,8 +214,8 @@ FEATURES: tuple[Feature, ...] = (
     ),
     Feature("attention", "lengths of their own for queries and keys", _differ(_LENGTH, _Q, _K)),
     Feature("attention", "grouped-query heads", _differ(_HEADS, _Q, _K)),
-    Feature("attention", "head widths 8 to 256", lambda r: not _has_other_widths(r)),
-    Feature("attention", "head widths below 8 or above 256", _has_other_widths, triton=frozenset()),
+    Feature("attention", "head widths 8 to 512", lambda r: not _has_other_widths(r)),
+    Feature("attention", "head widths below 8 or above 512", _has_other_widths, triton=frozenset()),
     Feature("attention", "a width of their own for values", _differ(_WIDTH, _Q, _V)),
     Feature("attention", "float16", _is(torch.float16)),
     Feature("attention", "bfloat16", _is(torch.bfloat16)),
@@ -273,8 +273,8 @@ FEATURES: tuple[Feature, ...] = (
         "heads", "rotary, half and interleaved, partial, offsets", lambda r: r.spec.turned > 0, proof="rotary"
     ),
     Feature("heads", "per-head scale, with gradient", lambda r: r.spec.scaled, proof="scale"),
-    Feature("heads", "head widths 1 to 256", lambda r: True),
-    Feature("heads", "head widths above 256", lambda r: r.tensors[0].shape[3] > 256, triton=frozenset()),
+    Feature("heads", "head widths 1 to 512", lambda r: True),
+    Feature("heads", "head widths above 512", lambda r: r.tensors[0].shape[3] > 512, triton=frozenset()),
     Feature("heads", "float16", _is(torch.float16)),
     Feature("heads", "bfloat16", _is(torch.bfloat16)),
     Feature("heads", "float32", _is(torch.float32)),
@@ -339,8 +339,8 @@ FEATURES: tuple[Feature, ...] = (
             ("thumbnail of more columns", lambda r: r.spec.thumbnail[1] > 128, frozenset()),
             ("single weights and windows", _wants("gather"), _FORWARD_ONLY),
             (_ALL_SCORES, lambda r: True, _FORWARD_ONLY),
-            ("head widths 8 to 256", lambda r: not _has_other_widths(r), _FORWARD_ONLY),
-            ("head widths below 8 or above 256", _has_other_widths, frozenset()),
+            ("head widths 8 to 512", lambda r: not _has_other_widths(r), _FORWARD_ONLY),
+            ("head widths below 8 or above 512", _has_other_widths, frozenset()),
             ("float16", _is(torch.float16), _FORWARD_ONLY),
             ("bfloat16", _is(torch.bfloat16), _FORWARD_ONLY),
             ("float32", _is(torch.float32), _FORWARD_ONLY),

@@ -56,7 +56,8 @@ STATISTICS = ("causal", "full", "window", "documents", "bigbird", "key lengths",
 # A width of each class of heads that is no power of two.
 ODD = {64: 40, 128: 80, 256: 192, 512: 320}
 # Classes that kernels reach; where they do not, dispatch knows that without a proof.
-HEAD_WIDTHS = (128, 64, 256)
+HEAD_WIDTHS = (128, 64, 256, 512)
+CACHE_WIDTHS = HEAD_WIDTHS[:3]
 SINGLE_TANGENT = 128  # the widest heads with a tangent in float32
 
 FEW = 3  # checks of a case in the interpreter
@@ -208,7 +209,7 @@ def caches() -> list[Case]:
     """One query and a few, of which the keys are split over programs; and chunks of a prompt."""
     found = []
     for dtype in DTYPES:
-        for width in HEAD_WIDTHS:
+        for width in CACHE_WIDTHS:
             found += [_cache(proves, dtype, width) for proves in ("cache", "chunk", "quantised")]
         found.append(_cache("latent", dtype, LATENT_WIDTH))
     return found

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from .. import launch
-from ..tiles import head_of, load_tile, tensor4
+from ..tiles import head_of, load_tile, product_in_parts, tensor4
 from .loops import (
     GRANULE,
     first_at,
@@ -27,7 +27,7 @@ from .loops import (
 )
 from .problem import Call
 from .row_values import load_rows, row_values_of
-from .scores import load_score_terms, score_gradient
+from .scores import load_score_terms, score_gradient, score_gradient_of
 
 
 @triton.jit
@@ -42,18 +42,34 @@ def tile_gradient(
     key_head = head // shape.group
     q_pointer, dout_pointer = head_of(q, batch, head), head_of(dout, batch, head)
     k_pointer, v_pointer = head_of(k, batch, key_head), head_of(v, batch, key_head)
-    q_tile = load_tile(q_pointer, q, start, shape.queries, tile.HEAD_DIM, tile.BLOCK_M, tile.WIDTH, True)
-    dout_tile = load_tile(
-        dout_pointer, dout, start, shape.queries, tile.VALUE_DIM, tile.BLOCK_M, tile.VALUE_WIDTH, True
-    )
     key_count = key_count_of(batch, problem)
-    k_tile = load_tile(k_pointer, k, key_start, key_count, tile.HEAD_DIM, tile.BLOCK_N, tile.WIDTH, True)
-    v_tile = load_tile(v_pointer, v, key_start, key_count, tile.VALUE_DIM, tile.BLOCK_N, tile.VALUE_WIDTH, True)
     values = row_values_of(row_values, batch, head, shape) + queries
-    rows = (q_tile, dout_tile, load_rows(values, row_values.rows, problem.scores))
-    dscores, _capped = score_gradient(
-        rows, k_tile, v_tile, key_start, queries, bounds, score_terms, problem, tile, True
-    )
+    if tile.WIDTH > 256 or tile.VALUE_WIDTH > 256:
+        products = product_in_parts(
+            (q_pointer, q, start, shape.queries), (k_pointer, k, key_start, key_count),
+            tile.HEAD_DIM, tile.BLOCK_M, tile.BLOCK_N, tile.WIDTH, tile.PRECISION,
+        )  # fmt: skip
+        dweights = product_in_parts(
+            (dout_pointer, dout, start, shape.queries), (v_pointer, v, key_start, key_count),
+            tile.VALUE_DIM, tile.BLOCK_M, tile.BLOCK_N, tile.VALUE_WIDTH, tile.PRECISION,
+        )  # fmt: skip
+        row_terms = load_rows(values, row_values.rows, problem.scores)
+        dscores, _capped = score_gradient_of(
+            products, dweights, row_terms, key_start, queries, bounds, score_terms, problem, tile, True
+        )
+    else:
+        q_tile = load_tile(q_pointer, q, start, shape.queries, tile.HEAD_DIM, tile.BLOCK_M, tile.WIDTH, True)
+        dout_tile = load_tile(
+            dout_pointer, dout, start, shape.queries, tile.VALUE_DIM, tile.BLOCK_M, tile.VALUE_WIDTH, True
+        )
+        k_tile = load_tile(k_pointer, k, key_start, key_count, tile.HEAD_DIM, tile.BLOCK_N, tile.WIDTH, True)
+        v_tile = load_tile(
+            v_pointer, v, key_start, key_count, tile.VALUE_DIM, tile.BLOCK_N, tile.VALUE_WIDTH, True
+        )
+        rows = (q_tile, dout_tile, load_rows(values, row_values.rows, problem.scores))
+        dscores, _capped = score_gradient(
+            rows, k_tile, v_tile, key_start, queries, bounds, score_terms, problem, tile, True
+        )
     return total + dscores
 
 

@@ -161,30 +161,52 @@ def attention_forward(
     if lse.numel() == 0:
         return out, lse
     with launch.on_device(q):
-        call = Call(attention_forward_kernel, q, k, v, spec, tensors, lists)
-        tiling, rows = call.tiling(launch.ATTENTION_FORWARD), rows_of(lists, split=maxima is None)
-        whole = lists is None or maxima is not None
-        splits = splits_of(
-            rows, None if whole else lists.row_merges, queries, tiling.block_m, batch * heads,
-            0 if maxima is not None else triton.cdiv(k.shape[2], tiling.block_n), call.processors,
-        )  # fmt: skip
-        partials, lse_partials = partials_of(splits, out), partials_of(splits, lse)
-        remainders = partials_of(splits, lse) if call.in_nats else None
-        launch.start(
-            attention_forward_kernel,
-            (splits.programs * batch * heads,),
-            tensor4(q),
-            tensor4(k),
-            tensor4(v),
-            tensor4(out),
-            tensor3(lse),
-            None if maxima is None else tensor3(maxima),
-            argument(partials),
-            argument(lse_partials),
-            argument(remainders),
-            call.problem(rows, splits.count, launch.heads_per_section(k, v, batch * heads), sinks=True),
-            tile=call.tile(tiling),
-            **tiling.compiler_options(),
-        )
-        merge(splits, partials, out, lse_partials, lse, remainders)
+        _forward(out, lse, q, k, v, spec, tensors, lists, maxima)
     return out, lse
+
+
+def _forward(
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    spec: Any,
+    tensors: Any,
+    lists: Any,
+    maxima: torch.Tensor | None,
+) -> None:
+    """Fill out, lse and maxima."""
+    call = Call(attention_forward_kernel, q, k, v, spec, tensors, lists)
+    tiling = call.tiling(launch.ATTENTION_FORWARD)
+    if v.shape[3] > tiling.values:
+        # Each pass computes the weights again, and writes the same log-sum-exps.
+        for columns, result in zip(v.split(tiling.values, 3), out.split(tiling.values, 3), strict=True):
+            _forward(result, lse, q, k, columns, spec, tensors, lists, maxima)
+        return
+    batch, heads, queries, _ = q.shape
+    rows = rows_of(lists, split=maxima is None)
+    whole = lists is None or maxima is not None
+    splits = splits_of(
+        rows, None if whole else lists.row_merges, queries, tiling.block_m, batch * heads,
+        0 if maxima is not None else triton.cdiv(k.shape[2], tiling.block_n), call.processors,
+    )  # fmt: skip
+    partials, lse_partials = partials_of(splits, out), partials_of(splits, lse)
+    remainders = partials_of(splits, lse) if call.in_nats else None
+    launch.start(
+        attention_forward_kernel,
+        (splits.programs * batch * heads,),
+        tensor4(q),
+        tensor4(k),
+        tensor4(v),
+        tensor4(out),
+        tensor3(lse),
+        None if maxima is None else tensor3(maxima),
+        argument(partials),
+        argument(lse_partials),
+        argument(remainders),
+        call.problem(rows, splits.count, launch.heads_per_section(k, v, batch * heads), sinks=True),
+        tile=call.tile(tiling),
+        **tiling.compiler_options(),
+    )
+    merge(splits, partials, out, lse_partials, lse, remainders)

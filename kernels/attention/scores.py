@@ -281,11 +281,22 @@ def score_gradient(
     """The gradient of a tile of scores, queries down, and what `cap` made of the products. Operands are the
     queries' q and dout, and their row values: log-sum-exps, deltas and remainders."""
     q_tile, dout_tile, row_values = operands
-    lse, delta, remainder = row_values
-    scores, dropout = problem.scores, problem.dropout
     # Both products first: the second one runs while the weights are made from the first.
     products = tl.dot(q_tile, tl.trans(k_tile), input_precision=tile.PRECISION)
     dweights = tl.dot(dout_tile, tl.trans(v_tile), input_precision=tile.PRECISION)
+    return score_gradient_of(
+        products, dweights, row_values, start, queries, bounds, score_terms, problem, tile, MASKED
+    )
+
+
+@triton.jit
+def score_gradient_of(
+    products, dweights, row_values, start, queries, bounds, score_terms, problem, tile: tl.constexpr,
+    MASKED: tl.constexpr,
+):  # fmt: skip
+    """`score_gradient`, from the products q k^T and dout v^T."""
+    lse, delta, remainder = row_values
+    scores, dropout = problem.scores, problem.dropout
     keys = start + tl.arange(0, tile.BLOCK_N)[None, :]
     capped = cap(products, scores, score_terms)
     values = finish_scores(capped, scores, score_terms, queries[:, None], keys, problem.shape)

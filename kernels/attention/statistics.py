@@ -358,9 +358,10 @@ def _by_lag(call: Call, operands: tuple, profile: torch.Tensor) -> None:
     """The sum along each diagonal; lag -(Lq - 1) first."""
     (batch, heads, queries, _), keys = call.q.shape, call.k.shape[2]
     tiling = call.tiling(launch.ATTENTION_BIAS)
-    if max(queries, keys) <= 32:
+    if max(queries, keys) <= 32 or call.widest > 256:
         # One tile is enough. For one query and key Triton 3.6 compiles no larger one on a B200: with sizes of 1
-        # the loop is unrolled to a single product, for which its pass over tensor memory finds no layout.
+        # the loop is unrolled to a single product, for which its pass over tensor memory finds no layout. And a
+        # wide tile of 64 x 64 spills, since this kernel holds all its columns.
         tiling = tiling._replace(block_m=min(tiling.block_m, 32), block_n=min(tiling.block_n, 32))
     block = tiling.block_m
     row_tiles = triton.cdiv(queries, block)

@@ -103,11 +103,13 @@ def look_up(table: dict[str, tuple[Row, ...]], family: str, bytes: int, width: i
 
     Kinds other than "plain" have rows of their own, which come first: "shaped" scores and "intervals" need more
     registers, "heavy" ones even more, a tile for "listed" granules must not be larger than these, and "tf32" and
-    "tf32x3" products of float32 run on tensor cores on every family.
+    "tf32x3" products of float32 run on tensor cores on every family. The kinds' rows for tiles wider than 256 are
+    those of "sm_90 wide shaped" and so on.
     """
     rows = table.get(family) or table["sm_80"]
     if family != INTERPRETER:
-        rows = (*(row for key in _KINDS[kind] for row in table.get(key.format(family), ())), *rows)
+        own = family if width <= 256 else f"{family} wide"
+        rows = (*(row for key in _KINDS[kind] for row in table.get(key.format(own), ())), *rows)
     for row in rows:
         if bytes <= row.bytes and width <= row.width:
             return row.tiling
@@ -117,8 +119,8 @@ def look_up(table: dict[str, tuple[Row, ...]], family: str, bytes: int, width: i
 def within_granules(tiling: Tiling) -> Tiling:
     """The tiling for masks of 64 x 64 granules: a tile lies within one granule. Half the rows need half the
     warps."""
-    smaller = tiling.block_m > 64 and tiling.warps == 8
-    return Tiling(min(tiling.block_m, 64), min(tiling.block_n, 64), 4 if smaller else tiling.warps, tiling.stages)
+    warps = 4 if tiling.block_m > 64 and tiling.warps == 8 else tiling.warps
+    return tiling._replace(block_m=min(tiling.block_m, 64), block_n=min(tiling.block_n, 64), warps=warps)
 
 
 _KINDS = {

@@ -6,12 +6,12 @@ from .rows import INTERPRETER, Row, Tiling
 
 # Odd tiles of unequal sides, so that short sequences reach every loop.
 _INTERPRETED = {
-    "forward": (Row(8, 256, Tiling(32, 16, 4, 1)),),
-    "dkdv": (Row(8, 256, Tiling(16, 32, 4, 1)),),
-    "dq": (Row(8, 256, Tiling(32, 16, 4, 1)),),
-    "bias": (Row(8, 256, Tiling(32, 32, 4, 1)),),
-    "tangent": (Row(8, 256, Tiling(32, 16, 4, 1)),),
-    "statistics": (Row(8, 256, Tiling(32, 16, 4, 1)),),
+    "forward": (Row(8, 512, Tiling(32, 16, 4, 1, values=256)),),
+    "dkdv": (Row(8, 512, Tiling(16, 32, 4, 1)),),
+    "dq": (Row(8, 512, Tiling(32, 16, 4, 1)),),
+    "bias": (Row(8, 512, Tiling(32, 32, 4, 1)),),
+    "tangent": (Row(8, 512, Tiling(32, 16, 4, 1)),),
+    "statistics": (Row(8, 512, Tiling(32, 16, 4, 1)),),
 }
 
 # The families on which the forward and dq visit masked keys before the others. If the masked loop came second on
@@ -29,16 +29,19 @@ _EXACT = {
         Row(4, 64, Tiling(64, 32, 8, 2)),
         Row(4, 128, Tiling(32, 16, 8, 2)),
         Row(4, 256, Tiling(32, 16, 8, 1)),
+        Row(4, 512, Tiling(32, 16, 8, 1)),
     ),
     "dkdv": (
         Row(4, 64, Tiling(32, 32, 4, 1)),
         Row(4, 128, Tiling(16, 32, 8, 1)),
         Row(4, 256, Tiling(16, 16, 8, 1)),
+        Row(4, 512, Tiling(16, 16, 8, 1)),
     ),
     "dq": (
         Row(4, 64, Tiling(32, 32, 4, 1)),
         Row(4, 128, Tiling(16, 16, 8, 1)),
         Row(4, 256, Tiling(16, 16, 8, 1)),
+        Row(4, 512, Tiling(16, 16, 8, 1)),
     ),
     "tangent": (
         Row(4, 64, Tiling(32, 16, 8, 1)),  # 255 registers, 24 KiB, 1
@@ -52,13 +55,16 @@ _EXACT = {
 # the loop over full tiles and of that over the causal diagonal. Nothing spills unless noted. Not yet measured. The
 # pass that computes delta from out and its gradient is bound by memory.
 _DELTA = Row(4, 256, Tiling(64, 64, 8, 3))
+_WIDE_DELTA = Row(4, 512, Tiling(32, 64, 8, 3))
 ATTENTION_DELTA = {
     "sm_80": (
         _DELTA._replace(bytes=2),
         _DELTA._replace(width=128),
         Row(4, 256, Tiling(32, 64, 4, 3)),  # 64 x 64: 2 spills
+        _WIDE_DELTA,
     ),
-    **{name: (_DELTA,) for name in (INTERPRETER, "sm_86", "sm_90", "sm_100", "sm_120", "gfx942")},
+    INTERPRETER: (_DELTA._replace(width=512),),
+    **{name: (_DELTA, _WIDE_DELTA) for name in ("sm_86", "sm_90", "sm_100", "sm_120", "gfx942")},
 }
 
 ATTENTION_FORWARD = {
@@ -67,39 +73,46 @@ ATTENTION_FORWARD = {
         Row(2, 64, Tiling(128, 128, 8, 3)),  # 205 registers, 80 KiB, 1; 0.61, 0.80
         Row(2, 128, Tiling(128, 64, 8, 3)),  # 216 registers, 96 KiB, 1; 0.52, 0.61
         Row(2, 256, Tiling(64, 64, 8, 2)),  # 255 registers, 104 KiB, 1; 0.60, 0.67
+        Row(2, 512, Tiling(32, 32, 8, 2)),
         *_EXACT["forward"],
     ),
     "sm_86": (
         Row(2, 64, Tiling(128, 64, 8, 3)),  # 199 registers, 48 KiB, 1; 0.35, 0.44
         Row(2, 128, Tiling(128, 64, 8, 3)),  # 220 registers, 96 KiB, 1; 0.26, 0.31
         Row(2, 256, Tiling(32, 32, 4, 1)),  # 168 registers, 34 KiB, 2; 0.39, 0.47
+        Row(2, 512, Tiling(32, 32, 8, 2)),
         _EXACT["forward"][0],
         Row(4, 128, Tiling(32, 16, 8, 1)),  # 2 stages: 10 spills
-        _EXACT["forward"][2],
+        *_EXACT["forward"][2:],
     ),
     "sm_90": (
         Row(2, 64, Tiling(128, 128, 8, 3)),  # 228 registers, 112 KiB, 1; 0.95, 1.30
         Row(2, 128, Tiling(128, 128, 8, 2)),  # 250 registers, 160 KiB, 1; 0.54, 0.75
         Row(2, 256, Tiling(128, 64, 8, 2)),  # 255 registers, 192 KiB, 1; 0.50, 0.61
+        Row(2, 512, Tiling(128, 32, 8, 2, values=256)),
         *_EXACT["forward"],
     ),
     "sm_100": (
         Row(2, 64, Tiling(128, 128, 8, 3)),  # 240 registers, 113 KiB, 1; 1.88, 3.52
         Row(2, 128, Tiling(128, 128, 8, 2)),  # 246 registers, 161 KiB, 1; 1.06, 2.00
         Row(2, 256, Tiling(128, 64, 8, 2)),  # 254 registers, 193 KiB, 1; 1.00, 1.36
+        Row(2, 512, Tiling(128, 32, 8, 2, values=256)),
         *_EXACT["forward"],
     ),
     "sm_120": (
         Row(2, 64, Tiling(128, 64, 8, 3)),  # 170 registers, 48 KiB, 1; 0.34, 0.43
         Row(2, 128, Tiling(128, 64, 8, 3)),  # 219 registers, 96 KiB, 1; 0.24, 0.31
         Row(2, 256, Tiling(32, 32, 4, 1)),  # 189 registers, 34 KiB, 2; 0.39, 0.46
+        Row(2, 512, Tiling(32, 32, 8, 2)),
         *_EXACT["forward"],
     ),
     "gfx942": (
         Row(2, 64, Tiling(128, 64, 4, 1)),  # 199 registers, 16 KiB, 2
         Row(2, 128, Tiling(128, 32, 4, 1)),  # 202 registers, 32 KiB, 2
         Row(2, 256, Tiling(64, 32, 4, 1)),  # 261 registers, 32 KiB, 1
-        *_EXACT["forward"],
+        Row(2, 512, Tiling(32, 16, 4, 1)),
+        *_EXACT["forward"][:3],
+        Row(4, 512, Tiling(16, 16, 4, 1)),  # 392 registers; 8 warps: 129 spills
     ),
 }
 
@@ -109,38 +122,47 @@ ATTENTION_DKDV = {
         Row(2, 64, Tiling(64, 128, 8, 2)),  # 255 registers, 48 KiB, 1; 0.44, 0.52
         Row(2, 128, Tiling(64, 64, 8, 2)),  # 177 registers, 72 KiB, 1; 0.42, 0.48
         Row(2, 256, Tiling(64, 32, 8, 1)),  # 232 registers, 128 KiB, 1; 0.41, 0.47
+        Row(2, 512, Tiling(16, 32, 8, 2)),
         *_EXACT["dkdv"],
     ),
     "sm_86": (
         Row(2, 64, Tiling(64, 128, 8, 2)),  # 252 registers, 48 KiB, 1; 0.22, 0.26
         Row(2, 128, Tiling(64, 64, 8, 2)),  # 178 registers, 72 KiB, 1; 0.21, 0.24
         Row(2, 256, Tiling(32, 32, 4, 1)),  # 255 registers, 80 KiB, 1; 0.20, 0.25
-        *_EXACT["dkdv"],
+        Row(2, 512, Tiling(16, 32, 8, 2)),
+        *_EXACT["dkdv"][:3],
+        Row(4, 512, Tiling(16, 8, 8, 1)),  # 96 KiB; 16 x 16: 128
     ),
     "sm_90": (
         Row(2, 64, Tiling(64, 128, 8, 2)),  # 239 registers, 64 KiB, 1; 0.63, 0.78
         Row(2, 128, Tiling(64, 128, 8, 2)),  # 255 registers, 128 KiB, 1; 0.37, 0.46
         Row(2, 256, Tiling(64, 32, 8, 1)),  # 207 registers, 128 KiB, 1; 0.82, 1.01
+        Row(2, 512, Tiling(16, 32, 8, 2)),
         *_EXACT["dkdv"],
     ),
     "sm_100": (
         Row(2, 64, Tiling(64, 128, 8, 2)),  # 178 registers, 81 KiB, 1; 1.42, 1.87
         Row(2, 128, Tiling(64, 128, 8, 2)),  # 220 registers, 161 KiB, 1; 0.82, 0.98
         Row(2, 256, Tiling(64, 64, 8, 1)),  # 237 registers, 128 KiB, 1; 1.16, 1.41
+        Row(2, 512, Tiling(16, 32, 8, 2)),
         *_EXACT["dkdv"],
     ),
     "sm_120": (
         Row(2, 64, Tiling(64, 128, 8, 2)),  # 250 registers, 48 KiB, 1; 0.22, 0.26
         Row(2, 128, Tiling(64, 64, 8, 2)),  # 174 registers, 72 KiB, 1; 0.20, 0.23
         Row(2, 256, Tiling(32, 32, 8, 2)),  # 158 registers, 66 KiB, 1; 4 warps: 4 spills
-        *_EXACT["dkdv"],
+        Row(2, 512, Tiling(16, 32, 8, 2)),
+        *_EXACT["dkdv"][:3],
+        Row(4, 512, Tiling(16, 8, 8, 1)),  # 96 KiB; 16 x 16: 128
     ),
     "gfx942": (
         Row(2, 64, Tiling(64, 64, 4, 1)),  # 244 registers, 8 KiB, 2
         Row(2, 128, Tiling(32, 32, 4, 1)),  # 248 registers, 8 KiB, 2
         Row(2, 256, Tiling(32, 32, 4, 1)),  # 430 registers, 16 KiB, 1
+        Row(2, 512, Tiling(16, 16, 4, 1)),
         *_EXACT["dkdv"][:2],
         Row(4, 256, Tiling(16, 16, 4, 1)),  # 339 registers, 16 KiB, 1
+        Row(4, 512, Tiling(16, 16, 4, 1)),  # 298 spills
     ),
 }
 
@@ -150,38 +172,47 @@ ATTENTION_DQ = {
         Row(2, 64, Tiling(128, 64, 8, 2)),  # 238 registers, 48 KiB, 1; 0.43, 0.54
         Row(2, 128, Tiling(128, 32, 8, 2)),  # 199 registers, 80 KiB, 1; 0.35, 0.42
         Row(2, 256, Tiling(64, 64, 8, 1)),  # 239 registers, 128 KiB, 1; 0.34, 0.40
+        Row(2, 512, Tiling(32, 32, 8, 2)),
         *_EXACT["dq"],
     ),
     "sm_86": (
         Row(2, 64, Tiling(128, 64, 8, 2)),  # 238 registers, 48 KiB, 1; 0.21, 0.27
         Row(2, 128, Tiling(128, 32, 8, 2)),  # 198 registers, 80 KiB, 1; 0.18, 0.23
         Row(2, 256, Tiling(32, 32, 4, 1)),  # 202 registers, 64 KiB, 1; 0.22, 0.27
-        *_EXACT["dq"],
+        Row(2, 512, Tiling(32, 16, 8, 2)),
+        *_EXACT["dq"][:3],
+        Row(4, 512, Tiling(8, 16, 8, 1)),  # 96 KiB; 16 x 16: 128
     ),
     "sm_90": (
         Row(2, 64, Tiling(128, 128, 8, 2)),  # 249 registers, 96 KiB, 1; 0.57, 0.87
         Row(2, 128, Tiling(128, 64, 8, 2)),  # 221 registers, 128 KiB, 1; 0.42, 0.55
         Row(2, 256, Tiling(128, 32, 8, 2)),  # 244 registers, 192 KiB, 1; 0.42, 0.52
+        Row(2, 512, Tiling(32, 64, 8, 2)),
         *_EXACT["dq"],
     ),
     "sm_100": (
         Row(2, 64, Tiling(128, 128, 8, 2)),  # 238 registers, 113 KiB, 1; 1.10, 1.47
         Row(2, 128, Tiling(128, 64, 8, 2)),  # 148 registers, 145 KiB, 1; 0.86, 1.05
         Row(2, 256, Tiling(128, 64, 8, 1)),  # 244 registers, 192 KiB, 1; 0.66, 0.83
+        Row(2, 512, Tiling(32, 64, 8, 2)),
         *_EXACT["dq"],
     ),
     "sm_120": (
         Row(2, 64, Tiling(128, 64, 8, 2)),  # 226 registers, 48 KiB, 1; 0.21, 0.27
         Row(2, 128, Tiling(128, 32, 8, 2)),  # 196 registers, 80 KiB, 1; 0.17, 0.21
         Row(2, 256, Tiling(32, 32, 4, 1)),  # 208 registers, 64 KiB, 1; 0.21, 0.24
-        *_EXACT["dq"],
+        Row(2, 512, Tiling(32, 16, 8, 2)),
+        *_EXACT["dq"][:3],
+        Row(4, 512, Tiling(8, 16, 8, 1)),  # 96 KiB; 16 x 16: 128
     ),
     "gfx942": (
         Row(2, 64, Tiling(128, 32, 4, 1)),  # 166 registers, 16 KiB, 3
         Row(2, 128, Tiling(64, 32, 4, 1)),  # 214 registers, 16 KiB, 2
         Row(2, 256, Tiling(32, 32, 4, 1)),  # 374 registers, 16 KiB, 1
+        Row(2, 512, Tiling(16, 16, 4, 1)),
         *_EXACT["dq"][:2],
         Row(4, 256, Tiling(16, 16, 4, 1)),  # 327 registers, 16 KiB, 1
+        Row(4, 512, Tiling(16, 16, 4, 1)),  # 208 spills
     ),
 }
 
@@ -369,19 +400,44 @@ ATTENTION_DQ["sm_120 heavy"] = (
     Row(2, 128, Tiling(64, 64, 8, 2)),  # 128 x 32: 14
 )
 
+# Kinds of heads wider than 256. With 99 KiB, a relative bias fits beside smaller tiles only.
+_SMALL = ("sm_86", "sm_120")
+ATTENTION_FORWARD |= {
+    **{f"{name} wide heavy": (Row(2, 512, Tiling(32, 16, 8, 2)),) for name in _SMALL},  # 32 x 32: 100 to 102 KiB
+    "sm_90 wide heavy": (Row(2, 512, Tiling(128, 16, 8, 2, values=256)),),  # 128 x 32: 67 spills
+    "sm_100 wide shaped": (Row(2, 512, Tiling(128, 16, 8, 2, values=256)),),  # 128 x 32: 37
+    "sm_100 wide intervals": (Row(2, 512, Tiling(128, 32, 8, 2, values=256)),),
+    "sm_100 wide heavy": (Row(2, 512, Tiling(64, 32, 8, 2, values=256)),),  # 128 x 32: 48 to 578, 128 x 16: 74
+    "sm_100 wide listed": (Row(2, 512, Tiling(32, 64, 8, 1)),),  # in two passes 64 x 32 with 4 warps: 42
+    # In one pass: two of 64 x 32 spill 62, of 64 x 16 2. 2 stages: 7.
+    "sm_90 wide listed": (Row(2, 512, Tiling(32, 64, 8, 1)),),
+}
+ATTENTION_DKDV |= {
+    **{f"{name} wide heavy": (Row(2, 512, Tiling(16, 16, 8, 2)),) for name in _SMALL},  # 16 x 32: 99.2 KiB
+}
+ATTENTION_DQ |= {
+    **{
+        f"{name} wide shaped": (Row(2, 512, Tiling(32, 32, 8, 2)),) for name in ("sm_90", "sm_100")
+    },  # 32 x 64: 4 to 44
+    "sm_90 wide intervals": (Row(2, 512, Tiling(32, 64, 8, 2)),),
+    "sm_90 wide listed": (Row(2, 512, Tiling(32, 64, 8, 2)),),
+}
+
 # Gradients of biases: square tiles, two products, and a sum in registers.
-_BIAS_EXACT = (Row(4, 64, Tiling(32, 32, 4, 1)), Row(4, 256, Tiling(16, 16, 4, 1)))
+_BIAS_EXACT = (Row(4, 64, Tiling(32, 32, 4, 1)), Row(4, 512, Tiling(16, 16, 4, 1)))
 ATTENTION_BIAS = {
     INTERPRETER: _INTERPRETED["bias"],
     "sm_80": (
         Row(2, 128, Tiling(32, 32, 4, 1)),  # 64 x 64: 8 to 384 bytes of stack
         Row(2, 256, Tiling(16, 16, 4, 1)),  # 32 x 32: 8 to 360
+        Row(2, 512, Tiling(32, 32, 8, 1)),
         *_BIAS_EXACT,
     ),
     "sm_90": (
         Row(2, 64, Tiling(64, 64, 4, 2)),
         Row(2, 128, Tiling(64, 64, 8, 1)),
         Row(2, 256, Tiling(16, 16, 4, 1)),  # 32 x 32: 296
+        Row(2, 512, Tiling(64, 64, 8, 1)),  # 32 x 32: 25
         *_BIAS_EXACT,
     ),
 }
@@ -394,8 +450,9 @@ ATTENTION_BIAS |= {
     "sm_120": (
         Row(2, 128, Tiling(32, 32, 4, 1)),
         Row(2, 256, Tiling(16, 16, 4, 2)),  # 1 stage: 4 in a lag profile
+        Row(2, 512, Tiling(32, 32, 8, 1)),
         Row(4, 64, Tiling(32, 32, 4, 1)),
-        Row(4, 256, Tiling(16, 16, 8, 1)),  # 4 warps: 2 in a lag profile
+        Row(4, 512, Tiling(16, 16, 8, 1)),  # 4 warps: 2 in a lag profile
     ),
 }
 
@@ -424,24 +481,28 @@ ATTENTION_TANGENT = {
         Row(2, 64, Tiling(128, 64, 8, 2)),  # 233 registers, 64 KiB, 1; 0.38, 0.46
         Row(2, 128, Tiling(64, 32, 4, 2)),  # 243 registers, 68 KiB, 2; 0.40, 0.45
         Row(2, 256, Tiling(64, 16, 8, 2)),  # 255 registers, 98 KiB, 1; 0.98, 1.06
+        Row(2, 512, Tiling(16, 32, 8, 2)),
         *_EXACT["tangent"],
     ),
     "sm_90": (
         Row(2, 64, Tiling(128, 64, 8, 2)),  # 237 registers, 96 KiB, 1; 0.71, 0.58
         Row(2, 128, Tiling(128, 32, 8, 2)),  # 247 registers, 128 KiB, 1; 0.55, 0.48
         Row(2, 256, Tiling(32, 16, 8, 2)),  # 164 registers, 65 KiB, 1; 2.40, 2.15; 64 x 16: 184 spills
+        Row(2, 512, Tiling(16, 32, 8, 2)),
         *_EXACT["tangent"],
     ),
     "sm_100": (
         Row(2, 64, Tiling(128, 64, 8, 2)),  # 234 registers, 97 KiB, 1; 1.49, 1.84
         Row(2, 128, Tiling(128, 32, 8, 2)),  # 214 registers, 129 KiB, 1; 1.39, 1.55
         Row(2, 256, Tiling(64, 32, 8, 1)),  # 225 registers, 80 KiB, 1; 1.48, 1.78
+        Row(2, 512, Tiling(16, 32, 8, 2)),
         *_EXACT["tangent"],
     ),
     "sm_120": (
         Row(2, 64, Tiling(128, 64, 8, 2)),
         Row(2, 128, Tiling(64, 32, 4, 2)),
         Row(2, 256, Tiling(32, 16, 8, 2)),  # 64 x 16: 12
+        Row(2, 512, Tiling(16, 16, 8, 2)),
         Row(4, 64, Tiling(32, 16, 8, 1)),
         Row(4, 128, Tiling(16, 16, 8, 2)),  # 1 stage: 6
         Row(4, 256, Tiling(16, 16, 8, 1)),
@@ -452,9 +513,15 @@ ATTENTION_TANGENT = {
     "shaped": (
         Row(2, 64, Tiling(64, 16, 8, 2)),  # 64 x 32: 4 to 146 spills
         Row(2, 128, Tiling(32, 16, 8, 2)),  # 64 x 16: 4 to 81
-        Row(2, 256, Tiling(16, 16, 8, 2)),  # 32 x 16: 55 to 140
+        Row(2, 512, Tiling(16, 16, 8, 2)),  # 32 x 16 at D = 256: 55 to 140; 16 x 32 at D = 512: 2
     ),
 }
+# Tiles as wide as 512 where 16 x 32, which takes 161 KiB, does not fit.
+ATTENTION_TANGENT |= {
+    name: tuple(row._replace(tiling=wide) if row[:2] == (2, 512) else row for row in ATTENTION_TANGENT["sm_80"])
+    for name, wide in (("sm_86", Tiling(16, 16, 8, 2)), ("gfx942", Tiling(16, 16, 4, 1)))
+}
+ATTENTION_TANGENT["gfx942 wide shaped"] = (Row(2, 512, Tiling(16, 16, 4, 1)),)  # 10 spills, 8 warps: 109
 
 # One product, and sums over its tile by query or by key. Where a thumbnail is asked for, its product in float32
 # takes most of the registers.
@@ -462,6 +529,7 @@ _STATISTICS_EXACT = (
     Row(4, 64, Tiling(32, 32, 4, 1)),
     Row(4, 128, Tiling(32, 16, 8, 1)),
     Row(4, 256, Tiling(16, 16, 8, 2)),  # 1 stage: 8 on sm_90, 32 x 16: 3 on sm_86
+    Row(4, 512, Tiling(16, 16, 8, 1)),
 )
 _STATISTICS_HEAVY = (Row(2, 128, Tiling(32, 32, 8, 1)),)  # 64 x 32: 79 to 122 spills on sm_90
 ATTENTION_STATISTICS = {
@@ -469,13 +537,15 @@ ATTENTION_STATISTICS = {
     "sm_80": (
         Row(2, 128, Tiling(64, 64, 8, 2)),
         Row(2, 256, Tiling(32, 32, 4, 1)),
+        Row(2, 512, Tiling(32, 16, 4, 1)),  # 32 x 32: 129 to 315 spills
         *_STATISTICS_EXACT,
     ),
     "sm_100": (
         Row(2, 128, Tiling(32, 32, 8, 1)),  # 64 x 64: 357 to 381
         Row(2, 256, Tiling(32, 32, 4, 1)),
+        Row(2, 512, Tiling(32, 16, 4, 1)),  # 32 x 32: 129 to 315 spills
         *_STATISTICS_EXACT[:2],
-        Row(4, 256, Tiling(16, 16, 8, 1)),  # 2 stages: 11
+        Row(4, 512, Tiling(16, 16, 8, 1)),  # 2 stages: 11
     ),
     "sm_80 intervals": (Row(2, 64, Tiling(32, 32, 8, 1)),),  # 64 x 32: 4
     "sm_80 shaped": (Row(2, 128, Tiling(64, 32, 8, 2)),),  # 1 stage: 12

@@ -20,6 +20,9 @@ class Tiling(NamedTuple):
     block_n: int
     warps: int
     stages: int
+    # The most columns of v in a launch of attention's forward. Wider values take several passes, each of which
+    # computes the weights again.
+    values: int = EVERY
 
     def tile(self, **choices: object) -> Tile:
         """The compile-time choices of a launch: the tile's sides and what else the kernel asks for."""

@@ -39,8 +39,8 @@ SAMPLES = {
     "scale of each head, with gradient": Problem(head_scale=True, heads=6, key_heads=2, queries=40, keys=50),
     "lengths of their own for queries and keys": Problem(causal=True, queries=37, keys=90),
     "grouped-query heads": Problem(heads=6, key_heads=2, causal=True, queries=40, keys=40),
-    "head widths 8 to 256": Problem(width=40, value_width=40, heads=1, key_heads=1),
-    "head widths below 8 or above 256": Problem(width=320, value_width=5, heads=1, key_heads=1),
+    "head widths 8 to 512": Problem(width=40, value_width=40, heads=1, key_heads=1),
+    "head widths below 8 or above 512": Problem(width=520, value_width=5, heads=1, key_heads=1),
     "a width of their own for values": Problem(width=24, value_width=56, heads=1, key_heads=1),
     "float16": Problem(dtype=torch.float16, causal=True, queries=70, keys=70),
     "bfloat16": Problem(dtype=torch.bfloat16, causal=True, queries=70, keys=70),
@@ -101,7 +101,8 @@ def test_lengths_of_many_tiles(causal: bool, name: str) -> None:
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 @pytest.mark.parametrize(
-    ("width", "value_width"), [(8, 8), (59, 59), (80, 96), (111, 111), (192, 128), (64, 256), (256, 8)]
+    ("width", "value_width"),
+    [(8, 8), (59, 59), (80, 96), (111, 111), (192, 128), (64, 256), (256, 8), (257, 257), (512, 256), (320, 512)],
 )
 def test_head_widths(width: int, value_width: int, name: str) -> None:
     check(
@@ -121,18 +122,18 @@ def test_heads_narrower_and_wider_than_the_kernels_tiles(width: int, value_width
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(("width", "value_width"), [(7, 8), (8, 7), (257, 8), (8, 257)])
+@pytest.mark.parametrize(("width", "value_width"), [(7, 8), (8, 7), (513, 8), (8, 513)])
 def test_the_triton_kernels_refuse_such_heads_and_say_so(width: int, value_width: int) -> None:
     q, v = torch.zeros(1, 1, 4, width, device=DEVICE), torch.zeros(1, 1, 4, value_width, device=DEVICE)
     with pytest.raises(
-        ValueError, match=r"backend 'triton' cannot compute .* no head widths below 8 or above 256"
+        ValueError, match=r"backend 'triton' cannot compute .* no head widths below 8 or above 512"
     ):
         fastattn.attention(q, q, v, backend="triton")
     assert fastattn.attention(q, q, v).shape == v.shape
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("width", [64, 80, 128, 256])
+@pytest.mark.parametrize("width", [64, 80, 128, 256, 512])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_tiles_of_the_gpu(dtype: torch.dtype, causal: bool, width: int) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ast
+import itertools
 from pathlib import Path
 
 import pytest
 import torch
 from attention_problems import Problem, check
 from hardware import DEVICE, ON_GPU
+
+import fastattn
 
 triton = pytest.importorskip("triton")
 
@@ -22,6 +25,50 @@ def test_tile_sizes_do_not_change_the_answer(blocks: tuple[int, int], monkeypatc
     for queries, keys in ((70, 70), (33, 97), (97, 33)):
         problem = Problem(heads=2, key_heads=1, queries=queries, keys=keys, causal=True, lse_gradient=True)
         check(problem, "triton")
+
+
+EVERYTHING: dict = {
+    "heads": 2, "key_heads": 1, "queries": 20, "keys": 40, "causal": True, "window": (30, None),
+    "softcap": 1.5, "alibi": True, "sinks": True, "lengths": True, "dropout": 0.2, "lse_gradient": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        EVERYTHING | {"bias": (0, 0, 0, 0), "radius": 12},
+        {"bias": (1, 1, 0, 0), "masked": True},
+        {"lists": "random", "queries": 24, "keys": 70},
+        {"intervals": True},
+        {"head_scale": True, "heads": 4, "key_heads": 2},
+        {"dtype": torch.float16, "causal": True, "queries": 7, "keys": 150},  # loops are split
+    ],
+    ids=lambda asked: " ".join(asked),
+)
+def test_wide_heads_take_every_option(asked: dict) -> None:
+    check(
+        Problem(
+            **{"heads": 1, "key_heads": 1, "width": 320, "value_width": 512, "queries": 20, "keys": 40} | asked
+        ),
+        "triton",
+    )
+
+
+@pytest.mark.parametrize("asked", [{"causal": True}, {"sinks": True, "bias": (0, 0, 0, 0)}, {"lists": "random"}])
+@pytest.mark.parametrize("queries", [5, 70])  # of 5 the loops are split
+def test_values_in_several_passes_give_the_same_bits(
+    queries: int, asked: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem = Problem(heads=1, key_heads=1, queries=queries, keys=150, value_width=40, **asked)
+    torch.manual_seed(0)
+    inputs, options = problem.inputs(), problem.arguments(problem.score_tensors())
+    found = []
+    for values in (launch.EVERY, 16, 24):
+        row = launch.Tiling(32, 16, 4, 1, values)
+        monkeypatch.setattr(launch, "look_up", lambda *_, row=row: row)
+        found.append(fastattn.attention(*inputs, **options, return_lse=True, backend="triton"))
+    for out, lse in found[1:]:
+        assert out.equal(found[0][0]) and lse.equal(found[0][1])
 
 
 @triton.jit
@@ -55,13 +102,23 @@ def test_program_order_visits_every_tile_once_and_heavy_ones_first(heads_per_sec
     assert first_section == sorted(first_section, reverse=True)
 
 
-@pytest.mark.parametrize("table", [launch.ATTENTION_FORWARD, launch.ATTENTION_DKDV, launch.ATTENTION_DQ])
-@pytest.mark.parametrize("arch", [75, 80, 86, 89, 90, 100, 103, 120, 121])
-def test_every_architecture_dtype_and_width_has_a_row(arch: int, table: dict) -> None:
-    family = launch.family_of("cuda", arch)
-    for element_bytes in (2, 4):
-        for width in (16, 32, 64, 128, 256):
-            assert launch.look_up(table, family, element_bytes, width).block_m >= 16
+TABLES = [name for name in launch.__all__ if name.startswith("ATTENTION_")]
+
+
+@pytest.mark.parametrize("name", TABLES)
+@pytest.mark.parametrize("arch", [75, 80, 86, 89, 90, 100, 103, 120, 121, "gfx942"])
+def test_every_architecture_dtype_width_and_kind_has_a_row(arch: int | str, name: str) -> None:
+    family, table = launch.family_of("hip" if isinstance(arch, str) else "cuda", arch), getattr(launch, name)
+    for element_bytes, width in itertools.product((2, 4), (16, 32, 64, 128, 256, 512)):
+        kinds = ("plain", "shaped", "heavy", "intervals", "listed") + ("tf32", "tf32x3") * (element_bytes == 4)
+        for kind in kinds:
+            if name == "ATTENTION_TANGENT" and (element_bytes, width) == (4, 512):
+                continue  # refused, see the capability table
+            tiling = launch.look_up(table, family, element_bytes, width, kind)
+            assert min(tiling[:2]) >= (16 if element_bytes == 2 else 8)
+            # A tile this wide has few rows: more would fill shared memory, or registers, on every GPU.
+            wide = width == 512 and name != "ATTENTION_DELTA"
+            assert not wide or tiling.block_m * tiling.block_n <= 4096, (kind, element_bytes)
     with pytest.raises(ValueError, match="no launch configuration for 8-byte elements"):
         launch.look_up(table, family, 8, 64)
 

@@ -222,6 +222,12 @@ def test_tangents_through_a_mask_are_as_exact_as_eager(kind: str, name: str) -> 
     check_tangents(Problem(key_heads=1, queries=130, keys=130, lengths=True, sinks=True, **mask), name)
 
 
+@pytest.mark.parametrize("name", ["triton", "portable"])
+def test_tangents_of_wide_heads_are_as_exact_as_eager(name: str) -> None:
+    size = {"queries": 20, "keys": 40, "width": 320, "value_width": 512, "dtype": torch.float16}
+    check_tangents(Problem(key_heads=1, causal=True, softcap=1.5, sinks=True, **size), name)
+
+
 def check_tangents(problem: Problem, name: str) -> None:
     with implementation(name) as backend:
         call = Call(problem, backend)

@@ -129,8 +129,8 @@ SAMPLES = {
     "RMS norm of heads, with gradient": Problem(weight="width", turned=0, width=11),
     "rotary, half and interleaved, partial, offsets": Problem(turned=10, offsets="batch"),
     "per-head scale, with gradient": Problem(scale="heads", turned=0),
-    "head widths 1 to 256": Problem(width=256, turned=256, length=5, **EVERYTHING),
-    "head widths above 256": Problem(width=300, turned=300, length=5, **EVERYTHING),
+    "head widths 1 to 512": Problem(width=512, turned=512, length=5, **EVERYTHING),
+    "head widths above 512": Problem(width=520, turned=520, length=5, **EVERYTHING),
     "float16": Problem(dtype=torch.float16, **EVERYTHING),
     "bfloat16": Problem(dtype=torch.bfloat16, **EVERYTHING),
     "float32": Problem(**EVERYTHING),
@@ -144,7 +144,7 @@ ROWS = [f.name for f in capabilities.FEATURES if f.family == "heads"]
 @pytest.mark.parametrize("feature", ROWS)
 def test_every_feature_of_the_table_is_exact(feature: str, interleaved: bool, backend: str) -> None:
     problem = dataclasses.replace(SAMPLES[feature], interleaved=interleaved)
-    missing = feature if problem.width > 256 or problem.dtype == torch.float64 else None
+    missing = feature if problem.width > 512 or problem.dtype == torch.float64 else None
     check_or_refusal(check, problem, backend, missing)
 
 
@@ -176,7 +176,7 @@ def test_any_shapes_strides_and_options(problem: Problem, backend: str) -> None:
 
 @pytest.mark.gpu
 @LAYOUT
-@pytest.mark.parametrize(("width", "turned"), [(64, 64), (128, 128), (256, 256), (80, 32), (111, 50)])
+@pytest.mark.parametrize(("width", "turned"), [(64, 64), (128, 128), (256, 256), (512, 512), (80, 32), (111, 50)])
 def test_bfloat16_on_the_device_in_every_row_of_the_table(width: int, turned: int, interleaved: bool) -> None:
     sizes = {"heads": 9, "length": 1000, "width": width, "turned": turned, "interleaved": interleaved}
     check(Problem(**sizes, **EVERYTHING, dtype=torch.bfloat16), "triton")
@@ -256,7 +256,7 @@ def test_offsets_that_pass_32_bits_within_a_tile_are_avoided_by_a_copy() -> None
 
 def test_every_width_has_a_row_of_the_table() -> None:
     for table in launch.HEADS_ELEMENTWISE.values():
-        assert (table[-1].bytes, table[-1].width) == (4, 256)
+        assert (table[-1].bytes, table[-1].width) == (4, 512)
 
 
 # What others compute.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import pickle
 from collections.abc import Callable
 
@@ -79,7 +80,7 @@ MODELS = {
                     decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48, max_source_positions=16,
                     max_target_positions=32, bos_token_id=1, suppress_tokens=None, begin_suppress_tokens=None,
                     **SEQ2SEQ),
-    # Heads wider than the Triton kernels', of one layer (Gemma 4), or with values of another width (DeepSeek).
+    # Wide heads, of one layer (Gemma 4), or with values of another width (DeepSeek).
     "gpt2, one head of 512": tiny("GPT2LMHeadModel", "GPT2Config", vocab_size=VOCABULARY, n_positions=32,
                                   n_embd=512, n_layer=1, n_head=1, eos_token_id=None),
     "gemma4": tiny("Gemma4ForCausalLM", "Gemma4TextConfig", **DECODER | ALTERNATING | {"head_dim": 16},
@@ -183,6 +184,17 @@ def test_logits_and_every_gradient_are_eagers(name: str, padding: str) -> None:
         assert_same_results(ours, exact)
     else:
         assert_same_results(ours, eager)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+def test_wide_heads_run_on_the_kernels_where_these_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = inputs_of("gemma4", "none")[0]["input_ids"][:1]
+    model = build("gemma4")
+    with torch.no_grad():
+        eager = model(ids).logits
+        model.set_attn_implementation("fastattn")
+        monkeypatch.setenv("FASTATTN_BACKEND", "triton")  # an error if the kernels could not compute a layer
+        assert_same_but_for_rounding(model(ids).logits, eager)
 
 
 LENGTHS = (6, 1, 7)

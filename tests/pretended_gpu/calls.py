@@ -187,7 +187,7 @@ def attention_calls() -> Iterator[Call]:
         sizes = Sizes(queries=203) if name in SQUARE else long if name == "lists that share rows" else plain
         yield of(f"{name}, backward", backward, sizes, name)
         yield of(f"{name}, forward mode", forward_mode, sizes, name)
-    for dtype, width in itertools.product(DTYPES, (8, 40, 64, 80, 128, 256)):
+    for dtype, width in itertools.product(DTYPES, (8, 40, 64, 80, 128, 256, 512)):
         sizes = Sizes(width=width, dtype=dtype)
         yield of(f"{dtype} D={width}, backward", backward, sizes, "causal", lse=True)
         if dtype != "fp32" or width <= 128:
@@ -200,6 +200,11 @@ def attention_calls() -> Iterator[Call]:
         if dtype == "bf16":
             yield of(f"D={width}, together, backward", backward, sizes, *TOGETHER, lse=True)
             yield of(f"D={width}, together, forward mode", forward_mode, sizes, *TOGETHER)
+    wide = Sizes(width=320, value_width=512, queries=203)
+    for name in ("bias", "relative bias", "lists", "documents"):
+        yield of(f"D=320 and 512, {name}, backward", backward, wide, name)
+    yield of("D=320 and 512, together, backward", backward, wide, *TOGETHER, lse=True)
+    yield of("D=320 and 512, together, forward mode", forward_mode, wide, *TOGETHER)
     for precision, width in itertools.product(("tf32", "tf32x3", "ieee"), (64, 128, 256)):
         sizes = Sizes(width=width, dtype="fp32")
         yield of(f"{precision} D={width}", _with_precision, sizes, precision)
@@ -280,7 +285,7 @@ def statistics_calls() -> Iterator[Call]:
         if name != "dropout":
             yield of(name, Sizes(queries=203 if name in SQUARE else 113, keys=203), name)
     together = tuple(name for name in TOGETHER if name != "dropout")
-    for dtype, width in itertools.product(DTYPES, (8, 40, 64, 128, 256)):
+    for dtype, width in itertools.product(DTYPES, (8, 40, 64, 128, 256, 512)):
         yield of(f"{dtype} D={width}", Sizes(width=width, dtype=dtype), "causal")
         yield of(f"{dtype} D={width}, together", Sizes(width=width, dtype=dtype), *together)
     for name in KERNELS_FOR:
@@ -449,7 +454,7 @@ def heads_calls() -> Iterator[Call]:
     yield of("scale of each batch entry", scale="bh")
     yield of("nothing in the batch", batch=0, turned=64, norm=True, weight="d")
     everything = {"turned": 32, "norm": True, "weight": "d", "offsets": True, "scale": "h"}
-    for dtype, width in itertools.product(DTYPES, (40, 64, 111, 128, 256)):
+    for dtype, width in itertools.product(DTYPES, (40, 64, 111, 128, 256, 512)):
         yield of(f"all, {dtype} D={width}", dtype=dtype, width=width, **everything)
 
 

@@ -217,6 +217,7 @@ FOR_KERNELS = {
     "lists": Problem(lists="random", queries=70, keys=90, heads=1, key_heads=1),
     "lists whose keys count several times": Problem(lists="sparse", queries=130, keys=140, heads=1, key_heads=1),
     "all at once": replace(SHAPED["all at once"], queries=35, keys=50, heads=2, key_heads=1),
+    "wide heads": Problem(causal=True, queries=20, keys=40, heads=1, key_heads=1, width=320, value_width=512),
 }
 
 
@@ -643,7 +644,7 @@ def test_bad_input_is_refused_in_words(message: str) -> None:
     [
         ("no by query: top keys", Problem(), {"want": "top_keys"}),
         ("no thumbnail of more columns", Problem(), {"want": "thumbnail", "thumbnail": 129}),
-        ("no head widths below 8 or above 256", Problem(width=4), {}),
+        ("no head widths below 8 or above 512", Problem(width=4), {}),
         ("no float64", Problem(dtype=torch.float64), {}),
     ],
 )
