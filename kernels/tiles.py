@@ -158,22 +158,25 @@ def load_tile(
 
 @triton.jit
 def product_in_parts(
-    left, right, column_count: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """left right^T of two tiles that nothing else uses, 128 columns at a time: whole wide ones would fill the
+    left, right, column_count: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr
+):
+    """left right^T of two tiles that nothing else uses, 64 columns at a time: whole wide ones would fill the
     registers. Each is (pointer, tensor, first row, number of rows)."""
+    left_pointer, left_tensor, left_start, left_count = left
+    right_pointer, right_tensor, right_start, right_count = right
     product = tl.zeros([ROWS, KEYS], tl.float32)
-    for first in tl.static_range(0, WIDTH, 128):
-        if first < column_count:
-            left_part = load_tile(
-                left[0] + first * left[1].column, left[1], left[2], left[3], column_count - first, ROWS, 128, True
-            )
-            right_part = load_tile(
-                right[0] + first * right[1].column, right[1], right[2], right[3], column_count - first, KEYS, 128,
-                True,
-            )  # fmt: skip
-            product = tl.dot(left_part, tl.trans(right_part), product, input_precision=PRECISION)
+    for first in tl.static_range(0, column_count, 64):
+        left_part = tl.load(
+            tile_pointers(left_pointer + first * left_tensor.column, left_tensor, left_start, ROWS, 64),
+            mask=inside(left_start, left_count, column_count - first, ROWS, 64),
+            other=0.0,
+        )
+        right_part = tl.load(
+            tile_pointers(right_pointer + first * right_tensor.column, right_tensor, right_start, KEYS, 64),
+            mask=inside(right_start, right_count, column_count - first, KEYS, 64),
+            other=0.0,
+        )
+        product = tl.dot(left_part, tl.trans(right_part), product, input_precision=PRECISION)
     return product
 
 

@@ -47,11 +47,11 @@ def tile_gradient(
     if tile.WIDTH > 256 or tile.VALUE_WIDTH > 256:
         products = product_in_parts(
             (q_pointer, q, start, shape.queries), (k_pointer, k, key_start, key_count),
-            tile.HEAD_DIM, tile.BLOCK_M, tile.BLOCK_N, tile.WIDTH, tile.PRECISION,
+            tile.HEAD_DIM, tile.BLOCK_M, tile.BLOCK_N, tile.PRECISION,
         )  # fmt: skip
         dweights = product_in_parts(
             (dout_pointer, dout, start, shape.queries), (v_pointer, v, key_start, key_count),
-            tile.VALUE_DIM, tile.BLOCK_M, tile.BLOCK_N, tile.VALUE_WIDTH, tile.PRECISION,
+            tile.VALUE_DIM, tile.BLOCK_M, tile.BLOCK_N, tile.PRECISION,
         )  # fmt: skip
         row_terms = load_rows(values, row_values.rows, problem.scores)
         dscores, _capped = score_gradient_of(

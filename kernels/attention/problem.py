@@ -53,7 +53,9 @@ class Call:
         self.family = launch.family(kernel, q.device)
         self.processors = launch.processors(self.family, q.device)
         self.width, self.value_width = (launch.tile_width(t.shape[3]) for t in (q, v))
-        self.precision = products(spec.precision, q.element_size(), self.widest)
+        # Tensor cores' fragments of float32 do not fit beside tiles wider than 256 (tf32: 48 spills at D = 512).
+        precision = spec.precision if self.widest <= 256 else "ieee"
+        self.precision = products(precision, q.element_size(), self.widest)
         self.shape = shape_of(q, k)
         self.window = window_of(spec.left, spec.right, spec.right == 0, tensors.key_lengths, tensors.intervals)
         self.dropout = dropout_of(tensors.dropout_state, spec.dropout)

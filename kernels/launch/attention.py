@@ -529,7 +529,7 @@ _STATISTICS_EXACT = (
     Row(4, 64, Tiling(32, 32, 4, 1)),
     Row(4, 128, Tiling(32, 16, 8, 1)),
     Row(4, 256, Tiling(16, 16, 8, 2)),  # 1 stage: 8 on sm_90, 32 x 16: 3 on sm_86
-    Row(4, 512, Tiling(16, 16, 8, 1)),
+    Row(4, 512, Tiling(16, 16, 4, 1)),  # 8 warps: 5 on sm_80
 )
 _STATISTICS_HEAVY = (Row(2, 128, Tiling(32, 32, 8, 1)),)  # 64 x 32: 79 to 122 spills on sm_90
 ATTENTION_STATISTICS = {
@@ -545,7 +545,8 @@ ATTENTION_STATISTICS = {
         Row(2, 256, Tiling(32, 32, 4, 1)),
         Row(2, 512, Tiling(32, 16, 4, 1)),  # 32 x 32: 129 to 315 spills
         *_STATISTICS_EXACT[:2],
-        Row(4, 512, Tiling(16, 16, 8, 1)),  # 2 stages: 11
+        Row(4, 256, Tiling(16, 16, 8, 1)),  # 2 stages: 11
+        Row(4, 512, Tiling(16, 16, 4, 1)),
     ),
     "sm_80 intervals": (Row(2, 64, Tiling(32, 32, 8, 1)),),  # 64 x 32: 4
     "sm_80 shaped": (Row(2, 128, Tiling(64, 32, 8, 2)),),  # 1 stage: 12
@@ -554,6 +555,10 @@ ATTENTION_STATISTICS = {
         Row(2, 256, Tiling(32, 16, 4, 2)),  # 1 stage: 2 to 4
     ),
     **{f"{name} heavy": _STATISTICS_HEAVY for name in ("sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "gfx942")},
-    "shaped": (Row(2, 128, Tiling(64, 32, 8, 1)), Row(2, 256, Tiling(32, 16, 4, 1))),
+    "shaped": (
+        Row(2, 128, Tiling(64, 32, 8, 1)),
+        Row(2, 256, Tiling(32, 16, 4, 1)),
+        Row(2, 512, Tiling(32, 16, 8, 2)),  # 4 warps: 3 to 5
+    ),
     "tf32": (Row(4, 128, Tiling(32, 16, 8, 1)), Row(4, 256, Tiling(16, 16, 8, 1))),  # 32 x 16: 3 on sm_86
 }

@@ -55,20 +55,20 @@ def test_wide_heads_take_every_option(asked: dict) -> None:
 
 
 @pytest.mark.parametrize("asked", [{"causal": True}, {"sinks": True, "bias": (0, 0, 0, 0)}, {"lists": "random"}])
-@pytest.mark.parametrize("queries", [5, 70])  # of 5 the loops are split
+@pytest.mark.parametrize("queries", [5, 20])  # of 5 the loops are split
 def test_values_in_several_passes_give_the_same_bits(
     queries: int, asked: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     problem = Problem(heads=1, key_heads=1, queries=queries, keys=150, value_width=40, **asked)
     torch.manual_seed(0)
     inputs, options = problem.inputs(), problem.arguments(problem.score_tensors())
-    found = []
-    for values in (launch.EVERY, 16, 24):
+    found: list = []
+    for values in (launch.EVERY, 16):
         row = launch.Tiling(32, 16, 4, 1, values)
         monkeypatch.setattr(launch, "look_up", lambda *_, row=row: row)
         found.append(fastattn.attention(*inputs, **options, return_lse=True, backend="triton"))
-    for out, lse in found[1:]:
-        assert out.equal(found[0][0]) and lse.equal(found[0][1])
+    (out, lse), (out_of_passes, lse_of_passes) = found
+    assert out_of_passes.equal(out) and lse_of_passes.equal(lse)
 
 
 @triton.jit
@@ -110,7 +110,8 @@ TABLES = [name for name in launch.__all__ if name.startswith("ATTENTION_")]
 def test_every_architecture_dtype_width_and_kind_has_a_row(arch: int | str, name: str) -> None:
     family, table = launch.family_of("hip" if isinstance(arch, str) else "cuda", arch), getattr(launch, name)
     for element_bytes, width in itertools.product((2, 4), (16, 32, 64, 128, 256, 512)):
-        kinds = ("plain", "shaped", "heavy", "intervals", "listed") + ("tf32", "tf32x3") * (element_bytes == 4)
+        kinds = ("plain", "shaped", "heavy", "intervals", "listed")
+        kinds += ("tf32", "tf32x3") * (element_bytes == 4 and width < 512)
         for kind in kinds:
             if name == "ATTENTION_TANGENT" and (element_bytes, width) == (4, 512):
                 continue  # refused, see the capability table
