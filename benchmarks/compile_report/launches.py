@@ -461,8 +461,7 @@ CALLS: tuple[Call, ...] = (
     TangentCall("bf16", 128, False, shaped="lists"),
     *(TangentCall("bf16", width, True, shaped=shape) for width in WIDTHS for shape in ("", "everything")),
     *(TangentCall("fp32", width, True) for width in WIDTHS[:3]),
-    *(AttentionCall("fp32", width, True, shaped="tf32") for width in WIDTHS),
-    *(AttentionCall("fp32", width, True, shaped="tf32x3") for width in WIDTHS[:3]),
+    *(AttentionCall("fp32", width, True, shaped=kind) for width in WIDTHS[:3] for kind in ("tf32", "tf32x3")),
     *(AttentionCall("fp32", width, True) for width in WIDTHS),
     *(AttentionCall("fp32", width, True, shaped="bias") for width in (64, 512)),
     *(
@@ -475,7 +474,6 @@ CALLS: tuple[Call, ...] = (
     StatisticsCall("bf16", 64, False, shaped="lists that count"),
     *(StatisticsCall("fp32", width, True) for width in WIDTHS),
     *(StatisticsCall("fp32", width, True, shaped=kind) for width in (64, 256) for kind in ("tf32", "tf32x3")),
-    StatisticsCall("fp32", 512, True, shaped="tf32"),
     *(MLPCall("bf16", 1024, "gelu", fused=True, tokens=tokens) for tokens in (128, 1024, 8192)),
     *(MLPCall("bf16", 1024, "silu", gated=True, fused=True, tokens=tokens) for tokens in (128, 8192)),
     MLPCall("bf16", 1024, "gelu", fused=False),

@@ -416,9 +416,9 @@ ATTENTION_DKDV |= {
     **{f"{name} wide heavy": (Row(2, 512, Tiling(16, 16, 8, 2)),) for name in _SMALL},  # 16 x 32: 99.2 KiB
 }
 ATTENTION_DQ |= {
-    **{
-        f"{name} wide shaped": (Row(2, 512, Tiling(32, 32, 8, 2)),) for name in ("sm_90", "sm_100")
-    },  # 32 x 64: 4 to 44
+    "sm_80 wide heavy": (Row(2, 512, Tiling(32, 32, 8, 2)), Row(4, 512, Tiling(8, 16, 8, 1))),  # 16 x 16: 2
+    # 32 x 64: 4 to 44
+    **{f"{name} wide shaped": (Row(2, 512, Tiling(32, 32, 8, 2)),) for name in ("sm_90", "sm_100")},
     "sm_90 wide intervals": (Row(2, 512, Tiling(32, 64, 8, 2)),),
     "sm_90 wide listed": (Row(2, 512, Tiling(32, 64, 8, 2)),),
 }
