@@ -46,7 +46,7 @@ _EXACT = {
     "tangent": (
         Row(4, 64, Tiling(32, 16, 8, 1)),  # 255 registers, 24 KiB, 1
         Row(4, 128, Tiling(16, 16, 8, 1)),  # 252 registers, 26 KiB, 1
-        Row(4, 256, Tiling(16, 16, 8, 1)),  # 255 registers, 50 KiB, 1; 278 spills, 16 warps: 1034
+        # D = 256: 278 spills, 16 warps: 1034
     ),
 }
 
@@ -358,8 +358,8 @@ ATTENTION_FORWARD |= {
     ),
     "sm_86 heavy": (
         Row(2, 64, Tiling(128, 64, 8, 2)),  # 3 stages: 112 KiB
-        # 128 x 64: 128 KiB with 3 stages, 203 spills with 2; 64 x 64: 3. Still 2 with a relative bias.
-        Row(2, 128, Tiling(64, 32, 4, 2)),
+        # 128 x 64: 128 KiB with 3 stages, 203 spills with 2; 64 x 64: 3, 64 x 32: 2 with a relative bias.
+        Row(2, 128, Tiling(32, 32, 4, 2)),
         Row(4, 64, Tiling(32, 32, 4, 2)),  # 64 x 32: 4
     ),
     "sm_86 listed": (
@@ -442,6 +442,11 @@ ATTENTION_BIAS = {
     ),
 }
 ATTENTION_BIAS |= {
+    "sm_86": (
+        Row(2, 128, Tiling(32, 32, 4, 1)),
+        Row(2, 512, Tiling(16, 16, 4, 1)),  # 32 x 32 at D = 512: 16 with a relative bias
+        *_BIAS_EXACT,
+    ),
     "sm_100": ATTENTION_BIAS["sm_90"],
     "sm_100 listed": (
         Row(2, 64, Tiling(64, 64, 4, 2)),
@@ -505,7 +510,6 @@ ATTENTION_TANGENT = {
         Row(2, 512, Tiling(16, 16, 8, 2)),
         Row(4, 64, Tiling(32, 16, 8, 1)),
         Row(4, 128, Tiling(16, 16, 8, 2)),  # 1 stage: 6
-        Row(4, 256, Tiling(16, 16, 8, 1)),
     ),
     "sm_100 listed": (Row(2, 128, Tiling(64, 32, 8, 2)),),  # 32 x 16: 2
     "sm_120 shaped": (Row(2, 64, Tiling(64, 16, 8, 2)), Row(2, 128, Tiling(64, 32, 8, 2))),  # 32 x 16: 7 to 8
@@ -516,10 +520,13 @@ ATTENTION_TANGENT = {
         Row(2, 512, Tiling(16, 16, 8, 2)),  # 32 x 16 at D = 256: 55 to 140; 16 x 32 at D = 512: 2
     ),
 }
-# Tiles as wide as 512 where 16 x 32, which takes 161 KiB, does not fit.
+# Tiles as wide as 512 where 16 x 32, which takes 161 KiB, does not fit. On sm_86 64 x 16 spills 2 at D = 256.
 ATTENTION_TANGENT |= {
-    name: tuple(row._replace(tiling=wide) if row[:2] == (2, 512) else row for row in ATTENTION_TANGENT["sm_80"])
-    for name, wide in (("sm_86", Tiling(16, 16, 8, 2)), ("gfx942", Tiling(16, 16, 4, 1)))
+    name: tuple(row._replace(tiling=own.get(row[:2], row.tiling)) for row in ATTENTION_TANGENT["sm_80"])
+    for name, own in (
+        ("sm_86", {(2, 256): Tiling(32, 16, 8, 2), (2, 512): Tiling(16, 16, 8, 2)}),
+        ("gfx942", {(2, 512): Tiling(16, 16, 4, 1)}),
+    )
 }
 ATTENTION_TANGENT["gfx942 wide shaped"] = (Row(2, 512, Tiling(16, 16, 4, 1)),)  # 10 spills, 8 warps: 109
 

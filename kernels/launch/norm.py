@@ -7,8 +7,7 @@ from .rows import EVERY, INTERPRETER, Row, Tiling
 # Norms are bound by memory. A tile has whole rows as far as they fit in registers: 16 elements for each thread
 # forward, 8 or 16 backward, where the sums for weight and bias stay in registers, too. Loads and stores of aligned
 # tensors have 16 bytes. Beside each row: registers, the most on sm_80 to sm_120 for layer norm in bf16 with
-# weight, bias and residual; after a slash in fp32, where compiled (Triton 3.7.1). Only W=1024 backward on sm_120
-# spills, 3. Not yet measured.
+# weight, bias and residual; after a slash in fp32, where compiled (Triton 3.7.1). Nothing spills. Not yet measured.
 NORM_FORWARD = {
     INTERPRETER: (Row(4, EVERY, Tiling(4, 32, 4, 1)),),
     "sm_80": (
@@ -43,6 +42,10 @@ NORM_BACKWARD["sm_100"] = (
     *NORM_BACKWARD["sm_80"][:-1],
     Row(2, EVERY, Tiling(1, 4096, 8, 1)),
     Row(4, EVERY, Tiling(1, 4096, 16, 1)),  # 8 warps: 15 spills
+)
+NORM_BACKWARD["sm_120"] = tuple(
+    Row(4, 1024, Tiling(1, 1024, 4, 1)) if row.width == 1024 else row  # 2 rows: 3 spills
+    for row in NORM_BACKWARD["sm_80"]
 )
 
 # How many programs the rows of a norm's backward are split among: so many that each multiprocessor of the family's

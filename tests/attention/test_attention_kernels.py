@@ -113,7 +113,7 @@ def test_every_architecture_dtype_width_and_kind_has_a_row(arch: int | str, name
         kinds = ("plain", "shaped", "heavy", "intervals", "listed")
         kinds += ("tf32", "tf32x3") * (element_bytes == 4 and width < 512)
         for kind in kinds:
-            if name == "ATTENTION_TANGENT" and (element_bytes, width) == (4, 512):
+            if name == "ATTENTION_TANGENT" and element_bytes == 4 and width > 128:
                 continue  # refused, see the capability table
             tiling = launch.look_up(table, family, element_bytes, width, kind)
             assert min(tiling[:2]) >= (16 if element_bytes == 2 else 8)
