@@ -567,5 +567,6 @@ ATTENTION_STATISTICS = {
         Row(2, 256, Tiling(32, 16, 4, 1)),
         Row(2, 512, Tiling(32, 16, 8, 2)),  # 4 warps: 3 to 5
     ),
+    "sm_100 wide shaped": (Row(2, 512, Tiling(16, 16, 8, 1)),),  # 32 x 16: 5 and 11
     "tf32": (Row(4, 128, Tiling(32, 16, 8, 1)), Row(4, 256, Tiling(16, 16, 8, 1))),  # 32 x 16: 3 on sm_86
 }
