@@ -7,7 +7,8 @@ from .rows import EVERY, INTERPRETER, Row, Tiling
 # Norms are bound by memory. A tile has whole rows as far as they fit in registers: 16 elements for each thread
 # forward, 8 or 16 backward, where the sums for weight and bias stay in registers, too. Loads and stores of aligned
 # tensors have 16 bytes. Beside each row: registers, the most on sm_80 to sm_120 for layer norm in bf16 with
-# weight, bias and residual; after a slash in fp32, where compiled (Triton 3.7.1). Nothing spills. Not yet measured.
+# weight, bias and residual; after a slash in fp32, where compiled (Triton 3.7.1). Nothing spills. Not yet
+# measured.
 NORM_FORWARD = {
     INTERPRETER: (Row(4, EVERY, Tiling(4, 32, 4, 1)),),
     "sm_80": (
