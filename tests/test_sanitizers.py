@@ -340,6 +340,10 @@ CALLS = {
         BOTH_WAYS,
     ),
     "attention, every score feature": (partial(attention, EVERYTHING), WITH_BIAS | {"diagonal_sums_kernel"}),
+    "attention of wide heads with a bias": (
+        partial(attention, Problem(1, 1, 1, queries=20, keys=37, width=290, value_width=320, bias=(0, 0, 0, 0))),
+        WITH_BIAS,
+    ),
     "attention of one query, split over keys": (
         partial(attention, Problem(heads=1, key_heads=1, queries=1, keys=700)),
         BOTH_WAYS | {"merge_kernel"},

@@ -47,18 +47,21 @@ def attention() -> list[Sizes]:
     return [*plain, *odd]
 
 
+# Dtypes and widths of heads that have rows of their own, the most used first.
+FORMS = (
+    ("bfloat16", 128),
+    ("bfloat16", 64),
+    ("float16", 128),
+    ("bfloat16", 256),
+    ("float32", 64),
+    ("bfloat16", 512),
+)
+
+
 def masks_and_scores() -> list[Sizes]:
     """Every kind where it is used most; then in the dtypes and at the widths that have rows of their own."""
     kinds = [*(("masks", kind) for kind in MASK_KINDS), *(("scores", kind) for kind in SCORE_KINDS)]
-    forms = (
-        ("bfloat16", 128),
-        ("bfloat16", 64),
-        ("float16", 128),
-        ("bfloat16", 256),
-        ("float32", 64),
-        ("bfloat16", 512),
-    )
-    return [Sizes(family, kind, dtype, width=width) for dtype, width in forms for family, kind in kinds]
+    return [Sizes(family, kind, dtype, width=width) for dtype, width in FORMS for family, kind in kinds]
 
 
 def mlps() -> list[Sizes]:
@@ -132,15 +135,7 @@ def statistics() -> list[Sizes]:
     """All that have a kernel, at once: the kinds that have rows or loops of their own; then two alone, whose tiles
     differ."""
     kinds = ("causal", "full", "window", "documents", "bigbird", "key lengths", "softcap", "sinks", "bias")
-    forms = (
-        ("bfloat16", 128),
-        ("bfloat16", 64),
-        ("float16", 128),
-        ("bfloat16", 256),
-        ("float32", 64),
-        ("bfloat16", 512),
-    )
-    every = [Sizes("statistics", kind, dtype, width=width) for dtype, width in forms for kind in kinds]
+    every = [Sizes("statistics", kind, dtype, width=width) for dtype, width in FORMS for kind in kinds]
     alone = [Sizes("statistics", "causal: mass entropy", "bfloat16", width=width) for width in (64, 128, 256)]
     return [*every, *alone]
 
