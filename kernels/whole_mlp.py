@@ -103,22 +103,20 @@ def load_last(linear, row, tokens, tile: tl.constexpr):
 
 
 @triton.jit
-def bias_of(bias, columns, count):
-    """The part of a bias, in float32, or None."""
-    if bias is not None:
-        return tl.load(bias + columns, mask=columns < count, other=0.0).to(tl.float32)
-    else:
-        return None
+def plus_part(total, bias, places, count, HIDDEN_DOWN: tl.constexpr):
+    """Add these places of a bias, if there is one: to rows if HIDDEN_DOWN, else to columns."""
+    if bias is not None:  # no function returns None: Triton 3.6 does not compile it
+        part = tl.load(bias + places, mask=places < count, other=0.0).to(tl.float32)
+        total += part[:, None] if HIDDEN_DOWN else part[None, :]
+    return total
 
 
 @triton.jit
-def product(left, right, bias, DTYPE: tl.constexpr, HIDDEN_DOWN: tl.constexpr):
-    """left @ right and the bias, in float32, then rounded as eager PyTorch rounds it. HIDDEN_DOWN: each row is one
-    of the hidden layer, not each column."""
+def product(left, right, bias, places, tokens, HIDDEN_DOWN: tl.constexpr):
+    """left @ right and these places of the bias, in float32, then rounded as eager PyTorch rounds it. HIDDEN_DOWN:
+    each row is one of the hidden layer, not each column."""
     total = tl.dot(left, right, input_precision="ieee")
-    if bias is not None:
-        total += bias[:, None] if HIDDEN_DOWN else bias[None, :]
-    return total.to(DTYPE)
+    return plus_part(total, bias, places, tokens.hidden, HIDDEN_DOWN).to(left.dtype)
 
 
 @triton.jit
@@ -150,18 +148,14 @@ def whole_mlp_kernel(x, first, second, last, y, tokens, tile: tl.constexpr):
     total = tl.zeros((tile.BLOCK_M, tile.OUT_PADDED), tl.float32)
     for column in range(0, tokens.hidden, tile.BLOCK_N):
         columns = column + tl.arange(0, tile.BLOCK_N)
-        bias = bias_of(first.bias, columns, tokens.hidden)
-        gate = product(x_tile, load_first(first, column, tokens, tile), bias, dtype, False)
+        gate = product(x_tile, load_first(first, column, tokens, tile), first.bias, columns, tokens, False)
         up = gate
         if tile.GATED:
-            bias = bias_of(second.bias, columns, tokens.hidden)
-            up = product(x_tile, load_first(second, column, tokens, tile), bias, dtype, False)
+            up = product(x_tile, load_first(second, column, tokens, tile), second.bias, columns, tokens, False)
         hidden = activated(gate, up, tile)
         total = tl.dot(hidden, load_last(last, column, tokens, tile), total, input_precision="ieee")
     columns = tl.arange(0, tile.OUT_PADDED)
-    bias = bias_of(last.bias, columns, tile.OUT)
-    if bias is not None:
-        total += bias[None, :]
+    total = plus_part(total, last.bias, columns, tile.OUT, False)
     mask = (row + tl.arange(0, tile.BLOCK_M) < tokens.count)[:, None] & (columns < tile.OUT)[None, :]
     tl.store(block(y, row, 0, tile.BLOCK_M, tile.OUT_PADDED), total.to(dtype), mask=mask)
 
@@ -177,11 +171,11 @@ def whole_mlp_input_kernel(dy, x, first, second, last, dx, tokens, tile: tl.cons
     for column in range(0, tokens.hidden, tile.BLOCK_N):
         columns = column + tl.arange(0, tile.BLOCK_N)
         gate_weight = load_first(first, column, tokens, tile)
-        gate = product(x_tile, gate_weight, bias_of(first.bias, columns, tokens.hidden), dtype, False)
+        gate = product(x_tile, gate_weight, first.bias, columns, tokens, False)
         up = gate
         if tile.GATED:
             up_weight = load_first(second, column, tokens, tile)
-            up = product(x_tile, up_weight, bias_of(second.bias, columns, tokens.hidden), dtype, False)
+            up = product(x_tile, up_weight, second.bias, columns, tokens, False)
         dh = tl.dot(dy_tile, tl.trans(load_last(last, column, tokens, tile)), input_precision="ieee")
         dgate, dup = differentiated(dh, gate, up, tile)
         total = tl.dot(dgate.to(dtype), tl.trans(gate_weight), total, input_precision="ieee")
@@ -223,24 +217,22 @@ def whole_mlp_weights_kernel(dy, x, first, second, last, dfirst, dlast, sums, pl
     rows = row + tl.arange(0, tile.BLOCK_N)
     dtype: tl.constexpr = x.pointer.dtype.element_ty
     gate_weight = tl.trans(load_first(first, row, tokens, tile))
-    gate_bias = bias_of(first.bias, rows, tokens.hidden)
     last_weight = load_last(last, row, tokens, tile)
     dgate_weight = tl.zeros((tile.BLOCK_N, tile.PADDED), tl.float32)
     dlast_weight = tl.zeros((tile.BLOCK_N, tile.OUT_PADDED), tl.float32)
     dgate_sum = tl.zeros((tile.BLOCK_N,), tl.float32)
     if tile.GATED:
         up_weight = tl.trans(load_first(second, row, tokens, tile))
-        up_bias = bias_of(second.bias, rows, tokens.hidden)
         dup_weight = dgate_weight
         dup_sum = dgate_sum
     end = tl.minimum(segment * tokens.segment + tokens.segment, tokens.count)
     for start in range(segment * tokens.segment, end, tile.BLOCK_M):
         x_tile = load_tokens(x, start, tokens, tile.WIDTH, tile.BLOCK_M, tile.PADDED)
         dy_tile = load_tokens(dy, start, tokens, tile.OUT, tile.BLOCK_M, tile.OUT_PADDED)
-        gate = product(gate_weight, tl.trans(x_tile), gate_bias, dtype, True)
+        gate = product(gate_weight, tl.trans(x_tile), first.bias, rows, tokens, True)
         up = gate
         if tile.GATED:
-            up = product(up_weight, tl.trans(x_tile), up_bias, dtype, True)
+            up = product(up_weight, tl.trans(x_tile), second.bias, rows, tokens, True)
         if tile.LAST:
             hidden = activated(gate, up, tile)
             dlast_weight = tl.dot(hidden, dy_tile, dlast_weight, input_precision="ieee")
