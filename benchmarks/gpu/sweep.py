@@ -79,7 +79,7 @@ def targets(rows: list[dict[str, Any]], family: str, limit: int) -> list[dict[st
         key = key_of(problem)
         for table in tables_of(problem, row["direction"]):
             serving = current(table, family, key)
-            variants = [{"tiling": tiling} for tiling in candidates(tuple(serving.tiling), CANDIDATES)]
+            variants = [{"tiling": tiling} for tiling in candidates(tuple(serving.tiling[:4]), CANDIDATES)]
             name = (table, *serving)
             if name not in worst or ratio < worst[name][0]:
                 target = _target(row, table, family, key, variants)
@@ -125,7 +125,8 @@ def _target(
 def candidates(tiling: tuple[int, int, int, int], limit: int) -> list[tuple[int, int, int, int]]:
     """The current tiling first, then the small ones, then those up to three steps away, near ones first; at most
     `limit`."""
-    sides, warps, stages = (16, 32, 64, 128, 256), (2, 4, 8), (1, 2, 3, 4)
+    sides = tuple(sorted({16, 32, 64, 128, 256, *tiling[:2]}))
+    warps, stages = (2, 4, 8), (1, 2, 3, 4)
     choices = (sides, sides, warps, stages)
     here = [choice.index(value) for choice, value in zip(choices, tiling, strict=True)]
     found = []
@@ -150,7 +151,7 @@ def launched_with(case: dict[str, Any]) -> Iterator[None]:
     if case.get("tiling"):
         key = tuple(case["key"])
         rows, mine = rows_of(case["table"], family), current(case["table"], family, key)
-        tiling = launch.Tiling(*case["tiling"])
+        tiling = launch.Tiling(*case["tiling"], values=mine.tiling.values)
         replaced = tuple(row._replace(tiling=tiling) if row is mine else row for row in rows)
         changed[case["table"]] = {**getattr(launch, case["table"]), family: replaced}
     if case.get("fused") is not None:

@@ -149,7 +149,7 @@ def test_the_sweep_begins_with_the_row_in_the_table(family):
     assert [target["table"] for target in found] == ["ATTENTION_DKDV", "ATTENTION_DQ"]
     for target in found:
         tried = [variant["tiling"] for variant in target["variants"]]
-        assert tried[0] == sweep.current(target["table"], family, (2, 128)).tiling
+        assert tried[0] == sweep.current(target["table"], family, (2, 128)).tiling[:4]
         assert len(set(tried)) == len(tried) == sweep.CANDIDATES
         assert set(sweep.SMALL) <= set(tried) and (64, 64, 4, 2) in tried
 
