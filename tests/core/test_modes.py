@@ -259,6 +259,8 @@ KEEP_NO_TENSOR = {
     "obstacle_of_class": "text",
     "_read": "numbers",
     "_named": "a class",
+    "_columns_of": "a class",
+    "_rows_of": "a class",
     "_seeing_every_key": "a spec",
     "kernels_hash": "text",
     "families": "text",

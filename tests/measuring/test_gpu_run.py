@@ -185,7 +185,7 @@ def test_the_table_in_use_is_replaced_while_trying_and_put_back():
     before = launch.ATTENTION_FORWARD
     case = {"table": "ATTENTION_FORWARD", "family": "sm_90", "key": (2, 128), "tiling": (64, 32, 4, 3)}
     with sweep.launched_with(case):
-        assert launch.look_up(launch.ATTENTION_FORWARD, "sm_90", 2, 128) == (64, 32, 4, 3)
+        assert launch.look_up(launch.ATTENTION_FORWARD, "sm_90", 2, 128)[:4] == (64, 32, 4, 3)
         assert launch.look_up(launch.ATTENTION_FORWARD, "sm_90", 2, 64) == launch.look_up(before, "sm_90", 2, 64)
     assert launch.ATTENTION_FORWARD is before
 

@@ -18,6 +18,7 @@ from tolerance import assert_as_exact_as_eager
 from torch import Tensor, library
 from torch.utils.checkpoint import checkpoint
 
+import fastattn
 from fastattn.core import backends, capabilities, plans, proofs
 from fastattn.core.capabilities import BACKWARD, CLASSES, FORWARD, WHOLE_WIDTHS
 from fastattn.core.mlp.operators import options_of
@@ -226,6 +227,16 @@ def test_whole_layers_it_serves_up_to_the_width_of_the_table_whatever_the_number
         assert spec_of(torch.empty(5, 64), backend=None) == NEVER  # nothing is proven
     with mock.patch.dict(tables.WHOLE_MLP_UP_TO, {launch.INTERPRETER: {4: 64}}):
         assert (spec_of(torch.empty(5, 64)), spec_of(torch.empty(5, 65))) == (ALWAYS, NEVER)
+
+
+@pytest.mark.parametrize("shape", [(16,), (1, 140, 16)], ids=str)
+def test_a_new_call_and_a_known_one_are_served_by_their_widths_whatever_the_leading_dimensions(shape) -> None:
+    x, w1, w2 = (torch.randn(shape, device=DEVICE) for shape in (shape, (32, 16), (16, 32)))
+    plans.forget()
+    for _ in range(3):
+        with whole_layers() as kernels:
+            fastattn.mlp(x, w1, None, w2, None, backend="triton")
+        assert kernels == {"whole_mlp_kernel"}
 
 
 @pytest.mark.parametrize("asked", [{"save": "preactivation"}, {"save": "int8"}, {"match_eager": True}], ids=str)

@@ -218,7 +218,7 @@ def _first(
     spec = make_spec(x, weights, options)
     if not spec.dropout:
         weights = weights._replace(dropout_state=None)
-    plan = operators.MLPPlan.of(x, weights, spec, backend)
+    plan = operators.MLPPlan.of(_tokens(x), weights, spec, backend)
     known.keep(key, plan)
     return _planned(plan, x, weights)
 
