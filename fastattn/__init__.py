@@ -17,6 +17,7 @@ from fastattn.core.mlp.functional import gated_mlp, mlp
 from fastattn.core.norm.functional import layer_norm, rms_norm
 from fastattn.dropin.patch import patch, unpatch
 from fastattn.dropin.takeover import sdpa
+from fastattn.ground.version import VERSION
 
 if "torch.utils.flop_counter" in sys.modules:
     import fastattn.flops  # noqa: F401
@@ -24,7 +25,7 @@ if "torch.utils.flop_counter" in sys.modules:
 if "torch.distributed.tensor" in sys.modules:
     importlib.import_module("fastattn.distributed")  # which computes DTensors
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
 __all__ = [
     "attention",

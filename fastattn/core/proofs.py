@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fastattn.core import plans
+from fastattn.ground.version import VERSION
 
 PROVEN, WRONG, SLOWER = "proven", "wrong", "slower"
 SPILLS, HUNG, NOT_COMPILED = "spills", "hung", "not compiled"
@@ -189,15 +190,15 @@ def machine(device: torch.device) -> Machine:
         torch.cuda.get_device_name(device) if on_gpu else "Triton's interpreter",
         architecture(device.index) if on_gpu else "cpu",
         torch.__version__.split("+")[0],
-        _version("triton"),
-        _version("fastattn"),
+        _triton_version(),
+        VERSION,
         kernels_hash(),
     )
 
 
-def _version(distribution: str) -> str:
+def _triton_version() -> str:
     try:
-        return metadata.version(distribution)
+        return metadata.version("triton")
     except metadata.PackageNotFoundError:
         return "none"
 

@@ -10,9 +10,11 @@ import errno
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 import time
+from importlib import metadata
 from types import SimpleNamespace
 
 import proving_workers
@@ -544,8 +546,21 @@ def test_a_gpu_serves_what_a_record_of_one_of_its_name_proves(a_gpu):
 
 
 def test_the_records_that_we_ship_can_be_read():
-    for path in proofs.SHIPPED.glob("*.json"):
-        proofs.read(path)
+    paths = list(proofs.SHIPPED.glob("*.json"))
+    assert paths
+    for path in paths:
+        record = proofs.read(path)
+        assert path.name == proofs.file_name(record.machine) and record.rows
+
+
+def test_a_record_names_the_version_of_the_source_installed_or_not(monkeypatch):
+    def not_installed(name):
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", not_installed)
+    assert proofs.machine(CPU).fastattn == fastattn.__version__
+    written = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.M)
+    assert written is not None and written[1] == fastattn.__version__
 
 
 # ---- the command ----
