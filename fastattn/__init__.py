@@ -1,10 +1,12 @@
 """fastattn: fused attention and MLP for PyTorch, exact, drop-in, open to look into."""
 
+import functools
 import importlib
 import sys
 from typing import Any
 
 from fastattn import flash_attn, lens, masks, nn
+from fastattn.core import spread
 from fastattn.core.attention.dropout import dropout_mask, dropout_state
 from fastattn.core.attention.functional import attention, attention_backward, merge_states, t5_relative_bias
 from fastattn.core.attention.sdpa import scaled_dot_product_attention
@@ -22,8 +24,9 @@ from fastattn.ground.version import VERSION
 if "torch.utils.flop_counter" in sys.modules:
     import fastattn.flops  # noqa: F401
 
+spread.enter_dtensors = functools.partial(importlib.import_module, "fastattn.distributed")
 if "torch.distributed.tensor" in sys.modules:
-    importlib.import_module("fastattn.distributed")  # which computes DTensors
+    spread.enter_dtensors()
 
 __version__ = VERSION
 

@@ -6,7 +6,6 @@ Functions that know what to do then ask `current`. Those that would take a part 
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
@@ -43,6 +42,8 @@ current: Spread | None = None
 # The class of DTensors, and what computes them, by function: fastattn.distributed enters them when it is imported.
 DTENSORS: tuple[type, ...] = ()
 of_dtensors: dict[str, Callable[..., Any]] = {}
+# Imports what enters them; the top of the package gives it, since this floor knows of none above.
+enter_dtensors: Callable[[], object] = lambda: None
 
 
 def positions(length: int, device: torch.device) -> Tensor:
@@ -66,7 +67,7 @@ def is_dtensor(t: Any) -> bool:
     before it imports torch.distributed.tensor."""
     if DTENSORS:
         return isinstance(t, DTENSORS)
-    return type(t).__name__ == "DTensor" and bool(importlib.import_module("fastattn.distributed"))
+    return type(t).__name__ == "DTensor" and bool(enter_dtensors())
 
 
 def refuse_dtensors(tensors: Iterable[Any]) -> None:
