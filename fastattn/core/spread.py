@@ -43,7 +43,7 @@ current: Spread | None = None
 DTENSORS: tuple[type, ...] = ()
 of_dtensors: dict[str, Callable[..., Any]] = {}
 # Imports what enters them; the top of the package gives it, since this floor knows of none above.
-enter_dtensors: Callable[[], object] = lambda: None
+enter_dtensors: Callable[[], object] | None = None
 
 
 def positions(length: int, device: torch.device) -> Tensor:
@@ -67,7 +67,7 @@ def is_dtensor(t: Any) -> bool:
     before it imports torch.distributed.tensor."""
     if DTENSORS:
         return isinstance(t, DTENSORS)
-    return type(t).__name__ == "DTensor" and bool(enter_dtensors())
+    return type(t).__name__ == "DTensor" and enter_dtensors is not None and bool(enter_dtensors())
 
 
 def refuse_dtensors(tensors: Iterable[Any]) -> None:
