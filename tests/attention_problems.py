@@ -17,6 +17,7 @@ from fastattn import masks
 from fastattn.core import plans
 from fastattn.core.attention import definition as attention_definition
 from fastattn.core.attention import torch_flash
+from fastattn.core.attention.dropout import state_of_part
 from fastattn.core.attention.spec import AttentionSpec, ScoreTensors, check_dropout
 from fastattn.ground.checks import lse_dtype
 
@@ -55,6 +56,7 @@ class Problem:
     lists: str = ""  # a key of MASKS, given as block lists
     intervals: bool = False  # documents as sequences of any number of queries and keys, causal
     dropout: float = 0.0
+    of_part: bool = False  # dropout draws as for a part of a whole
     precision: str | None = None
     invariant: bool = False
 
@@ -117,6 +119,7 @@ class Problem:
             sinks = torch.randn(heads, device=DEVICE).expand(batch, heads)
         if self.dropout:
             state = fastattn.dropout_state(batch, DEVICE)
+            state = state_of_part(state, head=3, query=70, key=24) if self.of_part else state
         words = self.lowered().packed[0] if self.lists else None
         intervals = self.lowered().intervals.expand(batch, -1, -1) if self.intervals else None
         scales = None
@@ -258,8 +261,20 @@ STRATEGIES = {
     "masked": st.booleans(),
     "radius": st.none() | st.integers(0, 40),
     "dropout": st.sampled_from([0.0, 0.3]),
+    "of_part": st.booleans(),
 }
-ON_SCORES = ("softcap", "lengths", "alibi", "sinks", "head_scale", "bias", "masked", "radius", "dropout")
+ON_SCORES = (
+    "softcap",
+    "lengths",
+    "alibi",
+    "sinks",
+    "head_scale",
+    "bias",
+    "masked",
+    "radius",
+    "dropout",
+    "of_part",
+)
 
 
 def strategies_of(*fields: str) -> dict[str, st.SearchStrategy]:

@@ -328,7 +328,7 @@ def check(call: Callable[[], list[Tensor]], *orders: str) -> set[str]:
 PLAIN = Problem(queries=37, keys=53, causal=True, key_heads=1, lse_gradient=True)
 EVERYTHING = Problem(
     queries=37, keys=53, window=(20, 9), lengths=True, alibi=True, sinks=True, bias=(0, 0, 0, 0), radius=9,
-    softcap=2.0, dropout=0.3,
+    softcap=2.0, dropout=0.3, of_part=True,
 )  # fmt: skip
 BOTH_WAYS = {"attention_forward_kernel", "attention_delta_kernel", "attention_dkdv_kernel", "attention_dq_kernel"}
 WITH_BIAS = BOTH_WAYS | {"attention_remainder_kernel", "bias_gradient_kernel"}

@@ -72,6 +72,10 @@ SHAPES |= {
     "padding as bias": {"bias": torch.empty((4, 1, 1, 4096), dtype=torch.bfloat16, device="meta")},
     "relative bias": {"relative_bias": torch.empty((4, 16, 257), device="meta")},
     "dropout": {"dropout": 0.125, "dropout_state": torch.empty((4, 2), dtype=torch.int64, device="meta")},
+    "dropout of a part": {
+        "dropout": 0.125,
+        "dropout_state": torch.empty((4, 5), dtype=torch.int64, device="meta"),
+    },
     "tf32": {"precision": "tf32"},
     "tf32x3": {"precision": "tf32x3"},
 }
@@ -425,7 +429,8 @@ class InvariantCall:
 
 # Not compiled for AMD's target: the tables have no rows for it, and it compiles ten times slower.
 NOT_ON_AMD = (
-    "bias", "bool mask", "padding as bias", "relative bias", "dropout", "intervals", "lists", "lists that count",
+    "bias", "bool mask", "padding as bias", "relative bias", "dropout", "dropout of a part", "intervals", "lists",
+    "lists that count",
     "tf32", "tf32x3",
 )  # fmt: skip
 Call = AttentionCall | MLPCall | HeadsCall | NormCall | LossCall | CacheCall | InvariantCall
@@ -453,6 +458,7 @@ CALLS: tuple[Call, ...] = (
         for width in WIDTHS
         for shape in ("window", "everything", "bias", "relative bias", "dropout", "lists")
     ),
+    *(AttentionCall("bf16", width, True, shaped="dropout of a part") for width in WIDTHS[:2]),
     *(AttentionCall("fp32", width, False, shaped="lists") for width in WIDTHS),
     *(AttentionCall("bf16", width, False, shaped="intervals") for width in WIDTHS),
     AttentionCall("bf16", 64, False, shaped="lists that count"),

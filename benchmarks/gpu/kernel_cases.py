@@ -60,7 +60,10 @@ FORMS = (
 
 def masks_and_scores() -> list[Sizes]:
     """Every kind where it is used most; then in the dtypes and at the widths that have rows of their own."""
-    kinds = [*(("masks", kind) for kind in MASK_KINDS), *(("scores", kind) for kind in SCORE_KINDS)]
+    kinds = [
+        *(("masks", kind) for kind in MASK_KINDS),
+        *(("scores", kind) for kind in (*SCORE_KINDS, "dropout of a part")),
+    ]
     return [Sizes(family, kind, dtype, width=width) for dtype, width in FORMS for family, kind in kinds]
 
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from fastattn.core.attention.dropout import state_of_part
 from fastattn.core.attention.functional import attention, attention_backward, merge_states
 from fastattn.distributed.dealing import runs
 from fastattn.distributed.visibility import Part, Visibility
@@ -33,7 +33,7 @@ class Learned(NamedTuple):
 class Options:
     """What else `fastattn.attention` takes, the same for all parts.
 
-    alibi_slopes (B, Hq), key_lengths (B,) of the whole sequence, dropout_state (B, 2): tensors or None.
+    alibi_slopes (B, Hq), key_lengths (B,) and dropout_state (B, 2 or 5) of the whole sequence: tensors or None.
     """
 
     scale: float
@@ -52,22 +52,20 @@ def parts_of(
     keys: Tensor,
     device: torch.device,
     *,
-    by_distance: bool = False,
-    in_place: bool = False,
+    by_run: bool = False,
 ) -> list[Part]:
     """The calls of attention that compute these queries on these keys.
 
-    by_distance: whether scores depend on the distance; then a call takes contiguous queries and keys only.
-    in_place: as `Visibility.part` takes it.
+    by_run: a call takes contiguous queries and keys only, because what it computes depends on positions.
     """
-    if not (by_distance or in_place):
+    if not by_run:
         part = visibility.part(queries, keys, device)
         return [] if part is None else [part]
     found, row = [], 0
     for query_run in runs(queries):
         column = 0
         for key_run in runs(keys):
-            part = visibility.part(query_run, key_run, device, in_place=in_place)
+            part = visibility.part(query_run, key_run, device)
             if part is not None:
                 moved = _moved(part.rows, row), _moved(part.columns, column)
                 found.append(replace(part, rows=moved[0], columns=moved[1]))
@@ -95,18 +93,19 @@ class Share:
     def attend(self, parts: Sequence[Part], k: Tensor, v: Tensor) -> None:
         """Merge the attention to these keys into the state. Columns of the parts are those of k and v."""
         for part in parts:
-            q = _led(self.q[:, :, part.rows], part.lead)
-            k_part, v_part = (_led(t[:, :, part.columns], part.key_lead) for t in (k, v))
-            out, lse = attention(q, k_part, v_part, **self._keywords(part, q, k_part), return_lse=True)
-            out, lse = out[:, :, part.lead :].to(self.dtype), lse[:, :, part.lead :]
             rows = (slice(None), slice(None), part.rows)
-            self.out[rows], self.lse[rows] = merge_states(self.out[rows], self.lse[rows], out, lse)
+            q, k_part, v_part = self.q[rows], k[:, :, part.columns], v[:, :, part.columns]
+            out, lse = attention(q, k_part, v_part, **self._keywords(part, q, k_part), return_lse=True)
+            self.out[rows], self.lse[rows] = merge_states(self.out[rows], self.lse[rows], out.to(self.dtype), lse)
 
     def _keywords(self, part: Part, q: Tensor, k: Tensor) -> dict[str, Any]:
         options, learned = self.options, self.learned
         lengths = options.key_lengths
         if lengths is not None:
-            lengths = torch.searchsorted(part.key_positions, lengths.long()) + part.key_lead
+            lengths = torch.searchsorted(part.key_positions, lengths.long())
+        state = options.dropout_state
+        if state is not None:
+            state = state_of_part(state, query=part.first_query, key=part.first_key)
         table = None
         if learned.relative_bias is not None or options.alibi_slopes is not None:
             table = distance_table(learned.relative_bias, options.alibi_slopes, *self._distances(part, q, k))
@@ -116,7 +115,7 @@ class Share:
             "precision": options.precision,
             "backend": options.backend,
             "dropout_p": options.dropout_p,
-            "dropout_state": options.dropout_state,
+            "dropout_state": state,
             "mask": part.mask,
             "key_lengths": lengths,
             "bias": None if learned.bias is None else _bias_of(learned.bias, part),
@@ -152,18 +151,17 @@ class Gradients:
         """Add what comes from these keys, and return their own gradients, in the log-sum-exp's dtype."""
         dk, dv = (torch.zeros_like(t, dtype=self.share.dtype) for t in (k, v))
         for part in parts:
-            rows, columns, lead = (slice(None), slice(None), part.rows), part.columns, part.lead
-            q, dout, out = (_led(t[rows], lead) for t in (self.share.q, self.dout, self.out))
-            lse = F.pad(self.lse[rows], (lead, 0), value=float("-inf"))
-            dlse = None if self.dlse is None else F.pad(self.dlse[rows], (lead, 0))
-            k_part, v_part = (_led(t[:, :, columns], part.key_lead) for t in (k, v))
+            rows, columns = (slice(None), slice(None), part.rows), (slice(None), slice(None), part.columns)
+            q, dout, out, lse = (t[rows] for t in (self.share.q, self.dout, self.out, self.lse))
+            dlse = None if self.dlse is None else self.dlse[rows]
+            k_part, v_part = k[columns], v[columns]
             keywords = self.share._keywords(part, q, k_part)
             dq, dk_part, dv_part, *beside = attention_backward(
                 dout, q, k_part, v_part, out, lse, dlse=dlse, **keywords
             )
-            self.q[rows] += dq[:, :, lead:]
-            dk[:, :, columns] += dk_part[:, :, part.key_lead :]
-            dv[:, :, columns] += dv_part[:, :, part.key_lead :]
+            self.q[rows] += dq
+            dk[columns] += dk_part
+            dv[columns] += dv_part
             self._add(part, q, k_part, keywords, beside)
         return dk, dv
 
@@ -190,29 +188,21 @@ def _sum_for(t: Tensor | None) -> Tensor | None:
     return torch.zeros(t.shape, dtype=lse_dtype(t.dtype), device=t.device)
 
 
-def _led(t: Tensor, lead: int) -> Tensor:
-    """Rows of zeros before the rows of t (B, H, rows, width)."""
-    return F.pad(t, (0, 0, lead, 0)) if lead else t
-
-
 def _bias_of(bias: Tensor, part: Part) -> Tensor:
     """The bias of a part's queries and keys."""
     if bias.shape[2] > 1:
         bias = bias[:, :, part.rows]
-        bias = F.pad(bias, (0, 0, part.lead, 0)) if part.lead else bias
     if bias.shape[3] > 1:
         bias = bias.index_select(3, part.key_positions)
-        bias = F.pad(bias, (part.key_lead, 0)) if part.key_lead else bias
     return bias
 
 
 def _add_bias(total: Tensor | None, gradient: Tensor, part: Part) -> None:
     assert total is not None
     if total.shape[2] > 1:
-        total, gradient = total[:, :, part.rows], gradient[:, :, part.lead :]
+        total = total[:, :, part.rows]
     gradient = gradient.to(total.dtype)
     if total.shape[3] > 1:
-        gradient = gradient[..., part.key_lead :]
         total.index_add_(3, part.key_positions, gradient)  # each position once, so the order is fixed
     else:
         total.add_(gradient)

@@ -73,6 +73,13 @@ def flat_rank(mesh: DeviceMesh) -> int:
     return number
 
 
+def broadcast(dimensions: Sequence[Ranks], t: Tensor) -> Tensor:
+    """What the first rank of all dimensions has in t, in place."""
+    for ranks in reversed(dimensions):
+        dist.broadcast(t, group=ranks.group, group_src=0)
+    return t
+
+
 class Transfer:
     """A message to one rank and a message from another, under way. Both may be missing."""
 

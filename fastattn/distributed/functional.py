@@ -8,19 +8,19 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 
 from fastattn.core.attention.dropout import dropout_state as fresh_dropout_state
+from fastattn.core.attention.dropout import state_of_part
 from fastattn.core.attention.functional import attention as attention_here
 from fastattn.core.attention.spec import AttentionSpec, ScoreTensors, attention_spec, check_bias, score_tensors
 from fastattn.core.autocast import autocast
 from fastattn.core.capabilities import check_backend
 from fastattn.distributed.computing import Gradients, Learned, Options, Share
 from fastattn.distributed.dealing import Layout
-from fastattn.distributed.exchange import Ranks, agree, flat_rank, ranks_of
+from fastattn.distributed.exchange import Ranks, agree, broadcast, flat_rank, ranks_of
 from fastattn.distributed.heads import Heads
 from fastattn.distributed.prediction import TYPICAL, Sizes, pairs, predict
 from fastattn.distributed.sharding import mesh_of
@@ -84,9 +84,8 @@ def attention(
             row works with heads.
         scale, alibi_slopes, relative_bias, softcap, sinks, precision, backend: as `fastattn.attention` takes them,
             the same on all ranks.
-        dropout_p, dropout_state: as `fastattn.attention` takes them, with "ring" and "gather". What is dropped
-            depends on positions in the whole sequence, so it does not depend on the number of ranks. Without a
-            state, rank 0 draws one. "ring" then puts each part into memory for the whole sequence.
+        dropout_p, dropout_state: as `fastattn.attention` takes them. What is dropped depends on positions in the
+            whole sequence, so it does not depend on the number of ranks. Without a state, rank 0 draws one.
         gradient_dtype: in which the gradients of keys and values travel between ranks with "ring" and "gather":
             None for that of q, or torch.float32, which sends twice the bytes. They are summed in float32 either
             way; it saves a rounding where one rank computes several parts of the keys of another, as it does with
@@ -132,6 +131,9 @@ def attention(
         raise
     if visibility is not None:
         program = _agreed_program(call, method, visibility)
+    if call.spec.dropout and call.tensors.dropout_state is None:
+        state = broadcast(ranks_of(mesh), fresh_dropout_state(q.shape[0], q.device))
+        call = call._replace(tensors=call.tensors._replace(dropout_state=state))
     out, lse = program(call)
     return out if lse is None or not return_lse else (out, lse)
 
@@ -276,21 +278,11 @@ def _chosen(method: str, call: Call, visibility: Visibility) -> str:
     """The method, "auto" replaced. Raise ValueError if it cannot compute the call."""
     size, two = call.mesh.size(), call.mesh.ndim == 2
     if method == "auto":
-        if two:
-            method = "ring x heads"
-        elif call.spec.dropout:
-            method = "gather"
-        else:
-            method = _fastest(call, visibility)
+        method = "ring x heads" if two else _fastest(call, visibility)
     if two != (method == "ring x heads"):
         raise ValueError(
             f'method must be "ring x heads" for a mesh of two dimensions, and only for one; got {method!r} for '
             f"{call.mesh.ndim}"
-        )
-    if call.spec.dropout and "heads" in method:
-        raise ValueError(
-            'method must be "ring" or "gather" if there is a dropout_p: kernels count heads from 0 in each call, '
-            f"so a rank with some heads would not drop what one process drops; got {method!r}"
         )
     if "heads" in method:
         lacking = _obstacle_to_heads(call, call.mesh.size(1) if two else size)
@@ -327,13 +319,13 @@ def _obstacle_to_heads(call: Call, ranks: int) -> str:
 
 def _program(call: Call, method: str, visibility: Visibility, dimensions: Sequence[Ranks]) -> Program:
     layout, device = call.layout, call.q.device
-    ways: dict[str, Any] = {"by_distance": call.by_distance, "in_place": call.spec.dropout > 0}
+    by_run = call.by_distance or call.spec.dropout > 0
     shards = [layout.positions(rank) for rank in range(layout.ranks)]
     if method == "gather":
-        gather = Gather.of(dimensions[0], visibility, shards, device, **ways)
+        gather = Gather.of(dimensions[0], visibility, shards, device, by_run=by_run)
         return Spread(replace(gather, gradient_dtype=call.gradient_dtype))
     if method == "ring":
-        ring_of_all = Ring.of(dimensions[0], visibility, layout.owners, shards, device, **ways)
+        ring_of_all = Ring.of(dimensions[0], visibility, layout.owners, shards, device, by_run=by_run)
         return Spread(replace(ring_of_all, gradient_dtype=call.gradient_dtype))
     ring, sharing = (None, dimensions[0]) if method == "heads" else dimensions
     first = 0 if ring is None else ring.rank * sharing.size
@@ -350,7 +342,7 @@ def _program(call: Call, method: str, visibility: Visibility, dimensions: Sequen
         rows = [shards[i : i + sharing.size] for i in range(0, len(shards), sharing.size)]
         joined = [torch.cat(row).sort().values for row in rows]
         owners = layout.owners // sharing.size
-        own_ring = Ring.of(ring, visibility, owners, joined, device, **ways)
+        own_ring = Ring.of(ring, visibility, owners, joined, device, by_run=by_run)
         inner = Spread(replace(own_ring, gradient_dtype=call.gradient_dtype))
     return SharedHeads(exchange, heads, inner)
 
@@ -367,7 +359,8 @@ class Whole:
             call.q, call.k, call.v, mask=self.mask, softcap=spec.softcap, precision=spec.precision,
             scale=spec.scale if tensors.head_scale is None else tensors.head_scale, backend=call.backend,
             key_lengths=tensors.key_lengths, alibi_slopes=tensors.alibi_slopes, bias=tensors.bias,
-            relative_bias=tensors.relative_bias, sinks=tensors.sinks, return_lse=True,
+            relative_bias=tensors.relative_bias, sinks=tensors.sinks, dropout_p=spec.dropout,
+            dropout_state=tensors.dropout_state, return_lse=True,
         )  # fmt: skip
 
 
@@ -379,13 +372,9 @@ class Spread:
 
     def __call__(self, call: Call) -> tuple[Tensor, Tensor]:
         tensors, spec = call.tensors, call.spec
-        state = tensors.dropout_state
-        if spec.dropout and state is None:
-            state = fresh_dropout_state(call.q.shape[0], call.q.device)
-            dist.broadcast(state, group=call.mesh.get_group(), group_src=0)
         options = Options(
             spec.scale, spec.softcap, spec.dropout, spec.precision, call.backend, tensors.alibi_slopes,
-            tensors.key_lengths, state,
+            tensors.key_lengths, tensors.dropout_state,
         )  # fmt: skip
         learned = Learned(tensors.bias, tensors.relative_bias, tensors.sinks, tensors.head_scale)
         return _SpreadAttention.apply(self.transport, options, call.q, call.k, call.v, *learned)
@@ -408,8 +397,9 @@ class SharedHeads:
         def own(t: Tensor | None) -> Tensor | None:
             return t if t is None or t.shape[1] == 1 else t[:, heads]
 
-        tensors = call.tensors
+        tensors, state = call.tensors, call.tensors.dropout_state
         tensors = tensors._replace(
+            dropout_state=None if state is None else state_of_part(state, head=heads.start),
             alibi_slopes=own(tensors.alibi_slopes), bias=own(tensors.bias), sinks=own(tensors.sinks),
             relative_bias=own(tensors.relative_bias), head_scale=own(tensors.head_scale),
         )  # fmt: skip

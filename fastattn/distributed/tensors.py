@@ -28,13 +28,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
 from fastattn.core import spread
 from fastattn.core.attention.dropout import dropout_state as fresh_dropout_state
+from fastattn.core.attention.dropout import state_of_part
 from fastattn.core.attention.functional import attention as attention_here
 from fastattn.core.attention.spec import attention_spec
 from fastattn.core.heads.functional import prepare_heads as prepare_heads_here
@@ -42,6 +42,7 @@ from fastattn.core.mlp.functional import gated_mlp as gated_mlp_here
 from fastattn.core.mlp.functional import mlp as mlp_here
 from fastattn.core.norm.functional import layer_norm as layer_norm_here
 from fastattn.core.norm.functional import rms_norm as rms_norm_here
+from fastattn.distributed.exchange import broadcast, ranks_of
 from fastattn.distributed.visibility import whole_mask
 
 BATCH, HEADS, LENGTH, HIDDEN = "batch", "heads", "length", "hidden"
@@ -263,7 +264,7 @@ def _check_positions(kinds: Sequence[str | None], spec: Any, options: dict[str, 
     """Raise ValueError for what depends on positions that a shard counts in another way."""
     if LENGTH in kinds:
         spread.refuse("a DTensor q that is sharded by length")
-        asked = {"window": spec.window != (None, None), "dropout_p": spec.dropout > 0}
+        asked = {"window": spec.window != (None, None)}
         asked |= {name: options[name] is not None for name in ("mask", "alibi_slopes", "relative_bias")}
         for name, given in asked.items():
             if given:
@@ -271,19 +272,13 @@ def _check_positions(kinds: Sequence[str | None], spec: Any, options: dict[str, 
                     f"{name} must not be given if q is sharded by length, since a shard counts positions from 0; "
                     "take fastattn.distributed.attention"
                 )
-    if HEADS in kinds and spec.dropout:
-        raise ValueError(
-            "dropout_p must be 0 if q is sharded by heads: all ranks would draw the same numbers for their heads"
-        )
 
 
 def score_tensors_of(split: Split, q: DTensor, options: dict[str, Any], dropout: float) -> dict[str, Any]:
     """This rank's parts of the tensors beside q, k and v."""
     state, bias = options["dropout_state"], options["bias"]
     if dropout and state is None:
-        state = fresh_dropout_state(q.shape[0], q.device)
-        for dimension in reversed(range(split.mesh.ndim)):
-            dist.broadcast(state, group=split.mesh.get_group(dimension), group_src=0)
+        state = broadcast(ranks_of(split.mesh), fresh_dropout_state(q.shape[0], q.device))
     lengths = options["key_lengths"]
     if lengths is not None and not isinstance(lengths, Tensor):
         lengths = torch.as_tensor(lengths, device=q.device)
@@ -291,6 +286,10 @@ def score_tensors_of(split: Split, q: DTensor, options: dict[str, Any], dropout:
         "key_lengths": split.local("key_lengths", lengths, {BATCH: 0}),
         "dropout_state": split.local("dropout_state", state, {BATCH: 0}),
     }
+    if dropout:
+        # A shard draws what the whole tensor draws at its place.
+        head, query = (split.ranges.get(kind, (0, 0))[0] for kind in (HEADS, LENGTH))
+        found["dropout_state"] = state_of_part(found["dropout_state"], head, query)
     if bias is not None:
         dims = {kind: dim for kind, dim in ((BATCH, -4), (HEADS, -3), (LENGTH, -2)) if bias.dim() >= -dim}
         found["bias"] = split.local("bias", bias, dims)

@@ -65,8 +65,7 @@ class Ring:
         shards: Sequence[Tensor],
         device: torch.device,
         *,
-        by_distance: bool,
-        in_place: bool,
+        by_run: bool,
     ) -> Ring:
         """owners: the rank of each granule of tokens. shards: the positions of each rank's tokens. The rest: as
         `parts_of` takes it."""
@@ -77,10 +76,7 @@ class Ring:
             if bounds is None:
                 return None
             first, stop = bounds[1].start, bounds[1].stop
-            parts = parts_of(
-                visibility, shards[me], shards[source][first:stop], device,
-                by_distance=by_distance, in_place=in_place,
-            )  # fmt: skip
+            parts = parts_of(visibility, shards[me], shards[source][first:stop], device, by_run=by_run)
             return Block(tuple(parts), first, stop)
 
         sources = [j for j in needs[me].nonzero()[:, 0].tolist() if j != me]
@@ -230,11 +226,10 @@ class Gather:
         shards: Sequence[Tensor],
         device: torch.device,
         *,
-        by_distance: bool,
-        in_place: bool,
+        by_run: bool,
     ) -> Gather:
         every = torch.arange(visibility.shape.keys)
-        parts = parts_of(visibility, shards[ranks.rank], every, device, by_distance=by_distance, in_place=in_place)
+        parts = parts_of(visibility, shards[ranks.rank], every, device, by_run=by_run)
         longest = max(map(len, shards))
         return Gather(ranks, tuple(parts), places(shards, longest).to(device), longest)
 

@@ -55,19 +55,18 @@ class Part:
 
     rows, columns: which of the rank's queries, and which of the keys, as positions in their shards.
     mask: what they see; None for all.
-    lead, key_lead: rows and keys without any weight before them, so that dropout draws by their positions in the
-        whole sequence.
     shift: what is added to the distance of a key from the diagonal of this call to give its distance in the whole
         sequence, where both are contiguous; else None.
+    first_query, first_key: positions of the first query and the first key in the whole sequence.
     key_positions: of the keys in the whole sequence, int64, on the mask's device.
     """
 
     rows: slice
     columns: slice
     mask: Lowered | None
-    lead: int
-    key_lead: int
     shift: int | None
+    first_query: int
+    first_key: int
     key_positions: Tensor
 
 
@@ -135,31 +134,27 @@ class Visibility:
             found.index_add_(1, owners, visited)
         return found > 0
 
-    def part(
-        self, queries: Tensor, keys: Tensor, device: torch.device | str = "cpu", *, in_place: bool = False
-    ) -> Part | None:
+    def part(self, queries: Tensor, keys: Tensor, device: torch.device | str = "cpu") -> Part | None:
         """What these queries see of these keys; None if nothing.
 
         Args:
-            queries, keys: ascending positions, int64. Each granule of tokens is there as a whole or not at all.
-            in_place: give queries and keys their positions in the whole sequence. Both must be contiguous.
+            queries, keys: ascending positions, int64. Each granule of tokens is there as a whole or not at all,
+                but for the ends.
         """
         bounds = self.bounds(queries, keys)
         if bounds is None:
             return None
         rows, columns = bounds
-        if in_place and keys[0] == 0:
-            columns = slice(0, columns.stop)  # no copy is needed to put these keys in their places
         queries, keys = queries[rows], keys[columns]
-        lead, key_lead = (int(queries[0]), int(keys[0])) if in_place else (0, 0)
-        mask = self._mask(queries, keys, lead, key_lead)
+        mask = self._mask(queries, keys)
         contiguous = len(keys) == keys[-1] - keys[0] + 1 and len(queries) == queries[-1] - queries[0] + 1
         shift = int(keys[0] - queries[0]) + len(keys) - len(queries) if contiguous else None
         mask = None if mask is None else mask.to(device)
-        return Part(rows, columns, mask, lead, key_lead, shift, keys.to(device))
+        return Part(rows, columns, mask, shift, int(queries[0]), int(keys[0]), keys.to(device))
 
     def bounds(self, queries: Tensor, keys: Tensor) -> tuple[slice, slice] | None:
-        """The rows and the columns that hold all that is seen; None if nothing is."""
+        """The rows and the columns that hold all that is seen; None if nothing is. Columns begin at a multiple of
+        8, because eight keys share a draw of dropout."""
         if not len(queries) or not len(keys):
             return None
         if self.lowered.lists is None:
@@ -168,7 +163,7 @@ class Visibility:
             if not sees.any():
                 return None
             seeing = sees.any(0).nonzero()[:, 0]
-            columns = slice(int(start[sees].min()), int(stop[sees].max()))
+            columns = slice(int(start[sees].min()) // 8 * 8, int(stop[sees].max()))
             return slice(int(seeing[0]), int(seeing[-1]) + 1), columns
         own_rows, own_columns = granules_of(queries), granules_of(keys)
         of_rows, of_columns = self.cells
@@ -190,16 +185,15 @@ class Visibility:
         start, stop = (torch.searchsorted(keys, t[:, queries].contiguous()) for t in self.intervals)
         return start, torch.maximum(start, stop)
 
-    def _mask(self, queries: Tensor, keys: Tensor, lead: int, key_lead: int) -> Lowered | None:
-        shape = self.shape._replace(queries=lead + len(queries), keys=key_lead + len(keys))
+    def _mask(self, queries: Tensor, keys: Tensor) -> Lowered | None:
+        shape = self.shape._replace(queries=len(queries), keys=len(keys))
         ends = self.lowered.key_lengths
-        lengths = None if ends is None else (torch.searchsorted(keys, ends.long()) + key_lead).int()
+        lengths = None if ends is None else torch.searchsorted(keys, ends.long()).int()
         if self.lowered.lists is not None:
-            before = lead // GRANULE, key_lead // GRANULE
-            lists = cut(self.lowered.lists, granules_of(queries), granules_of(keys), shape, before)
+            lists = cut(self.lowered.lists, granules_of(queries), granules_of(keys), shape)
             return Lowered(shape, key_lengths=lengths, lists=lists)
-        start, stop = (torch.nn.functional.pad(t + key_lead, (lead, 0)) for t in self._local(queries, keys))
-        window = None if lead or key_lead else _window(start, stop, shape)
+        start, stop = self._local(queries, keys)
+        window = _window(start, stop, shape)
         if window is None:
             return Lowered(shape, key_lengths=lengths, intervals=both_ways(Intervals(start, stop), shape))
         if lengths is None and window == (None, None):

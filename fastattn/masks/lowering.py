@@ -105,23 +105,20 @@ def _assembled(
     return BlockLists._make((*by_row, *by_column, bit_tiles, pattern, *row_work, *column_work))
 
 
-def cut(
-    lists: BlockLists, rows: Tensor, columns: Tensor, shape: Shape, before: tuple[int, int] = (0, 0)
-) -> BlockLists:
+def cut(lists: BlockLists, rows: Tensor, columns: Tensor, shape: Shape) -> BlockLists:
     """The lists of some rows and columns of granules, as a mask of their own.
 
     Args:
         rows, columns: which of them remain, int64, ascending.
         shape: of the result. Only its last row and column may have fewer than 64 tokens.
-        before: how many rows, and how many columns, without any entry the result has before them.
     """
     patterns = lists.full_offsets.shape[0]
 
     def those(offsets: Tensor, others: Tensor, tiles: Tensor | None, counts: Tensor | None) -> _Entries:
         new_row = torch.full((offsets.shape[1] - 1,), -1, device=rows.device)
-        new_row[rows] = torch.arange(before[0], before[0] + len(rows), device=rows.device)
+        new_row[rows] = torch.arange(len(rows), device=rows.device)
         new_column = torch.full((lists.column_full_offsets.shape[1] - 1,), -1, device=rows.device)
-        new_column[columns] = torch.arange(before[1], before[1] + len(columns), device=rows.device)
+        new_column[columns] = torch.arange(len(columns), device=rows.device)
         own = torch.repeat_interleave(offsets.diff().flatten().long())
         row, column = new_row[own % len(new_row)], new_column[others.long()]
         cells = (own // len(new_row) * shape.rows + row) * shape.columns + column

@@ -131,6 +131,10 @@ def options(sizes: Sizes, device: torch.device) -> dict[str, Any]:
         "dropout": lambda: {
             "causal": True, "dropout_p": 0.125, "dropout_state": fastattn.dropout_state(batch, device)
         },
+        "dropout of a part": lambda: {
+            "causal": True, "dropout_p": 0.125,
+            "dropout_state": torch.tensor([[7, 0, 3, length, 9]] * batch, device=device),
+        },
     }  # fmt: skip
     if sizes.kind == "everything":
         together = ("window", "key lengths", "softcap", "alibi", "sinks", "relative bias", "bias", "dropout")

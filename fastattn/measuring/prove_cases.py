@@ -37,7 +37,7 @@ MASKS = {
 }
 SCORES = {
     "bias": ("bias", "padding bias"),
-    "dropout": ("dropout",),
+    "dropout": ("dropout", "dropout of a part"),
     "alibi": ("alibi",),
     "relative bias": ("relative bias",),
     "softcap": ("softcap",),

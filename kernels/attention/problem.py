@@ -34,8 +34,8 @@ class Call:
     `spec` has the options of a call (causal, scale, left, right, softcap, dropout, precision), `tensors` what
     shapes the scores, None for what is not asked: key_lengths (B,) int32 in [0, Lk]; alibi_slopes, sinks and
     head_scale (B, Hq) fp32; bias (B or 1, Hq or 1, Lq or 1, Lk or 1), float or bool; relative_bias
-    (B, Hq, 2 R + 1) fp32; dropout_state (B, 2) int64; intervals (B, 2, Lq + Lk) int32, see loops.Window. `lists`
-    are BlockLists or None.
+    (B, Hq, 2 R + 1) fp32; dropout_state (B, 2 or 5) int64; intervals (B, 2, Lq + Lk) int32, see loops.Window.
+    `lists` are BlockLists or None.
     """
 
     def __init__(

@@ -31,7 +31,9 @@ class Scores(NamedTuple):
 
 class Dropout(NamedTuple):
     """Weights whose 16 random bits are below the threshold are dropped, the others are multiplied by `growth`.
-    `state` holds seed and offset of each batch entry."""
+
+    `state` holds seed and offset of each batch entry, int64; or five numbers as uint64, so that a kernel knows at
+    compile time that there are more: beside these two, at which head, query and eight keys the tensors begin."""
 
     state: torch.Tensor
     threshold: int
@@ -73,7 +75,8 @@ def dropout_of(state: torch.Tensor | None, dropout: float) -> Dropout | None:
     """Dropout as a kernel argument, if there is any."""
     if state is None:
         return None
-    return Dropout(state.contiguous(), round(dropout * 2**16), 1.0 / (1.0 - dropout))
+    state = state.contiguous() if state.shape[1] == 2 else state.contiguous().view(torch.uint64)
+    return Dropout(state, round(dropout * 2**16), 1.0 / (1.0 - dropout))
 
 
 @triton.jit
@@ -226,9 +229,10 @@ def finish_scores(capped, scores, score_terms, queries, keys, shape):
 @triton.jit
 def load_score_terms(scores, dropout, batch, head):
     """One head's terms of scores and weights: its slope, pointers to its bias and its bias by distance, its
-    number, the seed and offset of its random numbers, the logarithm of its keys' multiplicity, its scale. What is
-    not asked for is 0; so is the multiplicity, until `with_multiplicity` fills it in."""
-    slope, bias, relative, seed, offset, head_scale = 0.0, 0, 0, 0, 0, 1.0
+    number, the seed of its random numbers and where they begin (offset, query, eight keys), the logarithm of its
+    keys' multiplicity, its scale. What is not asked for is 0; so is the multiplicity, until `with_multiplicity`
+    fills it in."""
+    slope, bias, relative, seed, begin, head_scale = 0.0, 0, 0, 0, 0, 1.0
     if scores.slopes is not None:
         slope = tl.load(head_of(scores.slopes, batch, head))
     if scores.bias is not None:
@@ -236,10 +240,15 @@ def load_score_terms(scores, dropout, batch, head):
     if scores.relative is not None:
         relative = head_of(scores.relative, batch, head)
     if dropout is not None:
-        seed, offset = tl.load(dropout.state + batch * 2), tl.load(dropout.state + batch * 2 + 1)
+        if dropout.state.dtype.element_ty == tl.int64:
+            seed, begin = tl.load(dropout.state + batch * 2), (tl.load(dropout.state + batch * 2 + 1), 0, 0)
+        else:
+            state = dropout.state + batch * 5
+            seed, head = tl.load(state), head + tl.load(state + 2).to(tl.int32)
+            begin = tl.load(state + 1), tl.load(state + 3).to(tl.int32), tl.load(state + 4).to(tl.int32)
     if scores.head_scale is not None:
         head_scale = tl.load(head_of(scores.head_scale, batch, head))
-    return slope, bias, relative, head, seed, offset, 0.0, head_scale
+    return slope, bias, relative, head, seed, begin, 0.0, head_scale
 
 
 @triton.jit
@@ -249,13 +258,13 @@ def keep_mask(dropout, score_terms, queries, first_key, KEYS: tl.constexpr, KEYS
     Eight neighbouring keys share a call of Philox-4x32 with seven rounds (Salmon et al. 2011, table 2) for the
     counter (key // 8, query, head, offset): two 16-bit numbers a word.
     """
-    head, seed, offset = score_terms[3], score_terms[4], score_terms[5]
-    groups = first_key // 8 + tl.arange(0, KEYS // 8)
+    head, seed, begin = score_terms[3], score_terms[4], score_terms[5]
+    groups, queries = begin[2] + first_key // 8 + tl.arange(0, KEYS // 8), begin[1] + queries
     if KEYS_DOWN:
         group, query = groups[:, None] + 0 * queries[None, :], queries[None, :] + 0 * groups[:, None]
     else:
         group, query = groups[None, :] + 0 * queries[:, None], queries[:, None] + 0 * groups[None, :]
-    a, b, c, d = tl.philox(seed, group, query, group * 0 + head, group * 0 + offset.to(tl.int32), n_rounds=7)
+    a, b, c, d = tl.philox(seed, group, query, group * 0 + head, group * 0 + begin[0].to(tl.int32), n_rounds=7)
     words = tl.join(tl.join(a, c), tl.join(b, d))
     halves = tl.join(words & 0xFFFF, words >> 16)
     if KEYS_DOWN:

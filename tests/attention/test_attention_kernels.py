@@ -29,7 +29,8 @@ def test_tile_sizes_do_not_change_the_answer(blocks: tuple[int, int], monkeypatc
 
 EVERYTHING: dict = {
     "heads": 2, "key_heads": 1, "queries": 20, "keys": 40, "causal": True, "window": (30, None),
-    "softcap": 1.5, "alibi": True, "sinks": True, "lengths": True, "dropout": 0.2, "lse_gradient": True,
+    "softcap": 1.5, "alibi": True, "sinks": True, "lengths": True, "dropout": 0.2, "of_part": True,
+    "lse_gradient": True,
 }  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastattn
 from fastattn.core.attention import head_scales
-from fastattn.core.attention.dropout import philox
+from fastattn.core.attention.dropout import philox, state_of_part
 from fastattn.core.attention.spec import check_precision
 
 FUSED = ("triton", "portable")
@@ -252,6 +252,18 @@ def test_the_mask_that_was_drawn_is_the_mask_that_is_told(name: str) -> None:
     assert torch.equal(out != 0, told)
 
 
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_a_part_drops_what_the_whole_drops_there(name: str) -> None:
+    state = torch.tensor([[2**62 + 5, 2**33 + 7], [-9, 3]], device=DEVICE)
+    whole = fastattn.dropout_mask(state, 0.4, 7, 190, 120)
+    q, k, _ = Problem(batch=2, heads=3, key_heads=3, queries=37, keys=61, width=16).inputs()
+    v = torch.eye(61, device=DEVICE).expand(2, 3, 61, 61)
+    part = state_of_part(state_of_part(state, head=3, key=8), head=1, query=150, key=40)
+    with implementation(name) as backend:
+        out = fastattn.attention(q, k, v, dropout_p=0.4, dropout_state=part, backend=backend)
+    assert torch.equal(out != 0, whole[:, 4:, 150:187, 48:109])
+
+
 @pytest.mark.parametrize("blocks", [(16, 16), (16, 64), (64, 16)])
 def test_no_tiling_changes_what_is_dropped(blocks: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     launch = pytest.importorskip("fastattn.kernels.launch")
@@ -354,7 +366,7 @@ def arguments(**changes):
         (
             arguments(dropout_p=0.1, dropout_state=torch.zeros(3, 2).long()),
             ValueError,
-            r"must have shape \(2, 2\)",
+            r"must have shape \(2, 2\) or \(2, 5\)",
         ),
         (arguments(dropout_p=0.1, dropout_state=torch.zeros(2, 2)), TypeError, "dropout_state must be int64"),
         (arguments(precision="fp8"), ValueError, "precision must be one of ieee, tf32x3, tf32 or None, got 'fp8'"),

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastattn.core.attention import torch_dropout
-from fastattn.core.attention.dropout import KeepMasks, dropout_mask
+from fastattn.core.attention.dropout import KeepMasks, dropout_mask, state_of_part
 from fastattn.core.attention.spec import check_dropout
 from fastattn.core.attention.torch_dropout import CODE, FusedKeepMasks
 
@@ -55,12 +55,13 @@ def compiled(tmp_path_factory):
 
 @given(
     st.integers(-(2**63), 2**63 - 1), st.integers(-(2**63), 2**63 - 1), st.floats(0.0, 0.999),
-    st.integers(0, 30), st.integers(0, 30),
+    st.integers(0, 30), st.integers(0, 30), st.booleans(),
 )  # fmt: skip
 @settings(max_examples=30, deadline=None)
-def test_each_block_has_the_bits_of_the_definition(compiled, seed, offset, dropout_p, row, column):
+def test_each_block_has_the_bits_of_the_definition(compiled, seed, offset, dropout_p, row, column, of_part):
     dropout_p = check_dropout(dropout_p)
     state, sizes = torch.tensor([[seed, offset], [offset, seed]]), (3, 40, 45)
+    state = state_of_part(state, 5, 2**24, 2**20) if of_part else state
     masks = FusedKeepMasks(state, sizes, dropout_p)
     place = slice(0, 2), slice(1, 3), slice(row, 40), slice(column, 45)
     expected = dropout_mask(state, dropout_p, *sizes)[:, 1:3, row:, column:]

@@ -10,6 +10,7 @@ import groups
 import pytest
 import torch
 import torch.distributed as dist
+from cases_attention import two_dimensions
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -87,10 +88,6 @@ def refused(mesh: DeviceMesh, options: dict[str, Any], words: str) -> None:
 
 
 REFUSALS = {
-    "dropout over heads": (
-        {"dropout_p": 0.5, "method": "heads"},
-        'method must be "ring" or "gather" if there is a dropout_p',
-    ),
     "gradients in half precision": (
         {"gradient_dtype": torch.float16},
         "gradient_dtype must be None or torch.float32 for q of torch.float32, got torch.float16",
@@ -123,6 +120,7 @@ def same_bits_in_every_run(mesh: DeviceMesh, method: str) -> None:
 
 def drops_what_one_process_drops(mesh: DeviceMesh, options: dict[str, Any], method: str) -> None:
     seen = {n: o for n, o in options.items() if n not in ("alibi_slopes", "bias")}
+    mesh = two_dimensions(mesh) if method == "ring x heads" else mesh
     plan = distributed.layout(LENGTH, mesh, **seen, batch=2)
     inputs, dout = heads(batch=2), torch.randn(2, HEADS, LENGTH, WIDTH)
     state = fastattn.dropout_state(2)
@@ -143,9 +141,9 @@ def drops_what_one_process_drops(mesh: DeviceMesh, options: dict[str, Any], meth
 
 
 def draws_one_state_for_all(mesh: DeviceMesh) -> None:
-    plan = distributed.layout(LENGTH, mesh)
+    plan = distributed.layout(LENGTH, two_dimensions(mesh))
     inputs = heads()
-    torch.manual_seed(mesh.get_local_rank())
+    torch.manual_seed(dist.get_rank())
     out = distributed.unshard(distributed.attention(*shards(plan, *inputs), layout=plan, dropout_p=0.4), plan)
     torch.manual_seed(0)
     expected = fastattn.attention(*inputs, dropout_p=0.4)
@@ -178,11 +176,11 @@ def traffic(mesh: DeviceMesh, method: str, options: dict[str, Any], key_heads: i
         rank = mesh.get_local_rank()
         others = [plan.positions(i) for i in range(RANKS) if i != rank]
         bounds = [dense[tokens][:, plan.positions(rank)].any(0).nonzero()[:, 0] for tokens in others]
-        tokens = sum(int(t[-1] - t[0]) + 1 for t in bounds if len(t))
+        tokens = sum(int(t[-1]) - int(t[0]) // 8 * 8 + 1 for t in bounds if len(t))
         keys = tokens * key_heads * 2 * WIDTH * 4
         assert forward == distributed.Traffic(keys=keys)
         seen = [dense[plan.positions(rank)][:, tokens].any(0).nonzero()[:, 0] for tokens in others]
-        gradients = sum(int(t[-1] - t[0]) + 1 for t in seen if len(t)) * key_heads * 2 * WIDTH * 4
+        gradients = sum(int(t[-1]) - int(t[0]) // 8 * 8 + 1 for t in seen if len(t)) * key_heads * 2 * WIDTH * 4
         assert backward == distributed.Traffic(keys=keys, gradients=gradients)
         if not options:
             assert keys == gradients == (RANKS - 1) * key_heads * own
@@ -282,7 +280,7 @@ CASES: dict[int, dict[str, groups.Case]] = {RANKS: {
         f"drops what one process drops, {method}, {name}": partial(
             drops_what_one_process_drops, options=o, method=method
         )
-        for method in ("ring", "gather")
+        for method in ("ring", "gather", "heads", "ring x heads")
         for name, o in {
             "full": {},
             "causal": {"causal": True, "key_lengths": [300, LENGTH]},

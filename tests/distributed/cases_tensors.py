@@ -161,13 +161,22 @@ ATTENTION: dict[str, groups.Case] = {
         result=[HEADS],
         plain=("sinks",),
     ),
-    "dropout by batch": partial(
-        attention,
-        tensors=heads(),
-        placements=all_as(BATCH),
-        result=[BATCH],
-        options={"dropout_p": 0.4, "dropout_state": torch.tensor([[7, b] for b in range(B)])},
-    ),
+    **{
+        f"dropout by {name}": partial(
+            attention,
+            tensors=heads(key_heads),
+            placements=placements,
+            result=result,
+            options={"dropout_p": 0.4, "dropout_state": torch.tensor([[7, b] for b in range(B)]), **more},
+        )
+        for name, key_heads, placements, result, more in (
+            ("batch", 4, all_as(BATCH), [BATCH], {}),
+            ("heads", 4, all_as(HEADS), [HEADS], CAUSAL),
+            ("heads of one key head", 1, q_alone(HEADS), [HEADS], {}),
+            ("queries", 4, q_alone(LENGTH), [LENGTH], CAUSAL),
+            ("batch and heads", 4, all_as(BATCH, HEADS), [BATCH, HEADS], {}),
+        )
+    },
     "SDPA by heads": partial(
         same,
         function=sdpa,
@@ -291,10 +300,6 @@ REFUSED: dict[str, tuple[Callable[..., Any], str]] = {
     "slopes over queries": (
         lambda s: fastattn.attention(s(LENGTH), s(R), s(R), alibi_slopes=torch.ones(H)),
         "alibi_slopes must not be",
-    ),
-    "dropout over heads": (
-        lambda s: fastattn.attention(s(HEADS), s(HEADS), s(HEADS), dropout_p=0.1),
-        "dropout_p must be 0",
     ),
     "a sharded width": (lambda s: fastattn.rms_norm(s(LENGTH, B, 6, 8)), "any dimension but the last"),
     "hidden units of one weight only": (

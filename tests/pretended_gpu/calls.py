@@ -111,6 +111,7 @@ FEATURES: dict[str, Callable[[Sizes], dict[str, Any]]] = {
     "padding as bool mask": lambda s: {"bias": s.scores(broadcast="hq") == 0},
     "relative bias": lambda s: {"relative_bias": _learned(tensor(s.heads, 65))},
     "dropout": lambda s: {"dropout_p": 0.1},
+    "dropout of a part": lambda s: {"dropout_p": 0.1, "dropout_state": tensor(s.batch, 5).long()},
     "lists": lambda s: {"mask": masks.from_function(lambda b, h, i, j: (i * 7 + j * 13 + h) % 11 < 4)},
     "lists that share rows": lambda s: {
         "mask": masks.global_tokens([3]) | masks.from_function(lambda b, h, i, j: i // 64 == j // 64)

@@ -6,6 +6,9 @@ is one half of one of the four words that Philox-4x32 gives, after seven rounds,
 (j // 8, i, h, offset): eight neighbouring keys share a call. Nothing is stored for the backward; it draws them
 again.
 
+A state (B, 2) has seed and offset of each batch entry. A state (B, 5) is for tensors that are a part of a whole:
+it also says at which head, which query and which eight keys of the whole they begin; see `state_of_part`.
+
 Source: Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3 (2011), section 3.3 and table 2 (seven rounds
 pass every test of BigCrush).
 """
@@ -13,6 +16,7 @@ pass every test of BigCrush).
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastattn.core.attention.spec import check_dropout
@@ -38,19 +42,32 @@ def dropout_state(batch: int, device: torch.device | str | None = None) -> Tenso
     return torch.stack((seed.expand(batch), torch.arange(batch, device=device)), 1)
 
 
+def state_of_part(state: Tensor, head: int = 0, query: int = 0, key: int = 0) -> Tensor:
+    """The state (B, 5) of a part, which begins at this head, query and key of what `state` is for. What is dropped
+    of the part is then what would be dropped of it in the whole. key: a multiple of 8."""
+    if key % 8:
+        raise ValueError(f"key must be a multiple of 8, because eight keys share a draw; got {key}")
+    part = state.new_zeros(len(state), 5)
+    part[:, : state.shape[1]] = state
+    for column, first in ((2, head), (3, query), (4, key // 8)):
+        if first:
+            part[:, column] += first
+    return part
+
+
 def dropout_mask(state: Tensor, dropout_p: float, heads: int, queries: int, keys: int) -> Tensor:
     """Which weights are kept: bool (B, heads, queries, keys), as every backend draws it; to debug and test.
 
     Args:
-        state: (B, 2) int64, as `dropout_state` gives it.
+        state: (B, 2) int64, as `dropout_state` gives it; or (B, 5), as `attention` takes it.
         dropout_p: the probability of being dropped; rounded to a multiple of 2**-16. Kept weights are multiplied
             by 1 / (1 - the rounded dropout_p).
     """
     arguments.tensor("state", state)
     if state.dtype != torch.int64:
         raise TypeError(f"state must be int64, got {state.dtype}")
-    if state.dim() != 2 or state.shape[1] != 2:
-        raise ValueError(f"state must have shape (batch, 2), got {tuple(state.shape)}")
+    if state.dim() != 2 or state.shape[1] not in (2, 5):
+        raise ValueError(f"state must have shape (batch, 2) or (batch, 5), got {tuple(state.shape)}")
     sizes = (("heads", heads), ("queries", queries), ("keys", keys))
     heads, queries, keys = (arguments.integer(name, value, least=0) for name, value in sizes)
     head = torch.arange(heads, device=state.device)[:, None, None]
@@ -68,7 +85,8 @@ def keep_mask(
     dtype: torch.dtype = torch.bool,
 ) -> Tensor:
     """Whether the weights on the keys from `start` to before `stop` are kept, as 0 or 1 of this dtype:
-    (..., stop - start), leading dimensions as state (..., 1, 2), head (..., 1) and query (..., 1) broadcast to."""
+    (..., stop - start), leading dimensions as state (..., 1, 2 or 5), head (..., 1) and query (..., 1) broadcast
+    to."""
     groups = torch.arange(start // 8, -(-stop // 8), device=state.device)
     return keep_mask_of_groups(groups, state, head, query, dropout_p, dtype)[
         ..., start % 8 : start % 8 + stop - start
@@ -80,7 +98,10 @@ def keep_mask_of_groups(
 ) -> Tensor:
     """Whether the weights on the keys of some groups (..., G) are kept, group g being the keys 8 g to 8 g + 7:
     (..., 8 G), leading dimensions as all arguments broadcast to."""
-    words = torch.broadcast_tensors(*philox((groups, query, head, state[..., 1]), state[..., 0]))
+    seed, offset, *begin = state.unbind(-1)
+    if begin:
+        head, query, groups = (first + t for first, t in zip(begin, (head, query, groups), strict=True))
+    words = torch.broadcast_tensors(*philox((groups, query, head, offset), seed))
     # Two words side by side hold four 16-bit numbers. They are unsigned, int16 is signed: flipping the highest bit
     # makes it compare them in the same order.
     pairs = torch.stack((words[0] | words[1] << 32, words[2] | words[3] << 32), -1).bitwise_xor_(_HIGHEST_BITS)
@@ -119,13 +140,14 @@ class KeepMasks:
     BYTES = 8  # of workspace for each weight, beside the mask
 
     def __init__(self, state: Tensor, sizes: tuple[int, int, int], dropout_p: float, workspace: Workspace) -> None:
-        """For a state (B, 2) and so many heads, queries and keys."""
+        """For a state (B, 2 or 5) and so many heads, queries and keys."""
         self.workspace, self.threshold = workspace, round(dropout_p * 2**16) - 2**15
         heads, queries, keys = sizes
-        head = torch.arange(heads, device=state.device)[:, None, None]
-        query = torch.arange(queries, device=state.device)[:, None]
-        group = torch.arange(-(-keys // 8), device=state.device)
-        seed, offset = (t[:, None, None, None] for t in state.unbind(1))
+        whole = F.pad(state, (0, 5 - state.shape[1]))  # a state of two numbers begins at 0
+        seed, offset, *begin = (t[:, None, None, None] for t in whole.unbind(1))
+        head = begin[0] + torch.arange(heads, device=state.device)[:, None, None]
+        query = begin[1] + torch.arange(queries, device=state.device)[:, None]
+        group = begin[2] + torch.arange(-(-keys // 8), device=state.device)
         steps = torch.arange(ROUNDS, device=state.device)
         self.keys = tuple(
             half[..., None] + steps * weyl & _WORD for half, weyl in zip((seed, seed >> 32), _WEYL, strict=True)
@@ -149,8 +171,8 @@ class KeepMasks:
             self.odd_words[0][batch, :, :, groups],
             self.odd_words[1][place],
         )
-        of_rows, of_columns = self.third[0][place], self.third[1][groups]
-        shape = (*of_rows.shape[:3], len(of_columns))
+        of_rows, of_columns = self.third[0][place], self.third[1][batch, ..., groups]
+        shape = (*of_rows.shape[:3], of_columns.shape[3])
         names = ("c0", "c2", "first", "second", "first, next", "second, next")
         c0_memory, c2_memory, *products = (self._memory(name, shape) for name in names)
         c2 = torch.bitwise_xor(of_rows, of_columns, out=c2_memory)

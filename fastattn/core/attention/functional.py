@@ -154,7 +154,9 @@ def attention(
         dropout_p: the probability of dropping a weight, rounded to 16 bits; the others are multiplied by
             1 / (1 - dropout_p). The backward draws the same numbers again, so nothing is stored.
         dropout_state: (B, 2) int64, seed and offset of each batch entry's random numbers; by default
-            `dropout_state` draws one from torch's generator. `dropout_mask` shows what it drops.
+            `dropout_state` draws one from torch's generator. `dropout_mask` shows what it drops. For a part of a
+            whole, (B, 5): the same, and at which head, which query and which eight keys of the whole q, k and v
+            begin; what is dropped is then the same as in the whole.
         precision: of float32 products on a GPU: "ieee", "tf32x3" (three tf32 products, nearly as
             exact) or "tf32"; by default what torch.backends.cuda.matmul allows. A backend may be more
             exact than that.

@@ -91,7 +91,8 @@ class ScoreTensors(NamedTuple):
     relative_bias: (B, Hq, 2 R + 1) in the log-sum-exp's dtype; added by distance from the diagonal, see
         `relative_index`.
     sinks: (B, Hq) in the log-sum-exp's dtype; one more score in each row, which takes weight and has no value.
-    dropout_state: (B, 2) int64, seed and offset of each batch entry's random numbers, see dropout.py.
+    dropout_state: (B, 2 or 5) int64, seed and offset of each batch entry's random numbers, and where the tensors
+        begin in a whole, see dropout.py.
     mask: 1-D int64, block lists as fastattn.masks.lists.packed makes them; one for the whole batch.
     intervals: (B, 2, Lq + Lk) int32, the first key that each query sees and the one after the last, then the first
         query that sees each key and the one after the last. There is no window beside them.
@@ -300,7 +301,7 @@ def score_tensors(
         check_beside("sinks", sinks, q, ((heads,), (batch, heads)))
         check_floating("sinks", sinks)
     if dropout_state is not None:
-        check_beside("dropout_state", dropout_state, q, ((batch, 2),))
+        check_beside("dropout_state", dropout_state, q, ((batch, 2), (batch, 5)))
         if dropout_state.dtype != torch.int64:
             raise TypeError(f"dropout_state must be int64, got {dropout_state.dtype}")
         dropout_state = dropout_state if drops else None

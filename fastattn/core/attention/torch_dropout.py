@@ -57,8 +57,8 @@ class FusedKeepMasks:
 
     def __init__(self, state: Tensor, sizes: tuple[int, int, int], dropout_p: float, _: object = None) -> None:
         self.threshold = float(round(dropout_p * 2**16))
-        seed, offset = state.unbind(1)
-        words = torch.stack((offset, seed, seed >> 32)) & 0xFFFFFFFF
+        seed, offset, *begin = state.unbind(1)
+        words = torch.stack((offset, seed, seed >> 32, *begin)) & 0xFFFFFFFF
         self.words = words.double()[..., None, None, None].unbind()
         most = max(sizes)
         self.places = torch.arange(most, dtype=torch.float64, device=state.device)
@@ -66,8 +66,10 @@ class FusedKeepMasks:
     def of(self, batch: slice, heads: slice, rows: slice, columns: slice) -> Tensor:
         """1 for weights that are kept, else 0, float64: (batch, heads, rows, columns)."""
         query, key, head = self.places[rows, None], self.places[columns], self.places[heads, None, None]
-        words = (t[batch] for t in self.words)
-        return _compiled()(query, key, head, *words, threshold=self.threshold)
+        offset, low, high, *begin = (t[batch] for t in self.words)
+        if begin:
+            head, query, key = begin[0] + head, begin[1] + query, 8 * begin[2] + key
+        return _compiled()(query, key, head, offset, low, high, threshold=self.threshold)
 
 
 def masks_of(device: torch.device) -> type[KeepMasks] | type[FusedKeepMasks]:
@@ -85,7 +87,9 @@ def _agrees(device: torch.device) -> bool:
     """Whether the compiled function gives the bits of the definition, tried on a few thousand weights."""
     with outside_modes():
         try:
-            state = torch.tensor([[-(2**62) - 12345, 2**33 + 7], [2**63 - 1, 0]], device=device)
+            state = torch.tensor(
+                [[-(2**62) - 12345, 2**33 + 7, 0, 2**20, 3], [2**63 - 1, 0, 9, 0, 0]], device=device
+            )
             sizes, dropout_p = (3, 37, 70), 0.3
             found = FusedKeepMasks(state, sizes, dropout_p).of(*map(slice, (2, *sizes)))
             wrong = "" if torch.equal(found.bool(), dropout_mask(state, dropout_p, *sizes)) else "its bits differ"
