@@ -283,7 +283,7 @@ def statistics_calls() -> Iterator[Call]:
         return Call(f"statistics, {title}", lambda: statistics(*arguments, **keywords), launches)
 
     for name in FEATURES:
-        if name != "dropout":
+        if not name.startswith("dropout"):
             yield of(name, Sizes(queries=203 if name in SQUARE else 113, keys=203), name)
     together = tuple(name for name in TOGETHER if name != "dropout")
     for dtype, width in itertools.product(DTYPES, (8, 40, 64, 128, 256, 512)):
