@@ -39,7 +39,7 @@ def test_intervals_are_exact_forward_and_backward(lengths: bool, name: str) -> N
 
 
 @pytest.mark.parametrize("name", ["triton", "portable"])
-@settings(max_examples=5 if not ON_GPU else 100)
+@settings(max_examples=3 if not ON_GPU else 100)
 @given(
     kind=st.sampled_from(["intervals", *MASKS]),
     queries=st.integers(129, 160),
@@ -56,10 +56,9 @@ def test_masks_combine_with_everything_else(name: str, kind: str, **given_: obje
     check(problem, name)
 
 
-@pytest.mark.parametrize("sinks", [False, True])
 @pytest.mark.parametrize("name", ["triton", "portable"])
-def test_long_rows_and_columns_are_shared_out_and_merged(name: str, sinks: bool) -> None:
-    problem = Problem(lists="global", heads=2, key_heads=1, queries=770, keys=770, sinks=sinks, lse_gradient=True)
+def test_long_rows_and_columns_are_shared_out_and_merged(name: str) -> None:
+    problem = Problem(lists="global", heads=1, key_heads=1, queries=770, keys=770, sinks=True, lse_gradient=True)
     lists = problem.lowered().lists
     assert lists.row_merges.tolist() == lists.column_merges.tolist() == [[0, 0, 2]]
     check(problem, name)
