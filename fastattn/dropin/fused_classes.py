@@ -34,12 +34,15 @@ _made: dict[tuple[Any, ...], type[nn.Module]] = {}
 def fused_class(form: type[Fused], own: type[nn.Module], names: Any) -> type[nn.Module]:
     """The class for modules of class `own` that are fused by `form`, which finds their parts by `names`. Called
     again with the same arguments, it returns the same class."""
-    key = (form, own, names)
+    key = (form, own, names, own.forward)  # Somebody may have replaced the forward of a class since.
     if key not in _made:
         members = {"form": form, "own": own, "names": names, "__module__": __name__, "__doc__": own.__doc__}
-        if getattr(form, "method", "forward") == "forward":
+        if own_forward := getattr(form, "own_forward", None):
+            members["forward"] = own_forward(own, names)
+        elif getattr(form, "method", "forward") == "forward":
             members["forward"] = _called_like(own.forward, form.forward)
-        _made[key] = type(f"Fused{own.__name__}", (form, own), members)
+        name = own.__name__ if getattr(form, "keeps_name", False) else f"Fused{own.__name__}"
+        _made[key] = type(name, (form, own), members)
     return _made[key]
 
 

@@ -21,7 +21,7 @@ from fastattn.core.mlp.functional import gated_mlp, mlp
 from fastattn.core.mlp.spec import MLPSpec
 from fastattn.dropin.fused_classes import Fused
 from fastattn.ground.checks import ACTIVATIONS, FLOATING
-from fastattn.nn.residual import branch_of
+from fastattn.nn.residual import NormReader, branch_of, read_norm
 
 HUGGINGFACE = {
     "GELUActivation": "gelu",
@@ -126,10 +126,10 @@ def _name(thing: Any) -> str:
     return type(thing).__name__ if isinstance(thing, nn.Module) else getattr(thing, "__name__", repr(thing))
 
 
-def fused(parts: Parts, x: Tensor, **branch: Any) -> Tensor:
-    """Compute the MLP of these parts: (..., d) to (..., out). branch: the arguments of a residual branch."""
+def fused(parts: Parts, x: Tensor, **options: Any) -> Tensor:
+    """Compute the MLP of these parts: (..., d) to (..., out). options: other arguments of `fastattn.mlp`."""
     (*first, (w2, b2)) = [weights(layer) for layer in parts.layers]
-    asked = {"activation": _activation(parts), **branch}
+    asked = {"activation": _activation(parts), **options}
     if parts.packed:
         ((w, b),) = first
         return gated_mlp(x, w, None, w2, b_gate=b, b_down=b2, packed=parts.packed, **asked)
@@ -159,6 +159,7 @@ class Names:
     module's
         code.
     only_in_eval: whether its own code computes something else in training, such as torch.nn.functional.dropout.
+    trial: whether these are tried, in float64: then the portable backend computes, whatever FASTATTN_BACKEND says.
     """
 
     first: tuple[str, ...]
@@ -171,6 +172,7 @@ class Names:
     computes: str = ""
     custom: Any = None
     only_in_eval: bool = False
+    trial: bool = False
 
     def read(self, module: nn.Module) -> Parts | None:
         """The module's parts; None if it has others."""
@@ -229,16 +231,28 @@ class Form(Fused):
     def _fused(self, x: Tensor) -> Tensor | None:
         """The MLP's result, or None if the module's own code must compute it."""
         parts = self._parts(x)
-        return None if parts is None else fused(parts, x)
+        if parts is None:
+            return None
+        return fused(parts, x, backend="portable") if self.names.trial else fused(parts, x)
 
-    def _added(self, x: Tensor, norm: nn.Module | None = None) -> Tensor | None:
-        """x + dropout(the MLP of x, or of its norm) in one call; None if these are to be steps of their own."""
-        dropouts = [_get(self, name) for name in self.names.after]
-        parts = self._parts(x) if len(dropouts) < 2 else None
+    def _added(
+        self,
+        x: Tensor,
+        norm: nn.Module | None = None,
+        dropout: nn.Module | None = None,
+        reader: NormReader = read_norm,
+    ) -> Tensor | None:
+        """x + dropout(the MLP of x, or of its norm) in one call; None if these are to be steps of their own.
+
+        norm, dropout, reader: as of `branch_of`; dropout beside those in this module.
+        """
+        after = [*(_get(self, name) for name in self.names.after), dropout]
+        dropouts = [part for part in after if part is not None and alteration(part, nn.Identity)]
+        parts = self._parts(x) if len(dropouts) < 2 and not self.names.trial else None
         if parts is None:
             return None
         spec = MLPSpec(_activation(parts), bool(parts.packed) or len(parts.first) == 2)
-        branch = branch_of(x, spec, norm=norm, dropout=dropouts[0] if dropouts else None)
+        branch = branch_of(x, spec, norm=norm, dropout=dropouts[0] if dropouts else None, reader=reader)
         return None if branch is None else fused(parts, x, **branch)
 
     def _after(self, y: Tensor) -> Tensor:

@@ -131,7 +131,7 @@ def found_way(module: nn.Module, form: type[Form], ways: list[Names]) -> Names |
 
 def is_this_mlp(module: nn.Module, form: type[Form], names: Names) -> bool:
     """Whether the module's own code computes the same as the form; see the top of this file."""
-    made = fused_class(form, type(module), names)
+    made = fused_class(form, type(module), replace(names, trial=True))
     small = form is FusedForward and _trial(module, form, made, names, SMALL)
     return small or _trial(module, form, made, names, None)
 

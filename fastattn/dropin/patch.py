@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastattn.dropin import mlp_forms, mlp_search
+from fastattn.dropin import blocks, mlp_forms, mlp_search
 from fastattn.dropin.fused_classes import fused_class
 from fastattn.dropin.likeness import ATTENDS, attends, is_norm, may_be_norm
 from fastattn.dropin.likeness import NORMS as LIKE_NORM
@@ -38,7 +38,7 @@ class Row:
 
     Attributes:
         name: its name in the model, "" for the model itself.
-        kind: "attention", "mlp", "norm" or "loss".
+        kind: "attention", "mlp", "block" (a layer around an MLP), "norm" or "loss".
         was: its class before, or its attention implementation; with its Python module if two classes share the
             name.
         now: its class or implementation now; None if it was left as it is.
@@ -125,6 +125,9 @@ def patch(
     - MLPs are found by their parts, whatever their names: two or three linear layers and an activation, plain or
       gated, gate and up apart or packed. Each is swapped only after a trial with random weights, in which its own
       code and the fused function gave equal results.
+    - A layer whose code computes h + dropout(mlp(norm(h))), as Llama's and GPT-2's, makes this one call of its MLP
+      where the Triton kernels compute it, with neither dropout nor the norm's result kept. The norm is rounded
+      once then. The rest of the layer's code stays as it is; an MLP whose layer has other code says so.
 
     Short calls on a CPU may get slower: each call of attention takes some 0.1 ms more Python than PyTorch's own.
     A small model of 128 tokens takes up to 1.3 times as long; at 512 tokens, 0.6 to 1.15 times.
@@ -177,7 +180,7 @@ def patch(
         rows += _each(model, "attention", _swap_attention)
         rows += _attention_left(model, rows, hugging_face)
     if mlp:
-        rows += _innermost(_each(model, "mlp", _swap_mlp))
+        rows += _with_blocks(model, _innermost(_each(model, "mlp", _swap_mlp)))
     if norm:
         rows += _each(model, "norm", _swap_norm)
     if loss:
@@ -371,6 +374,32 @@ def _swap_mlp(name: str, module: nn.Module) -> Row | None:
 
 
 _ONLY_IN_EVAL = "in eval mode; in training its own code computes it, which does something else there (dropout?)"
+
+
+IN_ONE_CALL = "norm, MLP and sum in one call"
+
+
+def _with_blocks(model: nn.Module, rows: list[Row]) -> list[Row]:
+    """Swap the layers around the swapped MLPs. Returns the rows of the MLPs and those of the layers. The row of an
+    MLP says why its layer was left."""
+    of_mlps = {row.name: row for row in rows}
+    of_blocks = []
+    for name, block in model.named_modules():
+        held = [key for key, part in block.named_children() if isinstance(part, FusedForward)]
+        if len(held) != 1 or type(block).__module__.startswith("torch."):
+            continue
+        (mlp,), was = held, _class_name(block)
+        if isinstance(block, blocks.FusedBlock):
+            of_blocks.append(Row(name, "block", was, None, ALREADY))
+            continue
+        found = _instance_obstacle(block) or blocks.sum_of(block, mlp)
+        if isinstance(found, blocks.Sum):
+            swap(block, fused_class(blocks.FusedBlock, type(block), found))
+            of_blocks.append(Row(name, "block", was, IN_ONE_CALL, "by the kernels; elsewhere by its own code"))
+        elif any(is_norm(part) or isinstance(part, tuple(NORMS)) for part in block.children()):
+            row = of_mlps[f"{_prefix(name)}{mlp}"]
+            of_mlps[row.name] = replace(row, why="; ".join(filter(None, (row.why, f"alone in {was}: {found}"))))
+    return [*of_mlps.values(), *of_blocks]
 
 
 def _swap_sequential(name: str, module: nn.Sequential) -> Row | None:

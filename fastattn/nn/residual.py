@@ -9,6 +9,7 @@ fastattn.core.intact), and under autocast, which treats each in its own way.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,7 +23,9 @@ from fastattn.core.mlp.spec import MLPSpec
 from fastattn.nn.mlp import MLP, GatedMLP
 from fastattn.nn.norm import NORMS
 
-_KINDS = (*NORMS, *NORMS.values())
+KINDS = (*NORMS, *NORMS.values())
+# (norm, x, backend) -> the arguments of `fastattn.mlp` for this norm; None if the module must be called.
+NormReader = Callable[[nn.Module, Tensor, str | None], dict[str, Any] | None]
 
 
 def residual_step(x: Tensor, norm: nn.Module, mlp: nn.Module, dropout: nn.Module) -> Tensor:
@@ -34,12 +37,26 @@ def residual_step(x: Tensor, norm: nn.Module, mlp: nn.Module, dropout: nn.Module
     return x + dropout(mlp(norm(x)))
 
 
+def read_norm(norm: nn.Module, x: Tensor, backend: str | None) -> dict[str, Any] | None:
+    """The arguments of `fastattn.mlp` for a norm of torch.nn or fastattn.nn; None if the module must be called."""
+    if alteration(norm, KINDS, x):
+        return None
+    assert isinstance(norm, nn.LayerNorm | nn.RMSNorm)
+    fits = tuple(norm.normalized_shape) == tuple(x.shape[-1:]) and (norm.eps is None or norm.eps >= SMALLEST_EPS)
+    if not fits or getattr(norm, "backend", None) not in (None, backend):
+        return None
+    if isinstance(norm, nn.RMSNorm):
+        return {"norm": "rms", "norm_weight": norm.weight, "norm_eps": norm.eps}
+    return {"norm": "layer", "norm_weight": norm.weight, "norm_bias": norm.bias, "norm_eps": norm.eps}
+
+
 def branch_of(
     x: Tensor,
     spec: MLPSpec,
     *,
     norm: nn.Module | None = None,
     dropout: nn.Module | None = None,
+    reader: NormReader = read_norm,
     backend: str | None = None,
 ) -> dict[str, Any] | None:
     """The arguments of `fastattn.mlp` that make it x + dropout(mlp(norm(x))); None if the steps must be separate.
@@ -47,21 +64,22 @@ def branch_of(
     Args:
         spec: of the MLP alone.
         norm, dropout: modules; None where there is none.
+        reader: reads the norm.
     """
-    may_be_kernels = not torch.compiler.is_compiling() and _may_be_kernels(x, backend)
-    if (spec.save == "auto" and not may_be_kernels) or type(x) is not Tensor or x.is_nested:
+    by_kernels = not torch.compiler.is_compiling() and may_be_kernels(x, backend)
+    if (spec.save == "auto" and not by_kernels) or type(x) is not Tensor or x.is_nested:
         return None
-    dropout_p, of_norm = _dropout(dropout, x), _norm(norm, x, backend)
+    dropout_p, of_norm = _dropout(dropout, x), {} if norm is None else reader(norm, x, backend)
     if dropout_p is None or of_norm is None or _is_autocast(x):
         return None
     # On a GPU PyTorch's dropout is one kernel, the portable backend's are many.
     without_kernels = spec.save != "auto" and not (dropout_p and x.is_cuda)
-    if not without_kernels and not (may_be_kernels and _are_kernels(x, spec, of_norm, dropout_p, backend)):
+    if not without_kernels and not (by_kernels and _are_kernels(x, spec, of_norm, dropout_p, backend)):
         return None
     return {**of_norm, "residual": x, "dropout_p": dropout_p}
 
 
-def _may_be_kernels(x: Tensor, backend: str | None) -> bool:
+def may_be_kernels(x: Tensor, backend: str | None = None) -> bool:
     """Whether the Triton kernels may compute a call, as far as that is quickly told."""
     named = backend or os.environ.get("FASTATTN_BACKEND")
     return named == "triton" if named else x.is_cuda
@@ -87,18 +105,3 @@ def _dropout(dropout: nn.Module | None, x: Tensor) -> float | None:
     assert isinstance(dropout, nn.Dropout)
     dropout_p = float(dropout.p) if dropout.training else 0.0
     return dropout_p if dropout_p < 1 else None
-
-
-def _norm(norm: nn.Module | None, x: Tensor, backend: str | None) -> dict[str, Any] | None:
-    """The arguments of `fastattn.mlp` for this norm; None if the module must be called."""
-    if norm is None:
-        return {}
-    if alteration(norm, _KINDS, x):
-        return None
-    assert isinstance(norm, nn.LayerNorm | nn.RMSNorm)
-    fits = tuple(norm.normalized_shape) == tuple(x.shape[-1:]) and (norm.eps is None or norm.eps >= SMALLEST_EPS)
-    if not fits or getattr(norm, "backend", None) not in (None, backend):
-        return None
-    if isinstance(norm, nn.RMSNorm):
-        return {"norm": "rms", "norm_weight": norm.weight, "norm_eps": norm.eps}
-    return {"norm": "layer", "norm_weight": norm.weight, "norm_bias": norm.bias, "norm_eps": norm.eps}

@@ -273,7 +273,7 @@ def test_a_report_has_a_row_for_everything_that_looks_like_attention_an_mlp_or_a
     assert rows == {
         "attn": ("attention", None), "other": ("attention", None), "mlp": ("mlp", "FusedNanoGPT"),
         "ln_1": ("norm", "FusedLayerNorm"), "ln_2": ("norm", "FusedScale"),
-        "ln_3": ("norm", "fastattn.nn.LayerNorm"),
+        "ln_3": ("norm", "fastattn.nn.LayerNorm"), "": ("block", "norm, MLP and sum in one call"),
     }  # fmt: skip
     why = {row.name: row.why for row in report.left}
     assert "fastattn.sdpa.activate()" in why["attn"] and "fastattn.attention" in why["other"]
