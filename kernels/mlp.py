@@ -360,7 +360,7 @@ def write_output(value, residual, dropout, y, row, column, size, tile: tl.conste
     value = value.to(dtype).to(tl.float32) if tile.ROUND else value
     if dropout is not None:
         tokens = dropout.first + row + tl.arange(0, rows)
-        score_terms = (0, 0, 0, 0, tl.load(dropout.state), tl.load(dropout.state + 1))
+        score_terms = (0, 0, 0, 0, tl.load(dropout.state), (tl.load(dropout.state + 1), 0, 0))
         keep = keep_mask(dropout, score_terms, tokens, column, width, False)
         value = tl.where(keep, value * tl.cast(dropout.growth, tl.float32), 0.0)
         value = value.to(dtype).to(tl.float32) if tile.ROUND else value
