@@ -120,6 +120,7 @@ def options(sizes: Sizes, device: torch.device) -> dict[str, Any]:
         "prefix": lambda: {"mask": masks.prefix(keys // 4)},
         "random lists": lambda: {"mask": masks.from_dense(scattered(length, keys))},
         "key lengths": lambda: {"key_lengths": lengths_of(sizes, device)},
+        "key lengths, causal": lambda: {"causal": True, "key_lengths": lengths_of(sizes, device)},
         "boolean mask": lambda: {"bias": torch.rand(1, 1, length, keys, device=device) < 0.8},
         "softcap": lambda: {"causal": True, "softcap": 30.0},
         "alibi": lambda: {"causal": True, "alibi_slopes": slopes_of(sizes, device)},

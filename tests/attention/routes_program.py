@@ -19,7 +19,7 @@ from fastattn.core.attention import torch_routes, torch_trial
 from fastattn.measuring import checking, kinds, prove_worker, tolerance
 from fastattn.measuring.kinds import Sizes
 from tests.attention import torch_stand_ins
-from tests.attention.torch_stand_ins import CALLS, FAULTS, LAUNCHES, counting
+from tests.attention.torch_stand_ins import CALLS, FAULTS
 from tests.pretended_gpu import GPUS, pretended_gpus
 from tests.pretended_gpu.tensors import planned
 
@@ -52,17 +52,23 @@ def tried(family: str, kind: str, **other) -> list:
 
 
 def compared(inputs: tuple, learned: str = "", **options) -> list:
-    """Portable against the definition, by the tests' rule; `learned` is an option that has a gradient."""
+    """Portable against the definition, by the tests' rule; `learned` is an option that has a gradient, `of_lse`
+    says how large that of the log-sum-exp is, NaN in rows that see nothing, and `alone` that out has none."""
+    of_lse, alone = options.pop("of_lse", 0.0), options.pop("alone", False)
+    lse = fastattn.attention(*inputs, **options, return_lse=True, backend="reference")[1]
     given = [*inputs, options.pop(learned)] if learned else [*inputs]
 
     def results(backend: str, tensors: list) -> tuple:
         leaves = [t.detach().requires_grad_() for t in tensors]
         beside = {**options, **({learned: leaves[3]} if learned else {})}
         out, lse = fastattn.attention(*leaves[:3], **beside, return_lse=True, backend=backend)
-        return out, lse, *torch.autograd.grad(out, leaves, upstream.to(out.dtype))
+        above = [(out, upstream.to(out.dtype)), (lse, upstream_lse.to(lse.dtype))]
+        above = above[1:] if alone else above if of_lse else above[:1]
+        return out, lse, *torch.autograd.grad([a for a, _ in above], leaves, [b for _, b in above])
 
     torch.manual_seed(1)
-    upstream = torch.randn(inputs[0].shape, device=device)
+    upstream = torch.randn(*inputs[0].shape[:3], inputs[2].shape[3], device=device)
+    upstream_lse = (torch.randn(lse.shape, device=device) * of_lse).masked_fill(lse.isinf(), float("nan"))
     CALLS.clear()
     ours = results("portable", given)
     taken = sorted(set(CALLS))
@@ -70,7 +76,7 @@ def compared(inputs: tuple, learned: str = "", **options) -> list:
     differ = []
     for name, a, e, x in zip(("out", "lse", "dq", "dk", "dv", "dbeside"), ours, eager, exact, strict=False):
         seen = x.isfinite()
-        about = {"gradient": name[0] == "d", "tiny": TINY["float16"], "dtype": torch.float16}
+        about = {"gradient": name[0] == "d", "tiny": TINY["float16"] * (of_lse or 1.0), "dtype": torch.float16}
         if name == "dbeside":
             # A sum over all rows of roundings of dout * out, which add up as random numbers do.
             about["tiny"] += (
@@ -78,26 +84,19 @@ def compared(inputs: tuple, learned: str = "", **options) -> list:
                 * float((upstream * exact[0]).norm().cpu())
                 * (32**0.5 if learned == "scale" else 1.0)
             )
-        judged = tolerance.judge(a[seen], x[seen], e[seen].to(a.dtype), **about)
+        judged = tolerance.judge(*(t[seen].cpu() for t in (a, x, e.to(a.dtype))), **about)
         if judged.wrong or not torch.equal(a.isfinite(), seen):
             differ.append(f"{name}: {judged.wrong}")
     return [" ".join(differ), taken]
 
 
-def count(family: str, kind: str, **other) -> list[list[str]]:
-    """Operators that compute, of a forward and of a backward; of the second call, which has nothing to try."""
-    sizes = Sizes(family, kind, **{**ABOUT, "length": 128, "batch": 4, "width": 32, "key_heads": 4, **other})
+def count(family: str, kind: str, **other) -> list[list]:
+    """Of a forward and of a backward the operators, and how often they touch what must be touched once."""
+    sizes = Sizes(family, kind, **{**ABOUT, "length": 128, "batch": 8, "width": 64, "heads": 2, **other})
     call = kinds.build(sizes, device)
-    leaves = [t.detach().requires_grad_() for t in call.tensors]
-    for _ in range(2):
-        with counting():
-            out = call.function("portable", *leaves)[0]
-        forward = list(LAUNCHES)
-        # As a gradient comes from a linear layer.
-        upstream = torch.ones_like(out.transpose(1, 2)).transpose(1, 2)
-        with counting():
-            torch.autograd.grad(out, leaves, upstream)
-    return [forward, list(LAUNCHES)]
+    launched = torch_stand_ins.launched(call)
+    names = [[name for name, _ in each] for each in launched]
+    return [*names, *torch_stand_ins.times_touched(launched, call)]
 
 
 class Hearing(logging.Handler):
@@ -119,7 +118,12 @@ with pretended_gpus(GPUS["H100"]), torch_stand_ins.operators(prefers_cudnn=False
                 found[f"{kind} {dtype}"] = tried(family, kind, dtype=dtype)
     found["bias of every head"] = tried("scores", "bias", batch=5)
     found["alibi, larger than the inputs"] = tried("scores", "alibi", batch=1, width=8)
-    found["width 20"] = tried("masks", "key lengths", width=20)
+    for name, widths in (("20", (20, 20)), ("59 and 33", (59, 33)), ("3 and 40", (3, 40))):
+        width = {"width": widths[0], "value_width": widths[1]}
+        for kind in ("key lengths", "full") if name == "20" else ("full",):
+            for dtype in ("float16", "float32"):
+                family = "attention" if kind == "full" else "masks"
+                found[f"{kind}, widths {name} {dtype}"] = tried(family, kind, dtype=dtype, **width)
     found["width 320"] = tried("attention", "causal", width=320, length=40)
     found["values 16 wide"] = tried("attention", "full", value_width=16)
     found["other lengths"] = tried("attention", "causal", keys=130)
@@ -146,6 +150,16 @@ with pretended_gpus(GPUS["H100"]), torch_stand_ins.operators(prefers_cudnn=False
     found |= {
         "empty entries": compared((q, *spoiled), key_lengths=lengths),
         "empty entries, causal": compared((q, *spoiled), key_lengths=lengths, causal=True),
+        "empty entries, causal, other lengths": compared(
+            (q[:, :, :70], *spoiled), key_lengths=lengths, causal=True
+        ),
+        "empty entries, causal, fewer keys": compared(
+            (q, *(t[:, :, :80] for t in spoiled)), key_lengths=lengths, causal=True
+        ),
+        "empty entries, later keys": compared((q, *spoiled), key_lengths=lengths, window=(None, 4)),
+        "lse gradient, key lengths, causal": compared(
+            (q, *spoiled), "sinks", key_lengths=lengths, causal=True, sinks=sinks.clamp(min=-2.0), of_lse=1.0
+        ),
         "empty rows": compared((q, k, v), bias=padding, causal=True),
         "both": compared((q, *spoiled), bias=padding, key_lengths=lengths, causal=True),
         "sinks beside empty entries": compared((q, *spoiled), "sinks", key_lengths=lengths,
@@ -164,6 +178,22 @@ with pretended_gpus(GPUS["H100"]), torch_stand_ins.operators(prefers_cudnn=False
         "scales and sinks": compared((q, k, v), "scale", scale=scales, sinks=sinks, causal=True),
         "lists of each head": compared((q, k, v), mask=of_heads),
         "lists and key lengths": compared((q, *spoiled), mask=of_heads, key_lengths=lengths),
+        **{
+            f"lse gradient, {name}": compared((q, k, v), learned, of_lse=of_lse, **options)
+            for name, of_lse, learned, options in (
+                ("causal", 1.0, "", {"causal": True}),
+                ("large", 1e5, "", {}),
+                ("small", 1e-3, "", {"causal": True, "alone": True}),
+                ("window", 1.0, "", {"window": (20, 3)}),
+                ("sequences", 1.0, "", {"key_lengths": lengths}),
+                ("sinks", 1.0, "sinks", {"sinks": sinks, "causal": True}),
+                ("scale", 1.0, "scale", {"scale": scales, "causal": True}),
+                ("mask", 1.0, "", {"bias": padding, "causal": True}),
+                ("bias", 1.0, "bias", {"bias": bias32.half(), "causal": True}),
+                ("relative bias", 1.0, "relative_bias", {"relative_bias": bias32[0, :, 0, :99]}),
+            )
+        },
+        "lse gradient, widths": compared((q[..., :19], k[..., :19], v[..., :3]), of_lse=1.0),
         "packed": compared(one, mask=sequences()),
         "packed, causal": compared(one, mask=sequences(causal=True)),
         "packed, window": compared(one, mask=sequences(causal=True, window=(9, None))),
@@ -203,10 +233,12 @@ with pretended_gpus(GPUS["H100"]), torch_stand_ins.operators(prefers_cudnn=False
     for family, kind in (
         ("attention", "causal"), ("attention", "full"), ("masks", "window"), ("masks", "key lengths"),
         ("masks", "documents"), ("masks", "boolean mask"), ("scores", "bias"), ("scores", "sinks"),
+        ("attention", f"causal{kinds.LSE}"), ("masks", "key lengths, causal"), ("scores", "softcap"),
         ("scores", "alibi"), ("scores", "relative bias"), ("masks", "random lists"), ("scores", "dropout"),
     ):  # fmt: skip
         found[f"operators, {kind}"] = count(family, kind)
     found["operators, float32"] = count("attention", "causal", dtype="float32")
+    found["operators, width 20"] = count("attention", "causal", width=20)
 
     FAULTS.add("clean")
     torch_trial._known.clear()
@@ -225,6 +257,7 @@ with pretended_gpus(GPUS["H100"]), torch_stand_ins.operators(prefers_cudnn=False
     for fault, call in (
         ("ignored", ("masks", "window")), ("log2", ("masks", "window")), ("unaligned", ("masks", "documents")),
         ("unwritten", ("masks", "key lengths")), ("tf32", ("attention", "causal")),
+        ("own delta", ("attention", f"causal{kinds.LSE}")),
     ):  # fmt: skip
         dtype = "float32" if fault == "tf32" else "float16"
         FAULTS.add(fault)
@@ -241,6 +274,7 @@ with pretended_gpus(GPUS["B200"]), torch_stand_ins.operators(prefers_cudnn=True)
     for kind in ("full", "causal"):
         found[f"{kind}, cuDNN"] = tried("attention", kind)
     found["sinks, cuDNN"] = tried("scores", "sinks")
+    found["lse gradient, cuDNN"] = tried("attention", f"causal{kinds.LSE}")
     found["window, cuDNN"] = tried("masks", "window")
     FAULTS.add("cudnn")
     torch_trial._known.clear()

@@ -66,14 +66,27 @@ def test_a_call_takes_the_fastest_of_pytorch_s_kernels_that_computes_it_exactly(
     [
         ("bias of every head", EFFICIENT),
         ("alibi, larger than the inputs", NONE),
-        ("width 20", NONE),
+        # Padded with zeros.
+        ("key lengths, widths 20 float16", SEQUENCES),
+        ("key lengths, widths 20 float32", EFFICIENT),
+        *((f"full, widths {widths} float16", FLASH) for widths in ("20", "59 and 33", "3 and 40")),
+        *((f"full, widths {widths} float32", EFFICIENT) for widths in ("20", "59 and 33", "3 and 40")),
         ("width 320", EFFICIENT),
-        ("values 16 wide", EFFICIENT),
+        ("values 16 wide", FLASH),
         ("other lengths", FLASH),
         ("fewer keys", FLASH),
-        ("lse gradient", ["flash"]),
+        ("lse gradient", FLASH),
+        *((f"lse gradient, {name}", FLASH) for name in ("causal", "large", "small", "window", "sinks", "scale")),
+        ("lse gradient, sequences", SEQUENCES),
+        *((f"lse gradient, {name}", EFFICIENT) for name in ("mask", "bias", "relative bias")),
+        ("lse gradient, widths", FLASH),
+        ("lse gradient, cuDNN", CUDNN),
         ("empty entries", SEQUENCES),
-        ("empty entries, causal", EFFICIENT),
+        ("empty entries, causal", SEQUENCES),
+        ("empty entries, causal, other lengths", SEQUENCES),
+        ("empty entries, causal, fewer keys", SEQUENCES),
+        ("empty entries, later keys", SEQUENCES),
+        ("lse gradient, key lengths, causal", SEQUENCES),
         ("empty rows", EFFICIENT),
         ("empty rows, clean", EFFICIENT),
         ("both", EFFICIENT),
@@ -136,31 +149,40 @@ def test_a_plain_call_that_was_seen_before_goes_to_flash_attention_without_looki
     assert len(found["planned calls are alike"]) == 15 and all(found["planned calls are alike"])
 
 
-# Operators that compute, of a forward and of a backward, the kernel and the front door included. Key lengths are
-# clamped by the front door, biases have rows that see nothing put right, gradients of sinks are sums of their own.
+# Operators that compute, of a forward and of a backward, the kernel and the front door included; and the bytes
+# that go through memory, as a multiple of touching once what must be. Key lengths are clamped by the front door,
+# biases have rows that see nothing put right, gradients of sinks are sums of their own. For the last two there is
+# no kernel: each step goes through all scores. The same for larger sizes: python -m benchmarks.route_counts
 @pytest.mark.parametrize(
-    ("call", "forward", "backward"),
+    ("call", "forward", "backward", "bytes_forward", "bytes_backward"),
     [
-        ("full", 1, 1),
-        ("causal", 1, 1),
-        ("window", 1, 1),
-        ("float32", 1, 1),
-        ("documents", 2, 2),
-        ("key lengths", 4, 3),
-        ("boolean mask, clean", 2, 3),
-        ("boolean mask", 6, 3),
-        ("bias, clean", 1, 5),
-        ("bias", 5, 5),
-        ("alibi", 4, 5),
-        ("random lists", 5, 2),
-        ("dropout", 34, 41),
-        ("sinks", 6, 10),
-        ("relative bias", 11, 22),
+        ("full", 1, 1, 1.0, 1.0),
+        ("causal", 1, 1, 1.0, 1.0),
+        ("window", 1, 1, 1.0, 1.0),
+        ("float32", 1, 1, 1.0, 1.0),
+        ("documents", 2, 2, 1.1, 1.1),
+        ("key lengths", 4, 3, 1.1, 1.1),
+        ("key lengths, causal", 10, 10, 2.8, 3.2),
+        ("boolean mask, clean", 2, 3, 1.1, 1.1),
+        ("boolean mask", 6, 3, 1.7, 1.1),
+        ("bias, clean", 1, 5, 1.1, 1.6),
+        ("bias", 5, 5, 1.7, 1.6),
+        ("alibi", 4, 5, 1.2, 1.1),
+        ("random lists", 5, 2, 1.6, 1.1),
+        ("width 20", 5, 9, 3.3, 3.3),
+        ("sinks", 6, 10, 1.6, 2.3),
+        ("causal lse gradient", 3, 13, 1.6, 3.7),
+        ("relative bias", 11, 22, 6.0, 9.3),
+        ("dropout", 34, 41, 33.0, 29.0),
+        ("softcap", 32, 40, 40.0, 33.0),
     ],
 )
-def test_few_operators_are_launched_where_pytorch_has_a_kernel(call, forward, backward, found):
-    launched = found[f"operators, {call}"]
+def test_few_operators_touch_memory_few_times_where_pytorch_has_a_kernel(
+    call, forward, backward, bytes_forward, bytes_backward, found
+):
+    *launched, of_forward, of_backward = found[f"operators, {call}"]
     assert all(len(names) <= most for names, most in zip(launched, (forward, backward), strict=True)), launched
+    assert of_forward <= bytes_forward + 0.01 and of_backward <= bytes_backward + 0.01
 
 
 @pytest.mark.parametrize(
@@ -180,6 +202,13 @@ def test_a_kernel_that_computes_something_else_is_told_of_once_and_not_used(
     (sentence,) = found[f"said {fault}"]
     dtype = "float32" if fault == "tf32" else "float16"
     assert f"{kernel} is not used on cuda:0 in torch.{dtype}: its {quantity} differs" in sentence
+
+
+def test_a_backward_that_does_not_read_the_output_gets_no_gradient_of_the_log_sum_exp(found):
+    assert found["fault own delta"] == ["", ["flash"]]
+    flash, efficient = found["said own delta"]
+    assert "flash attention with a gradient of the log-sum-exp is not used on cuda:0 in torch.float16" in flash
+    assert "memory-efficient attention with a gradient" in efficient and "its dq differs" in efficient
 
 
 def test_an_operator_that_raises_is_not_used(found):

@@ -62,6 +62,7 @@ CALLS = [
     *(smaller(example(ROWS[1], dtype))._replace(heads=(2, 8, 2)) for dtype in DTYPES),
     *(smaller(example(ROWS[2]))._replace(lengths=lengths) for lengths in ((70, 90), (90, 70))),
     example(ROWS[0])._replace(widths=(64, 32)),
+    *(smaller(example(row))._replace(widths=(59, 20)) for row in ROWS),
     example(ROWS[0])._replace(widths=(576, 512)),
 ]
 
@@ -83,7 +84,8 @@ def test_a_kernel_that_the_table_names_takes_the_call(call):
             assert (out.shape, out.dtype) == ((*q.shape[:3], v.shape[3]), q.dtype)
             assert (lse.shape, lse.dtype) == (q.shape[:3], torch.float32) and lse.is_contiguous()
             saved, wanted = Saved(q, k, v, out, lse), Wanted(*(n in call.given for n in Wanted._fields))
-            gradients = torch_routes.backward(kernel.module, out, saved, call.spec, tensors, wanted)
+            dlse = lse if call.lse_gradient else None
+            gradients = torch_routes.backward(kernel.module, out, dlse, saved, call.spec, tensors, wanted)
             inputs = q, k, v, tensors.bias, tensors.relative_bias, tensors.sinks
             for gradient, of in zip(gradients, inputs, strict=False):
                 assert (gradient is None) == (of is None)
@@ -113,7 +115,11 @@ ALIBI = {"given": frozenset({"alibi_slopes"}), "shared": frozenset({"alibi_slope
         (plain(torch.float64), HOPPER, "", "float64"),
         (plain(torch.bfloat16), TURING, "", "it needs sm_80 for bfloat16"),
         (plain(), TURING, "memory-efficient", ""),
-        (plain(widths=(20, 20)), HOPPER, "", "16 bytes"),
+        (plain(widths=(64, 32)), HOPPER, "cuDNN", ""),
+        (plain(widths=(20, 20)), HOPPER, "flash", ""),
+        (plain(widths=(250, 7)), HOPPER, "flash", ""),
+        (plain(widths=(257, 7)), HOPPER, "memory-efficient", ""),
+        (plain(torch.float32, widths=(1, 3)), HOPPER, "memory-efficient", ""),
         (plain(widths=(512, 512)), HOPPER, "memory-efficient", ""),
         (plain(lengths=(0, 1024)), HOPPER, "", "nothing is to be computed"),
         (plain(spec=AttentionSpec(causal=True), lengths=(5, 9)), AMPERE, "flash", ""),
@@ -125,6 +131,11 @@ ALIBI = {"given": frozenset({"alibi_slopes"}), "shared": frozenset({"alibi_slope
         (plain(**ALIBI), HOPPER, "memory-efficient", ""),
         (plain(**{**ALIBI, "shared": frozenset()}), HOPPER, "", "larger than the inputs"),
         (plain(**ALIBI, heads=(1, 8, 8)), HOPPER, "", "larger than the inputs"),
+        (plain(spec=AttentionSpec(causal=True), given=frozenset({"key_lengths"})), HOPPER, "flash, sequences", ""),
+        (plain(spec=AttentionSpec(causal=True), given=frozenset({"key_lengths"}), heads=(30_000, 8, 8)), HOPPER,
+         "memory-efficient", ""),
+        (plain(spec=AttentionSpec(causal=True), given=frozenset({"intervals"}), lengths=(64, 64)), HOPPER,
+         "memory-efficient", ""),
         (plain(spec=AttentionSpec(window=(9, 0)), given=frozenset({"key_lengths"}), heads=(1, 8, 8)), HOPPER,
          "memory-efficient", ""),
     ],
@@ -162,7 +173,7 @@ def test_the_doctor_prints_what_serves_on_a_gpu(capsys, monkeypatch):
     doctor.report_routes(torch.device("cuda", 0))
     lines = {line[2:35].strip(): line.split("  ") for line in capsys.readouterr().out.splitlines()}
     assert "cuDNN or flash" in lines["full"] and "flash, sequences" in lines["key lengths"]
-    assert lines["soft cap"][-1].strip() == "no operator of PyTorch's has one"
+    assert lines["soft cap"][-1].strip() == "none of PyTorch's has one but flex_attention, which must be compiled"
 
 
 # ---- sequences ----

@@ -20,11 +20,12 @@ from torch.utils._pytree import tree_leaves
 from fastattn.core.attention import torch_cudnn, torch_dense, torch_dropout, torch_efficient, torch_varlen
 from fastattn.core.attention.dropout import philox
 from fastattn.core.layout import heads_last
+from fastattn.measuring import kinds
 from tests.pretended_gpu import tensors
 
 CALLS: list[str] = []
 FAULTS: set[str] = set()
-LAUNCHES: list[str] = []  # under `counting`
+LAUNCHES: list[tuple[str, int]] = []  # under `counting`: the name, and the bytes that go through memory
 INSIDE: list[str] = []
 NAN, INF = math.nan, math.inf
 
@@ -54,7 +55,9 @@ def backward_of(s, dout, q, k, v, out, lse, scale) -> list[Tensor]:
     dtype = s.dtype
     p = (s - lse[..., None]).exp()
     dout, out, q_, k_, v_ = (t.to(dtype) for t in (dout, out, q, k, v))
-    ds = p * (dout @ v_.mT - (dout * out).sum(-1, keepdim=True))
+    dp = dout @ v_.mT
+    delta = ((p * dp) if "own delta" in FAULTS else (dout * out)).sum(-1, keepdim=True)
+    ds = p * (dp - delta)
     return [t.to(q.dtype) for t in (ds @ k_ * scale, ds.mT @ q_ * scale, p.mT @ dout, ds)]
 
 
@@ -224,28 +227,30 @@ def jiterator(query, key, head, offset, low, high, *, threshold):
 
 @contextlib.contextmanager
 def counting() -> Iterator[None]:
-    """Inside the block LAUNCHES gets the name of every operator that computes something; those of the copies here
-    count as one. Views compute nothing: what they return lies in the memory that they are given."""
+    """Inside the block LAUNCHES gets every operator that computes something; the copies here count as one. Views
+    compute nothing: what they return lies in the memory that they are given."""
     LAUNCHES.clear()
-    run, depth = tensors._run, len(CALLS)
+    run = tensors._run
 
     def noting(operator, arguments, keywords):
-        nonlocal depth
         result = run(operator, arguments, keywords)
-        if len(CALLS) > depth:
-            LAUNCHES.extend(CALLS[depth:])
-            depth = len(CALLS)
         given = {_memory(t) for t in tree_leaves((arguments, keywords)) if isinstance(t, Tensor)}
         results = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
         name = operator._schema.name.removeprefix("aten::")
         computes = operator._schema.is_mutable or any(_memory(t) not in given for t in results)
         if operator.namespace == "aten" and computes and "empty" not in name and not INSIDE:
-            LAUNCHES.append(name)
+            LAUNCHES.append((name, traffic(arguments, keywords, result)))
         return result
 
     with mock.patch.object(tensors, "_run", noting):
         yield
-    LAUNCHES.extend(CALLS[depth:])
+
+
+def traffic(*values: object) -> int:
+    """Bytes of all tensors in there, each read or written once; of one that repeats itself, what is in memory."""
+    found = [t for t in tree_leaves(values) if isinstance(t, Tensor)]
+    sizes = ([n for n, stride in zip(t.shape, t.stride(), strict=True) if stride] for t in found)
+    return sum(math.prod(size) * t.element_size() for size, t in zip(sizes, found, strict=True))
 
 
 def _memory(t: Tensor) -> int:
@@ -253,17 +258,44 @@ def _memory(t: Tensor) -> int:
 
 
 def inside(function):
-    """Operators within count as none."""
+    """Operators within count as one."""
 
     @functools.wraps(function)
     def run(*arguments, **keywords):
         INSIDE.append(function.__name__)
         try:
-            return function(*arguments, **keywords)
+            result = function(*arguments, **keywords)
+            LAUNCHES.append((CALLS[-1], traffic(arguments, keywords, result)))
+            return result
         finally:
             INSIDE.pop()
 
     return run
+
+
+def launched(call: kinds.Call) -> list[list[tuple[str, int]]]:
+    """Operators that compute, of a forward and of a backward; of the second call, which has nothing to try."""
+    leaves = [t.detach().requires_grad_() for t in call.tensors]
+    for _ in range(2):
+        with counting():
+            out = call.function("portable", *leaves)[0]
+        forward = list(LAUNCHES)
+        # As a gradient comes from a linear layer.
+        upstream = torch.ones_like(out.transpose(1, 2)).transpose(1, 2)
+        with counting():
+            torch.autograd.grad(out, leaves, upstream)
+    return [forward, list(LAUNCHES)]
+
+
+def times_touched(found: list[list[tuple[str, int]]], call: kinds.Call) -> list[float]:
+    """Of what was launched in a forward and in a backward, the bytes over those that each must touch once: q, k,
+    v, out and lse, and in a backward dout and the gradients, too."""
+    q, k, v = call.tensors[:3]
+    rows = math.prod(q.shape[:3])
+    of_lse = 4 * rows
+    forward = traffic(q, k, v) + rows * v.shape[3] * v.element_size() + of_lse
+    least = forward, 2 * forward - of_lse
+    return [sum(size for _, size in each) / bytes_ for each, bytes_ in zip(found, least, strict=True)]
 
 
 @contextlib.contextmanager

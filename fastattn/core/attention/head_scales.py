@@ -30,7 +30,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """What attention returns, by `function`, which computes it without scales of heads."""
     scaled, rest = _scaled(q, tensors), tensors._replace(head_scale=None)
-    if _in_halves(q, v, spec, rest):
+    if _in_halves(q, k, v, spec, rest):
         out, lse = function(_halves(scaled, q.dtype), torch.cat((k, k), -1), _widened(v), spec, rest)
         return heads_last(out[..., : v.shape[3]]), lse
     out, lse = function(scaled, k.to(scaled.dtype), v.to(scaled.dtype), spec, rest)
@@ -49,9 +49,9 @@ def backward(
     """The gradients of `forward`, by `function`, which computes them without scales of heads."""
     q, k, v, out, lse = saved
     scaled, rest = _scaled(q, tensors), tensors._replace(head_scale=None)
-    if dlse is None and _in_halves(q, v, spec, rest):
+    if _in_halves(q, k, v, spec, rest):
         inputs = Saved(_halves(scaled, q.dtype), torch.cat((k, k), -1), _widened(v), _widened(out), lse)
-        of = function(_widened(dout), None, inputs, spec, rest, wanted)
+        of = function(_widened(dout), dlse, inputs, spec, rest, wanted)
         dscaled, dk = of.q[..., : q.shape[3]].to(scaled.dtype), sum(of.k.split(k.shape[3], -1))
         of = of._replace(k=dk, v=of.v[..., : v.shape[3]])
     else:
@@ -74,12 +74,12 @@ def _scaled(q: Tensor, tensors: ScoreTensors) -> Tensor:
     return q.to(lse_dtype(q.dtype)) * tensors.head_scale[..., None, None]
 
 
-def _in_halves(q: Tensor, v: Tensor, spec: AttentionSpec, tensors: ScoreTensors) -> bool:
+def _in_halves(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, tensors: ScoreTensors) -> bool:
     """Whether PyTorch's fused kernel shall compute it, in half precision and twice as wide."""
     if q.device.type != "cuda" or q.dtype.itemsize != 2 or q.shape[3] != v.shape[3]:
         return False
-    wide = _like_widened(q)
-    return torch_routes.serving(wide, wide, wide, spec, tensors) is not None
+    wide_q, wide_k, wide_v = (_like_widened(t) for t in (q, k, v))
+    return torch_routes.serving(wide_q, wide_k, wide_v, spec, tensors) is not None
 
 
 def _like_widened(t: Tensor) -> Tensor:

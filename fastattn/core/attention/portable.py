@@ -71,8 +71,8 @@ def backward(
     with product_precision(q, spec):
         kernel = torch_routes.serving(q, k, v, spec, tensors, wanted, dlse)
         if kernel is not None:
-            dout, _ = _for_rounded_rows(dout, None, saved, spec, tensors)
-            of = torch_routes.backward(kernel, dout, saved, spec, tensors, wanted)
+            dout, dlse = _for_rounded_rows(dout, dlse, saved, spec, tensors)
+            of = torch_routes.backward(kernel, dout, dlse, saved, spec, tensors, wanted)
             return of._replace(q=heads_last(of.q), k=heads_last(of.k), v=heads_last(of.v))
         if granules.serves(spec, tensors):
             dout, dlse = _for_rounded_rows(dout, dlse, saved, spec, tensors)

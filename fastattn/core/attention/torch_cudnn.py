@@ -17,7 +17,13 @@ CHOSEN = 3  # SDPBackend::cudnn_attention
 # a trial comes before the first backward.
 _dimensions = [4]
 
-TRIAL = Trial("cuDNN attention", lambda q, k: (AttentionSpec(causal=True, scale=q.shape[3] ** -0.5), NO_TENSORS))
+
+def _causal(q: Tensor, k: Tensor) -> tuple[AttentionSpec, ScoreTensors]:
+    return AttentionSpec(causal=True, scale=q.shape[3] ** -0.5), NO_TENSORS
+
+
+TRIAL = Trial("cuDNN attention", _causal)
+LSE_GRADIENT = Trial("cuDNN attention with a gradient of the log-sum-exp", _causal, lse_gradient=True)
 
 
 def ready(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, tensors: ScoreTensors) -> bool:

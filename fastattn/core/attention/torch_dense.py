@@ -25,6 +25,11 @@ def _window_of_trial(q: Tensor, k: Tensor) -> tuple[AttentionSpec, ScoreTensors]
     return AttentionSpec(scale=q.shape[3] ** -0.5, window=(9, 4)), NO_TENSORS
 
 
+def _causal_of_trial(q: Tensor, k: Tensor) -> tuple[AttentionSpec, ScoreTensors]:
+    return AttentionSpec(causal=True, scale=q.shape[3] ** -0.5), NO_TENSORS
+
+
+LSE_GRADIENT = Trial("flash attention with a gradient of the log-sum-exp", _causal_of_trial, lse_gradient=True)
 WINDOW = Trial("flash attention with a window", _window_of_trial)
 # The first rows see nothing.
 ALIGNED = Trial("flash attention of other lengths for queries and keys", _window_of_trial, queries=90, keys=70)

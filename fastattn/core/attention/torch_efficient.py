@@ -47,6 +47,9 @@ def _added_of_trial(q: Tensor, k: Tensor) -> tuple[AttentionSpec, ScoreTensors]:
 
 
 PLAIN = Trial("memory-efficient attention", _plain_of_trial)
+LSE_GRADIENT = Trial(
+    "memory-efficient attention with a gradient of the log-sum-exp", _plain_of_trial, lse_gradient=True
+)
 ADDED = Trial("memory-efficient attention with a bias", _added_of_trial)
 # Whether the operator itself gives rows that see nothing 0 and -inf.
 EMPTY = Trial("memory-efficient attention of rows that see nothing", _added_of_trial, decides=False)
@@ -57,10 +60,10 @@ def ready(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, tensors: ScoreTe
     if tensors.mask is not None and (not lasts(tensors.mask) or capturing()):
         return False
     trial = ADDED if _adds(q, k, spec, tensors) else PLAIN
-    return agrees(trial, *_like(q, k, v, spec, tensors), forward, backward)
+    return agrees(trial, *like(q, k, v, spec, tensors), forward, backward)
 
 
-def _like(
+def like(
     q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, tensors: ScoreTensors
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Heads of the dtype of the computation."""
@@ -86,7 +89,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, tensors: Score
     out, lse, added = _computed(q, k, v, spec, tensors)
     if added is None or not _may_be_empty(q, k, spec, tensors):
         return out, lse
-    if agrees(EMPTY, *_like(q, k, v, spec, tensors), _as_it_is, backward):
+    if agrees(EMPTY, *like(q, k, v, spec, tensors), _as_it_is, backward):
         return out, lse
     empty = empty_rows(added, is_causal(q, k, spec), q.shape[2])
     return out.masked_fill_(empty[..., None], 0.0), lse.masked_fill_(empty, _HIDDEN)

@@ -17,7 +17,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastattn.core.attention import torch_cudnn, torch_dense, torch_efficient, torch_flash, torch_varlen
+from fastattn.core.attention import (
+    torch_calls,
+    torch_cudnn,
+    torch_dense,
+    torch_efficient,
+    torch_flash,
+    torch_varlen,
+)
 from fastattn.core.attention.spec import NO_TENSORS, AttentionSpec, Gradients, Saved, ScoreTensors, Wanted
 from fastattn.core.attention.tiles import adds_floats
 from fastattn.core.layout import heads_last
@@ -30,6 +37,7 @@ MOST_COPIES = 4
 # Programs are numbered by batch entry, or by sequence, and by head, in 16 bits each.
 MOST_PROGRAMS = torch_varlen.MOST_SEQUENCES
 _SHARED = frozenset({"alibi_slopes", "relative_bias", "intervals"})
+_SEQUENCES = frozenset({"key_lengths", "intervals"})
 
 
 class Call(NamedTuple):
@@ -135,6 +143,7 @@ class Kernel:
     dtypes: each with the least compute capability.
     widest: the widest heads; 0 for any.
     own_values: whether values may have a width of their own.
+    pads: whether other heads are padded with zeros for it. cuDNN is picked by PyTorch, for heads as they are.
     """
 
     name: str
@@ -142,6 +151,14 @@ class Kernel:
     dtypes: tuple[tuple[torch.dtype, tuple[int, int]], ...]
     widest: int
     own_values: bool
+    pads: bool = True
+
+    def padded(self, widths: torch_calls.Widths, dtype: torch.dtype) -> torch_calls.Widths:
+        """The widths of heads as it takes them: rows are a multiple of 16 bytes."""
+        if not self.pads:
+            return widths
+        width, value_width = (-(-w * dtype.itemsize // 16) * 16 // dtype.itemsize for w in widths)
+        return (width, value_width) if self.own_values else (max(width, value_width),) * 2
 
     def limit(self, call: Call, capability: tuple[int, int]) -> str:
         """Why it takes no such heads on a GPU of this capability; "" if it does."""
@@ -150,19 +167,18 @@ class Kernel:
             return f"{_short(call.dtype)}: it knows {' and '.join(_short(dtype) for dtype, _ in self.dtypes)} only"
         if capability < least:
             return f"it needs sm_{least[0]}{least[1]} for {_short(call.dtype)}"
-        if any(width * call.dtype.itemsize % 16 for width in call.widths):
+        widths = self.padded(call.widths, call.dtype)
+        if any(width * call.dtype.itemsize % 16 for width in widths):
             return "heads whose rows are not a multiple of 16 bytes"
         if max(call.heads) > MOST_PROGRAMS:
             return f"more than {MOST_PROGRAMS} batch entries or heads"
-        if self.widest and max(call.widths) > self.widest:
+        if self.widest and max(widths) > self.widest:
             return f"heads wider than {self.widest}"
-        if not self.own_values and call.widths[0] != call.widths[1]:
-            return "values of another width than keys"
         return ""
 
 
 _FROM_AMPERE = tuple((dtype, (8, 0)) for dtype in HALVES)
-CUDNN = Kernel("cuDNN", torch_cudnn, _FROM_AMPERE, 256, True)
+CUDNN = Kernel("cuDNN", torch_cudnn, _FROM_AMPERE, 256, True, pads=False)
 FLASH = Kernel("flash", torch_dense, _FROM_AMPERE, 256, False)
 VARLEN = Kernel("flash, sequences", torch_varlen, _FROM_AMPERE, 256, False)
 EFFICIENT = Kernel(
@@ -236,32 +252,39 @@ def _gradient_too_large(call: Call) -> str:
 
 
 def _no_sequences(call: Call) -> str:
-    if call.spec.right is not None or call.spec.left is not None:
-        return "beside a causal mask or a window"
-    return "too many" if 2 * call.heads[0] > MOST_PROGRAMS else ""
+    if call.spec.left is not None:
+        return "beside a window before the diagonal"
+    if call.spec.right is not None and "intervals" in call.given:
+        return "beside a causal mask"
+    return "too many" if 3 * call.heads[0] > MOST_PROGRAMS else ""
 
 
 _ADDED = Yes("as a tensor that is added, if that is no larger than the inputs", _too_large)
 _DENSE = No("it is for sequences")
+_BESIDE_LENGTHS = Yes("beside key lengths", lambda c: "" if c.given & _SEQUENCES else _DENSE.why)
 _NO_MASK = No("its gradients are NaN beside a mask in some versions")
 _NO_BIAS = No("it adds nothing to scores")
 _NO_SLOPES = No("it is built without slopes")
+_BY_LENGTHS = Yes("as sequences; in two calls if causal; not beside windows before the diagonal", _no_sequences)
 _CAUSAL = AttentionSpec(causal=True)
-_SEQUENCES = frozenset({"key_lengths", "intervals"})
 
 ROWS: tuple[Row, ...] = (
     _row(
         "full", lambda c: not (c.own_causal or c.windowed or c.given & _SEQUENCES),
         Yes(), Yes(), _DENSE, Yes(),
     ),
-    _row("causal, as many queries as keys", lambda c: c.own_causal, Yes(), Yes(), _DENSE, Yes(), spec=_CAUSAL),
+    _row(
+        "causal, as many queries as keys", lambda c: c.own_causal,
+        Yes(), Yes(), _BESIDE_LENGTHS, Yes(), spec=_CAUSAL,
+    ),
     _row(
         "causal, other lengths; windows", lambda c: c.windowed,
-        No("its causal mask begins at the first key"), Yes(), _DENSE, _ADDED, spec=AttentionSpec(window=(64, 0)),
+        No("its causal mask begins at the first key"), Yes(), _BESIDE_LENGTHS, _ADDED,
+        spec=AttentionSpec(window=(64, 0)),
     ),
     _given(
         "key lengths", "key_lengths",
-        _NO_MASK, _NO_BIAS, Yes("as sequences, if not causal", _no_sequences), _ADDED,
+        _NO_MASK, _NO_BIAS, _BY_LENGTHS, _ADDED,
     ),
     _given(
         "documents, packed sequences", "intervals",
@@ -301,7 +324,8 @@ ROWS: tuple[Row, ...] = (
         _NO_MASK, _NO_BIAS, No("no sequences"), Yes(f"{_ADDED.how}; it is kept for further calls", _too_large),
         spec=AttentionSpec(mask=(1, 16, 16, 0, 0, 0, 1, 1, 0, 0, 0, 0, 0)),
     ),
-    _row("soft cap", lambda c: c.spec.softcap > 0, No("no operator of PyTorch's has one"),
+    _row("soft cap", lambda c: c.spec.softcap > 0,
+         No("none of PyTorch's has one but flex_attention, which must be compiled"),
          spec=AttentionSpec(softcap=30.0)),
     _given(
         "dropout", "dropout_state",
@@ -310,7 +334,7 @@ ROWS: tuple[Row, ...] = (
     _given("scale of each head", "head_scale", No("q is scaled before, and the rest looked up here")),
     _row("bits that do not depend on the batch", lambda c: c.spec.invariant, No("it splits the work by sizes"),
          spec=AttentionSpec(invariant=True)),
-    _row("gradient of the log-sum-exp", lambda c: c.lse_gradient, No("its backward takes none"),
+    _row("gradient of the log-sum-exp", lambda c: c.lse_gradient, Yes("by a second backward, without values"),
          backward=True, lse_gradient=True),
 )  # fmt: skip
 
@@ -371,46 +395,50 @@ def serving(
         serves = torch_flash.serves if wanted is None else torch_flash.serves_backward
         asks = dlse is not None or (wanted is not None and wanted.bias)
         # See the table: sinks beside a bias.
-        rest = tensors if adds_floats(tensors) else _without_sinks(tensors)
+        rest = tensors if adds_floats(tensors) else torch_calls.without_sinks(tensors)
         return None if asks or not serves(q, k, v, spec, rest) else torch_flash
     if q.device.type != "cuda" or torch.version.cuda is None:
         return None
     call = Call.of(q, k, v, spec, tensors, wanted, dlse is not None)
-    rest = _without_sinks(tensors)
+    rest = torch_calls.without_sinks(tensors)
     for kernel in candidates(call, torch.cuda.get_device_capability(q.device)):
-        if kernel.module.ready(q, k, v, spec, rest):
+        width, value_width = kernel.padded(call.widths, q.dtype)
+        heads = _wide(q, width), _wide(k, width), _wide(v, value_width)
+        ready = kernel.module.ready(*heads, spec, rest)
+        if ready and (dlse is None or torch_calls.takes_lse_gradient(kernel.module, *heads, spec, rest)):
             return kernel.module
     return None
 
 
 def forward(
-    kernel: ModuleType, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, tensors: ScoreTensors
+    module: ModuleType, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, tensors: ScoreTensors
 ) -> tuple[Tensor, Tensor]:
-    """By the kernel's module. A sink takes its share of the weights afterwards: the keys keep exp(lse) of exp(lse)
-    + exp(sink), which is sigmoid(lse - sink)."""
-    out, lse = kernel.forward(q, k, v, spec, _without_sinks(tensors))
-    if tensors.sinks is None:
-        return out, lse
-    sinks = tensors.sinks[..., None]
-    # -inf minus -inf, of a row that sees nothing, is NaN.
-    share = torch.sigmoid(lse - sinks).nan_to_num_(0.0)
-    return out.mul_(share[..., None]), torch.logaddexp(lse, sinks)
+    """By the module that `serving` returned."""
+    return torch_calls.forward(module, _widths(module, q, v), q, k, v, spec, tensors)
 
 
 def backward(
-    kernel: ModuleType, dout: Tensor, saved: Saved, spec: AttentionSpec, tensors: ScoreTensors, wanted: Wanted
+    module: ModuleType,
+    dout: Tensor,
+    dlse: Tensor | None,
+    saved: Saved,
+    spec: AttentionSpec,
+    tensors: ScoreTensors,
+    wanted: Wanted,
 ) -> Gradients:
-    """By the kernel's module: its weights are exp(score - lse), and lse has the sink in it."""
-    gradients = kernel.backward(dout, saved, spec, _without_sinks(tensors), wanted)
-    if tensors.sinks is None:
-        return gradients
-    weights = torch.exp(tensors.sinks[..., None] - saved.lse).nan_to_num_(0.0, 0.0)
-    delta = torch.linalg.vecdot(dout.to(saved.lse.dtype), saved.out.to(saved.lse.dtype))
-    return gradients._replace(sinks=-torch.linalg.vecdot(weights, delta))
+    widths = _widths(module, saved.q, saved.v)
+    return torch_calls.backward(module, widths, dout, dlse, saved, spec, tensors, wanted)
 
 
-def _without_sinks(tensors: ScoreTensors) -> ScoreTensors:
-    return tensors if tensors.sinks is None else tensors._replace(sinks=None)
+def _widths(module: ModuleType, q: Tensor, v: Tensor) -> torch_calls.Widths:
+    """The widths of heads as the module takes them."""
+    widths = q.shape[3], v.shape[3]
+    return next((kernel.padded(widths, q.dtype) for kernel in KERNELS if kernel.module is module), widths)
+
+
+def _wide(t: Tensor, width: int) -> Tensor:
+    """A tensor of this width that takes no memory, to ask whether a kernel takes such heads."""
+    return t if t.shape[3] == width else t[..., :1].expand(*t.shape[:3], width)
 
 
 class Plain(NamedTuple):
@@ -433,7 +461,9 @@ def plain(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Plain | None:
     PyTorch picks it by settings that may change."""
     if q.device.type != "cuda" or torch_flash.hides_by_window(q, k, spec):
         return None
-    return Plain(spec) if serving(q, k, v, spec, NO_TENSORS) is torch_dense else None
+    if serving(q, k, v, spec, NO_TENSORS) is not torch_dense:
+        return None
+    return Plain(spec) if _widths(torch_dense, q, v) == (q.shape[3], v.shape[3]) else None
 
 
 # ---- in words ----
@@ -480,7 +510,8 @@ def markdown() -> str:
         dtypes = ", ".join(f"{_short(dtype)} from sm_{a}{b}" for dtype, (a, b) in kernel.dtypes)
         widths = f"to {kernel.widest}" if kernel.widest else "any"
         own = "" if kernel.own_values else ", values as wide as keys"
-        lines.append(f"| {kernel.name} | {dtypes} | {widths}{own}, rows of a multiple of 16 bytes |")
+        pads = "; others are padded with zeros" if kernel.pads else ""
+        lines.append(f"| {kernel.name} | {dtypes} | {widths}{own}, rows of a multiple of 16 bytes{pads} |")
     return "\n".join(lines)
 
 

@@ -19,7 +19,7 @@ from fastattn.core.attention.spec import AttentionSpec, Gradients, Saved, ScoreT
 from fastattn.ground.modes import capturing, outside_modes
 
 Forward = Callable[..., tuple[Tensor, Tensor]]  # of q, k, v, spec, tensors
-Backward = Callable[..., Gradients]  # of dout, saved, spec, tensors, wanted
+Backward = Callable[..., Gradients]  # of dout, (dlse,) saved, spec, tensors, wanted
 BATCH, HEADS = 2, 4
 # Of the largest value: far above rounding, and far below what a wrong mask or unit makes; in float32 also below
 # what products in tf32 make.
@@ -36,6 +36,7 @@ class Trial(NamedTuple):
     problem: makes the spec and the tensors beside q, k, v, for a q and a k.
     queries, keys: how many of them.
     decides: whether an operator that fails it is not used, which the log then says.
+    lse_gradient: whether the backward takes a gradient of the log-sum-exp, too.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Trial(NamedTuple):
     queries: int = 70
     keys: int = 70
     decides: bool = True
+    lse_gradient: bool = False
 
 
 class _Sizes(NamedTuple):
@@ -92,8 +94,10 @@ def _difference(trial: Trial, like: Tensor, sizes: _Sizes, forward: Forward, bac
     _leave_nan_behind(q, k, v, dout)
     out, lse = forward(q, k, v, spec, tensors)
     _leave_nan_behind(q, k, v)
-    ours = backward(dout, Saved(q, k, v, out, lse), spec, tensors, wanted)
-    exact = _exact(dout, q, k, v, spec, tensors, wanted)
+    dlse = _values(len(shapes), lse, *lse.shape) if trial.lse_gradient else None
+    above = (dout,) if dlse is None else (dout, dlse)
+    ours = backward(*above, Saved(q, k, v, out, lse), spec, tensors, wanted)
+    exact = _exact(dout, dlse, q, k, v, spec, tensors, wanted)
     names = ("out", "lse", "dq", "dk", "dv", "dbias", "drelative_bias")
     for name, a, b in zip(names, (out, lse, *ours), exact, strict=False):
         if b is not None and (a is None or not _close(a, b, CLOSE[like.dtype])):
@@ -102,7 +106,14 @@ def _difference(trial: Trial, like: Tensor, sizes: _Sizes, forward: Forward, bac
 
 
 def _exact(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, spec: Any, tensors: ScoreTensors, wanted: Wanted
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    spec: Any,
+    tensors: ScoreTensors,
+    wanted: Wanted,
 ) -> tuple:
     """The results by the definition, in float64 for float32, else in float32."""
     dtype = torch.float64 if q.dtype == torch.float32 else torch.float32
@@ -111,7 +122,7 @@ def _exact(
     tensors = tensors._replace(bias=bias.to(dtype) if wanted.bias and bias is not None else bias)
     out, lse = definition.attention(q, k, v, spec, tensors)
     gradients: Gradients = definition.attention_backward(
-        dout, None, Saved(q, k, v, out, lse), spec, tensors, wanted
+        dout, None if dlse is None else dlse.to(dtype), Saved(q, k, v, out, lse), spec, tensors, wanted
     )
     return out, lse, *gradients[:5]
 

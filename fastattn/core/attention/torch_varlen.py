@@ -3,11 +3,17 @@
 The operator takes where each sequence begins, in queries and in keys, and computes nothing outside of them. Keys
 that no query sees, such as those behind a key length, are a sequence without queries: they are not read, and get
 zeros as gradients. So neither a mask nor a copy of keys is made.
+
+Key lengths beside a causal mask take two calls. Queries up to the last key that is there are causal sequences, in
+which that key is the last query's own. The queries behind it see all keys that are there: full sequences. In each
+call the queries of the other one are a sequence without keys, which gives zeros.
 """
 
 from __future__ import annotations
 
+import functools
 import math
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -53,6 +59,11 @@ def _lengths_of_trial(q: Tensor, k: Tensor) -> tuple[AttentionSpec, ScoreTensors
     return AttentionSpec(scale=q.shape[3] ** -0.5), ScoreTensors(key_lengths=lengths)
 
 
+def _causal_lengths_of_trial(q: Tensor, k: Tensor) -> tuple[AttentionSpec, ScoreTensors]:
+    spec, tensors = _lengths_of_trial(q, k)
+    return replace(spec, window=(None, 2)), tensors
+
+
 def _documents_of_trial(q: Tensor, k: Tensor) -> tuple[AttentionSpec, ScoreTensors]:
     """Causal, and between them keys that nobody sees and queries that see nothing."""
     place = torch.arange(q.shape[2], device=q.device)
@@ -72,7 +83,12 @@ def _windows_of_trial(q: Tensor, k: Tensor) -> tuple[AttentionSpec, ScoreTensors
     return spec, ScoreTensors(intervals=torch.stack((torch.maximum(start, stop - 7), stop), 1))
 
 
+LSE_GRADIENT = Trial(
+    "flash attention of sequences with a gradient of the log-sum-exp", _lengths_of_trial, lse_gradient=True
+)
 LENGTHS = Trial("flash attention of sequences", _lengths_of_trial)
+# The first queries of the empty entry see nothing, by either mask.
+CAUSAL_LENGTHS = Trial("flash attention of causal sequences by key lengths", _causal_lengths_of_trial, keys=61)
 DOCUMENTS = Trial("flash attention of causal sequences", _documents_of_trial)
 WINDOWS = Trial("flash attention of sequences with a window", _windows_of_trial)
 
@@ -80,7 +96,7 @@ WINDOWS = Trial("flash attention of sequences with a window", _windows_of_trial)
 def ready(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, tensors: ScoreTensors) -> bool:
     """Documents only where each query sees all keys of its sequence, or those up to its own place, or as many of
     these as its window shows."""
-    trial = LENGTHS
+    trial = LENGTHS if spec.right is None else CAUSAL_LENGTHS
     if tensors.intervals is not None:
         found = _documents(q, k, tensors.intervals)
         if found is None:
@@ -90,11 +106,13 @@ def ready(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, tensors: ScoreTe
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, tensors: ScoreTensors) -> tuple[Tensor, Tensor]:
-    at = _sequences(q, k, tensors)
-    out, lse, *_ = _flash(
-        *(_packed(t) for t in (q, k, v)), at.cu_queries, at.cu_keys, *at.longest, 0.0, False, False,
-        scale=spec.scale, **at.window,
-    )  # fmt: skip
+    heads = [_packed(t) for t in (q, k, v)]
+    results = (
+        _flash(*heads, at.cu_queries, at.cu_keys, *at.longest, 0.0, False, False, scale=spec.scale, **at.window)
+        for at in _calls(q, k, spec, tensors)
+    )
+    outs, sums, *_ = zip(*results, strict=True)
+    out, lse = functools.reduce(Tensor.add_, outs), functools.reduce(torch.minimum, sums)
     # (H, B * L) in its own order. The operator gives rows that see nothing +inf.
     found = lse.view(q.shape[1], q.shape[0], q.shape[2]).transpose(0, 1)
     lse = torch.nan_to_num(found, math.nan, -math.inf, -math.inf, out=lse.new_empty(q.shape[:3]))
@@ -105,15 +123,19 @@ def backward(
     dout: Tensor, saved: Saved, spec: AttentionSpec, tensors: ScoreTensors, _: Wanted | None = None
 ) -> Gradients:
     q, k, v, out, lse = saved
-    at = _sequences(q, k, tensors)
     there = lse.transpose(0, 1)
     lse = torch.nan_to_num(there, math.nan, math.inf, math.inf, out=lse.new_empty(there.shape)).flatten(1)
     # Without dropout: a random state that is not read.
     unused = torch.empty(0, dtype=torch.uint64, device=q.device)
-    dq, dk, dv = _flash_backward(
-        *(_packed(t) for t in (dout, q, k, v, out)), lse, at.cu_queries, at.cu_keys, *at.longest, 0.0, False,
-        unused, unused, scale=spec.scale, **at.window,
+    heads = [_packed(t) for t in (dout, q, k, v, out)]
+    results = (
+        _flash_backward(
+            *heads, lse, at.cu_queries, at.cu_keys, *at.longest, 0.0, False, unused, unused, scale=spec.scale,
+            **at.window,
+        )
+        for at in _calls(q, k, spec, tensors)
     )  # fmt: skip
+    dq, dk, dv = (functools.reduce(Tensor.add_, parts) for parts in zip(*results, strict=True))
     return Gradients(_unpacked(dq, q), _unpacked(dk, k), _unpacked(dv, v))
 
 
@@ -129,15 +151,25 @@ def _unpacked(t: Tensor, like: Tensor) -> Tensor:
 # ---- where sequences lie ----
 
 
-def _sequences(q: Tensor, k: Tensor, tensors: ScoreTensors) -> Sequences:
+def _calls(q: Tensor, k: Tensor, spec: AttentionSpec, tensors: ScoreTensors) -> list[Sequences]:
+    """The sequences of each call of the operator; the results of all are summed."""
     if tensors.intervals is not None:
         found = _documents(q, k, tensors.intervals)
         assert found is not None
-        return found
-    assert tensors.key_lengths is not None
-    batch, queries, keys = q.shape[0], q.shape[2], k.shape[2]
-    cu_queries, begins, odd = _by_entry(batch, queries, keys, q.device)
-    return Sequences(cu_queries, begins.index_add(0, odd, tensors.key_lengths), (queries, keys), False)
+        return [found]
+    counts = tensors.key_lengths
+    assert counts is not None
+    batch, *longest = q.shape[0], q.shape[2], k.shape[2]
+    if spec.right is None:
+        cu_queries, begins, odd = _by_entry(batch, *longest, q.device)
+        return [Sequences(cu_queries, begins.index_add(0, odd, counts), (longest[0], longest[1]), False)]
+    # How many keys lie before the last query's own, at the first query's.
+    before = k.shape[2] - q.shape[2] + spec.right
+    cu_queries, cu_keys, at, at_each = _by_diagonal(batch, *longest, before, q.device)
+    cu_queries = cu_queries.index_add(0, at, counts.clamp(before, before + q.shape[2]))
+    causal, full = cu_keys.index_add(0, at_each, counts.repeat(3)).view(2, -1)
+    sizes = longest[0], longest[1]
+    return [Sequences(cu_queries, causal, sizes, True), Sequences(cu_queries, full, sizes, False)]
 
 
 @kept(32)
@@ -146,6 +178,27 @@ def _by_entry(batch: int, queries: int, keys: int, device: torch.device) -> tupl
     Their cu_seqlens, of keys without the key lengths; and where these are to be added."""
     entry = torch.arange(2 * batch + 1, dtype=torch.int32, device=device)
     return (entry + 1) // 2 * queries, entry // 2 * keys, torch.arange(1, 2 * batch, 2, device=device)
+
+
+@kept(32)
+def _by_diagonal(batch: int, queries: int, keys: int, before: int, device: torch.device) -> tuple[Tensor, ...]:
+    """Three sequences for each batch entry: queries up to the last key that is there, those behind it, and the
+    keys behind the key length, without queries. The first has keys in the causal call, the second in the full one.
+
+    cu_queries without the key lengths, from `before` to `before` + queries; cu_keys of both calls, one behind the
+    other, without the key lengths; and where these are to be added to the first and to the second.
+    """
+    entry = torch.arange(batch, dtype=torch.int32, device=device)[:, None]
+
+    def ends(*shares: tuple[int, int]) -> Tensor:
+        """Where the three sequences of each entry end: so many times the entry's number and the size, and more."""
+        return F.pad(torch.cat([entry * size + more for size, more in shares], 1).flatten(), (1, 0))
+
+    cu_queries = ends((queries, -before), (queries, queries), (queries, queries))
+    of_a_call = ends((keys, 0), (keys, 0), (keys, keys))
+    first = torch.arange(1, 3 * batch, 3, device=device)
+    in_the_full_one = first + 1 + len(of_a_call)
+    return cu_queries, of_a_call.repeat(2), first, torch.cat((first, first + 1, in_the_full_one))
 
 
 def _documents(q: Tensor, k: Tensor, intervals: Tensor) -> Sequences | None:
