@@ -27,7 +27,7 @@ from fastattn.distributed.sharding import mesh_of
 from fastattn.distributed.transports import Gather, Ring, Transport, places
 from fastattn.distributed.visibility import Visibility, whole_mask
 from fastattn.ground.arguments import choice, flag, refuse_keywords
-from fastattn.ground.checks import Window, lse_dtype
+from fastattn.ground.checks import Window, lse_dtype, refuse_tangents
 from fastattn.masks import Lowered, Mask
 
 METHODS = ("auto", "ring", "gather", "heads", "ring x heads")
@@ -95,7 +95,8 @@ def attention(
         out (B, Hq, n, Dv); with `return_lse` also lse (B, Hq, n) in nats, differentiable. Gradients of q, k and v
         are those of one process, and the same bits in every run. Gradients of what all ranks share (biases with
         one row, sinks, scales) are the part of this rank's queries, like those of a model's weights: sum them over
-        the ranks. There are no second derivatives.
+        the ranks. There are no second derivatives, and no
+            forward mode.
 
     Raises:
         TypeError, ValueError: the same on all ranks, before anything is sent, if ranks disagree or one of them has
@@ -118,6 +119,8 @@ def attention(
     try:
         choice("method", method, METHODS)
         return_lse = flag("return_lse", return_lse)
+        learned = {"bias": bias, "relative_bias": relative_bias, "sinks": sinks, "scale": scale}
+        refuse_tangents("fastattn.distributed.attention", {"q": q, "k": k, "v": v, **learned})
         q, k, v = autocast(q, k, v)
         call = _call(q, k, v, layout, mesh, mask, bias, options, beside)
         _check_gradient_dtype(gradient_dtype, call.q.dtype)

@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from fastattn.core.loss.functional import Alone, Asked, Terms, computed
 from fastattn.core.loss.spec import LossTensors
-from fastattn.ground.checks import lse_dtype
+from fastattn.ground.checks import lse_dtype, refuse_tangents
 
 
 @torch.compiler.disable
@@ -59,6 +59,8 @@ def linear_cross_entropy(
         reduction, ignore_index, label_smoothing, z_loss, softcap, temperature, None, return_lse, return_entropy,
         shift, backend,
     )  # fmt: skip
+    learned = {"input": input, "linear_weight": linear_weight, "linear_bias": linear_bias, "target": target}
+    refuse_tangents("fastattn.distributed.linear_cross_entropy", learned)
     return computed(LossTensors(input, linear_weight, linear_bias, target, weight), asked, Among(group))
 
 

@@ -22,12 +22,14 @@ import torch
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 from torch.distributed.tensor._dtensor_spec import DTensorSpec
 from torch.distributed.tensor._op_schema import OpSchema, OpSpec, OpStrategy, RuntimeSchemaInfo
+from torch.distributed.tensor.placement_types import _StridedShard
 
 from fastattn.core.attention.spec import ScoreTensors, Tangents
 from fastattn.core.mlp.spec import NEVER
 from fastattn.core.statistics.spec import StatisticsTensors
 
 Arguments = dict[str, Any]
+PAIRS = "2.13"  # the first PyTorch that is known to take two halves, each of them sharded, apart without sending
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,8 @@ class Rule:
 
 @dataclass(frozen=True)
 class Result:
-    """names: of its dimensions. same_for: shared names on which it does not depend, so that all ranks have the
+    """names: of its dimensions; "f+f" is one after the other of two dimensions, of which each rank has its part of
+        both. same_for: shared names on which it does not depend, so that all ranks have the
     same; where it depends on a name that it does not have, it is a partial sum. is_there: whether it is not empty.
     """
 
@@ -162,6 +165,8 @@ def _of_result(result: Result, shared: str, arguments: Arguments) -> Placement:
     names = result.names.split()
     one_key_head = "g" in names and arguments["k"].shape[1] == 1
     for dim, name in enumerate(names):
+        if name == f"{shared}+{shared}":
+            return _StridedShard(dim, split_factor=2)
         if name == shared or (name == "g" and shared == "h" and not one_key_head):
             return Shard(dim)
         if name == f"{shared}?" and arguments["bias"].shape[dim] != 1:
@@ -334,10 +339,15 @@ def _check_hidden(shared: str, ranks: int, arguments: Arguments) -> None:
         if arguments[name]:
             # Each rank has a part of a sum, and would add the residual to it.
             _refuse("norm and residual", shared, _MLP)
-    for name in ("w_up", "packed"):
-        if arguments[name]:
-            # The gradients of both weights are one tensor, whose halves would both have to be sharded.
-            _refuse("a second weight (w_up, or a packed one)", shared, _MLP)
+    if arguments["packed"]:
+        # A shard of the rows has no pairs of gate and up.
+        _refuse("a packed weight", shared, _MLP)
+    if arguments["w_up"] and not forward:
+        # DTensor must take the gradients of gate and up apart.
+        if torch.__version__ < PAIRS:
+            _refuse(f"w_up with a gradient, before PyTorch {PAIRS},", shared, _MLP)
+        if arguments["w_in"].placements.count(Shard(0)) > 1:
+            _refuse("w_up with a gradient, over two dimensions of the mesh,", shared, _MLP)
     if arguments["save"] == "int8":
         _refuse('save="int8"', shared, _MLP)
 
@@ -361,16 +371,20 @@ def _kept(arguments: Arguments, shared: str = "", ranks: int = 1) -> list[bool]:
     return [t.dim() == 2 for t in slots]
 
 
+def _mlp_gradients(arguments: Arguments) -> list[Result]:
+    units = "f+f" if arguments["w_up"] else "f"  # the gradients of gate and up are one tensor
+    return [
+        Result("t .", is_there=_wants(0)), Result(f"{units} .", is_there=_wants(1)),
+        Result(units, is_there=_wants(2)), Result(". f", is_there=_wants(3)), Result(".", "f", is_there=_wants(4)),
+        Result(".", is_there=_wants(5)), Result(".", is_there=_wants(6)),
+    ]  # fmt: skip
+
+
 RULES |= {
     "mlp_forward": Rule(_WEIGHTS, _mlp_results, "tf", ("x", "w_in"), _check_hidden, _MLP),
     "mlp_backward": Rule(
-        {**_WEIGHTS, **_KEPT, "dy": "t ."},
-        [
-            Result("t .", is_there=_wants(0)), Result("f .", is_there=_wants(1)), Result("f", is_there=_wants(2)),
-            Result(". f", is_there=_wants(3)), Result(".", "f", is_there=_wants(4)),
-            Result(".", is_there=_wants(5)), Result(".", is_there=_wants(6)),
-        ],
-        "tf", ("x", "w_in"), _check_hidden, _MLP, frozenset(("dy",)),
+        {**_WEIGHTS, **_KEPT, "dy": "t ."}, _mlp_gradients, "tf", ("x", "w_in"), _check_hidden, _MLP,
+        frozenset(("dy",)),
     ),
 }  # fmt: skip
 

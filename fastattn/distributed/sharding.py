@@ -12,6 +12,7 @@ from fastattn.distributed.dealing import Layout
 from fastattn.distributed.exchange import all_gather, flat_rank, ranks_of
 from fastattn.distributed.transports import places
 from fastattn.ground import arguments
+from fastattn.ground.checks import refuse_tangents
 
 
 def shard(tensor: Tensor, layout: Layout, dim: int = 2, *, mesh: DeviceMesh | None = None) -> Tensor:
@@ -52,6 +53,7 @@ def unshard(tensor: Tensor, layout: Layout, dim: int = 2, *, mesh: DeviceMesh | 
 
 def _checked(tensor: Tensor, layout: Layout, dim: int, mesh: DeviceMesh | None) -> tuple[int, DeviceMesh]:
     arguments.tensor("tensor", tensor)
+    refuse_tangents("fastattn.distributed.shard or unshard", {"tensor": tensor})
     mesh = mesh_of(layout, mesh)
     dim = arguments.integer("dim", dim)
     if not -tensor.dim() <= dim < tensor.dim():

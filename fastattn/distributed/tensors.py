@@ -19,6 +19,10 @@ What each dimension of the mesh may share out:
 Or all replicated. Any other placement is refused. Tensors beside the main ones (biases, slopes, lengths) are
 replicated, or sharded with what they belong to. A plain tensor stands for the whole one, and must not need a
 gradient.
+
+There is no forward mode: torch (2.13) cannot make a dual DTensor. `forward_ad.make_dual` and `torch.func.jvp`
+raise its NotImplementedError: aten._has_same_storage_numel has no sharding strategy. Compute the tangents of local
+tensors, or of whole ones.
 """
 
 from __future__ import annotations
@@ -44,6 +48,7 @@ from fastattn.core.norm.functional import layer_norm as layer_norm_here
 from fastattn.core.norm.functional import rms_norm as rms_norm_here
 from fastattn.distributed.exchange import broadcast, ranks_of
 from fastattn.distributed.visibility import whole_mask
+from fastattn.ground.checks import refuse_tangents
 
 BATCH, HEADS, LENGTH, HIDDEN = "batch", "heads", "length", "hidden"
 
@@ -90,6 +95,7 @@ class Split:
                 f"{name} must be a DTensor if it needs a gradient, since each rank has only a part of that; give "
                 "distribute_tensor(t, mesh)"
             )
+        refuse_tangents("a function of DTensors", {name: t})
         for kind, dim in dims.items():
             if kind in self.ranges:
                 t = t.narrow(dim, *self.ranges[kind])

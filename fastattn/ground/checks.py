@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fastattn.ground import arguments
 
@@ -41,6 +42,15 @@ def check_beside(
         raise ValueError(f"{name} must have shape {' or '.join(map(str, shapes))}, got {shape_of(t)}")
     if t.device != q.device:
         raise ValueError(f"{name} must be on {of}'s device {q.device}, got {t.device}")
+
+
+def refuse_tangents(function: str, tensors: Mapping[str, Any]) -> None:
+    """Raise ValueError if one of these tensors, by name, has a tangent of forward mode."""
+    if forward_ad._current_level < 0:
+        return
+    for name, t in tensors.items():
+        if isinstance(t, Tensor) and forward_ad.unpack_dual(t).tangent is not None:
+            raise ValueError(f"{name} must have no tangent, because {function} has no forward mode")
 
 
 def check_input(x: Tensor) -> None:

@@ -59,7 +59,9 @@ def prepare_heads(x: Tensor, norm_weight: Tensor, head_scale: Tensor, cos: Any =
 
 
 def mlp(x: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor, b_out: Tensor, **other: Any) -> Tensor:
-    tensors = MLPWeights(w_in, b_in, other.get("w_up"), None, w_out, b_out, *(other.get(n) for n in BRANCH))
+    tensors = MLPWeights(
+        w_in, b_in, other.get("w_up"), other.get("b_up"), w_out, b_out, *(other.get(n) for n in BRANCH)
+    )
     norm, residual = "rms" if "norm_weight" in other else "", "apart" if "residual" in other else ""
     spec = MLPSpec(
         "gelu", whole="auto", save=other.get("save", "auto"), chunk=64, norm=norm, norm_eps=1e-5, residual=residual
@@ -235,6 +237,14 @@ COMPUTED: dict[str, groups.Case] = {
         gradients={"residual": [R], **{n: [P] for n in ("w_in", "b_in", "w_out", "b_out", "norm_weight")}},
     ),
     "mlp, by hidden units": Computed(mlp, MLP, HIDDEN, [P], gradients={"x": [P], "b_out": [R]}),
+    "gated mlp, by hidden units": Computed(
+        mlp, {**MLP, "w_up": (10, D), "b_up": (10,)}, {**HIDDEN, "w_up": [BATCH], "b_up": [BATCH]}, [P],
+        gradients={"x": [P], "b_out": [R]},
+    ),
+    "gated mlp, replicated gates sliced by hidden units": Computed(
+        mlp, {**MLP, "w_up": (10, D)}, {"w_in": [BATCH]}, [P],
+        gradients={"x": [P], "b_out": [R], "b_in": [BATCH], "w_up": [BATCH], "w_out": [HEADS]},
+    ),
     "loss of rows, by tokens": Computed(
         loss_rows, LOSS, BY_TOKENS, [HEADS], gradients={"w": [P], "b": [P]}
     ),
@@ -327,9 +337,9 @@ REFUSED: dict[str, tuple[Callable[..., Any], str]] = {
         lambda s: prepare_heads(s(LENGTH), s(R, B, H, D), s(R, B, H), s(R, B, N, 4), s(R, B, N, 4)),
         "cos must not be given to an operator that shares out positions",
     ),
-    "a gate by hidden units": (
-        lambda s: mlp(s(R, 6, D), **weights_of(s, BATCH, BATCH, HEADS, R), w_up=s(BATCH, 10, D)),
-        r"a second weight \(w_up, or a packed one\) must not be given",
+    "a gate of another sharding": (
+        lambda s: mlp(s(R, 6, D), **weights_of(s, BATCH, BATCH, HEADS, R), w_up=s(HEADS, 10, D)),
+        r"w_up must have S\(0\) or be replicated.* got S\(1\)",
     ),
     "a residual by hidden units": (
         lambda s: mlp(s(R, 6, D), **weights_of(s, BATCH, BATCH, HEADS, R), residual=s(R, 6, 5)),
@@ -410,6 +420,17 @@ def _backward(ours: Any, **given: Any) -> tuple[Tensor, ...]:
     return ours.backward_on_gpu(*tensors, None, None, 0, 0, 0.0, given["is_causal"], seed, None)
 
 
+def gate_and_up_by_both_dimensions(mesh: DeviceMesh) -> None:
+    placements = {"w_in": [BATCH] * 2, "w_up": [BATCH] * 2, "w_out": [HEADS] * 2}
+    tensors = {
+        name: distribute_tensor(torch.zeros(shape), two_by_two(mesh), placements.get(name, [R] * 2))
+        for name, shape in {**MLP, "w_in": (12, D), "b_in": (12,), "w_up": (12, D), "w_out": (5, 12)}.items()
+    }
+    with pytest.raises(RuntimeError, match="w_up with a gradient, over two dimensions of the mesh, must not be"):
+        tensors["w_up"].requires_grad_()
+        torch.autograd.grad(mlp(**tensors).sum(), tensors["w_up"])
+
+
 ON_TWO_DIMENSIONS: dict[str, groups.Case] = {
     "attention": Computed(
         attention, {**heads(2), "sinks": (B, H)}, all_as(BATCH, HEADS) | {"sinks": [BATCH, HEADS]}, [BATCH, HEADS]
@@ -432,6 +453,16 @@ ON_TWO_DIMENSIONS: dict[str, groups.Case] = {
             "x": [BATCH, P], "w_in": [P, BATCH], "b_in": [P, BATCH], "w_out": [P, HEADS], "b_out": [P, R]
         },
     ),
+    "gated mlp": Computed(
+        mlp,
+        {**MLP, "w_up": (10, D)},
+        {"x": [BATCH, R], "w_in": [R, BATCH], "w_up": [R, BATCH]},
+        [BATCH, P],
+        gradients={
+            "x": [BATCH, P], "w_in": [P, BATCH], "w_up": [P, BATCH], "b_in": [P, BATCH], "w_out": [P, HEADS],
+            "b_out": [P, R],
+        },
+    ),
 }  # fmt: skip
 CASES: dict[groups.Group, dict[str, groups.Case]] = {
     2: {
@@ -445,5 +476,8 @@ CASES: dict[groups.Group, dict[str, groups.Case]] = {
         "torch's context_parallel on a CPU": torchs_context_parallel_on_a_cpu,
         "torch's ring over our operators": torchs_ring_over_our_operators,
     },
-    4: {f"operator on a mesh of two dimensions: {name}": run for name, run in ON_TWO_DIMENSIONS.items()},
+    4: {
+        **{f"operator on a mesh of two dimensions: {name}": run for name, run in ON_TWO_DIMENSIONS.items()},
+        "operator on a mesh of two dimensions: gate and up by both": gate_and_up_by_both_dimensions,
+    },
 }

@@ -16,6 +16,7 @@ import torch.distributed.checkpoint as checkpoint
 import torch.nn.functional as F
 from cases_ranks import every_rank
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
@@ -561,7 +562,29 @@ def compiled_tensor_parallel(mesh: DeviceMesh) -> None:
     torch.testing.assert_close(*gradients)
 
 
+def forward_mode(mesh: DeviceMesh) -> None:
+    """torch makes no dual DTensor. If a newer one does, fastattn may compute with it."""
+    q = distribute_tensor(torch.randn(B, H, N, D), mesh, [HEADS])
+    sinks, plan = torch.randn(H), distributed.layout(N, mesh)
+    with forward_ad.dual_level():
+        with pytest.raises(NotImplementedError, match=r"aten\._has_same_storage_numel.*sharding strategy"):
+            forward_ad.make_dual(q, q)
+        with pytest.raises(ValueError, match="sinks must have no tangent, because a function of DTensors"):
+            fastattn.attention(q, q, q, sinks=forward_ad.make_dual(sinks, sinks))
+        own = distributed.shard(torch.randn(B, H, N, D), plan)
+        with pytest.raises(ValueError, match=r"v must have no tangent, because fastattn\.distributed\.attention"):
+            distributed.attention(own, own, forward_ad.make_dual(own, own), layout=plan)
+        with pytest.raises(ValueError, match="tensor must have no tangent"):
+            distributed.shard(forward_ad.make_dual(sinks, sinks), distributed.layout(H, mesh), 0)
+        with pytest.raises(ValueError, match=r"linear_weight must have no tangent"):
+            weight = torch.randn(3, D)
+            distributed.linear_cross_entropy(
+                torch.randn(5, D), forward_ad.make_dual(weight, weight), torch.arange(5)
+            )
+
+
 CASES[2] = {
+    "forward mode is refused": forward_mode,
     "tensor parallel, Llama": partial(tensor_parallel, make=llama, options={}),
     "tensor parallel, GPT-2 and its vocabulary": partial(tensor_parallel, make=gpt2, options={}, vocabulary=True),
     "tensor parallel, patched GPT-2": partial(tensor_parallel, make=partial(patched, gpt2), options={}),

@@ -189,10 +189,11 @@ def _by_argument(gradients: Sequence, needed: Sequence[bool], rows: int) -> tupl
     """What the backward computed, by MLP's tensors up to norm_bias; w_in has so many rows."""
     dx, dw, db, dw_out, db_out, *of_norm = gradients
     dw_up = db_up = None
-    if needed[3] or (dw is not None and dw.shape[0] != rows):
-        dw, dw_up = dw[:rows], dw[rows:]
-    if needed[4] or (db is not None and db.shape[0] != rows):
-        db, db_up = db[:rows], db[rows:]
+    if dw is not None and dw.shape[0] == 2 * rows:
+        # By views that DTensor computes on shards; it would gather a slice.
+        dw, dw_up = dw.unflatten(0, (2, rows)).unbind()
+    if db is not None and db.shape[0] == 2 * rows:
+        db, db_up = db.unflatten(0, (2, rows)).unbind()
     found = (dx, dw, db, dw_up, db_up, dw_out, db_out, *of_norm)
     return tuple(t if need else None for t, need in zip(found, needed, strict=False))
 
