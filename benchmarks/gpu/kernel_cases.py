@@ -1,9 +1,12 @@
-"""The proofs that need torch and triton only: each family's kernels, every kind and dtype, the important first."""
+"""The proofs that need torch and triton only: each family's kernels, one of each kind first, then every dtype."""
 
 from __future__ import annotations
 
+from collections import Counter
+
 from fastattn.measuring.kinds import (
     CACHE_KINDS,
+    INVARIANT_KINDS,
     LATENT_KINDS,
     MASK_KINDS,
     QUANTISED_KINDS,
@@ -12,6 +15,7 @@ from fastattn.measuring.kinds import (
 )
 
 HALF, SINGLE = ("bfloat16", "float16"), "float32"
+WHOLE_ROWS = 8192  # a norm of a wider row reads it in pieces
 # Queries, keys, width, value width.
 ODD = (
     (113, 203, 80, None),
@@ -25,11 +29,28 @@ DTYPES = (*HALF, SINGLE)
 
 
 def kernel_cases() -> list[Sizes]:
-    """In the order in which they are proven."""
-    return [
+    """In the order in which they are proven: one of each kind before the second of any. So every kernel has been
+    launched after a ninth of the cases."""
+    by_family = [
         *attention(), *masks_and_scores(), *mlps(), *norms(), *heads(), *losses(), *tangents(), *packed(),
-        *statistics(), *many_heads(), *caches(),
+        *invariant(), *statistics(), *many_heads(), *caches(),
     ]  # fmt: skip
+    met: Counter[tuple[str, str]] = Counter()
+
+    def rank(sizes: Sizes) -> int:
+        met[kind_of(sizes)] += 1
+        return met[kind_of(sizes)]
+
+    return sorted(by_family, key=rank)
+
+
+def kind_of(sizes: Sizes) -> tuple[str, str]:
+    """Its family and kind. MLPs in float32 and norms of wide rows launch kernels of their own: each is a kind."""
+    if sizes.family == "mlp" and sizes.dtype == SINGLE:
+        return sizes.family, SINGLE
+    if sizes.family == "norm" and sizes.width > WHOLE_ROWS:
+        return sizes.family, "wide rows"
+    return sizes.family, sizes.kind
 
 
 def attention() -> list[Sizes]:
@@ -82,7 +103,13 @@ def mlps() -> list[Sizes]:
             ("bfloat16", 128, 512), ("float16", 80, 208), ("bfloat16", 64, 256), ("float32", 64, 80),
         )
     ]  # fmt: skip
-    return [*regular, *odd, *whole]
+    # So many tokens that the norm goes into the first product.
+    folded = [
+        Sizes("mlp", kind, dtype, batch=1, length=2048, width=256, hidden=512)
+        for dtype in HALF
+        for kind in ("silu gated rms", "gelu layer biases")
+    ]
+    return [*regular, *odd, *whole, *folded]
 
 
 def norms() -> list[Sizes]:
@@ -131,6 +158,18 @@ def packed() -> list[Sizes]:
         Sizes("varlen", kind, dtype, batch=1, length=1600, width=width)
         for dtype, width in (("bfloat16", 128), ("bfloat16", 64), ("float16", 64), ("float32", 64))
         for kind in ("causal", "full")
+    ]
+
+
+def invariant() -> list[Sizes]:
+    """The forward of calls in which the bits of a row depend on that row alone: few queries, of which the keys are
+    split, and many."""
+    forms = (("bfloat16", 128), ("bfloat16", 64), ("float16", 128), ("bfloat16", 256), ("float32", 64))
+    return [
+        Sizes("invariant", kind, dtype, length=length, keys=1104, width=width)
+        for dtype, width in forms
+        for length in (5, 333)
+        for kind in INVARIANT_KINDS
     ]
 
 

@@ -154,9 +154,11 @@ def _glance(rows: Rows) -> str:
 
 def _sections(results: dict[str, Any]) -> str:
     lines = [
-        (s["title"], f"{s['reached']} of {s['planned']}", f"{s['seconds']:.0f} s") for s in results["sections"]
-    ]
-    text = "## What was reached\n\n" + table(("section", "cases", "time"), lines)
+        (s["title"], f"{s['reached']} of {s['planned']}", f"{s['seconds']:.0f} s",
+         ", ".join(f"{name} {cost:g} s" for name, cost in s.get("costs", {}).items()))
+        for s in results["sections"]
+    ]  # fmt: skip
+    text = "## What was reached\n\n" + table(("section", "cases", "time", "a case"), lines)
     for section in results["sections"]:
         if section["left_out"]:
             first, more = section["left_out"][:MOST_NAMES], len(section["left_out"]) - MOST_NAMES

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import queue
+import statistics
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -22,14 +23,15 @@ from fastattn.core import proofs
 from fastattn.core.proofs import Record, Row
 from fastattn.measuring import prove_cases
 from fastattn.measuring.pool import Answer, Worker
-from fastattn.measuring.prove import Asker, Prover
+from fastattn.measuring.prove import SIDE_BY_SIDE, Prover
 
 # Each section's share of the time that is left when it begins; time it does not use goes to those after it.
 SHARES = {
-    "kernels": 0.18, "suite": 0.30, "record": 0.16, "ceilings": 0.03, "attention": 0.11, "mlp": 0.06,
-    "features": 0.10, "small calls": 0.02, "sweep": 0.04,
+    "kernels": 0.18, "record": 0.36, "suite": 0.20, "ceilings": 0.02, "attention": 0.09, "mlp": 0.04,
+    "features": 0.07, "small calls": 0.02, "sweep": 0.02,
 }  # fmt: skip
 REPORT_SECONDS = 12.0
+DEAREST = 5  # cases whose cost is told
 # Where each section's rows are kept in results.json; these sections are timed, so nothing else runs beside them.
 SPEED = {"attention": "speed", "mlp": "speed", "features": "features", "small calls": "small_calls"}
 REAL_SIZES = "correctness at real sizes"
@@ -114,6 +116,7 @@ class Run:
         """
         begin, cases = time.monotonic(), list(cases)
         reached: set[int] = set()
+        costs: dict[str, float] = {}
         waiting: queue.Queue[tuple[int, Case]] = queue.Queue()
         for number, case in enumerate(cases):
             known = self.state.rows_of(case)
@@ -129,7 +132,9 @@ class Run:
                     number, case = waiting.get_nowait()
                 except queue.Empty:
                     return
+                asked = time.monotonic()
                 rows, ended = rows_of(worker, case, deadline)
+                costs[f"{case['label']} {case.get('direction', '')}".strip()] = time.monotonic() - asked
                 if ended:
                     with self.lock:
                         self.state.keep_case(case, rows)
@@ -142,9 +147,9 @@ class Run:
         seconds = time.monotonic() - begin
         self.keep("sections", [{
             "title": title, "seconds": round(seconds, 1), "planned": len(cases),
-            "reached": len(reached), "left_out": left_out,
+            "reached": len(reached), "left_out": left_out, "costs": summary_of(costs),
         }])  # fmt: skip
-        say(f"{title}: {len(reached)} of {len(cases)} cases in {seconds:.0f} s")
+        say(f"{title}: {len(reached)} of {len(cases)} cases in {seconds:.0f} s{cost_of(costs)}")
 
     def ask(self, worker: Worker, case: Case, deadline: float, step_limit: float | None = None) -> Answer:
         """In a rehearsal the case is only launched."""
@@ -185,7 +190,7 @@ class Run:
     # ---- the sections ----
 
     def kernels(self) -> None:
-        """Every family's kernels, all workers at once: this also compiles most of what comes later."""
+        """Every family's kernels, all workers at once."""
         deadline = self.deadline("kernels")
         self.section("kernels", "kernels", self.plan.kernels, deadline, self.crew, self.proof)
 
@@ -223,7 +228,13 @@ class Run:
                 self.state.keep_case({**by_key[rows[0].key], "kind": "record"}, plain)
                 self.keep("record", plain)
 
-        prover = Prover(left, self.asker, keep, deadline=deadline, step_limit=self.plan.step_limit)
+        # Half of a small crew compiles ahead, and most of a large one.
+        provers = max(1, min(SIDE_BY_SIDE, len(self.crew) // 2))
+        workers = [Rehearsed(worker) if self.plan.rehearsal else worker for worker in self.crew[:provers]]
+        prover = Prover(
+            left, workers, keep, deadline=deadline, step_limit=self.plan.step_limit, compilers=self.crew[provers:],
+            on_step=lambda label, done: say(f"  {done} of {len(left)}: {label}"),
+        )  # fmt: skip
         prover.go()
         done = {case["label"] for case in prover.done} | {label for label, rows in known.items() if rows}
         left_out = [case["label"] for case in self.plan.record if case["label"] not in done]
@@ -235,10 +246,6 @@ class Run:
         say(f"{RECORD}: {len(done)} of {len(self.plan.record)} kinds of calls in {seconds:.0f} s")
         if not self.plan.rehearsal:
             self.write_record()
-
-    def asker(self, family: str) -> Asker:
-        """The process in which a family is proven."""
-        return Rehearsed(self.new_worker()) if self.plan.rehearsal else self.new_worker()
 
     def write_record(self) -> None:
         rows = [Row.of(row) for row in self.results["record"]]
@@ -309,8 +316,8 @@ class Run:
     def go(self) -> None:
         self.save()
         self.kernels()
-        self.suite()
         self.record()
+        self.suite()
         self.ceilings()
         for section, cases in self.timed().items():
             self.speed(section, cases)
@@ -334,7 +341,7 @@ class Run:
 
 
 class Rehearsed:
-    """The process of a family that only launches what it would check and time."""
+    """A process that only launches what it would check and time."""
 
     def __init__(self, worker: Worker) -> None:
         self.worker = worker
@@ -349,6 +356,20 @@ class Rehearsed:
 
     def close(self) -> None:
         self.worker.close()
+
+
+def summary_of(costs: dict[str, float]) -> dict[str, float]:
+    """The most expensive cases and the median, in seconds of one worker; what is left is estimated by them."""
+    if not costs:
+        return {}
+    dearest = sorted(costs, key=costs.__getitem__, reverse=True)[:DEAREST]
+    return {"median": round(statistics.median(costs.values()), 2), **{c: round(costs[c], 1) for c in dearest}}
+
+
+def cost_of(costs: dict[str, float]) -> str:
+    """The same in words; "" if there are none."""
+    median, *dearest = [f"{name} {seconds:g} s" for name, seconds in summary_of(costs).items()] or [""]
+    return f" ({median} a case; most: {', '.join(dearest)})" if median else ""
 
 
 def run_threads(function: Callable[[Worker], None], workers: Iterable[Worker]) -> None:

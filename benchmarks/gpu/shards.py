@@ -19,6 +19,7 @@ KERNEL_TESTS = {
     "test_heads": "heads",
     "test_derivatives": "tangent",
     "test_varlen": "varlen",
+    "test_invariant": "invariant",
     "test_statistics": "statistics",
 }
 # Files that compute nothing on a GPU: they run on machines without one, at every commit.

@@ -160,7 +160,7 @@ class Suite:
         skips = Counter(clean(event["text"]) for event in events if event["outcome"] == "skipped")
         return {
             "counts": dict(Counter(event["outcome"] for event in events)),
-            "families": _by_family(events),
+            "families": _by_family([*events, *self.unreadable]),
             "failures": [
                 {"test": clean(e["test"]), "text": _shortened(e["text"])} for e in failures[:MOST_FAILURES]
             ],
@@ -173,9 +173,11 @@ class Suite:
     def _missing(self, events: list[Event], skips: Counter[str]) -> list[str]:
         """A sentence for everything that makes the suite incomplete; empty if it is complete."""
         missing = list(self.notes)
+        unreadable: dict[str, list[str]] = {}  # many files may lack the same library, or the same version of it
         for event in self.unreadable:
             last = clean(event["text"]).strip().splitlines() or [""]
-            missing.append(f"{event['test']} could not be read: {last[-1].strip()}")
+            unreadable.setdefault(last[-1].strip(), []).append(event["test"])
+        missing += [f"{', '.join(files)} could not be read: {error}" for error, files in unreadable.items()]
         counts = Counter(event["outcome"] for event in events)
         for outcome, words in (("not run", "not run"), ("hung", "hung"), ("killed", "killed from outside")):
             if counts[outcome]:
@@ -265,7 +267,8 @@ class Process:
 
 
 def _by_family(events: list[Event]) -> dict[str, dict[str, int]]:
-    """Counts of outcomes for each family; a skip because a library is missing counts as "lacking"."""
+    """Counts of outcomes for each family; a skip because a library is missing counts as "lacking", a file that
+    could not be read as "unreadable"."""
     families: dict[str, Counter[str]] = {}
     for event in events:
         lacking = event["outcome"] == "skipped" and LACKING.search(event["text"])

@@ -88,6 +88,7 @@ def _ours(results: dict[str, Any]) -> list[dict[str, Any]]:
 
 def proven(results: dict[str, Any]) -> bool:
     """Whether the kernels are proven on this device: every kernel case and every kernel test ran, and passed.
+    Tests of other things, as of a library that is too old there, have no say.
 
     Never in a rehearsal, and never of a selection.
     """
@@ -97,9 +98,8 @@ def proven(results: dict[str, Any]) -> bool:
     tests_passed = all(_all_passed(families.get(family, {})) for family in set(KERNEL_TESTS.values()))
     kernel_section = [s for s in results["sections"] if s["title"] == "kernels"]
     cases_complete = bool(kernel_section) and not any(s["left_out"] for s in kernel_section)
-    collected = not any("could not be read" in sentence for sentence in results["suite"].get("missing", []))
     rows = (*results["kernels"], *results["correctness"])
-    return tests_passed and cases_complete and collected and all(row["verdict"] == "passed" for row in rows)
+    return tests_passed and cases_complete and all(row["verdict"] == "passed" for row in rows)
 
 
 def _all_passed(counts: dict[str, int]) -> bool:

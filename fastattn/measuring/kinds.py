@@ -6,6 +6,7 @@ A `Sizes` names a call. `build` makes its tensors and a function `call(backend, 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -27,7 +28,8 @@ SCORE_KINDS = (
     "softcap", "alibi", "sinks", "bias", "padding bias", "relative bias", "head scale", "dropout", "everything",
 )  # fmt: skip
 LSE = " lse gradient"  # behind a kind of attention: the log-sum-exp is added to out, and so has a gradient
-WITHOUT_GRADIENT = ("tangent", "statistics", "cache")
+INVARIANT_KINDS = ("causal", "full", "documents", "alibi", "sinks", "pages")
+WITHOUT_GRADIENT = ("tangent", "statistics", "cache", "invariant")
 HIDDEN_STORED = "hidden layer stored"  # in place of a backend: the Triton kernels of other MLPs
 CACHE_KINDS = ("contiguous", "pages", "shaped pages")
 LATENT_KINDS = ("latent pages", "latent contiguous", "latent shaped pages")
@@ -40,7 +42,7 @@ LEARNED = ("bias", "relative_bias", "sinks")
 class Sizes:
     """A call: attention of `heads` on `key_heads`; an MLP, norm or heads of batch * length rows `width` wide."""
 
-    family: str  # attention, masks, scores, varlen, tangent, statistics, cache, mlp, norm, heads or loss
+    family: str  # one of BUILDERS
     kind: str
     dtype: str = "bfloat16"
     batch: int = 2
@@ -172,6 +174,17 @@ def attention_call(sizes: Sizes, device: torch.device) -> Call:
         return (out + lse[..., None].to(out.dtype) if sizes.kind.endswith(LSE) else out), lse
 
     return Call(function, (*heads_of(sizes, device), *learned.values()), ("q", "k", "v", *learned))
+
+
+def invariant_call(sizes: Sizes, device: torch.device) -> Call:
+    """`fastattn.invariant()`, which the definition need not be told; `kind` is "pages", or one of attention's."""
+    base = (cache_call if sizes.kind == "pages" else attention_call)(sizes, device)
+
+    def function(backend: str, *tensors: Tensor) -> Tensor | tuple[Tensor, ...]:
+        with contextlib.nullcontext() if backend == "reference" else fastattn.invariant():
+            return base.function(backend, *tensors)
+
+    return dataclasses.replace(base, function=function)
 
 
 def tangent_call(sizes: Sizes, device: torch.device) -> Call:
@@ -442,6 +455,7 @@ BUILDERS: dict[str, Callable[[Sizes, torch.device], Call]] = {
     "attention": attention_call,
     "masks": attention_call,
     "scores": attention_call,
+    "invariant": invariant_call,
     "varlen": varlen_call,
     "tangent": tangent_call,
     "statistics": statistics_call,

@@ -1,8 +1,9 @@
 """`fastattn prove`: test and time every kernel on this machine's GPU, and let those serve that earn it.
 
-Each family runs in a process of its own. A kernel is compared with float64 by the tests' rule, in two runs bit for
-bit, then timed against what would serve otherwise: PyTorch's own kernels, or the portable tiles. The verdicts go
-into a proof record (fastattn.core.proofs), which decides what serves from then on.
+What most programs call comes first. Some processes compile ahead (fastattn.measuring.ahead). Others compare a
+kernel with float64 by the tests' rule, in two runs bit for bit, then time it against what would serve otherwise:
+PyTorch's own kernels, or the portable tiles. The verdicts go into a proof record (fastattn.core.proofs), which
+decides what serves from then on.
 """
 
 from __future__ import annotations
@@ -15,10 +16,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import zip_longest
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -26,85 +26,80 @@ from fastattn.core import capabilities, proofs
 from fastattn.core.proofs import Record, Row
 from fastattn.errors import CommandError
 from fastattn.measuring import prove_cases, tables
+from fastattn.measuring.ahead import Ahead, Asker, compilers_for
 from fastattn.measuring.pool import Answer, Worker
 from fastattn.measuring.prove_cases import FAMILIES, Case
 
 BUDGET = 120.0
 # The longest step: one check, compiling included, or one timing.
 STEP_LIMIT = 60.0
+SIDE_BY_SIDE = 4  # cases that are checked at a time: one alone leaves a GPU idle between its launches
+RECENT = 20  # cases by which the rest is estimated
 HANDLERS = "fastattn.measuring.prove_worker"
-
-
-class Asker(Protocol):
-    """What runs cases: a Worker, or something in its place."""
-
-    def ask(self, case: dict[str, Any], *, step_limit: float, deadline: float) -> Answer: ...
-
-    def close(self) -> None: ...
 
 
 class Prover:
     """Proves cases, and hands over the rows of each as they come.
 
     Args:
-        cases: in order, of any families.
-        worker_of: makes the process of a family.
+        cases: in the order in which they are proven.
+        workers: processes that check and time, a case each at a time. Whoever made them closes them.
         keep: is called with the rows of each case.
+        compilers: processes that compile ahead.
         step_limit: seconds after which a step counts as hung.
+        on_step: is called after each case with what it was and what it cost, and the number of cases done.
     """
 
     def __init__(
         self,
         cases: Sequence[Case],
-        worker_of: Callable[[str], Asker],
+        workers: Sequence[Asker],
         keep: Callable[[list[Row]], None],
         *,
         deadline: float,
+        compilers: Sequence[Asker] = (),
         step_limit: float = STEP_LIMIT,
         on_step: Callable[[str, int], None] = lambda label, done: None,
     ) -> None:
-        self.cases, self.worker_of, self.keep = cases, worker_of, keep
+        self.cases, self.workers, self.keep = cases, workers, keep
         self.limits = {"step_limit": step_limit, "deadline": deadline}
+        self.ahead = Ahead(cases, compilers, deadline=deadline)
         self.on_step = on_step
-        self.workers: dict[str, Asker] = {}
         self.done: list[Case] = []
 
     def go(self) -> None:
-        """Until all is proven or the deadline: a case of each family at a time is checked, side by side; then they
-        are timed one by one, while nothing else runs."""
-        by_family = ([one for one in self.cases if one["family"] == family] for family in FAMILIES)
-        try:
-            for turn in zip_longest(*by_family):
-                batch = [one for one in turn if one is not None]
-                if time.monotonic() >= self.limits["deadline"]:
-                    return
-                for one, answer in self._checked(batch):
-                    self.keep(self._rows(one, answer))
-        finally:
-            for worker in self.workers.values():
-                worker.close()
+        """Until all is proven or the deadline: some cases at a time are checked, side by side; then they are timed
+        one by one, while nothing else runs on the GPU."""
+        waiting = deque(self.cases)
+        with self.ahead:
+            while waiting and time.monotonic() < self.limits["deadline"]:
+                batch = [waiting.popleft() for _ in range(min(len(self.workers), len(waiting)))]
+                waited = self.ahead.wait(batch) / len(batch)
+                checked = self._checked(batch)
+                with self.ahead.quiet():
+                    for place, one, answer, seconds in checked:
+                        self.keep(self._rows(self.workers[place], one, answer, waited, seconds))
 
-    def _worker(self, family: str) -> Asker:
-        if family not in self.workers:
-            self.workers[family] = self.worker_of(family)
-        return self.workers[family]
+    def _checked(self, batch: list[Case]) -> list[tuple[int, Case, Answer, float]]:
+        """The cases that were reached, each with its worker's place, what came out, and how long it took."""
+        found: dict[int, tuple[int, Case, Answer, float]] = {}
 
-    def _checked(self, batch: list[Case]) -> list[tuple[Case, Answer]]:
-        answers: dict[str, Answer] = {}
-
-        def check(one: Case) -> None:
-            answers[one["family"]] = self._worker(one["family"]).ask({**one, "kind": "check"}, **self.limits)
+        def check(place: int, one: Case) -> None:
+            begin = time.monotonic()
+            answer = self.workers[place].ask({**one, "kind": "check"}, **self.limits)
+            found[place] = place, one, answer, time.monotonic() - begin
 
         # Threads that do not keep an interrupted run alive.
-        threads = [threading.Thread(target=check, args=(one,), daemon=True) for one in batch]
+        threads = [threading.Thread(target=check, args=asked, daemon=True) for asked in enumerate(batch)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        return [(one, answers[one["family"]]) for one in batch if one["family"] in answers]
+        return [found[place] for place in sorted(found)]
 
-    def _rows(self, one: Case, checked: Answer) -> list[Row]:
+    def _rows(self, worker: Asker, one: Case, checked: Answer, waited: float, check_seconds: float) -> list[Row]:
         """The rows of a case, timed if it is right; none if the time was over."""
+        begin = time.monotonic()
         if checked.out_of_time:
             return []
         if "OutOfMemoryError" in checked.note:  # it says nothing about the kernel
@@ -112,7 +107,7 @@ class Prover:
             return []
         rows = verdict_rows(one, checked)
         if any(row["verdict"] is None for row in rows.values()):
-            timed = self._worker(one["family"]).ask({**one, "kind": "time"}, **self.limits)
+            timed = worker.ask({**one, "kind": "time"}, **self.limits)
             if timed.out_of_time:
                 return []
             skipped = {(row["direction"], row["size"]) for row in timed.rows if row.get("skipped")}
@@ -121,7 +116,10 @@ class Prover:
         else:
             found = [judged(one, rows, key, None) for key in prove_cases.keys(one)]
         self.done.append(one)
-        self.on_step(one["label"], len(self.done))
+        times = f"{check_seconds:.1f} s to check, {time.monotonic() - begin:.1f} s to time"
+        if self.ahead.compilers:
+            times = f"waited {waited:.1f} s for compilers, {times}"
+        self.on_step(f"{one['label']} ({times})", len(self.done))
         return found
 
 
@@ -197,7 +195,7 @@ def _prove(
     families: tuple[str, ...],
     *,
     fresh: bool = False,
-    worker_of: Callable[[str], Asker] | None = None,
+    worker_of: Callable[[], Asker] | None = None,
     on_step: Callable[[str, int, int], None] = lambda label, done, of: None,
 ) -> Keeper:
     if not budget_s > 0:
@@ -206,14 +204,21 @@ def _prove(
     known = None if fresh else proofs.record_of(device)
     cases = to_prove(device, families, known)
     keeper = Keeper(device, known)
+    compilers = [Worker(str(device), HANDLERS) for _ in range(compilers_for(device))]
+    workers = [worker_of() if worker_of else Worker(str(device), HANDLERS) for _ in range(SIDE_BY_SIDE)]
     prover = Prover(
         cases,
-        worker_of or (lambda family: Worker(str(device), HANDLERS)),
+        workers,
         keeper,
         deadline=deadline,
+        compilers=compilers,
         on_step=lambda label, done: on_step(label, done, len(cases)),
     )
-    prover.go()
+    try:
+        prover.go()
+    finally:
+        for process in (*workers, *compilers):
+            process.close()
     return keeper
 
 
@@ -353,12 +358,15 @@ def progress(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
             task = bar.add_task("starting", total=None)
             yield lambda label, done, of: bar.update(task, description=label, completed=done, total=of)
         return
-    start = time.monotonic()
+    # When the last cases ended: the first ones wait for compilers, so they say nothing about those to come.
+    ends = deque([time.monotonic()], maxlen=RECENT + 1)
 
     def say(label: str, done: int, of: int) -> None:
-        taken = time.monotonic() - start
-        left = f", about {taken / done * (of - done) / 60:.0f} min left" if done else ""
-        print(f"{done} of {of}{left}: {label}", file=sys.stderr, flush=True)
+        ends.append(time.monotonic())
+        each = (ends[-1] - ends[0]) / (len(ends) - 1)
+        print(
+            f"{done} of {of}, about {each * (of - done) / 60:.0f} min left: {label}", file=sys.stderr, flush=True
+        )
 
     yield say
 

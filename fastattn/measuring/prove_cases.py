@@ -8,6 +8,8 @@ each size is timed. Cases are plain data, because they travel to other processes
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 from fastattn.core.capabilities import (
@@ -62,6 +64,18 @@ SINGLE_TANGENT = 128  # the widest heads with a tangent in float32
 
 FEW = 3  # checks of a case in the interpreter
 
+HALF = DTYPES[:2]
+# What most programs call, in half precision: by family, kinds and widths.
+COMMON: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {
+    "attention": (("causal", "full"), (128, 64)),
+    "masks": (("key lengths",), (128, 64)),
+    "cache": (("cache",), (128, 64)),
+    "mlp": (("gelu_tanh", "gelu", "gated"), (1024, 2048, 4096)),
+    "norm": (("rms", "layer"), (1024, 4096)),
+    "heads": (("rotary",), (128, 64)),
+    "loss": (("classes",), (1024, 2048, 4096)),
+}
+
 Case = dict[str, Any]
 
 
@@ -86,12 +100,30 @@ def keys(case: Case) -> list[Key]:
 
 
 def cases(families: tuple[str, ...] = FAMILIES) -> list[Case]:
-    """For a GPU, the most used first within each family."""
+    """For a GPU, in the order in which they are proven: see `in_order`."""
     made = {
         "attention": plain, "masks": masks, "scores": scores, "forward mode": tangents, "mlp": mlps, "norm": norms,
         "heads": heads, "cache": caches, "loss": losses, "statistics": statistics,
     }  # fmt: skip
-    return [one for family in families for one in made[family]()]
+    return in_order(one for family in families for one in made[family]())
+
+
+def in_order(found: Iterable[Case]) -> list[Case]:
+    """What most programs call comes first, then the rest; in both, one of each kind before the second of any."""
+    met: Counter[tuple[bool, str, str]] = Counter()
+
+    def rank(one: Case) -> tuple[bool, int]:
+        kind = is_common(one), one["family"], one["proves"]
+        met[kind] += 1
+        return not is_common(one), met[kind]
+
+    return sorted(found, key=rank)
+
+
+def is_common(one: Case) -> bool:
+    """Whether most programs call this kind, in this dtype at this width."""
+    kinds, widths = COMMON.get(one["family"], ((), ()))
+    return one["proves"] in kinds and one["dtype"] in HALF and one["width"] in widths
 
 
 def small_cases(families: tuple[str, ...] = FAMILIES) -> list[Case]:
@@ -270,7 +302,7 @@ def mlps() -> list[Case]:
 def whole_layers() -> list[Case]:
     """MLPs that one kernel computes, with every activation. In float32 they take longer by counting."""
     found = []
-    for dtype in DTYPES[:2]:
+    for dtype in HALF:
         for width in WHOLE_WIDTHS:
             for proves, form in (("whole", "whole"), ("whole gated", "gated whole")):
                 about: dict[str, Any] = {"family": "mlp", "dtype": dtype, "batch": 1}

@@ -1,4 +1,5 @@
-"""What a process does for a case of `fastattn prove`: check it, then time it. See prove_cases for what a case is.
+"""What a process does for a case of `fastattn prove`: compile it, check it, time it. See prove_cases for what a
+case is, and ahead for who compiles.
 
 `check` returns a row for each direction: {direction, verdict, error, allowed, reason}, with verdict None where the
 kernel is right. `time` returns a row for each direction and size: {direction, size, ratio, reason, against}; one
@@ -13,6 +14,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -23,6 +25,7 @@ from fastattn.core.attention import torch_routes
 from fastattn.core.capabilities import BACKWARD, FORWARD, TANGENT
 from fastattn.core.proofs import Question
 from fastattn.measuring import checking, kinds
+from fastattn.measuring.ahead import compiling_only, memory_limit
 from fastattn.measuring.kinds import Sizes
 from fastattn.measuring.measure import one_line, synchronize
 from fastattn.measuring.prove_cases import Case
@@ -31,8 +34,36 @@ Rows = list[dict[str, Any]]
 Notify = Callable[[str], None]
 OURS, OTHERWISE = "triton", "portable"
 # A round of calls lasts this long, or is one call; there are fewer rounds where one call takes very long.
-ROUND_SECONDS, MOST_CALLS, ROUNDS = 0.01, 100, 5
+ROUND_SECONDS, MOST_CALLS = 0.01, 100
 LONGEST = 1.5
+# After FEW_ROUNDS a ratio beyond CLEAR in every round is clear; after ROUNDS one that is not NEAR 1 is decided.
+FEW_ROUNDS, ROUNDS, MOST_ROUNDS = 2, 5, 11
+CLEAR, NEAR = 1.5, 0.05
+
+
+# ---- compiled ----
+
+
+def compile_piece(piece: Case, device: torch.device, notify: Notify) -> Rows:
+    """Make the calls of a piece as its check or its timing makes them, and launch nothing. Returns how many
+    kernels this process compiled, or found in the cache."""
+    sizes = Sizes(**piece["sizes"])
+    notify(f"compile {sizes.label}")
+    with (
+        compiling_only(Path(piece["claims"])) as compiled,
+        memory_limit(device, piece["memory"]),
+        contextlib.suppress(Exception),  # the check or the timing meets the same error and reports it
+    ):
+        call = kinds.build(sizes, device)
+        # Each call is the first of its plan: the second would be recorded, and there are no launches to record.
+        plans.forget()
+        if not piece["timed"]:
+            checking.results_and_gradients(call, OURS, call.tensors, sizes)
+        for direction in piece["timed"]:
+            plans.forget()
+            thunk(call, OURS, direction)()
+    leave(device)
+    return [{"kernels": len(compiled)}]
 
 
 # ---- right ----
@@ -200,15 +231,30 @@ def thunk(call: kinds.Call, backend: str, direction: str) -> Callable[[], Any]:
 
 def compare(calls: dict[str, Callable[[], Any]], device: torch.device) -> dict[str, float]:
     """Seconds of a call, the median of a few interleaved rounds, by the wall clock: what a program waits for, the
-    launches included."""
+    launches included. There are few rounds where ours is far ahead of the others or far behind, and many where it
+    is near the fastest."""
     once = {name: seconds_a_call(call, 1, device) for name, call in calls.items()}
     counts = {n: max(1, min(MOST_CALLS, math.ceil(ROUND_SECONDS / max(s, 1e-9)))) for n, s in once.items()}
-    rounds = max(1, min(ROUNDS, int(LONGEST / max(sum(once.values()), 1e-9))))
+    allowed = max(1, int(LONGEST / max(sum(once.values()), 1e-9)))
     taken: dict[str, list[float]] = {name: [] for name in calls}
-    for number in range(rounds):
+    for number in range(min(MOST_ROUNDS, allowed)):
         for name in calls if number % 2 == 0 else reversed(list(calls)):
             taken[name].append(seconds_a_call(calls[name], counts[name], device))
+        if decided(taken):
+            break
     return {name: statistics.median(seconds) for name, seconds in taken.items()}
+
+
+def decided(taken: dict[str, list[float]]) -> bool:
+    """Whether further rounds would change nothing about which is faster, ours or the fastest of the others."""
+    ours, others = taken[OURS], [seconds for name, seconds in taken.items() if name != OURS]
+    rounds = len(ours)
+    ahead = all(max(ours) * CLEAR < min(seconds) for seconds in others)
+    behind = any(max(seconds) * CLEAR < min(ours) for seconds in others)
+    if ahead or behind:
+        return rounds >= FEW_ROUNDS
+    ratio = min(map(statistics.median, others)) / statistics.median(ours)
+    return rounds >= ROUNDS and abs(ratio - 1) > NEAR
 
 
 def seconds_a_call(call: Callable[[], Any], count: int, device: torch.device) -> float:
@@ -220,4 +266,8 @@ def seconds_a_call(call: Callable[[], Any], count: int, device: torch.device) ->
     return (time.perf_counter() - start) / count
 
 
-HANDLERS: dict[str, Callable[[Case, torch.device, Notify], Rows]] = {"check": check, "time": time_case}
+HANDLERS: dict[str, Callable[[Case, torch.device, Notify], Rows]] = {
+    "compile": compile_piece,
+    "check": check,
+    "time": time_case,
+}

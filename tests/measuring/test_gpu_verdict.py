@@ -112,10 +112,13 @@ def test_a_test_that_hangs_ends_alone_and_leaves_the_suite_incomplete(tmp_path):
 
 def test_a_file_that_cannot_be_imported_leaves_the_suite_incomplete(tmp_path):
     good = test_file(tmp_path, "def test_a(): pass\n")
-    found = run(tmp_path, good, test_file(tmp_path, "import no_such_library\n", "test_broken"))
+    broken = [test_file(tmp_path, "import no_such_library\n", name) for name in ("test_broken", "test_mlp")]
+    found = run(tmp_path, good, *broken)
     assert found["counts"] == {"passed": 1}
-    assert "No module named 'no_such_library'" in found["missing"][0]
-    assert code(found) == verdict.INCOMPLETE and not verdict.proven(results_of(found))
+    (sentence,) = found["missing"]  # one for all that lack the same
+    assert all(name in sentence for name in ("test_broken", "test_mlp", "No module named 'no_such_library'"))
+    assert found["families"] == {"modules": {"passed": 1, "unreadable": 1}, "mlp": {"unreadable": 1}}
+    assert code(found) == verdict.INCOMPLETE
 
 
 def test_a_process_that_cannot_start_its_tests_is_told_of(tmp_path):
@@ -235,12 +238,13 @@ def with_tests(family: str, **counts: int) -> dict:
         with_tests("scores"),
         with_tests("scores", passed=5, lacking=1),
         with_tests("scores", passed=5, hung=1),
-        {"suite": {**changed()["suite"], "missing": ["tests/test_mlp.py could not be read: no"]}},
+        with_tests("mlp", passed=5, unreadable=1),
     ],
 )
 def test_kernels_are_proven_only_by_a_complete_run(difference):
     assert verdict.proven(changed())
     assert verdict.proven(changed(**with_tests("scores", passed=5, skipped=1)))
+    assert verdict.proven(changed(**with_tests("modules", unreadable=7)))
     assert not verdict.proven(changed(**difference))
 
 

@@ -204,7 +204,7 @@ def test_a_kernel_that_hangs_or_kills_its_process_ends_alone(monkeypatch):
     cases = [one for one in prove_cases.small_cases() if one["proves"] in ("rms", "rotary", "gated")]
     monkeypatch.setattr(prove, "to_prove", lambda *_: cases)
     record = prove._prove(
-        CPU, 100, prove.FAMILIES, worker_of=lambda _: Worker("cpu", "tests.proving_workers")
+        CPU, 100, prove.FAMILIES, worker_of=lambda: Worker("cpu", "tests.proving_workers")
     ).record
     found = {key.family: row for key, row in record.rows.items()}
     assert (found["norm"].verdict, found["norm"].reason) == (proofs.HUNG, "check: hung: no answer within 6 s")

@@ -66,6 +66,9 @@ class GpuTensor(torch.Tensor):
             return self.cpu().to(dtype or self.dtype)
         return super().to(*arguments, **keywords)
 
+    def __format__(self, form: str) -> str:
+        return format(self.host, form)
+
     def data_ptr(self) -> int:
         return self.host.data_ptr() + ((self.on.index + 1) << 56) if self.numel() else 0
 
