@@ -24,6 +24,7 @@ from fastattn.core.attention.spec import check_scale
 from fastattn.core.attention.varlen import attention_varlen
 from fastattn.core.cache.functional import attention_with_cache
 from fastattn.core.cache.spec import (
+    LARGEST,
     Storage,
     check_new,
     check_positions,
@@ -213,6 +214,8 @@ def flash_attn_with_kvcache(
     alibi_slopes: Tensor | None = None,
     num_splits: int = 0,
     return_softmax_lse: bool = False,
+    k_descale: Tensor | None = None,
+    v_descale: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`fastattn.attention_with_cache` of q (B, Lq, Hq, D): out (B, Lq, Hq, Dv), and with return_softmax_lse the
     log-sum-exp (B, Hq, Lq). Computes no gradients.
@@ -226,13 +229,22 @@ def flash_attn_with_kvcache(
     cache_leftpad: (B,), how many of a row's first keys are hidden.
     block_table: (B, most pages), with pages of any size.
     num_splits: without effect: keys are split at fixed places, whatever else is in the batch.
+    k_descale, v_descale: (B, Hkv) float32, as flash-attn 3's: what the numbers of a cache of torch.float8_e4m3fn
+        or torch.int8 are multiplied by. q, k and v are not quantised. Not with a block_table or cache_batch_idx:
+        there rows may share a place, and `fastattn.attention_with_cache(k_scale=, v_scale=)` has scales of pages.
     """
     arguments.flag("rotary_interleaved", rotary_interleaved)
     return_softmax_lse = arguments.flag("return_softmax_lse", return_softmax_lse)
     arguments.integer("num_splits", num_splits, least=0)
     shape = "(batch, length, heads, width)"
     new = {name: t for name, t in (("k", k), ("v", v)) if t is not None}
-    _check_shape(4, shape, q=q, k_cache=k_cache, v_cache=v_cache, **new)
+    _check_shape(4, shape, q=q, **new)
+    _check_caches(q, k_cache, v_cache, {"k_descale": k_descale, "v_descale": v_descale})
+    if (k_descale is not None or v_descale is not None) and not (block_table is None and cache_batch_idx is None):
+        raise ValueError(
+            "k_descale and v_descale must be None beside a block_table or cache_batch_idx, by which rows may "
+            "share a place in the cache: fastattn.attention_with_cache(k_scale=, v_scale=) takes scales of pages"
+        )
     options = _options(0.0, softmax_scale, causal, window_size, softcap, alibi_slopes)
     del options["dropout_p"]
     if cache_seqlens is None:
@@ -252,12 +264,25 @@ def flash_attn_with_kvcache(
             q, k = _rotated(q, k, cache_seqlens, local, tables)
         out, lse = attention_with_cache(
             q, k_cache, v_cache, k=k, v=v, cache_lengths=cache_seqlens, cache_starts=cache_leftpad,
-            block_table=block_table, return_lse=True, **options,
+            block_table=block_table, k_scale=k_descale, v_scale=v_descale, return_lse=True, **options,
         )  # fmt: skip
     except (TypeError, ValueError) as error:
         raise type(error)(_in_their_words(str(error))) from None
     out = out.transpose(1, 2)
     return (out, lse) if return_softmax_lse else out
+
+
+def _check_caches(q: Tensor, k_cache: Tensor, v_cache: Tensor, descales: dict[str, Tensor | None]) -> None:
+    """Caches of floating or quantised numbers, and a scale for each row and key head."""
+    for name, t in (("k_cache", k_cache), ("v_cache", v_cache)):
+        arguments.tensor(name, t)
+        if t.dtype not in LARGEST:
+            check_floating(name, t)
+        if t.dim() != 4:
+            raise ValueError(f"{name} must have shape (batch, length, heads, width), got {tuple(t.shape)}")
+    for name, scale in descales.items():
+        if scale is not None:
+            check_beside(name, scale, k_cache, ((q.shape[0], k_cache.shape[2]),))
 
 
 def _rows_as_pages(q: Tensor, k_cache: Tensor, cache_batch_idx: Tensor, block_table: Tensor | None) -> Tensor:
@@ -293,6 +318,8 @@ def _rotated(
 _THEIRS = {
     "cache_lengths": "cache_seqlens",
     "cache_starts": "cache_leftpad",
+    "k_scale": "k_descale",
+    "v_scale": "v_descale",
     "cos": "rotary_cos",
     "sin": "rotary_sin",
     "attention_with_cache": "flash_attn_with_kvcache",

@@ -19,6 +19,9 @@ from fastattn.nn.rotary import Rotary
 class DecodingCache:
     """Keys and values of all layers of a model, for rows of different lengths.
 
+    Lengths are on the device, so that a step of the model reads nothing from it. `fastattn.kv_cache` has caches
+    for schedulers of requests, which keep lengths on the host. Both call `fastattn.attention_with_cache`.
+
     Args:
         batch: rows.
         capacity: how many tokens a row may have.

@@ -28,7 +28,9 @@ def test_arguments_are_those_of_flash_attn() -> None:
         "q, k_cache, v_cache, k=None, v=None, rotary_cos=None, rotary_sin=None, cache_seqlens=None, "
         "cache_batch_idx=None, cache_leftpad=None, block_table=None, softmax_scale=None, causal=False, "
         "window_size=(-1, -1), softcap=0.0, rotary_interleaved=True, alibi_slopes=None, num_splits=0, "
-        "return_softmax_lse=False"
+        "return_softmax_lse=False, "
+        # Two of flash-attn 3's.
+        "k_descale=None, v_descale=None"
     )
 
 
@@ -152,7 +154,26 @@ def test_without_lengths_the_cache_is_full() -> None:
     torch.testing.assert_close(found, out)
 
 
+@pytest.mark.parametrize("new", [0, 2])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
+def test_descales_are_what_a_quantised_cache_is_multiplied_by(dtype: torch.dtype, new: int) -> None:
+    given = inputs(new=new)
+    scales = {f"{name}_descale": torch.rand(3, 2, device=DEVICE) + 0.5 for name in "kv"}
+    stored = [(t * 9).round().to(dtype) for t in (given.k_cache, given.v_cache)]
+    if new:
+        # New tokens that the cache holds exactly.
+        fresh = [t.sign() * scale[:, None, :, None] for t, scale in zip(given[3:], scales.values(), strict=True)]
+        given = given._replace(k=fresh[0], v=fresh[1])
+    found = flash_attn_with_kvcache(given.q, *stored, *given[3:], cache_seqlens=LENGTHS, causal=True, **scales)
+    there = [t.float() * s[:, None, :, None] for t, s in zip(stored, scales.values(), strict=True)]
+    read = flash_attn_with_kvcache(given.q, *there, cache_seqlens=LENGTHS + new, causal=True)
+    torch.testing.assert_close(found, read)
+    if new:
+        torch.testing.assert_close(there[0][2, 21:23], given.k[2])
+
+
 GIVEN = inputs()
+SCALE = torch.ones(3, 2)
 ERRORS = (
     ({"cache_seqlens": None}, "cache_seqlens must be given where there are new tokens or pages"),
     ({"cache_seqlens": 23}, "cache_seqlens must be at most 22 with 2 new tokens, got 23"),
@@ -166,6 +187,11 @@ ERRORS = (
     ({"k": GIVEN.k[0]}, r"k must have shape \(batch, length, heads, width\)"),
     ({"num_splits": -1}, "num_splits must be at least 0"),
     ({"softmax_scale": float("inf")}, "softmax_scale must be finite"),
+    ({"k_descale": SCALE}, "k_descale must be None beside a k_cache of torch.float32"),
+    ({"k_cache": GIVEN.k_cache.char(), "v_cache": GIVEN.v_cache.char()}, "k_descale must be given for"),
+    ({"k_descale": SCALE[0]}, r"k_descale must have shape \(3, 2\), got \(2,\)"),
+    ({"v_descale": SCALE, "block_table": T([[0], [1], [2]])}, "v_descale must be None beside a block_table"),
+    ({"v_descale": SCALE, "cache_batch_idx": T([0, 1, 2])}, "beside a block_table or cache_batch_idx"),
 )  # fmt: skip
 
 

@@ -88,6 +88,24 @@ def test_own_tokens_may_be_quantised() -> None:
     torch.testing.assert_close(found, fastattn.attention_with_shared_prefix(**t))
 
 
+@pytest.mark.parametrize("of", ["tokens", "heads"])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
+def test_the_prefix_may_be_quantised(dtype: torch.dtype, of: str) -> None:
+    t = given()
+    scales = {
+        f"{name}_prefix_scale": torch.rand((2, PREFIX) if of == "tokens" else (2,), device=DEVICE) * 0.05
+        for name in "kv"
+    }
+    t |= {f"{name}_prefix": (t[f"{name}_prefix"] * 40).to(dtype) for name in "kv"}
+    found = fastattn.attention_with_shared_prefix(**t, **scales, return_lse=True)
+    for name in "kv":
+        scale = scales[f"{name}_prefix_scale"]
+        t[f"{name}_prefix"] = t[f"{name}_prefix"].float() * (
+            scale[..., None] if of == "tokens" else scale[:, None, None]
+        )
+    torch.testing.assert_close(found, fastattn.attention_with_shared_prefix(**t, return_lse=True))
+
+
 def test_an_empty_prefix_changes_nothing() -> None:
     t, alone = given(), given()
     for name in ("k_prefix", "v_prefix"):
@@ -101,6 +119,12 @@ def test_an_empty_prefix_changes_nothing() -> None:
     [
         ({"k_prefix": torch.zeros(2, 3, 8)}, r"k_prefix must have shape \(2, prefix, 16\), got \(2, 3, 8\)"),
         ({"v_prefix": torch.zeros(2, 3, 8)}, "v_prefix must have k_prefix's length 11, got 3"),
+        ({"k_prefix": torch.zeros(2, 11, 16, dtype=torch.int8)}, "k_prefix_scale must be given for a k_prefix of"),
+        ({"v_prefix_scale": torch.zeros(2)}, "v_prefix_scale must be None beside a v_prefix of torch.float32"),
+        (
+            {"k_prefix": torch.zeros(2, 11, 16, dtype=torch.int8), "k_prefix_scale": torch.zeros(2, 3)},
+            r"k_prefix_scale must have shape \(2, 11\) or \(2,\), got \(2, 3\)",
+        ),
         ({"v_cache": None}, "v_cache must be a tensor beside a prefix"),
         ({"cache_lengths": 15}, "cache_lengths must be at most 14"),
         ({"scale": float("inf")}, "scale must be finite"),

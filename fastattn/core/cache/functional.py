@@ -392,6 +392,8 @@ def attention_with_shared_prefix(
     v: Tensor | None = None,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
+    k_prefix_scale: Tensor | None = None,
+    v_prefix_scale: Tensor | None = None,
     block_table: Tensor | None = None,
     causal: bool = True,
     scale: float | None = None,
@@ -406,11 +408,13 @@ def attention_with_shared_prefix(
     is read once for the whole batch, then its part is merged with each row's own by their log-sum-exps.
 
     Args:
-        k_prefix, v_prefix: keys (Hkv, prefix, D) and values (Hkv, prefix, Dv) of the shared tokens. Every query
-            sees all of them.
+        k_prefix, v_prefix: keys (Hkv, prefix, D) and values (Hkv, prefix, Dv) of the shared tokens, in q's dtype
+            or quantised. Every query sees all of them.
+        k_prefix_scale, v_prefix_scale: of a quantised prefix, float32: (Hkv, prefix), one for each head and token,
+            or (Hkv,).
         q, k_cache, v_cache, cache_lengths, k, v, k_scale, v_scale, block_table and the others: as
-            `attention_with_cache`'s, of the tokens behind the prefix, which itself is not quantised. q and k are
-            already rotated: a row's own tokens have positions from `prefix` on.
+            `attention_with_cache`'s, of the tokens behind the prefix. q and k are already rotated: a row's own
+            tokens have positions from `prefix` on.
 
     Returns:
         out (B, Hq, Lq, Dv), and with `return_lse` the log-sum-exp (B, Hq, Lq), over the prefix and the row's own
@@ -431,21 +435,26 @@ def attention_with_shared_prefix(
             "attention_with_shared_prefix is not invariant, since it merges two results: call "
             "attention_with_cache, with the pages of the prefix in every row's block_table"
         )
-    check_prefix(q, Storage(k_cache, v_cache), k_prefix, v_prefix)
+    prefix = Storage(k_prefix, v_prefix, k_prefix_scale, v_prefix_scale)
+    check_prefix(q, Storage(k_cache, v_cache), prefix)
     if plans.needs_gradient(q, k_prefix, v_prefix):
         raise ValueError(operators.NO_GRADIENT.replace("cache", "shared_prefix", 1))
     # The query heads of a group, and the queries of all rows, become queries of one row.
     (batch, heads, queries, _), key_heads = q.shape, k_prefix.shape[0]
     packed = q.unflatten(1, (key_heads, heads // max(key_heads, 1))).movedim(0, 2).flatten(1, 3)[None]
-    shared = attention(
-        packed, k_prefix[None], v_prefix[None], scale=scale, softcap=softcap, precision=precision,
-        return_lse=True, backend=backend,
-    )  # fmt: skip
+    options: dict[str, Any] = {"scale": scale, "softcap": softcap, "precision": precision, "backend": backend}
+    if prefix.is_quantised:
+        k_scales, v_scales = (None if t is None else t[None] for t in prefix[2:])
+        shared = attention_with_cache(
+            packed, k_prefix[None], v_prefix[None], k_scale=k_scales, v_scale=v_scales,
+            cache_lengths=k_prefix.shape[1], causal=False, return_lse=True, **options,
+        )  # fmt: skip
+    else:
+        shared = attention(packed, k_prefix[None], v_prefix[None], return_lse=True, **options)
     # After the other part, so that nothing is written if that is refused.
     out, lse = attention_with_cache(
         q, k_cache, v_cache, cache_lengths=cache_lengths, k=k, v=v, k_scale=k_scale, v_scale=v_scale,
-        block_table=block_table, causal=causal, scale=scale, softcap=softcap, sinks=sinks, precision=precision,
-        check=check, backend=backend, return_lse=True,
+        block_table=block_table, causal=causal, sinks=sinks, check=check, return_lse=True, **options,
     )  # fmt: skip
     shape = heads // max(key_heads, 1), batch, queries
     shared_out, shared_lse = (t[0].unflatten(1, shape).movedim(2, 0).flatten(1, 2) for t in shared)

@@ -173,28 +173,28 @@ def check_scales(storage: Storage) -> None:
         ("k", storage.keys, storage.k_scale),
         ("v", storage.values, storage.v_scale),
     ):
-        name = f"{kind}_scale"
-        if cache is None or cache.dtype not in LARGEST:
-            if scale is not None:
-                where = (
-                    f"where {kind}_cache is None" if cache is None else f"beside a {kind}_cache of {cache.dtype}"
-                )
-                raise ValueError(f"{name} must be None {where}, got a tensor")
-            continue
-        if scale is None:
-            raise ValueError(f"{name} must be given for a {kind}_cache of {cache.dtype}, got None")
-        shape = shape_of(cache)
-        check_beside(name, scale, cache, (shape[:3], shape[:2]), of=f"{kind}_cache")
-        if scale.dtype != torch.float32:
-            raise TypeError(f"{name} must be float32, got {scale.dtype}")
-    if (
-        storage.k_scale is not None
-        and storage.v_scale is not None
-        and storage.k_scale.dim() != storage.v_scale.dim()
-    ):
-        raise ValueError(
-            f"v_scale must have k_scale's {storage.k_scale.dim()} dimensions, got {storage.v_scale.dim()}"
-        )
+        _check_scale(f"{kind}_scale", scale, f"{kind}_cache", cache)
+    _check_alike("", storage.k_scale, storage.v_scale)
+
+
+def _check_scale(name: str, scale: Tensor | None, cache_name: str, cache: Tensor | None) -> None:
+    """A scale for each number of all but the last dimension of a quantised cache, or of all but the last two."""
+    if cache is None or cache.dtype not in LARGEST:
+        if scale is not None:
+            where = f"where {cache_name} is None" if cache is None else f"beside a {cache_name} of {cache.dtype}"
+            raise ValueError(f"{name} must be None {where}, got a tensor")
+        return
+    if scale is None:
+        raise ValueError(f"{name} must be given for a {cache_name} of {cache.dtype}, got None")
+    shape = shape_of(cache)
+    check_beside(name, scale, cache, (shape[:-1], shape[:-2]), of=cache_name)
+    if scale.dtype != torch.float32:
+        raise TypeError(f"{name} must be float32, got {scale.dtype}")
+
+
+def _check_alike(of: str, k_scale: Tensor | None, v_scale: Tensor | None) -> None:
+    if k_scale is not None and v_scale is not None and k_scale.dim() != v_scale.dim():
+        raise ValueError(f"v_{of}scale must have k_{of}scale's {k_scale.dim()} dimensions, got {v_scale.dim()}")
 
 
 def check_new(q: Tensor, storage: Storage, k: Tensor | None, v: Tensor | None) -> None:
@@ -222,20 +222,33 @@ def check_new(q: Tensor, storage: Storage, k: Tensor | None, v: Tensor | None) -
         raise ValueError(f"v must have as many new tokens as k, {k.shape[2]}; got {v.shape[2]}")
 
 
-def check_prefix(q: Tensor, storage: Storage, k_prefix: Tensor, v_prefix: Tensor) -> None:
-    """Check the keys and values that all rows share against q and the caches."""
-    if storage.values is None:
+def check_prefix(q: Tensor, own: Storage, prefix: Storage) -> None:
+    """Check the keys and values that all rows share, (Hkv, prefix, width), against q and the caches."""
+    if own.values is None:
         raise ValueError("v_cache must be a tensor beside a prefix, got None")
-    check_queries(q, storage, None)
-    for name, t, cache in (("k_prefix", k_prefix, storage.keys), ("v_prefix", v_prefix, storage.values)):
+    check_queries(q, own, None)
+    for kind, t, cache, scale in (
+        ("k", prefix.keys, own.keys, prefix.k_scale),
+        ("v", prefix.values, own.values, prefix.v_scale),
+    ):
+        name = f"{kind}_prefix"
         arguments.tensor(name, t)
+        assert t is not None
         if t.dim() != 3 or (t.shape[0], t.shape[2]) != (cache.shape[1], cache.shape[3]):
             raise ValueError(
                 f"{name} must have shape ({cache.shape[1]}, prefix, {cache.shape[3]}), got {shape_of(t)}"
             )
-        check_same(name, t, "q", q)
-    if v_prefix.shape[1] != k_prefix.shape[1]:
-        raise ValueError(f"v_prefix must have k_prefix's length {k_prefix.shape[1]}, got {v_prefix.shape[1]}")
+        if t.dtype in LARGEST:
+            check_beside(name, t, q, None)
+        else:
+            check_same(name, t, "q", q)
+        _check_scale(f"{name}_scale", scale, name, t)
+    values = prefix.values
+    assert values is not None
+    check_same("v_prefix", values, "k_prefix", prefix.keys)
+    _check_alike("prefix_", prefix.k_scale, prefix.v_scale)
+    if values.shape[1] != prefix.keys.shape[1]:
+        raise ValueError(f"v_prefix must have k_prefix's length {prefix.keys.shape[1]}, got {values.shape[1]}")
 
 
 def check_table(q: Tensor, storage: Storage, block_table: Tensor | None) -> None:
