@@ -117,6 +117,9 @@ class OneToken(NamedTuple):
         k, v = storage.keys, storage.keys if storage.values is None else storage.values
         if stop - first < self.capacity:
             k, v = k[:, :, first:stop], v[:, :, first:stop]
+        if self.group == 1:
+            found: tuple[Tensor, Tensor] = self.operator.forward(q, k, v)
+            return found
         batch, heads = q.shape[:2]
         out, lse = self.operator.forward(q.reshape(batch, self.key_heads, self.group, -1), k, v)
         return out.reshape(batch, heads, 1, -1), lse.reshape(batch, heads, 1)
