@@ -133,9 +133,7 @@ def test_half_precision(name: str, norm: str) -> None:
     ("form", "norm"), [("plain", "layer"), ("gated", "rms"), ("packed", "layer")], ids=lambda name: name
 )
 def test_a_norm_in_the_first_product_is_as_exact_as_one_before_it(form: str, norm: str, monkeypatch) -> None:
-    """The kernels do so in bfloat16, which the interpreter computes wrongly."""
-    if not ON_GPU:
-        monkeypatch.setattr(kernels, "FOLDED", (torch.float16,))
+    """In half precision; the interpreter computes bfloat16 wrongly."""
     written = mock.Mock(wraps=kernels.norm_forward)
     monkeypatch.setattr(kernels, "norm_forward", written)
     dtype = torch.bfloat16 if ON_GPU else torch.float16
@@ -144,6 +142,26 @@ def test_a_norm_in_the_first_product_is_as_exact_as_one_before_it(form: str, nor
     )
     check(problem, "triton")
     written.assert_called_once()  # in the backward
+
+
+@pytest.mark.parametrize("size", ["small", "large"])
+def test_in_float16_a_norm_s_weight_of_any_size_goes_into_the_first_product(size: str) -> None:
+    """Its products with the layer's weights alone would be 2^-22, where float16 has two bits, or 2^17, which it
+    does not have."""
+    problem = Branch(
+        norm="rms", biases=False, activation="relu", tokens=64, width=16, hidden=8, out=16, dtype=torch.float16
+    )
+    x, w_in, *_, w_out, _, norm_weight, _, _ = problem.inputs()
+    if size == "small":
+        w_in, w_out, norm_weight = w_in * 2**-8, w_out * 2**10, norm_weight * 2**-12
+    else:
+        x[:, 0], w_in[:, 0], norm_weight[0] = x[:, 0] * 2**-10, 2**5, 2**12
+    tensors = (x, w_in, None, None, None, w_out, None, norm_weight, None, None)
+    with mock.patch.object(kernels.Norm, "folded", autospec=True, side_effect=kernels.Norm.folded) as folded:
+        y = problem.ours(*tensors, backend="triton")
+    folded.assert_called_once()
+    exact = problem.definition(*(None if t is None else t.double() for t in tensors))
+    assert_as_exact_as_eager(y, exact, problem.definition(*tensors))
 
 
 @EVERY_BACKEND
