@@ -6,7 +6,7 @@ decides: shapes, strides, dtypes, devices and requires_grad of the tensors, the 
 FASTATTN_BACKEND. The values of tensors decide nothing. Where a check or a conversion reads them, every call does.
 
 A plan goes past the operator and its autograd.Function. Where somebody must see these (see `watched`), a call has
-no key and takes the operator. Both ways give the same bits.
+no key and takes the operator. Both ways give the same bits, but for the second derivatives of composed calls.
 """
 
 from __future__ import annotations
@@ -42,6 +42,8 @@ _jit_tracer = torch._C._get_tracing_state
 _profiler_enabled = torch.autograd._profiler_enabled
 _autocast_enabled = torch._C._is_any_autocast_enabled
 _grad_enabled = torch.is_grad_enabled
+# Without this function of torch, nothing is known of hooks: as if there were some.
+_saved_tensors_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: True)
 
 
 # `os.environ.get` raises and catches an error where a variable is not set, which takes longer than a key.
@@ -175,6 +177,8 @@ class Plan:
     backend: the one that the caller named.
     differentiable: whether a derivative may be asked for.
     module: the backend that computes the forward.
+    composed: whether operations of torch, which autograd differentiates by itself, give the bits of `forward` and
+        `gradients` and keep no more. Autograd's own backward takes less time than a Function in Python.
     asked: FASTATTN_BACKEND when the plan was made.
     chosen: the backends of the backward, see `fastattn.core.capabilities.backward_module`.
     repeats: what was recorded of earlier calls; repeatable: whether any is ever recorded.
@@ -184,6 +188,7 @@ class Plan:
     backend: str | None
     differentiable: bool
     module: ModuleType
+    composed: bool = False
     asked: Hashable = field(default_factory=backend_asked)
     chosen: dict[Hashable, ModuleType] = field(default_factory=dict)
     repeats: Repeats = field(default_factory=lambda: Repeats(), compare=False)
@@ -196,6 +201,10 @@ class Plan:
     def forward(self, *tensors: Any) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]:
         """The results, and what the gradients need: the same as the family's autograd.Function saves, because
         activation checkpointing may run a call one way and repeat it the other way."""
+        raise NotImplementedError
+
+    def compose(self, *tensors: Any) -> tuple[Tensor, ...]:
+        """The results of a plan that is `composed`, by those operations."""
         raise NotImplementedError
 
     def gradients(
@@ -239,7 +248,12 @@ class Repeats:
 
 def run(plan: Plan, *tensors: Tensor | None) -> tuple[Tensor, ...]:
     """The results of a plan, differentiable."""
-    return Planned.apply(plan, *tensors) if plan.differentiable else _forward(plan, tensors)[0]
+    if not plan.differentiable:
+        return _forward(plan, tensors)[0]
+    # Activation checkpointing hooks what is saved, and may repeat a call as the operator: both ways save the same.
+    if plan.composed and _saved_tensors_hooks(False) is None:
+        return plan.compose(*tensors)
+    return Planned.apply(plan, *tensors)
 
 
 def _forward(plan: Plan, tensors: Sequence[Tensor | None]) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]:

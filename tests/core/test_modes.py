@@ -255,6 +255,7 @@ def test_a_cuda_graph_gets_nothing_that_is_freed_and_leaves_nothing_behind(monke
 KEEP_NO_TENSOR = {
     "_triton_installed": "a bool",
     "source_of": "text",
+    "_own_code": "code",
     "_source": "text",
     "obstacle_of_class": "text",
     "_read": "numbers",

@@ -84,7 +84,10 @@ def test_both_ways_give_the_same_second_derivatives(name: str) -> None:
     with without_plans():
         expected = results(call, *inputs, 2)
     results(call, *inputs, 2)
-    assert all(torch.equal(a, b) for a, b in zip(results(call, *inputs, 2), expected, strict=True))
+    # Autograd differentiates the MLP's operations, the operator its definition: they sum in another order.
+    units = 8 * torch.finfo(torch.float32).eps if "mlp" in name else 0.0
+    for a, b in zip(results(call, *inputs, 2), expected, strict=True):
+        assert (a - b).abs().max() <= units * b.abs().max()
 
 
 # Who must see the operator.

@@ -11,6 +11,7 @@ from unittest import mock
 
 import pytest
 import torch
+from attention_problems import without_plans
 from comparing import exact_and_eager, run
 from hardware import DEVICE
 from hypothesis import given, settings
@@ -336,7 +337,7 @@ def test_by_default_the_portable_backend_keeps_what_eager_keeps_and_the_kernels_
 @pytest.mark.parametrize(("grad_enabled", "expected"), [(True, True), (False, False)])
 def test_nothing_is_saved_where_no_gradient_is_wanted(grad_enabled: bool, expected: bool) -> None:
     problem, inputs = small(False)
-    with mock.patch.object(mlp_portable, "forward", wraps=mlp_portable.forward) as forward:
+    with mock.patch.object(mlp_portable, "forward", wraps=mlp_portable.forward) as forward, without_plans():
         with torch.set_grad_enabled(grad_enabled):
             problem.ours(*inputs, backend="portable")
         problem.ours(*(None if t is None else t.detach() for t in inputs), backend="portable")

@@ -14,6 +14,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
+from attention_problems import without_plans
 from comparing import check_or_refusal, exact_and_eager, run
 from hardware import DEVICE
 from hypothesis import given, settings
@@ -26,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastattn
-from fastattn.core import capabilities
+from fastattn.core import capabilities, plans
 from fastattn.core.mlp import int8, portable
 from fastattn.core.mlp.spec import PACKED, MLPSpec, MLPWeights
 from fastattn.dropin import mlp_forms
@@ -321,6 +322,47 @@ def test_the_portable_backend_matches_eager_to_the_last_bit(form: str, dtype: to
     expected = run(functools.partial(eager, problem), inputs, dy)
     for a, e in zip(gradients(problem, inputs, dy, "portable"), expected, strict=True):
         assert torch.equal(a, e), f"{(a != e).sum()} of {a.numel()} elements differ"
+
+
+def kept_bytes(function: Callable[[], Tensor], inputs: list[Tensor | None]) -> int:
+    """Of what the forward saves beside its inputs; each tensor once."""
+    given = {t.untyped_storage().data_ptr() for t in inputs if t is not None}
+    kept: dict[int, int] = {}
+
+    def note(t: Tensor) -> Tensor:
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        y = function()
+    assert y.requires_grad
+    return sum(size for pointer, size in kept.items() if pointer not in given)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)
+@EVERY_FORM
+def test_autograd_s_own_backward_has_the_bits_of_the_operator_and_keeps_no_more(
+    form: str, dtype: torch.dtype, monkeypatch
+) -> None:
+    """Most calls on a CPU are made of torch's operations. Within a checkpoint they are the operator."""
+    problem = Problem(
+        **FORMS[form], tokens=48, width=64, hidden=96, out=64, dtype=dtype, match_eager=dtype == torch.float16
+    )
+    inputs, dy = [None if t is None else t.requires_grad_() for t in problem.inputs()], problem.dy()
+    function = functools.partial(problem.ours, *inputs, backend="portable")
+    found = gradients(problem, inputs, dy, "portable")
+    with without_plans():
+        expected = gradients(problem, inputs, dy, "portable")
+    assert all(torch.equal(a, e) for a, e in zip(found, expected, strict=True))
+    composed = form != "squared relu"
+    assert type(function().grad_fn).__name__ == ("AddmmBackward0" if composed else "PlannedBackward")
+    keeps = kept_bytes(function, inputs)
+    with monkeypatch.context() as patch:
+        patch.setattr(plans, "_saved_tensors_hooks", lambda _: None)
+        assert kept_bytes(function, inputs) <= keeps
+    y = checkpoint(function, use_reentrant=False)
+    found = torch.autograd.grad(y, [t for t in inputs if t is not None], dy)
+    assert all(torch.equal(a, e) for a, e in zip(found, expected[1:], strict=True))
 
 
 @EVERY_FORM

@@ -108,7 +108,9 @@ def _in_dtypes(found: Sequence[Tensor | None], x: Tensor, weights: MLPWeights) -
     """Gradients in the dtypes of what they are the gradients of."""
     beside = (weights.norm_weight, weights.norm_bias)
     dtypes = [x.dtype] * 5 + [x.dtype if t is None else t.dtype for t in beside]
-    return tuple(t if t is None else t.to(dtype) for t, dtype in zip(found, dtypes, strict=True))
+    return tuple(
+        t if t is None or t.dtype is dtype else t.to(dtype) for t, dtype in zip(found, dtypes, strict=True)
+    )
 
 
 def _gradients(
@@ -212,7 +214,8 @@ def input_gradient(dpres: list[Tensor], weights: MLPWeights, spec: MLPSpec) -> T
         return dpres[0] @ packed
     assert w_up is not None
     dgate, dup = dpres if len(dpres) == 2 else dpres[0].tensor_split(2, 1)
-    if spec.match_eager:
+    if spec.match_eager or not dgate.is_cuda:
+        # On a CPU as autograd adds them, which computes most calls there (see `portable.is_composed`).
         return dgate @ w_in + dup @ w_up
     return (dgate @ w_in).addmm_(dup, w_up)
 

@@ -283,9 +283,12 @@ class MLPPlan(Plan):
     def of(cls, x: Tensor, weights: MLPWeights, spec: MLPSpec, backend: str | None) -> MLPPlan:
         differentiable = needs_gradient(x, *weights)
         spec = resolved(x, weights, spec if differentiable else replace(spec, save="nothing"), backend)
-        return cls(
-            spec, backend, differentiable, capabilities.module(Request("mlp", spec, (x,)), FORWARD, backend)
-        )
+        module = capabilities.module(Request("mlp", spec, (x,)), FORWARD, backend)
+        composed = differentiable and getattr(module, "is_composed", lambda *_: False)(x, spec)
+        return cls(spec, backend, differentiable, module, composed)
+
+    def compose(self, x, *weights):
+        return (definition.mlp(x, MLPWeights(*weights), self.spec),)
 
     def forward(self, x, *weights):
         y, kept = self.module.forward(x, MLPWeights(*weights), self.spec)
