@@ -218,9 +218,10 @@ def spreads(loss: Loss) -> bool:
 
 
 def tiling(kernel: object, x: torch.Tensor, loss: Loss) -> launch.Tiling:
-    """The table's row. An entropy and smoothing at once need more registers."""
+    """The table's row. An entropy and smoothing at once need more registers, and so do narrow loads."""
     kind = "heavy" if loss.entropy and spreads(loss) else "plain"
-    return launch.look_up(LOSS, launch.family(kernel, x.device), x.element_size(), 0, kind)
+    variants = ("unaligned",) if loss.target is not None and loss.target.stride(0) % 16 else ()
+    return launch.look_up(LOSS, launch.family(kernel, x.device), x.element_size(), 0, kind, variants)
 
 
 def launch_choices(x: torch.Tensor, loss: Loss, kernel: object, size: Size) -> dict:

@@ -5,12 +5,15 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import triton
 
 from .. import launch
 from ..tile import Tile, tile_of
 from ..tiles import Shape, shape_of
 from .loops import Lists, Window, window_of
 from .scores import Dropout, Scores, dropout_of, scores_of
+
+MOST_ROWS = 128  # that a tile has
 
 
 class Problem(NamedTuple):
@@ -70,14 +73,32 @@ class Call:
         if self.precision != "ieee":
             return self.precision
         tensors = self.tensors
-        if any(t is not None for t in (tensors.bias, tensors.relative_bias, tensors.dropout_state)):
-            return "heavy"
+        heavy = sum(t is not None for t in (tensors.bias, tensors.relative_bias, tensors.dropout_state))
+        if heavy:
+            return "heavy" if heavy == 1 else "crowded"
         if self.lists is not None:
             return "listed"
         if tensors.intervals is not None:
             return "intervals"
         shaped = any(t is not None for t in (self.spec.left, tensors.alibi_slopes, tensors.head_scale))
         return "shaped" if shaped or self.spec.softcap else "plain"
+
+    @property
+    def variants(self) -> tuple[str, ...]:
+        """What makes its kernels others than the most used ones, see `launch.look_up`.
+
+        unaligned: rows of heads do not begin at multiples of 16 elements, so loads are narrow. few: there are so
+        few programs that they may split their loops. uneven: tiles are padded, or lengths are no multiples of 16.
+        """
+        batch, heads, queries, width = self.q.shape
+        key_heads, keys, value_width = self.v.shape[1:]
+        programs = batch * min(heads * triton.cdiv(queries, MOST_ROWS), key_heads * triton.cdiv(keys, MOST_ROWS))
+        found = {
+            "unaligned": width % 16 or value_width % 16,
+            "few": 2 * programs <= self.processors,
+            "uneven": queries % 16 or keys % 16 or (width, value_width) != (self.width, self.value_width),
+        }
+        return tuple(name for name, holds in found.items() if holds)
 
     @property
     def in_nats(self) -> bool:
@@ -87,7 +108,8 @@ class Call:
 
     def tiling(self, table: dict) -> launch.Tiling:
         """The table's row for this call."""
-        row = launch.look_up(table, self.family, self.q.element_size(), self.widest, self.kind)
+        size, variants = self.q.element_size(), self.variants
+        row = launch.look_up(table, self.family, size, self.widest, self.kind, variants)
         return row if self.lists is None else launch.within_granules(row)
 
     def tile(self, tiling: launch.Tiling, relative: bool | None = None, **choices: int) -> Tile:

@@ -98,18 +98,30 @@ def family(kernel: object, device: torch.device) -> str:
     return INTERPRETER if interpreted(kernel) else _family_of_device(device)
 
 
-def look_up(table: dict[str, tuple[Row, ...]], family: str, bytes: int, width: int, kind: str = "plain") -> Tiling:
+def look_up(
+    table: dict[str, tuple[Row, ...]],
+    family: str,
+    bytes: int,
+    width: int,
+    kind: str = "plain",
+    variants: tuple[str, ...] = (),
+) -> Tiling:
     """The first row of the family's table that is wide enough; families not listed use sm_80's.
 
     Kinds other than "plain" have rows of their own, which come first: "shaped" scores and "intervals" need more
-    registers, "heavy" ones even more, a tile for "listed" granules must not be larger than these, and "tf32" and
-    "tf32x3" products of float32 run on tensor cores on every family. The kinds' rows for tiles wider than 256 are
-    those of "sm_90 wide shaped" and so on.
+    registers, "heavy" ones even more, several heavy ones at once are "crowded", a tile for "listed" granules must
+    not be larger than these, and "tf32" and "tf32x3" products of float32 run on tensor cores on every family. The
+    kinds' rows for tiles wider than 256 are those of "sm_90 wide shaped" and so on.
+
+    Variants of a call are other kernels of the same kind, which may need more registers. Their rows come before
+    all others: those of "sm_90 plain few", then "sm_90 unaligned", then "unaligned".
     """
     rows = table.get(family) or table["sm_80"]
     if family != INTERPRETER:
         own = family if width <= 256 else f"{family} wide"
-        rows = (*(row for key in _KINDS[kind] for row in table.get(key.format(own), ())), *rows)
+        keys = [key for v in variants for key in (f"{own} {kind} {v}", f"{own} {v}", v)]
+        keys += [key.format(own) for key in _KINDS[kind]]
+        rows = (*(row for key in keys for row in table.get(key, ())), *rows)
     for row in rows:
         if bytes <= row.bytes and width <= row.width:
             return row.tiling
@@ -127,6 +139,7 @@ _KINDS = {
     "plain": (),
     "shaped": ("{} shaped", "shaped"),
     "heavy": ("{} heavy", "{} shaped", "shaped"),
+    "crowded": ("{} crowded", "crowded", "{} heavy", "{} shaped", "shaped"),
     "intervals": ("{} intervals", "{} shaped", "shaped"),
     "listed": ("{} listed", "{} shaped", "shaped"),
     "tf32": ("tf32",),

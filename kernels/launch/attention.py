@@ -54,13 +54,12 @@ _EXACT = {
 # registers of a thread, shared memory, programs on a multiprocessor; then issue cycles over tensor-core cycles of
 # the loop over full tiles and of that over the causal diagonal. Nothing spills unless noted. Not yet measured. The
 # pass that computes delta from out and its gradient is bound by memory.
-_DELTA = Row(4, 256, Tiling(64, 64, 8, 3))
+_DELTA = Row(4, 128, Tiling(64, 64, 8, 3))  # D = 256: 2 spills with Triton 3.6
 _WIDE_DELTA = Row(4, 512, Tiling(32, 64, 8, 3))
 ATTENTION_DELTA = {
     "sm_80": (
-        _DELTA._replace(bytes=2),
-        _DELTA._replace(width=128),
-        Row(4, 256, Tiling(32, 64, 4, 3)),  # 64 x 64: 2 spills
+        _DELTA,
+        Row(4, 256, Tiling(32, 64, 4, 3)),
         _WIDE_DELTA,
     ),
     INTERPRETER: (_DELTA._replace(width=512),),
@@ -569,4 +568,87 @@ ATTENTION_STATISTICS = {
     ),
     "sm_100 wide shaped": (Row(2, 512, Tiling(16, 16, 8, 1)),),  # 32 x 16: 5 and 11
     "tf32": (Row(4, 128, Tiling(32, 16, 8, 1)), Row(4, 256, Tiling(16, 16, 8, 1))),  # 32 x 16: 3 on sm_86
+}
+
+# Everything at once: window, soft cap, slopes, sinks, lengths, biases and dropout. Compiled by Triton 3.6.0.
+ATTENTION_FORWARD |= {
+    "sm_80 crowded": (Row(2, 64, Tiling(64, 64, 8, 2)),),  # 128 x 64: 2
+    "sm_90 wide crowded": (Row(2, 512, Tiling(64, 16, 8, 2, values=256)),),  # 128 x 16: 16 spills
+}
+ATTENTION_DKDV |= {
+    # On sm_90 64 x 64 at D = 64: 26, 32 x 64 at D = 128: 12; on sm_80 64 x 32 at D = 256: 4.
+    "crowded": (Row(2, 128, Tiling(32, 32, 8, 2)), Row(2, 256, Tiling(32, 32, 8, 1))),
+    "sm_90 wide crowded": (Row(2, 512, Tiling(16, 16, 8, 2)),),  # 16 x 32: 4
+}
+ATTENTION_DQ |= {
+    # On sm_90 at D = 64 128 x 64: 32, 64 x 64: 14; on sm_80 at D = 128 64 x 32 with 4 warps: 8.
+    "crowded": (Row(2, 128, Tiling(64, 32, 8, 2)), Row(2, 256, Tiling(32, 32, 8, 1))),
+    "sm_90 wide crowded": (Row(2, 512, Tiling(16, 32, 8, 2)),),  # 32 x 32: 4
+}
+ATTENTION_BIAS |= {
+    "crowded": (Row(2, 64, Tiling(32, 32, 4, 1)),),  # on sm_90 64 x 64: 26
+    "sm_80 crowded": (Row(2, 64, Tiling(32, 32, 4, 1)), Row(2, 128, Tiling(32, 32, 8, 1))),  # 4 warps: 2
+}
+
+# ---- variants, see `look_up`: the kernels above, which need more registers ---- With Triton 3.6.0, the oldest
+# that we serve. Rows that need no other tile are repeated here, because rows are bounds.
+ATTENTION_FORWARD |= {
+    # Narrow loads, on sm_90: 3 to 210 with the rows above.
+    "unaligned": (
+        Row(2, 64, Tiling(64, 64, 8, 2)),
+        Row(2, 256, Tiling(32, 32, 8, 2)),  # 64 x 32: 2 for a crowded call at D = 72
+        Row(2, 512, Tiling(32, 16, 8, 2)),
+    ),
+    # Loops that programs split. 128 x 128 at D = 128: 2 spills with Triton 3.6; 128 x 64 at D = 160: 2.
+    "sm_90 plain few": (
+        Row(2, 64, Tiling(128, 128, 8, 3)),
+        Row(2, 128, Tiling(128, 64, 8, 3)),
+        Row(2, 256, Tiling(128, 32, 8, 2)),
+    ),
+}
+ATTENTION_DKDV |= {
+    # On sm_90: 6 to 264 with the rows above; at D = 72 32 x 64: 14, at D = 136 32 x 32: 8.
+    "unaligned": (
+        Row(2, 64, Tiling(32, 64, 8, 2)),
+        Row(2, 128, Tiling(32, 32, 8, 2)),
+        Row(2, 256, Tiling(16, 32, 8, 1)),
+        Row(2, 512, Tiling(16, 16, 8, 1)),
+    ),
+    "sm_80 heavy uneven": (
+        Row(2, 64, Tiling(64, 32, 8, 2)),
+        Row(2, 128, Tiling(64, 32, 8, 1)),  # 2 stages: 2
+    ),
+    "sm_90 listed uneven": (Row(2, 64, Tiling(64, 32, 8, 2)), *ATTENTION_DKDV["sm_90 listed"]),  # 64 x 64: 2
+    "sm_90 heavy uneven": (
+        Row(2, 64, Tiling(64, 64, 8, 2)),
+        Row(2, 128, Tiling(32, 64, 8, 2)),
+        Row(2, 256, Tiling(32, 32, 8, 1)),  # 64 x 32: 2 to 4
+    ),
+}
+ATTENTION_DQ |= {
+    # On sm_90: 2 to 110 with the rows above; at D = 72 64 x 32: 2.
+    "unaligned": (
+        Row(2, 64, Tiling(64, 64, 8, 2)),
+        Row(2, 256, Tiling(32, 32, 8, 1)),
+        Row(2, 512, Tiling(16, 16, 8, 1)),
+    ),
+    "sm_80 heavy uneven": (
+        Row(2, 64, Tiling(128, 32, 8, 2)),
+        Row(2, 128, Tiling(64, 32, 8, 2)),  # 4 warps: 2
+        Row(2, 256, Tiling(32, 32, 8, 1)),  # 64 x 32: 2
+    ),
+    # 2 stages: 2 to 4
+    **{
+        f"sm_90 wide {kind} uneven": (Row(2, 512, Tiling(32, 64, 8, 1)),)
+        for kind in ("plain", "intervals", "listed")
+    },
+}
+ATTENTION_BIAS |= {
+    # On sm_90 at D = 72 64 x 64: 44, 32 x 32: 60.
+    "unaligned": (Row(2, 64, Tiling(32, 32, 4, 1)), Row(2, 256, Tiling(16, 16, 4, 1))),
+    "sm_90 heavy uneven": (
+        Row(2, 64, Tiling(64, 64, 4, 2)),
+        Row(2, 128, Tiling(64, 64, 8, 1)),
+        Row(2, 256, Tiling(16, 16, 8, 1)),  # 4 warps: 2
+    ),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import itertools
 from pathlib import Path
 
@@ -15,7 +16,10 @@ import fastattn
 
 triton = pytest.importorskip("triton")
 
+from fastattn.core.attention.spec import AttentionSpec, ScoreTensors  # noqa: E402
 from fastattn.kernels import launch  # noqa: E402
+from fastattn.kernels.attention.forward import attention_forward_kernel  # noqa: E402
+from fastattn.kernels.attention.problem import Call  # noqa: E402
 from fastattn.kernels.tiles import heavy_first  # noqa: E402
 
 
@@ -111,18 +115,62 @@ TABLES = [name for name in launch.__all__ if name.startswith("ATTENTION_")]
 def test_every_architecture_dtype_width_and_kind_has_a_row(arch: int | str, name: str) -> None:
     family, table = launch.family_of("hip" if isinstance(arch, str) else "cuda", arch), getattr(launch, name)
     for element_bytes, width in itertools.product((2, 4), (16, 32, 64, 128, 256, 512)):
-        kinds = ("plain", "shaped", "heavy", "intervals", "listed")
+        kinds = ("plain", "shaped", "heavy", "crowded", "intervals", "listed")
         kinds += ("tf32", "tf32x3") * (element_bytes == 4 and width < 512)
-        for kind in kinds:
+        for kind, variants in itertools.product(
+            kinds, ((), ("unaligned", "few", "uneven"), ("few",), ("uneven",))
+        ):
             if name == "ATTENTION_TANGENT" and element_bytes == 4 and width > 128:
                 continue  # refused, see the capability table
-            tiling = launch.look_up(table, family, element_bytes, width, kind)
+            tiling = launch.look_up(table, family, element_bytes, width, kind, variants)
             assert min(tiling[:2]) >= (16 if element_bytes == 2 else 8)
             # A tile this wide has few rows: more would fill shared memory, or registers, on every GPU.
             wide = width == 512 and name != "ATTENTION_DELTA"
             assert not wide or tiling.block_m * tiling.block_n <= 4096, (kind, element_bytes)
     with pytest.raises(ValueError, match="no launch configuration for 8-byte elements"):
         launch.look_up(table, family, 8, 64)
+
+
+@pytest.mark.parametrize(
+    ("queries", "keys", "width", "heads", "variants"),
+    [
+        (4096, 4096, 128, 16, ()),
+        (4096, 4096, 96, 16, ("uneven",)),
+        (4096, 4095, 128, 16, ("uneven",)),
+        (4096, 4096, 72, 16, ("unaligned", "uneven")),
+        (2048, 2048, 128, 4, ("few",)),
+        (4096, 128, 128, 4, ("few",)),  # few keys: their gradients have few programs
+        (1, 4096, 128, 16, ("few", "uneven")),
+    ],
+)
+def test_the_variant_of_a_kernel_is_known_from_its_shapes(queries, keys, width, heads, variants, monkeypatch):
+    """They choose its row: variants need more registers, which must not make the most used kernels slower."""
+    monkeypatch.setattr(launch, "processors", lambda family, device: 132)
+    q, k = (torch.empty(1, n, length, width) for n, length in ((heads, queries), (heads // 2, keys)))
+    call = Call(attention_forward_kernel, q, k, k, AttentionSpec(), ScoreTensors(), None)
+    assert call.variants == variants
+
+
+@pytest.mark.parametrize(
+    ("asked", "kind"),
+    [
+        (("bias",), "heavy"), (("relative_bias",), "heavy"), (("dropout_state",), "heavy"),
+        (("bias", "dropout_state"), "crowded"), (("bias", "relative_bias", "dropout_state"), "crowded"),
+    ],
+)  # fmt: skip
+def test_several_heavy_features_at_once_are_a_kind_of_their_own(asked, kind):
+    q = torch.empty(1, 2, 16, 16)
+    tensors = ScoreTensors(**{name: torch.empty(1, 2, 16, 16) for name in asked})
+    assert Call(attention_forward_kernel, q, q, q, AttentionSpec(dropout=0.5), tensors, None).kind == kind
+
+
+def test_rows_of_a_variant_come_first_and_those_of_its_kind_before_others():
+    plain, few, unaligned = (launch.Row(2, 64, launch.Tiling(size, 16, 4, 1)) for size in (128, 64, 32))
+    table = {"sm_80": (plain,), "sm_80 plain few": (few,), "unaligned": (unaligned,)}
+    ask = functools.partial(launch.look_up, table, "sm_80", 2, 64)
+    assert ask("plain") == ask("shaped", ("few",)) == plain.tiling
+    assert ask("plain", ("few",)) == few.tiling
+    assert ask("plain", ("unaligned", "few")) == ask("shaped", ("unaligned",)) == unaligned.tiling
 
 
 def test_no_function_of_the_kernels_takes_more_than_twelve_arguments() -> None:
