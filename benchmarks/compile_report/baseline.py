@@ -53,7 +53,7 @@ def resource_complaints(row: Row, known_spills: int = 0) -> list[str]:
         return [f"{row.name}: {row.error}"]
     found = []
     if row.spills > known_spills and TARGETS[row.target].must_not_spill:
-        found.append(f"{row.name}: {row.spills} spill instructions ({row.tile})")
+        found.append(f"{row.name}: {row.spills} spilled registers or spill instructions ({row.tile})")
     if row.serialised:
         found.append(f"{row.name}: asynchronous products wait for one another, ptxas C7515 ({row.tile})")
     found += [f"{row.name}: {hazard} ({row.tile})" for hazard in row.hazards]

@@ -67,7 +67,10 @@ def catching(target: Target, only: str | None = None) -> Iterator[list[Compiled]
 
     driver.set_active(TargetOnly(target))
     launch._family_of_device.cache_clear()
-    with mock.patch.object(JITFunction, "run", compile_only):
+    with (
+        mock.patch.object(JITFunction, "run", compile_only),
+        mock.patch.object(launch, "processors", lambda family, device: target.processors),
+    ):
         yield caught
 
 

@@ -68,14 +68,15 @@ class TensorOperation(NamedTuple):
         return f"{self.kind} {'x'.join(map(str, self.shape))}"
 
 
-def disassemble(cubin: bytes) -> tuple[int, list[Instruction]]:
-    """Registers a thread, and the instructions, of a cubin that holds one kernel."""
+def disassemble(cubin: bytes) -> tuple[int, int, list[Instruction]]:
+    """Registers and bytes of the stack of a thread, and the instructions, of a cubin that holds one kernel."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         command = [str(CUOBJDUMP), "-sass", "-res-usage", file.name]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return int(re.search(r"\bREG:(\d+)", text)[1]), parse(text)
+    registers, stack = (int(re.search(rf"\b{name}:(\d+)", text)[1]) for name in ("REG", "STACK"))
+    return registers, stack, parse(text)
 
 
 _LINE = re.compile(r"^\s+/\*([0-9a-f]+)\*/\s+(@!?U?P\w+)?\s*([A-Z][\w.]*)\s*(.*?)\s*;", re.MULTILINE)

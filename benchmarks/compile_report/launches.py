@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -41,18 +42,51 @@ def _heads() -> torch.Tensor:
     return torch.empty((4, 16), device="meta")
 
 
-# The options that change scores, one by one and all at once.
-SHAPES: dict[str, dict] = {
-    "window": {"window": (512, None)},
-    "softcap": {"softcap": 30.0},
-    "alibi": {"alibi_slopes": _heads()},
-    "sinks and lengths": {"sinks": _heads(), "key_lengths": torch.empty(4, dtype=torch.int32, device="meta")},
-}
-SHAPES["everything"] = {name: value for shape in list(SHAPES.values()) for name, value in shape.items()}
+def _shapes(batch: int, heads: int, length: int) -> dict[str, dict]:
+    """The options that change scores, one by one and several at once. Of tensors only shapes, strides and dtypes
+    matter here."""
+
+    def by_head() -> torch.Tensor:
+        return torch.empty((batch, heads), device="meta")
+
+    def bias(*shape: int, dtype: torch.dtype = torch.bfloat16) -> dict:
+        return {"bias": torch.empty(shape, dtype=dtype, device="meta")}
+
+    def dropout(numbers: int) -> dict:
+        return {
+            "dropout": 0.125,
+            "dropout_state": torch.empty((batch, numbers), dtype=torch.int64, device="meta"),
+        }
+
+    lengths = torch.empty(batch, dtype=torch.int32, device="meta")
+    shapes: dict[str, dict] = {
+        "window": {"window": (512, None)},
+        "softcap": {"softcap": 30.0},
+        "alibi": {"alibi_slopes": by_head()},
+        "sinks and lengths": {"sinks": by_head(), "key_lengths": lengths},
+    }
+    shapes["everything"] = {name: value for shape in list(shapes.values()) for name, value in shape.items()}
+    intervals = torch.empty((batch, 2, 2 * length), dtype=torch.int32, device="meta")
+    shapes |= {
+        "intervals": {"causal": False, "intervals": intervals},
+        "lists": {"lists": _lists(False)},
+        "lists that count": {"lists": _lists(True)},
+        "bias": bias(batch, heads, length, length),
+        "bool mask": bias(batch, 1, length, length, dtype=torch.bool),
+        "padding as bias": bias(batch, 1, 1, length),
+        "relative bias": {"relative_bias": torch.empty((batch, heads, 257), device="meta")},
+        "dropout": dropout(2),
+        "dropout of a part": dropout(5),
+        "tf32": {"precision": "tf32"},
+        "tf32x3": {"precision": "tf32x3"},
+    }  # fmt: skip
+    heavy = ("everything", "bias", "relative bias", "dropout")
+    shapes["everything and heavy"] = {name: value for shape in heavy for name, value in shapes[shape].items()}
+    return shapes
 
 
 def _lists(counted: bool) -> BlockLists:
-    """Block lists of one mask for all heads; only shapes, strides and dtypes matter here."""
+    """Block lists of one mask for all heads."""
 
     def take(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -63,22 +97,9 @@ def _lists(counted: bool) -> BlockLists:
     return BlockLists(*half, *half, take(64, 64, dtype=torch.int64), take(1, 1), *shared, *shared)
 
 
-SHAPES |= {
-    "intervals": {"causal": False, "intervals": torch.empty((4, 2, 8192), dtype=torch.int32, device="meta")},
-    "lists": {"lists": _lists(False)},
-    "lists that count": {"lists": _lists(True)},
-    "bias": {"bias": torch.empty((4, 16, 4096, 4096), dtype=torch.bfloat16, device="meta")},
-    "bool mask": {"bias": torch.empty((4, 1, 4096, 4096), dtype=torch.bool, device="meta")},
-    "padding as bias": {"bias": torch.empty((4, 1, 1, 4096), dtype=torch.bfloat16, device="meta")},
-    "relative bias": {"relative_bias": torch.empty((4, 16, 257), device="meta")},
-    "dropout": {"dropout": 0.125, "dropout_state": torch.empty((4, 2), dtype=torch.int64, device="meta")},
-    "dropout of a part": {
-        "dropout": 0.125,
-        "dropout_state": torch.empty((4, 5), dtype=torch.int64, device="meta"),
-    },
-    "tf32": {"precision": "tf32"},
-    "tf32x3": {"precision": "tf32x3"},
-}
+SHAPES = _shapes(4, 16, 4096)
+UNEVEN_LENGTH = 1023
+UNEVEN_SHAPES = _shapes(1, 4, UNEVEN_LENGTH)
 
 
 @dataclass(frozen=True)
@@ -90,6 +111,8 @@ class AttentionCall:
     causal: bool
     value_dim: int | None = None
     shaped: str = ""  # a key of SHAPES
+
+    shapes: ClassVar[dict[str, dict]] = SHAPES
 
     @property
     def name(self) -> str:
@@ -109,7 +132,7 @@ class AttentionCall:
 
     def asked(self) -> tuple[AttentionSpec, ScoreTensors, BlockLists | None]:
         """The call's options, the tensors that shape its scores, and its block lists."""
-        ask = dict(SHAPES.get(self.shaped, {}))
+        ask = dict(self.shapes.get(self.shaped, {}))
         lists = ask.pop("lists", None)
         tensors = ScoreTensors(**{name: ask.pop(name) for name in ScoreTensors._fields if name in ask})
         return AttentionSpec(**{"causal": self.causal, "scale": self.head_dim**-0.5, **ask}), tensors, lists
@@ -118,6 +141,24 @@ class AttentionCall:
         """As a linear layer returns them: (batch, tokens, heads, width) in memory, (batch, heads, tokens, width)
         as shape."""
         shape = (4, 4096, heads, width)
+        return torch.empty(shape, dtype=DTYPES[self.dtype], device="meta").transpose(1, 2)
+
+
+@dataclass(frozen=True)
+class UnevenCall(AttentionCall):
+    """The same of one short sequence: 4 query heads on 2 key heads, 1023 tokens. So few programs split their
+    loops, and a length that is no multiple of 16 makes another kernel. So does a head dimension that a tile is
+    padded for."""
+
+    shapes: ClassVar[dict[str, dict]] = UNEVEN_SHAPES
+    compared: ClassVar[bool] = False
+
+    @property
+    def name(self) -> str:
+        return f"{super().name} uneven"
+
+    def heads(self, heads: int, width: int) -> torch.Tensor:
+        shape = (1, UNEVEN_LENGTH, {16: 4, 4: 2}[heads], width)
         return torch.empty(shape, dtype=DTYPES[self.dtype], device="meta").transpose(1, 2)
 
 
@@ -306,13 +347,20 @@ class LossCall:
     dtype: str
     width: int
     options: str = ""  # some of "bias", "weights", "softcap", "smoothing", "entropy", "probabilities"
+    classes: int = 32768
 
     @property
     def name(self) -> str:
-        return f"loss {self.dtype} d={self.width} {self.options or 'plain'}"
+        classes = "" if self.compared else f" V={self.classes}"
+        return f"loss {self.dtype} d={self.width}{classes} {self.options or 'plain'}"
+
+    @property
+    def compared(self) -> bool:
+        """Whether rows of classes begin at multiples of 16, as in most models."""
+        return self.classes % 16 == 0
 
     def run(self) -> None:
-        tokens, classes, asked = 8192, 32768, self.options.split()
+        tokens, classes, asked = 8192, self.classes, self.options.split()
         x, w = self.tensor(tokens, self.width), self.tensor(classes, self.width)
         loss = Loss(
             softcap=30.0 if "softcap" in asked else 0.0,
@@ -439,6 +487,24 @@ WIDTHS = (64, 128, 256, 512)  # a class of rows each
 
 CALLS: tuple[Call, ...] = (
     *(
+        UnevenCall("bf16", width, causal, shaped=shape)
+        for width in WIDTHS
+        for causal, shape in (
+            (True, ""),
+            (False, ""),
+            (True, "everything"),
+            (True, "bias"),
+            (True, "everything and heavy"),
+            (False, "bool mask"),
+            (False, "lists"),
+            (False, "intervals"),
+        )
+    ),
+    # No multiples of 16 and some that are, in each class but the widest.
+    *(UnevenCall("bf16", width, causal) for width in (40, 72, 136) for causal in (True, False)),
+    *(UnevenCall("bf16", width, True) for width in (96, 160)),
+    UnevenCall("bf16", 72, True, shaped="everything and heavy"),
+    *(
         InvariantCall(dtype, width, kind)
         for dtype, width, kind in (
             *(("bf16", width, "everything") for width in (64, 128, 256)),
@@ -522,6 +588,7 @@ CALLS: tuple[Call, ...] = (
     LossCall("bf16", 4096, "bias weights softcap smoothing"),
     LossCall("bf16", 4096, "bias weights softcap smoothing entropy"),
     LossCall("bf16", 1024, "bias weights softcap smoothing entropy probabilities"),
+    *(LossCall("bf16", 1024, f"{more}probabilities", 2111) for more in ("", "softcap ", "bias smoothing ")),
     LossCall("fp32", 1024),
     LossCall("fp32", 1024, "bias weights softcap smoothing entropy"),
     LossCall("fp32", 1024, "bias weights softcap smoothing entropy probabilities"),

@@ -27,6 +27,7 @@ class Target:
     warps: int
     programs: int
     tensor_flops: int
+    processors: int  # there are: launches with fewer programs split their loops
     must_not_spill: bool = False
 
     @property
@@ -41,22 +42,23 @@ def _nvidia(
     warps: int,
     programs: int,
     tensor_flops: int,
+    processors: int,
 ) -> Target:
     return Target(
         f"sm_{arch}", "cuda", arch, 32, shared_limit * KIB, shared_memory * KIB,
-        warps, programs, tensor_flops, must_not_spill=True,
+        warps, programs, tensor_flops, processors, must_not_spill=True,
     )  # fmt: skip
 
 
 TARGETS = {
     target.name: target
     for target in (
-        _nvidia(80, 163, 164, 64, 32, 2048),
-        _nvidia(86, 99, 100, 48, 16, 1024),
-        _nvidia(90, 227, 228, 64, 32, 4096),
-        _nvidia(100, 227, 228, 64, 32, 8192),
-        _nvidia(120, 99, 100, 48, 24, 1024),
-        Target("gfx942", "hip", "gfx942", 64, 64 * KIB, 64 * KIB, 32, 32, 2048),
+        _nvidia(80, 163, 164, 64, 32, 2048, 108),
+        _nvidia(86, 99, 100, 48, 16, 1024, 84),
+        _nvidia(90, 227, 228, 64, 32, 4096, 132),
+        _nvidia(100, 227, 228, 64, 32, 8192, 148),
+        _nvidia(120, 99, 100, 48, 24, 1024, 170),
+        Target("gfx942", "hip", "gfx942", 64, 64 * KIB, 64 * KIB, 32, 32, 2048, 304),
     )
 }
 

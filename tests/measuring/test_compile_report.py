@@ -246,7 +246,7 @@ def test_a_sound_row_has_nothing_to_complain_about() -> None:
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        ({"spills": 4}, "4 spill instructions"),
+        ({"spills": 4}, "4 spilled registers or spill instructions"),
         ({"shared": 4096}, "4096 bytes of shared memory of 2048"),
         ({"tensor_memory": 640}, "640 columns of tensor memory"),
         ({"serialised": True}, "asynchronous products wait for one another"),
@@ -333,6 +333,42 @@ def test_one_call_end_to_end(tmp_path: Path) -> None:
         }
         assert {loop["kind"] for loop in rows["attention_forward_kernel"]["loops"]} == {"full tile", "masked"}
         assert all(row["registers"] > 0 and row["spills"] == 0 for row in rows.values())
+
+
+EVERY_LOOP_ASKED_FOR = """
+from benchmarks.compile_report.compiling import catching
+from benchmarks.compile_report.launches import CALLS, AttentionCall, UnevenCall
+from benchmarks.compile_report.targets import TARGETS
+from triton.runtime.jit import JITFunction
+
+for target in (TARGETS["sm_86"], TARGETS["sm_90"]):  # the fewest processors, and the most used
+    asked, widths, run = set(), set(), JITFunction.run
+    def noted(kernel, *arguments, **keywords):
+        for problem in arguments:
+            if type(problem).__name__ == "Problem":
+                asked.add((kernel.__name__, "split" if problem.splits else "whole"))
+                length = problem.shape.queries
+                asked.add((kernel.__name__, "even" if length % 16 == 0 else "uneven"))
+                widths.add(keywords["tile"].values()["HEAD_DIM"])
+    with catching(target, only="none of them"):
+        JITFunction.run = noted
+        for call in CALLS:
+            if type(call) in (AttentionCall, UnevenCall) and call.head_dim <= 160:
+                call.run()
+    print(target.name, *sorted(f"{name}:{how}" for name, how in asked), *sorted(widths))
+    JITFunction.run = run
+"""
+
+
+def test_loops_that_programs_split_odd_lengths_and_odd_widths_are_in_the_report(tmp_path: Path) -> None:
+    """A spill of theirs was seen first on a GPU: on a meta tensor there were no processors to keep busy."""
+    done = run("-c", "import os; del os.environ['TRITON_INTERPRET']\n" + EVERY_LOOP_ASKED_FOR, cache=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    kernels = ("attention_forward_kernel", "attention_dkdv_kernel", "attention_dq_kernel")
+    wanted = {f"{name}:{how}" for name in kernels for how in ("split", "whole", "even", "uneven")}
+    for line in done.stdout.splitlines():
+        # Some widths of each class, once with rows that begin at multiples of 16 elements and once without.
+        assert (wanted | {"40", "72", "80", "96", "136", "160"}) <= set(line.split()), line
 
 
 EVERY_ROW_ASKED_FOR = """
