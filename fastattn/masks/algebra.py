@@ -13,8 +13,16 @@ from fastattn.ground.arguments import flag, integer
 from fastattn.ground.checks import window_that_hides
 from fastattn.ground.modes import fake_mode, kept, lasts, outside_modes, reading
 from fastattn.masks import pictures
-from fastattn.masks.lists import Lowered, Shape, the_device
-from fastattn.masks.lowering import FULL, PARTIAL, Positions, Slab, build_lists
+from fastattn.masks.lists import GRANULE, Lowered, Shape, the_device
+from fastattn.masks.lowering import (
+    FULL,
+    PARTIAL,
+    Positions,
+    Slab,
+    build_lists,
+    words_of_intervals,
+    words_of_pairs,
+)
 
 COMPARED_BY_VALUE = 4096  # elements; larger tensors are equal if they are the same tensor
 KEPT = 32  # how many lowered masks are cached
@@ -79,9 +87,20 @@ class Mask:
         raise NotImplementedError
 
     def states(self, slab: Slab) -> Tensor:
-        """For each granule of the slab: EMPTY if none of its pairs is seen, FULL if all are, PARTIAL if unknown.
-        int8, broadcasts to (rows, columns) of the slab."""
-        return torch.full((1, 1), PARTIAL, dtype=torch.int8, device=slab.shape.device)
+        """For each block of the slab: EMPTY if none of its pairs is seen, FULL if all are, PARTIAL if unknown.
+        int8, broadcasts against rows and columns of the slab."""
+        return torch.full((), PARTIAL, dtype=torch.int8, device=slab.shape.device)
+
+    def words(self, slab: Slab) -> Tensor:
+        """Which keys each query of some granules sees: words (G, 64), bit j is the j-th key. Bits of queries and
+        keys that do not exist say nothing."""
+        intervals = _intervals(self, slab.shape)
+        if intervals is not None:
+            query = slab.rows[:, None] * GRANULE + torch.arange(GRANULE, device=slab.rows.device)
+            query, first = query.clamp(max=slab.shape.queries - 1), slab.columns[:, None] * GRANULE
+            start, stop = (t[slab.batch if len(t) > 1 else 0][query] - first for t in intervals)
+            return words_of_intervals(start, stop)
+        return words_of_pairs(self, slab)
 
     def counts(self, at: Positions) -> Tensor:
         """How often each key that is seen counts in the softmax, integers. Constant within a FULL granule."""
@@ -294,6 +313,11 @@ def _lower(mask: Mask, shape: Shape, closed_forms: bool) -> Lowered:
     return lowered.to(shape.device)
 
 
+@kept(8)
+def _intervals(mask: Mask, shape: Shape) -> Intervals | None:
+    return mask.intervals(shape)
+
+
 def both_ways(intervals: Intervals, shape: Shape) -> Tensor | None:
     """The interval of keys for each query, then of queries for each key: int32 (1 or B, 2, Lq + Lk). None if the
     intervals move backward anywhere: then the queries that see a key may not form one interval."""
@@ -343,6 +367,9 @@ class And(_Pair):
 
     def states(self, slab: Slab) -> Tensor:
         return torch.minimum(self.first.states(slab), self.second.states(slab))
+
+    def words(self, slab: Slab) -> Tensor:
+        return self.first.words(slab) & self.second.words(slab)
 
     @property
     def repeats(self) -> bool:
@@ -394,6 +421,9 @@ class Or(_Pair):
     def states(self, slab: Slab) -> Tensor:
         return torch.maximum(self.first.states(slab), self.second.states(slab))
 
+    def words(self, slab: Slab) -> Tensor:
+        return self.first.words(slab) | self.second.words(slab)
+
     def key_ends(self, device: torch.device) -> Tensor | None:
         first, second = self.first.key_ends(device), self.second.key_ends(device)
         return None if first is None or second is None else torch.maximum(first, second)
@@ -429,6 +459,9 @@ class Not(Mask):
 
     def states(self, slab: Slab) -> Tensor:
         return FULL - self.mask.states(slab)
+
+    def words(self, slab: Slab) -> Tensor:
+        return ~self.mask.words(slab)
 
     def of_distance(self) -> bool:
         return self.mask.of_distance()

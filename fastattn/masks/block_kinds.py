@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastattn.ground.modes import kept
 from fastattn.masks import random_blocks
 from fastattn.masks.algebra import Mask, Values
 from fastattn.masks.kinds import check_grid, four_dimensional, pick, state, varies_by_shape
-from fastattn.masks.lists import Shape
-from fastattn.masks.lowering import PARTIAL, Positions, Slab
+from fastattn.masks.lists import GRANULE, Shape
+from fastattn.masks.lowering import PARTIAL, Positions, Slab, words_of_intervals
 
 Index = int | Tensor
 
@@ -33,28 +34,71 @@ class _Cells(Mask):
             return super().counts(at)
         return self.cells(at.shape, at.batch, at.head, at.query // self.block, at.key // self.block)
 
+    def anywhere(self, shape: Shape, size: int) -> Tensor:
+        """Whether any key is seen in each square of size x size blocks, or may be: bool (1 or B, 1 or H, R, C)."""
+        raise NotImplementedError
+
     def states(self, slab: Slab) -> Tensor:
-        top, bottom = (t // self.block for t in slab.queries)
-        left, right = (t // self.block for t in slab.keys)
-        rows = torch.arange(int(top[0]), int(bottom[-1]) + 1, device=top.device)[:, None]
-        columns = torch.arange(int(right[0, -1]) + 1, device=top.device)[None]
-        cells = self.cells(slab.shape, slab.batch, slab.head, rows, columns).expand(len(rows), columns.shape[1])
-        box = (top[:, 0] - top[0, 0], bottom[:, 0] - top[0, 0] + 1, left[0], right[0] + 1)
-        hits, area = _box_sums(cells > 0, *box), (bottom - top + 1) * (right - left + 1)
+        if slab.unit > max(GRANULE, self.block):
+            if slab.unit % self.block:
+                return super().states(slab)
+            seen = _anywhere(self, slab.shape, slab.unit // self.block)
+            seen = seen[pick(seen.shape[0], slab.batch), pick(seen.shape[1], slab.head)]
+            return seen.to(slab.shape.device)[slab.rows, slab.columns].to(torch.int8)  # PARTIAL, or EMPTY
+        there, cells = self._within(slab)
+        hits, area = (there & (cells > 0)).sum((-2, -1)), there.sum((-2, -1))
         states = state(some=hits > 0, all=hits == area)
         if self.repeats:
             # The blocks of a granule may count differently. It is FULL only if it has one block, or all count
             # once.
-            same = (area == 1) | (_box_sums(cells, *box) == area)
+            same = (area == 1) | ((there * cells).sum((-2, -1)) == area)
             states = torch.where(same, states, states.clamp(max=PARTIAL))
         return states
 
+    def words(self, slab: Slab) -> Tensor:
+        (there, cells), block = self._within(slab), self.block
+        left, top = slab.columns * GRANULE // block, slab.rows * GRANULE // block
+        begin = (left[:, None] + torch.arange(there.shape[2], device=left.device)) * block
+        begin = begin - slab.columns[:, None] * GRANULE
+        # The blocks of a row have no bits in common.
+        of_rows = torch.where(there & (cells > 0), words_of_intervals(begin, begin + block)[:, None], 0).sum(2)
+        query = slab.rows[:, None] * GRANULE + torch.arange(GRANULE, device=left.device)
+        return of_rows.gather(1, (query // block - top[:, None]).clamp(max=there.shape[1] - 1))
 
-def _box_sums(cells: Tensor, top: Tensor, bottom: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """Sums of cells over boxes (r, c): rows top[r] to before bottom[r], columns left[c] to before right[c]."""
-    along = F.pad(cells.cumsum(1, dtype=torch.int32), (1, 0))
-    down = F.pad((along[:, right] - along[:, left]).cumsum(0, dtype=torch.int32), (0, 0, 1, 0))
-    return down[bottom] - down[top]
+    def _within(self, slab: Slab) -> tuple[Tensor, Tensor]:
+        """The blocks in each part of a slab, down and across: whether there is one, and its cell."""
+        sides = []
+        for first, last in (slab.queries, slab.keys):
+            first, last = first // self.block, last // self.block
+            most = int((last - first).max()) + 1 if first.numel() else 1
+            blocks = first[..., None] + torch.arange(most, device=first.device)
+            sides.append((blocks <= last[..., None], torch.minimum(blocks, last[..., None])))
+        (down, rows), (across, columns) = sides
+        cells = self.cells(slab.shape, slab.batch, slab.head, rows[..., None], columns[..., None, :])
+        return torch.broadcast_tensors(down[..., None] & across[..., None, :], cells)  # type: ignore[return-value]
+
+
+@kept(8)
+def _anywhere(mask: _Cells, shape: Shape, size: int) -> Tensor:
+    return mask.anywhere(shape, size)
+
+
+def _listed(drawn: Tensor, size: int, window: int, first: int, last: int) -> Tensor:
+    """Where BigBird sees anything, in squares of size x size blocks: bool (1, 1 or H, R, R).
+
+    drawn: its random blocks, (1 or H, blocks, random). window: how many blocks beside its own a block sees. first,
+    last: the blocks before `first` and from `last` on see all, and are seen by all.
+    """
+    count = -(-drawn.shape[1] // size)
+    number = torch.arange(count, device=drawn.device)
+    # Two squares are as near as the end of one and the begin of the other.
+    seen = (number[:, None] - number).abs() * size - (size - 1) <= window
+    for side in (number[:, None], number):
+        seen = seen | (side * size < first) | ((side + 1) * size > last)
+    seen = seen.expand(drawn.shape[0], count, count).clone()
+    head, row, which = (drawn >= 0).nonzero().unbind(1)
+    seen[head, row // size, drawn[head, row, which] // size] = True
+    return seen[None]
 
 
 @dataclass(frozen=True, repr=False)
@@ -74,6 +118,11 @@ class Blocks(_Cells):
         where = (pick(grid.shape[0], batch), pick(grid.shape[1], head), row, column)
         home = grid.device
         return grid[tuple(t.to(home) if isinstance(t, Tensor) else t for t in where)].to(row.device)
+
+    def anywhere(self, shape: Shape, size: int) -> Tensor:
+        seen = four_dimensional(self.grid.tensor) > 0
+        seen = F.pad(seen, (0, -seen.shape[3] % size, 0, -seen.shape[2] % size))
+        return seen.unflatten(3, (-1, size)).any(4).unflatten(2, (-1, size)).any(3)
 
     def varies(self, shape: Shape) -> tuple[bool, bool]:
         return varies_by_shape(self.grid)
@@ -98,20 +147,28 @@ class BigBird(_Cells):
     per_head: bool
 
     def cells(self, shape: Shape, batch: Index, head: Index, row: Tensor, column: Tensor) -> Tensor:
-        count, last = -(-shape.keys // self.block), -(-shape.keys // self.block) - self.global_blocks
-        drawn = random_blocks.paper_blocks(
-            count,
-            shape.heads if self.per_head else 1,
-            self.random,
-            self.global_blocks,
-            self.window_blocks // 2,
-            self.seed,
-        ).to(row.device)
+        last = -(-shape.keys // self.block) - self.global_blocks
+        drawn = self._drawn(shape).to(row.device)
         drawn = drawn[pick(drawn.shape[0], head), row]
         seen = ((row - column).abs() <= self.window_blocks // 2) | (drawn == column[..., None]).any(-1)
         for block in (row, column):
             seen = seen | (block < self.global_blocks) | (block >= last)
         return seen
+
+    def anywhere(self, shape: Shape, size: int) -> Tensor:
+        drawn, last = self._drawn(shape), -(-shape.keys // self.block) - self.global_blocks
+        return _listed(drawn, size, self.window_blocks // 2, self.global_blocks, last)
+
+    def _drawn(self, shape: Shape) -> Tensor:
+        """The random blocks of each row of blocks, (1 or H, blocks, random)."""
+        return random_blocks.paper_blocks(
+            -(-shape.keys // self.block),
+            shape.heads if self.per_head else 1,
+            self.random,
+            self.global_blocks,
+            self.window_blocks // 2,
+            self.seed,
+        )
 
     def varies(self, shape: Shape) -> tuple[bool, bool]:
         return False, self.per_head and shape.heads > 1
@@ -146,13 +203,24 @@ class HuggingFaceBigBird(_Cells):
         count = shape.keys // self.block
         if count <= 5 + 2 * self.random:  # `transformers` uses full attention for so few blocks
             return torch.ones_like(row + column)
-        drawn = random_blocks.huggingface_blocks(
-            count, self.block, shape.heads, self.random, self.seed if self.training else None, self.max_positions
-        ).to(row.device)
+        drawn = self._drawn(shape).to(row.device)
         drawn = drawn[pick(drawn.shape[0], head), row]
         edge = (row == 0) | (row == count - 1)
         seen = edge | (column == 0) | (column == count - 1) | ((row - column).abs() <= 1)
         return seen + torch.where(edge, 0, (drawn == column[..., None]).sum(-1))
+
+    def anywhere(self, shape: Shape, size: int) -> Tensor:
+        count = shape.keys // self.block
+        if count <= 5 + 2 * self.random:
+            return torch.ones(1, 1, -(-count // size), -(-count // size), dtype=torch.bool)
+        return _listed(self._drawn(shape), size, 1, 1, count - 1)
+
+    def _drawn(self, shape: Shape) -> Tensor:
+        """The random blocks of each row of blocks, (1 or H, blocks, random)."""
+        return random_blocks.huggingface_blocks(
+            shape.keys // self.block, self.block, shape.heads, self.random, self.seed if self.training else None,
+            self.max_positions,
+        )  # fmt: skip
 
     def varies(self, shape: Shape) -> tuple[bool, bool]:
         return False, self.training and shape.heads > 1

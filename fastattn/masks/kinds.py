@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from fastattn.ground.checks import window_that_hides
 from fastattn.ground.modes import kept, lasts
 from fastattn.masks.algebra import ClosedForm, Intervals, Mask, Values
-from fastattn.masks.lists import GRANULE, Shape
+from fastattn.masks.lists import GRANULE, Shape, pack
 from fastattn.masks.lowering import FULL, Positions, Slab
 
 
@@ -125,11 +125,9 @@ class Documents(Mask):
         return ids[batch, at.diagonal] == ids[batch, at.key]
 
     def states(self, slab: Slab) -> Tensor:
-        ids = _document_ids(self.values, self.boundaries).to(slab.shape.device)
-        ids = ids[pick(ids.shape[0], slab.batch)]
-        low, high = _ranges(ids)
-        rows = slice(slab.first * GRANULE + slab.shape.offset, slab.stop * GRANULE + slab.shape.offset)
-        own_low, own_high = (t[:, None] for t in _ranges(ids[rows]))
+        low, high = _of_blocks(_document_ranges(self, 0, slab.unit), slab.batch, slab.columns)
+        own = _document_ranges(self, slab.shape.offset, slab.unit)
+        own_low, own_high = _of_blocks(own, slab.batch, slab.rows)
         return state(some=(own_low <= high) & (low <= own_high), all=(own_low == high) & (low == own_high))
 
     def intervals(self, shape: Shape) -> Intervals | None:
@@ -184,6 +182,12 @@ def _document_ids(values: Values, boundaries: bool) -> Tensor:
     return torch.repeat_interleave(torch.arange(len(sizes), device=sizes.device), sizes)[None]
 
 
+@kept(8)
+def _document_ranges(documents: Documents, first: int, unit: int) -> tuple[Tensor, Tensor]:
+    """The first and the last document of each block of tokens, from the token `first` on."""
+    return _ranges(_document_ids(documents.values, documents.boundaries)[:, first:], unit)
+
+
 @dataclass(frozen=True, repr=False)
 class PackedSequences(Mask):
     """Keys of the query's own sequence, within a window around that sequence's own diagonal. `queries` and `keys`
@@ -201,9 +205,8 @@ class PackedSequences(Mask):
 
     def states(self, slab: Slab) -> Tensor:
         key, last_key = slab.keys
-        rows = slice(slab.first * GRANULE, slab.stop * GRANULE)
-        start, stop = (_ranges(t[rows].to(slab.shape.device)) for t in _intervals(self))
-        (first_start, last_start), (first_stop, last_stop) = ((t[:, None] for t in both) for both in (start, stop))
+        starts, stops = (_of_blocks(both, 0, slab.rows) for both in _interval_ranges(self, slab.unit))
+        (first_start, last_start), (first_stop, last_stop) = starts, stops
         some = (first_start <= last_key) & (last_stop > key)
         return state(some=some, all=(last_start <= key) & (first_stop > last_key))
 
@@ -260,6 +263,12 @@ def _intervals(packed: PackedSequences) -> tuple[Tensor, Tensor]:
     return start, stop
 
 
+@kept(8)
+def _interval_ranges(packed: PackedSequences, unit: int) -> tuple[tuple[Tensor, Tensor], ...]:
+    """The least and the largest start of each block of queries; and the same of stops."""
+    return tuple(_ranges(t[None], unit) for t in _intervals(packed))
+
+
 @dataclass(frozen=True, repr=False)
 class GlobalTokens(Mask):
     """Pairs of which the query or the key is a global token. `values` are positions (n,), or flags (N,) or (B,
@@ -273,12 +282,15 @@ class GlobalTokens(Mask):
         return flags[batch, at.key] | self._of_queries(flags, at.shape)[batch, at.query]
 
     def states(self, slab: Slab) -> Tensor:
-        flags = self._flags(slab.shape, slab.shape.device)
-        flags, batch = flags.to(torch.int8), pick(flags.shape[0], slab.batch)
-        low, high = _ranges(flags[batch])
-        rows = slice(slab.first * GRANULE, slab.stop * GRANULE)
-        own_low, own_high = (t[:, None] for t in _ranges(self._of_queries(flags, slab.shape)[batch, rows]))
+        keys, queries = _flag_ranges(self, slab.shape, slab.unit)
+        low, high = _of_blocks(keys, slab.batch, slab.columns)
+        own_low, own_high = _of_blocks(queries, slab.batch, slab.rows)
         return torch.maximum(low + high, own_low + own_high)
+
+    def words(self, slab: Slab) -> Tensor:
+        keys, queries = _flag_words(self, slab.shape)
+        words = keys[pick(len(keys), slab.batch)][slab.columns][:, None]
+        return torch.where(queries[pick(len(queries), slab.batch)][slab.rows], -1, words)
 
     def varies(self, shape: Shape) -> tuple[bool, bool]:
         return self._are_flags and self.values.tensor.dim() == 2 and self.values.tensor.shape[0] != 1, False
@@ -315,6 +327,24 @@ class GlobalTokens(Mask):
         return f"global_tokens({self.values})"
 
 
+@kept(8)
+def _flag_ranges(tokens: GlobalTokens, shape: Shape, unit: int) -> tuple[tuple[Tensor, Tensor], ...]:
+    """The least and the largest flag of each block of keys; and of queries."""
+    flags = tokens._flags(shape, shape.device).to(torch.int8)
+    return _ranges(flags, unit), _ranges(tokens._of_queries(flags, shape), unit)
+
+
+@kept(8)
+def _flag_words(tokens: GlobalTokens, shape: Shape) -> tuple[Tensor, Tensor]:
+    """The flags of each granule of keys as a word, (1 or B, C); and those of queries, (1 or B, R, 64)."""
+    flags = tokens._flags(shape, shape.device)
+    keys, queries = (
+        F.pad(t, (0, -t.shape[1] % GRANULE)).unflatten(1, (-1, GRANULE))
+        for t in (flags, tokens._of_queries(flags, shape))
+    )
+    return pack(keys), queries
+
+
 @dataclass(frozen=True, repr=False)
 class Dilated(Mask):
     """Keys at multiples of `step` from the diagonal."""
@@ -349,12 +379,9 @@ class Dense(Mask):
         return seen[tuple(t.to(seen.device) if isinstance(t, Tensor) else t for t in where)].to(at.key.device)
 
     def states(self, slab: Slab) -> Tensor:
-        seen = four_dimensional(self.seen.tensor)
-        rows = slice(slab.first * GRANULE, slab.stop * GRANULE)
-        seen = seen[pick(seen.shape[0], slab.batch), pick(seen.shape[1], slab.head), rows]
-        low, high = (pooled.mT for pooled in _ranges(seen.view(torch.uint8)))  # along the keys, then the queries
-        low, high = _ranges(low)[0].mT, _ranges(high)[1].mT
-        return state(some=high > 0, all=low > 0).to(slab.shape.device)
+        shape = four_dimensional(self.seen.tensor).shape
+        batch, head = pick(shape[0], slab.batch), pick(shape[1], slab.head)
+        return _dense_states(self, batch, head, slab.unit).to(slab.shape.device)[slab.rows, slab.columns]
 
     def varies(self, shape: Shape) -> tuple[bool, bool]:
         return varies_by_shape(self.seen)
@@ -364,6 +391,14 @@ class Dense(Mask):
 
     def __repr__(self) -> str:
         return f"from_dense(<{' x '.join(map(str, self.seen.tensor.shape))}>)"
+
+
+@kept(8)
+def _dense_states(dense: Dense, batch: int, head: int, unit: int) -> Tensor:
+    """The states of all blocks of one batch element and head."""
+    seen = four_dimensional(dense.seen.tensor)[batch, head].view(torch.uint8)
+    low, high = (pooled.mT for pooled in _ranges(seen, unit))  # along the keys, then the queries
+    return state(some=_ranges(high, unit)[1].mT > 0, all=_ranges(low, unit)[0].mT > 0)
 
 
 @dataclass(frozen=True, repr=False)
@@ -483,12 +518,18 @@ def _of_batch(values: Tensor, batch: int | Tensor) -> Tensor:
     return values[pick(values.numel(), batch)]
 
 
-def _ranges(values: Tensor) -> tuple[Tensor, Tensor]:
-    """The minimum and the maximum of each granule along the last dimension."""
-    missing = -values.shape[-1] % GRANULE
+def _of_blocks(ranges: tuple[Tensor, Tensor], batch: int, blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """The minimum and the maximum of these blocks, of (1 or B, all blocks)."""
+    low, high = (t[pick(t.shape[0], batch)].to(blocks.device)[blocks] for t in ranges)
+    return low, high
+
+
+def _ranges(values: Tensor, unit: int) -> tuple[Tensor, Tensor]:
+    """The minimum and the maximum of each block of `unit` elements along the last dimension."""
+    missing = -values.shape[-1] % unit
     if missing:
         values = torch.cat([values, values[..., -1:].expand(*values.shape[:-1], missing)], -1)
-    values = values.unflatten(-1, (-1, GRANULE))
+    values = values.unflatten(-1, (-1, unit))
     return values.amin(-1), values.amax(-1)
 
 

@@ -1,7 +1,10 @@
 """Builds the lists of a mask, slab by slab.
 
-A slab is a few rows of granules. The mask first says which of its granules are empty, full or undecided; only the
-undecided ones are evaluated pair by pair. So memory is O(N), not counting the lists.
+A slab is some granules. The mask first says which of them are empty, full or undecided; only the undecided ones
+are evaluated, if need be pair by pair. So memory is O(N), not counting the lists.
+
+Of a long sequence nearly all granules are empty. There the mask first answers for larger blocks, and only the
+parts of those that are not empty are looked at.
 """
 
 from __future__ import annotations
@@ -17,6 +20,8 @@ from fastattn.masks.lists import GRANULE, BlockLists, Shape, list_offsets, pack,
 EMPTY, PARTIAL, FULL = 0, 1, 2  # & is the minimum, | the maximum, ~ the reflection; PARTIAL means undecided
 
 SLAB = 2**18  # granules classified at once: 256 KiB for each byte per granule
+ZOOM = 4  # how many times as long a larger block is as its parts
+WORDS = 4096  # granules evaluated at once: 2 MiB of words
 LOOK = 256  # granules evaluated pair by pair at once: 1 MiB for each byte per pair
 
 
@@ -36,25 +41,40 @@ class Positions(NamedTuple):
 
 
 class Slab(NamedTuple):
-    """Granules to be classified: rows of granules `first` to `stop` of one batch element and head."""
+    """Square blocks of pairs to be classified, of one batch element and head.
+
+    unit: tokens of a side, GRANULE or more.
+    rows, columns: the numbers of the blocks, int64. They broadcast against each other.
+    """
 
     shape: Shape
     batch: int
     head: int
-    first: int
-    stop: int
+    unit: int
+    rows: Tensor
+    columns: Tensor
 
     @property
     def queries(self) -> tuple[Tensor, Tensor]:
-        """The first and the last query of each row, (rows, 1)."""
-        low = torch.arange(self.first, self.stop, device=self.shape.device)[:, None] * GRANULE
-        return low, (low + GRANULE - 1).clamp(max=self.shape.queries - 1)
+        """The first and the last query of each block, as rows."""
+        low = self.rows * self.unit
+        return low, (low + self.unit - 1).clamp(max=self.shape.queries - 1)
 
     @property
     def keys(self) -> tuple[Tensor, Tensor]:
-        """The first and the last key of each column, (1, columns)."""
-        low = torch.arange(self.shape.columns, device=self.shape.device)[None] * GRANULE
-        return low, (low + GRANULE - 1).clamp(max=self.shape.keys - 1)
+        """The first and the last key of each block, as columns."""
+        low = self.columns * self.unit
+        return low, (low + self.unit - 1).clamp(max=self.shape.keys - 1)
+
+    @property
+    def cells(self) -> Tensor:
+        """row * C + column of each granule."""
+        return self.rows * self.shape.columns + self.columns
+
+    def of(self, cells: Tensor) -> Slab:
+        """Some of the granules."""
+        columns = max(1, self.shape.columns)
+        return self._replace(unit=GRANULE, rows=cells // columns, columns=cells % columns)
 
 
 class Lowerable(Protocol):
@@ -64,6 +84,7 @@ class Lowerable(Protocol):
     def repeats(self) -> bool: ...
     def sees(self, at: Positions) -> Tensor: ...
     def states(self, slab: Slab) -> Tensor: ...
+    def words(self, slab: Slab) -> Tensor: ...
     def counts(self, at: Positions) -> Tensor: ...
     def varies(self, shape: Shape) -> tuple[bool, bool]: ...
     def of_distance(self) -> bool: ...
@@ -138,14 +159,11 @@ def cut(lists: BlockLists, rows: Tensor, columns: Tensor, shape: Shape) -> Block
 def _granules(mask: Lowerable, shape: Shape, batch: int, head: int, tiles: _Tiles) -> tuple[_Entries, _Entries]:
     """The full and the partial entries of one batch element and head, by rows."""
     full, partial = _Found(shape.device), _Found(shape.device)
-    height = max(1, SLAB // max(1, shape.columns))
-    for first in range(0, shape.rows if shape.columns else 0, height):
-        slab = Slab(shape, batch, head, first, min(first + height, shape.rows))
-        states = _whole(mask.states(slab), slab).flatten()
-        cells = (states == FULL).nonzero()[:, 0] + first * shape.columns
+    for slab in _slabs(mask, shape, batch, head):
+        states, every = _whole(mask.states(slab), slab), slab.cells
+        cells = every[states == FULL]
         full.add(cells, cells, _counts_of_full(mask, slab, cells))
-        undecided = (states == PARTIAL).nonzero()[:, 0] + first * shape.columns
-        for cells, words, which, counts in _evaluated(mask, slab, undecided):
+        for cells, words, which, counts in _evaluated(mask, slab, every[states == PARTIAL]):
             is_full = (words == -1).all(1)
             is_partial = (words != 0).any(1) & ~is_full
             number = torch.zeros_like(words[:, 0]).masked_scatter_(is_partial, tiles.add(words[is_partial]))
@@ -155,14 +173,39 @@ def _granules(mask: Lowerable, shape: Shape, batch: int, head: int, tiles: _Tile
     return full.sorted(), partial.sorted()
 
 
+def _slabs(mask: Lowerable, shape: Shape, batch: int, head: int) -> Iterator[Slab]:
+    """All granules that may not be empty, and as many others as there are, some at a time."""
+    unit = GRANULE
+    while -(-shape.queries // unit) * -(-shape.keys // unit) > SLAB:
+        unit *= ZOOM
+    rows, columns = (torch.arange(-(-size // unit), device=shape.device) for size in shape[2:4])
+    if len(rows) and len(columns):
+        yield from _zoomed(mask, Slab(shape, batch, head, unit, rows[:, None], columns[None]))
+
+
+def _zoomed(mask: Lowerable, slab: Slab) -> Iterator[Slab]:
+    """The granules of the blocks of a slab."""
+    if slab.unit == GRANULE:
+        yield slab
+        return
+    states, part = mask.states(slab), slab.unit // ZOOM
+    states, rows, columns = torch.broadcast_tensors(states, slab.rows, slab.columns)
+    undecided = states != EMPTY
+    within = torch.arange(ZOOM, device=rows.device)
+    for some in torch.stack((rows[undecided], columns[undecided]), 1).split(max(1, SLAB // ZOOM**2)):
+        down, across = some[:, :1] * ZOOM + within, some[:, 1:] * ZOOM + within
+        down, across = torch.broadcast_tensors(down[:, :, None], across[:, None])
+        there = (down * part < slab.shape.queries) & (across * part < slab.shape.keys)
+        yield from _zoomed(mask, slab._replace(unit=part, rows=down[there], columns=across[there]))
+
+
 def _whole(states: Tensor, slab: Slab) -> Tensor:
     """The states of all granules of the slab. One that reaches beyond the last query or key is not full."""
-    shape = slab.shape
-    states = states.expand(slab.stop - slab.first, shape.columns).contiguous()
+    shape, (states, rows, columns) = slab.shape, torch.broadcast_tensors(states, slab.rows, slab.columns)
     if shape.keys % GRANULE:
-        states[:, -1].clamp_(max=PARTIAL)
-    if shape.queries % GRANULE and slab.stop == shape.rows:
-        states[-1].clamp_(max=PARTIAL)
+        states = torch.where(columns == shape.columns - 1, states.clamp(max=PARTIAL), states)
+    if shape.queries % GRANULE:
+        states = torch.where(rows == shape.rows - 1, states.clamp(max=PARTIAL), states)
     return states
 
 
@@ -181,52 +224,64 @@ def _counts_of_full(mask: Lowerable, slab: Slab, cells: Tensor) -> Tensor:
     """The log-counts of full granules, (G,): their first pair stands for all."""
     if not mask.repeats:
         return cells.new_zeros(len(cells), dtype=torch.float32)
-    first = _positions(slab, cells, 1)
-    return mask.counts(first).expand(len(cells), 1, 1).flatten().float().log()
+    return mask.counts(positions(slab.of(cells), 1)).expand(len(cells), 1, 1).flatten().float().log()
 
 
 def _evaluated(mask: Lowerable, slab: Slab, cells: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
     """Evaluate undecided granules, some at a time: cells (G,), bit tiles (W, 64), the tile of each granule (G,),
     log-counts (G,)."""
-    shape, columns = slab.shape, slab.shape.columns
+    shape = slab.shape
     if mask.of_distance():
         # Whole granules on one diagonal are equal: only the first of each diagonal is evaluated.
-        whole = (cells // columns < shape.queries // GRANULE) & (cells % columns < shape.keys // GRANULE)
+        rows, columns = slab.of(cells)[-2:]
+        whole = (rows < shape.queries // GRANULE) & (columns < shape.keys // GRANULE)
         alike, cells = cells[whole], cells[~whole]
-        diagonal, which = (alike // columns - alike % columns).unique(return_inverse=True)
-        firsts = diagonal.clamp(min=0) * columns + (-diagonal).clamp(min=0)
-        parts = [words for part in firsts.split(LOOK) for words, _ in _layers(mask, slab, part)]
-        if parts:
-            yield alike, torch.cat(parts), which, torch.zeros_like(alike, dtype=torch.float32)
-    for part in cells.split(LOOK):
-        for words, counts in _layers(mask, slab, part):
-            yield part, _existing(words, part, shape), torch.arange(len(part), device=part.device), counts
-
-
-def _layers(mask: Lowerable, slab: Slab, cells: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Words (G, 64) and log-counts (G,) of granules, once for each count that occurs."""
-    at = _positions(slab, cells, GRANULE)
-    at = at._replace(query=at.query.clamp(max=slab.shape.queries - 1), key=at.key.clamp(max=slab.shape.keys - 1))
-    seen = mask.sees(at).expand(len(cells), GRANULE, GRANULE)
-    once = torch.zeros_like(cells, dtype=torch.float32)
+        diagonal, which = (rows - columns)[whole].unique(return_inverse=True)
+        firsts = slab._replace(unit=GRANULE, rows=diagonal.clamp(min=0), columns=(-diagonal).clamp(min=0))
+        yield alike, mask.words(firsts), which, torch.zeros_like(alike, dtype=torch.float32)
     if not mask.repeats:
-        yield pack(seen), once
+        for part in cells.split(WORDS):
+            words, none = mask.words(slab.of(part)), torch.zeros_like(part, dtype=torch.float32)
+            yield part, _existing(words, part, shape), torch.arange(len(part), device=part.device), none
         return
-    counts = mask.counts(at)
-    for count in counts.unique().tolist():
-        yield pack(seen & (counts == count)), torch.full_like(once, count).log()
+    for part in cells.split(LOOK):
+        at, each = positions(slab.of(part)), torch.arange(len(part), device=part.device)
+        seen, counts = mask.sees(at).expand(len(part), GRANULE, GRANULE), mask.counts(at)
+        # Once for each count that occurs.
+        for count in counts.unique().tolist():
+            words = _existing(pack(seen & (counts == count)), part, shape)
+            yield part, words, each, torch.full_like(part, count, dtype=torch.float32).log()
 
 
-def _positions(slab: Slab, cells: Tensor, size: int) -> Positions:
-    """The first `size` x `size` pairs of granules: queries (G, size, 1), keys (G, 1, size)."""
-    shape, within = slab.shape, torch.arange(size, device=cells.device)
-    rows, columns = cells // shape.columns, cells % shape.columns
+def words_of_pairs(mask: Lowerable, slab: Slab) -> Tensor:
+    """Which keys of its granule each query sees, by evaluating each pair: words (G, 64). Bit j is the j-th key."""
+    parts = zip(slab.rows.split(LOOK), slab.columns.split(LOOK), strict=True)
+    slabs = [slab._replace(rows=rows, columns=columns) for rows, columns in parts]
+    words = [pack(mask.sees(positions(part)).expand(len(part.rows), GRANULE, GRANULE)) for part in slabs]
+    return torch.cat(words) if words else slab.rows.new_zeros(0, GRANULE)
+
+
+def words_of_intervals(start: Tensor, stop: Tensor) -> Tensor:
+    """The bits from start to before stop of a word, none if stop is not larger. Both are any integers."""
+    return _lowest_bits(stop) & ~_lowest_bits(start)
+
+
+def _lowest_bits(count: Tensor) -> Tensor:
+    """So many of the lowest bits: none below 1, all from 64 on."""
+    return torch.where(count >= GRANULE, -1, (1 << count.clamp(0, GRANULE - 1)) - 1)
+
+
+def positions(slab: Slab, size: int = GRANULE) -> Positions:
+    """The first `size` x `size` pairs of granules: queries (G, size, 1), keys (G, 1, size). Those that do not
+    exist are the last one that does."""
+    shape, within = slab.shape, torch.arange(size, device=slab.rows.device)
+    queries, keys = (t[:, None] * GRANULE + within for t in (slab.rows, slab.columns))
     return Positions(
         shape,
-        torch.full((1, 1, 1), slab.batch, device=cells.device),
-        torch.full((1, 1, 1), slab.head, device=cells.device),
-        rows[:, None, None] * GRANULE + within[:, None],
-        columns[:, None, None] * GRANULE + within,
+        torch.full((1, 1, 1), slab.batch, device=within.device),
+        torch.full((1, 1, 1), slab.head, device=within.device),
+        queries.clamp(max=shape.queries - 1)[:, :, None],
+        keys.clamp(max=shape.keys - 1)[:, None],
     )
 
 

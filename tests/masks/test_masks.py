@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, create_mask
 
 from fastattn import masks
-from fastattn.masks import BlockLists, Mask, decode
+from fastattn.masks import BlockLists, Mask, algebra, decode, lowering
 from fastattn.masks.lowering import distinct_rows
 
 LONG = 131072
@@ -207,6 +208,78 @@ def test_every_expression_is_lowered_to_lists_that_decode_to_its_definition(data
         window = dense_window(shape, lowered.left, lowered.right)
         lengths = [shape[3]] if lowered.key_lengths is None else lowered.key_lengths.tolist()
         assert torch.equal((window & dense_lengths(shape, lengths)).expand(shape), seen)
+
+
+@st.composite
+def bigbirds(draw: st.DrawFn, shape: tuple) -> Mask:
+    """Of sequences that have as many queries as keys; in the style of huggingface multiples of the block."""
+    block, random = draw(st.sampled_from((16, 48, 64, 100))), draw(st.integers(0, 3))
+    if draw(st.booleans()) and shape[2] % block == 0:
+        return masks.bigbird(block, random, style="huggingface", seed=draw(st.integers(0, 3)))
+    edges, seed = draw(st.integers(0, 2)), draw(st.integers(0, 9))
+    return masks.bigbird(
+        block, random, global_blocks=edges, window_blocks=3, seed=seed, per_head=draw(st.booleans())
+    )
+
+
+def assert_larger_blocks_first_change_nothing(mask: Mask, shape: tuple, slab: int, zoom: int) -> None:
+    where = mask._shape(*shape, "cpu")
+    expected = lowering.build_lists(mask, where)
+    with mock.patch.multiple(lowering, SLAB=slab, ZOOM=zoom, WORDS=3, LOOK=2):
+        found = lowering.build_lists(mask, where)
+    if not mask.repeats:
+        assert_well_formed(found)
+    # Tiles may be numbered in another order.
+    for name in ("partial_tiles", "column_partial_tiles"):
+        assert torch.equal(*(lists.bit_tiles[getattr(lists, name).long()] for lists in (found, expected)))
+    for name, t in found._asdict().items():
+        if t is not None and "tiles" not in name:
+            assert torch.equal(t, getattr(expected, name)), name
+
+
+@pytest.mark.parametrize(("slab", "zoom"), [(1, 2), (10, 4)])
+@pytest.mark.parametrize(
+    "mask",
+    [
+        masks.causal(),
+        masks.window(100, 70) | masks.global_tokens([3, 400]),
+        masks.causal() & masks.dilated(70),
+        ~masks.documents(torch.arange(900) // 210),
+        masks.documents(torch.arange(900) // 40 % 3),
+        masks.packed_sequences([0, 333, 500, 900], [0, 300, 480, 900], causal=True) | masks.window(0, 0),
+        masks.key_lengths([300]) | masks.from_function(some_predicate) & masks.window(90, 0),
+        masks.blocks(torch.eye(9, dtype=torch.bool), 100) | masks.causal(),
+        masks.blocks(torch.arange(57 * 57).view(57, 57) % 7 == 0, 16),
+        masks.bigbird(16, 1, seed=1),
+        masks.bigbird(48, 2, global_blocks=0, window_blocks=5, per_head=True),
+        masks.from_dense(torch.arange(900)[:, None] // 130 >= torch.arange(900) // 170),
+    ],
+    ids=repr,
+)
+def test_looking_at_larger_blocks_first_gives_the_same_lists(mask: Mask, slab: int, zoom: int) -> None:
+    assert_larger_blocks_first_change_nothing(mask, (1, 2, 900, 900), slab, zoom)
+
+
+@given(st.data(), st.sampled_from((1, 10)), st.sampled_from((2, 4)))
+@settings(max_examples=40)
+def test_looking_at_larger_blocks_first_gives_the_same_lists_of_any_mask(data, slab: int, zoom: int) -> None:
+    shape = (1, 2, *[data.draw(st.sampled_from((256, 333, 480)))] * 2)
+    mask = data.draw(bigbirds(shape) | expressions(shape, 2).map(lambda pair: pair[0]))
+    assert_larger_blocks_first_change_nothing(mask, shape, slab, zoom)
+
+
+def test_of_a_million_tokens_few_granules_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked, states = 0, algebra.Or.states
+
+    def counted(self: Mask, slab: lowering.Slab) -> Tensor:
+        nonlocal looked
+        found = states(self, slab)
+        looked += found.numel()
+        return found
+
+    monkeypatch.setattr(algebra.Or, "states", counted)
+    lowered = (masks.window(512, 512) | masks.bigbird(128)).lower(1, 1, 2**20, 2**20)
+    assert looked < 10 * lowered.visited_granules < 2**28 / 50  # of 2**28 granules
 
 
 def assert_well_formed(lists: BlockLists) -> None:
