@@ -313,6 +313,13 @@ def as_a_whole(call: Callable[[], list[Tensor]]) -> list[Tensor]:
         return call()
 
 
+def a_tile_ahead(call: Callable[[], list[Tensor]]) -> list[Tensor]:
+    """With products issued a tile ahead, as some rows of the launch tables have it."""
+    look_up = launch.look_up
+    with mock.patch.object(launch, "look_up", lambda *asked: look_up(*asked)._replace(ahead=True)):
+        return call()
+
+
 def check(call: Callable[[], list[Tensor]], *orders: str) -> set[str]:
     """Sound, no NaN out of unwritten memory, and the same bits in every order; the kernels that ran."""
     expected = call()
@@ -347,6 +354,12 @@ CALLS = {
     "attention of one query, split over keys": (
         partial(attention, Problem(heads=1, key_heads=1, queries=1, keys=700)),
         BOTH_WAYS | {"merge_kernel"},
+    ),
+    "attention, products a tile ahead": (
+        partial(
+            a_tile_ahead, partial(attention, Problem(1, 1, 1, queries=37, keys=90, window=(60, 9), lengths=True))
+        ),
+        BOTH_WAYS,
     ),
     "attention, sequences": (partial(attention, Problem(intervals=True, queries=70, keys=70)), BOTH_WAYS),
     "attention, forward mode": (

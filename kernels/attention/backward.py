@@ -11,6 +11,7 @@ dq = s scale dS k, and ds is the sum of q * (scale dS k).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -28,6 +29,7 @@ from .loops import (
     later_are_heavier,
     list_of,
     loop_over_keys,
+    loop_over_keys_ahead,
     part_of_range,
     position_of,
     query_bounds,
@@ -39,7 +41,15 @@ from .loops import (
 from .problem import Call, empty_heads
 from .row_values import RowValues, load_remainder, load_rows, row_values_of
 from .row_values import row_values as row_values_for
-from .scores import cap, finish_scores, keep_mask, load_score_terms, score_gradient, softmax_weights
+from .scores import (
+    cap,
+    finish_scores,
+    keep_mask,
+    load_score_terms,
+    score_gradient,
+    score_gradient_of,
+    softmax_weights,
+)
 from .splits import argument, merge, partials_of, splits_of, store_result, store_row_values
 
 
@@ -97,14 +107,19 @@ def dkdv_step(
     dout_tile = load_tile(
         dout_pointer, dout, start, shape.queries, tile.VALUE_DIM, tile.BLOCK_M, tile.VALUE_WIDTH, MASKED
     )
-    # Both products first: the second one runs while the weights are made from the first.
     products = tl.dot(k_tile, tl.trans(q_tile), input_precision=tile.PRECISION)
+    # If row values are loaded before the second product, the exponentials can run beside it. Masked tiles have no
+    # registers left for that.
+    if tile.AHEAD and not MASKED:
+        lse = tl.load(row_values + queries)
+        remainder = load_remainder(row_values + queries, padded_rows, scores)
     dweights = tl.dot(v_tile, tl.trans(dout_tile), input_precision=tile.PRECISION)
     keys = key_start + tl.arange(0, tile.BLOCK_N)
     capped = cap(products, scores, score_terms)
     values = finish_scores(capped, scores, score_terms, queries[None, :], keys[:, None], shape)
-    lse = tl.load(row_values + queries)
-    remainder = load_remainder(row_values + queries, padded_rows, scores)
+    if MASKED or not tile.AHEAD:
+        lse = tl.load(row_values + queries)
+        remainder = load_remainder(row_values + queries, padded_rows, scores)
     weights = softmax_weights(values, scores, lse[None, :], remainder[None, :])
     if MASKED and problem.lists.full is not None:
         # The bounds are a word for each query, whose bits say which keys of the granule it sees.
@@ -264,6 +279,42 @@ def dq_step(
 
 
 @triton.jit
+def dq_products(operands, start, key_count, tile: tl.constexpr, EDGE: tl.constexpr):
+    """q k^T of the keys from `start` on."""
+    rows, k_pointer, _, k, _ = operands
+    k_tile = load_tile(k_pointer, k, start, key_count, tile.HEAD_DIM, tile.BLOCK_N, tile.WIDTH, EDGE)
+    return tl.dot(rows[0], tl.trans(k_tile), input_precision=tile.PRECISION)
+
+
+@triton.jit
+def dq_from_products(
+    dq,
+    products,
+    operands,
+    score_terms,
+    start,
+    queries,
+    bounds,
+    key_count,
+    problem,
+    tile: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """`dq_step`, from the products q k^T."""
+    rows, k_pointer, v_pointer, k, v = operands
+    v_tile = load_tile(v_pointer, v, start, key_count, tile.VALUE_DIM, tile.BLOCK_N, tile.VALUE_WIDTH, MASKED)
+    dweights = tl.dot(rows[1], tl.trans(v_tile), input_precision=tile.PRECISION)
+    dscores, capped = score_gradient_of(
+        products, dweights, rows[2], start, queries, bounds, score_terms, problem, tile, MASKED
+    )
+    if problem.scores.softcap is not None:
+        dscores *= 1.0 - capped * capped
+    # A second time: the copy for the products may be gone.
+    k_tile = load_tile(k_pointer, k, start, key_count, tile.HEAD_DIM, tile.BLOCK_N, tile.WIDTH, MASKED)
+    return tl.dot(dscores.to(k_tile.dtype), k_tile, dq, input_precision=tile.PRECISION)
+
+
+@triton.jit
 def attention_dq_kernel(
     q, k, v, dout, dq, partials, dscale, dscale_partials, row_values, problem, tile: tl.constexpr
 ):
@@ -282,10 +333,14 @@ def attention_dq_kernel(
     v_pointer = head_of(v, batch, head // shape.group)
     score_terms = load_score_terms(problem.scores, problem.dropout, batch, head)
 
-    dq_tile = loop_over_keys(
-        dq_step, tl.zeros([tile.BLOCK_M, tile.WIDTH], tl.float32), (rows, k_pointer, v_pointer, k, v), score_terms,
-        position, problem, tile,
-    )  # fmt: skip
+    dq_tile = tl.zeros([tile.BLOCK_M, tile.WIDTH], tl.float32)
+    operands = (rows, k_pointer, v_pointer, k, v)
+    if tile.AHEAD:
+        dq_tile = loop_over_keys_ahead(
+            dq_products, dq_from_products, dq_tile, operands, score_terms, position, problem, tile
+        )
+    else:
+        dq_tile = loop_over_keys(dq_step, dq_tile, operands, score_terms, position, problem, tile)
     dq_tile *= tl.cast(problem.scores.scale, tl.float32)
     if dscale is not None:
         row_dscale = tl.sum(dq_tile * q_tile.to(tl.float32), 1)
@@ -315,16 +370,17 @@ def attention_backward(
     tensors: Any,
     wanted: Any,
     lists: Any = None,
+    tilings: Mapping[str, launch.Tiling] | None = None,
 ) -> Gradients:
     """Gradients of attention_forward's (out, lse) with respect to q, k, v, the biases if wanted, sinks and scales.
 
     `saved` is (q, k, v, out, lse). dout is like out, dlse like lse or None; any strides, zero included. `wanted`
-    says which of the gradients of bias and relative_bias to compute.
+    says which of the gradients of bias and relative_bias to compute. `tilings` as `Call` says.
     """
     q, k, v, out, lse = saved
     dout = coalesced(dout)
     with launch.on_device(q):
-        call = Call(attention_dq_kernel, q, k, v, spec, tensors, lists)
+        call = Call(attention_dq_kernel, q, k, v, spec, tensors, lists, tilings)
         operands = (tensor4(q), tensor4(k), tensor4(v), tensor4(dout))
         row_values = row_values_for(call, operands[:2], dout, out, lse, dlse)
         dk, dv = _dkdv(call, dout, operands, row_values)
@@ -360,7 +416,7 @@ def _dkdv(call: Call, dout: torch.Tensor, operands: tuple, row_values: RowValues
             argument(dv_partials),
             row_values,
             call.problem(columns, splits.count, launch.heads_per_section(call.q, dout, batch * key_heads)),
-            tile=call.tile(tiling),
+            tile=call.tile(tiling, AHEAD=tiling.ahead),
             **tiling.compiler_options(),
         )
         merge(splits, dk_partials, dk)
@@ -395,7 +451,7 @@ def _dq(call: Call, operands: tuple, row_values: RowValues) -> tuple[torch.Tenso
             argument(dscale_partials),
             row_values,
             call.problem(rows, splits.count, launch.heads_per_section(call.k, call.v, batch * heads)),
-            tile=call.tile(tiling, relative),
+            tile=call.tile(tiling, relative, AHEAD=tiling.ahead),
             **tiling.compiler_options(),
         )
         merge(splits, partials, dq)

@@ -6,6 +6,7 @@ several programs split a loop, splits.py makes one result of theirs.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,10 +15,25 @@ import triton.language as tl
 
 from .. import launch
 from ..tiles import LN_2, LOG2_E, head_of, load_tile, online_softmax_update, tensor3, tensor4
-from .loops import is_visible, later_are_heavier, loop_over_keys, position_of, rows_of
+from .loops import (
+    is_visible,
+    later_are_heavier,
+    loop_over_keys,
+    loop_over_keys_ahead,
+    position_of,
+    rows_of,
+)
 from .problem import Call, empty_heads
 from .scores import cap, finish_scores, is_in_nats, keep_mask, load_score_terms, score_factor, score_unit
 from .splits import argument, merge, partials_of, splits_of, store_partial_values, store_result, store_row_values
+
+
+@triton.jit
+def forward_products(operands, start, key_count, tile: tl.constexpr, EDGE: tl.constexpr):
+    """q k^T of the keys from `start` on."""
+    q_tile, k_pointer, _, k, _ = operands
+    k_tile = load_tile(k_pointer, k, start, key_count, tile.HEAD_DIM, tile.BLOCK_N, tile.WIDTH, EDGE)
+    return tl.dot(q_tile, tl.trans(k_tile), input_precision=tile.PRECISION)
 
 
 @triton.jit
@@ -34,11 +50,30 @@ def forward_step(
     MASKED: tl.constexpr,
 ):
     """Fold the keys from `start` on into (accumulator, running maximum, running sum)."""
-    q_tile, k_pointer, v_pointer, k, v = operands
+    products = forward_products(operands, start, key_count, tile, MASKED)
+    return fold_products(
+        state, products, operands, score_terms, start, queries, bounds, key_count, problem, tile, MASKED
+    )
+
+
+@triton.jit
+def fold_products(
+    state,
+    products,
+    operands,
+    score_terms,
+    start,
+    queries,
+    bounds,
+    key_count,
+    problem,
+    tile: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """`forward_step`, from the products q k^T."""
+    _, _, v_pointer, _, v = operands
     scores = problem.scores
     accumulator, row_max, row_sum = state
-    k_tile = load_tile(k_pointer, k, start, key_count, tile.HEAD_DIM, tile.BLOCK_N, tile.WIDTH, MASKED)
-    products = tl.dot(q_tile, tl.trans(k_tile), input_precision=tile.PRECISION)
     columns = start + tl.arange(0, tile.BLOCK_N)[None, :]
     capped = cap(products, scores, score_terms)
     values = finish_scores(capped, scores, score_terms, queries[:, None], columns, problem.shape)
@@ -94,9 +129,14 @@ def attention_forward_kernel(
         row_max = tl.zeros([tile.BLOCK_M], tl.float32) + tl.where(split[0] == 0, sink, float("-inf"))
         row_sum += tl.where(split[0] == 0, 1.0, 0.0)
     operands = (q_tile, k_pointer, v_pointer, k, v)
-    accumulator, row_max, row_sum = loop_over_keys(
-        forward_step, (accumulator, row_max, row_sum), operands, score_terms, position, problem, tile
-    )
+    state = (accumulator, row_max, row_sum)
+    if tile.AHEAD:
+        state = loop_over_keys_ahead(
+            forward_products, fold_products, state, operands, score_terms, position, problem, tile
+        )
+    else:
+        state = loop_over_keys(forward_step, state, operands, score_terms, position, problem, tile)
+    accumulator, row_max, row_sum = state
 
     if maxima is not None:
         # They are the largest scores of keys, so the sink is added after they are stored.
@@ -148,12 +188,14 @@ def attention_forward(
     tensors: Any,
     lists: Any = None,
     maxima: torch.Tensor | None = None,
+    tilings: Mapping[str, launch.Tiling] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """softmax(scale q k^T) v and its row-wise log-sum-exp.
 
     q (B, Hq, Lq, D), k (B, Hkv, Lk, D), v (B, Hkv, Lk, Dv), any strides, one dtype of fp16, bf16, fp32; the rest
     as `Call` says. Returns out (B, Hq, Lq, Dv) in the inputs' dtype and lse (B, Hq, Lq) in nats, fp32.
     `maxima` (B, Hq, Lq) fp32 gets the largest score of each row, -inf if it sees no key; then no loop is split.
+    `tilings` as `Call` says.
     """
     batch, heads, queries, _ = q.shape
     out = empty_heads(batch, heads, queries, v.shape[3], q)
@@ -161,7 +203,7 @@ def attention_forward(
     if lse.numel() == 0:
         return out, lse
     with launch.on_device(q):
-        _forward(out, lse, q, k, v, spec, tensors, lists, maxima)
+        _forward(out, lse, q, k, v, spec, tensors, lists, maxima, tilings)
     return out, lse
 
 
@@ -175,14 +217,15 @@ def _forward(
     tensors: Any,
     lists: Any,
     maxima: torch.Tensor | None,
+    tilings: Mapping[str, launch.Tiling] | None,
 ) -> None:
     """Fill out, lse and maxima."""
-    call = Call(attention_forward_kernel, q, k, v, spec, tensors, lists)
+    call = Call(attention_forward_kernel, q, k, v, spec, tensors, lists, tilings)
     tiling = call.tiling(launch.ATTENTION_FORWARD)
     if v.shape[3] > tiling.values:
         # Each pass computes the weights again, and writes the same log-sum-exps.
         for columns, result in zip(v.split(tiling.values, 3), out.split(tiling.values, 3), strict=True):
-            _forward(result, lse, q, k, columns, spec, tensors, lists, maxima)
+            _forward(result, lse, q, k, columns, spec, tensors, lists, maxima, tilings)
         return
     batch, heads, queries, _ = q.shape
     rows = rows_of(lists, split=maxima is None)
@@ -206,7 +249,7 @@ def _forward(
         argument(lse_partials),
         argument(remainders),
         call.problem(rows, splits.count, launch.heads_per_section(k, v, batch * heads), sinks=True),
-        tile=call.tile(tiling),
+        tile=call.tile(tiling, AHEAD=tiling.ahead),
         **tiling.compiler_options(),
     )
     merge(splits, partials, out, lse_partials, lse, remainders)

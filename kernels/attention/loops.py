@@ -408,6 +408,66 @@ def loop_over_keys(step: tl.constexpr, state, operands, score_terms, position, p
     return state
 
 
+@triton.jit
+def loop_over_keys_ahead(
+    products_of: tl.constexpr,
+    step: tl.constexpr,
+    state,
+    operands,
+    score_terms,
+    position,
+    problem,
+    tile: tl.constexpr,
+):
+    """`loop_over_keys` without lists, where the products of the next tile are issued before the step of this one,
+    so that tensor cores work during its exponentials.
+
+    A tile takes its products from the one before. The last one computes some that nobody takes. Masked tiles come
+    first: then tiles without mask code are followed by nothing else.
+    """
+    start, batch, _, split = position
+    queries = start + tl.arange(0, tile.BLOCK_M)
+    key_count = key_count_of(batch, problem)
+    bounds = key_bounds(queries, batch, key_count, problem)
+    ranges = key_ranges(start, bounds, key_count, problem, tile)
+    if problem.splits is not None:
+        ranges = split_ranges(ranges, split, tile)
+    begin, full_begin, full_end, end = ranges
+    # Where the second of three ranges begins, or the third if the second is empty.
+    second = tl.where(full_end < end, full_end, full_begin)
+    first = second
+    if has_first(problem.window):
+        first = tl.where(begin < tl.minimum(full_begin, end), begin, second)
+    products = products_of(operands, first, key_count, tile, True)
+    # The loops copy the next keys to shared memory, from which other warps may still read these.
+    tl.debug_barrier()
+    if has_first(problem.window):
+        for key_start in tl.range(begin, tl.minimum(full_begin, end), tile.BLOCK_N):
+            following = key_start + tile.BLOCK_N
+            following = tl.where(following < tl.minimum(full_begin, end), following, second)
+            next_products = products_of(operands, following, key_count, tile, True)
+            state = step(
+                state, products, operands, score_terms, key_start, queries, bounds, key_count, problem, tile, True
+            )
+            products = next_products
+    for key_start in tl.range(full_end, end, tile.BLOCK_N):
+        following = key_start + tile.BLOCK_N
+        following = tl.where(following < end, following, full_begin)
+        next_products = products_of(operands, following, key_count, tile, True)
+        state = step(
+            state, products, operands, score_terms, key_start, queries, bounds, key_count, problem, tile, True
+        )
+        products = next_products
+    for key_start in tl.range(full_begin, full_end, tile.BLOCK_N):
+        following = tl.minimum(key_start + tile.BLOCK_N, full_end - tile.BLOCK_N)
+        next_products = products_of(operands, following, key_count, tile, False)
+        state = step(
+            state, products, operands, score_terms, key_start, queries, bounds, key_count, problem, tile, False
+        )
+        products = next_products
+    return state
+
+
 # ---- the loop of a tile of keys ----
 
 

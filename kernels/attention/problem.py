@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -50,9 +51,10 @@ class Call:
         spec: Any,
         tensors: Any,
         lists: Any,
+        tilings: Mapping[str, launch.Tiling] | None = None,
     ) -> None:
         self.q, self.k, self.v = q, k, v
-        self.spec, self.tensors, self.lists = spec, tensors, lists
+        self.spec, self.tensors, self.lists, self.tilings = spec, tensors, lists, tilings or {}
         self.family = launch.family(kernel, q.device)
         self.processors = launch.processors(self.family, q.device)
         self.width, self.value_width = (launch.tile_width(t.shape[3]) for t in (q, v))
@@ -107,8 +109,13 @@ class Call:
         return relative_bias is not None or (bias is not None and bias.dtype != torch.bool)
 
     def tiling(self, table: dict) -> launch.Tiling:
-        """The table's row for this call."""
+        """The table's row for this call, or the tiling that was given in its place. Narrow loads and split loops go
+        by the table."""
         size, variants = self.q.element_size(), self.variants
+        if not {"unaligned", "few"}.intersection(variants):
+            for name, tiling in self.tilings.items():
+                if table is getattr(launch, name):
+                    return tiling
         row = launch.look_up(table, self.family, size, self.widest, self.kind, variants)
         return row if self.lists is None else launch.within_granules(row)
 

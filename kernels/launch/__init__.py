@@ -25,6 +25,7 @@ from .attention import (
     ATTENTION_TANGENT,
     MASKED_FIRST,
     PLAIN_DQ_RELATIVE,
+    candidates,
 )
 from .heads import HEADS_ELEMENTWISE
 from .mlp import MLP_BACKWARD, MLP_ELEMENTWISE, MLP_FORWARD, MLP_FUSED_UP_TO, MLP_GATED_FORWARD
@@ -56,6 +57,7 @@ __all__ = [
     "PLAIN_DQ_RELATIVE",
     "Row",
     "Tiling",
+    "candidates",
     "norm_programs",
     "start",
 ]
@@ -130,9 +132,11 @@ def look_up(
 
 def within_granules(tiling: Tiling) -> Tiling:
     """The tiling for masks of 64 x 64 granules: a tile lies within one granule. Half the rows need half the
-    warps."""
+    warps. Loops over lists do not look ahead."""
     warps = 4 if tiling.block_m > 64 and tiling.warps == 8 else tiling.warps
-    return tiling._replace(block_m=min(tiling.block_m, 64), block_n=min(tiling.block_n, 64), warps=warps)
+    return tiling._replace(
+        block_m=min(tiling.block_m, 64), block_n=min(tiling.block_n, 64), warps=warps, ahead=False
+    )
 
 
 _KINDS = {

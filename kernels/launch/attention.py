@@ -85,8 +85,8 @@ ATTENTION_FORWARD = {
         *_EXACT["forward"][2:],
     ),
     "sm_90": (
-        Row(2, 64, Tiling(128, 128, 8, 3)),  # 228 registers, 112 KiB, 1; 0.95, 1.30
-        Row(2, 128, Tiling(128, 128, 8, 2)),  # 250 registers, 160 KiB, 1; 0.54, 0.75
+        Row(2, 64, Tiling(128, 64, 8, 3, ahead=True)),  # 216 registers, 72 KiB, 1; 1.25, 1.57
+        Row(2, 128, Tiling(128, 64, 8, 3, ahead=True)),  # 254 registers, 144 KiB, 1; 0.73, 0.88
         Row(2, 256, Tiling(128, 64, 8, 2)),  # 255 registers, 192 KiB, 1; 0.50, 0.61
         Row(2, 512, Tiling(128, 32, 8, 2, values=256)),
         *_EXACT["forward"],
@@ -133,8 +133,8 @@ ATTENTION_DKDV = {
         Row(4, 512, Tiling(16, 8, 8, 1)),  # 96 KiB; 16 x 16: 128
     ),
     "sm_90": (
-        Row(2, 64, Tiling(64, 128, 8, 2)),  # 239 registers, 64 KiB, 1; 0.63, 0.78
-        Row(2, 128, Tiling(64, 128, 8, 2)),  # 255 registers, 128 KiB, 1; 0.37, 0.46
+        Row(2, 64, Tiling(64, 128, 8, 2, ahead=True)),  # 237 registers, 64 KiB, 1; 0.63, 0.78
+        Row(2, 128, Tiling(64, 128, 8, 2)),  # 255 registers, 128 KiB, 1; 0.37, 0.46; ahead: 2 spills
         Row(2, 256, Tiling(64, 32, 8, 1)),  # 207 registers, 128 KiB, 1; 0.82, 1.01
         Row(2, 512, Tiling(16, 32, 8, 2)),
         *_EXACT["dkdv"],
@@ -652,3 +652,71 @@ ATTENTION_BIAS |= {
         Row(2, 256, Tiling(16, 16, 8, 1)),  # 4 warps: 2
     ),
 }
+
+# Tilings that may be faster than the tables' in plain calls, in two bytes, of heads as wide as the tile. Each was
+# compiled: none spills with Triton 3.6.0 and 3.7.1, but for those that are noted. On a GPU `fastattn prove` times
+# them and keeps the fastest; `make gpu` tries them, too.
+_CANDIDATES: dict[str, dict[tuple[str, int], tuple[Tiling, ...]]] = {
+    "ATTENTION_FORWARD": {
+        ("sm_80", 64): (
+            Tiling(128, 64, 8, 3, ahead=True),
+            Tiling(128, 64, 4, 3),
+            Tiling(64, 64, 4, 3, ahead=True),
+        ),
+        ("sm_80", 128): (
+            Tiling(64, 64, 4, 3),
+            Tiling(128, 32, 8, 3, ahead=True),
+            Tiling(64, 64, 4, 2, ahead=True),
+        ),
+        ("sm_90", 64): (
+            Tiling(128, 128, 8, 3),
+            Tiling(128, 128, 8, 3, ahead=True),
+            Tiling(64, 64, 4, 3, ahead=True),
+            Tiling(128, 64, 4, 3),
+        ),
+        ("sm_90", 128): (
+            Tiling(128, 128, 8, 2),
+            Tiling(128, 64, 8, 3),
+            Tiling(128, 64, 8, 2, ahead=True),
+            Tiling(64, 64, 4, 2),
+            Tiling(64, 64, 4, 2, ahead=True),
+        ),
+        # In full attention the first spills 5 with Triton 3.7.1.
+        ("sm_100", 64): (Tiling(128, 64, 8, 3, ahead=True), Tiling(128, 64, 4, 3)),
+        ("sm_100", 128): (Tiling(128, 64, 8, 3, ahead=True), Tiling(128, 64, 8, 3)),
+    },
+    "ATTENTION_DKDV": {
+        ("sm_80", 64): (Tiling(64, 64, 4, 2),),
+        ("sm_80", 128): (Tiling(32, 64, 4, 2), Tiling(64, 64, 8, 3)),
+        ("sm_90", 64): (
+            Tiling(64, 128, 8, 2),
+            Tiling(64, 128, 8, 3, ahead=True),
+            Tiling(64, 64, 4, 3, ahead=True),
+        ),
+        # In full attention the first spills 2 with Triton 3.7.1, the others 2 with 3.6.0.
+        ("sm_90", 128): (
+            Tiling(64, 128, 8, 2, ahead=True),
+            Tiling(64, 128, 8, 3, ahead=True),
+            Tiling(64, 128, 8, 3),
+        ),
+        ("sm_100", 64): (Tiling(64, 64, 4, 3),),
+        ("sm_100", 128): (Tiling(64, 128, 8, 3),),
+    },
+    "ATTENTION_DQ": {
+        ("sm_80", 64): (Tiling(64, 64, 4, 2), Tiling(128, 64, 8, 2, ahead=True)),
+        ("sm_80", 128): (Tiling(64, 32, 4, 2), Tiling(64, 32, 4, 2, ahead=True)),
+        ("sm_90", 64): (Tiling(128, 64, 8, 3), Tiling(128, 64, 8, 2, ahead=True), Tiling(64, 64, 4, 3)),
+        ("sm_90", 128): (Tiling(128, 64, 8, 3), Tiling(64, 64, 4, 2)),
+        ("sm_100", 64): (Tiling(128, 64, 8, 2),),
+        ("sm_100", 128): (Tiling(128, 64, 8, 3),),
+    },
+}
+_INTERPRETED_CANDIDATES = (Tiling(32, 16, 4, 1, ahead=True), Tiling(16, 32, 4, 1))
+
+
+def candidates(table: str, family: str, bytes: int, width: int) -> tuple[Tiling, ...]:
+    """The tilings to try beside that of the table with this name, for plain calls of heads of exactly this
+    width."""
+    if family == INTERPRETER:
+        return _INTERPRETED_CANDIDATES
+    return _CANDIDATES.get(table, {}).get((family, width), ()) if bytes == 2 else ()

@@ -23,6 +23,9 @@ class Tiling(NamedTuple):
     # The most columns of v in a launch of attention's forward. Wider values take several passes, each of which
     # computes the weights again.
     values: int = EVERY
+    # In attention's forward and dq: products of the next tile are issued before the softmax of this one. In dk/dv:
+    # the exponentials may run beside a product.
+    ahead: bool = False
 
     def tile(self, **choices: object) -> Tile:
         """The compile-time choices of a launch: the tile's sides and what else the kernel asks for."""

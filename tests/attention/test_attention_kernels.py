@@ -31,6 +31,35 @@ def test_tile_sizes_do_not_change_the_answer(blocks: tuple[int, int], monkeypatc
         check(problem, "triton")
 
 
+def look_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    look_up = launch.look_up
+    monkeypatch.setattr(launch, "look_up", lambda *asked: look_up(*asked)._replace(ahead=True))
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"causal": True},
+        {"queries": 40, "keys": 20, "causal": True},  # rows that see nothing
+        {"keys": 70, "window": (9, 30), "lengths": True},
+        {"intervals": True},
+        {"dtype": torch.float16, "causal": True, "queries": 7, "keys": 200},  # loops are split
+        {
+            "queries": 20, "causal": True, "window": (30, None), "softcap": 1.5, "alibi": True, "sinks": True,
+            "lengths": True, "dropout": 0.2, "bias": (0, 0, 0, 0), "radius": 12,
+        },
+    ],
+    ids=lambda asked: " ".join(asked),
+)  # fmt: skip
+def test_products_may_be_issued_a_tile_ahead(asked: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    look_ahead(monkeypatch)
+    check(Problem(**{"heads": 2, "key_heads": 1, "lse_gradient": True} | asked), "triton")
+
+
+def test_with_lists_nothing_is_issued_ahead() -> None:
+    assert launch.within_granules(launch.Tiling(128, 128, 8, 3, ahead=True)) == launch.Tiling(64, 64, 4, 3)
+
+
 EVERYTHING: dict = {
     "heads": 2, "key_heads": 1, "queries": 20, "keys": 40, "causal": True, "window": (30, None),
     "softcap": 1.5, "alibi": True, "sinks": True, "lengths": True, "dropout": 0.2, "of_part": True,
