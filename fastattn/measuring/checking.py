@@ -19,11 +19,14 @@ INT8_ERROR = 0.02
 
 def check_kernel(sizes: Sizes, device: torch.device, notify: Callable[[str], None]) -> list[dict[str, Any]]:
     """A row for each result and each gradient. Later runs must give the same bits: the second one goes by the plan
-    of the first, the third repeats the launches that the second recorded."""
+    of the first, the third repeats the launches that the second recorded.
+
+    notify: is told "ours" before our kernels run, and "gradients" before those of the backward.
+    """
     call = kinds.build(sizes, device)
     dtype = getattr(torch, sizes.dtype)
     notify("ours")
-    ours = results_and_gradients(call, "triton", call.tensors, sizes)
+    ours = results_and_gradients(call, "triton", call.tensors, sizes, notify)
     differ: set[str] = set()
     for _ in range(2):
         again = results_and_gradients(call, "triton", call.tensors, sizes)
@@ -49,7 +52,11 @@ def check_kernel(sizes: Sizes, device: torch.device, notify: Callable[[str], Non
 
 
 def results_and_gradients(
-    call: kinds.Call, backend: str, tensors: tuple[Tensor, ...], sizes: Sizes
+    call: kinds.Call,
+    backend: str,
+    tensors: tuple[Tensor, ...],
+    sizes: Sizes,
+    notify: Callable[[str], None] = lambda step: None,
 ) -> dict[str, Tensor]:
     """By name: "result 0" and on, then "dq" and so on. The upstream gradients are the same in every dtype."""
     leaves = [t.detach().requires_grad_(sizes.family not in kinds.WITHOUT_GRADIENT) for t in tensors]
@@ -65,6 +72,7 @@ def results_and_gradients(
         flowing.append((results[1], torch.ones_like(results[1])))
     outputs, gradients = zip(*flowing, strict=True)
     names = [f"d{name}" for name in call.names]
+    notify("gradients")
     return found | dict(zip(names, torch.autograd.grad(outputs, leaves, gradients), strict=True))
 
 

@@ -48,6 +48,7 @@ class Prover:
         compilers: processes that compile ahead.
         step_limit: seconds after which a step counts as hung.
         on_step: is called after each case with what it was and what it cost, and the number of cases done.
+        allow_spills: so many registers may a kernel spill and serve.
     """
 
     def __init__(
@@ -60,11 +61,13 @@ class Prover:
         compilers: Sequence[Asker] = (),
         step_limit: float = STEP_LIMIT,
         on_step: Callable[[str, int], None] = lambda label, done: None,
+        allow_spills: int = 0,
     ) -> None:
         self.cases, self.workers, self.keep = cases, workers, keep
         self.limits = {"step_limit": step_limit, "deadline": deadline}
         self.ahead = Ahead(cases, compilers, deadline=deadline)
         self.on_step = on_step
+        self.allow_spills = allow_spills
         self.done: list[Case] = []
 
     def go(self) -> None:
@@ -86,7 +89,8 @@ class Prover:
 
         def check(place: int, one: Case) -> None:
             begin = time.monotonic()
-            answer = self.workers[place].ask({**one, "kind": "check"}, **self.limits)
+            case = {**one, "kind": "check", "allow_spills": self.allow_spills}
+            answer = self.workers[place].ask(case, **self.limits)
             found[place] = place, one, answer, time.monotonic() - begin
 
         # Threads that do not keep an interrupted run alive.
@@ -98,7 +102,7 @@ class Prover:
         return [found[place] for place in sorted(found)]
 
     def _rows(self, worker: Asker, one: Case, checked: Answer, waited: float, check_seconds: float) -> list[Row]:
-        """The rows of a case, timed if it is right; none if the time was over."""
+        """The rows of a case, timed if it is right, even if it spills; none if the time was over."""
         begin = time.monotonic()
         if checked.out_of_time:
             return []
@@ -106,7 +110,7 @@ class Prover:
             self.done.append(one)
             return []
         rows = verdict_rows(one, checked)
-        if any(row["verdict"] is None for row in rows.values()):
+        if any(row["verdict"] in TIMED for row in rows.values()):
             timed = worker.ask({**one, "kind": "time"}, **self.limits)
             if timed.out_of_time:
                 return []
@@ -143,18 +147,25 @@ def verdict_of(answer: Answer) -> str:
     return proofs.NOT_COMPILED if answer.failed and "process died" not in answer.note else proofs.WRONG
 
 
+TIMED = (None, proofs.SPILLS)  # verdicts of checks
+
+
 def judged(one: Case, rows: dict[str, dict[str, Any]], key: proofs.Key, timed: Answer | None) -> Row:
-    """One row of the record: right and not slower is proven."""
+    """One row of the record: right and not slower is proven. What spills is not, however fast it is."""
     row = rows[key.direction]
     about: dict[str, Any] = {"error": row["error"], "allowed": row["allowed"]}
-    if row["verdict"] is not None or timed is None:
+    if row["verdict"] not in TIMED or timed is None:
         return Row(key, row["verdict"], reason=row["reason"], **about)
     if timed.went_wrong:
         return Row(key, verdict_of(timed), reason=f"{timed.step}: {timed.note}", **about)
     time_of = next(t for t in timed.rows if (t["direction"], t["size"]) == (key.direction, key.size))
     ratio, about["against"] = time_of["ratio"], time_of.get("against", "")
+    if row["verdict"] == proofs.SPILLS:
+        speed = "" if ratio is None else f"; {ratio:.2g} x as fast"
+        return Row(key, proofs.SPILLS, ratio=ratio, reason=f"{row['reason']}{speed}", **about)
     if ratio is None or ratio >= 1:
-        return Row(key, proofs.PROVEN, ratio=ratio, reason=time_of["reason"], **about)
+        allowed = f"{row['reason']}, which was allowed" if row["reason"] else ""
+        return Row(key, proofs.PROVEN, ratio=ratio, reason=time_of["reason"] or allowed, **about)
     return Row(key, proofs.SLOWER, ratio=ratio, reason="what serves otherwise is faster", **about)
 
 
@@ -167,6 +178,7 @@ def prove(
     families: Iterable[str] | None = None,
     *,
     fresh: bool = False,
+    allow_spills: int = 0,
 ) -> Record:
     """Test and time the kernels on a GPU; from then on those serve there that are right and not slower.
 
@@ -180,13 +192,16 @@ def prove(
         families: some of attention, masks, scores, forward mode, cache, mlp, norm, heads, loss, statistics; by
             default all.
         fresh: prove everything again.
+        allow_spills: a kernel that spills more registers to memory than this does not serve, however fast it is.
 
     Returns: the record, `record.rows` by key.
 
     Raises:
-        ValueError: the device cannot run the kernels, a family is unknown, or the budget is not positive.
+        ValueError: the device cannot run the kernels, a family is unknown, the budget is not positive, or
+            allow_spills is negative.
     """
-    return _prove(device_of(device), budget_s, checked_families(families), fresh=fresh).record
+    asked = device_of(device), budget_s, checked_families(families)
+    return _prove(*asked, fresh=fresh, allow_spills=allow_spills).record
 
 
 def _prove(
@@ -195,14 +210,17 @@ def _prove(
     families: tuple[str, ...],
     *,
     fresh: bool = False,
+    allow_spills: int = 0,
     worker_of: Callable[[], Asker] | None = None,
     on_step: Callable[[str, int, int], None] = lambda label, done, of: None,
 ) -> Keeper:
     if not budget_s > 0:
         raise ValueError(f"budget_s must be positive, got {budget_s}")
+    if allow_spills < 0:
+        raise ValueError(f"allow_spills must not be negative, got {allow_spills}")
     deadline = time.monotonic() + budget_s
     known = None if fresh else proofs.record_of(device)
-    cases = to_prove(device, families, known)
+    cases = to_prove(device, families, known, allow_spills)
     keeper = Keeper(device, known)
     compilers = [Worker(str(device), HANDLERS) for _ in range(compilers_for(device))]
     workers = [worker_of() if worker_of else Worker(str(device), HANDLERS) for _ in range(SIDE_BY_SIDE)]
@@ -213,6 +231,7 @@ def _prove(
         deadline=deadline,
         compilers=compilers,
         on_step=lambda label, done: on_step(label, done, len(cases)),
+        allow_spills=allow_spills,
     )
     try:
         prover.go()
@@ -246,11 +265,14 @@ def checked_families(families: Iterable[str] | None) -> tuple[str, ...]:
     return chosen
 
 
-def to_prove(device: torch.device, families: tuple[str, ...], known: Record | None) -> list[Case]:
-    """The cases of these families that have no rows yet."""
+def to_prove(
+    device: torch.device, families: tuple[str, ...], known: Record | None, allow_spills: int = 0
+) -> list[Case]:
+    """The cases of these families that have no rows yet; where spills are allowed, also those that spill."""
     found = (prove_cases.cases if device.type == "cuda" else prove_cases.small_cases)(families)
     rows = {} if known is None else known.rows
-    return [one for one in found if not all(key in rows for key in prove_cases.keys(one))]
+    done = {key for key, row in rows.items() if not (allow_spills and row.verdict == proofs.SPILLS)}
+    return [one for one in found if not all(key in done for key in prove_cases.keys(one))]
 
 
 class Keeper:
@@ -305,6 +327,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--families", nargs="+", metavar="FAMILY", help=f"some of {', '.join(FAMILIES)}")
     parser.add_argument("--fresh", action="store_true", help="prove again what an earlier run has proven")
+    parser.add_argument(
+        "--allow-spills",
+        type=int,
+        default=0,
+        metavar="N",
+        help="let kernels serve that spill up to N registers to memory, if they are faster (default: 0)",
+    )
     parser.add_argument("--json", action="store_true", help="print the record as JSON and nothing else")
 
 
@@ -316,10 +345,13 @@ def run(options: argparse.Namespace) -> int:
         raise CommandError(str(error)) from None
     if not options.budget > 0:
         raise CommandError(f"--budget must be positive, got {options.budget:g}")
+    if options.allow_spills < 0:
+        raise CommandError(f"--allow-spills must not be negative, got {options.allow_spills}")
     interrupted, problem = False, None
     with progress(quiet=options.json) as on_step:
         try:
-            keeper = _prove(device, options.budget, families, fresh=options.fresh, on_step=on_step)
+            asked = device, options.budget, families
+            keeper = _prove(*asked, fresh=options.fresh, allow_spills=options.allow_spills, on_step=on_step)
             record, problem = keeper.record, keeper.problem
         except KeyboardInterrupt:
             interrupted = True

@@ -168,22 +168,87 @@ def test_a_wrong_backward_leaves_the_forward_alone(here, monkeypatch):
     assert capabilities.choose(RMS, FORWARD) == "triton" and capabilities.choose(RMS, BACKWARD) == "portable"
 
 
-def test_a_kernel_that_spills_stays_off(here, monkeypatch):
-    monkeypatch.setattr(prove_worker, "spills", lambda: 12)
+@pytest.fixture
+def spilling(here, monkeypatch):
+    """RMS norms whose kernels spill as `spilling.of` says: by direction, registers."""
+    here.of = {}
+
+    class Spilling(prove_worker.Spilling):
+        def step(self, name):
+            super().step(name)
+            if self.direction in here.of:
+                self.launched("norm_kernel", SimpleNamespace(n_spills=here.of[self.direction]))
+
+    monkeypatch.setattr(prove_worker, "Spilling", Spilling)
+    return here
+
+
+def test_a_kernel_that_spills_stays_off_and_the_doctor_says_how_fast_it_is(spilling, capsys):
+    spilling.of = {FORWARD: 12, BACKWARD: 12}
     record = fastattn.prove("cpu", families=["norm"])
-    assert verdicts(record) == {proofs.SPILLS}
-    assert {row.reason for row in record.rows.values()} == {"a kernel spills 12 registers"}
+    assert verdicts(record) == {proofs.SPILLS} and {row.ratio for row in record.rows.values()} == {2.0}
+    assert {row.reason for row in record.rows.values()} == {"norm_kernel spills 12 registers; 2 x as fast"}
+    assert capabilities.choose(RMS, FORWARD) == "portable"
+    doctor.report_proofs(CPU)
+    assert "0 of 1 proven, 1 spills" in (said := capsys.readouterr().out)
+    assert "norm_kernel spills 12 registers; 2 x as fast" in said
 
 
-def test_spills_are_read_from_the_kernels_that_a_case_loads(monkeypatch):
-    def loaded(spills):
-        return ({"key": SimpleNamespace(n_spills=spills)}, {})
+@pytest.mark.parametrize(("off", "on"), [(FORWARD, BACKWARD), (BACKWARD, FORWARD)])
+def test_a_kernel_that_spills_is_refused_in_the_direction_that_launches_it_and_serves_in_the_other(
+    off, on, spilling
+):
+    spilling.of = {off: 2}
+    record = fastattn.prove("cpu", families=["norm"])
+    assert {key.direction for key, row in record.rows.items() if row.verdict == proofs.SPILLS} == {off}
+    assert capabilities.choose(RMS, off) == "portable" and capabilities.choose(RMS, on) == "triton"
 
-    function = SimpleNamespace(device_caches={0: loaded(None), 1: loaded(7)})
-    monkeypatch.setitem(sys.modules, "fastattn.kernels.imagined", SimpleNamespace(kernel=function))
-    assert prove_worker.spills() == 7
-    prove_worker.forget_kernels()
-    assert prove_worker.spills() == 0
+
+def test_a_few_spills_can_be_allowed(spilling, capsys):
+    spilling.of = {FORWARD: 2, BACKWARD: 3}
+    fastattn.prove("cpu", families=["norm"])
+    assert main(["prove", "--device", "cpu", "--families", "norm", "--allow-spills", "2"]) == 0
+    assert capabilities.choose(RMS, FORWARD) == "triton" and capabilities.choose(RMS, BACKWARD) == "portable"
+    row = next(row for key, row in proofs.record_of(CPU).rows.items() if key.direction == FORWARD)
+    assert row.reason == "norm_kernel spills 2 registers, which was allowed"
+    # What is proven is not proven again.
+    asked = len(spilling.worker.asked)
+    fastattn.prove("cpu", families=["norm"])
+    assert len(spilling.worker.asked) == asked
+
+
+def test_a_spill_that_is_allowed_does_not_excuse_a_slow_kernel(spilling):
+    spilling.of, spilling.ours = {FORWARD: 2}, 3.0
+    record = fastattn.prove("cpu", families=["norm"], allow_spills=2)
+    assert verdicts(record) == {proofs.SLOWER}
+
+
+@pytest.mark.parametrize(
+    ("first", "name", "found"),
+    [(FORWARD, "a_kernel", {FORWARD: (2, "a_kernel"), BACKWARD: (7, "a_kernel")}),
+     # The forward's kernel has its verdict in the forward's rows.
+     (TANGENT, "attention_forward_kernel", {}),
+     (TANGENT, "attention_tangent_kernel", {TANGENT: (2, "attention_tangent_kernel")})],
+)  # fmt: skip
+def test_spills_count_in_the_direction_that_launches_the_kernel(first, name, found):
+    spilling = prove_worker.Spilling(first)
+    for more in (0, 2, None):
+        spilling.step("ours")
+        spilling.launched(name, SimpleNamespace(n_spills=more))
+        if first == FORWARD:
+            spilling.step("gradients")
+            spilling.launched(name, SimpleNamespace(n_spills=7))
+    assert spilling.most == found
+
+
+def test_launches_are_noted_by_name_while_they_are_asked_for(monkeypatch):
+    jit = pytest.importorskip("triton.runtime.jit")
+    monkeypatch.setattr(jit.JITFunction, "run", lambda kernel, *arguments, **options: SimpleNamespace(n_spills=3))
+    kernel, found = SimpleNamespace(__name__="a_kernel"), []
+    with prove_worker.launched(lambda name, compiled: found.append((name, prove_worker.spills_of(compiled)))):
+        jit.JITFunction.run(kernel, 1, grid=(1,))
+    jit.JITFunction.run(kernel, 2, grid=(1,))
+    assert found == [("a_kernel", 3)]
 
 
 def test_a_kernel_that_does_not_compile_stays_off(here, monkeypatch):
@@ -589,6 +654,7 @@ def test_the_doctor_shows_the_record_as_a_table(right, capsys):
         (["--device", "abacus"], "device must be cuda, cuda:N or cpu, got 'abacus'"),
         (["--device", "cuda"], "sees no GPU on this machine"),
         (["--device", "cpu", "--budget", "0"], "--budget must be positive, got 0"),
+        (["--device", "cpu", "--allow-spills", "-1"], "--allow-spills must not be negative, got -1"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_sentence(words, sentence, capsys):

@@ -1,9 +1,10 @@
 """GPUs that are not there: everything up to the launch is real, and a driver that only pretends takes it.
 
-Triton's own binder, compiler (all but the assembler) and launcher run, as on a GPU. `driver.c`, built with the C
-compiler that Triton needs anyway, stands in for the CUDA driver: it refuses what a real one refuses and computes
-nothing. `tensors.py` lets CPU tensors say that they lie on a GPU. So whatever fails here fails on the first real
-run, too; that a kernel computes the right numbers is shown elsewhere (Triton's interpreter, a real GPU).
+Triton's own binder, compiler (the assembler only if asked) and launcher run, as on a GPU. `driver.c`, built with
+the C compiler that Triton needs anyway, stands in for the CUDA driver: it refuses what a real one refuses and
+computes nothing. `tensors.py` lets CPU tensors say that they lie on a GPU. So whatever fails here fails on the
+first real run, too; that a kernel computes the right numbers is shown elsewhere (Triton's interpreter, a real
+GPU).
 
     with pretended_gpus(GPUS["H100"]) as driver:
         q = torch.randn(1, 8, 128, 64, dtype=torch.bfloat16, device="cuda")
@@ -135,8 +136,10 @@ def build(folder: Path) -> Path:
 
 
 @contextlib.contextmanager
-def pretended_driver(*gpus: Gpu, folder: Path | None = None) -> Iterator[Driver]:
-    """Inside the block torch.cuda and Triton find these GPUs in this machine; `folder` keeps the built driver."""
+def pretended_driver(*gpus: Gpu, folder: Path | None = None, assembled: bool = False) -> Iterator[Driver]:
+    """Inside the block torch.cuda and Triton find these GPUs in this machine; `folder` keeps the built driver.
+
+    assembled: kernels become machine code, and say how many registers they spill (`kernel.n_spills`); else 0."""
     if reason := obstacle():
         raise RuntimeError(reason)
     library = build(folder or Path(tempfile.gettempdir()) / f"pretended_gpu_{os.getuid()}")
@@ -154,10 +157,11 @@ def pretended_driver(*gpus: Gpu, folder: Path | None = None) -> Iterator[Driver]
 
         # The assembler takes as long as everything before it, and the compile report runs it on every kernel.
         # What is kept in its place must never be taken for machine code: it gets a cache of its own.
-        if "TRITON_CACHE_DIR" not in os.environ:
-            cache = stack.enter_context(tempfile.TemporaryDirectory())
-            stack.enter_context(mock.patch.dict(os.environ, {"TRITON_CACHE_DIR": cache}))
-        stack.enter_context(mock.patch.object(CUDABackend, "make_cubin", lambda *_: b"\x7fELF, pretended"))
+        if not assembled:
+            if "TRITON_CACHE_DIR" not in os.environ:
+                cache = stack.enter_context(tempfile.TemporaryDirectory())
+                stack.enter_context(mock.patch.dict(os.environ, {"TRITON_CACHE_DIR": cache}))
+            stack.enter_context(mock.patch.object(CUDABackend, "make_cubin", lambda *_: b"\x7fELF, pretended"))
         cuda = CudaDriver()
         cuda.get_current_stream = lambda device=None: (driver.device() if device is None else device) + 1
         triton_driver.set_active(cuda)
@@ -165,14 +169,14 @@ def pretended_driver(*gpus: Gpu, folder: Path | None = None) -> Iterator[Driver]
 
 
 @contextlib.contextmanager
-def pretended_gpus(*gpus: Gpu, folder: Path | None = None) -> Iterator[Driver]:
+def pretended_gpus(*gpus: Gpu, folder: Path | None = None, assembled: bool = False) -> Iterator[Driver]:
     """Inside the block tensors lie on these GPUs, too."""
     from fastattn.core import intact
     from fastattn.ground import modes
     from tests.pretended_gpu.tensors import GpuTensor, OnGpu, made_on_host
 
     with contextlib.ExitStack() as stack:
-        driver = stack.enter_context(pretended_driver(*gpus, folder=folder))
+        driver = stack.enter_context(pretended_driver(*gpus, folder=folder, assembled=assembled))
         for name in ("tensor", "as_tensor"):
             stack.enter_context(mock.patch.object(torch, name, made_on_host(getattr(torch, name))))
         # What fastattn makes outside of the caller's modes lies on the GPU, too.

@@ -1,9 +1,11 @@
 /* A CUDA driver that only pretends. It holds no memory and computes nothing, but it refuses what a real driver
  * refuses: grids, blocks and shared memory beyond the GPU's limits, memory that is not on the GPU, and memory,
- * streams and functions of another GPU than the current one. Triton loads it as libcuda.so.1; Python sets the GPUs
- * and reads what was launched. See __init__.py. */
+ * streams and functions of another GPU than the current one. Of machine code it reads what a real one reads: how many
+ * bytes of local memory a thread needs. Triton loads it as libcuda.so.1; Python sets the GPUs and reads what was
+ * launched. See __init__.py. */
 #include "cuda.h"
 
+#include <elf.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -15,9 +17,13 @@ typedef struct {
   int major, minor, processors, shared_optin, shared_per_processor;
 } Gpu;
 
-/* What a CUfunction points to. */
+/* What a CUmodule and a CUfunction point to. */
 typedef struct {
-  int device, shared_limit;
+  int device, local_bytes;
+} Module;
+
+typedef struct {
+  int device, local_bytes, shared_limit;
 } Function;
 
 typedef struct {
@@ -129,25 +135,60 @@ CUresult cuGetErrorString(CUresult error, const char **words) {
 
 /* ---- modules and functions ---- */
 
+#define CUDA_INFO 0x70000000 /* the type of ELF sections that list attributes */
+#define FRAME_SIZE 0x11      /* an attribute: a symbol's number, and bytes of local memory */
+#define SIZED 4              /* a form of attributes: their size and so many bytes; others have no bytes of their own */
+
+/* The most bytes of local memory that a thread of a function in this image needs: what spilled. 0 if the image is a
+ * pretended one (see __init__.py). */
+static int local_bytes_of(const uint8_t *image) {
+  const Elf64_Ehdr *header = (const Elf64_Ehdr *)image;
+  if (image[EI_CLASS] != ELFCLASS64)
+    return 0;
+  const Elf64_Shdr *sections = (const Elf64_Shdr *)(image + header->e_shoff);
+  int most = 0;
+  for (int number = 0; number < header->e_shnum; number++) {
+    if (sections[number].sh_type != CUDA_INFO)
+      continue;
+    const uint8_t *at = image + sections[number].sh_offset, *end = at + sections[number].sh_size;
+    while (at < end) {
+      int form = at[0], attribute = at[1], size = form == SIZED ? at[2] | at[3] << 8 : 0;
+      if (attribute == FRAME_SIZE && size == 8) {
+        uint32_t bytes;
+        memcpy(&bytes, at + 8, 4);
+        most = (int)bytes > most ? (int)bytes : most;
+      }
+      at += 4 + size;
+    }
+  }
+  return most;
+}
+
 CUresult cuModuleLoadData(CUmodule *module, const void *image) {
   if (memcmp(image, "\177ELF", 4))
     return CUDA_ERROR_INVALID_IMAGE;
-  *module = (CUmodule)(intptr_t)(current + 1);
+  Module *made = malloc(sizeof(Module)); /* as long as the process: so are Triton's */
+  *made = (Module){current, local_bytes_of(image)};
+  *module = (CUmodule)made;
   return CUDA_SUCCESS;
 }
 
 CUresult cuModuleUnload(CUmodule module) { return CUDA_SUCCESS; }
 
 CUresult cuModuleGetFunction(CUfunction *function, CUmodule module, const char *name) {
-  Function *made = malloc(sizeof(Function)); /* as long as the process: so are Triton's */
-  made->device = (int)(intptr_t)module - 1;
-  made->shared_limit = STATIC_LIMIT;
+  const Module *from = (const Module *)module;
+  Function *made = malloc(sizeof(Function));
+  *made = (Function){from->device, from->local_bytes, STATIC_LIMIT};
   *function = (CUfunction)made;
   return CUDA_SUCCESS;
 }
 
 CUresult cuFuncGetAttribute(int *value, CUfunction_attribute attribute, CUfunction function) {
-  *value = attribute == CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK ? 1024 : 0;
+  switch ((int)attribute) {
+  case CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK: *value = 1024; break;
+  case CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES: *value = ((const Function *)function)->local_bytes; break;
+  default: *value = 0;
+  }
   return CUDA_SUCCESS;
 }
 
