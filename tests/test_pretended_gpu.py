@@ -103,6 +103,34 @@ with pretended_gpus(GPUS["H100"], GPUS["RTX 4090"]) as driver:
     ]
 
 
+def test_a_pretended_gpu_tells_what_an_assembled_kernel_spills(printed) -> None:
+    """`make pretended` fails on spills under the oldest Triton: those that a GPU with that Triton would refuse."""
+    assert printed("""
+from tests.pretended_gpu.__main__ import Spilling
+from tests.pretended_gpu import known_spills
+from fastattn.measuring.prove_worker import launched
+
+@triton.jit
+def crowded(pointer):  # 512 numbers of each thread at once
+    rows, columns = tl.arange(0, 128)[:, None], tl.arange(0, 128)[None, :]
+    values = tl.load(pointer + rows * 128 + columns)
+    products = tl.dot(values, tl.trans(values))
+    tl.store(pointer + rows * 128 + columns, (products + tl.dot(products.to(tl.float16), values)).to(tl.float16))
+
+spilling = Spilling()
+with pretended_gpus(GPUS["A100"], assembled=True), launched(spilling.note):
+    t = torch.empty(128, 128, dtype=torch.float16, device="cuda")
+    touch[(1,)](torch.empty(4, device="cuda"))
+    print(spilling.complaints("A100", "a call"))
+    crowded[(1,)](t, num_warps=1)
+    (said,) = spilling.complaints("A100", "a call")
+    print(said.split(" spills ")[0], spilling.complaints("A100", "a call"))
+known = known_spills.Known("a call", "crowded", 1000, "few make it", ("A100",))
+print(known.covers("A100", "a call", "crowded", 1000), known.covers("A100", "a call", "crowded", 1001),
+      known.covers("H100", "a call", "crowded", 9), known.covers("A100", "another", "crowded", 9))
+""") == ["[]", "crowded []", "True False False False"]
+
+
 def test_each_gpu_of_a_process_gets_the_rows_of_its_own_family(printed) -> None:
     assert printed("""
 gpus = [GPUS[name] for name in ("H100", "RTX 4090", "A100")]

@@ -570,24 +570,37 @@ ATTENTION_STATISTICS = {
     "tf32": (Row(4, 128, Tiling(32, 16, 8, 1)), Row(4, 256, Tiling(16, 16, 8, 1))),  # 32 x 16: 3 on sm_86
 }
 
-# Everything at once: window, soft cap, slopes, sinks, lengths, biases and dropout. Compiled by Triton 3.6.0.
+# Everything at once: window, soft cap, slopes, sinks, lengths, biases and dropout. Few calls are so, hence one
+# small tile for all families but where a row was counted. Compiled by Triton 3.6.0 for sm_80 and sm_90.
 ATTENTION_FORWARD |= {
-    "sm_80 crowded": (Row(2, 64, Tiling(64, 64, 8, 2)),),  # 128 x 64: 2
-    "sm_90 wide crowded": (Row(2, 512, Tiling(64, 16, 8, 2, values=256)),),  # 128 x 16: 16 spills
+    "sm_80 crowded": (Row(2, 64, Tiling(64, 64, 8, 2)),),  # 128 x 64: 2 spills
+    "sm_90 wide crowded": (Row(2, 512, Tiling(64, 16, 8, 2, values=256)),),  # 128 x 16: 16
+    "sm_100 wide crowded": (Row(2, 512, Tiling(32, 16, 8, 2)),),
+    **{
+        f"{name} crowded": (Row(2, 128, Tiling(32, 32, 8, 2)), Row(2, 256, Tiling(32, 32, 8, 1)))
+        for name in ("sm_86", "sm_100", "sm_120")
+    },
 }
 ATTENTION_DKDV |= {
     # On sm_90 64 x 64 at D = 64: 26, 32 x 64 at D = 128: 12; on sm_80 64 x 32 at D = 256: 4.
-    "crowded": (Row(2, 128, Tiling(32, 32, 8, 2)), Row(2, 256, Tiling(32, 32, 8, 1))),
-    "sm_90 wide crowded": (Row(2, 512, Tiling(16, 16, 8, 2)),),  # 16 x 32: 4
+    "crowded": (
+        Row(2, 128, Tiling(32, 32, 8, 2)),
+        Row(2, 256, Tiling(32, 32, 8, 1)),
+        Row(2, 512, Tiling(16, 16, 8, 2)),  # 16 x 32: 4 on sm_90, 8 on sm_80
+    ),
 }
 ATTENTION_DQ |= {
     # On sm_90 at D = 64 128 x 64: 32, 64 x 64: 14; on sm_80 at D = 128 64 x 32 with 4 warps: 8.
     "crowded": (Row(2, 128, Tiling(64, 32, 8, 2)), Row(2, 256, Tiling(32, 32, 8, 1))),
     "sm_90 wide crowded": (Row(2, 512, Tiling(16, 32, 8, 2)),),  # 32 x 32: 4
+    **{f"{name} wide crowded": (Row(2, 512, Tiling(16, 16, 8, 2)),) for name in ("sm_86", "sm_100", "sm_120")},
 }
 ATTENTION_BIAS |= {
-    "crowded": (Row(2, 64, Tiling(32, 32, 4, 1)),),  # on sm_90 64 x 64: 26
-    "sm_80 crowded": (Row(2, 64, Tiling(32, 32, 4, 1)), Row(2, 128, Tiling(32, 32, 8, 1))),  # 4 warps: 2
+    "crowded": (
+        Row(2, 64, Tiling(32, 32, 4, 1)),  # on sm_90 64 x 64: 26
+        Row(2, 128, Tiling(32, 32, 8, 1)),  # on sm_80 4 warps: 2
+        Row(2, 512, Tiling(16, 16, 8, 1)),  # on sm_80 4 warps: 2, 32 x 32: 4
+    ),
 }
 
 # ---- variants, see `look_up`: the kernels above, which need more registers ---- With Triton 3.6.0, the oldest
@@ -596,7 +609,8 @@ ATTENTION_FORWARD |= {
     # Narrow loads, on sm_90: 3 to 210 with the rows above.
     "unaligned": (
         Row(2, 64, Tiling(64, 64, 8, 2)),
-        Row(2, 256, Tiling(32, 32, 8, 2)),  # 64 x 32: 2 for a crowded call at D = 72
+        Row(2, 128, Tiling(32, 32, 8, 2)),  # 64 x 32: 2 for a crowded call at D = 72
+        Row(2, 256, Tiling(32, 16, 8, 2)),  # on sm_80 32 x 32 at D = 136: 2
         Row(2, 512, Tiling(32, 16, 8, 2)),
     ),
     # Loops that programs split. 128 x 128 at D = 128: 2 spills with Triton 3.6; 128 x 64 at D = 160: 2.
@@ -607,10 +621,10 @@ ATTENTION_FORWARD |= {
     ),
 }
 ATTENTION_DKDV |= {
-    # On sm_90: 6 to 264 with the rows above; at D = 72 32 x 64: 14, at D = 136 32 x 32: 8.
+    # On sm_90: 6 to 264 with the rows above; at D = 72 32 x 64: 14, at D = 136 32 x 32: 8. On sm_80 32 x 32 at
+    # D = 72: 14 for a crowded call.
     "unaligned": (
         Row(2, 64, Tiling(32, 64, 8, 2)),
-        Row(2, 128, Tiling(32, 32, 8, 2)),
         Row(2, 256, Tiling(16, 32, 8, 1)),
         Row(2, 512, Tiling(16, 16, 8, 1)),
     ),
@@ -629,7 +643,8 @@ ATTENTION_DQ |= {
     # On sm_90: 2 to 110 with the rows above; at D = 72 64 x 32: 2.
     "unaligned": (
         Row(2, 64, Tiling(64, 64, 8, 2)),
-        Row(2, 256, Tiling(32, 32, 8, 1)),
+        Row(2, 128, Tiling(32, 32, 8, 1)),
+        Row(2, 256, Tiling(16, 32, 8, 1)),  # on sm_80 32 x 32 at D = 136: 2
         Row(2, 512, Tiling(16, 16, 8, 1)),
     ),
     "sm_80 heavy uneven": (
@@ -644,8 +659,7 @@ ATTENTION_DQ |= {
     },
 }
 ATTENTION_BIAS |= {
-    # On sm_90 at D = 72 64 x 64: 44, 32 x 32: 60.
-    "unaligned": (Row(2, 64, Tiling(32, 32, 4, 1)), Row(2, 256, Tiling(16, 16, 4, 1))),
+    "unaligned": (Row(2, 256, Tiling(16, 16, 8, 1)),),  # on sm_90 at D = 72 64 x 64: 44, 32 x 32: 60
     "sm_90 heavy uneven": (
         Row(2, 64, Tiling(64, 64, 4, 2)),
         Row(2, 128, Tiling(64, 64, 8, 1)),

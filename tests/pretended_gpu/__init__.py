@@ -156,12 +156,13 @@ def pretended_driver(*gpus: Gpu, folder: Path | None = None, assembled: bool = F
         from triton.runtime import driver as triton_driver
 
         # The assembler takes as long as everything before it, and the compile report runs it on every kernel.
-        # What is kept in its place must never be taken for machine code: it gets a cache of its own.
-        if not assembled:
-            if "TRITON_CACHE_DIR" not in os.environ:
-                cache = stack.enter_context(tempfile.TemporaryDirectory())
-                stack.enter_context(mock.patch.dict(os.environ, {"TRITON_CACHE_DIR": cache}))
+        # What is kept in its place must never be taken for machine code: each gets a cache of its own.
+        cache = os.environ.get("TRITON_CACHE_DIR") or stack.enter_context(tempfile.TemporaryDirectory())
+        if assembled:
+            cache += "-assembled"
+        else:
             stack.enter_context(mock.patch.object(CUDABackend, "make_cubin", lambda *_: b"\x7fELF, pretended"))
+        stack.enter_context(mock.patch.dict(os.environ, {"TRITON_CACHE_DIR": cache}))
         cuda = CudaDriver()
         cuda.get_current_stream = lambda device=None: (driver.device() if device is None else device) + 1
         triton_driver.set_active(cuda)

@@ -3,6 +3,7 @@
 python -m tests.pretended_gpu --gpu H100              every call on an H100
 python -m tests.pretended_gpu --each-on-one           every call on one of the four, by turns
 python -m tests.pretended_gpu --only "D=128" --gpu A100
+python -m tests.pretended_gpu --spills                kernels are assembled: one that spills registers is a failure
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import traceback
 import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
+from typing import Any
 
 # Before Triton is imported: kernels must be compiled, not interpreted, and the calls must reach them.
 os.environ.pop("TRITON_INTERPRET", None)
@@ -23,8 +25,10 @@ os.environ["FASTATTN_BACKEND"] = "triton"
 import torch
 import triton
 
+from fastattn.measuring.prove_worker import launched, spills_of
 from tests.pretended_gpu import GPUS, Driver, obstacle, pretended_gpus
 from tests.pretended_gpu.calls import Call, all_calls
+from tests.pretended_gpu.known_spills import KNOWN
 from tests.pretended_gpu.tensors import planned
 
 FOUR = ("H100", "A100", "RTX 4090", "B200")
@@ -36,6 +40,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--each-on-one", action="store_true", help="every call on one of the GPUs, by turns")
     parser.add_argument("--share", default="1/1", metavar="I/N", help="only the I-th of N shares of the calls")
     parser.add_argument("--only", default="", metavar="TEXT", help="calls named so")
+    parser.add_argument("--spills", action="store_true", help="assemble kernels, and fail where one spills")
     asked = parser.parse_args(words)
     if reason := obstacle():
         print(f"no GPU can be pretended: {reason}")
@@ -51,13 +56,18 @@ def main(words: Sequence[str] | None = None) -> int:
         if asked.only in call.name and number % shares == share - 1
     ]
     failures = 0
-    with pretended_gpus(*(GPUS[name] for name in gpus)) as driver:
+    spilling = Spilling()
+    with (
+        pretended_gpus(*(GPUS[name] for name in gpus), assembled=asked.spills) as driver,
+        launched(spilling.note),
+    ):
         for number, call in jobs:
             for device, gpu in enumerate(gpus):
                 if asked.each_on_one and (number // shares) % len(gpus) != device:
                     continue
                 driver.set_device(device)
-                if complaint := complaint_of(call, driver):
+                complaints = [complaint_of(call, driver), *spilling.complaints(gpu, call.name)]
+                for complaint in filter(None, complaints):
                     failures += 1
                     print(f"{gpu}: {call.name}: {complaint}", flush=True)
         launches = driver.launches()
@@ -65,6 +75,25 @@ def main(words: Sequence[str] | None = None) -> int:
     summary = f"{len(jobs)} calls, {launches} launches, {failures} failures, {seconds:.0f} s"
     print(f"Triton {triton.__version__}: {summary}")
     return 1 if failures or not jobs else 0
+
+
+class Spilling:
+    """The kernels of a call that spill, and are not known to."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, int] = {}
+
+    def note(self, kernel: str, compiled: Any) -> None:
+        if count := spills_of(compiled):
+            self.found[kernel] = max(count, self.found.get(kernel, 0))
+
+    def complaints(self, gpu: str, call: str) -> list[str]:
+        found, self.found = self.found, {}
+        return [
+            f"{kernel} spills {count} registers"
+            for kernel, count in found.items()
+            if not any(known.covers(gpu, call, kernel, count) for known in KNOWN)
+        ]
 
 
 def complaint_of(call: Call, driver: Driver) -> str:

@@ -1,0 +1,24 @@
+"""Spills of calls that few make, which are left: where, at most how many registers, and why."""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+
+class Known(NamedTuple):
+    """`calls` and `kernel` are regular expressions, that match from the beginning; no GPUs are all of them."""
+
+    calls: str
+    kernel: str
+    most: int
+    reason: str
+    gpus: tuple[str, ...] = ()
+
+    def covers(self, gpu: str, call: str, kernel: str, count: int) -> bool:
+        here = not self.gpus or gpu in self.gpus
+        matches = re.match(self.calls, call) and re.match(self.kernel, kernel)
+        return here and bool(matches) and count <= self.most
+
+
+KNOWN: tuple[Known, ...] = ()
