@@ -252,6 +252,24 @@ def test_packed_sequences_with_keys_in_pages_are_those_with_packed_keys(options:
         torch.testing.assert_close(found_lse, lse)
 
 
+@pytest.mark.parametrize("count", [0, 1, 2])
+@pytest.mark.parametrize("options", PACKED[1:3], ids=lambda options: "-".join(options))
+def test_sequences_of_one_length_give_what_they_give_before_tokens_that_belong_to_none(
+    options: dict[str, Any], count: int
+) -> None:
+    pages, table = torch.randn(2, 20, 4, 2, 16), torch.randperm(20)[:15].view(5, 3)
+    q, cu = torch.randn(5 * count, 4, 16), torch.arange(6) * count
+    results = [
+        fastattn.attention_varlen(
+            tokens, *pages, cu, None, seqused_k=torch.tensor(KEYS), block_table=table, **options, return_lse=True
+        )
+        for tokens in (q, torch.cat((q, torch.randn(1, 4, 16))))
+    ]
+    (out, lse), (more, more_lse) = results
+    assert torch.equal(out, more[:-1]) and torch.equal(lse, more_lse[:, :-1])
+    assert out.is_contiguous() and lse.is_contiguous()
+
+
 @pytest.mark.parametrize("options", PACKED, ids=lambda options: "-".join(options))
 def test_room_behind_the_keys_of_a_sequence_is_not_seen(options: dict[str, Any]) -> None:
     q, k, v = torch.randn(sum(COUNTS), 4, 16), torch.randn(sum(KEYS), 2, 16), torch.randn(sum(KEYS), 2, 8)

@@ -132,34 +132,41 @@ def _of_one_query(q: Tensor, storage: Storage, spec: CacheSpec, tensors: CacheTe
     q = q[:, :, 0].unflatten(1, (key_heads, heads // max(key_heads, 1)))
     every = _seeing_every_key(spec.attention)
     spans = list(_spans(spec.attention, storage, tensors, 1))
+    of_span = _OfSpan(q, storage, every, tensors)
     if len(spans) == 1 and spans[0][1] < spans[0][2]:
-        out, lse = _of_span(q, storage, every, tensors, *spans[0])
+        out, lse = of_span(*spans[0])
         out = out[..., : spec.value_width].to(q.dtype)
     else:
         out = q.new_zeros((*q.shape[:3], spec.value_width))
         lse = q.new_full(q.shape[:3], float("-inf"), dtype=lse_dtype(q.dtype))
         for rows, first, stop in spans:
             if first < stop:
-                found, lse[rows] = _of_span(q, storage, every, tensors, rows, first, stop)
+                found, lse[rows] = of_span(rows, first, stop)
                 out[rows] = found[..., : spec.value_width]
     return out.reshape(batch, 1, heads, spec.value_width).transpose(1, 2), lse.reshape(batch, heads, 1)
 
 
-def _of_span(
-    q: Tensor, storage: Storage, every: AttentionSpec, tensors: CacheTensors, rows: slice, first: int, stop: int
-) -> tuple[Tensor, Tensor]:
+class _OfSpan:
     """Attention of some rows to all of their keys from `first` to before `stop`, of which there are some."""
-    q = q if rows.stop - rows.start == len(q) else q[rows]
 
-    def parts() -> Iterator[tuple[Tensor, Tensor]]:
-        straight = None
-        for begin, end in _pieces(storage, tensors, first, stop):
-            k, v = keys_and_values(storage, tensors, rows, begin, end, q.dtype)
-            # Whether PyTorch's operator computes this does not depend on the number of keys.
-            straight = straight or portable.straight(q, k, v, every, False)
-            yield portable.forward(q, k, v, every, NO_TENSORS) if straight is None else straight.forward(q, k, v)
+    def __init__(self, q: Tensor, storage: Storage, every: AttentionSpec, tensors: CacheTensors) -> None:
+        self.q, self.storage, self.every, self.tensors = q, storage, every, tensors
+        self.straight: Any = None
 
-    return functools.reduce(lambda total, more: _merged(*total, *more), parts())
+    def __call__(self, rows: slice, first: int, stop: int) -> tuple[Tensor, Tensor]:
+        q = self.q if rows.stop - rows.start == len(self.q) else self.q[rows]
+        parts = (self._of_piece(q, rows, *piece) for piece in _pieces(self.storage, self.tensors, first, stop))
+        return functools.reduce(lambda total, more: _merged(*total, *more), parts)
+
+    def _of_piece(self, q: Tensor, rows: slice, begin: int, end: int) -> tuple[Tensor, Tensor]:
+        k, v = keys_and_values(self.storage, self.tensors, rows, begin, end, q.dtype)
+        if self.straight is None:
+            # Neither rows nor the number of keys decide whether PyTorch's operator computes this.
+            self.straight = portable.straight(q, k, v, self.every, False) or False
+        if self.straight:
+            out, lse = self.straight.forward(q, k, v)
+            return out, lse
+        return portable.forward(q, k, v, self.every, NO_TENSORS)
 
 
 @functools.lru_cache(maxsize=64)
