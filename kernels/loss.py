@@ -10,6 +10,10 @@ x is (T, d): T tokens of width d; W (V, d): V classes; b (V,) or None.
     backward   for each chunk of classes, so many that their gradients fit into CHUNK bytes:
                logit_gradient_kernel  the same tile again -> dz of the chunk, in x's dtype
                library                dx += dz W (in float32), dW = dz^T x, db = sum of dz
+    filtered   logit_gradient_kernel  also says of each tile whether it is kept, because a probability in it is not
+                                      below a number or it holds a token's own class
+               kept_product_kernel    dx and dW, from these tiles alone (Wijmans et al., Cut Your Losses in
+                                      Large-Vocabulary Language Models, 2024, section 4.3)
 
 Counted before it was written: in flop, a forward and a backward are four products as large as x W^T, 8 T V d; at
 T = d = 4096, V = 128256 that is 17 Tflop. Writing and reading dz once moves 4 T V bytes in half precision, 2 GB:
@@ -28,7 +32,7 @@ import triton
 import triton.language as tl
 
 from . import launch
-from .launch.loss import LOSS
+from .launch.loss import KEPT_PRODUCT, LOSS
 from .mlp import Size, block, grouped_tile, inner_tile, linear_argument, products, quarters, tile_count
 from .tiles import LOG2_E, matrix
 
@@ -37,20 +41,22 @@ CHUNK = 2**28
 
 
 class Numbers(NamedTuple):
-    """The cap, the inverse of the temperature, what smoothing leaves of a target, and what it spreads to a
-    class."""
+    """The cap, the inverse of the temperature, what smoothing leaves of a target, and what it spreads to a class;
+    below which probability a tile is left out, None for none."""
 
     softcap: float
     inverse_temperature: float
     left: float
     even: float
+    filter: float | None
 
 
 class Loss(NamedTuple):
     """What is computed of logits.
 
     softcap: 0 for none. smoothing: the part that is spread over all `classes`, of which a process may hold some.
-    target: (T, V) probabilities, or None for class indices. class_weight: (V,) in float32, or None.
+    target: (T, V) probabilities, or None for class indices. class_weight: (V,) in float32, or None. filter: tiles
+    whose probabilities are all below it are left out of the gradients; 0 for none.
     """
 
     softcap: float
@@ -60,6 +66,7 @@ class Loss(NamedTuple):
     entropy: bool
     target: torch.Tensor | None
     class_weight: torch.Tensor | None
+    filter: float = 0.0
 
 
 @triton.jit
@@ -167,10 +174,13 @@ def load_line(values, line, rows, tokens):
 
 
 @triton.jit
-def logit_gradient_kernel(x, w, own, probabilities, class_weight, values, dz, size, numbers, tile: tl.constexpr):
+def logit_gradient_kernel(
+    x, w, own, probabilities, class_weight, values, dz, flags, size, numbers, tile: tl.constexpr
+):
     """The gradient of one tile of x W^T + b, from `values` (lines, T) in float32: the pivot; log_total; the
     gradients of log_total and of the picked logits; a token's own class's weight; if ENTROPY, the entropy and its
-    gradient."""
+    gradient. If FILTER, `flags` (column tiles, row tiles x BLOCK_M) are 1 for a row for which its tile is kept,
+    else 0."""
     tile_row, tile_column = grouped_tile(
         tl.program_id(0), tl.cdiv(size.tokens, tile.BLOCK_M), tl.cdiv(size.hidden, tile.BLOCK_N)
     )
@@ -184,6 +194,10 @@ def logit_gradient_kernel(x, w, own, probabilities, class_weight, values, dz, si
     log_total = load_line(values, 1, rows, size.tokens)
     dlog_total = load_line(values, 2, rows, size.tokens)
     dpicked = load_line(values, 3, rows, size.tokens)
+    kept = tl.zeros((tile.BLOCK_M,), tl.int32)
+    if tile.FILTER:
+        own_column = tl.load(own + rows, mask=exists, other=-1)
+        kept = ((own_column >= start) & (own_column < start + tile.BLOCK_N)).to(tl.int32)
     for part in tl.static_range(4):
         column = start + part * (tile.BLOCK_N // 4)
         columns = column + tl.arange(0, tile.BLOCK_N // 4)
@@ -191,6 +205,9 @@ def logit_gradient_kernel(x, w, own, probabilities, class_weight, values, dz, si
         z, bent = tile_logits(parts[part], w.bias, columns, inside, numbers, tile)
         z -= pivot[:, None]
         p = tl.exp2((z - log_total[:, None]) * LOG2_E)
+        if tile.FILTER:  # A NaN is not below.
+            counts = tl.where((p < numbers.filter) | ~(exists[:, None] & inside[None, :]), 0, 1)
+            kept = tl.maximum(kept, tl.max(counts, 1))
         gradient = p * dlog_total[:, None]
         if tile.ENTROPY:
             mean = log_total - load_line(values, 5, rows, size.tokens)
@@ -210,11 +227,50 @@ def logit_gradient_kernel(x, w, own, probabilities, class_weight, values, dz, si
         mask = exists[:, None] & inside[None, :]
         pointers = block(dz, row, column, tile.BLOCK_M, tile.BLOCK_N // 4)
         tl.store(pointers, gradient.to(dz.pointer.dtype.element_ty), mask=mask)
+    if tile.FILTER:
+        # Of each row: Triton 3.7 finds no layout in tensor memory for a maximum over both dimensions.
+        lines = tl.cdiv(size.tokens, tile.BLOCK_M) * tile.BLOCK_M
+        tl.store(flags + tl.cast(tile_column, tl.int64) * lines + rows, kept)
+
+
+@triton.jit
+def kept_product_kernel(a, b, steps, counts, out, size, tile: tl.constexpr):
+    """One tile of a @ b. The summed dimension is visited in steps of STEP, PARTS times BLOCK_K: `steps` has for
+    each row of tiles the numbers of the steps that are kept, then the others, and `counts` how many are kept. If
+    ADD, `out` is added."""
+    tile_row, tile_column = grouped_tile(
+        tl.program_id(0), tl.cdiv(size.tokens, tile.BLOCK_M), tl.cdiv(size.hidden, tile.BLOCK_N)
+    )
+    row = tile_row * tile.BLOCK_M
+    column = tile_column * tile.BLOCK_N
+    rows = (row + tl.arange(0, tile.BLOCK_M) < size.tokens)[:, None]
+    columns = (column + tl.arange(0, tile.BLOCK_N) < size.hidden)[None, :]
+    inner = tl.arange(0, tile.BLOCK_K)
+    total = tl.zeros((tile.BLOCK_M, tile.BLOCK_N), tl.float32)
+    first = steps + tile_row * tl.cdiv(size.inner, tile.STEP)
+    for i in range(tl.load(counts + tile_row) * tile.PARTS):
+        number = i // tile.PARTS
+        start = tl.load(first + number) * tile.STEP + (i - number * tile.PARTS) * tile.BLOCK_K
+        inside = inner < size.inner - start
+        left = tl.load(block(a, row, start, tile.BLOCK_M, tile.BLOCK_K), mask=rows & inside[None, :], other=0.0)
+        right = tl.load(
+            block(b, start, column, tile.BLOCK_K, tile.BLOCK_N), mask=columns & inside[:, None], other=0.0
+        )
+        total = tl.dot(left, right, total, input_precision="ieee")
+    pointers = block(out, row, column, tile.BLOCK_M, tile.BLOCK_N)
+    if tile.ADD:
+        total += tl.load(pointers, mask=rows & columns, other=0.0)
+    tl.store(pointers, total.to(out.pointer.dtype.element_ty), mask=rows & columns)
 
 
 def spreads(loss: Loss) -> bool:
     """Whether logits of classes other than a token's own have a weight in its loss."""
     return loss.target is not None or loss.smoothing > 0
+
+
+def filters(loss: Loss) -> bool:
+    """Whether tiles may be left out of the gradients: if a logit of any class has a weight, none may."""
+    return loss.filter > 0 and not spreads(loss)
 
 
 def tiling(kernel: object, x: torch.Tensor, loss: Loss) -> launch.Tiling:
@@ -234,12 +290,14 @@ def launch_choices(x: torch.Tensor, loss: Loss, kernel: object, size: Size) -> d
         PROBABILITIES=loss.target is not None,
         SPREAD=spreads(loss),
         ENTROPY=loss.entropy,
+        FILTER=filters(loss),
     )
     return {"tile": choices, **tile.compiler_options()}
 
 
 def numbers_of(loss: Loss) -> Numbers:
-    return Numbers(loss.softcap, 1 / loss.temperature, 1 - loss.smoothing, loss.smoothing / loss.classes)
+    even, least = loss.smoothing / loss.classes, loss.filter if filters(loss) else None
+    return Numbers(loss.softcap, 1 / loss.temperature, 1 - loss.smoothing, even, least)
 
 
 def loss_partials(
@@ -276,14 +334,18 @@ def logit_gradients(
     values: torch.Tensor,
     dz: torch.Tensor,
     loss: Loss,
-) -> None:
+) -> torch.Tensor | None:
     """Fill dz (T, classes), contiguous, by `logit_gradient_kernel`; w, b, loss.target and loss.class_weight are of
-    these classes."""
+    these classes. Returns which tiles (down, along) are kept if there is a filter."""
     size = Size(*x.shape, w.shape[0])
     with launch.on_device(x):
+        tile, flags = tiling(logit_gradient_kernel, x, loss), None
+        if filters(loss):
+            sides = triton.cdiv(size.hidden, tile.block_n), triton.cdiv(size.tokens, tile.block_m), tile.block_m
+            flags = torch.empty(sides, dtype=torch.int32, device=x.device)
         launch.start(
             logit_gradient_kernel,
-            (tile_count(size, tiling(logit_gradient_kernel, x, loss)),),
+            (tile_count(size, tile),),
             matrix(x),
             linear_argument(w, b),
             own,
@@ -291,9 +353,38 @@ def logit_gradients(
             loss.class_weight,
             values,
             matrix(dz),
+            flags,
             size,
             numbers_of(loss),
             **launch_choices(x, loss, logit_gradient_kernel, size),
+        )
+    return None if flags is None else flags.amax(2).t().contiguous()
+
+
+def kept_product(
+    a: torch.Tensor, b: torch.Tensor, flags: torch.Tensor, tile: launch.Tiling, out: torch.Tensor, add: bool
+) -> None:
+    """a @ b into `out`, or added to it, from the tiles of a that `flags` mark. These tiles have the sides of
+    `tile`."""
+    size = Size(*a.shape, b.shape[1])
+    # A stable sort: the same tiles give the same sum.
+    steps = torch.sort(flags, dim=1, descending=True, stable=True).indices.to(torch.int32)
+    counts = flags.sum(1, dtype=torch.int32)
+    with launch.on_device(a):
+        row = launch.look_up(KEPT_PRODUCT, launch.family(kept_product_kernel, a.device), a.element_size(), 0)
+        row = row._replace(block_m=tile.block_m)
+        inner = min(inner_tile(a.dtype), tile.block_n)
+        launch.start(
+            kept_product_kernel,
+            (tile_count(size, row),),
+            matrix(a),
+            matrix(b),
+            steps,
+            counts,
+            matrix(out),
+            size,
+            tile=row.tile(BLOCK_K=inner, STEP=tile.block_n, PARTS=tile.block_n // inner, ADD=add),
+            **row.compiler_options(),
         )
 
 
@@ -354,10 +445,16 @@ def loss_gradients(
             class_weight=None if loss.class_weight is None else loss.class_weight[some],
         )
         own = None if column is None else own_columns(column, start, some.stop - start)
-        logit_gradients(x, w[some], None if b is None else b[some], own, values, dz, part)
-        if dx is not None:
+        flags = logit_gradients(x, w[some], None if b is None else b[some], own, values, dz, part)
+        tile = tiling(logit_gradient_kernel, x, loss)
+        if dx is not None and flags is not None:
+            kept_product(dz, w[some], flags, tile, dx, add=True)
+        elif dx is not None:
             dx += product_in_float32(dz, w[some])
-        if dw is not None:
+        if dw is not None and flags is not None:
+            turned = tile._replace(block_m=tile.block_n, block_n=tile.block_m)
+            kept_product(dz.t(), x, flags.t().contiguous(), turned, dw[some], add=False)
+        elif dw is not None:
             torch.mm(dz.t(), x, out=dw[some])
         if db is not None:
             db[some] = dz.sum(0, dtype=torch.float32).to(db.dtype)

@@ -216,14 +216,17 @@ def heads(length: int, width: int, *, interleaved: bool, strided: bool) -> list[
     return forward_and_backward(call, [x, torch.randn(width), torch.randn(3)])
 
 
-def loss(tokens: int, width: int, classes: int, *, probabilities: bool, strided: bool) -> list[Tensor]:
-    """With every option. Some tokens are ignored."""
+def loss(
+    tokens: int, width: int, classes: int, *, probabilities: bool, strided: bool, filtered: bool = False
+) -> list[Tensor]:
+    """With every option; filtered, without those that forbid to leave out classes. Some tokens are ignored."""
     torch.manual_seed(0)
     x = torch.randn(width, tokens).t() if strided else torch.randn(tokens, width)
     target = torch.randint(classes, (tokens,))
     target[::3] = -100
     given = {"target": torch.rand(tokens, classes) if probabilities else target, "weight": torch.rand(classes)}
     given |= {"label_smoothing": 0.1, "softcap": 2.0, "temperature": 0.5, "z_loss": 0.1, "reduction": "none"}
+    given |= {"label_smoothing": 0.0, "filter": 1.0} if filtered else {}
 
     def call(x: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, ...]:
         more = {"return_lse": True, "return_entropy": True, "backend": BACKEND}
@@ -428,6 +431,10 @@ CALLS = {
     "loss": (
         partial(loss, 33, 21, 70, probabilities=False, strided=True),
         {"logits_kernel", "logit_gradient_kernel"},
+    ),
+    "filtered loss": (
+        partial(loss, 33, 21, 70, probabilities=False, strided=True, filtered=True),
+        {"logits_kernel", "logit_gradient_kernel", "kept_product_kernel"},
     ),
     "loss of probabilities": (
         partial(loss, 33, 32, 45, probabilities=True, strided=False),

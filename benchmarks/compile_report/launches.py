@@ -346,7 +346,7 @@ class LossCall:
 
     dtype: str
     width: int
-    options: str = ""  # some of "bias", "weights", "softcap", "smoothing", "entropy", "probabilities"
+    options: str = ""  # some of "bias", "weights", "softcap", "smoothing", "entropy", "probabilities", "filter"
     classes: int = 32768
 
     @property
@@ -370,6 +370,7 @@ class LossCall:
             entropy="entropy" in asked,
             target=self.tensor(tokens, classes) if "probabilities" in asked else None,
             class_weight=torch.empty(classes, device="meta") if "weights" in asked else None,
+            filter=1e-7 if "filter" in asked else 0.0,
         )
         b = self.tensor(classes) if "bias" in asked else None
         own = None if "probabilities" in asked else torch.empty(tokens, dtype=torch.int32, device="meta")
@@ -589,7 +590,10 @@ CALLS: tuple[Call, ...] = (
     LossCall("bf16", 4096, "bias weights softcap smoothing entropy"),
     LossCall("bf16", 1024, "bias weights softcap smoothing entropy probabilities"),
     *(LossCall("bf16", 1024, f"{more}probabilities", 2111) for more in ("", "softcap ", "bias smoothing ")),
+    LossCall("bf16", 4096, "filter"),
+    LossCall("bf16", 4096, "bias weights softcap entropy filter"),
     LossCall("fp32", 1024),
+    LossCall("fp32", 1024, "bias weights softcap entropy filter"),
     LossCall("fp32", 1024, "bias weights softcap smoothing entropy"),
     LossCall("fp32", 1024, "bias weights softcap smoothing entropy probabilities"),
     *(

@@ -516,8 +516,12 @@ def cases(timing: dict[str, Any], absent: list[str]) -> list[dict[str, Any]]:
         [Sizes("heads", kind, length=4096, heads=32, width=128) for kind in ("norm rotary", "rotary")],
         [Sizes("statistics", kind, **many) for kind in ("causal: entropy received", "causal", "bigbird")],
         [
-            Sizes("loss", "classes mean", batch=1, length=length, width=width, hidden=classes)
-            for length, width, classes in ((4096, 4096, 128256), (8192, 1024, 32768))
+            Sizes("loss", kind, batch=1, length=length, width=width, hidden=classes)
+            for kind, length, width, classes in (
+                ("classes mean", 4096, 4096, 128256),
+                ("classes filter mean", 4096, 4096, 128256),
+                ("classes mean", 8192, 1024, 32768),
+            )
         ],
         [
             Sizes("cache", kind, batch=batch, heads=32, key_heads=8, length=1, keys=keys, width=128)

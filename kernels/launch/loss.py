@@ -36,3 +36,12 @@ LOSS = {
         Row(4, EVERY, Tiling(64, 64, 4, 2)),
     ),
 }
+
+# The products of a filtered gradient. Rows are as many as the table above has of tokens or of classes, 64 or 128.
+KEPT_PRODUCT = {
+    INTERPRETER: (Row(4, EVERY, Tiling(32, 32, 4, 1)),),
+    "sm_80": (
+        Row(2, EVERY, Tiling(128, 128, 8, 3)),
+        Row(4, EVERY, Tiling(64, 64, 8, 2)),
+    ),
+}

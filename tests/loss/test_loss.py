@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from comparing import check_or_refusal, doubled
-from hardware import DEVICE
+from hardware import DEVICE, ON_GPU
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerance import assert_as_exact_as_eager
@@ -25,6 +25,7 @@ import fastattn.flops
 from fastattn.core import capabilities
 from fastattn.core.loss import definition, operators, portable
 from fastattn.core.loss.spec import LossSpec, LossTensors
+from fastattn.kernels import loss as kernels
 from fastattn.measuring.measure import peak_memory
 
 BACKENDS = ("triton", "portable", "reference")
@@ -443,6 +444,69 @@ def test_a_filter_changes_gradients_by_no_more_than_it_says_and_no_loss(reductio
     # A filter above 1 leaves nothing but the targets.
     target, _ = problem.beside()
     assert (nothing[3] <= 0).all() and nothing[3].count_nonzero() == target[target >= 0].unique().numel()
+
+
+# Tiles of the kernels in the interpreter, and those in whose classes the probability and the target of tokens lie.
+TOKENS, CLASSES, GROUPS, USED = 32, 64, 5, [0, 4]
+
+
+def grouped(dtype: torch.dtype, **options: Any) -> tuple[Any, list[Tensor]]:
+    """A loss by the kernels, and its inputs: of tokens in groups, each with its own classes."""
+    torch.manual_seed(0)
+    x, w = (torch.randn(size, 24, device=DEVICE) for size in (len(USED) * TOKENS, GROUPS * CLASSES))
+    groups = torch.tensor(USED, device=DEVICE).repeat_interleave(TOKENS)
+    eye = torch.eye(GROUPS, device=DEVICE)
+    x[:, :GROUPS], w[:, :GROUPS], w[:, GROUPS:] = (
+        12 * eye[groups],
+        eye.repeat_interleave(CLASSES, 0),
+        0.3 * w[:, 5:],
+    )
+    target = CLASSES * groups + torch.randint(CLASSES, groups.shape, device=DEVICE)
+    target[1::4] = -100
+
+    def loss(x: Tensor, w: Tensor, b: Tensor, filter: float | None = None) -> Any:
+        return fastattn.linear_cross_entropy(
+            x, w, target, linear_bias=b, reduction="sum", backend="triton", filter=filter, **options
+        )
+
+    return loss, [t.to(dtype) for t in (x, w, torch.zeros(len(w), device=DEVICE))]
+
+
+FILTERED: dict[str, dict[str, Any]] = {"plain": {}, "entropy and cap": {"return_entropy": True, "softcap": 20.0}}
+
+
+@pytest.mark.parametrize(
+    ("options", "dtype"), [("plain", torch.float16), ("entropy and cap", torch.float32)], ids=str
+)
+def test_the_kernels_leave_out_tiles_below_the_filter(options: str, dtype: torch.dtype, monkeypatch) -> None:
+    loss, inputs = grouped(dtype, **FILTERED[options])
+    monkeypatch.setattr(kernels, "CHUNK", 1)  # 256 classes at a time
+    flags: list[Tensor] = []
+    own = kernels.kept_product
+    monkeypatch.setattr(kernels, "kept_product", lambda *a, **k: (flags.append(a[2]), own(*a, **k))[1])
+    exact = run(loss, inputs)
+    assert not flags
+    near = run(functools.partial(loss, filter=1e-3), inputs)
+    if not ON_GPU:
+        expected = torch.eye(GROUPS, dtype=torch.int32)[USED]
+        assert torch.equal(torch.cat(flags[::2], 1), expected) and torch.equal(
+            torch.cat(flags[1::2]), expected.t()
+        )
+    results = len(exact) - 3
+    assert all(torch.equal(a, e) for a, e in zip(exact[:results], near[:results], strict=True))
+    # Of a token, the probabilities that are left out sum to less than 0.003.
+    most, rounding = 0.003 * (2 if options == "plain" else 20), 4 * torch.finfo(dtype).eps
+    for a, e in zip(near[results:], exact[results:], strict=True):
+        assert (a - e).abs().max() <= most + rounding * e.abs().max()
+
+
+def test_a_filter_above_1_keeps_the_tiles_of_targets_and_a_nan() -> None:
+    loss, inputs = grouped(torch.float32)
+    call = functools.partial(loss, filter=2.0)
+    found = run(call, inputs)[2].abs().sum(1).view(GROUPS, CLASSES).count_nonzero(1)
+    assert (found[USED] == CLASSES).all() and (ON_GPU or found.count_nonzero() == len(USED))
+    inputs[0][3, 0] = float("nan")
+    assert run(call, inputs)[2].isnan().any(1).all()
 
 
 # The operators.

@@ -336,6 +336,7 @@ def loss_calls() -> Iterator[Call]:
             f"{title}, all together", probabilities=probabilities, bias=True, softcap=5.0, label_smoothing=0.1
         )
     yield of("a bias", bias=True)
+    yield of("filtered", bias=True, filter=1e-3)
     yield of("no tokens", tokens=0)
 
 

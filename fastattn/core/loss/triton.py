@@ -50,7 +50,8 @@ def reduced(
 def _of(tensors: LossTensors, spec: LossSpec) -> _loss.Loss:
     target = tensors.target if tensors.target.is_floating_point() else None
     weight = None if tensors.class_weight is None else tensors.class_weight.float().contiguous()
-    return _loss.Loss(spec.softcap, spec.temperature, spec.smoothing, spec.classes, spec.entropy, target, weight)
+    options = spec.softcap, spec.temperature, spec.smoothing, spec.classes, spec.entropy
+    return _loss.Loss(*options, target, weight, spec.filter)
 
 
 def _column(tensors: LossTensors, spec: LossSpec) -> Tensor | None:
