@@ -64,6 +64,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--link", default="ib400", help="between nodes: a name in the machine's file")
     made.add_argument("--machine", type=Path, default=H100, help="figures of the GPU and its links, JSON")
     made.add_argument("--no-checkpoint", action="store_true", help="keep what a layer needs for its backward")
+    made.add_argument(
+        "--float32-gradients", action="store_true", help="gradients of keys and values travel in float32"
+    )
     made.add_argument("--json", type=Path, help="write the figures to this file")
     made.add_argument("--plot", type=Path, help="draw tokens a second and GPU into this PNG")
     return made
@@ -72,7 +75,10 @@ def parser() -> argparse.ArgumentParser:
 def main(words: Sequence[str] | None = None) -> int:
     asked = parser().parse_args(words)
     console = Console()
-    training = Training(MODELS[asked.model], asked.tokens, mask(asked.mask, asked.tokens), not asked.no_checkpoint)
+    training = Training(
+        MODELS[asked.model], asked.tokens, mask(asked.mask, asked.tokens), not asked.no_checkpoint,
+        4 if asked.float32_gradients else 2,
+    )  # fmt: skip
     where = cluster(asked.machine, asked.link)
     found: list[Step] = []
     for count in track(asked.gpus, "predicting", console=console, transient=True):

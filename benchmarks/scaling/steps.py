@@ -62,17 +62,19 @@ class Step:
 
 @dataclass(frozen=True)
 class Training:
-    """model, length and mask: what is trained. checkpoint: layers are computed again in the backward."""
+    """model, length and mask: what is trained. checkpoint: layers are computed again in the backward.
+    gradient_element: bytes per element of the gradients of keys and values that travel."""
 
     model: Model
     length: int
     mask: dict[str, Any]
     checkpoint: bool = True
+    gradient_element: int = HALF
 
     @property
     def sizes(self) -> Sizes:
         m = self.model
-        return Sizes(1, m.heads, m.key_heads, m.head_width, m.head_width, HALF)
+        return Sizes(1, m.heads, m.key_heads, m.head_width, m.head_width, HALF, self.gradient_element)
 
     @property
     def passes(self) -> tuple[float, ...]:

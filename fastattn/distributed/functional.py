@@ -298,8 +298,9 @@ def _fastest(call: Call, visibility: Visibility) -> str:
     """What is predicted to take the least time on a usual machine."""
     ranks = call.mesh.size()
     sizes = Sizes(
-        call.q.shape[0], call.q.shape[1], call.k.shape[1], call.q.shape[3], call.v.shape[3], call.q.element_size()
-    )
+        call.q.shape[0], call.q.shape[1], call.k.shape[1], call.q.shape[3], call.v.shape[3],
+        call.q.element_size(), (call.gradient_dtype or call.q.dtype).itemsize,
+    )  # fmt: skip
     seen, tokens = pairs(visibility, call.layout.owners, ranks), call.layout.length / ranks
     methods = ["ring", "gather"] if _obstacle_to_heads(call, ranks) else ["ring", "gather", "heads"]
     return min(methods, key=lambda method: predict(method, seen, sizes, TYPICAL, tokens).seconds)

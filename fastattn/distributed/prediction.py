@@ -53,8 +53,8 @@ TYPICAL = Machine(450e12, 45e9, 1e-5, 8, 405e9, 3e-6)
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of a call on the whole sequence: batch, heads of queries and of keys, widths of keys and values, and bytes
-    per element."""
+    """Of a call on the whole sequence: batch, heads of queries and of keys, widths of keys and values, bytes per
+    element, and bytes per element of the gradients of keys and values that travel; 0 for the same."""
 
     batch: int
     heads: int
@@ -62,11 +62,17 @@ class Sizes:
     width: int
     value_width: int
     element: int
+    gradient_element: int = 0
 
     @property
     def key_bytes(self) -> int:
         """Of one token's keys and values, all heads."""
         return self.batch * self.key_heads * (self.width + self.value_width) * self.element
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Of their gradients, as "ring" and "gather" send them."""
+        return self.key_bytes * (self.gradient_element or self.element) // self.element
 
     def shared_bytes(self, ranks: int) -> tuple[float, float]:
         """Of one token's queries, keys and values, all heads, and of its outputs, where ranks share the heads. If
@@ -218,7 +224,7 @@ def ring(seen: Pairs, sizes: Sizes, machine: Machine, tokens: float, passes: Seq
     ranks, every = seen.ranks, torch.arange(seen.ranks)
     seconds = seen.granules * (sizes.granule_flops / machine.attention)
     sources = _sources(seen)
-    key_bytes = seen.tokens * sizes.key_bytes
+    key_bytes, gradient_bytes = seen.tokens * sizes.key_bytes, seen.tokens * sizes.gradient_bytes
     clock = _Clock(ranks)
     for factor in passes:
         clock.meet()
@@ -237,16 +243,18 @@ def ring(seen: Pairs, sizes: Sizes, machine: Machine, tokens: float, passes: Seq
             if factor == BACKWARD:
                 clock.now = torch.maximum(clock.now, returned)
                 # Gradients of the keys go back; they are waited for a round later.
+                took = torch.where(got, machine.seconds(every, sender, gradient_bytes[every, sender]), 0.0)
                 done = torch.maximum(clock.now, clock.now[sender]) + took
                 returned = torch.zeros_like(returned).scatter_reduce_(0, sender, done * got, "amax")
                 returned = torch.maximum(returned, done * got)
         clock.now = torch.maximum(clock.now, returned)
     sent = key_bytes.sum(0) - key_bytes[every, every]
-    back = key_bytes.sum(1) - key_bytes[every, every]
+    back = gradient_bytes.sum(1) - gradient_bytes[every, every]
     # Two messages of keys and two of gradients under way, and the sums of the own gradients in float32.
-    largest = float((key_bytes - key_bytes.diag().diag()).max())
+    together = key_bytes + gradient_bytes
+    largest = float((together - together.diag().diag()).max())
     sent = len(passes) * sent + passes.count(BACKWARD) * back
-    return clock.cost(float(sent.max()), 4 * largest + tokens * sizes.key_bytes * 4 / sizes.element)
+    return clock.cost(float(sent.max()), 2 * largest + tokens * sizes.key_bytes * 4 / sizes.element)
 
 
 def _sources(seen: Pairs) -> list[Tensor]:
@@ -288,18 +296,18 @@ class _Clock:
 
 def gather(seen: Pairs, sizes: Sizes, machine: Machine, tokens: float, passes: Sequence[float]) -> Cost:
     """All keys come to all ranks, then all is computed; their gradients go back the same way."""
-    ranks, sent = seen.ranks, (seen.ranks - 1) * tokens * sizes.key_bytes
+    ranks, back = seen.ranks, passes.count(BACKWARD)
     clock = _Clock(ranks)
     for factor in passes:
         clock.meet()
         clock.now += exchange(ranks, tokens * sizes.key_bytes, machine)
         clock.compute(seen.work * (sizes.granule_flops / machine.attention * factor))
-    back = passes.count(BACKWARD)
     clock.meet()
-    clock.now += back * exchange(ranks, tokens * sizes.key_bytes, machine)
-    whole = ranks * tokens * sizes.key_bytes
+    clock.now += back * exchange(ranks, tokens * sizes.gradient_bytes, machine)
+    each = len(passes) * sizes.key_bytes + back * sizes.gradient_bytes
     # The gathered keys, once more in order, and both gradients, padded.
-    return clock.cost((len(passes) + back) * sent, 4 * whole if back else 2 * whole)
+    held = 2 * sizes.key_bytes + 2 * bool(back) * sizes.gradient_bytes
+    return clock.cost((ranks - 1) * tokens * each, ranks * tokens * held)
 
 
 def heads(seen: Pairs, sizes: Sizes, machine: Machine, tokens: float, passes: Sequence[float]) -> Cost:

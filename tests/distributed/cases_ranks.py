@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import groups
 import pytest
@@ -16,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 import fastattn
 from fastattn import distributed, masks
+from fastattn.distributed import functional
 
 RANKS, LENGTH, HEADS, WIDTH = 4, 512, 4, 8
 
@@ -250,6 +252,15 @@ def shards_and_gradients_go_there_and_back(mesh: DeviceMesh) -> None:
         distributed.shard(torch.zeros(1, 7), plan, 1)
 
 
+def auto_prices_the_gradients_that_travel(mesh: DeviceMesh) -> None:
+    for dtype, element in ((None, 2), (torch.float32, 4)):
+        plan = distributed.layout(LENGTH, mesh)
+        q, k, v = (t.bfloat16() for t in shards(plan, *heads()))
+        with mock.patch.object(functional, "predict", wraps=functional.predict) as predict:
+            distributed.attention(q, k, v, layout=plan, gradient_dtype=dtype)
+        assert {call.args[2].gradient_element for call in predict.call_args_list} == {element}
+
+
 def pairs_that_see_nothing_send_nothing(mesh: DeviceMesh) -> None:
     quarter = LENGTH // RANKS
     mask = masks.documents(cu_seqlens=[0, quarter, 2 * quarter, 3 * quarter, LENGTH])
@@ -308,4 +319,5 @@ CASES: dict[int, dict[str, groups.Case]] = {RANKS: {
     "shard and unshard": shards_and_gradients_go_there_and_back,
     "pairs that see nothing": pairs_that_see_nothing_send_nothing,
     "prepared once": new_shapes_are_prepared_once,
+    "auto prices the gradients": auto_prices_the_gradients_that_travel,
 }}  # fmt: skip

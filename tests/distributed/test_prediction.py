@@ -66,24 +66,27 @@ def test_without_the_time_of_links_only_computing_is_left(name: str, method: str
     assert cost.seconds == pytest.approx(cost.computing) or method == "ring"
 
 
-def test_without_the_time_of_kernels_each_method_takes_its_messages_one_after_another() -> None:
+@pytest.mark.parametrize("wider", [1, 2])
+def test_without_the_time_of_kernels_each_method_takes_its_messages_one_after_another(wider: int) -> None:
+    """wider: how many times as many bytes an element of the gradients has."""
     ranks, n = 4, 256
+    sizes = dataclasses.replace(SIZES, gradient_element=wider * SIZES.element)
     every = Pairs(torch.ones(ranks, ranks).double(), torch.full((ranks, ranks), float(n)).double())
     key, query = BATCH * 2 * (16 + 32) * 2, BATCH * HEADS * (16 + 32) * 2
-    message = 1e-5 + n * key / 1e9
-    # Forward and backward bring the keys; in the backward the gradients of the last round are on their way alone.
+    message, gradient = 1e-5 + n * key / 1e9, 1e-5 + wider * n * key / 1e9
+    # Forward and backward bring the keys. In the backward gradients leave a round later, one after another.
     expected = {
-        "ring": 2 * (ranks - 1) * message + message,
-        "gather": 3 * (ranks - 1) * message,
+        "ring": ranks * message + (ranks - 1) * gradient,
+        "gather": (ranks - 1) * (2 * message + gradient),
         "heads": 2 * (ranks - 1) * (2e-5 + n * (query + 2 * key) / ranks / 1e9),
     }
     sent = {
-        "ring": 3 * (ranks - 1) * n * key,
-        "gather": 3 * (ranks - 1) * n * key,
+        "ring": (2 + wider) * (ranks - 1) * n * key,
+        "gather": (2 + wider) * (ranks - 1) * n * key,
         "heads": 2 * (ranks - 1) * n * (query + 2 * key) / ranks,
     }
     for method, seconds in expected.items():
-        cost = predict(method, every, SIZES, ONLY_LINKS, n)
+        cost = predict(method, every, sizes, ONLY_LINKS, n)
         assert cost.seconds == pytest.approx(seconds), method
         assert cost.sent == pytest.approx(sent[method]), method
 
