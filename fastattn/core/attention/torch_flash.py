@@ -94,6 +94,11 @@ class Plain(NamedTuple):
         out, lse = _flash_on_cpu(q, k, v, 0.0, self.causal, scale=self.scale)
         return heads_last(out), lse
 
+    def of_one_query(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """`forward` of one query in each head: where there is no second one, out lies as `heads_last` lays it."""
+        found: tuple[Tensor, Tensor] = _flash_on_cpu(q, k, v, 0.0, self.causal, scale=self.scale)
+        return found
+
     def backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
     ) -> tuple[Tensor, ...]:

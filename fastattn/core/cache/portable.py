@@ -93,6 +93,7 @@ class OneToken(NamedTuple):
     capacity: int
     left: int | None
     operator: Any  # what `portable.straight` returns
+    of_one_query: Any  # its shorter way on a CPU where each query head has a key head of its own, or None
 
     @classmethod
     def of(cls, q: Tensor, storage: Storage, spec: CacheSpec) -> OneToken | None:
@@ -104,7 +105,10 @@ class OneToken(NamedTuple):
         operator = portable.straight(
             q.reshape(len(q), *heads, -1), keys, values, _seeing_every_key(spec.attention), False
         )
-        return None if operator is None else cls(*heads, keys.shape[2], spec.attention.left, operator)
+        if operator is None:
+            return None
+        of_one_query = getattr(operator, "of_one_query", None) if heads[1] == 1 else None
+        return cls(*heads, keys.shape[2], spec.attention.left, operator, of_one_query)
 
     def __call__(self, q: Tensor, storage: Storage, lengths: Any) -> tuple[Tensor, Tensor] | None:
         """None if rows differ in length, see no key or are longer than the cache."""
@@ -117,8 +121,8 @@ class OneToken(NamedTuple):
         k, v = storage.keys, storage.keys if storage.values is None else storage.values
         if stop - first < self.capacity:
             k, v = k[:, :, first:stop], v[:, :, first:stop]
-        if self.group == 1:
-            found: tuple[Tensor, Tensor] = self.operator.forward(q, k, v)
+        if self.of_one_query is not None:
+            found: tuple[Tensor, Tensor] = self.of_one_query(q, k, v)
             return found
         batch, heads = q.shape[:2]
         out, lse = self.operator.forward(q.reshape(batch, self.key_heads, self.group, -1), k, v)
