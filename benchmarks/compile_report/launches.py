@@ -148,17 +148,19 @@ class AttentionCall:
 class UnevenCall(AttentionCall):
     """The same of one short sequence: 4 query heads on 2 key heads, 1023 tokens. So few programs split their
     loops, and a length that is no multiple of 16 makes another kernel. So does a head dimension that a tile is
-    padded for."""
+    padded for. `many`: a batch of such sequences, of which no loop is split."""
+
+    many: bool = False
 
     shapes: ClassVar[dict[str, dict]] = UNEVEN_SHAPES
     compared: ClassVar[bool] = False
 
     @property
     def name(self) -> str:
-        return f"{super().name} uneven"
+        return f"{super().name} uneven{' many' if self.many else ''}"
 
     def heads(self, heads: int, width: int) -> torch.Tensor:
-        shape = (1, UNEVEN_LENGTH, {16: 4, 4: 2}[heads], width)
+        shape = (40 if self.many else 1, UNEVEN_LENGTH, {16: 4, 4: 2}[heads], width)
         return torch.empty(shape, dtype=DTYPES[self.dtype], device="meta").transpose(1, 2)
 
 
@@ -504,6 +506,8 @@ CALLS: tuple[Call, ...] = (
     # No multiples of 16 and some that are, in each class but the widest.
     *(UnevenCall("bf16", width, causal) for width in (40, 72, 136) for causal in (True, False)),
     *(UnevenCall("bf16", width, True) for width in (96, 160)),
+    *(UnevenCall("bf16", width, True, many=True) for width in (40, 64, 96, 128, 160, 256)),
+    UnevenCall("bf16", 128, False, many=True),
     UnevenCall("bf16", 72, True, shaped="everything and heavy"),
     *(
         InvariantCall(dtype, width, kind)

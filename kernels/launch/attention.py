@@ -574,6 +574,10 @@ ATTENTION_STATISTICS = {
 # small tile for all families but where a row was counted. Compiled by Triton 3.6.0 for sm_80 and sm_90.
 ATTENTION_FORWARD |= {
     "sm_80 crowded": (Row(2, 64, Tiling(64, 64, 8, 2)),),  # 128 x 64: 2 spills
+    "sm_90 crowded": (
+        Row(2, 64, Tiling(128, 64, 8, 2)),
+        Row(2, 128, Tiling(64, 32, 8, 2)),  # 128 x 32: 10 with Triton 3.7.1
+    ),
     "sm_90 wide crowded": (Row(2, 512, Tiling(64, 16, 8, 2, values=256)),),  # 128 x 16: 16
     "sm_100 wide crowded": (Row(2, 512, Tiling(32, 16, 8, 2)),),
     **{
