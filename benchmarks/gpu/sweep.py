@@ -32,6 +32,9 @@ CANDIDATES = 24
 FARTHEST = 3  # steps from the table's row to a candidate
 # Always tried, however far from the row: tiles of which two programs fit on one multiprocessor.
 SMALL = ((64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 4, 2), (64, 128, 4, 2), (64, 32, 4, 2))
+# Always tried for an MLP: tiles that read the fewest bytes of the L2 cache for each flop; and those of which two
+# programs fit on one multiprocessor, so that the epilogue of one overlaps the other's product.
+LARGE = ((128, 256, 8, 3), (128, 256, 8, 4), (256, 128, 8, 3), (128, 128, 8, 4), (128, 128, 4, 3), (128, 64, 4, 4))
 FUSED = "MLP_FUSED_UP_TO"
 
 
@@ -79,7 +82,9 @@ def targets(rows: list[dict[str, Any]], family: str, limit: int) -> list[dict[st
         key = key_of(problem)
         for table in tables_of(problem, row["direction"]):
             serving = current(table, family, key)
-            variants = [{"tiling": tiling} for tiling in candidates(tuple(serving.tiling[:4]), CANDIDATES)]
+            always = LARGE if isinstance(problem, MLPProblem) else SMALL
+            tilings = candidates(tuple(serving.tiling[:4]), CANDIDATES, always)
+            variants = [{"tiling": tiling} for tiling in tilings]
             name = (table, *serving)
             if name not in worst or ratio < worst[name][0]:
                 target = _target(row, table, family, key, variants)
@@ -122,9 +127,11 @@ def _target(
     }
 
 
-def candidates(tiling: tuple[int, int, int, int], limit: int) -> list[tuple[int, int, int, int]]:
-    """The current tiling first, then the small ones, then those up to three steps away, near ones first; at most
-    `limit`."""
+def candidates(
+    tiling: tuple[int, int, int, int], limit: int, always: tuple[tuple[int, int, int, int], ...] = SMALL
+) -> list[tuple[int, int, int, int]]:
+    """The current tiling first, then those that are always tried, then those up to three steps away, near ones
+    first; at most `limit`."""
     sides = tuple(sorted({16, 32, 64, 128, 256, *tiling[:2]}))
     warps, stages = (2, 4, 8), (1, 2, 3, 4)
     choices = (sides, sides, warps, stages)
@@ -139,7 +146,7 @@ def candidates(tiling: tuple[int, int, int, int], limit: int) -> list[tuple[int,
                     if distance == 0 or (distance <= FARTHEST and fits):
                         found.append((distance, (sides[m], sides[n], warps[w], stages[s])))
     (_, now), *near = sorted(found)
-    return list(dict.fromkeys((now, *SMALL, *(candidate for _, candidate in near))))[:limit]
+    return list(dict.fromkeys((now, *always, *(candidate for _, candidate in near))))[:limit]
 
 
 @contextlib.contextmanager

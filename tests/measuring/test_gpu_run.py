@@ -154,6 +154,15 @@ def test_the_sweep_begins_with_the_row_in_the_table(family):
         assert set(sweep.SMALL) <= set(tried) and (64, 64, 4, 2) in tried
 
 
+def test_an_mlp_s_sweep_tries_the_tiles_of_large_products():
+    row = {"peer": "fastattn triton", "ratio": 0.5, "label": "L"}
+    problem = {"family": "mlp", **vars(MLPProblem(16384, 1024, 4096))}
+    rows = [{**row, "direction": direction, "problem": problem} for direction in (FORWARD, TRAINING)]
+    tables = {t["table"]: t["variants"] for t in sweep.targets(rows, "sm_90", 6)}
+    for table in ("MLP_FORWARD", "MLP_BACKWARD"):
+        assert set(sweep.LARGE) <= {variant["tiling"] for variant in tables[table]}
+
+
 def test_the_furthest_behind_is_swept_first_and_each_row_once():
     def row(width, length, ratio):
         problem = {"family": "attention", **vars(AttentionProblem(1, 2, length, width, True))}

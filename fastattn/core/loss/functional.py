@@ -65,8 +65,8 @@ def linear_cross_entropy(
         softcap: logits are capped, softcap * tanh(z / softcap), as Gemma 2 does; None for no cap.
         temperature: logits are divided by it, after the cap.
         filter: gradients may leave out tiles of tokens and classes whose probabilities are all below this number,
-            as Cut Cross-Entropy does; None leaves out nothing. The loss is exact all the same. Time is gained where
-            neighbouring tokens have most classes unlikely; class probabilities and smoothing leave out nothing.
+            as Cut Cross-Entropy does; None leaves out nothing. The loss is exact all the same. That gains time
+            where most classes are unlikely; with class probabilities or smoothing the kernels leave out nothing.
         return_lse: whether to return the log-sum-exp of each token's logits, too, in nats, with gradient.
         return_entropy: whether to return the entropy of each token's softmax, too, in nats, with gradient.
         shift: token i is to predict target i + 1: the last token and the first target are left out.

@@ -35,8 +35,9 @@ class Steps(NamedTuple):
     gradient: (dy, state, weights, want_hidden, want_bias, spec) -> the gradients of the pre-activations, one
         (T, 2h) as `MLPSpec.halves` reads it, or of each first weight its own; their sum over tokens in at least
         float32 or None; the hidden layer or None.
-    norm_gradient: (dy, dresidual, x, moments, weights, spec, wanted) -> through the norm: dx, to which dresidual
-        is added, and of its weight and bias, those that are wanted.
+    norm_gradient: (dy, dresidual, (x, norm weight, *moments), spec, wanted) -> through the norm: dx, to which
+        dresidual is added, and of its weight and bias, those that are wanted. In and out in the shapes of the
+        norm's family, of which the tokens are one group: (1, T, d).
     """
 
     hidden: Callable[..., tuple[Tensor, Kept]]
@@ -127,7 +128,7 @@ def _gradients(
     dy, dresidual = upstream
     want_x, want_weight, want_bias, want_out, want_out_bias, *want_norm = wanted
     dw_out = None
-    source, moments = steps.normalised(x, weights, spec) if spec.norm else (x, None)
+    source, moments = steps.normalised(x, weights, spec) if spec.norm else (x, ())
     hidden, state = steps.recalled(x, source, weights, kept, spec)
     recalled = hidden is not None
     if want_out and recalled:
@@ -145,7 +146,11 @@ def _gradients(
         dx = input_gradient(dpres, weights, spec)
         del dpres
         if spec.norm:
-            dx, *of_norm = steps.norm_gradient(dx, dresidual, x, moments, weights, spec, want_norm)
+            dresidual = None if dresidual is None else dresidual[None]
+            norm_weight = None if weights.norm_weight is None else weights.norm_weight[None]
+            saved = x[None], norm_weight, *moments
+            found = steps.norm_gradient(dx[None], dresidual, saved, spec, tuple(want_norm))
+            dx, *of_norm = (None if t is None else t[0] for t in found)
         elif dresidual is not None:
             dx = dx.add_(dresidual)
     return dx if want_x else None, dw, db, dw_out, column_sum(dy, spec) if want_out_bias else None, *of_norm

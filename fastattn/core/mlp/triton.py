@@ -104,18 +104,9 @@ def _normalised(x: Tensor, weights: MLPWeights, spec: MLPSpec) -> tuple[Tensor, 
 
 
 def _norm_gradient(
-    dy: Tensor,
-    dresidual: Tensor | None,
-    x: Tensor,
-    moments: tuple,
-    weights: MLPWeights,
-    spec: MLPSpec,
-    wanted: Sequence[bool],
+    dy: Tensor, dresidual: Tensor | None, saved: tuple, spec: MLPSpec, wanted: tuple[bool, bool]
 ) -> tuple[Tensor | None, ...]:
-    weight = None if weights.norm_weight is None else weights.norm_weight[None]
-    dtotal = None if dresidual is None else dresidual[None]
-    found = norm_backward(dy[None], dtotal, (x[None], weight, *moments), wanted=(wanted[0], wanted[1]))
-    return tuple(None if t is None else t[0] for t in found)
+    return norm_backward(dy, dresidual, saved, wanted=wanted)
 
 
 def _recalled(
