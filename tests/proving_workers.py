@@ -23,4 +23,8 @@ def time_case(case, device, notify):
     return [{"direction": key.direction, "size": key.size, "ratio": 2.0, "reason": ""} for key in keys]
 
 
-HANDLERS = {"check": check, "time": time_case}
+def no_candidates(case, device, notify):
+    return []
+
+
+HANDLERS = {"check": check, "time": time_case, "candidates": no_candidates}

@@ -32,7 +32,7 @@ FLOORS = (
     ("core.*.definition",),
     ("core.*.tiles", "core.*.granules", "core.*.torch_*", "core.*.whole_rows"),
     ("core.mlp.chunks", "core.mlp.int8"),
-    ("core.*.head_scales", "core.attention.invariant"),
+    ("core.*.head_scales", "core.attention.invariant", "core.attention.tilings"),
     ("core.*.portable", "core.*.triton", "core.attention.derivatives"),
     ("core.capabilities",),
     ("core.mlp.whole",),

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu import compilations, correctness, features, rehearsal, sweep
-from fastattn.measuring import checking, kinds, measure, prove_worker
+from fastattn.measuring import checking, kinds, measure, prove_tilings
 from fastattn.measuring.peers import DIRECTIONS, MLPProblem, problem_from
 
 Case = dict[str, Any]
@@ -136,5 +136,5 @@ HANDLERS: dict[str, Callable[[Case, torch.device, Notify], Rows]] = {
     "check mlp": check_mlp,
     "family": family,
     "tiling": try_tiling,
-    **prove_worker.HANDLERS,
+    **prove_tilings.HANDLERS,
 }

@@ -115,7 +115,9 @@ def dry_plan() -> Plan:
     return replace(
         real,
         kernels=tuple(reversed(one_of_each.values())),
-        record=tuple({**case, "checks": case["checks"][:1]} for case in reversed(one_row.values())),
+        record=tuple(
+            {**case, "checks": case["checks"][:1], "tiled": False} for case in reversed(one_row.values())
+        ),
         device="pretended",
         budget=1500.0,
         step_limit=300.0,

@@ -21,7 +21,7 @@ from fastattn.core.attention import torch_routes
 from fastattn.core.attention.spec import NO_TENSORS, ScoreTensors
 from fastattn.core.mlp.spec import ALWAYS
 from fastattn.core.plans import Plan, backend_asked
-from fastattn.core.proofs import Question, architecture, interpreting
+from fastattn.core.proofs import CLASSES, Question, architecture, interpreting, size_class
 from fastattn.ground import arguments
 from fastattn.ground.checks import ACTIVATIONS
 
@@ -478,19 +478,6 @@ WIDTHS = {
     "norm": (1024, 4096, 16384, 32768),
 }
 WHOLE_WIDTHS = (64, 128)  # of whole layers
-# Classes of sizes, by what is below each: scores of attention, of a cache those with all that it has room for;
-# rows of an MLP; logits of a loss; elements of the others.
-SIZES = {
-    "attention": {"small": 2**23, "medium": 2**28},
-    "statistics": {"small": 2**23, "medium": 2**28},
-    "heads": {"small": 2**20, "medium": 2**25},
-    "cache": {"small": 2**18, "medium": 2**23},
-    "loss": {"small": 2**23, "medium": 2**27},
-    "mlp": {"small": 512, "medium": 8192},
-    "norm": {"small": 2**20, "medium": 2**25},
-}
-LARGE = "large"
-CLASSES = ("small", "medium", LARGE)
 
 
 def question(request: Request, direction: str) -> Question:
@@ -502,7 +489,7 @@ def question(request: Request, direction: str) -> Question:
     if request.family == "attention" and len(set(kinds) - BASES) > 1:
         kinds.append(TOGETHER)
     width, size = _width_and_size(request)
-    widths, sizes = WHOLE_WIDTHS if whole else WIDTHS[request.family], SIZES[request.family]
+    widths = WHOLE_WIDTHS if whole else WIDTHS[request.family]
     return Question(
         request.family,
         direction,
@@ -510,7 +497,7 @@ def question(request: Request, direction: str) -> Question:
         deciding,
         _dtype(request),
         next((bound for bound in widths if width <= bound), widths[-1]),
-        next((name for name, bound in sizes.items() if size < bound), LARGE),
+        size_class(request.family, size),
     )
 
 

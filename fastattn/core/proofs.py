@@ -41,6 +41,29 @@ KERNELS = Path(__file__).parents[1] / "kernels"
 log = logging.getLogger("fastattn")
 
 
+# Classes of sizes, by what is below each: scores of attention, of a cache those with all that it has room for;
+# rows of an MLP; logits of a loss; elements of the others.
+SIZES = {
+    "attention": {"small": 2**23, "medium": 2**28},
+    "statistics": {"small": 2**23, "medium": 2**28},
+    "heads": {"small": 2**20, "medium": 2**25},
+    "cache": {"small": 2**18, "medium": 2**23},
+    "loss": {"small": 2**23, "medium": 2**27},
+    "mlp": {"small": 512, "medium": 8192},
+    "norm": {"small": 2**20, "medium": 2**25},
+}
+LARGE = "large"
+CLASSES = ("small", "medium", LARGE)
+
+
+def size_class(family: str, size: int) -> str:
+    return next((name for name, bound in SIZES[family].items() if size < bound), LARGE)
+
+
+# Block sizes for queries and keys, warps, stages, and whether products are issued ahead: a launch.Tiling.
+Tiling = tuple[int, int, int, int, bool]
+
+
 class Key(NamedTuple):
     """Which calls a row is about. Width and size are classes, see fastattn.core.capabilities."""
 
@@ -77,6 +100,8 @@ class Row:
         kernel gave no result.
     reason: why it is not proven, in words.
     against: what it was timed against, in words; "" where that is not told.
+    tilings: by the names of launch tables, those that were faster than the tables' in such calls and took part in
+        the ratio; they serve heads that are `tilings_width` wide.
     """
 
     key: Key
@@ -86,11 +111,14 @@ class Row:
     allowed: float | None = None
     reason: str = ""
     against: str = ""
+    tilings: dict[str, Tiling] = field(default_factory=dict)
+    tilings_width: int = 0
 
     @classmethod
     def of(cls, given: dict[str, Any]) -> Row:
         rest = {name: given[name] for name in ("verdict", "ratio", "error", "allowed", "reason")}
-        rest["against"] = given.get("against", "")
+        rest |= {name: given[name] for name in ("against", "tilings_width") if name in given}
+        rest["tilings"] = {table: _tiling(numbers) for table, numbers in given.get("tilings", {}).items()}
         row = cls(Key(*(given[name] for name in Key._fields)), **rest)
         if row.verdict not in VERDICTS:
             raise ValueError(f"unknown verdict {row.verdict!r}")
@@ -98,6 +126,13 @@ class Row:
 
     def as_json(self) -> dict[str, Any]:
         return {**self.key._asdict(), **{f.name: getattr(self, f.name) for f in dataclasses.fields(self)[1:]}}
+
+
+def _tiling(numbers: Any) -> Tiling:
+    m, n, warps, stages, ahead = numbers
+    if not all(type(number) is int and number > 0 for number in (m, n, warps, stages)) or type(ahead) is not bool:
+        raise ValueError(f"unknown tiling {numbers!r}")
+    return m, n, warps, stages, ahead
 
 
 @dataclass(frozen=True)
@@ -151,6 +186,15 @@ class Record:
     def families(self) -> frozenset[str]:
         """Those of which some calls are proven."""
         return frozenset(key.family for key, row in self.rows.items() if row.verdict == PROVEN)
+
+    @functools.cached_property
+    def tiled(self) -> dict[tuple[str, str, str, int, str], Row]:
+        """The rows about attention that name tilings, by direction, kind, dtype, width of heads and size."""
+        return {
+            (key.direction, key.kind, key.dtype, row.tilings_width, key.size): row
+            for key, row in self.rows.items()
+            if key.family == "attention" and row.tilings and row.verdict in (PROVEN, SLOWER)
+        }
 
     def obstacle(self, question: Question) -> str:
         """Why the kernels do not serve such a call, in words; "" if they do."""

@@ -26,6 +26,8 @@ Case = dict[str, Any]
 
 # A compiler compiles a handful of kernels for a piece, beside others on the same cores.
 PIECE_LIMIT = 240.0
+# The most tilings that are tried for a case.
+MOST_TILINGS = 16
 # The part of a GPU's memory that all compilers have together, and what each needs: a context, and some tensors.
 MEMORY_PART, MEMORY_EACH = 0.4, 2**31
 # Cores that are left to what is checked and timed; with fewer than LEAST_CORES there is no use in compilers.
@@ -53,11 +55,14 @@ def compilers_for(device: torch.device) -> int:
 
 
 def pieces_of(one: Case) -> Iterator[Case]:
-    """What is compiled for a case, each piece by one process: its checks, and what is timed."""
+    """What is compiled for a case, each piece by one process: its checks, what is timed, and the tilings that are
+    tried. How many of these there are know the compilers."""
     for sizes in one["checks"]:
         yield {"kind": "compile", "label": one["label"], "sizes": sizes, "timed": []}
     for sizes in one["timed"].values():
         yield {"kind": "compile", "label": one["label"], "sizes": sizes, "timed": one["directions"]}
+    for number in range(MOST_TILINGS if one.get("tiled") else 0):
+        yield {"kind": "compile tiling", "label": one["label"], "of": one, "number": number}
 
 
 class Ahead:

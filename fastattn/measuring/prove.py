@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import datetime
 import json
+import queue
 import subprocess
 import sys
 import threading
@@ -35,7 +36,7 @@ BUDGET = 120.0
 STEP_LIMIT = 60.0
 SIDE_BY_SIDE = 4  # cases that are checked at a time: one alone leaves a GPU idle between its launches
 RECENT = 20  # cases by which the rest is estimated
-HANDLERS = "fastattn.measuring.prove_worker"
+HANDLERS = "fastattn.measuring.prove_tilings"
 
 
 class Prover:
@@ -69,6 +70,7 @@ class Prover:
         self.on_step = on_step
         self.allow_spills = allow_spills
         self.done: list[Case] = []
+        self.right: dict[str, list[dict[str, Any]]] = {}  # tilings by the label of a case, see prove_tilings
 
     def go(self) -> None:
         """Until all is proven or the deadline: some cases at a time are checked, side by side; then they are timed
@@ -99,7 +101,40 @@ class Prover:
             thread.start()
         for thread in threads:
             thread.join()
-        return [found[place] for place in sorted(found)]
+        checked = [found[place] for place in sorted(found)]
+        self._try_tilings([one for _, one, answer, _ in checked if one.get("tiled") and _is_right(one, answer)])
+        return checked
+
+    def _try_tilings(self, cases: list[Case]) -> None:
+        """Find out which tilings beside the launch tables' are right for these cases, by all workers side by
+        side. One that is wrong, hangs, spills or does not compile is left out; so is what no time is left for."""
+        waiting: queue.SimpleQueue[tuple[Case, dict[str, Any]]] = queue.SimpleQueue()
+        for one in cases:
+            self.right[one["label"]] = []
+            for candidate in self.workers[0].ask({**one, "kind": "candidates"}, **self.limits).rows:
+                waiting.put((one, candidate))
+
+        def go_on(worker: Asker) -> None:
+            while time.monotonic() < self.limits["deadline"]:
+                try:
+                    one, candidate = waiting.get_nowait()
+                except queue.Empty:
+                    return
+                asked = {**one, "kind": "try", "try": candidate, "allow_spills": self.allow_spills}
+                answer = worker.ask(asked, **self.limits)
+                if answer.rows and answer.rows[0]["verdict"] is None:
+                    self.right[one["label"]].append(candidate)
+
+        threads = [threading.Thread(target=go_on, args=(worker,), daemon=True) for worker in self.workers]
+        for thread in threads if cases else ():
+            thread.start()
+        for thread in threads if cases else ():
+            thread.join()
+
+    def _chosen(self, worker: Asker, one: Case) -> list[dict[str, Any]]:
+        """The fastest tilings of a case, by direction and size, where it has some to choose from."""
+        right = self.right.get(one["label"])
+        return worker.ask({**one, "kind": "choose", "right": right}, **self.limits).rows if right else []
 
     def _rows(self, worker: Asker, one: Case, checked: Answer, waited: float, check_seconds: float) -> list[Row]:
         """The rows of a case, timed if it is right, even if it spills; none if the time was over."""
@@ -111,7 +146,8 @@ class Prover:
             return []
         rows = verdict_rows(one, checked)
         if any(row["verdict"] in TIMED for row in rows.values()):
-            timed = worker.ask({**one, "kind": "time"}, **self.limits)
+            asked = {**one, "kind": "time", "chosen": self._chosen(worker, one)}
+            timed = worker.ask(asked, **self.limits)
             if timed.out_of_time:
                 return []
             skipped = {(row["direction"], row["size"]) for row in timed.rows if row.get("skipped")}
@@ -125,6 +161,10 @@ class Prover:
             times = f"waited {waited:.1f} s for compilers, {times}"
         self.on_step(f"{one['label']} ({times})", len(self.done))
         return found
+
+
+def _is_right(one: Case, answer: Answer) -> bool:
+    return not answer.out_of_time and all(row["verdict"] in TIMED for row in verdict_rows(one, answer).values())
 
 
 def verdict_rows(one: Case, answer: Answer) -> dict[str, dict[str, Any]]:
@@ -159,7 +199,8 @@ def judged(one: Case, rows: dict[str, dict[str, Any]], key: proofs.Key, timed: A
     if timed.went_wrong:
         return Row(key, verdict_of(timed), reason=f"{timed.step}: {timed.note}", **about)
     time_of = next(t for t in timed.rows if (t["direction"], t["size"]) == (key.direction, key.size))
-    ratio, about["against"] = time_of["ratio"], time_of.get("against", "")
+    ratio = time_of["ratio"]
+    about |= {name: time_of[name] for name in ("against", "tilings", "tilings_width") if name in time_of}
     if row["verdict"] == proofs.SPILLS:
         speed = "" if ratio is None else f"; {ratio:.2g} x as fast"
         return Row(key, proofs.SPILLS, ratio=ratio, reason=f"{row['reason']}{speed}", **about)

@@ -80,16 +80,23 @@ Case = dict[str, Any]
 
 
 def case(
-    family: str, proves: str, checks: list[Sizes], timed: dict[str, Sizes], directions: tuple[str, ...], width: int
+    family: str,
+    proves: str,
+    checks: list[Sizes],
+    timed: dict[str, Sizes],
+    directions: tuple[str, ...],
+    width: int,
+    tiled: bool = False,
 ) -> Case:
-    """One case: `width` is the class, the dtype that of the checks."""
+    """One case: `width` is the class, the dtype that of the checks. `tiled`: other tilings than the launch tables'
+    are tried, and the fastest serve."""
     record = "attention" if family in ("masks", "scores", "forward mode") else family
     dtype = checks[0].dtype
     return {
         "family": family, "proves": proves, "record": record, "dtype": dtype, "width": width,
         "directions": list(directions), "checks": [sizes.as_json() for sizes in checks],
         "timed": {size: sizes.as_json() for size, sizes in timed.items()},
-        "label": f"{family}: {proves} {dtype} {width}",
+        "label": f"{family}: {proves} {dtype} {width}", "tiled": tiled,
     }  # fmt: skip
 
 
@@ -127,7 +134,8 @@ def is_common(one: Case) -> bool:
 
 
 def small_cases(families: tuple[str, ...] = FAMILIES) -> list[Case]:
-    """For Triton's interpreter: every kind once, in float32, with the smallest calls that reach every loop."""
+    """For Triton's interpreter: every kind once, in float32, with the smallest calls that reach every loop. No
+    other tilings are tried."""
     found: dict[tuple[str, str], Case] = {}
     for one in cases(families):
         if (one["family"], one["proves"]) not in found:
@@ -159,6 +167,8 @@ def _shrunk(one: Case) -> Case:
 # ---- attention ----
 
 BOTH = (FORWARD, BACKWARD)
+# What is trained most: there other tilings are tried.
+TILED_DTYPES, TILED_WIDTHS = ("bfloat16",), (128, 64)
 CHECKED: dict[str, Any] = {"batch": 1, "heads": 4, "key_heads": 2, "length": 2047}
 
 
@@ -186,7 +196,8 @@ def plain() -> list[Case]:
                 if width == 256:
                     checks.append(Sizes(**about, length=257, width=192, value_width=128))
                 timed = _timed_attention("attention", kind, dtype, width)
-                found.append(case("attention", kind, checks, timed, BOTH, width))
+                tiled = dtype in TILED_DTYPES and width in TILED_WIDTHS
+                found.append(case("attention", kind, checks, timed, BOTH, width, tiled))
     return found
 
 

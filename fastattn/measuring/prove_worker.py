@@ -55,15 +55,21 @@ def compile_piece(piece: Case, device: torch.device, notify: Notify) -> Rows:
         contextlib.suppress(Exception),  # the check or the timing meets the same error and reports it
     ):
         call = kinds.build(sizes, device)
-        # Each call is the first of its plan: the second would be recorded, and there are no launches to record.
-        plans.forget()
-        if not piece["timed"]:
-            checking.results_and_gradients(call, OURS, call.tensors, sizes)
-        for direction in piece["timed"]:
-            plans.forget()
-            thunk(call, OURS, direction)()
+        with _tables_only():
+            compile_calls(call, sizes, piece["timed"])
     leave(device)
     return [{"kernels": len(compiled)}]
+
+
+def compile_calls(call: kinds.Call, sizes: Sizes, timed: list[str]) -> None:
+    """Make a call as its check makes it, or, if directions are `timed`, as their timing does."""
+    # Each call is the first of its plan: the second would be recorded, and there are no launches to record.
+    plans.forget()
+    if not timed:
+        checking.results_and_gradients(call, OURS, call.tensors, sizes)
+    for direction in timed:
+        plans.forget()
+        thunk(call, OURS, direction)()
 
 
 # ---- right ----
@@ -74,16 +80,17 @@ def check(case: Case, device: torch.device, notify: Notify) -> Rows:
     case["allow_spills"], 0 by default."""
     worst: dict[str, dict[str, Any]] = {}
     spilling = Spilling(case["directions"][0])
-    for given in case["checks"]:
-        sizes = Sizes(**given)
-        notify(f"check {sizes.label}")
-        plans.forget()
-        with launched(spilling.launched):
-            rows = checking.check_kernel(sizes, device, spilling.step)
-        for row in rows:
-            direction = _direction(row["quantity"], case)
-            if direction in case["directions"]:
-                _keep_worst(worst, direction, row, sizes)
+    with _tables_only():
+        for given in case["checks"]:
+            sizes = Sizes(**given)
+            notify(f"check {sizes.label}")
+            plans.forget()
+            with launched(spilling.launched):
+                rows = checking.check_kernel(sizes, device, spilling.step)
+            for row in rows:
+                direction = _direction(row["quantity"], case)
+                if direction in case["directions"]:
+                    _keep_worst(worst, direction, row, sizes)
     leave(device)
     for direction, row in worst.items():
         count, kernel = spilling.most.get(direction, (0, ""))
@@ -169,15 +176,33 @@ class Spilling:
 
 
 def time_case(case: Case, device: torch.device, notify: Notify) -> Rows:
-    """Ours against what would serve otherwise, at each size, host time included."""
+    """Ours against what would serve otherwise, at each size, host time included; with the tilings that were chosen
+    for it, if any."""
     found: Rows = []
     for size, given in case["timed"].items():
         sizes = Sizes(**given)
         for direction in case["directions"]:
             notify(f"time {direction} {sizes.label}")
-            found.append({"direction": direction, "size": size, **_compared(case, size, sizes, direction, device)})
+            about = {"direction": direction, "size": size}
+            chosen = next((row for row in case.get("chosen", ()) if about.items() <= row.items()), None)
+            with _tables_only() if chosen is None else _with_tilings(chosen["tilings"]):
+                found.append({**about, **_compared(case, size, sizes, direction, device)})
+            if chosen and chosen["tilings"]:
+                found[-1] |= {"tilings": chosen["tilings"], "tilings_width": chosen["width"]}
             leave(device)
     return found
+
+
+def _tables_only() -> contextlib.AbstractContextManager[None]:
+    """Inside, attention goes by the launch tables, whatever an older record says."""
+    return _with_tilings({})
+
+
+def _with_tilings(tilings: dict[str, proofs.Tiling]) -> contextlib.AbstractContextManager[None]:
+    # Imported here: the command line reads this module where Triton may be absent.
+    from fastattn.core.attention.tilings import tiling_of, trying
+
+    return trying({table: tiling_of(numbers) for table, numbers in tilings.items()})
 
 
 def leave(device: torch.device) -> None:

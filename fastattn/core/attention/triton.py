@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from fastattn.core.attention.spec import AttentionSpec, Gradients, Saved, ScoreTensors, Tangents, Wanted
+from fastattn.core.attention.tilings import chosen
 from fastattn.kernels import invariant as _invariant
 from fastattn.kernels.attention import backward as _backward
 from fastattn.kernels.attention import forward as _forward
@@ -23,14 +24,16 @@ def forward(
                 "return_max is not computed by backend 'triton' in an invariant call, only by 'portable'"
             )
         return _invariant.invariant_attention(q, k, v, spec, tensors)
-    return _forward.attention_forward(q, k, v, spec, tensors, _lists(spec, tensors), maxima)
+    tilings = chosen(q, k, v, spec, tensors, "forward")
+    return _forward.attention_forward(q, k, v, spec, tensors, _lists(spec, tensors), maxima, tilings)
 
 
 def backward(
     dout: Tensor, dlse: Tensor | None, saved: Saved, spec: AttentionSpec, tensors: ScoreTensors, wanted: Wanted
 ) -> Gradients:
     lists = _lists(spec, tensors)
-    return Gradients(*_backward.attention_backward(dout, dlse, saved, spec, tensors, wanted, lists))
+    tilings = chosen(saved.q, saved.k, saved.v, spec, tensors, "backward")
+    return Gradients(*_backward.attention_backward(dout, dlse, saved, spec, tensors, wanted, lists, tilings))
 
 
 def tangent(saved: Saved, tangents: Tangents, spec: AttentionSpec, tensors: ScoreTensors) -> tuple[Tensor, Tensor]:
