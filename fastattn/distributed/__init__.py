@@ -10,10 +10,10 @@ N / P. Hq and Hkv are the heads of queries and keys, D and Dv the widths of keys
 | "heads" | (P - 1) / P n (Hq + max(Hkv, P)) (D + Dv), and (P - 1) / P n Hq for the log-sum-exp if asked |
 | "ring x heads" | "heads" over the second dimension, then "ring" over the first with the heads of the rank |
 
-To a rank that sees some keys, "ring" sends those from the first to the last that it sees. In the backward, "ring"
-and "gather" send the keys again, and as many elements of gradients, in the dtype of the keys or in float32, as
-`gradient_dtype` says. "heads" sends what it received. Gradients are summed where they arrive, in float32 and in a
-fixed order. `counted()` measures what is sent.
+To a rank that sees some keys, "ring" sends those from the first to the last that it sees, from a multiple of 8 on.
+In the backward, "ring" and "gather" send the keys again, and as many elements of gradients, in the dtype of the
+keys or in float32, as `gradient_dtype` says. "heads" sends what it received. Gradients are summed where they
+arrive, in float32 and in a fixed order. `counted()` measures what is sent.
 """
 
 from fastattn.distributed import (  # noqa: F401  (from now on, DTensors are computed)

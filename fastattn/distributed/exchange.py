@@ -178,7 +178,13 @@ def agree(dimensions: Sequence[Ranks], mine: dict[str, Any] | Exception) -> None
     answers: list[Any] = [mine]
     for ranks in reversed(dimensions):
         gathered: list[Any] = [None] * ranks.size
-        dist.all_gather_object(gathered, answers, group=ranks.group)
+        try:
+            dist.all_gather_object(gathered, answers, group=ranks.group)
+        except RuntimeError as lost:
+            raise RuntimeError(
+                f"rank {ranks.rank} prepared a call that is new to its layout, but not all of the "
+                f"{ranks.size - 1} other ranks did: one may have died, or called with other arguments"
+            ) from lost
         answers = [answer for part in gathered for answer in part]
     for rank, answer in enumerate(answers):
         if isinstance(answer, Exception):

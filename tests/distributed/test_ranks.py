@@ -35,12 +35,21 @@ def _dies(rank: int, folder: str) -> None:
         distributed.attention(q, k, v, layout=plan, method=method)
     if rank == 2:
         os._exit(0)
-    for method, words in (
-        ("ring", rf"rank {rank} could not exchange keys .*rank 2"),
-        ("gather", f"rank {rank} could not exchange with the 2 other ranks of its group: rank 2 may have died"),
+    for method, words, options in (
+        ("ring", rf"rank {rank} could not exchange keys .*rank 2", {}),
+        (
+            "gather",
+            f"rank {rank} could not exchange with the 2 other ranks of its group: rank 2 may have died",
+            {},
+        ),
+        (
+            "ring",
+            f"rank {rank} prepared a call that is new to its layout, but not all of the 2 other",
+            {"scale": 0.5},
+        ),
     ):
         with pytest.raises(RuntimeError, match=words):
-            distributed.attention(q, k, v, layout=plan, method=method)
+            distributed.attention(q, k, v, layout=plan, method=method, **options)
     os._exit(0)  # destroying the group would wait for the dead rank
 
 
