@@ -309,7 +309,7 @@ class Run:
 
     def try_one(self, worker: Worker, case: Case, deadline: float) -> dict[str, Any]:
         answer = self.ask(worker, case, deadline)
-        variant = {key: case[key] for key in ("name", "tiling") if key in case}
+        variant = {key: case[key] for key in ("name", "tiling", "ahead") if key in case}
         nothing = {"seconds": None, "spread": None, "note": answer.note}
         return {**variant, **nothing, **(answer.rows[0] if answer.rows else {})}
 

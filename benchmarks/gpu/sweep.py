@@ -83,8 +83,7 @@ def targets(rows: list[dict[str, Any]], family: str, limit: int) -> list[dict[st
         for table in tables_of(problem, row["direction"]):
             serving = current(table, family, key)
             always = LARGE if isinstance(problem, MLPProblem) else SMALL
-            tilings = candidates(tuple(serving.tiling[:4]), CANDIDATES, always)
-            variants = [{"tiling": tiling} for tiling in tilings]
+            variants = variants_of(table, serving, family, key, always)
             name = (table, *serving)
             if name not in worst or ratio < worst[name][0]:
                 target = _target(row, table, family, key, variants)
@@ -109,7 +108,8 @@ def _target(
 ) -> dict[str, Any]:
     for variant in variants:
         fused = "fused" if variant.get("fused") else "library"
-        variant["name"] = " x ".join(map(str, variant["tiling"])) if "tiling" in variant else fused
+        sides = " x ".join(map(str, variant.get("tiling", ())))
+        variant["name"] = f"{sides}{' ahead' * variant['ahead']}" if sides else fused
     variants[0]["name"] += " (now)"
     return {
         "kind": "tiling",
@@ -125,6 +125,18 @@ def _target(
         "variants": variants,
         "seconds": measure.ROUND_SECONDS,
     }
+
+
+def variants_of(
+    table: str, serving: Any, family: str, key: tuple[int, int], always: tuple[tuple[int, int, int, int], ...]
+) -> list[dict[str, Any]]:
+    """Tilings to try: the row in use, those that `fastattn prove` chooses from, then `candidates`."""
+    from fastattn.kernels import launch
+
+    chosen_from = (serving.tiling, *launch.candidates(table, family, *key))
+    pairs = [(tuple(tiling[:4]), tiling.ahead) for tiling in chosen_from]
+    pairs += [(tiling, False) for tiling in candidates(tuple(serving.tiling[:4]), CANDIDATES, always)]
+    return [{"tiling": tiling, "ahead": ahead} for tiling, ahead in list(dict.fromkeys(pairs))[:CANDIDATES]]
 
 
 def candidates(
@@ -152,13 +164,14 @@ def candidates(
 @contextlib.contextmanager
 def launched_with(case: dict[str, Any]) -> Iterator[None]:
     """The tables as the case wants them: `tiling` in the row that serves; MLPs `fused` or not, if it says so."""
+    from fastattn.core.attention.tilings import trying
     from fastattn.kernels import launch
 
     family, changed = case["family"], {}
     if case.get("tiling"):
         key = tuple(case["key"])
         rows, mine = rows_of(case["table"], family), current(case["table"], family, key)
-        tiling = launch.Tiling(*case["tiling"], values=mine.tiling.values)
+        tiling = launch.Tiling(*case["tiling"], values=mine.tiling.values, ahead=case.get("ahead", False))
         replaced = tuple(row._replace(tiling=tiling) if row is mine else row for row in rows)
         changed[case["table"]] = {**getattr(launch, case["table"]), family: replaced}
     if case.get("fused") is not None:
@@ -168,7 +181,9 @@ def launched_with(case: dict[str, Any]) -> Iterator[None]:
     try:
         for name, table in changed.items():
             setattr(launch, name, table)
-        yield
+        # No recording of another variant's launches is repeated, and no record's tilings serve.
+        with trying({}):
+            yield
     finally:
         for name, table in originals.items():
             setattr(launch, name, table)
@@ -216,5 +231,5 @@ def proposal(target: dict[str, Any], tried: list[dict[str, Any]]) -> str | None:
     where = f"{target['table']}[{target['family']!r}]"
     if "tiling" not in best:
         return f"{where}: {best['name']},  # {change}: {problem}"
-    tiling = ", ".join(map(str, best["tiling"]))
+    tiling = ", ".join(map(str, best["tiling"])) + ", ahead=True" * best.get("ahead", False)
     return f"{where}: Row({target['row'][0]}, {target['row'][1]}, Tiling({tiling})),  # {change}: {problem}"

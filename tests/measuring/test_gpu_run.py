@@ -12,6 +12,7 @@ from benchmarks import compare
 from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import correctness, plan, recorder, report, sweep, verdict
 from benchmarks.gpu.pool import compare_survivors
+from fastattn.core import plans
 from fastattn.core.attention.spec import AttentionSpec
 from fastattn.measuring.checking import judge
 from fastattn.measuring.paths import ROOT, clean
@@ -141,17 +142,21 @@ def test_the_plan_asks_for_the_important_things_first_and_for_everything_in_the_
 
 
 @pytest.mark.parametrize("family", ("sm_80", "sm_90", "sm_100"))
-def test_the_sweep_begins_with_the_row_in_the_table(family):
+def test_the_sweep_begins_with_the_row_in_the_table_and_what_prove_chooses_from(family):
+    from fastattn.kernels import launch
+
     row = {"peer": "fastattn triton", "ratio": 0.5, "direction": BACKWARD}
     problem = AttentionProblem(1, 16, 4096, 128, True)
     rows = [{**row, "problem": {"family": "attention", **vars(problem)}, "label": "L"}]
     found = sweep.targets(rows, family, 6)
     assert [target["table"] for target in found] == ["ATTENTION_DKDV", "ATTENTION_DQ"]
     for target in found:
-        tried = [variant["tiling"] for variant in target["variants"]]
-        assert tried[0] == sweep.current(target["table"], family, (2, 128)).tiling[:4]
+        tried = [(*variant["tiling"], variant["ahead"]) for variant in target["variants"]]
+        own = sweep.current(target["table"], family, (2, 128)).tiling
+        chosen_from = launch.candidates(target["table"], family, 2, 128)
+        assert tried[: 1 + len(chosen_from)] == [(*tiling[:4], tiling.ahead) for tiling in (own, *chosen_from)]
         assert len(set(tried)) == len(tried) == sweep.CANDIDATES
-        assert set(sweep.SMALL) <= set(tried) and (64, 64, 4, 2) in tried
+        assert set(sweep.SMALL) <= {one[:4] for one in tried}
 
 
 def test_an_mlp_s_sweep_tries_the_tiles_of_large_products():
@@ -188,12 +193,18 @@ def test_an_mlp_is_tried_both_fused_and_with_the_library():
         assert first["name"] == now and second["fused"] is not first["fused"]
 
 
-def test_the_table_in_use_is_replaced_while_trying_and_put_back():
+def test_the_table_in_use_is_replaced_while_trying_and_put_back(monkeypatch):
     from fastattn.kernels import launch
 
     before = launch.ATTENTION_FORWARD
     case = {"table": "ATTENTION_FORWARD", "family": "sm_90", "key": (2, 128), "tiling": (64, 32, 4, 3)}
+    forgotten = []
+    monkeypatch.setattr(plans, "forget", lambda: forgotten.append(1))
+    with sweep.launched_with({**case, "ahead": True}):
+        assert forgotten  # a recording of another tiling's launches would be repeated
+        assert launch.look_up(launch.ATTENTION_FORWARD, "sm_90", 2, 128).ahead
     with sweep.launched_with(case):
+        assert not launch.look_up(launch.ATTENTION_FORWARD, "sm_90", 2, 128).ahead
         assert launch.look_up(launch.ATTENTION_FORWARD, "sm_90", 2, 128)[:4] == (64, 32, 4, 3)
         assert launch.look_up(launch.ATTENTION_FORWARD, "sm_90", 2, 64) == launch.look_up(before, "sm_90", 2, 64)
     assert launch.ATTENTION_FORWARD is before
@@ -209,6 +220,8 @@ def test_a_row_is_proposed_only_if_it_wins_by_more_than_the_noise():
 
     assert sweep.proposal(target, tried(1.0, 0.99)) is None
     assert sweep.proposal(target, tried(1.0, 0.9, spread=0.2)) is None
+    ahead = [{**one, "ahead": True} for one in tried(1.0, 0.9)]
+    assert "Row(2, 128, Tiling(64, 64, 4, 1, ahead=True))" in sweep.proposal(target, ahead)
     assert sweep.proposal(target, tried(1.0, None, 0.9)).startswith(
         "ATTENTION_DQ['sm_90']: Row(2, 128, Tiling(64, 64, 4, 2)),  # 900.000 ms, was 1000.000 (-10%)"
     )
