@@ -17,6 +17,7 @@ from fastattn.core.invariance import invariant
 from fastattn.core.loss.functional import linear_cross_entropy
 from fastattn.core.mlp.functional import gated_mlp, mlp
 from fastattn.core.norm.functional import layer_norm, rms_norm
+from fastattn.core.rows import by_rows
 from fastattn.dropin.patch import patch, unpatch
 from fastattn.dropin.takeover import sdpa
 from fastattn.ground.version import VERSION
@@ -36,6 +37,7 @@ __all__ = [
     "attention_varlen",
     "attention_with_cache",
     "attention_with_shared_prefix",
+    "by_rows",
     "dropout_mask",
     "dropout_state",
     "flash_attn",

@@ -1,44 +1,84 @@
 """Whether the bits of a row's result are to depend on that row alone: `fastattn.invariant`.
 
 Sums in floating point depend on their order. By default it follows from the shape of a call, so that a sequence
-gives other last bits in a packed batch than alone. An invariant call takes tiles of one size, cut from each
-sequence's own beginning, and adds them in a fixed order.
+gives other last bits in a packed batch than alone. An invariant call of attention takes tiles of one size, cut
+from each sequence's own beginning, and adds them in a fixed order. An invariant product with weights takes a fixed
+number of rows at a time, see fastattn.core.rows.
 """
 
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
+
 from fastattn.ground.arguments import flag
 
-wanted: bool = os.environ.get("FASTATTN_INVARIANT", "") not in ("", "0")
+_ENVIRONMENT: bool = os.environ.get("FASTATTN_INVARIANT", "") not in ("", "0")
+_KEY = "fastattn.invariant"
+
+
+class _Thread(threading.local):
+    """What this thread's context says; None outside of any. torch.compile reads and guards it, which it cannot do
+    with a contextvars.ContextVar."""
+
+    wanted: bool | None = None
+
+
+_thread = _Thread()
+
+
+def wanted() -> bool:
+    """What the context of this thread says; outside of one, the environment variable."""
+    found = _thread.wanted
+    return _inherited() if found is None else found
+
+
+def _inherited() -> bool:
+    """On a GPU autograd computes on a thread of its own, where activation checkpointing calls functions again. It
+    takes from the thread that called it what torch stashes for it."""
+    if torch.compiler.is_compiling() or not torch._C._is_key_in_tls(_KEY):
+        return _ENVIRONMENT
+    return torch._C._get_obj_in_tls(_KEY)
+
+
+def _set(value: bool | None) -> None:
+    _thread.wanted = value
+    if not torch.compiler.is_compiling():
+        torch._C._stash_obj_in_tls(_KEY, _ENVIRONMENT if value is None else value)
 
 
 def asked(argument: bool | None) -> bool:
     """What a call's argument `invariant` asks for; None is what the context says."""
-    return wanted if argument is None else flag("invariant", argument)
+    return wanted() if argument is None else flag("invariant", argument)
 
 
 @contextmanager
 def invariant(enabled: bool = True) -> Iterator[None]:
-    """Within it, the bits of a row of attention depend on that row alone, forward and backward.
+    """Within it, the bits of a row depend on that row alone, in attention, MLPs and losses, forward and backward.
 
     A sequence then gives the same bits alone and in a batch, packed (`attention_varlen`, `masks.documents`,
     `masks.packed_sequences`) and padded (key_lengths; cache_starts), its queries computed at once, in chunks or
-    one by one from a cache (`attention_with_cache`), in pages or not. The gradients of a sequence are the same
-    packed and alone. A NaN in one sequence of a packed batch reaches no other. A model in training then has the
-    probabilities that it had when it generated.
+    one by one from a cache (`attention_with_cache`), in pages or not. The gradients of a sequence's queries, keys
+    and values are the same packed and alone. A NaN in one sequence of a packed batch reaches no other. A model in
+    training then has the probabilities that it had when it generated.
+
+    `mlp`, `gated_mlp`, `linear_cross_entropy` and the modules of fastattn.nn compute a fixed number of rows at a
+    time: a token's result, and the gradient of its input, do not depend on how many others there are. Norms and
+    `prepare_heads` have it always. Other layers have it through `fastattn.by_rows(layer, x)`. A gradient of a
+    weight, and a mean over tokens, is a sum over all tokens of a call, and so depends on them.
 
     It holds for finite keys and values, on one device, with one backend, one version of PyTorch and one number of
-    threads. Norms and `prepare_heads` have it always. Products with weights do not: the bits of a row of
-    `torch.nn.Linear`, of an MLP or of a loss may depend on how many rows there are.
+    threads, not under torch.func.vmap. Dropout and masks of block lists are refused. Second derivatives and
+    forward mode of attention are computed as always. On a GPU it assumes that a product of one size, in one
+    library or compiled kernel, adds the terms of every row in one order.
 
-    Dropout and masks of block lists are refused. Second derivatives and forward mode are computed as always.
-
-    It holds for the whole process until the context ends. The argument `invariant` of a function comes first, then
-    this context, then the environment variable FASTATTN_INVARIANT=1, which is read when fastattn is imported.
+    It holds for the calls of this thread until the context ends; tasks of asyncio on one thread share it. Other
+    threads have contexts of their own. The argument `invariant` of a function comes first, then this context, then
+    the environment variable FASTATTN_INVARIANT=1, which is read when fastattn is imported.
 
     Args:
         enabled: False switches it off.
@@ -51,9 +91,9 @@ def invariant(enabled: bool = True) -> Iterator[None]:
         >>> torch.equal(whole[:, :, 60:70], chunk)
         True
     """
-    global wanted
-    before, wanted = wanted, flag("enabled", enabled)
+    before = _thread.wanted
+    _set(flag("enabled", enabled))
     try:
         yield
     finally:
-        wanted = before
+        _set(before)

@@ -13,6 +13,7 @@ from fastattn.core.attention.functional import attention
 from fastattn.core.capabilities import check_backend
 from fastattn.core.heads.functional import prepare_heads
 from fastattn.core.intact import alteration
+from fastattn.core.rows import rows_of_layers
 from fastattn.ground.arguments import flag, integer
 from fastattn.ground.checks import Window, check_window
 from fastattn.masks import Lowered, Mask
@@ -69,7 +70,7 @@ class _Attention(nn.Module):
     ) -> torch.Tensor:
         """Attention of q, k, v as `project` returns them, then the output projection: (B, L, embed_dim)."""
         z = attention(q, k, v, **self.options(mask=mask, window=window, key_lengths=key_lengths))
-        return self.out_proj(self.hook_z(z).transpose(1, 2).flatten(2))
+        return rows_of_layers(self.out_proj, self.hook_z(z).transpose(1, 2).flatten(2))
 
     def options(
         self,
@@ -167,7 +168,7 @@ class SelfAttention(_Attention):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """`project`; with a cache, x follows the tokens that it holds."""
         check_stream("x", x, self.embed_dim)
-        qkv = self.heads(self.qkv_proj(x))
+        qkv = self.heads(rows_of_layers(self.qkv_proj, x))
         if self.rotary is None and self.q_norm is None and self.k_norm is None:
             q, k, v = qkv.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
         else:
@@ -235,7 +236,7 @@ class SelfAttention(_Attention):
             raise ValueError("cache must be None for a module with causal=False: its tokens see later ones")
         options = self.options(window=window)
         z = cache.attend(*self._projected(x, cache), window=options["window"], backend=self.backend)
-        return self.out_proj(self.hook_z(z).transpose(1, 2).flatten(2))
+        return rows_of_layers(self.out_proj, self.hook_z(z).transpose(1, 2).flatten(2))
 
 
 def _rotation(rotary: Rotary, qk: torch.Tensor) -> dict[str, Any]:
@@ -299,8 +300,8 @@ class CrossAttention(_Attention):
         check_stream("context", context, self.context_dim)
         if x.shape[0] != context.shape[0]:
             raise ValueError(f"context must have the batch size of x, {x.shape[0]}; got {tuple(context.shape)}")
-        k, v = self.heads(self.kv_proj(context)).chunk(2, dim=1)
-        return self.hook_q(self.heads(self.q_proj(x))), self.hook_k(k), self.hook_v(v)
+        k, v = self.heads(rows_of_layers(self.kv_proj, context)).chunk(2, dim=1)
+        return self.hook_q(self.heads(rows_of_layers(self.q_proj, x))), self.hook_k(k), self.hook_v(v)
 
     def forward(
         self,

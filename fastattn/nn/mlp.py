@@ -12,6 +12,7 @@ from fastattn.core.intact import alteration
 from fastattn.core.mlp import functional as mlp_functional
 from fastattn.core.mlp.definition import activate
 from fastattn.core.mlp.spec import SAVES, MLPSpec, checked_chunk
+from fastattn.core.rows import rows_of_layers
 from fastattn.ground.arguments import choice, flag, integer
 from fastattn.ground.checks import ACTIVATIONS
 from fastattn.nn.checks import check_width, factory_options
@@ -104,7 +105,7 @@ class MLP(_MLP):
         """x (..., embed_dim); same shape."""
         check_width("x", x, self.embed_dim)
         if self._is_altered(x):
-            return self.down(activate(self.up(x), self.activation))
+            return rows_of_layers(lambda x: self.down(activate(self.up(x), self.activation)), x, self.hidden_dim)
         return self._fused(x)
 
     @property
@@ -173,7 +174,9 @@ class GatedMLP(_MLP):
         """x (..., embed_dim); same shape."""
         check_width("x", x, self.embed_dim)
         if self._is_altered(x):
-            return self.down(activate(self.gate(x), self.activation) * self.up(x))
+            return rows_of_layers(
+                lambda x: self.down(activate(self.gate(x), self.activation) * self.up(x)), x, self.hidden_dim
+            )
         return self._fused(x)
 
     @property

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fastattn.core.attention.dropout import dropout_state
 from fastattn.core.attention.sdpa import TOP_LEFT, attend, dtype_obstacle, mask_alone, refusal_of_mask, warn_once
 from fastattn.core.capabilities import check_backend
+from fastattn.core.rows import linear, rows_of_layers
 from fastattn.masks import Lowered, Mask
 from fastattn.nn.weights import Weighting, head_weights, joined, mask_as_bias, mean_weights
 
@@ -192,17 +193,17 @@ class MultiheadAttention(nn.MultiheadAttention):
         if not self._qkv_same_embed_dim:
             q_bias, k_bias, v_bias = (None, None, None) if bias is None else bias.chunk(3)
             return (
-                F.linear(query, self.q_proj_weight, q_bias),
-                F.linear(key, self.k_proj_weight, k_bias),
-                F.linear(value, self.v_proj_weight, v_bias),
+                linear(query, self.q_proj_weight, q_bias),
+                linear(key, self.k_proj_weight, k_bias),
+                linear(value, self.v_proj_weight, v_bias),
             )
         weight = self.in_proj_weight
         if query is key and key is value:
-            return F.linear(query, weight, bias).chunk(3, -1)
+            return linear(query, weight, bias).chunk(3, -1)
         sizes = [self.embed_dim, 2 * self.embed_dim] if key is value else [self.embed_dim] * 3
         inputs = (query, key) if key is value else (query, key, value)
         biases = [None] * len(sizes) if bias is None else bias.split(sizes)
-        first, *others = (F.linear(t, w, b) for t, w, b in zip(inputs, weight.split(sizes), biases, strict=True))
+        first, *others = (linear(t, w, b) for t, w, b in zip(inputs, weight.split(sizes), biases, strict=True))
         return first, *(others[0].chunk(2, -1) if key is value else others)
 
     def _heads(self, t: Tensor) -> Tensor:
@@ -214,7 +215,7 @@ class MultiheadAttention(nn.MultiheadAttention):
 
     def _out(self, z: Tensor) -> Tensor:
         """The output projection of (..., H, D)."""
-        return self.out_proj(z.flatten(-2))
+        return rows_of_layers(self.out_proj, z.flatten(-2))
 
     def _appended(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values, with the module's learned key and value (add_bias_kv) and zeros (add_zero_attn)

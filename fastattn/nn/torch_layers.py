@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastattn.core.attention.sdpa import mask_alone
+from fastattn.core.rows import rows_of_layers
 from fastattn.masks import Lowered, Mask
 from fastattn.nn.torch_attention import MultiheadAttention, check_mask
 
@@ -75,6 +76,9 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
             return out.to(torch.get_autocast_dtype("cpu"))
         return out
 
+    def _ff_block(self, x: Tensor) -> Tensor:
+        return rows_of_layers(super()._ff_block, x, self.linear1.out_features)
+
     def _ff_step(self, x: Tensor, norm: nn.Module | None) -> Tensor:
         """x and what the feed-forward block makes of it, or of its norm."""
         return x + self._ff_block(x if norm is None else norm(x))
@@ -133,6 +137,9 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
             device, dtype,
         )  # fmt: skip
         adopt(self, backend)
+
+    def _ff_block(self, x: Tensor) -> Tensor:
+        return rows_of_layers(super()._ff_block, x, self.linear1.out_features)
 
 
 class TransformerEncoder(nn.TransformerEncoder):

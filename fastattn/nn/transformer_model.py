@@ -7,12 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from fastattn.core import spread
 from fastattn.core.intact import alteration
 from fastattn.core.loss.functional import linear_cross_entropy, loss_of_logits
+from fastattn.core.rows import linear, rows_of_layers
 from fastattn.ground import arguments
 from fastattn.ground.checks import Window
 from fastattn.masks import Lowered, Mask
@@ -287,11 +287,11 @@ class TransformerModel(nn.Module):
         """Logits (..., vocab_size) of a residual stream (..., embed_dim): final norm, then unembedding."""
         x = self.final_norm(x)
         if self.unembedding is not None:
-            return self.unembedding(x)
+            return rows_of_layers(self.unembedding, x)
         if type(self.token_embedding) is not nn.Embedding or self.token_embedding.weight.device != x.device:
             # An adapter or a wrapper, or its weight is elsewhere until it is called: ask it for every token.
-            return F.linear(x, self.token_embedding(torch.arange(self.config.vocab_size, device=x.device)))
-        return F.linear(x, self.token_embedding.weight)
+            return linear(x, self.token_embedding(torch.arange(self.config.vocab_size, device=x.device)))
+        return linear(x, self.token_embedding.weight)
 
     @property
     def unembedding_weight(self) -> torch.Tensor:

@@ -103,6 +103,7 @@ CALLS: dict[str, tuple[Callable, dict[str, Any]]] = {
         fastattn.gated_mlp,
         dict(x=X, w_gate=torch.ones(4, 16), w_up=torch.ones(4, 16), w_down=torch.ones(3, 4)),
     ),
+    "by_rows": (fastattn.by_rows, dict(function=torch.nn.Linear(16, 2), x=X)),
     "rms_norm": (fastattn.rms_norm, dict(x=X)),
     "layer_norm": (fastattn.layer_norm, dict(x=X)),
     "prepare_heads": (fastattn.prepare_heads, dict(x=Q)),
@@ -204,6 +205,7 @@ JUNK = {
 TORCHS_WORDS = ("query", "key", "value", "attn_mask")
 # (function, argument): wrong values that this argument may be.
 NO_JUNK = {
+    ("by_rows", "x"): {"six dimensions"},  # its function names what does not fit
     ("rms_norm", "x"): {"six dimensions"},
     ("layer_norm", "x"): {"six dimensions"},
     ("linear_cross_entropy", "input"): {"six dimensions"},  # the widths do not fit, and the weight is named

@@ -254,6 +254,7 @@ def test_a_cuda_graph_gets_nothing_that_is_freed_and_leaves_nothing_behind(monke
 # Functions that keep what is no tensor, with what they keep.
 KEEP_NO_TENSOR = {
     "_triton_installed": "a bool",
+    "_agree": "a bool",
     "source_of": "text",
     "_own_code": "code",
     "_source": "text",

@@ -200,7 +200,7 @@ def attention(
     beside = key_lengths, alibi_slopes, bias, relative_bias, sinks, dropout_state, None, None, scales, None
     options = (
         causal, scale if scales is None else None, window, softcap, dropout_p, precision, return_lse, return_max,
-        mask, backend, invariance.wanted if invariant is None else invariant,
+        mask, backend, invariance.wanted() if invariant is None else invariant,
     )  # fmt: skip
     key = plans.key((q, k, v, *beside), options)
     plan = PLANS.find(key)

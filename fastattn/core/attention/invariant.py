@@ -7,6 +7,7 @@ another in one order, whatever else is in the batch, and whether all queries of 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -22,6 +23,8 @@ from fastattn.ground.checks import lse_dtype
 
 # A single query is computed as a whole tile of them, and a single key as a tile of keys.
 QUERY_TILE, KEY_TILE = 16, 256
+# Where a CPU gives a row the same bits in tiles of these sizes (see `_agree`), up to as many queries take them.
+TILES = {4: 4, 16: 48, 128: 2**63}
 # The backward has no single queries.
 BACKWARD_QUERY_TILE = 128
 
@@ -77,6 +80,7 @@ class FixedTiles(Scores):
         self.back = -(self.front + at.query_count) % query_tile
         self.more_keys = -at.key_count % KEY_TILE
         self.at, self.query_tile = at, query_tile
+        self.kept: dict[tuple[int, int], Tensor] | None = None
         fixed = {name: None if t is None else at.of(t, "whole") for name, t in tensors._asdict().items()}
         fixed |= {"key_lengths": None, "sequences": None, "intervals": None}
         if tensors.bias is not None:  # a mask
@@ -103,7 +107,20 @@ class FixedTiles(Scores):
         return F.pad(t.to(dtype), sides, value=beside)
 
     def part_of(self, t: Tensor, falls: str, tile: Tile) -> Tensor:
-        return tiles.part_of(t, falls, tile).contiguous()
+        if falls != "columns":
+            return tiles.part_of(t, falls, tile).contiguous()
+        if self.kept is None:
+            return self._whole_tile(t, tile)
+        place = id(t), tile.columns.start
+        if place not in self.kept:
+            self.kept[place] = self._whole_tile(t, tile)
+        return self.kept[place]
+
+    def _whole_tile(self, t: Tensor, tile: Tile) -> Tensor:
+        """A copy of a tile's keys or values, with zeros behind the last: laid out and aligned as every other."""
+        part = tiles.part_of(t, "columns", tile).to(self.dtype)
+        missing = tile.columns.stop - tile.columns.start - part.shape[2]
+        return F.pad(part, (0, 0, 0, missing)) if missing else part.clone(memory_format=torch.contiguous_format)
 
     def rows(self) -> Iterator[slice]:
         for first in range(0, self.queries, self.query_tile):
@@ -125,9 +142,37 @@ class FixedTiles(Scores):
             yield (keys < start) | (keys >= stop)
 
 
+def _query_tile(q: Tensor, k: Tensor, v: Tensor, queries: int) -> int:
+    """How many queries of a sequence to compute at a time."""
+    if q.device.type != "cpu":
+        return QUERY_TILE
+    heads, key_heads, widths = q.shape[1], k.shape[1], (q.shape[3], v.shape[3])
+    if not _agree(heads, key_heads, *widths, lse_dtype(q.dtype), torch.get_num_threads()):
+        return QUERY_TILE
+    return next(tile for tile, most in TILES.items() if queries <= most)
+
+
+@functools.lru_cache(maxsize=256)
+def _agree(heads: int, key_heads: int, width: int, value_width: int, dtype: torch.dtype, threads: int) -> bool:
+    """Whether products of this CPU, with so many threads, give a row the same bits in tiles of every size: tried
+    once with random numbers, since the order of their sums depends on sizes alone."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = (heads, 128, width), (key_heads, 2 * KEY_TILE, width), (key_heads, 2 * KEY_TILE, value_width)
+    q, k, v = (torch.randn(1, *size, generator=generator, dtype=dtype) for size in sizes)
+    found = [forward(q, k, v, AttentionSpec(), ScoreTensors(), query_tile=tile)[0] for tile in TILES]
+    return all(torch.equal(out, found[0]) for out in found)
+
+
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, tensors: ScoreTensors, maxima: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    spec: AttentionSpec,
+    tensors: ScoreTensors,
+    maxima: Tensor | None = None,
+    query_tile: int | None = None,
 ) -> tuple[Tensor, Tensor]:
+    """Attention, sequence by sequence. query_tile: how many queries at a time; None chooses."""
     work = lse_dtype(q.dtype)
     out = zero_heads((*q.shape[:3], v.shape[3]), q, q.dtype)
     lse = q.new_full(q.shape[:3], float("-inf"), dtype=work)
@@ -135,8 +180,12 @@ def forward(
     if learned.sinks is not None:
         lse.copy_(learned.sinks[..., None])
     for at in sequences_of(q, k, tensors) if q.numel() else ():
-        scores = FixedTiles(q, k, spec, fixed, at, QUERY_TILE)
-        rows, keys, values = (scores.padded(t, f, work) for t, f in ((q, "rows"), (k, "columns"), (v, "columns")))
+        tile = _query_tile(q, k, v, at.query_count) if query_tile is None else query_tile
+        scores = FixedTiles(q, k, spec, fixed, at, tile)
+        rows = scores.padded(q, "rows", work)
+        keys, values = at.of(k, "columns"), at.of(v, "columns")
+        if scores.queries > tile:
+            scores.kept = {}
         largest = None if maxima is None else scores.padded(maxima, "rows", work).fill_(float("-inf"))
         found, found_lse = tiles.forward(scores, rows, keys, values, _learned(scores, learned, work), largest)
         here = slice(scores.front, scores.front + at.query_count)

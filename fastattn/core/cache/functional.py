@@ -216,7 +216,7 @@ def attention_with_cache(
         })  # fmt: skip
     options = (
         causal, scale, window, softcap, value_width, precision, return_lse, check, interleaved, backend,
-        invariance.wanted if invariant is None else invariant, cache_starts is None,
+        invariance.wanted() if invariant is None else invariant, cache_starts is None,
     )  # fmt: skip
     described = tensors
     if not isinstance(cache_lengths, Tensor) or not (cache_starts is None or isinstance(cache_starts, Tensor)):
@@ -430,7 +430,7 @@ def attention_with_shared_prefix(
         raise TypeError(
             "attention_with_shared_prefix does not take DTensors; give it what each rank has, .to_local()"
         )
-    if invariance.wanted:
+    if invariance.wanted():
         raise ValueError(
             "attention_with_shared_prefix is not invariant, since it merges two results: call "
             "attention_with_cache, with the pages of the prefix in every row's block_table"

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastattn.core import spread
+from fastattn.core import invariance, spread
 from fastattn.core.autocast import autocast, without_autocast
 from fastattn.core.capabilities import check_backend
 from fastattn.core.loss import definition, operators
@@ -23,6 +24,7 @@ from fastattn.core.loss.spec import (
     check_tensors,
     loss_spec,
 )
+from fastattn.core.rows import ROWS_OF_LOSS, in_rows, rows_at_once
 from fastattn.ground import arguments
 from fastattn.ground.checks import lse_dtype
 
@@ -71,6 +73,9 @@ def linear_cross_entropy(
         return_entropy: whether to return the entropy of each token's softmax, too, in nats, with gradient.
         shift: token i is to predict target i + 1: the last token and the first target are left out.
         backend: as `attention`'s.
+
+    Under `fastattn.invariant` a token's values, and the gradient of its input, have the same bits whatever other
+    tokens there are. The backward then computes the logits again.
 
     Returns:
         The loss; or a tuple of the loss and, in this order, what else is asked for: log-sum-exps, entropies. In
@@ -183,16 +188,39 @@ def computed(tensors: LossTensors, asked: Asked, among: Alone) -> Any:
     reduction, backend, extra = asked.reduction, asked.backend, asked.return_lse or asked.return_entropy
     with without_autocast(x.device):
         terms = Terms.of(lse_dtype(x.dtype), flat.target, weight, spec, asked.z_loss, w.shape[0])
-        if reduction != "none" and not (extra or among.shares_classes) and _gradients_at_once(flat):
+        fixed = invariance.wanted()
+        if reduction != "none" and not (extra or among.shares_classes or fixed) and _gradients_at_once(flat):
             coefficients = terms.coefficients(reduction, among)
             wanted = [t is not None and t.requires_grad for t in (flat.x, w, b)]
             loss = operators.reduced(*flat, coefficients, wanted, *spec.options, backend)
             return terms.finish(loss, reduction, among)
-        rows = operators.rows(*flat, *spec.options, backend)
+        rows = (_rows_in_turn if fixed else _rows)(flat, spec, backend)
         terms, rows = among.merged(terms, rows, flat.target.is_floating_point())
         loss = terms.loss(rows, reduction, x.shape[:-1], among)
         beside = [definition.log_sum_exp(rows)] * asked.return_lse + [rows[-1]] * asked.return_entropy
         return (loss, *(t.view(x.shape[:-1]) for t in beside)) if extra else loss
+
+
+def _rows(tensors: LossTensors, spec: LossSpec, backend: str | None) -> Tensor:
+    return operators.rows(*tensors, *spec.options, backend)
+
+
+def _rows_in_turn(tensors: LossTensors, spec: LossSpec, backend: str | None) -> Tensor:
+    """The rows under `fastattn.invariant`: of a fixed number of tokens at a time. Tokens that do not count are not
+    left out, since then there would be fewer: they become zeros of the first class."""
+    x, target = tensors.x, tensors.target
+    if not len(x):
+        return _rows(tensors, spec, backend)
+    counted = definition.counted(target, spec)
+    if not target.is_floating_point():
+        x, target = torch.where(counted[:, None], x, 0), torch.where(counted, target, 0)
+    beside = replace(spec, ignore_index=-1)
+
+    def part(rows: Sequence[Tensor]) -> Tensor:
+        return _rows(tensors._replace(x=rows[0], target=rows[1]), beside, backend).t()
+
+    count = 1 if rows_at_once(x) == 1 else ROWS_OF_LOSS
+    return torch.where(counted, in_rows(part, (x, target), count).t(), 0.0)
 
 
 def loss_of_logits(

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastattn.core import plans, spread
+from fastattn.core import invariance, plans, spread
 from fastattn.core.attention.dropout import dropout_state as fresh_dropout_state
 from fastattn.core.autocast import autocast
 from fastattn.core.capabilities import check_backend
 from fastattn.core.mlp import definition, operators
 from fastattn.core.mlp.spec import MLPSpec, MLPWeights, Options, gated_mlp_spec, mlp_spec
 from fastattn.core.norm.functional import layer_norm, rms_norm
+from fastattn.core.rows import in_rows, rows_at_once
 from fastattn.ground import arguments
 
 
@@ -97,6 +100,14 @@ def mlp(
     Source: Vaswani et al., Attention Is All You Need (2017), section 3.3; Hendrycks and Gimpel, GELU (2016).
     """
     adds = _added(residual, x)
+    if invariance.wanted():
+        tensors = MLPWeights(w1, b1, None, None, w2, b2, norm_weight, norm_bias, residual, dropout_state)
+        options_given = Options(activation, save, chunk, match_eager, None, norm, norm_eps, dropout_p, adds)
+        beside: dict[str, Any] = {"norm": norm, "norm_weight": norm_weight, "norm_bias": norm_bias}
+        beside["norm_eps"] = norm_eps
+        beside |= {"activation": activation, "save": save, "match_eager": match_eager, "backend": backend}
+        rows = functools.partial(mlp, w1=w1, b1=b1, w2=w2, b2=b2, **beside)
+        return _by_rows(rows, x, tensors, options_given, backend, mlp_spec)
     options = activation, save, chunk, match_eager, norm, norm_eps, dropout_p, adds
     residual = residual if adds == "apart" else None
     weights = w1, b1, None, None, w2, b2, norm_weight, norm_bias, residual, dropout_state
@@ -164,6 +175,18 @@ def gated_mlp(
     """
     adds = _added(residual, x)
     options = activation, save, chunk, match_eager, packed, norm, norm_eps, dropout_p, adds
+    if invariance.wanted():
+        given = MLPWeights(
+            w_gate, b_gate, w_up, b_up, w_down, b_down, norm_weight, norm_bias, residual, dropout_state
+        )
+        beside: dict[str, Any] = {"norm": norm, "norm_weight": norm_weight, "norm_bias": norm_bias}
+        beside["norm_eps"] = norm_eps
+        beside |= {"activation": activation, "save": save, "match_eager": match_eager, "backend": backend}
+        rows = functools.partial(
+            gated_mlp, w_gate=w_gate, w_up=w_up, w_down=w_down, b_gate=b_gate, b_up=b_up, b_down=b_down,
+            packed=packed, **beside,
+        )  # fmt: skip
+        return _by_rows(rows, x, given, Options(*options), backend, gated_mlp_spec)
     residual = residual if adds == "apart" else None
     weights = w_gate, b_gate, w_up, b_up, w_down, b_down, norm_weight, norm_bias, residual, dropout_state
     key = plans.key((x, *weights), (*options, backend))
@@ -178,6 +201,42 @@ def gated_mlp(
         })  # fmt: skip
     backend = check_backend(backend)
     return _first(x, MLPWeights(*weights), Options(*options), backend, gated_mlp_spec, GATED_PLANS, key)
+
+
+def _by_rows(
+    function: Callable[..., Tensor],
+    x: Tensor,
+    weights: MLPWeights,
+    options: Options,
+    backend: str | None,
+    make_spec: Callable[[Tensor, MLPWeights, Options], MLPSpec],
+) -> Tensor:
+    """The MLP under `fastattn.invariant`, checked: function(rows, residual=...) of a fixed number of rows at a
+    time."""
+    check_backend(backend)
+    if spread.is_dtensor(x):
+        raise ValueError("invariant must be False for DTensors, whose products are split over ranks")
+    cast, *rest = autocast(x, *weights[:6])
+    given = None if options.residual == "x" else weights.residual
+    residual = given if given is None or not isinstance(given, Tensor) else given.to(cast.dtype)
+    checked = weights._replace(residual=residual, **dict(zip(MLPWeights._fields, rest, strict=False)))
+    spec = make_spec(cast, checked, options)
+    if spec.dropout:
+        raise ValueError(
+            f"dropout_p must be 0 where a call is invariant, got {options.dropout_p}: the random numbers of a row "
+            "depend on its place in the batch"
+        )
+    if not math.prod(x.shape[:-1]):
+        with invariance.invariant(False):
+            return function(x, residual=x if options.residual == "x" else given)
+    count = rows_at_once(cast, weights.w_out.shape[1])
+    if options.residual == "x":
+        y = in_rows(lambda rows: function(rows[0], residual=rows[0]), (_tokens(x),), count)
+    elif given is None:
+        y = in_rows(lambda rows: function(rows[0]), (_tokens(x),), count)
+    else:
+        y = in_rows(lambda rows: function(rows[0], residual=rows[1]), (_tokens(x), _tokens(given)), count)
+    return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
 def _added(residual: Tensor | None, x: Tensor) -> str:
