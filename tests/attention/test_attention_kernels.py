@@ -40,6 +40,7 @@ def look_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
     "asked",
     [
         {"causal": True},
+        {"queries": 20, "keys": 64},  # no tile is masked
         {"queries": 40, "keys": 20, "causal": True},  # rows that see nothing
         {"keys": 70, "window": (9, 30), "lengths": True},
         {"intervals": True},
