@@ -109,7 +109,7 @@ def in_rows(function: Callable[[Sequence[Tensor]], Tensor], tensors: Sequence[Te
         parts = [function(part) for part in zip(*(t.split(count) for t in padded), strict=True)]
     whole = parts[0] if len(parts) == 1 else torch.cat(parts)
     if torch.is_grad_enabled():
-        # Its gradient is new and contiguous; that of a slice would have the layout of what comes from above.
+        # Its gradient is new and contiguous, whatever the layout of what comes from above.
         return whole.index_select(0, torch.arange(rows, device=whole.device))
     return whole[:rows]
 

@@ -160,13 +160,27 @@ def test_without_it_single_tokens_have_other_bits() -> None:
     assert not torch.equal(layer.function(x)[0][5:6], layer.function(x[5:6])[0])
 
 
-def test_any_layout_of_a_gradient_gives_the_same_bits() -> None:
-    """A product with a transposed matrix has another order of sums."""
-    layer = Layer("gated", 64, 96)
-    x = layer.tokens(64)
-    upstream = layer.drawn(64, 64)
-    for other in (upstream.t().contiguous().t(), torch.cat((upstream, upstream), 1)[:, :64]):
-        assert torch.equal(computed(layer.function, x, [other])[1], computed(layer.function, x, [upstream])[1])
+def test_gradients_that_reach_a_layer_have_one_layout() -> None:
+    """A product with a transposed matrix may have another order of sums."""
+    layers, layouts = torch.nn.Linear(64, 64, device=DEVICE), []
+
+    def watched(x: Tensor) -> Tensor:
+        y = layers(x)
+        y.register_hook(lambda gradient: layouts.append((gradient.shape, gradient.stride())))
+        return y
+
+    upstream = torch.randn(64, 64, device=DEVICE)
+    for above in (upstream, upstream.t(), upstream[:1].expand(64, 64)):
+        computed(lambda x: (fastattn.by_rows(watched, x),), torch.randn(64, 64, device=DEVICE), [above])
+    assert len(set(layouts)) == 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rows_that_begin_between_vectors_have_the_bits_of_one_alone(kind: str, dtype: torch.dtype) -> None:
+    """There a CPU's products have another order of sums in each place."""
+    for token in range(8, 12):
+        check_alone(Layer(kind, 33, 77, dtype), 40, token, token + 1)
 
 
 @pytest.mark.parametrize(
