@@ -135,6 +135,12 @@ def build(folder: Path) -> Path:
     return library
 
 
+def cache_folder() -> Path:
+    """What was compiled for pretended GPUs: $XDG_CACHE_HOME/fastattn/pretended_gpu, by default below ~/.cache. All that
+    pretend share it, under every Triton."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastattn" / "pretended_gpu"
+
+
 @contextlib.contextmanager
 def pretended_driver(*gpus: Gpu, folder: Path | None = None, assembled: bool = False) -> Iterator[Driver]:
     """Inside the block torch.cuda and Triton find these GPUs in this machine; `folder` keeps the built driver.
@@ -156,13 +162,13 @@ def pretended_driver(*gpus: Gpu, folder: Path | None = None, assembled: bool = F
         from triton.runtime import driver as triton_driver
 
         # The assembler takes as long as everything before it, and the compile report runs it on every kernel.
-        # What is kept in its place must never be taken for machine code: each gets a cache of its own.
-        cache = os.environ.get("TRITON_CACHE_DIR") or stack.enter_context(tempfile.TemporaryDirectory())
-        if assembled:
-            cache += "-assembled"
-        else:
+        # What is kept in its place must never be taken for machine code: Triton's cache knows it by another key.
+        if not assembled:
+            plain_hash = CUDABackend.hash
+            stack.enter_context(mock.patch.object(CUDABackend, "hash", lambda self: f"{plain_hash(self)}, pretended"))
             stack.enter_context(mock.patch.object(CUDABackend, "make_cubin", lambda *_: b"\x7fELF, pretended"))
-        stack.enter_context(mock.patch.dict(os.environ, {"TRITON_CACHE_DIR": cache}))
+        if "TRITON_CACHE_DIR" not in os.environ:
+            stack.enter_context(mock.patch.dict(os.environ, {"TRITON_CACHE_DIR": str(cache_folder())}))
         cuda = CudaDriver()
         cuda.get_current_stream = lambda device=None: (driver.device() if device is None else device) + 1
         triton_driver.set_active(cuda)
