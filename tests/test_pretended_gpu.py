@@ -19,15 +19,9 @@ ROOT = Path(__file__).parents[1]
 SHARES, MADE = 16, (3, 4)
 
 
-def cache() -> Path:
-    """Compiled kernels of earlier runs: $XDG_CACHE_HOME/fastattn/pretended_gpu, by default below ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastattn" / "pretended_gpu"
-
-
 def run(*words: str) -> subprocess.CompletedProcess[str]:
     """A Python process of its own, in which kernels are compiled, not interpreted."""
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(cache()), "FASTATTN_BACKEND": "triton"}
-    environment |= {"PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "FASTATTN_BACKEND": "triton", "PYTHONPATH": str(ROOT)}
     del environment["TRITON_INTERPRET"]
     return subprocess.run([sys.executable, *words], cwd=ROOT, env=environment, capture_output=True, text=True)
 
@@ -127,6 +121,20 @@ known = known_spills.Known("a call", "crowded", 1000, "few make it", ("A100",))
 print(known.covers("A100", "a call", "crowded", 1000), known.covers("A100", "a call", "crowded", 1001),
       known.covers("H100", "a call", "crowded", 9), known.covers("A100", "another", "crowded", 9))
 """) == ["[]", "crowded []", "True False False False"]
+
+
+def test_what_is_kept_in_place_of_machine_code_is_never_taken_for_it(printed) -> None:
+    """Triton's cache on disk goes by this hash, among others."""
+    assert printed("""
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import CUDABackend
+
+backend = CUDABackend(GPUTarget("cuda", 90, 32))
+real = backend.hash()
+with pretended_gpus(GPUS["H100"]):
+    print(backend.hash() == real)
+print(backend.hash() == real)
+""") == ["False", "True"]
 
 
 def test_each_gpu_of_a_process_gets_the_rows_of_its_own_family(printed) -> None:

@@ -136,8 +136,8 @@ def build(folder: Path) -> Path:
 
 
 def cache_folder() -> Path:
-    """What was compiled for pretended GPUs: $XDG_CACHE_HOME/fastattn/pretended_gpu, by default below ~/.cache. All that
-    pretend share it, under every Triton."""
+    """What was compiled for pretended GPUs: $XDG_CACHE_HOME/fastattn/pretended_gpu, by default below ~/.cache. It is
+    shared by all processes that pretend, with any Triton."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastattn" / "pretended_gpu"
 
 
@@ -165,7 +165,9 @@ def pretended_driver(*gpus: Gpu, folder: Path | None = None, assembled: bool = F
         # What is kept in its place must never be taken for machine code: Triton's cache knows it by another key.
         if not assembled:
             plain_hash = CUDABackend.hash
-            stack.enter_context(mock.patch.object(CUDABackend, "hash", lambda self: f"{plain_hash(self)}, pretended"))
+            stack.enter_context(
+                mock.patch.object(CUDABackend, "hash", lambda self: f"{plain_hash(self)}, pretended")
+            )
             stack.enter_context(mock.patch.object(CUDABackend, "make_cubin", lambda *_: b"\x7fELF, pretended"))
         if "TRITON_CACHE_DIR" not in os.environ:
             stack.enter_context(mock.patch.dict(os.environ, {"TRITON_CACHE_DIR": str(cache_folder())}))
