@@ -387,7 +387,7 @@ class LossCall:
 @dataclass(frozen=True)
 class CacheCall:
     """New tokens of 4 rows written to a cache of up to 8192 tokens in pages of 16, and attention to it: 32 query
-    heads on 8 key heads, or on one for keys that hold the values."""
+    heads on 8 key heads, or `heads` on one for keys that hold the values."""
 
     dtype: str
     head_dim: int
@@ -397,13 +397,15 @@ class CacheCall:
     paged: bool = True
     stored: str = ""  # "int8" or "fp8" in a quantised cache
     by_page: bool = False  # a scale for each page instead of each token
+    heads: int = 32
 
     @property
     def name(self) -> str:
         width = str(self.head_dim) if self.value_dim is None else f"{self.head_dim}/{self.value_dim}"
         kind = f"{'pages' if self.paged else 'contiguous'}{' everything' if self.shaped else ''}"
         stored = f" {self.stored}{' by page' if self.by_page else ''}" if self.stored else ""
-        return f"cache {self.dtype} D={width} queries={self.queries} {kind}{stored}"
+        heads = "" if self.heads == 32 else f" {self.heads} heads"
+        return f"cache {self.dtype} D={width} queries={self.queries} {kind}{stored}{heads}"
 
     @property
     def token_bytes(self) -> int:
@@ -419,14 +421,14 @@ class CacheCall:
             keys = keys.to({"int8": torch.int8, "fp8": torch.float8_e4m3fn}[self.stored])
             scales = torch.empty(keys.shape[: 2 if self.by_page else 3], device="meta")
         storage = Storage(keys, None, scales) if self.value_dim else Storage(keys, keys, scales, scales)
-        q = self.tensor(4, self.queries, 32, self.head_dim).transpose(1, 2)
+        q = self.tensor(4, self.queries, self.heads, self.head_dim).transpose(1, 2)
         new = self.tensor(4, self.queries, key_heads, self.head_dim).transpose(1, 2)
         integers = torch.empty(4, dtype=torch.int32, device="meta")
         table = torch.empty((4, 512), dtype=torch.int32, device="meta") if self.paged else None
         tensors = CacheTensors(integers, block_table=table)
         score_options = AttentionSpec(causal=True, scale=self.head_dim**-0.5)
         if self.shaped:
-            slopes = torch.empty((4, 32), device="meta")
+            slopes = torch.empty((4, self.heads), device="meta")
             tree = torch.empty((4, self.queries, self.queries), dtype=torch.bool, device="meta")
             tensors = CacheTensors(integers, integers, table, slopes, slopes, tree)
             score_options = AttentionSpec(True, self.head_dim**-0.5, (512, None), 30.0)
@@ -487,6 +489,13 @@ NOT_ON_AMD = (
 Call = AttentionCall | MLPCall | HeadsCall | NormCall | LossCall | CacheCall | InvariantCall
 
 WIDTHS = (64, 128, 256, 512)  # a class of rows each
+
+# Caches whose keys hold the values: the dtypes, queries, scores and stored numbers that have rows of their own.
+LATENT = (
+    ("bf16", 1, False, ""), ("bf16", 1, True, ""), ("bf16", 512, True, ""), ("bf16", 1, False, "int8"),
+    ("bf16", 1, True, "int8"), ("fp32", 1, False, ""), ("fp32", 1, True, ""), ("fp32", 512, False, ""),
+    ("fp32", 512, True, ""), ("fp32", 1, True, "int8"), ("fp32", 512, True, "int8"),
+)  # fmt: skip
 
 CALLS: tuple[Call, ...] = (
     *(
@@ -623,6 +632,10 @@ CALLS: tuple[Call, ...] = (
     CacheCall("fp16", 128, stored="fp8"),
     *(CacheCall("fp32", width, queries, stored="int8") for width in (64, 128, 256) for queries in (1, 512)),
     *(CacheCall("bf16", 576, queries, value_dim=512, stored="int8") for queries in (1, 512)),
+    *(
+        CacheCall(dtype, 576, queries, value_dim=512, shaped=shaped, stored=stored, heads=16)
+        for dtype, queries, shaped, stored in LATENT
+    ),
 )
 
 

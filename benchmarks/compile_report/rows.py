@@ -120,7 +120,11 @@ def needed_bytes(call: Call, compiled: Compiled) -> int:
     """Those of keys and values, once, in an iteration of attention with a cache; 0 for other kernels."""
     if compiled.kernel != "cache_attention_kernel" or not isinstance(call, CacheCall):
         return 0
-    return call.token_bytes * int(re.match(r"\d+x(\d+),", compiled.tile)[1])
+    keys = int(re.match(r"\d+x(\d+),", compiled.tile)[1])
+    if call.stored and call.value_dim and keys <= 16:
+        # The columns beside the values are 64 bytes a key: four for each thread of 8 warps, which is no wide load.
+        return call.value_dim * keys
+    return call.token_bytes * keys
 
 
 def known_row(compiled: Compiled, target: Target, cached: bool) -> Row:

@@ -136,8 +136,8 @@ def build(folder: Path) -> Path:
 
 
 def cache_folder() -> Path:
-    """What was compiled for pretended GPUs: $XDG_CACHE_HOME/fastattn/pretended_gpu, by default below ~/.cache. It is
-    shared by all processes that pretend, with any Triton."""
+    """What was compiled for pretended GPUs: $XDG_CACHE_HOME/fastattn/pretended_gpu, by default below ~/.cache. All
+    processes that pretend share it, with any Triton."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastattn" / "pretended_gpu"
 
 
