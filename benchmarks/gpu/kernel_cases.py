@@ -136,7 +136,7 @@ def heads() -> list[Sizes]:
 def losses() -> list[Sizes]:
     kinds = (
         "classes mean", "classes bias weights", "classes softcap smoothing entropy",
-        "probabilities smoothing bias",
+        "probabilities smoothing bias", "classes filter mean",
     )  # fmt: skip
     forms = ((256, 1000), (111, 2111))
     return [

@@ -409,11 +409,13 @@ for target in TARGETS.values():
         for row in table.get(target.name, table.get("sm_80", ())):
             if (id(table), id(row.tiling)) not in served:
                 print(target.name, name, row)
-# Rows of a kind, as "shaped" ones, serve any target, and each serves one.
+# Rows of a kind, as "shaped" ones, serve any target, and each serves one. Not asked: heads wider than 256 whose
+# width is no multiple of 16. At 264 they spill 7 to 138 registers on most targets, in the smallest tiles there are.
 for name, table in tables.values():
     for kind, rows in table.items():
         for row in rows:
-            if kind != launch.INTERPRETER and (id(table), id(row.tiling)) not in anywhere:
+            is_known = kind == "unaligned" and row.width > 256
+            if kind != launch.INTERPRETER and not is_known and (id(table), id(row.tiling)) not in anywhere:
                 print(name, kind, row)
 """
 
