@@ -410,7 +410,7 @@ for target in TARGETS.values():
             if (id(table), id(row.tiling)) not in served:
                 print(target.name, name, row)
 # Rows of a kind, as "shaped" ones, serve any target, and each serves one. Not asked: heads wider than 256 whose
-# width is no multiple of 16. At 264 they spill 7 to 138 registers on most targets, in the smallest tiles there are.
+# width is no multiple of 16. At 264 they spill 7 to 138 registers on most targets, in the smallest tiles.
 for name, table in tables.values():
     for kind, rows in table.items():
         for row in rows:
