@@ -12,6 +12,7 @@ again.
     features      what is timed beside plain attention and MLPs, and the other implementations of it
     sweep         launch configurations beside the one in the table
     suite         the test suite in processes of its own; shards cuts it, recorder notes each outcome
+    sanitizer     a small selection under compute-sanitizer, if it is installed
     state         what earlier calls have finished
     verdict       what a run may claim: exit code, first line, proofs
     rehearsal     --dry-run: everything launched on a pretended GPU

@@ -28,6 +28,7 @@ def write_report(folder: Path) -> None:
         _sections(results),
         _compilations(results.get("compilations")),
         _suite(results["suite"]),
+        _sanitizer(results.get("sanitizer", [])),
         _correctness(results["correctness"]),
         _ceilings(results["ceilings"]),
         _attention(results, plots),
@@ -165,6 +166,13 @@ def _sections(results: dict[str, Any]) -> str:
             names = "; ".join(first) + (f"; and {more} more" if more > 0 else "")
             text += f"\n\nNot reached in *{section['title']}*: {names}."
     return text
+
+
+def _sanitizer(rows: Rows) -> str:
+    if not rows:
+        return ""
+    lines = [(row["tool"], row["verdict"], f"{row['seconds']:.0f} s") for row in rows]
+    return "## compute-sanitizer\n\nA small selection of calls.\n\n" + table(("tool", "verdict", "time"), lines)
 
 
 def _suite(suite: dict[str, Any]) -> str:

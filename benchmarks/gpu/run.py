@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu import compilations, sweep, verdict
+from benchmarks.gpu import compilations, sanitizer, sweep, verdict
 from benchmarks.gpu.plan import ABSENT, Case, Plan, warm_cases
 from benchmarks.gpu.pool import compare_survivors, failed_row
 from benchmarks.gpu.report import write_report
@@ -61,7 +61,8 @@ class Run:
         self.crew = [self.new_worker() for _ in range(plan.processes)]  # idle while something is timed
         self.results: dict[str, Any] = {
             "environment": environment, "dry_run": plan.rehearsal, "only": only, "absent": ABSENT,
-            "planned": self.planned(), "sections": [], "suite": {}, "kernels": [], "correctness": [], "record": [],
+            "planned": self.planned(), "sections": [], "suite": {}, "sanitizer": [], "kernels": [],
+            "correctness": [], "record": [],
             "ceilings": {}, "speed": [], "features": [], "small_calls": [], "sweep": [], "proposals": [],
         }  # fmt: skip
 
@@ -201,6 +202,7 @@ class Run:
         checks = (REAL_SIZES, "correctness", self.plan.correctness, deadline, self.crew[:beside], self.proof)
         others = [start(self.section, *checks)]
         if not self.plan.rehearsal:
+            others.append(start(self.sanitize, deadline))
             others.append(start(self.warm, deadline, self.crew[beside : 2 * beside]))
         processes = max(1, len(self.crew) - 2 * beside)
         suite = Suite(
@@ -265,6 +267,17 @@ class Run:
                 worker.ask(waiting.get(), step_limit=120.0, deadline=deadline)
 
         run_threads(work, workers)
+
+    def sanitize(self, deadline: float) -> None:
+        """compute-sanitizer, if it is installed, over a small selection; what an earlier call finished is kept."""
+        cases = {tool: {"kind": "sanitizer", "label": tool} for tool in sanitizer.TOOLS}
+        known = {tool: self.state.rows_of(case) for tool, case in cases.items()}
+        self.keep("sanitizer", (row for rows in known.values() for row in rows or ()))
+        for row in sanitizer.checks([tool for tool in cases if known[tool] is None], deadline):
+            if verdict.is_final(row["verdict"]):
+                self.state.keep_case(cases[row["tool"]], [row])
+            self.keep("sanitizer", [row])
+            say(f"compute-sanitizer, {row['tool']}: {row['verdict']}")
 
     def ceilings(self) -> None:
         deadline = max(self.deadline("ceilings"), time.monotonic() + 20)

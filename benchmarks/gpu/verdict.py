@@ -46,6 +46,7 @@ def failures_of(results: dict[str, Any]) -> list[str]:
             found.append(f"{row['label']}, {row['quantity']}")
     found += [f"{row['label']}, {row['direction']}: {row['note']}" for row in _ours(results) if row.get("failed")]
     found += _of_record(results, "wrong", "not compiled")
+    found += _of_sanitizer(results, "FAILED")
     return list(dict.fromkeys(found))
 
 
@@ -63,6 +64,7 @@ def missing_of(results: dict[str, Any]) -> list[str]:
     unfinished = [row for row in (*results["kernels"], *results["correctness"]) if _unfinished(row["verdict"])]
     found += [f"{row['label']}: {row['verdict']}" for row in unfinished]
     found += _of_record(results, "hung")
+    found += _of_sanitizer(results, "not finished", "not run", "no time")
     found += [
         f"{row['label']}, {row['direction']}: {row['note']}"
         for row in _ours(results)
@@ -75,6 +77,17 @@ def _of_record(results: dict[str, Any], *verdicts: str) -> list[str]:
     """Kinds of calls with such a verdict in the proof record, whatever their sizes."""
     rows = [row for row in results.get("record", ()) if row["verdict"] in verdicts]
     return [f"{r['family']} {r['direction']}, {r['kind']} {r['dtype']} {r['width']}: {r['reason']}" for r in rows]
+
+
+def _of_sanitizer(results: dict[str, Any], *verdicts: str) -> list[str]:
+    """compute-sanitizer's tools with such verdicts. That it is not installed is no fault, and is told."""
+    rows = results.get("sanitizer", ())
+    return [f"compute-sanitizer, {r['tool']}: {r['verdict']}" for r in rows if r["verdict"].startswith(verdicts)]
+
+
+def is_final(verdict: str) -> bool:
+    """Whether the next call need not run it again."""
+    return verdict == "passed" or verdict.startswith("FAILED")
 
 
 def _unfinished(verdict: str) -> bool:
