@@ -577,8 +577,9 @@ ATTENTION_FORWARD |= {
     "sm_90 crowded": (
         Row(2, 64, Tiling(128, 64, 8, 2)),
         Row(2, 128, Tiling(64, 32, 8, 2)),  # 128 x 32: 10 with Triton 3.7.1
+        Row(2, 256, Tiling(32, 32, 8, 1)),  # 128 x 16: 24 with Triton 3.7.1
     ),
-    "sm_90 wide crowded": (Row(2, 512, Tiling(64, 16, 8, 2, values=256)),),  # 128 x 16: 16
+    "sm_90 wide crowded": (Row(2, 512, Tiling(32, 16, 8, 2)),),  # 128 x 16: 16; 64 x 16: 24 with Triton 3.7.1
     "sm_100 wide crowded": (Row(2, 512, Tiling(32, 16, 8, 2)),),
     **{
         f"{name} crowded": (Row(2, 128, Tiling(32, 32, 8, 2)), Row(2, 256, Tiling(32, 32, 8, 1)))
@@ -656,11 +657,9 @@ ATTENTION_DQ |= {
         Row(2, 128, Tiling(64, 32, 8, 2)),  # 4 warps: 2
         Row(2, 256, Tiling(32, 32, 8, 1)),  # 64 x 32: 2
     ),
-    # 2 stages: 2 to 4
-    **{
-        f"sm_90 wide {kind} uneven": (Row(2, 512, Tiling(32, 64, 8, 1)),)
-        for kind in ("plain", "intervals", "listed")
-    },
+    "sm_90 wide plain uneven": (Row(2, 512, Tiling(32, 64, 8, 1)),),  # 2 stages: 2 to 4
+    # 32 x 64: 6 to 10, in 1 stage 8 to 26 with Triton 3.7.1
+    **{f"sm_90 wide {kind} uneven": (Row(2, 512, Tiling(32, 32, 8, 2)),) for kind in ("intervals", "listed")},
 }
 ATTENTION_BIAS |= {
     "unaligned": (Row(2, 256, Tiling(16, 16, 8, 1)),),  # on sm_90 at D = 72 64 x 64: 44, 32 x 32: 60

@@ -316,7 +316,7 @@ def test_one_call_end_to_end(tmp_path: Path) -> None:
         "--target",
         "sm_90",
         "--only",
-        "attention bf16 D=64 full",
+        "attention bf16 D=64 full padding as bias",
         "--check",
     ]
     for _ in range(2):
@@ -327,7 +327,6 @@ def test_one_call_end_to_end(tmp_path: Path) -> None:
             "attention_forward_kernel",
             "attention_dkdv_kernel",
             "attention_dq_kernel",
-            # Of the call with a padding as bias:
             "bias_gradient_kernel",
             "attention_remainder_kernel",
         }
