@@ -187,13 +187,13 @@ def test_the_doctor_counts_plans_and_fails_if_one_computes_otherwise_than_at_fir
     assert main(["doctor"]) == 0
     assert mlp.hits > before
     assert re.search(rf"mlp +{len(mlp)} +{mlp.hits} +{mlp.misses}\n", capsys.readouterr().out)
-    own, calls = MLPPlan.forward, itertools.count()
+    own, calls = MLPPlan.compose, itertools.count()
 
     def drifting(plan, *tensors):
-        (y,), saved = own(plan, *tensors)
-        return (y + 1e-6 * next(calls),), saved
+        (y,) = own(plan, *tensors)
+        return (y + 1e-6 * next(calls),)
 
-    monkeypatch.setattr(MLPPlan, "forward", drifting)
+    monkeypatch.setattr(MLPPlan, "compose", drifting)
     assert main(["doctor"]) == 1
     assert "a second call, by the plan of the first one, gives another result" in capsys.readouterr().out
 
