@@ -17,8 +17,8 @@ import triton.language as tl
 
 from . import launch
 from .attention.problem import empty_heads, products
-from .attention.scores import cap, finish_scores, score_factor, scores_of
-from .cache import Tree, load_tokens, places_of, row_pointers, store_rows, token_pointers
+from .attention.scores import Scores, cap, finish_scores, score_factor, scores_of
+from .cache import Tree, load_tokens, places_of, row_pointers, token_pointers
 from .launch.invariant import INVARIANT, SPLIT, SPLIT_ROWS, merge_warps
 from .tile import Tile, tile_of
 from .tiles import (
@@ -27,6 +27,8 @@ from .tiles import (
     Matrix,
     Shape,
     Tensor4,
+    head_of,
+    load_tile,
     matrix,
     online_softmax_update,
     tensor3,
@@ -114,17 +116,61 @@ def bounds_of(query, diagonal, entry, first_query, first_key, key_count, sequenc
 
 
 @triton.jit
+def ranges_of(bounds, exists, key_count, sequences, tile: tl.constexpr):
+    """Of a tile of rows: where keys begin to be seen by any of them, by all, cease to be seen by all and by any;
+    all but the last on tile boundaries."""
+    begin = tl.min(tl.where(exists, bounds[0], FAR), 0)
+    full_begin = tl.cdiv(tl.max(tl.where(exists, bounds[0], 0), 0), tile.BLOCK_N) * tile.BLOCK_N
+    full_end = tl.min(tl.where(exists, bounds[1], FAR), 0)
+    if sequences.tree is not None:
+        full_end = tl.minimum(full_end, key_count - sequences.tree.columns)
+    full_end = tl.maximum(full_end, 0) // tile.BLOCK_N * tile.BLOCK_N
+    end = tl.max(tl.where(exists, bounds[1], 0), 0)
+    return tl.minimum(begin, end) // tile.BLOCK_N * tile.BLOCK_N, full_begin, full_end, end
+
+
+@triton.jit
+def terms_of_rows(entry, head, exists, scores, BLOCK: tl.constexpr):
+    """The slope and the scale of each row's head."""
+    slopes, head_scales = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+    if scores.slopes is not None:
+        pointers = scores.slopes.pointer + entry.to(tl.int64) * scores.slopes.batch + head * scores.slopes.head
+        slopes = tl.load(pointers, mask=exists, other=0.0)
+    if scores.head_scale is not None:
+        pointers = scores.head_scale.pointer + entry.to(tl.int64) * scores.head_scale.batch
+        head_scales = tl.load(pointers + head * scores.head_scale.head, mask=exists, other=0.0)
+    return slopes, head_scales
+
+
+@triton.jit
+def load_keys(
+    tensor, start, position, pages, places, exists, keys, COUNT: tl.constexpr, WIDTH: tl.constexpr,
+    tile: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """A tile of keys or values from `start` on. Without pages they lie one after another."""
+    entry, key_head, first_key, key_count = position
+    if keys.table is None:
+        pointer = head_of(tensor, entry, key_head)
+        stop = first_key + key_count
+        return load_tile(pointer, tensor, first_key + start, stop, COUNT, tile.BLOCK_N, WIDTH, MASKED)
+    else:
+        tokens = token_pointers(tensor, key_head, pages, places)
+        return load_tokens(tensor, tokens, exists, 0, COUNT, WIDTH, MASKED)
+
+
+@triton.jit
 def invariant_step(
     state, operands, start, bounds, position, keys, sequences, scores, tile: tl.constexpr, MASKED: tl.constexpr
 ):
     """Fold the keys from `start` on into (accumulator, running maximum, running sum)."""
     accumulator, row_max, row_sum = state
     q_tile, score_terms, query, diagonal = operands
-    entry, key_head, first_key, key_count = position
+    entry, _, first_key, key_count = position
     columns = start + tl.arange(0, tile.BLOCK_N)
     pages, places, exists = places_of(keys, entry, first_key + columns, columns < key_count, tile.PAGE)
-    tokens = token_pointers(keys.k, key_head, pages, places)
-    k_tile = load_tokens(keys.k, tokens, exists, 0, tile.HEAD_DIM, tile.WIDTH, MASKED)
+    k_tile = load_keys(
+        keys.k, start, position, pages, places, exists, keys, tile.HEAD_DIM, tile.WIDTH, tile, MASKED
+    )
     products = tl.dot(q_tile, tl.trans(k_tile), input_precision=tile.PRECISION)
     values = cap(products, scores, score_terms)
     values = finish_scores(values, scores, score_terms, diagonal[:, None], columns[None, :], sequences.aligned)
@@ -145,8 +191,9 @@ def invariant_step(
     weights, rescale, row_max, row_sum = online_softmax_update(
         values, score_factor(scores), row_max, row_sum, MASKED
     )
-    tokens = token_pointers(keys.v, key_head, pages, places)
-    v_tile = load_tokens(keys.v, tokens, exists, 0, tile.VALUE_DIM, tile.VALUE_WIDTH, MASKED)
+    v_tile = load_keys(
+        keys.v, start, position, pages, places, exists, keys, tile.VALUE_DIM, tile.VALUE_WIDTH, tile, MASKED
+    )
     accumulator *= rescale[:, None]
     accumulator = tl.dot(weights.to(v_tile.dtype), v_tile, accumulator, input_precision=tile.PRECISION)
     return accumulator, row_max, row_sum
@@ -183,26 +230,37 @@ def split_result(split, ranges, operands, bounds, position, keys, sequences, sco
 
 @triton.jit
 def before_all_splits(batch, head, exists, scores, tile: tl.constexpr):
-    """The state of the merge before the first split: nothing, or the sink, one more key whose value is zero."""
+    """Maximum and sum before the first split: nothing, or the sink, one more key whose value is zero."""
     row_max = tl.full([tile.BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([tile.BLOCK_M], tl.float32)
     if scores.sinks is not None:
         pointers = scores.sinks.pointer + batch.to(tl.int64) * scores.sinks.batch + head * scores.sinks.head
         row_max = tl.load(pointers, mask=exists, other=0.0) * LOG2_E
         row_sum += 1.0
-    return tl.zeros([tile.BLOCK_M, tile.VALUE_WIDTH], tl.float32), row_max, row_sum
+    return row_max, row_sum
 
 
 @triton.jit
-def merge_split(state, part, part_lse):
-    """Merge what a split gives. Multiply-adds are written out: the same rounding in every kernel."""
-    accumulator, row_max, row_sum = state
+def merge_weights(row_max, row_sum, part_lse):
+    """Merge the maxima and sums with what a split gives; the factors of what was merged so far and of the part.
+    Multiply-adds are written out: the same rounding in every kernel."""
     new_max = tl.maximum(row_max, part_lse)
     # A row that saw nothing so far pivots on 0: -inf minus -inf never happens.
     pivot = tl.where(new_max == float("-inf"), 0.0, new_max)
     rescale, weight = tl.exp2(row_max - pivot), tl.exp2(part_lse - pivot)
-    weights = tl.broadcast_to(weight[:, None], part.shape)
-    return tl.fma(part, weights, accumulator * rescale[:, None]), new_max, tl.fma(row_sum, rescale, weight)
+    return new_max, tl.fma(row_sum, rescale, weight), rescale, weight
+
+
+@triton.jit
+def merge_values(so_far, part, rescale, weight):
+    """Merge what a split gives."""
+    return tl.fma(part, tl.broadcast_to(weight[:, None], part.shape), so_far * rescale[:, None])
+
+
+@triton.jit
+def halves(values, tile: tl.constexpr):
+    """The first and the second half of a tile's columns."""
+    return tl.split(tl.permute(tl.reshape(values, (tile.BLOCK_M, 2, tile.VALUE_WIDTH // 2)), (0, 2, 1)))
 
 
 @triton.jit
@@ -212,23 +270,37 @@ def place_of_tile(split, number, key_head, sequences):
 
 
 @triton.jit
-def part_pointers(partials, place, tile: tl.constexpr):
-    """Pointers to a whole tile, one after the other in memory: offsets within it are 32-bit."""
-    offsets = tl.arange(0, tile.BLOCK_M)[:, None] * tile.VALUE_WIDTH + tl.arange(0, tile.VALUE_WIDTH)[None, :]
+def part_pointers(partials, place, FIRST: tl.constexpr, COUNT: tl.constexpr, tile: tl.constexpr):
+    """Pointers to columns of a tile, whose rows lie one after the other: offsets within it are 32-bit."""
+    columns = FIRST + tl.arange(0, COUNT)
+    offsets = tl.arange(0, tile.BLOCK_M)[:, None] * tile.VALUE_WIDTH + columns[None, :]
     return partials + place * (tile.BLOCK_M * tile.VALUE_WIDTH) + offsets
 
 
 @triton.jit
-def store_merged(out, lse, state, entry, head, query, exists, is_known, tile: tl.constexpr):
-    """Store a tile of the result."""
-    accumulator, row_max, row_sum = state
+def store_columns(
+    out, values, row_sum, position, exists, is_known, FIRST: tl.constexpr, COUNT: tl.constexpr, tile: tl.constexpr
+):
+    """Store columns of the result. A length that a cache does not have cannot be refused here: its row is not a
+    number."""
+    entry, head, query = position
+    row_sum = tl.where(row_sum == 0.0, 1.0, row_sum)
+    values = tl.where(is_known, values / row_sum[:, None], float("nan"))
+    columns = FIRST + tl.arange(0, COUNT)
+    pointers = row_pointers(out, entry, head, query)[:, None] + columns[None, :] * out.column
+    mask = exists[:, None] & (columns < tile.VALUE_DIM)[None, :]
+    tl.store(pointers, values.to(out.pointer.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def store_lse(lse, row_max, row_sum, position, exists, is_known):
+    """Store the log-sum-exps of rows."""
+    entry, head, query = position
     empty = row_sum == 0.0
     row_sum = tl.where(empty, 1.0, row_sum)
     row_lse = tl.where(empty, float("-inf"), (row_max + tl.log2(row_sum)) * LN_2)
-    # A length that a cache does not have cannot be refused here: its row is not a number.
-    accumulator = tl.where(is_known, accumulator / row_sum[:, None], float("nan"))
     row_lse = tl.where(is_known, row_lse, float("nan"))
-    store_rows(out, lse, accumulator, row_lse, entry, head, query, exists, tile.VALUE_DIM, tile.VALUE_WIDTH)
+    tl.store(row_pointers(lse, entry, head, query), row_lse, mask=exists)
 
 
 @triton.jit
@@ -252,50 +324,45 @@ def invariant_attention_kernel(q, out, lse, partials, lse_partials, keys, sequen
     exists, query, head = rows_at(row_start, key_head, queries, sequences, tile.BLOCK_M)
     diagonal = query + shift
     bounds = bounds_of(query, diagonal, entry, first_query, first_key, key_count, sequences)
-    begin = tl.min(tl.where(exists, bounds[0], FAR), 0)
-    full_begin = tl.cdiv(tl.max(tl.where(exists, bounds[0], 0), 0), tile.BLOCK_N) * tile.BLOCK_N
-    full_end = tl.min(tl.where(exists, bounds[1], FAR), 0)
-    if sequences.tree is not None:
-        full_end = tl.minimum(full_end, key_count - sequences.tree.columns)
-    full_end = tl.maximum(full_end, 0) // tile.BLOCK_N * tile.BLOCK_N
-    end = tl.max(tl.where(exists, bounds[1], 0), 0)
-    begin = tl.minimum(begin, end) // tile.BLOCK_N * tile.BLOCK_N
-    ranges = (begin, full_begin, full_end, end)
+    ranges = ranges_of(bounds, exists, key_count, sequences, tile)
+    begin, end = ranges[0], ranges[3]
 
     rows = first_query + query
     q_tile = load_tokens(q, row_pointers(q, entry, head, rows), exists, 0, tile.HEAD_DIM, tile.WIDTH, True)
-    slopes, head_scales = tl.zeros([tile.BLOCK_M], tl.float32), tl.zeros([tile.BLOCK_M], tl.float32)
-    if scores.slopes is not None:
-        pointers = scores.slopes.pointer + entry.to(tl.int64) * scores.slopes.batch + head * scores.slopes.head
-        slopes = tl.load(pointers, mask=exists, other=0.0)
-    if scores.head_scale is not None:
-        pointers = scores.head_scale.pointer + entry.to(tl.int64) * scores.head_scale.batch
-        head_scales = tl.load(pointers + head * scores.head_scale.head, mask=exists, other=0.0)
+    slopes, head_scales = terms_of_rows(entry, head, exists, scores, tile.BLOCK_M)
     score_terms = (slopes[:, None], 0, 0, 0, 0, 0, 0.0, head_scales[:, None])
     operands = (q_tile, score_terms, query, diagonal)
     position = (entry, key_head, first_key, key_count)
     if sequences.splits is None:
-        # What is merged so far waits in memory, since registers are full while keys are visited.
-        _, row_max, row_sum = before_all_splits(entry, head, exists, scores, tile)
+        # What is merged so far waits in memory, since registers are full while keys are visited. It is merged half
+        # by half: both would not fit beside the part.
+        HALF: tl.constexpr = tile.VALUE_WIDTH // 2
+        row_max, row_sum = before_all_splits(entry, head, exists, scores, tile)
         before = begin // tile.SPLIT
         last = tl.maximum(tl.cdiv(end, tile.SPLIT) - 1, before)
         for each in tl.range(before, last + 1):
             part, part_lse = split_result(each, ranges, operands, bounds, position, keys, sequences, scores, tile)
-            waiting = part_pointers(partials, place_of_tile(split, number, key_head, sequences), tile)
-            so_far = tl.zeros([tile.BLOCK_M, tile.VALUE_WIDTH], tl.float32)
-            if each > before:
-                so_far = tl.load(waiting)
-            merged = merge_split((so_far, row_max, row_sum), part, part_lse)
-            row_max, row_sum = merged[1], merged[2]
-            if each < last:
-                tl.store(waiting, merged[0])
-                tl.debug_barrier()
-            else:
-                store_merged(out, lse, merged, entry, head, rows, exists, is_known, tile)
+            row_max, row_sum, rescale, weight = merge_weights(row_max, row_sum, part_lse)
+            parts = halves(part, tile)
+            for half in tl.static_range(2):
+                place = place_of_tile(split, number, key_head, sequences)
+                waiting = part_pointers(partials, place, half * HALF, HALF, tile)
+                so_far = tl.zeros([tile.BLOCK_M, HALF], tl.float32)
+                if each > before:
+                    so_far = tl.load(waiting)
+                merged = merge_values(so_far, parts[half], rescale, weight)
+                if each < last:
+                    tl.store(waiting, merged)
+                else:
+                    store_columns(
+                        out, merged, row_sum, (entry, head, rows), exists, is_known, half * HALF, HALF, tile
+                    )
+            tl.debug_barrier()
+        store_lse(lse, row_max, row_sum, (entry, head, rows), exists, is_known)
     else:
         part, part_lse = split_result(split, ranges, operands, bounds, position, keys, sequences, scores, tile)
         place = place_of_tile(split, number, key_head, sequences)
-        tl.store(part_pointers(partials, place, tile), part)
+        tl.store(part_pointers(partials, place, 0, tile.VALUE_WIDTH, tile), part)
         tl.store(lse_partials + place * tile.BLOCK_M + tl.arange(0, tile.BLOCK_M), part_lse)
 
 
@@ -313,24 +380,64 @@ def invariant_merge_kernel(out, lse, partials, lse_partials, sequences, scores, 
         return
     exists, query, head = rows_at(row_start, key_head, queries, sequences, tile.BLOCK_M)
     rows = first_query + query
-    state = before_all_splits(entry, head, exists, scores, tile)
+    row_max, row_sum = before_all_splits(entry, head, exists, scores, tile)
+    merged = tl.zeros([tile.BLOCK_M, tile.VALUE_WIDTH], tl.float32)
     for split in tl.range(0, tl.maximum(tl.cdiv(key_count, tile.SPLIT), 1)):
         place = place_of_tile(split, number, key_head, sequences)
         part_lse = tl.load(lse_partials + place * tile.BLOCK_M + tl.arange(0, tile.BLOCK_M))
-        state = merge_split(state, tl.load(part_pointers(partials, place, tile)), part_lse)
-    store_merged(out, lse, state, entry, head, rows, exists, is_known, tile)
+        row_max, row_sum, rescale, weight = merge_weights(row_max, row_sum, part_lse)
+        part = tl.load(part_pointers(partials, place, 0, tile.VALUE_WIDTH, tile))
+        merged = merge_values(merged, part, rescale, weight)
+    place = (entry, head, rows)
+    store_columns(out, merged, row_sum, place, exists, is_known, 0, tile.VALUE_WIDTH, tile)
+    store_lse(lse, row_max, row_sum, place, exists, is_known)
 
 
-def table_of(columns: list[torch.Tensor | int], group: int, block: int) -> torch.Tensor:
-    """The table of sequences, from all of its columns but the number of the first tile: int32 (n, COLUMNS)."""
+def table_of(columns: list[torch.Tensor | int], block: int, group: int | None) -> torch.Tensor:
+    """The table of sequences, from all of its columns but the number of the first tile: int32 (n, COLUMNS). Tiles
+    are of `block` packed rows, `group` of them for each query, or of `block` keys if that is None."""
     count, device = next((len(t), t.device) for t in columns if isinstance(t, torch.Tensor))
     entry, first_query, queries, first_key, keys, shift, is_known = (
         t.int() if isinstance(t, torch.Tensor) else torch.full((count,), t, dtype=torch.int32, device=device)
         for t in columns
     )
-    tiles = (queries * group + (block - 1)) // block
+    tiles = ((keys if group is None else queries * group) + (block - 1)) // block
     first_tile = tiles.cumsum(0).int() - tiles
     return torch.stack((entry, first_query, queries, first_key, keys, shift, first_tile, is_known), 1)
+
+
+def most_tiles(table: torch.Tensor, batch: int, rows: int, block: int) -> int:
+    """At most so many tiles have the sequences of a batch whose entries have `rows` rows, known without a look at
+    their lengths."""
+    return batch * triton.cdiv(rows, block) + len(table) - batch
+
+
+def sequences_of(
+    q: torch.Tensor, key_heads: int, spec: Any, tensors: Any, table: torch.Tensor, tiles: int,
+    splits: int | None = None,
+) -> Sequences:  # fmt: skip
+    """`Sequences` as a kernel argument."""
+    batch, heads, queries, _ = q.shape
+    group, zero = heads // key_heads, tl.constexpr(0)
+    intervals, tree = (getattr(tensors, name, None) for name in ("intervals", "tree_mask"))
+    intervals = None if intervals is None else intervals.contiguous()
+    if tree is not None:
+        tree = tree.view(torch.uint8)
+        tree = Tree(tree, *tree.stride(), tree.shape[2])
+    return Sequences(
+        table, len(table), key_heads, group, batch, tiles, splits, spec.left,
+        zero if spec.right == 0 else spec.right, intervals,
+        None if intervals is None else intervals.stride(0), None if intervals is None else intervals.shape[2],
+        queries, tree, Shape(heads, group, zero, zero, batch),
+    )  # fmt: skip
+
+
+def scores_for(spec: Any, tensors: Any) -> Scores:
+    """What is done to the scores, as a kernel argument."""
+    return scores_of(
+        spec.scale, spec.softcap or None, tensors.alibi_slopes, None, None, tensors.sinks,
+        head_scale=getattr(tensors, "head_scale", None),
+    )  # fmt: skip
 
 
 def tile_for(q: torch.Tensor, v: torch.Tensor, page: int, spec: Any, tiling: launch.Tiling) -> Tile:
@@ -349,11 +456,13 @@ def tile_for(q: torch.Tensor, v: torch.Tensor, page: int, spec: Any, tiling: lau
     )
 
 
-def _tiling(q: torch.Tensor, v: torch.Tensor) -> launch.Tiling:
-    """One for all lengths and options of a model's calls."""
+def tiling_for(table: dict, q: torch.Tensor, v: torch.Tensor, spec: Any, tensors: Any) -> launch.Tiling:
+    """The table's row: one for all calls of a layer, whatever their lengths, masks, windows and pages."""
     family = launch.family(invariant_attention_kernel, q.device)
     widest = launch.tile_width(max(q.shape[3], v.shape[3]))
-    return launch.look_up(INVARIANT, family, q.element_size(), widest)
+    by_head = tensors.alibi_slopes, getattr(tensors, "head_scale", None)
+    shaped = spec.softcap or any(t is not None for t in by_head)
+    return launch.look_up(table, family, q.element_size(), widest, "shaped" if shaped else "plain")
 
 
 def _start(
@@ -365,32 +474,17 @@ def _start(
     group = heads // key_heads
     out = empty_heads(batch, heads, queries, v.shape[3], q)
     lse = torch.empty((batch, heads, queries), dtype=torch.float32, device=q.device)
-    intervals = getattr(tensors, "intervals", None)
     if getattr(tensors, "sequences", None) is not None:
         # Queries of no sequence.
         out.zero_()
         lse.fill_(float("-inf"))
         if tensors.sinks is not None:
             lse.copy_(tensors.sinks[..., None])
-    table = table_of(columns, group, tiling.block_m)
-    tiles = batch * triton.cdiv(queries * group, tiling.block_m) + len(table) - batch
     splits = triton.cdiv(capacity, SPLIT) if queries * group <= SPLIT_ROWS else 1
-    zero = tl.constexpr(0)
-    intervals = None if intervals is None else intervals.contiguous()
-    tree = getattr(tensors, "tree_mask", None)
-    if tree is not None:
-        tree = tree.view(torch.uint8)
-        tree = Tree(tree, *tree.stride(), tree.shape[2])
-    sequences = Sequences(
-        table, len(table), key_heads, group, batch, tiles, splits if splits > 1 else None, spec.left,
-        zero if spec.right == 0 else spec.right, intervals,
-        None if intervals is None else intervals.stride(0), None if intervals is None else intervals.shape[2],
-        queries, tree, Shape(heads, group, zero, zero, batch),
-    )  # fmt: skip
-    scores = scores_of(
-        spec.scale, spec.softcap or None, tensors.alibi_slopes, None, None, tensors.sinks,
-        head_scale=getattr(tensors, "head_scale", None),
-    )  # fmt: skip
+    table = table_of(columns, tiling.block_m, group)
+    tiles = most_tiles(table, batch, queries * group, tiling.block_m)
+    sequences = sequences_of(q, key_heads, spec, tensors, table, tiles, splits if splits > 1 else None)
+    scores = scores_for(spec, tensors)
     tile = tile_for(q, v, page, spec, tiling)
     whole = splits, tiles, key_heads, tiling.block_m
     partials = torch.empty((*whole, launch.tile_width(v.shape[3])), dtype=torch.float32, device=q.device)
@@ -425,28 +519,32 @@ def _start(
     return out, lse
 
 
+def columns_of(q: torch.Tensor, k: torch.Tensor, tensors: Any) -> list[torch.Tensor | int]:
+    """The table of the sequences of a call without a cache, column by column, see `table_of`."""
+    (batch, _, queries, _), keys, lengths = q.shape, k.shape[2], tensors.key_lengths
+    entry = torch.arange(batch, dtype=torch.int32, device=q.device)
+    if tensors.sequences is None:
+        count = keys if lengths is None else lengths
+        return [entry, 0, queries, 0, count, keys - queries, 1]
+    first_query, own, first_key, count = tensors.sequences.flatten(0, 1).unbind(1)
+    entry = entry.repeat_interleave(tensors.sequences.shape[1])
+    if lengths is not None:
+        count = torch.minimum(count, (lengths[entry.long()] - first_key).clamp(min=0))
+    return [entry, first_query, own, first_key, count, first_query - first_key + (keys - queries), 1]
+
+
 def invariant_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: Any, tensors: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """softmax(scale q k^T) v and its row-wise log-sum-exp; arguments and results as
     `attention.forward.attention_forward`'s. `tensors.sequences` (B, n, 4) are the first query, the queries, the
     first key and the keys of each sequence of a batch entry; None for one."""
-    (batch, _, queries, _), keys = q.shape, k.shape[2]
+    batch, keys = q.shape[0], k.shape[2]
     with launch.on_device(q):
-        tiling = _tiling(q, v)
-        lengths = tensors.key_lengths
-        entry = torch.arange(batch, dtype=torch.int32, device=q.device)
-        if tensors.sequences is None:
-            count = keys if lengths is None else lengths
-            columns = [entry, 0, queries, 0, count, keys - queries, 1]
-        else:
-            first_query, own, first_key, count = tensors.sequences.flatten(0, 1).unbind(1)
-            entry = entry.repeat_interleave(tensors.sequences.shape[1])
-            if lengths is not None:
-                count = torch.minimum(count, (lengths[entry.long()] - first_key).clamp(min=0))
-            columns = [entry, first_query, own, first_key, count, first_query - first_key + (keys - queries), 1]
+        tiling = tiling_for(INVARIANT, q, v, spec, tensors)
+        columns = columns_of(q, k, tensors)
         kept = Keys(tensor4(k), tensor4(v), None, batch)
-        return _start(q, kept, v, max(keys, 1), spec, tensors, columns, keys, tiling)
+        return _start(q, kept, v, 1, spec, tensors, columns, keys, tiling)
 
 
 def invariant_cache_attention(
@@ -457,14 +555,17 @@ def invariant_cache_attention(
     queries = q.shape[2]
     v = storage.keys[..., : spec.value_width] if storage.values is None else storage.values
     with launch.on_device(q):
-        tiling = _tiling(q, v)
+        tiling = tiling_for(INVARIANT, q, v, spec.attention, tensors)
         lengths = tensors.lengths
         stop = lengths.clamp(0, capacity)
         first = 0 if tensors.starts is None else torch.minimum(tensors.starts.clamp(min=0), stop)
         entry = torch.arange(len(q), dtype=torch.int32, device=q.device)
         count = stop - first
         columns = [entry, 0, queries, first, count, count - queries, stop == lengths]
-        keys, values = (Tensor4(t, *t.stride()) for t in (storage.keys, v))
+        keys, values = (
+            tensor4(t) if tensors.block_table is None else Tensor4(t, *t.stride()) for t in (storage.keys, v)
+        )
         table = None if tensors.block_table is None else matrix(tensors.block_table)
         kept = Keys(keys, values, table, len(storage.keys))
-        return _start(q, kept, v, storage.keys.shape[2], spec.attention, tensors, columns, capacity, tiling)
+        page = 1 if table is None else storage.keys.shape[2]
+        return _start(q, kept, v, page, spec.attention, tensors, columns, capacity, tiling)

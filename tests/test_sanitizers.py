@@ -238,16 +238,23 @@ def loss(
 def invariant(*, packed: bool) -> list[Tensor]:
     """Sequences whose keys fill several splits, which one program merges; behind a padded one lies NaN."""
     torch.manual_seed(0)
-    q, k, v = torch.randn(2, 4, 20, 24), torch.randn(2, 2, 20, 24), torch.randn(2, 2, 20, 40)
-    given: dict[str, object] = {"sinks": torch.randn(4), "softcap": 3.0, "scale": torch.rand(4)}
+    q, k, v = torch.randn(2, 2, 20, 24), torch.randn(2, 1, 20, 24), torch.randn(2, 1, 20, 40)
+    given: dict[str, object] = {"sinks": torch.randn(2), "softcap": 3.0, "scale": torch.rand(2)}
     if packed:
         given |= {"mask": masks.documents(torch.tensor([[0] * 17 + [1] * 3, [0] * 9 + [1] * 11])) & masks.causal()}
     else:
         k[1, :, 13:], v[1, :, 13:] = float("nan"), float("nan")
-        given |= {"key_lengths": torch.tensor([20, 13]), "window": (9, 4), "alibi_slopes": torch.rand(4)}
+        given |= {"key_lengths": torch.tensor([20, 13]), "window": (9, 4), "alibi_slopes": torch.rand(2)}
+    scale = given.pop("scale", None)
+    learned = [t for t in (given.get("sinks"), scale) if isinstance(t, torch.Tensor)]
+
+    def call(*t: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        by_head = dict(zip(("sinks", "scale"), t[3:], strict=False))
+        options = given | by_head | {"return_lse": True, "invariant": True, "backend": BACKEND}
+        return fastattn.attention(*t[:3], **options)  # type: ignore[call-overload]
+
     with mock.patch.multiple(invariant_kernels, SPLIT=16, SPLIT_ROWS=0 if packed else 64):
-        out, lse = fastattn.attention(q, k, v, return_lse=True, invariant=True, backend=BACKEND, **given)
-    return [out, lse]
+        return forward_and_backward(call, [q, k, v, *learned])
 
 
 def cache(queries: int, *, page: int | None, shaped: bool, absorbed: bool = False) -> list[Tensor]:
@@ -343,6 +350,12 @@ EVERYTHING = Problem(
 BOTH_WAYS = {"attention_forward_kernel", "attention_delta_kernel", "attention_dkdv_kernel", "attention_dq_kernel"}
 WITH_BIAS = BOTH_WAYS | {"attention_remainder_kernel", "bias_gradient_kernel"}
 # A call, and the kernels that it runs.
+INVARIANT_BACKWARD = {
+    "attention_delta_kernel",
+    "invariant_dkdv_kernel",
+    "invariant_dq_kernel",
+    "row_sum_kernel",
+}
 CALLS = {
     "attention": (partial(attention, PLAIN), BOTH_WAYS),
     "attention of strided heads": (
@@ -444,10 +457,10 @@ CALLS = {
         partial(heads, 21, 24, interleaved=False, strided=True),
         {"heads_kernel", "heads_gradient_kernel"},
     ),
-    "invariant, packed": (partial(invariant, packed=True), {"invariant_attention_kernel"}),
+    "invariant, packed": (partial(invariant, packed=True), {"invariant_attention_kernel", *INVARIANT_BACKWARD}),
     "invariant, padded": (
         partial(invariant, packed=False),
-        {"invariant_attention_kernel", "invariant_merge_kernel"},
+        {"invariant_attention_kernel", "invariant_merge_kernel", *INVARIANT_BACKWARD},
     ),
     "a cache in pages": (
         partial(cache, 2, page=10, shaped=False),

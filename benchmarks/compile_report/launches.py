@@ -18,6 +18,7 @@ from fastattn.kernels.attention.tangent import attention_tangent
 from fastattn.kernels.cache import cache_append, cache_attention
 from fastattn.kernels.heads import prepare_heads, prepare_heads_backward
 from fastattn.kernels.invariant import invariant_attention, invariant_cache_attention
+from fastattn.kernels.invariant_backward import invariant_backward
 from fastattn.kernels.launch.whole_mlp import GATED_AT_ONCE
 from fastattn.kernels.loss import Loss, loss_gradients, loss_rows
 from fastattn.kernels.mlp import (
@@ -441,12 +442,12 @@ class CacheCall:
 
 @dataclass(frozen=True)
 class InvariantCall:
-    """Attention whose bits depend on each row alone: 4 x 1024 queries on as many keys, packed sequences, or one
-    query of each of 4 rows of a cache in pages; 16 query heads on 4 key heads."""
+    """Attention whose bits depend on each row alone, and its backward: 4 x 1024 queries on as many keys, packed
+    sequences, or one query of each of 4 rows of a cache in pages; 16 query heads on 4 key heads."""
 
     dtype: str
     head_dim: int
-    kind: str = "causal"  # or "packed", "everything", "cache everything"
+    kind: str = "causal"  # or "packed", "everything", "cache", "cache everything"
 
     @property
     def name(self) -> str:
@@ -474,7 +475,9 @@ class InvariantCall:
             intervals = torch.empty((4, 2, 2048), dtype=torch.int32, device="meta")
             spans = torch.empty((4, 3, 4), dtype=torch.int32, device="meta")
             tensors = ScoreTensors(intervals=intervals, sequences=spans)
-        invariant_attention(q, k, k, spec, tensors)
+        out, lse = invariant_attention(q, k, k, spec, tensors)
+        dlse = lse if self.kind == "everything" else None
+        invariant_backward(out, dlse, (q, k, k, out, lse), spec, tensors)
 
     def tensor(self, *shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=DTYPES[self.dtype], device="meta")
@@ -523,8 +526,10 @@ CALLS: tuple[Call, ...] = (
         for dtype, width, kind in (
             *(("bf16", width, "everything") for width in (64, 128, 256)),
             *(("fp32", width, "everything") for width in (64, 128)),
+            ("bf16", 64, "packed"),
             ("bf16", 128, "causal"),
             ("bf16", 128, "packed"),
+            ("bf16", 128, "cache"),
             ("bf16", 128, "cache everything"),
         )
     ),

@@ -37,7 +37,7 @@ YARDSTICKS = (ONE_FORWARD,)
 
 def rivals(sizes: Sizes, device: torch.device) -> dict[str, Callable[[], Rival]]:
     """By name, functions that build a rival. They raise Unavailable where a library or a feature is missing."""
-    if sizes.family in ("attention", "masks", "scores"):
+    if sizes.family in ("attention", "masks", "scores", "invariant"):
         return _attention_rivals(sizes, device)
     if sizes.family == "varlen":
         return {
@@ -513,6 +513,7 @@ def cases(timing: dict[str, Any], absent: list[str]) -> list[dict[str, Any]]:
             )
         ],
         [Sizes("varlen", kind, **{**many, "batch": 1, "length": 16384}) for kind in ("causal", "full")],
+        [Sizes("invariant", "causal", **many)],
         [Sizes("heads", kind, length=4096, heads=32, width=128) for kind in ("norm rotary", "rotary")],
         [Sizes("statistics", kind, **many) for kind in ("causal: entropy received", "causal", "bigbird")],
         [
@@ -534,7 +535,7 @@ def cases(timing: dict[str, Any], absent: list[str]) -> list[dict[str, Any]]:
     found = []
     for sizes in in_turn:
         gradient = TRAINING if sizes.family in ("norm", "heads", "loss", "mlp") else BACKWARD
-        directions = (FORWARD,) if sizes.family in kinds.WITHOUT_GRADIENT else (FORWARD, gradient)
+        directions = (FORWARD, gradient) if sizes.has_gradient else (FORWARD,)
         found += [case_of(sizes, d, "feature", absent, **timing) for d in directions]
     return found
 

@@ -162,7 +162,7 @@ def packed() -> list[Sizes]:
 
 
 def invariant() -> list[Sizes]:
-    """The forward of calls in which the bits of a row depend on that row alone: few queries, of which the keys are
+    """Calls in which the bits of a row depend on that row alone: few queries, of which the keys are
     split, and many."""
     forms = (("bfloat16", 128), ("bfloat16", 64), ("float16", 128), ("bfloat16", 256), ("float32", 64))
     return [

@@ -97,7 +97,7 @@ def _call(case: dict[str, Any], device: torch.device) -> Steps:
     sizes = Sizes(**case["sizes"])
     call = kinds.build(sizes, device)
     leaves = [t.detach().requires_grad_() for t in call.tensors]
-    if sizes.family in kinds.WITHOUT_GRADIENT:
+    if not sizes.has_gradient:
         yield functools.partial(call.function, "triton", *call.tensors)
         return
     with torch.no_grad():

@@ -233,7 +233,6 @@ FEATURES: tuple[Feature, ...] = (
         "attention",
         _INVARIANT,
         lambda r: r.spec.invariant,
-        triton=EVERY_DIRECTION - {BACKWARD},
         reference=EVERY_DIRECTION - {FORWARD, BACKWARD},
         proof="invariant",
     ),

@@ -59,11 +59,11 @@ def results_and_gradients(
     notify: Callable[[str], None] = lambda step: None,
 ) -> dict[str, Tensor]:
     """By name: "result 0" and on, then "dq" and so on. The upstream gradients are the same in every dtype."""
-    leaves = [t.detach().requires_grad_(sizes.family not in kinds.WITHOUT_GRADIENT) for t in tensors]
+    leaves = [t.detach().requires_grad_(sizes.has_gradient) for t in tensors]
     results = call.function(backend, *leaves)
     results = results if isinstance(results, tuple) else (results,)
     found = {f"result {n}": t.detach() for n, t in enumerate(results)}
-    if sizes.family in kinds.WITHOUT_GRADIENT:
+    if not sizes.has_gradient:
         return found
     torch.manual_seed(1)
     upstream = torch.randn(results[0].shape, device=results[0].device).to(getattr(torch, sizes.dtype))

@@ -29,7 +29,7 @@ SCORE_KINDS = (
 )  # fmt: skip
 LSE = " lse gradient"  # behind a kind of attention: the log-sum-exp is added to out, and so has a gradient
 INVARIANT_KINDS = ("causal", "full", "documents", "alibi", "sinks", "pages")
-WITHOUT_GRADIENT = ("tangent", "statistics", "cache", "invariant")
+WITHOUT_GRADIENT = ("tangent", "statistics", "cache")
 HIDDEN_STORED = "hidden layer stored"  # in place of a backend: the Triton kernels of other MLPs
 CACHE_KINDS = ("contiguous", "pages", "shaped pages")
 LATENT_KINDS = ("latent pages", "latent contiguous", "latent shaped pages")
@@ -67,14 +67,19 @@ class Sizes:
             return f"{self.kind} {self.batch * self.length} x {width} {self.dtype}"
         return f"{self.kind} B{self.batch} H{heads} L{lengths} D{width} {self.dtype}"
 
+    @property
+    def has_gradient(self) -> bool:
+        """Whether the tensors of the call have one: a cache has none."""
+        return self.family not in WITHOUT_GRADIENT and (self.family, self.kind) != ("invariant", "pages")
+
     def as_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
 
 @dataclass(frozen=True)
 class Call:
-    """`function(backend, *tensors)` returns one tensor or several; each of `tensors` has a gradient, but for the
-    families WITHOUT_GRADIENT. otherwise: what would serve without the kernel, beside the portable backend, by
+    """`function(backend, *tensors)` returns one tensor or several; each of `tensors` has a gradient, if
+    `Sizes.has_gradient`. otherwise: what would serve without the kernel, beside the portable backend, by
     names that the function takes like a backend's."""
 
     function: Callable[..., Tensor | tuple[Tensor, ...]]

@@ -86,6 +86,12 @@ def test_every_feature_of_the_table_is_exact(feature: str, name: str) -> None:
     check(SAMPLES[feature], name)
 
 
+@pytest.mark.parametrize("name", ["triton", "portable"])
+def test_an_invariant_call_is_exact_in_all_that_shapes_scores(name: str) -> None:
+    shaped = {"softcap": 1.5, "alibi": True, "sinks": True, "head_scale": True, "window": (20, 7), "lengths": True}
+    check(Problem(invariant=True, heads=3, key_heads=1, queries=45, keys=52, lse_gradient=True, **shaped), name)
+
+
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize(("queries", "keys"), [(113, 203), (203, 113), (1, 77), (77, 1), (32, 16), (31, 33)])

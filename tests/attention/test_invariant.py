@@ -220,7 +220,16 @@ def check_chunks(p: Problem, size: int, ends: list[int]) -> None:
 @settings(max_examples=6)
 @given(PROBLEMS)
 def test_gradients_of_a_packed_sequence_have_the_bits_of_those_of_one_alone(p: Problem) -> None:
-    p = replace(p, alibi=False)
+    check_gradients(replace(p, alibi=False))
+
+
+@pytest.mark.parametrize("p", IN_KERNELS, ids=("plain", "window", "shaped"))
+def test_gradients_in_kernels_have_the_bits_of_those_of_one_alone(p: Problem) -> None:
+    check_gradients(replace(p, lengths=(9, 34), alibi=False))
+
+
+def check_gradients(p: Problem) -> None:
+    """Of a sequence alone, packed and padded."""
     sequences = [tuple(t.requires_grad_() for t in parts) for parts in p.sequences()]
     upstream = [(torch.randn_like(out), torch.randn_like(lse)) for out, lse in p.alone()]
     everything = [t.detach().requires_grad_() for t in packed(sequences)]

@@ -563,7 +563,9 @@ def invariant_calls() -> Iterator[Call]:
         def call() -> None:
             q, k = (tensor(2, length, heads, width, dtype=DTYPES[dtype]).transpose(1, 2) for heads in (4, 2))
             beside = {name: tensor(4) for name in by_head}
-            fastattn.attention(q, k, k, return_lse=True, invariant=True, **beside, **given)
+            k.requires_grad_()
+            out, lse = fastattn.attention(q, k, k, return_lse=True, invariant=True, **beside, **given)
+            torch.autograd.grad((out, lse), k, (out, lse))
 
         return Call(f"invariant, {title}", call)
 

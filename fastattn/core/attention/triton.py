@@ -7,6 +7,7 @@ from torch import Tensor
 from fastattn.core.attention.spec import AttentionSpec, Gradients, Saved, ScoreTensors, Tangents, Wanted
 from fastattn.core.attention.tilings import chosen
 from fastattn.kernels import invariant as _invariant
+from fastattn.kernels import invariant_backward as _invariant_backward
 from fastattn.kernels.attention import backward as _backward
 from fastattn.kernels.attention import forward as _forward
 from fastattn.kernels.attention import tangent as _tangent
@@ -31,6 +32,9 @@ def forward(
 def backward(
     dout: Tensor, dlse: Tensor | None, saved: Saved, spec: AttentionSpec, tensors: ScoreTensors, wanted: Wanted
 ) -> Gradients:
+    if spec.invariant:
+        dq, dk, dv, dsinks, dscale = _invariant_backward.invariant_backward(dout, dlse, saved, spec, tensors)
+        return Gradients(dq, dk, dv, None, None, dsinks, dscale)
     lists = _lists(spec, tensors)
     tilings = chosen(saved.q, saved.k, saved.v, spec, tensors, "backward")
     return Gradients(*_backward.attention_backward(dout, dlse, saved, spec, tensors, wanted, lists, tilings))
