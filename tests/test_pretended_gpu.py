@@ -150,7 +150,7 @@ with pretended_gpus(*gpus) as driver:
         out = fastattn.attention(q.detach(), q, q)
         print(driver.last_launch().shared // 1024, out.device, driver.device())
         out.sum().backward()
-""") == ["sm_80 0", "sm_86 0", "sm_90 0", "48 cuda:1 0", "112 cuda:0 0"]
+""") == ["sm_80 0", "sm_86 0", "sm_90 0", "48 cuda:1 0", "72 cuda:0 0"]
 
 
 def test_no_grid_grows_in_y_or_z(printed) -> None:
@@ -254,6 +254,6 @@ for name, count in compiled.items():
 """)
     by_name = dict(line.split() for line in counts)
     assert set(by_name) >= {"attention_forward_kernel", "attention_dkdv_kernel", "attention_dq_kernel"}
-    # Batches and lengths of 1, of a multiple of 16 or neither, and loops that are split over programs or not: of
-    # these 18 kinds 14 occur here.
-    assert all(int(count) <= 14 for count in by_name.values()), counts
+    # Batches and lengths of 1, of a multiple of 16 or neither, and loops that are split over programs, that are not
+    # though programs are few (their row is another one), or of many programs: of these 27 kinds 20 occur here.
+    assert all(int(count) <= 20 for count in by_name.values()), counts

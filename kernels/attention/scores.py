@@ -239,15 +239,15 @@ def load_score_terms(scores, dropout, batch, head):
         bias = head_of(scores.bias, batch, head)
     if scores.relative is not None:
         relative = head_of(scores.relative, batch, head)
-    if dropout is not None:
+    if scores.head_scale is not None:
+        head_scale = tl.load(head_of(scores.head_scale, batch, head))
+    if dropout is not None:  # The last, since the head's number may be that of a whole from here on.
         if dropout.state.dtype.element_ty == tl.int64:
             seed, begin = tl.load(dropout.state + batch * 2), (tl.load(dropout.state + batch * 2 + 1), 0, 0)
         else:
             state = dropout.state + batch * 5
             seed, head = tl.load(state), head + tl.load(state + 2).to(tl.int32)
             begin = tl.load(state + 1), tl.load(state + 3).to(tl.int32), tl.load(state + 4).to(tl.int32)
-    if scores.head_scale is not None:
-        head_scale = tl.load(head_of(scores.head_scale, batch, head))
     return slope, bias, relative, head, seed, begin, 0.0, head_scale
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from attention_problems import IMPLEMENTATIONS, Problem, implementation
+from attention_problems import IMPLEMENTATIONS, Problem, check, implementation
 from hardware import DEVICE, ON_GPU
 from tolerance import assert_as_exact_as_eager
 from torch.nn.attention.flex_attention import flex_attention
@@ -262,6 +262,13 @@ def test_a_part_drops_what_the_whole_drops_there(name: str) -> None:
     with implementation(name) as backend:
         out = fastattn.attention(q, k, v, dropout_p=0.4, dropout_state=part, backend=backend)
     assert torch.equal(out != 0, whole[:, 4:, 150:187, 48:109])
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_what_belongs_to_a_head_is_that_of_the_part_s_own_head(name: str) -> None:
+    """Not that of the head of the whole by which dropout draws."""
+    of_heads = {"head_scale": True, "alibi": True, "sinks": True, "bias": (1, 1, 0, 0)}
+    check(Problem(heads=2, queries=20, keys=24, dropout=0.3, of_part=True, **of_heads), name)
 
 
 @pytest.mark.parametrize("blocks", [(16, 16), (16, 64), (64, 16)])

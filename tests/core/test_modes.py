@@ -256,6 +256,7 @@ KEEP_NO_TENSOR = {
     "_triton_installed": "a bool",
     "_agree": "a bool",
     "source_of": "text",
+    "tiled": "rows of a record",
     "_own_code": "code",
     "_source": "text",
     "obstacle_of_class": "text",
