@@ -254,6 +254,6 @@ for name, count in compiled.items():
 """)
     by_name = dict(line.split() for line in counts)
     assert set(by_name) >= {"attention_forward_kernel", "attention_dkdv_kernel", "attention_dq_kernel"}
-    # Batches and lengths of 1, of a multiple of 16 or neither, and loops that are split over programs, or not though
-    # programs are few (their row is another one), or of many programs: of these 27 kinds 20 occur here.
+    # Batches and lengths of 1, of a multiple of 16 or neither; loops that are split over programs, or not though
+    # programs are few (theirs is another row), or of many programs: of these 27 kinds 20 occur here.
     assert all(int(count) <= 20 for count in by_name.values()), counts
