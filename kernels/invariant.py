@@ -480,7 +480,7 @@ def _start(
         lse.fill_(float("-inf"))
         if tensors.sinks is not None:
             lse.copy_(tensors.sinks[..., None])
-    splits = triton.cdiv(capacity, SPLIT) if queries * group <= SPLIT_ROWS else 1
+    splits = max(triton.cdiv(capacity, SPLIT), 1) if queries * group <= SPLIT_ROWS else 1
     table = table_of(columns, tiling.block_m, group)
     tiles = most_tiles(table, batch, queries * group, tiling.block_m)
     sequences = sequences_of(q, key_heads, spec, tensors, table, tiles, splits if splits > 1 else None)

@@ -271,7 +271,7 @@ def _as_results(t: torch.Tensor) -> torch.Tensor:
 
 
 def _row_values(saved: tuple, dout: torch.Tensor, dlse: torch.Tensor | None, width: int) -> RowValues:
-    """As `attention.row_values.row_values`, by one kernel for all options of a call."""
+    """As `attention.row_values.row_values`, by one kernel for all options of a call. dout lies as results do."""
     q, k, _, out, lse = saved
     batch, heads, queries, value_dim = out.shape
     rows = triton.cdiv(queries, LARGEST_TILE) * LARGEST_TILE
@@ -284,7 +284,7 @@ def _row_values(saved: tuple, dout: torch.Tensor, dlse: torch.Tensor | None, wid
         attention_delta_kernel,
         (rows // tiling.block_m * batch * heads,),
         tensor4(_as_results(out)),
-        tensor4(_as_results(dout)),
+        tensor4(dout),
         tensor3(lse),
         None if dlse is None else tensor3(dlse.contiguous()),
         result,
@@ -296,14 +296,54 @@ def _row_values(saved: tuple, dout: torch.Tensor, dlse: torch.Tensor | None, wid
     return result
 
 
+def _products(
+    dout: torch.Tensor, inputs: tuple, results: tuple, row_values: RowValues, spec: Any, tensors: Any
+) -> None:
+    """Fill dq, dk, dv and dscale, which may be None."""
+    (q, k, v), (dq, dk, dv, dscale) = inputs, results
+    (batch, heads, queries, _), (_, key_heads, keys, _) = q.shape, v.shape
+    operands = tensor4(q), tensor4(k), tensor4(v), tensor4(dout)
+    columns, scores = columns_of(q, k, tensors), scores_for(spec, tensors._replace(sinks=None))
+    tiling = tiling_for(INVARIANT_DKDV, q, v, spec, tensors)
+    table = table_of(columns, tiling.block_n, None)
+    tiles = most_tiles(table, batch, keys, tiling.block_n)
+    launch.start(
+        invariant_dkdv_kernel,
+        (tiles * key_heads,),
+        *operands,
+        tensor4(dk),
+        tensor4(dv),
+        row_values,
+        sequences_of(q, key_heads, spec, tensors, table, tiles),
+        scores,
+        keys,
+        tile=tile_for(q, v, 1, spec, tiling),
+        **tiling.compiler_options(),
+    )
+    tiling = tiling_for(INVARIANT_DQ, q, v, spec, tensors)
+    table = table_of(columns, tiling.block_m, heads // key_heads)
+    tiles = most_tiles(table, batch, queries * (heads // key_heads), tiling.block_m)
+    launch.start(
+        invariant_dq_kernel,
+        (tiles * key_heads,),
+        *operands,
+        tensor4(dq),
+        None if dscale is None else tensor3(dscale),
+        row_values,
+        sequences_of(q, key_heads, spec, tensors, table, tiles),
+        scores,
+        tile=tile_for(q, v, 1, spec, tiling),
+        **tiling.compiler_options(),
+    )
+
+
 def invariant_backward(
     dout: torch.Tensor, dlse: torch.Tensor | None, saved: tuple, spec: Any, tensors: Any
 ) -> tuple:
     """The gradients of `invariant.invariant_attention`'s (out, lse) with respect to q, k, v, sinks and scales of
     heads; arguments as `attention.backward.attention_backward`'s."""
-    q, k, v = saved[:3]
+    q, _, v = saved[:3]
     (batch, heads, queries, head_dim), (_, key_heads, keys, value_dim) = q.shape, v.shape
-    group, device = heads // key_heads, q.device
     dq = empty_heads(batch, heads, queries, head_dim, q)
     dk, dv = (empty_heads(batch, key_heads, keys, width, q) for width in (head_dim, value_dim))
     if tensors.sequences is not None:
@@ -313,47 +353,18 @@ def invariant_backward(
         dv.zero_()
     dscale = None
     if tensors.head_scale is not None:
-        dscale = torch.zeros((batch, heads, queries), dtype=torch.float32, device=device)
-    if not (dq.numel() and dv.numel()):
+        dscale = torch.zeros((batch, heads, queries), dtype=torch.float32, device=q.device)
+    if not dq.numel():
         sums = [None if t is None else torch.zeros_like(t) for t in (tensors.sinks, tensors.head_scale)]
-        return dq.zero_(), dk.zero_(), dv.zero_(), *sums
+        return dq, dk.zero_(), dv.zero_(), *sums
     with launch.on_device(q):
         widest = launch.tile_width(max(head_dim, value_dim))
         dout = _as_results(dout)
         row_values = _row_values(saved, dout, dlse, widest)
-        operands = tensor4(q), tensor4(k), tensor4(v), tensor4(dout)
-        columns, scores = columns_of(q, k, tensors), scores_for(spec, tensors._replace(sinks=None))
-        tiling = tiling_for(INVARIANT_DKDV, q, v, spec, tensors)
-        table = table_of(columns, tiling.block_n, None)
-        tiles = most_tiles(table, batch, keys, tiling.block_n)
-        launch.start(
-            invariant_dkdv_kernel,
-            (tiles * key_heads,),
-            *operands,
-            tensor4(dk),
-            tensor4(dv),
-            row_values,
-            sequences_of(q, key_heads, spec, tensors, table, tiles),
-            scores,
-            keys,
-            tile=tile_for(q, v, 1, spec, tiling),
-            **tiling.compiler_options(),
-        )
-        tiling = tiling_for(INVARIANT_DQ, q, v, spec, tensors)
-        table = table_of(columns, tiling.block_m, group)
-        tiles = most_tiles(table, batch, queries * group, tiling.block_m)
-        launch.start(
-            invariant_dq_kernel,
-            (tiles * key_heads,),
-            *operands,
-            tensor4(dq),
-            None if dscale is None else tensor3(dscale),
-            row_values,
-            sequences_of(q, key_heads, spec, tensors, table, tiles),
-            scores,
-            tile=tile_for(q, v, 1, spec, tiling),
-            **tiling.compiler_options(),
-        )
+        if dv.numel():
+            _products(dout, saved[:3], (dq, dk, dv, dscale), row_values, spec, tensors)
+        else:
+            dq.zero_()
         dsinks = None
         if tensors.sinks is not None:
             lse, delta = row_values.pointer.unbind(2)

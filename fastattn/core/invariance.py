@@ -1,9 +1,9 @@
 """Whether the bits of a row's result are to depend on that row alone: `fastattn.invariant`.
 
 Sums in floating point depend on their order. By default it follows from the shape of a call, so that a sequence
-gives other last bits in a packed batch than alone. An invariant call of attention takes tiles of one size, cut
-from each sequence's own beginning, and adds them in a fixed order. An invariant product with weights takes a fixed
-number of rows at a time, see fastattn.core.rows.
+gives other last bits in a packed batch than alone. An invariant call of attention takes tiles of fixed sizes (on a
+CPU of several, if these give equal bits), cut from each sequence's own beginning, and adds them in a fixed order.
+An invariant product with weights takes a fixed number of rows at a time, see fastattn.core.rows.
 """
 
 from __future__ import annotations
@@ -45,10 +45,11 @@ def _inherited() -> bool:
     return torch._C._get_obj_in_tls(_KEY)
 
 
-def _set(value: bool | None) -> None:
-    _thread.wanted = value
+def _set(own: bool | None, inherited: bool) -> None:
+    """What this thread's context says, and what a thread of autograd inherits from it."""
+    _thread.wanted = own
     if not torch.compiler.is_compiling():
-        torch._C._stash_obj_in_tls(_KEY, _ENVIRONMENT if value is None else value)
+        torch._C._stash_obj_in_tls(_KEY, inherited)
 
 
 def asked(argument: bool | None) -> bool:
@@ -91,9 +92,10 @@ def invariant(enabled: bool = True) -> Iterator[None]:
         >>> torch.equal(whole[:, :, 60:70], chunk)
         True
     """
-    before = _thread.wanted
-    _set(flag("enabled", enabled))
+    enabled = flag("enabled", enabled)
+    own, inherited = _thread.wanted, wanted()
+    _set(enabled, enabled)
     try:
         yield
     finally:
-        _set(before)
+        _set(own, inherited)

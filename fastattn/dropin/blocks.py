@@ -35,11 +35,12 @@ from torch import Tensor, nn
 from fastattn.core.intact import alteration
 from fastattn.dropin.fused_classes import Fused, fused_class
 from fastattn.dropin.mlp_forms import FusedForward
-from fastattn.dropin.norm_forms import FusedNorm, NormNames
+from fastattn.dropin.norm_forms import FusedNorm, NormNames, fits, values_of
 from fastattn.dropin.norm_forms import names_of as norm_names_of
-from fastattn.nn.residual import KINDS, may_be_kernels, read_norm
+from fastattn.nn.residual import KINDS, SMALLEST_EPS, may_be_kernels, read_norm
 
 MOST_STATEMENTS = 5  # that one sum is spread over
+_DOES = ast.Call, ast.NamedExpr, ast.Await, ast.Yield, ast.YieldFrom
 _ANSWER = "_fastattn_sum"
 
 
@@ -78,8 +79,8 @@ class FusedBlock(Fused):
     @classmethod
     def own_forward(cls, own: type[nn.Module], names: Sum) -> Any:
         found = own_code(own, names.mlp)
-        assert isinstance(found, OwnCode)
-        return found.forward
+        # A copy may be made where the source can no longer be read: then all stays the layer's own code.
+        return found.forward if isinstance(found, OwnCode) else own.forward
 
     def _in_one_call(self, x: Any) -> Tensor | None:
         """x + dropout(mlp(norm(x))); None if the layer's own code must compute it."""
@@ -100,10 +101,13 @@ def _read_own_norm(names: Sum, norm: Any, x: Tensor, backend: str | None) -> dic
     assert kind is not None and read is not None
     if alteration(norm, (kind, fused_class(FusedNorm, kind, read)), x):
         return None
-    weight, bias = getattr(norm, read.weight, None), getattr(norm, read.bias, None)
+    weight, bias, eps = values_of(norm, read)
+    if eps < SMALLEST_EPS or any(
+        t is not None and not (fits(t, x) and t.shape == x.shape[-1:]) for t in (weight, bias)
+    ):
+        return None
     if weight is not None and read.weight_offset:
         weight = weight.float() + read.weight_offset
-    eps = getattr(norm, read.eps) if isinstance(read.eps, str) else read.eps
     found = {"norm_weight": weight, "norm_eps": eps}
     return {**found, "norm": "layer", "norm_bias": bias} if read.centred else {**found, "norm": "rms"}
 
@@ -117,6 +121,8 @@ def sum_of(block: nn.Module, mlp: str) -> Sum | str:
     before, after = found.calls[position + 1 :], found.calls[:position]
     if len(before) > 1 or len(after) > 1:
         return "it computes more than a norm before its MLP and dropout after it"
+    if called := next((name for name in found.calls if not isinstance(getattr(block, name), nn.Module)), ""):
+        return f"{called} is no module"
     dropout = getattr(block, after[0]) if after else None
     if after and type(dropout) not in (nn.Dropout, nn.Identity):
         return f"{type(dropout).__name__} comes after its MLP"
@@ -132,11 +138,13 @@ def sum_of(block: nn.Module, mlp: str) -> Sum | str:
 
 def own_code(own: Any, mlp: str) -> OwnCode | str:
     """The code of a class of layer with the question in it; or why there is none."""
-    is_wrapped = _is_checkpointing(own, own.forward)  # A class derived from this one is wrapped again.
-    return _own_code(own.forward.__wrapped__ if is_wrapped else own.forward, mlp)
+    forward = own.forward
+    while _is_checkpointing(own, forward):  # A derived class is wrapped once more.
+        forward = forward.__wrapped__
+    return _own_code(forward, mlp)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=256)
 def _own_code(forward: Any, mlp: str) -> OwnCode | str:
     definition = _definition(forward)
     if definition is None:
@@ -192,7 +200,10 @@ def _code(definition: ast.FunctionDef, forward: Any) -> types.CodeType:
     module = ast.fix_missing_locations(ast.Module([definition], []))
     compiled = compile(module, forward.__code__.co_filename, "exec", _future(forward), dont_inherit=True)
     name = forward.__code__.co_name
-    return next(c for c in compiled.co_consts if isinstance(c, types.CodeType) and c.co_name == name)
+    found = [c for c in compiled.co_consts if isinstance(c, types.CodeType) and c.co_name == name]
+    if not found:
+        raise ValueError(f"there is no {name} in its source: it is wrapped")
+    return found[0]
 
 
 def _future(forward: Any) -> int:
@@ -230,7 +241,11 @@ def _added(window: list[ast.stmt]) -> _Added | None:
         return None
     for h, branch in ((value.left, value.right), (value.right, value.left)):
         calls, read = _calls(branch)
-        if calls and isinstance(h, ast.Name) and isinstance(read, ast.Name) and h.id == read.id:
+        # Another call in these statements may do something that is not part of the sum.
+        made = sum(isinstance(node, _DOES) for statement in window for node in ast.walk(statement))
+        if not calls or made != len(calls):
+            continue
+        if isinstance(h, ast.Name) and isinstance(read, ast.Name) and h.id == read.id:
             return _Added(target, h.id, calls, frozenset(meaning))
     return None
 
@@ -258,10 +273,12 @@ def _calls(branch: ast.expr) -> tuple[tuple[str, ...], ast.expr]:
 
 
 def _read_after(definition: ast.FunctionDef, last: ast.stmt) -> frozenset[str]:
-    """The names that are read below a statement."""
+    """The names that are read below a statement, or changed, or deleted."""
+    changed = {id(node.target) for node in ast.walk(definition) if isinstance(node, ast.AugAssign)}
     return frozenset(
         node.id for node in ast.walk(definition)
-        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and node.lineno > last.lineno
+        if isinstance(node, ast.Name) and node.lineno > last.lineno
+        and (not isinstance(node.ctx, ast.Store) or id(node) in changed)
     )  # fmt: skip
 
 

@@ -46,11 +46,10 @@ class FusedNorm(Fused):
         x: Any = args[0] if args else None
         known = len(args) == 1 and not kwargs and type(x) in PLAIN and not x.is_nested and x.dtype in FLOATING
         # torch.fx records every weight that is read: read them only once the input is known to be a tensor.
-        weight, bias = _parameters(self, self.names) if known else (None, None)
-        if not known or any(t is not None and not _fits(t, x) for t in (weight, bias)):
+        weight, bias, eps = values_of(self, self.names) if known else (None, None, 0.0)
+        if not known or any(t is not None and not fits(t, x) for t in (weight, bias)):
             return super().forward(*args, **kwargs)
-        eps, offset = self.names.eps, self.names.weight_offset
-        eps = getattr(self, eps) if isinstance(eps, str) else eps
+        offset = self.names.weight_offset
         # Autocast does not change what these modules' own code computes.
         with without_autocast(x.device):
             if self.names.centred:
@@ -58,12 +57,15 @@ class FusedNorm(Fused):
             return rms_norm(x, weight, eps=eps, weight_offset=offset)
 
 
-def _fits(weight: Any, x: Tensor) -> bool:
+def fits(weight: Any, x: Tensor) -> bool:
+    """Whether a weight or bias is a plain tensor of x's dtype and device."""
     return type(weight) in PLAIN and weight.dtype == x.dtype and weight.device == x.device
 
 
-def _parameters(module: nn.Module, names: NormNames) -> tuple[Any, Any]:
-    return getattr(module, names.weight, None), getattr(module, names.bias, None)
+def values_of(module: nn.Module, names: NormNames) -> tuple[Any, Any, Any]:
+    """A norm's weight, bias and epsilon; None for a weight or bias that it does not have."""
+    eps = getattr(module, names.eps) if isinstance(names.eps, str) else names.eps
+    return getattr(module, names.weight, None), getattr(module, names.bias, None), eps
 
 
 def names_of(module: nn.Module) -> NormNames | None:

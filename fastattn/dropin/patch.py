@@ -397,8 +397,12 @@ def _with_blocks(model: nn.Module, rows: list[Row]) -> list[Row]:
             swap(block, fused_class(blocks.FusedBlock, type(block), found))
             of_blocks.append(Row(name, "block", was, IN_ONE_CALL, "by the kernels; elsewhere by its own code"))
         elif any(is_norm(part) or isinstance(part, tuple(NORMS)) for part in block.children()):
-            row = of_mlps[f"{_prefix(name)}{mlp}"]
-            of_mlps[row.name] = replace(row, why="; ".join(filter(None, (row.why, f"alone in {was}: {found}"))))
+            # Layers that share an MLP share its row, which has the first one's name.
+            row = of_mlps.get(f"{_prefix(name)}{mlp}")
+            if row is not None:
+                of_mlps[row.name] = replace(
+                    row, why="; ".join(filter(None, (row.why, f"alone in {was}: {found}")))
+                )
     return [*of_mlps.values(), *of_blocks]
 
 

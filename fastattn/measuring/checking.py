@@ -29,7 +29,8 @@ def check_kernel(sizes: Sizes, device: torch.device, notify: Callable[[str], Non
     ours = results_and_gradients(call, "triton", call.tensors, sizes, notify)
     differ: set[str] = set()
     for _ in range(2):
-        again = results_and_gradients(call, "triton", call.tensors, sizes)
+        notify("ours")
+        again = results_and_gradients(call, "triton", call.tensors, sizes, notify)
         differ |= {name for name, t in ours.items() if not torch.equal(t, again[name])}
         del again
     notify("eager")

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastattn.core import capabilities
+from fastattn.core import capabilities, invariance
 from fastattn.core.capabilities import FORWARD, Request
 from fastattn.core.heads.spec import SMALLEST_EPS
 from fastattn.core.intact import alteration
@@ -70,7 +70,7 @@ def branch_of(
     if (spec.save == "auto" and not by_kernels) or type(x) is not Tensor or x.is_nested:
         return None
     dropout_p, of_norm = _dropout(dropout, x), {} if norm is None else reader(norm, x, backend)
-    if dropout_p is None or of_norm is None or _is_autocast(x):
+    if dropout_p is None or of_norm is None or _is_autocast(x) or (dropout_p and invariance.wanted()):
         return None
     # On a GPU PyTorch's dropout is one kernel, the portable backend's are many.
     without_kernels = spec.save != "auto" and not (dropout_p and x.is_cuda)

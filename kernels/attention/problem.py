@@ -109,10 +109,10 @@ class Call:
         return relative_bias is not None or (bias is not None and bias.dtype != torch.bool)
 
     def tiling(self, table: dict) -> launch.Tiling:
-        """The table's row for this call, or the tiling that was given in its place. Narrow loads and split loops
-        go by the table."""
+        """The table's row for this call, or the tiling that was given in its place. Lists, narrow loads and
+        split loops go by the table."""
         size, variants = self.q.element_size(), self.variants
-        if not {"unaligned", "few"}.intersection(variants):
+        if self.lists is None and not {"unaligned", "few"}.intersection(variants):
             for name, tiling in self.tilings.items():
                 if table is getattr(launch, name):
                     return tiling

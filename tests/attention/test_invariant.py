@@ -5,9 +5,11 @@ Each sequence is computed alone, by `attention`. Every other way must give the s
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -365,6 +367,43 @@ def test_the_context_asks_for_it_and_the_argument_wins(monkeypatch: pytest.Monke
             assert not asks()
         assert asks()
     assert not asks() and asks(invariant=True)
+
+
+def test_a_thread_of_autograd_inherits_it_after_contexts_of_its_own() -> None:
+    found = []
+
+    def inherits() -> None:
+        torch._C._stash_obj_in_tls(invariance._KEY, True)  # as torch does for a thread of autograd
+        found.append(invariance.wanted())
+        with fastattn.invariant(False):
+            found.append(invariance.wanted())
+        found.append(invariance.wanted())
+
+    thread = threading.Thread(target=inherits)
+    thread.start()
+    thread.join()
+    assert found == [True, False, True]
+
+
+@pytest.mark.parametrize(
+    "options", [{"invariant": True}, {"invariant": True, "softcap": 20.0}, {"return_max": True}]
+)
+def test_sums_keep_float32_under_autocast(options: dict[str, Any]) -> None:
+    q = torch.randn(1, 2, 70, 32, device=DEVICE, dtype=torch.bfloat16)
+    call = functools.partial(attention, q, q, q, causal=True, return_lse=True, backend="portable", **options)
+    expected = call()
+    with torch.autocast(DEVICE, torch.bfloat16):
+        assert all(torch.equal(a, b) for a, b in zip(call(), expected, strict=True))
+
+
+@pytest.mark.parametrize("backend", ["triton", "portable"])
+def test_without_keys_rows_are_zero_and_sinks_have_their_gradient(backend: str) -> None:
+    q, k = torch.randn(1, 2, 5, 16, device=DEVICE), torch.randn(1, 2, 0, 16, device=DEVICE)
+    sinks = torch.zeros(2, device=DEVICE, requires_grad=True)
+    out, lse = attention(q, k, k, sinks=sinks, return_lse=True, invariant=True, backend=backend)
+    assert not out.any() and not lse.any()
+    (out.sum() + lse.sum()).backward()
+    assert torch.equal(sinks.grad, torch.full_like(sinks, 5.0))
 
 
 def test_the_environment_variable_asks_for_it() -> None:

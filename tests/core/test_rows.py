@@ -293,3 +293,17 @@ def test_what_cannot_hold_is_refused() -> None:
         assert fastattn.by_rows(torch.nn.Linear(24, 3, device=DEVICE), x[:0]).shape == (0, 3)
     with pytest.raises(ValueError, match="x must have at least one dimension"):
         fastattn.by_rows(torch.nn.Linear(24, 3), torch.tensor(1.0))
+
+
+def test_a_filter_leaves_out_nothing_since_that_depends_on_the_other_tokens() -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(40, 16), torch.randn(5000, 16)
+    target = torch.randint(5000, (40,))
+
+    def gradient(count: int) -> Tensor:
+        tokens = x[:count].clone().requires_grad_()
+        with fastattn.invariant():
+            losses = fastattn.linear_cross_entropy(tokens, weight, target[:count], filter=5e-3, reduction="none")
+        return torch.autograd.grad(losses.sum(), tokens)[0]
+
+    assert torch.equal(gradient(40)[:1], gradient(1))

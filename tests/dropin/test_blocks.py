@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 import traceback
 from collections.abc import Callable, Iterator
@@ -328,6 +329,57 @@ class Decorated(Block):
         return x
 
 
+def named_alike(forward: Any) -> Any:
+    @functools.wraps(forward)
+    def call(self, x):
+        return 2 * forward(self, x)
+
+    return call
+
+
+class DecoratedByWraps(Block):
+    @named_alike
+    def forward(self, x):
+        x = x + self.mlp(self.norm(x))
+        return x
+
+
+class AsksBetween(Block):
+    def forward(self, x):
+        shortcut = x
+        y = self.norm(x)
+        _ = self.other(y).mul_(2)
+        y = self.mlp(y)
+        x = shortcut + y
+        return x
+
+
+class ChangesTheShortcutLater(Block):
+    def forward(self, x):
+        shortcut = x
+        y = self.norm(x)
+        x = shortcut + self.mlp(y)
+        shortcut *= 2
+        return x
+
+
+class DeletesTheNormLater(Block):
+    def forward(self, x):
+        y = self.norm(x)
+        x = x + self.mlp(y)
+        del y
+        return x
+
+
+class NormByAMethod(Block):
+    def scaled(self, x):
+        return 2 * x
+
+    def forward(self, x):
+        x = x + self.mlp(self.scaled(x))
+        return x
+
+
 class NoSource(Block):
     exec("def forward(self, x):\n    x = x + self.mlp(self.norm(x))\n    return x")
 
@@ -348,18 +400,44 @@ def test_code_that_is_such_a_sum(kind: type[nn.Module], branches: list) -> None:
         (ReadsTheNormLater, "reads y later"),
         (ReadsAnother, "more than a norm"),
         (NormAfter, "LayerNorm comes after"),
-        *((kind, "is not h") for kind in (Halved, InAnIf, InALoop)),
-        *((kind, "cannot be read") for kind in (CallsItsBase, Decorated, NoSource)),
+        (ChangesTheShortcutLater, "reads shortcut later"),
+        (DeletesTheNormLater, "reads y later"),
+        (NormByAMethod, "scaled is no module"),
+        *((kind, "is not h") for kind in (Halved, InAnIf, InALoop, AsksBetween)),
+        *((kind, "cannot be read") for kind in (CallsItsBase, Decorated, DecoratedByWraps, NoSource)),
     ],
 )
 def test_other_code_is_left_as_it_is_and_the_report_says_why(kind: Any, why: str, branches: list) -> None:
     torch.manual_seed(0)
     block, x = kind().to(DEVICE), torch.randn(5, WIDTH, device=DEVICE)
-    expected = block(x)
+    expected = block(x.clone())
     (row,) = fastattn.patch(block, strict=True).rows
     assert (row.kind, type(block)) == ("mlp", kind) and why in row.why
     assert_same([block(x)], [expected])
     assert True not in branches
+
+
+def test_layers_that_share_an_mlp_are_patched_or_left() -> None:
+    model = nn.Sequential(OneLine(), NormAfter(), NormAfter()).to(DEVICE)
+    model[1].mlp = model[2].mlp = model[0].mlp
+    x = torch.randn(5, WIDTH, device=DEVICE)
+    expected = model(x)
+    assert [row.kind for row in fastattn.patch(model).rows] == ["mlp", "block"]
+    assert_same([model(x)], [expected])
+
+
+def test_a_class_derived_from_a_layer_of_hugging_face_is_such_a_sum(branches: list) -> None:
+    from transformers.models.llama import modeling_llama
+
+    class Own(modeling_llama.LlamaDecoderLayer):
+        pass
+
+    model = build("Llama")
+    layer = model.model.layers[0]
+    expected = step(model)
+    layer.__class__ = Own
+    assert_same(step(patched(model)), expected)
+    assert branches == [True]
 
 
 def test_compiles_in_one_graph_by_its_own_code(branches: list) -> None:

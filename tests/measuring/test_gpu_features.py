@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks.gpu import features
-from fastattn.measuring import checking, kinds
+from fastattn.measuring import checking, kinds, prove_worker
 from fastattn.measuring.kinds import MASK_KINDS, SCORE_KINDS, Sizes
 from fastattn.measuring.peers import DIRECTIONS, FORWARD, Unavailable
 
@@ -104,6 +104,21 @@ def test_a_plain_case_passes_and_a_wrong_kernel_fails_it(sizes, monkeypatch):
     monkeypatch.setattr(checking, "results_and_gradients", slightly_wrong)
     rows = checking.check_kernel(sizes, CPU, lambda step: None)
     assert all(row["verdict"].startswith("FAILED") for row in rows)
+
+
+def test_each_run_of_a_check_begins_in_the_forward_s_direction(monkeypatch):
+    """Also those that go by a plan and by a recording: spills are counted by direction."""
+    spilling, seen, results = prove_worker.Spilling("forward"), [], checking.results_and_gradients
+
+    def noted(*given):
+        seen.append(spilling.direction)
+        found = results(*given)
+        seen.append(spilling.direction)
+        return found
+
+    monkeypatch.setattr(checking, "results_and_gradients", noted)
+    checking.check_kernel(Sizes("norm", "rms", **{**SMALL, "length": 40}), CPU, spilling.step)
+    assert seen[:6] == ["forward", "backward"] * 3
 
 
 @pytest.mark.parametrize("kind", ["gelu int8", "silu gated eager"])

@@ -18,8 +18,10 @@ from torch import Tensor
 from fastattn.core.attention import tiles
 from fastattn.core.attention.spec import AttentionSpec, Gradients, Saved, ScoreTensors, Wanted
 from fastattn.core.attention.tiles import GRADIENT_INPUTS, Learned, Scores, Tile
+from fastattn.core.autocast import without_autocast
 from fastattn.core.layout import zero_heads
 from fastattn.ground.checks import lse_dtype
+from fastattn.ground.modes import outside_modes
 
 # A single query is computed as a whole tile of them, and a single key as a tile of keys.
 QUERY_TILE, KEY_TILE = 16, 256
@@ -147,19 +149,30 @@ def _query_tile(q: Tensor, k: Tensor, v: Tensor, queries: int) -> int:
     if q.device.type != "cpu":
         return QUERY_TILE
     heads, key_heads, widths = q.shape[1], k.shape[1], (q.shape[3], v.shape[3])
-    if not _agree(heads, key_heads, *widths, lse_dtype(q.dtype), torch.get_num_threads()):
+    settings = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    if not _agree(heads, key_heads, *widths, lse_dtype(q.dtype), *settings):
         return QUERY_TILE
     return next(tile for tile, most in TILES.items() if queries <= most)
 
 
 @functools.lru_cache(maxsize=256)
-def _agree(heads: int, key_heads: int, width: int, value_width: int, dtype: torch.dtype, threads: int) -> bool:
-    """Whether products of this CPU, with so many threads, give a row the same bits in tiles of every size: tried
-    once with random numbers, since the order of their sums depends on sizes alone."""
+def _agree(
+    heads: int,
+    key_heads: int,
+    width: int,
+    value_width: int,
+    dtype: torch.dtype,
+    threads: int,
+    precision: str,
+) -> bool:
+    """Whether products of this CPU, with so many threads and at this precision of torch's, give a row the same
+    bits in tiles of every size: tried once with random numbers, since the order of their sums depends on sizes
+    alone."""
     generator = torch.Generator().manual_seed(0)
     sizes = (heads, 128, width), (key_heads, 2 * KEY_TILE, width), (key_heads, 2 * KEY_TILE, value_width)
-    q, k, v = (torch.randn(1, *size, generator=generator, dtype=dtype) for size in sizes)
-    found = [forward(q, k, v, AttentionSpec(), ScoreTensors(), query_tile=tile)[0] for tile in TILES]
+    with outside_modes(), torch.no_grad(), without_autocast(torch.device("cpu")):
+        q, k, v = (torch.randn(1, *size, generator=generator, dtype=dtype, device="cpu") for size in sizes)
+        found = [forward(q, k, v, AttentionSpec(), ScoreTensors(), query_tile=tile)[0] for tile in TILES]
     return all(torch.equal(out, found[0]) for out in found)
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from fastattn.core.attention import definition
 from fastattn.core.attention.dropout import keep_mask
 from fastattn.core.attention.spec import AttentionSpec, ScoreTensors, Wanted
+from fastattn.core.autocast import without_autocast
 from fastattn.core.layout import zero_heads
 from fastattn.ground.checks import lse_dtype
 from fastattn.masks.lists import GRANULE, BlockLists, columns_seen, log_counts, of_heads, unpacked
@@ -546,16 +547,18 @@ def part_of(t: Tensor, falls: str, tile: Tile) -> Tensor:
 
 @contextmanager
 def product_precision(q: Tensor, spec: AttentionSpec) -> Iterator[None]:
-    """PyTorch's own float32 products on CUDA, as the spec asks for them; tf32x3 is given more than it asks for."""
-    if q.device.type != "cuda" or q.dtype != torch.float32:
-        yield
-        return
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = spec.precision == "tf32"
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
+    """PyTorch's own products, in the dtypes of their operands. Those of float32 on CUDA are as the spec asks for
+    them; tf32x3 is given more than it asks for."""
+    with without_autocast(q.device):
+        if q.device.type != "cuda" or q.dtype != torch.float32:
+            yield
+            return
+        before = torch.backends.cuda.matmul.allow_tf32
+        torch.backends.cuda.matmul.allow_tf32 = spec.precision == "tf32"
+        try:
+            yield
+        finally:
+            torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def granules(span: slice) -> range:

@@ -69,6 +69,7 @@ def linear_cross_entropy(
         filter: gradients may leave out tiles of tokens and classes whose probabilities are all below this number,
             as Cut Cross-Entropy does; None leaves out nothing. The loss is exact all the same. That gains time
             where most classes are unlikely; with class probabilities or smoothing the kernels leave out nothing.
+            Under `fastattn.invariant` nothing is left out, since that depends on the other tokens.
         return_lse: whether to return the log-sum-exp of each token's logits, too, in nats, with gradient.
         return_entropy: whether to return the entropy of each token's softmax, too, in nats, with gradient.
         shift: token i is to predict target i + 1: the last token and the first target are left out.
@@ -214,7 +215,8 @@ def _rows_in_turn(tensors: LossTensors, spec: LossSpec, backend: str | None) -> 
     counted = definition.counted(target, spec)
     if not target.is_floating_point():
         x, target = torch.where(counted[:, None], x, 0), torch.where(counted, target, 0)
-    beside = replace(spec, ignore_index=-1)
+    # Which tiles a filter leaves out depends on all tokens of a tile.
+    beside = replace(spec, ignore_index=-1, filter=0.0)
 
     def part(rows: Sequence[Tensor]) -> Tensor:
         return _rows(tensors._replace(x=rows[0], target=rows[1]), beside, backend).t()

@@ -366,9 +366,8 @@ def _derivatives(this: _Pass, z: Tensor, drows: Tensor, rows: Tensor) -> tuple[T
 
 
 def _left_out(p: Tensor, tile: Tile, spec: LossSpec) -> bool:
-    """Whether the filter leaves this tile out of the gradients. Probabilities below it in a tile that holds
-    somebody's
-    class become 0."""
+    """Whether the filter leaves this tile out of the gradients: all tokens given, and some classes. In a tile that
+    stays for the sake of a token's own class, the probabilities become 0."""
     if p.numel() and p.amax() >= spec.filter:
         return False
     p.zero_()

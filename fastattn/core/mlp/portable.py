@@ -37,12 +37,12 @@ def is_composed(x: Tensor, spec: MLPSpec) -> bool:
     takes less time, because autograd's backward is not in Python.
 
     Not where half precision is to be rounded less often than autograd rounds it; nor of a squared ReLU, of which
-    autograd keeps the hidden layer, too.
+    autograd keeps the hidden layer, too; nor on a GPU, where a product and a sum are one call here.
     """
     alone = not (spec.norm or spec.dropout or spec.residual or spec.chunk)
     keeps_more = spec.activation == "relu_squared" and not spec.gated
     rounds_alike = spec.match_eager or lse_dtype(x.dtype) == x.dtype
-    return alone and spec.save == "auto" and rounds_alike and not keeps_more
+    return not x.is_cuda and alone and spec.save == "auto" and rounds_alike and not keeps_more
 
 
 def kept_empty(x: Tensor, weights: MLPWeights, spec: MLPSpec) -> Kept:
