@@ -297,7 +297,8 @@ def test_what_cannot_hold_is_refused() -> None:
 
 def test_a_filter_leaves_out_nothing_since_that_depends_on_the_other_tokens() -> None:
     torch.manual_seed(0)
-    x, weight = torch.randn(40, 16), torch.randn(5000, 16)
+    # The first token finds all classes unlikely, the others do not.
+    x, weight = torch.randn(40, 16) * torch.tensor([0.1] + [3.0] * 39)[:, None], torch.randn(5000, 16)
     target = torch.randint(5000, (40,))
 
     def gradient(count: int) -> Tensor:
