@@ -275,7 +275,8 @@ class Run:
         self.keep("sanitizer", (row for rows in known.values() for row in rows or ()))
         for row in sanitizer.checks([tool for tool in cases if known[tool] is None], deadline):
             if verdict.is_final(row["verdict"]):
-                self.state.keep_case(cases[row["tool"]], [row])
+                with self.lock:
+                    self.state.keep_case(cases[row["tool"]], [row])
             self.keep("sanitizer", [row])
             say(f"compute-sanitizer, {row['tool']}: {row['verdict']}")
 

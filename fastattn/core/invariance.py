@@ -19,6 +19,7 @@ from fastattn.ground.arguments import flag
 
 _ENVIRONMENT: bool = os.environ.get("FASTATTN_INVARIANT", "") not in ("", "0")
 _KEY = "fastattn.invariant"
+_used = False  # whether anybody entered the context: until then there is nothing to inherit, and calls do not look
 
 
 class _Thread(threading.local):
@@ -34,7 +35,9 @@ _thread = _Thread()
 def wanted() -> bool:
     """What the context of this thread says; outside of one, the environment variable."""
     found = _thread.wanted
-    return _inherited() if found is None else found
+    if found is None:
+        return _inherited() if _used else _ENVIRONMENT
+    return found
 
 
 def _inherited() -> bool:
@@ -47,7 +50,8 @@ def _inherited() -> bool:
 
 def _set(own: bool | None, inherited: bool) -> None:
     """What this thread's context says, and what a thread of autograd inherits from it."""
-    _thread.wanted = own
+    global _used
+    _thread.wanted, _used = own, True
     if not torch.compiler.is_compiling():
         torch._C._stash_obj_in_tls(_KEY, inherited)
 

@@ -95,8 +95,7 @@ def attention(
         out (B, Hq, n, Dv); with `return_lse` also lse (B, Hq, n) in nats, differentiable. Gradients of q, k and v
         are those of one process, and the same bits in every run. Gradients of what all ranks share (biases with
         one row, sinks, scales) are the part of this rank's queries, like those of a model's weights: sum them over
-        the ranks. There are no second derivatives, and no
-            forward mode.
+        the ranks. There are no second derivatives, and no forward mode.
 
     Raises:
         TypeError, ValueError: the same on all ranks, before anything is sent, if ranks disagree or one of them has

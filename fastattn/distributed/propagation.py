@@ -60,8 +60,8 @@ class Rule:
 @dataclass(frozen=True)
 class Result:
     """names: of its dimensions; "f+f" is one after the other of two dimensions, of which each rank has its part of
-        both. same_for: shared names on which it does not depend, so that all ranks have the
-    same; where it depends on a name that it does not have, it is a partial sum. is_there: whether it is not empty.
+    both. same_for: shared names on which it does not depend, so that all ranks have the same; where it depends on
+    a name that it does not have, it is a partial sum. is_there: whether it is not empty.
     """
 
     names: str

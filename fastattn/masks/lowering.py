@@ -56,13 +56,13 @@ class Slab(NamedTuple):
 
     @property
     def queries(self) -> tuple[Tensor, Tensor]:
-        """The first and the last query of each block, as rows."""
+        """The first and the last query of each block, shaped as `rows`."""
         low = self.rows * self.unit
         return low, (low + self.unit - 1).clamp(max=self.shape.queries - 1)
 
     @property
     def keys(self) -> tuple[Tensor, Tensor]:
-        """The first and the last key of each block, as columns."""
+        """The first and the last key of each block, shaped as `columns`."""
         low = self.columns * self.unit
         return low, (low + self.unit - 1).clamp(max=self.shape.keys - 1)
 
@@ -174,7 +174,7 @@ def _granules(mask: Lowerable, shape: Shape, batch: int, head: int, tiles: _Tile
 
 
 def _slabs(mask: Lowerable, shape: Shape, batch: int, head: int) -> Iterator[Slab]:
-    """All granules that may not be empty, and as many others as there are, some at a time."""
+    """Blocks of granules. Granules that lie in none of them are empty."""
     unit = GRANULE
     while -(-shape.queries // unit) * -(-shape.keys // unit) > SLAB:
         unit *= ZOOM

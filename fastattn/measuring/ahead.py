@@ -26,7 +26,7 @@ Case = dict[str, Any]
 
 # A compiler compiles a handful of kernels for a piece, beside others on the same cores.
 PIECE_LIMIT = 240.0
-# The most tilings that are tried for a case.
+# The most tilings of a case that are compiled ahead.
 MOST_TILINGS = 16
 # The part of a GPU's memory that all compilers have together, and what each needs: a context, and some tensors.
 MEMORY_PART, MEMORY_EACH = 0.4, 2**31
@@ -56,7 +56,7 @@ def compilers_for(device: torch.device) -> int:
 
 def pieces_of(one: Case) -> Iterator[Case]:
     """What is compiled for a case, each piece by one process: its checks, what is timed, and the tilings that are
-    tried. How many of these there are know the compilers."""
+    tried. Only the compilers know how many there are."""
     for sizes in one["checks"]:
         yield {"kind": "compile", "label": one["label"], "sizes": sizes, "timed": []}
     for sizes in one["timed"].values():
@@ -112,7 +112,7 @@ class Ahead:
         return time.monotonic() - begin
 
     def quiet(self) -> contextlib.AbstractContextManager[Any]:
-        """Within, no piece is begun: its tensors are made on the GPU that is timed."""
+        """Within, no piece is begun: its tensors are made on the GPU that is timed. Those under way go on."""
         return self.gate
 
     def _work(self, number: int) -> None:
@@ -124,11 +124,13 @@ class Ahead:
                     break
                 piece = {**self.pieces.popleft(), "claims": self.claims.name, "memory": part}
                 self.busy[number] = compiler
-            compiler.ask(piece, step_limit=PIECE_LIMIT, deadline=self.deadline)
-            with self.changed:
-                self.busy.pop(number)
-                self.left[piece["label"]] -= 1
-                self.changed.notify_all()
+            try:
+                compiler.ask(piece, step_limit=PIECE_LIMIT, deadline=self.deadline)
+            finally:  # whatever happened: nobody may wait for this piece for ever
+                with self.changed:
+                    self.busy.pop(number)
+                    self.left[piece["label"]] -= 1
+                    self.changed.notify_all()
 
 
 # ---- the compiler's side ----

@@ -1,7 +1,7 @@
 """`fastattn prove`: test and time every kernel on this machine's GPU, and let those serve that earn it.
 
 What most programs call comes first. Some processes compile ahead (fastattn.measuring.ahead). Others compare a
-kernel with float64 by the tests' rule, in two runs bit for bit, then time it against what would serve otherwise:
+kernel with float64 by the tests' rule, in three runs bit for bit, then time it against what would serve otherwise:
 PyTorch's own kernels, or the portable tiles. The verdicts go into a proof record (fastattn.core.proofs), which
 decides what serves from then on.
 """
@@ -74,7 +74,7 @@ class Prover:
 
     def go(self) -> None:
         """Until all is proven or the deadline: some cases at a time are checked, side by side; then they are timed
-        one by one, while nothing else runs on the GPU."""
+        one by one, while no other is checked and no piece is begun that is compiled ahead."""
         waiting = deque(self.cases)
         with self.ahead:
             while waiting and time.monotonic() < self.limits["deadline"]:
@@ -233,7 +233,8 @@ def prove(
         families: some of attention, masks, scores, forward mode, cache, mlp, norm, heads, loss, statistics; by
             default all.
         fresh: prove everything again.
-        allow_spills: a kernel that spills more registers to memory than this does not serve, however fast it is.
+        allow_spills: of the kernels that this call proves, one that spills more registers to memory than this does
+            not serve, however fast it is. What an earlier call allowed stays proven, but for `fresh`.
 
     Returns: the record, `record.rows` by key.
 

@@ -1,5 +1,5 @@
-"""What a process does for a case of `fastattn prove`: compile it, check it, time it. See prove_cases for what a
-case is, and ahead for who compiles.
+"""What a process does for `fastattn prove`: compile a piece of a case ahead, check a case, time it. See prove_cases
+for what a case is, and ahead for who compiles.
 
 `check` returns a row for each direction: {direction, verdict, error, allowed, reason}, with verdict None where the
 kernel is right. `time` returns a row for each direction and size: {direction, size, ratio, reason, against}; one
@@ -76,7 +76,7 @@ def compile_calls(call: kinds.Call, sizes: Sizes, timed: list[str]) -> None:
 
 
 def check(case: Case, device: torch.device, notify: Notify) -> Rows:
-    """All checks against float64, in two runs; and whether a compiled kernel spills more registers than
+    """All checks against float64, in three runs; and whether a compiled kernel spills more registers than
     case["allow_spills"], 0 by default."""
     worst: dict[str, dict[str, Any]] = {}
     spilling = Spilling(case["directions"][0])

@@ -315,11 +315,11 @@ def list_of(lists, batch, head, start):
 @triton.jit
 def with_multiplicity(score_terms, counts, entry):
     """The score terms, with the logarithm of how often an entry's keys count."""
-    slope, bias, relative, head, seed, offset, _, head_scale = score_terms
+    slope, bias, relative, head, seed, begin, _, head_scale = score_terms
     count = 0.0
     if counts is not None:
         count = tl.load(counts + entry)
-    return slope, bias, relative, head, seed, offset, count, head_scale
+    return slope, bias, relative, head, seed, begin, count, head_scale
 
 
 @triton.jit
@@ -422,8 +422,8 @@ def loop_over_keys_ahead(
     """`loop_over_keys` without lists, where the products of the next tile are issued before the step of this one,
     so that tensor cores work during its exponentials.
 
-    A tile takes its products from the one before. The last one computes some that nobody takes. Masked tiles come
-    first: then tiles without mask code are followed by nothing else.
+    A tile takes its products from the one before. The last tile computes products that nobody uses. Masked tiles
+    come first: then tiles without mask code are followed by nothing else.
     """
     start, batch, _, split = position
     queries = start + tl.arange(0, tile.BLOCK_M)
@@ -433,7 +433,7 @@ def loop_over_keys_ahead(
     if problem.splits is not None:
         ranges = split_ranges(ranges, split, tile)
     begin, full_begin, full_end, end = ranges
-    # Where the second of three ranges begins, or the third if the second is empty.
+    # The tile that follows the first range: the first of the third range, which comes next, or of the second.
     second = tl.where(full_end < end, full_end, full_begin)
     first = second
     if has_first(problem.window):

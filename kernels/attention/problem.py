@@ -89,8 +89,8 @@ class Call:
     def variants(self) -> tuple[str, ...]:
         """What makes its kernels others than the most used ones, see `launch.look_up`.
 
-        unaligned: rows of heads do not begin at multiples of 16 elements, so loads are narrow. few: there are so
-        few programs that they may split their loops. uneven: tiles are padded, or lengths are no multiples of 16.
+        unaligned: a width is no multiple of 16, so loads are narrow. few: there are so few programs that they may
+        split their loops. uneven: tiles are padded, or lengths are no multiples of 16.
         """
         batch, heads, queries, width = self.q.shape
         key_heads, keys, value_width = self.v.shape[1:]

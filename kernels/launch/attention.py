@@ -608,8 +608,9 @@ ATTENTION_BIAS |= {
     ),
 }
 
-# ---- variants, see `look_up`: the kernels above, which need more registers ---- With Triton 3.6.0, the oldest
-# that we serve. Rows that need no other tile are repeated here, because rows are bounds.
+# ---- variants of a call, see `look_up` ----
+# The kernels above, which need more registers here. Compiled with Triton 3.6.0, the oldest that we serve. Rows
+# that need no other tile are repeated here, because rows are bounds.
 ATTENTION_FORWARD |= {
     # Narrow loads, on sm_90: 3 to 210 with the rows above.
     "unaligned": (

@@ -379,6 +379,8 @@ def test_a_thread_of_autograd_inherits_it_after_contexts_of_its_own() -> None:
             found.append(invariance.wanted())
         found.append(invariance.wanted())
 
+    with fastattn.invariant():
+        pass  # it is looked for once somebody has entered a context
     thread = threading.Thread(target=inherits)
     thread.start()
     thread.join()

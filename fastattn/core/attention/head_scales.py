@@ -11,10 +11,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from fastattn.core.attention import torch_routes
+from fastattn.core.attention import torch_calls, torch_routes
 from fastattn.core.attention.spec import AttentionSpec, Gradients, Saved, ScoreTensors, Wanted
 from fastattn.core.layout import heads_last
 from fastattn.ground.checks import lse_dtype
@@ -49,7 +48,7 @@ def backward(
     """The gradients of `forward`, by `function`, which computes them without scales of heads."""
     q, k, v, out, lse = saved
     scaled, rest = _scaled(q, tensors), tensors._replace(head_scale=None)
-    if _in_halves(q, k, v, spec, rest):
+    if _in_halves(q, k, v, spec, rest, wanted, dlse):
         inputs = Saved(_halves(scaled, q.dtype), torch.cat((k, k), -1), _widened(v), _widened(out), lse)
         of = function(_widened(dout), dlse, inputs, spec, rest, wanted)
         dscaled, dk = of.q[..., : q.shape[3]].to(scaled.dtype), sum(of.k.split(k.shape[3], -1))
@@ -74,22 +73,26 @@ def _scaled(q: Tensor, tensors: ScoreTensors) -> Tensor:
     return q.to(lse_dtype(q.dtype)) * tensors.head_scale[..., None, None]
 
 
-def _in_halves(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, tensors: ScoreTensors) -> bool:
-    """Whether PyTorch's fused kernel shall compute it, in half precision and twice as wide."""
+def _in_halves(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    spec: AttentionSpec,
+    tensors: ScoreTensors,
+    wanted: Wanted | None = None,
+    dlse: Tensor | None = None,
+) -> bool:
+    """Whether PyTorch's fused kernel shall compute it, in half precision and twice as wide. wanted, dlse: of a
+    backward."""
     if q.device.type != "cuda" or q.dtype.itemsize != 2 or q.shape[3] != v.shape[3]:
         return False
-    wide_q, wide_k, wide_v = (_like_widened(t) for t in (q, k, v))
-    return torch_routes.serving(wide_q, wide_k, wide_v, spec, tensors) is not None
-
-
-def _like_widened(t: Tensor) -> Tensor:
-    """A tensor of `_widened`'s shape that takes no memory."""
-    return t[..., :1].expand(*t.shape[:3], 2 * t.shape[3])
+    wide_q, wide_k, wide_v = (torch_calls.wide(t, 2 * t.shape[3]) for t in (q, k, v))
+    return torch_routes.serving(wide_q, wide_k, wide_v, spec, tensors, wanted, dlse) is not None
 
 
 def _widened(t: Tensor) -> Tensor:
     """Zeros beside each row."""
-    return F.pad(t, (0, t.shape[3]))
+    return torch_calls.padded(t, 2 * t.shape[3])
 
 
 def _halves(scaled: Tensor, dtype: torch.dtype) -> Tensor:

@@ -41,7 +41,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """By the kernel's module, with heads of these widths. A sink takes its share of the weights afterwards: the
     keys keep exp(lse) of exp(lse) + exp(sink), which is sigmoid(lse - sink)."""
-    heads = _padded(q, widths[0]), _padded(k, widths[0]), _padded(v, widths[1])
+    heads = padded(q, widths[0]), padded(k, widths[0]), padded(v, widths[1])
     out, lse = module.forward(*heads, spec, without_sinks(tensors))
     out = out[..., : v.shape[3]]
     if tensors.sinks is None:
@@ -67,8 +67,8 @@ def backward(
     if dlse is not None:
         # What comes from above for a row that sees nothing may be anything.
         dlse = dlse.masked_fill(lse == _HIDDEN, 0.0)
-    wide_q, wide_k = (_padded(t, widths[0]) for t in (q, k))
-    wide_v, wide_out, wide_dout = (_padded(t, widths[1]) for t in (v, out, dout))
+    wide_q, wide_k = (padded(t, widths[0]) for t in (q, k))
+    wide_v, wide_out, wide_dout = (padded(t, widths[1]) for t in (v, out, dout))
     heads = Saved(wide_q, wide_k, wide_v, wide_out, lse)
     gradients = with_lse(module, wide_dout, dlse, heads, spec, without_sinks(tensors), wanted)
     dq, dk, dv = (g[..., : t.shape[3]] for g, t in zip(gradients[:3], saved[:3], strict=True))
@@ -123,6 +123,11 @@ def _minus_parts(width: int, dtype: torch.dtype, device: torch.device) -> Tensor
     return torch.tensor([-COARSE, -1.0] + [0.0] * (width - 2), dtype=dtype, device=device)
 
 
-def _padded(t: Tensor, width: int) -> Tensor:
+def wide(t: Tensor, width: int) -> Tensor:
+    """A tensor of this width that takes no memory, to ask whether a kernel takes such heads."""
+    return t if t.shape[3] == width else t[..., :1].expand(*t.shape[:3], width)
+
+
+def padded(t: Tensor, width: int) -> Tensor:
     """With zeros at the end of each row."""
     return t if t.shape[3] == width else F.pad(t, (0, width - t.shape[3]))

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastattn.core.attention.spec import NO_TENSORS, AttentionSpec, Gradients, Saved, ScoreTensors, Wanted
 from fastattn.core.attention.torch_flash import is_causal, unit_stride
-from fastattn.core.attention.torch_trial import Trial, agrees
+from fastattn.core.attention.torch_trial import Trial, agrees, causal_problem
 
 _cudnn = torch.ops.aten._scaled_dot_product_cudnn_attention
 _cudnn_backward = torch.ops.aten._scaled_dot_product_cudnn_attention_backward
@@ -18,12 +18,8 @@ CHOSEN = 3  # SDPBackend::cudnn_attention
 _dimensions = [4]
 
 
-def _causal(q: Tensor, k: Tensor) -> tuple[AttentionSpec, ScoreTensors]:
-    return AttentionSpec(causal=True, scale=q.shape[3] ** -0.5), NO_TENSORS
-
-
-TRIAL = Trial("cuDNN attention", _causal)
-LSE_GRADIENT = Trial("cuDNN attention with a gradient of the log-sum-exp", _causal, lse_gradient=True)
+TRIAL = Trial("cuDNN attention", causal_problem)
+LSE_GRADIENT = Trial("cuDNN attention with a gradient of the log-sum-exp", causal_problem, lse_gradient=True)
 
 
 def ready(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, tensors: ScoreTensors) -> bool:

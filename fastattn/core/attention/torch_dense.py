@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastattn.core.attention.spec import NO_TENSORS, AttentionSpec, Gradients, Saved, ScoreTensors, Wanted
 from fastattn.core.attention.torch_flash import hides_by_window, is_causal, unit_stride
-from fastattn.core.attention.torch_trial import Trial, agrees
+from fastattn.core.attention.torch_trial import Trial, agrees, causal_problem
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_backward
@@ -25,11 +25,7 @@ def _window_of_trial(q: Tensor, k: Tensor) -> tuple[AttentionSpec, ScoreTensors]
     return AttentionSpec(scale=q.shape[3] ** -0.5, window=(9, 4)), NO_TENSORS
 
 
-def _causal_of_trial(q: Tensor, k: Tensor) -> tuple[AttentionSpec, ScoreTensors]:
-    return AttentionSpec(causal=True, scale=q.shape[3] ** -0.5), NO_TENSORS
-
-
-LSE_GRADIENT = Trial("flash attention with a gradient of the log-sum-exp", _causal_of_trial, lse_gradient=True)
+LSE_GRADIENT = Trial("flash attention with a gradient of the log-sum-exp", causal_problem, lse_gradient=True)
 WINDOW = Trial("flash attention with a window", _window_of_trial)
 # The first rows see nothing.
 ALIGNED = Trial("flash attention of other lengths for queries and keys", _window_of_trial, queries=90, keys=70)

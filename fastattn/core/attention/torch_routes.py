@@ -403,7 +403,7 @@ def serving(
     rest = torch_calls.without_sinks(tensors)
     for kernel in candidates(call, torch.cuda.get_device_capability(q.device)):
         width, value_width = kernel.padded(call.widths, q.dtype)
-        heads = _wide(q, width), _wide(k, width), _wide(v, value_width)
+        heads = torch_calls.wide(q, width), torch_calls.wide(k, width), torch_calls.wide(v, value_width)
         ready = kernel.module.ready(*heads, spec, rest)
         if ready and (dlse is None or torch_calls.takes_lse_gradient(kernel.module, *heads, spec, rest)):
             return kernel.module
@@ -434,11 +434,6 @@ def _widths(module: ModuleType, q: Tensor, v: Tensor) -> torch_calls.Widths:
     """The widths of heads as the module takes them."""
     widths = q.shape[3], v.shape[3]
     return next((kernel.padded(widths, q.dtype) for kernel in KERNELS if kernel.module is module), widths)
-
-
-def _wide(t: Tensor, width: int) -> Tensor:
-    """A tensor of this width that takes no memory, to ask whether a kernel takes such heads."""
-    return t if t.shape[3] == width else t[..., :1].expand(*t.shape[:3], width)
 
 
 class Plain(NamedTuple):

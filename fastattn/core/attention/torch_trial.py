@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastattn.core.attention import definition
-from fastattn.core.attention.spec import AttentionSpec, Gradients, Saved, ScoreTensors, Wanted
+from fastattn.core.attention.spec import NO_TENSORS, AttentionSpec, Gradients, Saved, ScoreTensors, Wanted
 from fastattn.ground.modes import capturing, outside_modes
 
 Forward = Callable[..., tuple[Tensor, Tensor]]  # of q, k, v, spec, tensors
@@ -51,6 +51,11 @@ class _Sizes(NamedTuple):
     key_heads: int
     width: int
     value_width: int
+
+
+def causal_problem(q: Tensor, k: Tensor) -> tuple[AttentionSpec, ScoreTensors]:
+    """Of a trial."""
+    return AttentionSpec(causal=True, scale=q.shape[3] ** -0.5), NO_TENSORS
 
 
 def agrees(trial: Trial, q: Tensor, k: Tensor, v: Tensor, forward: Forward, backward: Backward) -> bool:

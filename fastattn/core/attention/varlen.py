@@ -194,7 +194,7 @@ class _Pages(NamedTuple):
 def _in_pages(
     q: Tensor, cu_seqlens_q: Tensor, pages: _Pages, dropout_p: float, options: dict[str, Any]
 ) -> tuple[Tensor, Tensor]:
-    """A call for all sequences with the same number of queries: mostly for all there are."""
+    """One call for each number of queries that sequences have; mostly there is one."""
     if number("dropout_p", dropout_p) != 0:
         raise ValueError(f"dropout_p must be 0 beside block_table, which is for inference; got {dropout_p}")
     shapes = {"block_table": "(sequences, most pages)", "q": "(tokens, heads, width)"}
