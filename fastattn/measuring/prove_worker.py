@@ -1,5 +1,5 @@
-"""What a process does for `fastattn prove`: compile a piece of a case ahead, check a case, time it. See prove_cases
-for what a case is, and ahead for who compiles.
+"""What a process does for `fastattn prove`: compile a piece of a case ahead, check a case, time it. See
+prove_cases for what a case is, and ahead for who compiles.
 
 `check` returns a row for each direction: {direction, verdict, error, allowed, reason}, with verdict None where the
 kernel is right. `time` returns a row for each direction and size: {direction, size, ratio, reason, against}; one
