@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from fastattn.distributed.visibility import whole_mask
+from fastattn.distributed.visibility import joined_mask
 from fastattn.ground.arguments import flag, integer
 from fastattn.ground.checks import Window, check_window
 from fastattn.masks import GRANULE, Lowered, Mask
-from fastattn.masks.algebra import smaller
+from fastattn.masks.algebra import smaller, visited_by_row
+from fastattn.masks.lists import Shape
 
 BALANCED = 1.05  # the work of the heaviest rank, at most so many times the mean
 
@@ -156,8 +157,9 @@ def layout(
     batch, heads = integer("batch", batch, least=1), integer("heads", heads, least=1)
     left, right = check_window(window)
     right = smaller(right, 0 if flag("causal", causal) else None)
-    lowered = whole_mask((batch, heads, length, length, "cpu"), (left, right), mask, key_lengths)
-    work = lowered.visited_by_row.cpu()
+    shape = Shape(batch, heads, length, length, torch.device("cpu"))
+    joined = joined_mask(shape, (left, right), mask, key_lengths)
+    work = (visited_by_row(joined, shape) if isinstance(joined, Mask) else joined.visited_by_row).cpu()
     return Layout(length, ranks, _dealt(work, ranks), work, mesh if isinstance(mesh, DeviceMesh) else None)
 
 

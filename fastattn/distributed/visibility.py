@@ -28,25 +28,36 @@ def whole_mask(
 
     shape: B, Hq, N, N and the device of the call.
     """
+    joined = joined_mask(shape, bounds, mask, key_lengths)
+    return (joined.lower(*shape) if isinstance(joined, Mask) else joined).to("cpu")
+
+
+def joined_mask(
+    shape: tuple[int, int, int, int, Any],
+    bounds: tuple[int | None, int | None],
+    mask: Mask | Lowered | None,
+    key_lengths: Tensor | Sequence[int] | None = None,
+) -> Mask | Lowered:
+    """As `whole_mask`, lowered only if `mask` is, and then on its device."""
     if mask is not None and not isinstance(mask, Mask | Lowered):
         raise TypeError(f"mask must be a value of fastattn.masks, lowered or not, got {type(mask).__name__}")
     if isinstance(mask, Lowered):
         mask.check(*shape[:4], mask.shape.device)
         if mask.is_window:
             left, right = (smaller(a, b) for a, b in zip(bounds, (mask.left, mask.right), strict=True))
-            return replace(mask, left=left, right=right).to("cpu")
+            return replace(mask, left=left, right=right)
         if not mask.is_within(*bounds):
             raise ValueError(
                 "mask must lie within causal and window if it is lowered; combine them with & before you lower it"
             )
-        return mask.to("cpu")
+        return mask
     parts = [] if mask is None else [mask]
     parts += [] if bounds == (None, None) and parts else [window_mask(*bounds)]
     parts += [] if key_lengths is None else [lengths_mask(key_lengths)]
     joined = parts[0]
     for part in parts[1:]:
         joined = joined & part
-    return joined.lower(*shape).to("cpu")
+    return joined
 
 
 @dataclass(frozen=True, eq=False)

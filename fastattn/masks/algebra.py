@@ -12,7 +12,7 @@ from torch import Tensor
 from fastattn.ground.arguments import flag, integer
 from fastattn.ground.checks import window_that_hides
 from fastattn.ground.modes import fake_mode, kept, lasts, outside_modes, reading
-from fastattn.masks import pictures
+from fastattn.masks import lowering, pictures
 from fastattn.masks.lists import GRANULE, Lowered, Shape, the_device
 from fastattn.masks.lowering import (
     FULL,
@@ -20,6 +20,7 @@ from fastattn.masks.lowering import (
     Positions,
     Slab,
     build_lists,
+    seen_cells,
     words_of_intervals,
     words_of_pairs,
 )
@@ -101,6 +102,15 @@ class Mask:
             start, stop = (t[slab.batch if len(t) > 1 else 0][query] - first for t in intervals)
             return words_of_intervals(start, stop)
         return words_of_pairs(self, slab)
+
+    def visited(self, slab: Slab) -> Tensor:
+        """The granules of a slab in which any pair is seen: row * C + column, (G,), in any order."""
+        return seen_cells(self, slab)
+
+    def listed(self, shape: Shape, head: int) -> Tensor | None:
+        """Granules outside of which nothing is seen: row * C + column, (G,), ascending, all different. None if no
+        short list of them is known."""
+        return None
 
     def counts(self, at: Positions) -> Tensor:
         """How often each key that is seen counts in the softmax, integers. Constant within a FULL granule."""
@@ -297,20 +307,50 @@ def _lower(mask: Mask, shape: Shape, closed_forms: bool) -> Lowered:
         nothing = shape._replace(device=torch.device("cpu"))
         lists = None if closed_forms else build_lists(_Nothing(), nothing)
         return Lowered(nothing, lists=lists).to(shape.device)
-    form = mask.closed_form(shape) if closed_forms else None
+    found = _without_lists(mask, shape) if closed_forms else None
+    if found is not None:
+        return found
+    home = shape._replace(device=mask.lowers_on(shape.device))
+    lowered = Lowered(
+        home, key_lengths=_key_lengths(mask, home), lists=build_lists(mask, home), bounds=mask.bounds(home)
+    )
+    return lowered.to(shape.device)
+
+
+def _without_lists(mask: Mask, shape: Shape) -> Lowered | None:
+    """The mask as a window or as intervals; None if it is neither."""
+    form = mask.closed_form(shape)
     if form is not None:
         left, right = window_that_hides((form.left, form.right), shape.queries, shape.keys)
         return Lowered(shape, left, right, _key_lengths(mask, shape))
     home = shape._replace(device=mask.lowers_on(shape.device))
-    intervals = mask.intervals(home) if closed_forms else None
+    intervals = mask.intervals(home)
     two_ways = None if intervals is None else both_ways(intervals, home)
-    lists = build_lists(mask, home) if two_ways is None else None
-    lengths = _key_lengths(mask, home)
+    if two_ways is None:
+        return None
     lowered = Lowered(
-        home, key_lengths=lengths, intervals=two_ways, lists=lists, bounds=mask.bounds(home),
-        sequences=None if two_ways is None else mask.sequences(home),
+        home, key_lengths=_key_lengths(mask, home), intervals=two_ways, bounds=mask.bounds(home),
+        sequences=mask.sequences(home),
     )  # fmt: skip
     return lowered.to(shape.device)
+
+
+def visited_by_row(mask: Mask, shape: Shape) -> Tensor:
+    """How many granules the kernels visit for each row of granules, over batch and heads: int64 (R,), as
+    `Lowered.visited_by_row` counts them. Lists are not made for it."""
+    if not mask.lasts:
+        return mask.lower(*shape).visited_by_row
+    return _visited_by_row(mask, mask._shape(*shape))
+
+
+@kept(KEPT)
+def _visited_by_row(mask: Mask, shape: Shape) -> Tensor:
+    if 0 in shape[:4] or mask.repeats:
+        return _lower(mask, shape, True).visited_by_row
+    lowered = _without_lists(mask, shape)
+    if lowered is not None:
+        return lowered.visited_by_row
+    return lowering.visited_by_row(mask, shape._replace(device=mask.lowers_on(shape.device)))
 
 
 @kept(8)
@@ -383,6 +423,10 @@ class And(_Pair):
         if first is None or second is None:
             return None
         return ClosedForm(smaller(first.left, second.left), smaller(first.right, second.right))
+
+    def listed(self, shape: Shape, head: int) -> Tensor | None:
+        found = [cells for part in self.parts if (cells := part.listed(shape, head)) is not None]
+        return min(found, key=len, default=None)
 
     def key_ends(self, device: torch.device) -> Tensor | None:
         first, second = self.first.key_ends(device), self.second.key_ends(device)

@@ -6,16 +6,16 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from fastattn.ground.modes import kept
 from fastattn.masks import random_blocks
 from fastattn.masks.algebra import Mask, Values
 from fastattn.masks.kinds import check_grid, four_dimensional, pick, state, varies_by_shape
 from fastattn.masks.lists import GRANULE, Shape
-from fastattn.masks.lowering import PARTIAL, Positions, Slab, words_of_intervals
+from fastattn.masks.lowering import EMPTY, PARTIAL, Positions, Slab, words_of_intervals
 
 Index = int | Tensor
+MOST_LISTED = 2**23  # granules; a longer list than these 64 MiB is not made
 
 
 class _Cells(Mask):
@@ -34,15 +34,17 @@ class _Cells(Mask):
             return super().counts(at)
         return self.cells(at.shape, at.batch, at.head, at.query // self.block, at.key // self.block)
 
-    def anywhere(self, shape: Shape, size: int) -> Tensor:
-        """Whether any key is seen in each square of size x size blocks, or may be: bool (1 or B, 1 or H, R, C)."""
+    def anywhere(self, shape: Shape, unit: int) -> Tensor:
+        """Whether any key is seen in each square of unit x unit tokens, or may be: bool (1 or B, 1 or H, R, C)."""
         raise NotImplementedError
+
+    def visited(self, slab: Slab) -> Tensor:
+        states, cells = torch.broadcast_tensors(self.states(slab), slab.cells)
+        return cells[states != EMPTY]  # of a granule that is not EMPTY, a block is seen
 
     def states(self, slab: Slab) -> Tensor:
         if slab.unit > max(GRANULE, self.block):
-            if slab.unit % self.block:
-                return super().states(slab)
-            seen = _anywhere(self, slab.shape, slab.unit // self.block)
+            seen = _anywhere(self, slab.shape, slab.unit)
             seen = seen[pick(seen.shape[0], slab.batch), pick(seen.shape[1], slab.head)]
             return seen.to(slab.shape.device)[slab.rows, slab.columns].to(torch.int8)  # PARTIAL, or EMPTY
         there, cells = self._within(slab)
@@ -79,26 +81,65 @@ class _Cells(Mask):
 
 
 @kept(8)
-def _anywhere(mask: _Cells, shape: Shape, size: int) -> Tensor:
-    return mask.anywhere(shape, size)
+def _anywhere(mask: _Cells, shape: Shape, unit: int) -> Tensor:
+    return mask.anywhere(shape, unit)
 
 
-def _listed(drawn: Tensor, size: int, window: int, first: int, last: int) -> Tensor:
-    """Where BigBird sees anything, in squares of size x size blocks: bool (1, 1 or H, R, R).
+def _blocks_of(length: int, unit: int, block: int) -> tuple[Tensor, Tensor]:
+    """The first and the last block of `block` tokens in each `unit` of tokens."""
+    begin = torch.arange(0, length, unit)
+    return begin // block, ((begin + unit).clamp(max=length) - 1) // block
 
-    drawn: its random blocks, (1 or H, blocks, random). window: how many blocks beside its own a block sees. first,
-    last: the blocks before `first` and from `last` on see all, and are seen by all.
-    """
-    count = -(-drawn.shape[1] // size)
-    number = torch.arange(count, device=drawn.device)
-    # Two squares are as near as the end of one and the begin of the other.
-    seen = (number[:, None] - number).abs() * size - (size - 1) <= window
-    for side in (number[:, None], number):
-        seen = seen | (side * size < first) | ((side + 1) * size > last)
-    seen = seen.expand(drawn.shape[0], count, count).clone()
-    head, row, which = (drawn >= 0).nonzero().unbind(1)
-    seen[head, row // size, drawn[head, row, which] // size] = True
-    return seen[None]
+
+class _SparseCells(_Cells):
+    """BigBird: a window of blocks, global blocks and random blocks."""
+
+    def sides(self, shape: Shape) -> tuple[int, int, int]:
+        """How many blocks beside its own a block sees; the blocks before the second number and from the third one
+        on see all, and are seen by all."""
+        raise NotImplementedError
+
+    def drawn(self, shape: Shape) -> Tensor:
+        """The random blocks of each row of blocks, (1 or H, blocks, random); -1 for none."""
+        raise NotImplementedError
+
+    def anywhere(self, shape: Shape, unit: int) -> Tensor:
+        count = -(-shape.keys // unit)
+        seen = torch.zeros(self.drawn(shape).shape[0], count * count, dtype=torch.bool)
+        for head in range(len(seen)):
+            seen[head, self._squares(shape, head, unit)] = True
+        return seen.view(1, -1, count, count)
+
+    def listed(self, shape: Shape, head: int) -> Tensor | None:
+        window, first, last = self.sides(shape)
+        blocks = -(-shape.keys // self.block)
+        # A block reaches into so many granules of a row; global ones are rows and columns of granules.
+        each, globals = (self.block - 1) // GRANULE + 2, first + max(0, blocks - last) + 2
+        drawn = self.drawn(shape).shape[2] * blocks * each**2
+        if drawn + shape.rows * (each * (2 * window + 3) + 2 * globals * each) > MOST_LISTED:
+            return None
+        return self._squares(shape, head, GRANULE).to(shape.device)
+
+    def _squares(self, shape: Shape, head: int, unit: int) -> Tensor:
+        """The squares of unit x unit tokens in which a head sees any key: row * count + column, ascending."""
+        length, block, (window, first, last) = shape.keys, self.block, self.sides(shape)
+        low, high = _blocks_of(length, unit, block)
+        count, number = len(low), torch.arange(len(low))
+        sees_all = (low < first) | (high >= last)
+        begin = torch.where(sees_all, 0, (low - window).clamp(min=0) * block // unit)
+        end = torch.where(sees_all, count, (((high + window + 1) * block).clamp(max=length) - 1) // unit + 1)
+        row = torch.repeat_interleave(end - begin)
+        column = torch.arange(len(row)) - ((end - begin).cumsum(0) - end)[row]
+        of_globals = number[:, None] * count + sees_all.nonzero()[:, 0]
+        drawn = self.drawn(shape)[pick(self.drawn(shape).shape[0], head)]
+        block_row, which = (drawn >= 0).nonzero().unbind(1)
+        down, across = (
+            torch.minimum(t[:, None] * block // unit + torch.arange((block - 1) // unit + 2), last_of[:, None])
+            for t in (block_row, drawn[block_row, which])
+            for last_of in [(((t + 1) * block).clamp(max=length) - 1) // unit]
+        )
+        of_random = down[:, :, None] * count + across[:, None]
+        return torch.cat((row * count + column, of_globals.flatten(), of_random.flatten())).unique()
 
 
 @dataclass(frozen=True, repr=False)
@@ -119,10 +160,14 @@ class Blocks(_Cells):
         home = grid.device
         return grid[tuple(t.to(home) if isinstance(t, Tensor) else t for t in where)].to(row.device)
 
-    def anywhere(self, shape: Shape, size: int) -> Tensor:
+    def anywhere(self, shape: Shape, unit: int) -> Tensor:
         seen = four_dimensional(self.grid.tensor) > 0
-        seen = F.pad(seen, (0, -seen.shape[3] % size, 0, -seen.shape[2] % size))
-        return seen.unflatten(3, (-1, size)).any(4).unflatten(2, (-1, size)).any(3)
+        for dim, length in ((2, shape.queries), (3, shape.keys)):
+            first, last = _blocks_of(length, unit, self.block)
+            each = torch.minimum(first[:, None] + torch.arange(int((last - first).max()) + 1), last[:, None])
+            found = seen.index_select(dim, each.flatten().to(seen.device))
+            seen = found.unflatten(dim, each.shape).any(dim + 1)
+        return seen
 
     def varies(self, shape: Shape) -> tuple[bool, bool]:
         return varies_by_shape(self.grid)
@@ -136,7 +181,7 @@ class Blocks(_Cells):
 
 
 @dataclass(frozen=True, repr=False)
-class BigBird(_Cells):
+class BigBird(_SparseCells):
     """The union of a window, global and random blocks (Zaheer et al. 2020, section 2)."""
 
     block: int
@@ -147,20 +192,19 @@ class BigBird(_Cells):
     per_head: bool
 
     def cells(self, shape: Shape, batch: Index, head: Index, row: Tensor, column: Tensor) -> Tensor:
-        last = -(-shape.keys // self.block) - self.global_blocks
-        drawn = self._drawn(shape).to(row.device)
+        window, first, last = self.sides(shape)
+        drawn = self.drawn(shape).to(row.device)
         drawn = drawn[pick(drawn.shape[0], head), row]
-        seen = ((row - column).abs() <= self.window_blocks // 2) | (drawn == column[..., None]).any(-1)
+        seen = ((row - column).abs() <= window) | (drawn == column[..., None]).any(-1)
         for block in (row, column):
-            seen = seen | (block < self.global_blocks) | (block >= last)
+            seen = seen | (block < first) | (block >= last)
         return seen
 
-    def anywhere(self, shape: Shape, size: int) -> Tensor:
-        drawn, last = self._drawn(shape), -(-shape.keys // self.block) - self.global_blocks
-        return _listed(drawn, size, self.window_blocks // 2, self.global_blocks, last)
+    def sides(self, shape: Shape) -> tuple[int, int, int]:
+        last = -(-shape.keys // self.block) - self.global_blocks
+        return self.window_blocks // 2, self.global_blocks, last
 
-    def _drawn(self, shape: Shape) -> Tensor:
-        """The random blocks of each row of blocks, (1 or H, blocks, random)."""
+    def drawn(self, shape: Shape) -> Tensor:
         return random_blocks.paper_blocks(
             -(-shape.keys // self.block),
             shape.heads if self.per_head else 1,
@@ -186,7 +230,7 @@ class BigBird(_Cells):
 
 
 @dataclass(frozen=True, repr=False)
-class HuggingFaceBigBird(_Cells):
+class HuggingFaceBigBird(_SparseCells):
     """What `transformers`' block-sparse BigBird attention computes, multiplicities included."""
 
     block: int
@@ -200,23 +244,26 @@ class HuggingFaceBigBird(_Cells):
         return True
 
     def cells(self, shape: Shape, batch: Index, head: Index, row: Tensor, column: Tensor) -> Tensor:
-        count = shape.keys // self.block
-        if count <= 5 + 2 * self.random:  # `transformers` uses full attention for so few blocks
+        if self._sees_all(shape):
             return torch.ones_like(row + column)
-        drawn = self._drawn(shape).to(row.device)
+        count = shape.keys // self.block
+        drawn = self.drawn(shape).to(row.device)
         drawn = drawn[pick(drawn.shape[0], head), row]
         edge = (row == 0) | (row == count - 1)
         seen = edge | (column == 0) | (column == count - 1) | ((row - column).abs() <= 1)
         return seen + torch.where(edge, 0, (drawn == column[..., None]).sum(-1))
 
-    def anywhere(self, shape: Shape, size: int) -> Tensor:
+    def sides(self, shape: Shape) -> tuple[int, int, int]:
         count = shape.keys // self.block
-        if count <= 5 + 2 * self.random:
-            return torch.ones(1, 1, -(-count // size), -(-count // size), dtype=torch.bool)
-        return _listed(self._drawn(shape), size, 1, 1, count - 1)
+        return 1, count if self._sees_all(shape) else 1, count - 1
 
-    def _drawn(self, shape: Shape) -> Tensor:
-        """The random blocks of each row of blocks, (1 or H, blocks, random)."""
+    def _sees_all(self, shape: Shape) -> bool:
+        """`transformers` uses full attention for so few blocks."""
+        return shape.keys // self.block <= 5 + 2 * self.random
+
+    def drawn(self, shape: Shape) -> Tensor:
+        if self._sees_all(shape):
+            return torch.zeros(1, shape.keys // self.block, 0, dtype=torch.int64)
         return random_blocks.huggingface_blocks(
             shape.keys // self.block, self.block, shape.heads, self.random, self.seed if self.training else None,
             self.max_positions,

@@ -23,6 +23,7 @@ SLAB = 2**18  # granules classified at once: 256 KiB for each byte per granule
 ZOOM = 4  # how many times as long a larger block is as its parts
 WORDS = 4096  # granules evaluated at once: 2 MiB of words
 LOOK = 256  # granules evaluated pair by pair at once: 1 MiB for each byte per pair
+SAMPLED = 8192  # granules of which a few pairs are evaluated at once: 1 MiB for each byte per pair
 
 
 class Positions(NamedTuple):
@@ -85,6 +86,8 @@ class Lowerable(Protocol):
     def sees(self, at: Positions) -> Tensor: ...
     def states(self, slab: Slab) -> Tensor: ...
     def words(self, slab: Slab) -> Tensor: ...
+    def visited(self, slab: Slab) -> Tensor: ...
+    def listed(self, shape: Shape, head: int) -> Tensor | None: ...
     def counts(self, at: Positions) -> Tensor: ...
     def varies(self, shape: Shape) -> tuple[bool, bool]: ...
     def of_distance(self) -> bool: ...
@@ -173,8 +176,72 @@ def _granules(mask: Lowerable, shape: Shape, batch: int, head: int, tiles: _Tile
     return full.sorted(), partial.sorted()
 
 
+def visited_by_row(mask: Lowerable, shape: Shape) -> Tensor:
+    """How many entries the lists of each row of granules have, over batch and heads: int64 (R,). They are counted
+    without making the lists. No key may count several times."""
+    if mask.of_distance():
+        return _visited_by_distance(mask, shape) * (shape.batch * shape.heads)
+    by_batch, by_head = mask.varies(shape)
+    batch, heads = shape.batch if by_batch else 1, shape.heads if by_head else 1
+    visited = torch.zeros(shape.rows, dtype=torch.int64, device=shape.device)
+    for b in range(batch):
+        for h in range(heads):
+            for slab in _slabs(mask, shape, b, h):
+                rows = mask.visited(slab) // shape.columns
+                visited += torch.bincount(rows, minlength=shape.rows)
+    return visited * (shape.batch // batch) * (shape.heads // heads)
+
+
+def _visited_by_distance(mask: Lowerable, shape: Shape) -> Tensor:
+    """The same for one batch element and head, if the mask depends on distances alone. All whole granules on a
+    diagonal are equal, so only the first of each is looked at."""
+    slab = Slab(shape, 0, 0, GRANULE, *torch.zeros(2, 1, dtype=torch.int64, device=shape.device))
+    visited = torch.zeros(shape.rows, dtype=torch.int64, device=shape.device)
+    rows, columns = shape.queries // GRANULE, shape.keys // GRANULE
+    if rows and columns:
+        diagonal = torch.arange(1 - columns, rows, device=shape.device)
+        firsts = slab._replace(rows=diagonal.clamp(min=0), columns=(-diagonal).clamp(min=0))
+        seen = slab.of(mask.visited(firsts))
+        until = torch.zeros(rows + columns, dtype=torch.int64, device=shape.device)
+        until[seen.rows - seen.columns + columns] = 1
+        until = until.cumsum(0)
+        # Row r meets the diagonals from r - columns + 1 to r.
+        visited[:rows] = until[columns:] - until[:rows]
+    row, column = (torch.arange(size, device=shape.device) for size in (shape.rows, shape.columns))
+    for own, other in ((row[rows:], column), (row[:rows], column[columns:])):
+        cells = mask.visited(slab.of((own[:, None] * shape.columns + other).flatten()))
+        visited += torch.bincount(cells // max(1, shape.columns), minlength=shape.rows)
+    return visited
+
+
+def seen_cells(mask: Lowerable, slab: Slab) -> Tensor:
+    """The granules in which any pair is seen, (G,), in any order. Where `states` does not decide, a few pairs are
+    evaluated, and all of them only if none of these is seen."""
+    states, every = torch.broadcast_tensors(mask.states(slab), slab.cells)
+    undecided = every[states == PARTIAL]
+    sampled = [_sampled(mask, slab, cells) for cells in undecided.split(SAMPLED)]
+    decided = torch.cat(sampled) if sampled else undecided.bool()
+    seen = [every[states == FULL], undecided[decided]]
+    for cells, words, which, _ in _evaluated(mask, slab, undecided[~decided]):
+        seen.append(cells[(words != 0).any(1)[which]])
+    return torch.cat(seen)
+
+
+def _sampled(mask: Lowerable, slab: Slab, cells: Tensor) -> Tensor:
+    """Whether any pair on the two diagonals of these granules is seen, (G,). All corners are among them."""
+    at, step = positions(slab.of(cells)), torch.arange(GRANULE, device=cells.device)
+    query, key = at.query[:, :, 0].repeat(1, 2), at.key[:, 0][:, torch.cat((step, step.flip(0)))]
+    pairs = at._replace(batch=at.batch[0], head=at.head[0], query=query, key=key)
+    return mask.sees(pairs).expand(len(cells), 2 * GRANULE).any(1)
+
+
 def _slabs(mask: Lowerable, shape: Shape, batch: int, head: int) -> Iterator[Slab]:
     """Blocks of granules. Granules that lie in none of them are empty."""
+    listed = mask.listed(shape, head)
+    if listed is not None:
+        for cells in listed.split(SLAB):
+            yield Slab(shape, batch, head, GRANULE, cells // shape.columns, cells % shape.columns)
+        return
     unit = GRANULE
     while -(-shape.queries // unit) * -(-shape.keys // unit) > SLAB:
         unit *= ZOOM
