@@ -339,15 +339,13 @@ def kept_bytes(function: Callable[[], Tensor], inputs: list[Tensor | None]) -> i
     return sum(size for pointer, size in kept.items() if pointer not in given)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
 @EVERY_FORM
 def test_autograd_s_own_backward_has_the_bits_of_the_operator_and_keeps_no_more(
     form: str, dtype: torch.dtype, monkeypatch
 ) -> None:
     """Most calls on a CPU are made of torch's operations. Within a checkpoint they are the operator."""
-    problem = Problem(
-        **FORMS[form], tokens=48, width=64, hidden=96, out=64, dtype=dtype, match_eager=dtype == torch.float16
-    )
+    problem = Problem(**FORMS[form], tokens=48, width=64, hidden=96, out=64, dtype=dtype)
     inputs, dy = [None if t is None else t.requires_grad_() for t in problem.inputs()], problem.dy()
     function = functools.partial(problem.ours, *inputs, backend="portable")
     found = gradients(problem, inputs, dy, "portable")

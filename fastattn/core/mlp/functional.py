@@ -68,8 +68,8 @@ def mlp(
             beside what is kept, and gradients of weights are summed in float32. "auto": all tokens, if `save` is
             "auto" or "preactivation"; else as many as keep these three within 256 MiB on a GPU or 32 MiB on a CPU,
             but at least 4096 or 1024.
-        match_eager: round wherever eager PyTorch rounds, in the backward, too. By default the backward rounds less
-            often in half precision, which is more exact.
+        match_eager: round wherever eager PyTorch rounds, in the backward, too. By default the backward may round
+            less often in half precision, which is more exact.
         norm: what of x the first layer reads: "rms" for its RMS norm, "layer" for its layer norm, None for x
             itself. The result of the norm is not kept for the backward.
         norm_weight, norm_bias: (d,), any floating dtype, or None for 1 and 0. An RMS norm has no bias.

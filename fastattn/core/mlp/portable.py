@@ -17,7 +17,6 @@ from fastattn.core.mlp.chunks import Kept, Steps, column_sum, pre_activations, p
 from fastattn.core.mlp.spec import MLPSpec, MLPWeights
 from fastattn.core.norm import portable as norm
 from fastattn.core.norm.spec import Saved
-from fastattn.ground.checks import lse_dtype
 
 RELUS = ("relu", "relu_squared")
 
@@ -36,13 +35,12 @@ def is_composed(x: Tensor, spec: MLPSpec) -> bool:
     """Whether the definition, differentiated by autograd, has the bits of this backend and keeps no more. It then
     takes less time, because autograd's backward is not in Python.
 
-    Not where half precision is to be rounded less often than autograd rounds it; nor of a squared ReLU, of which
-    autograd keeps the hidden layer, too; nor on a GPU, where a product and a sum are one call here.
+    Not of a squared ReLU, of which autograd keeps the hidden layer, too; nor on a GPU, where a product and a sum are
+    one call here, and where half precision is rounded less often than autograd rounds it.
     """
     alone = not (spec.norm or spec.dropout or spec.residual or spec.chunk)
     keeps_more = spec.activation == "relu_squared" and not spec.gated
-    rounds_alike = spec.match_eager or lse_dtype(x.dtype) == x.dtype
-    return not x.is_cuda and alone and spec.save == "auto" and rounds_alike and not keeps_more
+    return not x.is_cuda and alone and spec.save == "auto" and not keeps_more
 
 
 def kept_empty(x: Tensor, weights: MLPWeights, spec: MLPSpec) -> Kept:
