@@ -23,8 +23,15 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 
 # The last two stand for a plain tensor while a compiler or an exporter traces.
 PLAIN = (Tensor, nn.Parameter, FakeTensor, FunctionalTensor)
-# The original forward of these classes: some tools replace it on the class itself.
-FORWARDS: dict[Any, Any] = {kind: kind.forward for kind in (nn.Linear, nn.LayerNorm, nn.RMSNorm)}
+# The original forward of a class, because some tools replace it on the class itself. Of a class that is not listed
+# it is the one that the first question about it met: `patch` asks before a module is swapped.
+FORWARDS: dict[Any, Any] = {
+    kind: kind.forward
+    for kind in (
+        nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Dropout, nn.Identity, nn.ReLU, nn.SiLU, nn.GELU,
+        nn.MultiheadAttention, nn.TransformerEncoderLayer,
+    )
+}  # fmt: skip
 
 
 def alteration(
@@ -49,7 +56,7 @@ def alteration(
     if not (kind in kinds if isinstance(kinds, tuple) else kind is kinds):
         return f"is of class {kind.__name__}"
     # Reading part.forward first makes torch.compile notice a later replacement; the dictionary alone does not.
-    if (part.forward and "forward" in part.__dict__) or FORWARDS.get(kind, kind.forward) is not kind.forward:
+    if (part.forward and "forward" in part.__dict__) or is_replaced(kind):
         return "has another forward than it was built with"
     if part._forward_hooks or part._forward_pre_hooks:
         return "has a forward hook"
@@ -64,6 +71,15 @@ def alteration(
         if weight is not None and (reason := _weight_alteration(weight, like)):
             return f"has a {name} {reason}"
     return None
+
+
+def is_replaced(kind: Any) -> bool:
+    """Whether somebody has replaced the forward of this class on the class itself."""
+    if (original := FORWARDS.get(kind)) is None:
+        original = kind.forward
+        if not torch.compiler.is_compiling():
+            FORWARDS[kind] = original
+    return original is not kind.forward
 
 
 def _weight_alteration(weight: Any, like: Tensor | None) -> str | None:

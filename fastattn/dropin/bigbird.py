@@ -1,5 +1,5 @@
 """`transformers`' BigBird attention, sparse and full, computed by `fastattn.attention`. `fastattn.patch` swaps it
-in."""
+in. A forward that somebody puts into transformers' class after this file is imported computes instead."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from transformers.models.big_bird.modeling_big_bird import (
 
 from fastattn import masks
 from fastattn.core.attention.functional import attention
+from fastattn.core.intact import FORWARDS, is_replaced
 from fastattn.dropin.swapping import swap
 from fastattn.integrations.huggingface import fastattn_attention
 
@@ -35,7 +36,8 @@ class FusedBigBirdBlockSparseAttention(BigBirdBlockSparseAttention):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """As transformers calls it: hidden_states (B, L, E), from_mask (B, 1, L, 1), to_mask (B, 1, 1, L)."""
-        if kwargs.get("output_attentions") or from_mask is None or to_mask is None:
+        own = kwargs.get("output_attentions") or is_replaced(BigBirdBlockSparseAttention)
+        if own or from_mask is None or to_mask is None:
             return super().forward(
                 hidden_states, band_mask, from_mask, to_mask, from_blocked_mask, to_blocked_mask, **kwargs
             )
@@ -64,7 +66,7 @@ class FusedBigBirdSelfAttention(BigBirdSelfAttention):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """As transformers calls it: hidden_states (B, L, E), masks (B, 1, L, keys) that are added, or None."""
-        if kwargs.get("output_attentions"):
+        if kwargs.get("output_attentions") or is_replaced(BigBirdSelfAttention):
             return super().forward(
                 hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask, past_key_values,
                 **kwargs,
@@ -111,6 +113,7 @@ FUSED: dict[type[nn.Module], type[nn.Module]] = {
     BigBirdBlockSparseAttention: FusedBigBirdBlockSparseAttention,
     BigBirdSelfAttention: FusedBigBirdSelfAttention,
 }
+FORWARDS.update({kind: kind.forward for kind in FUSED})
 
 
 def _heads(module: Any, projection: str, states: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from fastattn.core.intact import alteration
-from fastattn.dropin.fused_classes import Fused, fused_class
+from fastattn.dropin.fused_classes import Fused, digest, fused_class
 from fastattn.dropin.mlp_forms import FusedForward
 from fastattn.dropin.norm_forms import FusedNorm, NormNames, fits, values_of
 from fastattn.dropin.norm_forms import names_of as norm_names_of
@@ -41,7 +41,7 @@ from fastattn.nn.residual import KINDS, SMALLEST_EPS, may_be_kernels, read_norm
 
 MOST_STATEMENTS = 5  # that one sum is spread over
 _DOES = ast.Call, ast.NamedExpr, ast.Await, ast.Yield, ast.YieldFrom
-_ANSWER = "_fastattn_sum"
+_ASK, _ANSWER = "_in_one_call", "_fastattn_sum"
 
 
 class OwnCode(NamedTuple):
@@ -59,7 +59,8 @@ class OwnCode(NamedTuple):
 class Sum:
     """The attributes that hold a layer's MLP, the norm before it and the dropout after it; "" for none.
 
-    kind, read: the norm's class and how it is read, if that class is none of torch's.
+    kind, read, tried: the norm's class, how it is read, and the digest of its forward when that was tried, if that
+        class is none of torch's.
     """
 
     mlp: str
@@ -67,20 +68,20 @@ class Sum:
     dropout: str
     kind: type[nn.Module] | None = None
     read: NormNames | None = None
+    tried: str = ""
 
 
 class FusedBlock(Fused):
     """A layer; its sum is one call where the kernels serve."""
 
-    method = "_in_one_call"
     keeps_name = True  # Tools that shard a model layer by layer find the layers by the name of their class.
     names: Sum
 
     @classmethod
-    def own_forward(cls, own: type[nn.Module], names: Sum) -> Any:
+    def forward_for(cls, own: type[nn.Module], names: Sum) -> Any:
         found = own_code(own, names.mlp)
         # A copy may be made where the source can no longer be read: then all stays the layer's own code.
-        return found.forward if isinstance(found, OwnCode) else own.forward
+        return _unless_outdated(found.forward) if isinstance(found, OwnCode) else None
 
     def _in_one_call(self, x: Any) -> Tensor | None:
         """x + dropout(mlp(norm(x))); None if the layer's own code must compute it."""
@@ -95,11 +96,24 @@ class FusedBlock(Fused):
         return mlp._added(x, norm, dropout, reader)
 
 
+def _unless_outdated(with_question: Any) -> Any:
+    """A forward that runs this code, as long as it is that of the layer's own class."""
+
+    @functools.wraps(with_question)
+    def forward(self: FusedBlock, *args: Any, **kwargs: Any) -> Any:
+        if self.is_outdated():
+            return self.own.forward(self, *args, **kwargs)
+        return with_question(self, *args, **kwargs)
+
+    return forward
+
+
 def _read_own_norm(names: Sum, norm: Any, x: Tensor, backend: str | None) -> dict[str, Any] | None:
     """As `read_norm`, of a norm that is none of torch's."""
     kind, read = names.kind, names.read
     assert kind is not None and read is not None
-    if alteration(norm, (kind, fused_class(FusedNorm, kind, read)), x):
+    fused = fused_class(FusedNorm, kind, read, names.tried)
+    if fused.is_outdated() or alteration(norm, (kind, fused), x):
         return None
     weight, bias, eps = values_of(norm, read)
     if eps < SMALLEST_EPS or any(
@@ -130,10 +144,10 @@ def sum_of(block: nn.Module, mlp: str) -> Sum | str:
     if not before or isinstance(norm := getattr(block, before[0]), KINDS):
         return found_sum
     if isinstance(norm, FusedNorm):
-        return replace(found_sum, kind=norm.own, read=norm.names)
+        return replace(found_sum, kind=norm.own, read=norm.names, tried=norm.tried)
     if (read := norm_names_of(norm)) is None:
         return f"{type(norm).__name__} is no norm that the kernels know"
-    return replace(found_sum, kind=type(norm), read=read)
+    return replace(found_sum, kind=type(norm), read=read, tried=digest(type(norm).forward))
 
 
 def own_code(own: Any, mlp: str) -> OwnCode | str:
@@ -284,7 +298,7 @@ def _read_after(definition: ast.FunctionDef, last: ast.stmt) -> frozenset[str]:
 
 def _question(window: list[ast.stmt], found: _Added) -> ast.If:
     """The statements, unless the sum is computed in one call."""
-    text = f"if ({_ANSWER} := self.{FusedBlock.method}({found.h})) is not None: {found.target} = {_ANSWER}"
+    text = f"if ({_ANSWER} := self.{_ASK}({found.h})) is not None: {found.target} = {_ANSWER}"
     (question,) = ast.parse(text).body
     for node in ast.walk(question):
         ast.copy_location(node, window[-1])

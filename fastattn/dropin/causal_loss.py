@@ -42,10 +42,8 @@ class Names(NamedTuple):
 class FusedCausalLoss(Fused):
     """A causal language model; `names` are its Names."""
 
-    method = "forward"
-
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        given = _arguments(self, args, kwargs) if self.training else None
+        given = _arguments(self, args, kwargs) if self.training and not self.is_outdated() else None
         return super().forward(*args, **kwargs) if given is None else causal_loss(self, given)
 
 

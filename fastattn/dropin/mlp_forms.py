@@ -159,7 +159,6 @@ class Names:
     module's
         code.
     only_in_eval: whether its own code computes something else in training, such as torch.nn.functional.dropout.
-    trial: whether these are tried, in float64: then the portable backend computes, whatever FASTATTN_BACKEND says.
     """
 
     first: tuple[str, ...]
@@ -172,7 +171,6 @@ class Names:
     computes: str = ""
     custom: Any = None
     only_in_eval: bool = False
-    trial: bool = False
 
     def read(self, module: nn.Module) -> Parts | None:
         """The module's parts; None if it has others."""
@@ -210,10 +208,10 @@ def is_linear_like(module: Any) -> bool:
 
 
 class Form(Fused):
-    """A module whose MLP is fused."""
+    """A module whose MLP is fused. named_backend: as `fastattn.mlp`'s argument `backend`."""
 
     names: Names
-    method = "forward"
+    named_backend: str | None = None
 
     def mlp_parts(self) -> list[Parts]:
         """The MLPs in this module that are fused."""
@@ -222,6 +220,8 @@ class Form(Fused):
 
     def _parts(self, x: Tensor) -> Parts | None:
         """The MLP's parts, or None if the module's own code must compute it."""
+        if self.is_outdated():
+            return None
         # Its code may read the training flag of any of its parts.
         if self.names.only_in_eval and any(part.training for part in self.modules()):
             return None
@@ -231,9 +231,7 @@ class Form(Fused):
     def _fused(self, x: Tensor) -> Tensor | None:
         """The MLP's result, or None if the module's own code must compute it."""
         parts = self._parts(x)
-        if parts is None:
-            return None
-        return fused(parts, x, backend="portable") if self.names.trial else fused(parts, x)
+        return None if parts is None else fused(parts, x, backend=self.named_backend)
 
     def _added(
         self,
@@ -248,12 +246,16 @@ class Form(Fused):
         """
         after = [*(_get(self, name) for name in self.names.after), dropout]
         dropouts = [part for part in after if part is not None and alteration(part, nn.Identity)]
-        parts = self._parts(x) if len(dropouts) < 2 and not self.names.trial else None
+        own = self.method in self.__dict__  # somebody has replaced it on this instance
+        parts = None if own or len(dropouts) > 1 else self._parts(x)
         if parts is None:
             return None
         spec = MLPSpec(_activation(parts), bool(parts.packed) or len(parts.first) == 2)
-        branch = branch_of(x, spec, norm=norm, dropout=dropouts[0] if dropouts else None, reader=reader)
-        return None if branch is None else fused(parts, x, **branch)
+        last = dropouts[0] if dropouts else None
+        branch = branch_of(x, spec, norm=norm, dropout=last, reader=reader, backend=self.named_backend)
+        if branch is None:
+            return None
+        return fused(parts, x, backend=self.named_backend, **branch)
 
     def _after(self, y: Tensor) -> Tensor:
         for name in self.names.after:
@@ -274,6 +276,7 @@ class FusedFeedForward(Form):
     """A transformer layer of torch, whose MLP is in one method."""
 
     method = "_ff_block"
+    extends = frozenset(("_ff_step",))
 
     def _ff_block(self, x: Tensor) -> Tensor:
         y = self._fused(x)
@@ -305,6 +308,8 @@ class FusedSequential(Form):
     """An nn.Sequential that contains Linear, activation, maybe Dropout, Linear, once or several times."""
 
     def forward(self, input: Any) -> Any:
+        if self.is_outdated():
+            return super().forward(input)
         x, modules, i = input, list(self._modules.values()), 0
         while i < len(modules):
             run = run_at(modules, i)

@@ -45,6 +45,7 @@ class FusedNorm(Fused):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         x: Any = args[0] if args else None
         known = len(args) == 1 and not kwargs and type(x) in PLAIN and not x.is_nested and x.dtype in FLOATING
+        known = known and not self.is_outdated()
         # torch.fx records every weight that is read: read them only once the input is known to be a tensor.
         weight, bias, eps = values_of(self, self.names) if known else (None, None, 0.0)
         if not known or any(t is not None and not fits(t, x) for t in (weight, bias)):

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastattn.dropin import blocks, mlp_forms, mlp_search
-from fastattn.dropin.fused_classes import fused_class
+from fastattn.dropin.fused_classes import clash, fused_class
 from fastattn.dropin.likeness import ATTENDS, attends, is_norm, may_be_norm
 from fastattn.dropin.likeness import NORMS as LIKE_NORM
 from fastattn.dropin.mlp_forms import Form, FusedForward, Names, obstacle
@@ -360,6 +360,8 @@ def _swap_mlp(name: str, module: nn.Module) -> Row | None:
     found: Names | None = None
     if "forward" in module.__dict__:
         reason = "its forward was replaced on the instance"
+    elif hidden := clash(module, form):
+        reason = hidden
     elif reason == in_training:
         found = mlp_search.found_way(module, form, ways)
         reason = "its own code computes more than this MLP, or something else"
@@ -392,7 +394,7 @@ def _with_blocks(model: nn.Module, rows: list[Row]) -> list[Row]:
         if isinstance(block, blocks.FusedBlock):
             of_blocks.append(Row(name, "block", was, None, ALREADY))
             continue
-        found = _instance_obstacle(block) or blocks.sum_of(block, mlp)
+        found = _instance_obstacle(block) or clash(block, blocks.FusedBlock) or blocks.sum_of(block, mlp)
         if isinstance(found, blocks.Sum):
             swap(block, fused_class(blocks.FusedBlock, type(block), found))
             of_blocks.append(Row(name, "block", was, IN_ONE_CALL, "by the kernels; elsewhere by its own code"))
@@ -416,6 +418,8 @@ def _swap_sequential(name: str, module: nn.Sequential) -> Row | None:
         return Row(name, "mlp", was, None, f"{was} is a subclass with code of its own")
     if "forward" in module.__dict__:
         return Row(name, "mlp", was, None, "its forward was replaced on the instance")
+    if reason := clash(module, mlp_forms.FusedSequential):
+        return Row(name, "mlp", was, None, reason)
     if not good:
         return Row(name, "mlp", was, None, obstacle(candidates[0]) or "")
     swap(module, fused_class(mlp_forms.FusedSequential, type(module), mlp_forms.SEQUENTIAL))
@@ -499,6 +503,7 @@ def _swap_losses(model: nn.Module) -> list[Row]:
         was = _class_name(module)
         reason = ALREADY if isinstance(module, causal_loss.FusedCausalLoss) else _instance_obstacle(module)
         try:
+            reason = reason or clash(module, causal_loss.FusedCausalLoss)
             reason = reason or causal_loss.obstacle(module) or causal_loss.trial(module)
         except Exception as error:
             reason = f"trying it raised {type(error).__name__}: {error}"
@@ -567,7 +572,9 @@ def _swap_norm(name: str, module: nn.Module) -> Row | None:
         reason = "fastattn's own"
     elif isinstance(module, tuple(NORMS)):
         reason = reason or (None if kind in NORMS else f"{was} is a subclass with code of its own")
-    elif reason is None and (names := names_of(module)) is None:
+    elif reason := reason or clash(module, FusedNorm):
+        pass  # it is left
+    elif (names := names_of(module)) is None:
         reason = "its own code computes another norm, or something else"
     if reason:
         return Row(name, "norm", was, None, reason) if named or ours is not None else None

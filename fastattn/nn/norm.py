@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastattn.core.capabilities import check_backend
 from fastattn.core.heads.spec import SMALLEST_EPS
+from fastattn.core.intact import is_replaced
 from fastattn.core.norm.functional import layer_norm, rms_norm
 from fastattn.ground.checks import FLOATING
 
@@ -82,10 +83,11 @@ NORMS: dict[type[nn.Module], type[nn.Module]] = {nn.LayerNorm: LayerNorm, nn.RMS
 
 def _serves(norm: nn.LayerNorm | nn.RMSNorm, x: Tensor) -> bool:
     """Whether the fused function can compute this call. torch's own forward takes the others: it computes nested
-    tensors and an eps of 0, and raises for wrong shapes."""
+    tensors and an eps of 0, and raises for wrong shapes. So does another forward that its class has got."""
     shape = tuple(norm.normalized_shape)
     return (
         isinstance(x, Tensor)
+        and not is_replaced(nn.RMSNorm if isinstance(norm, nn.RMSNorm) else nn.LayerNorm)
         and not x.is_nested
         and x.dtype in FLOATING
         and (norm.eps is None or norm.eps >= SMALLEST_EPS)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fastattn.core.attention.dropout import dropout_state
 from fastattn.core.attention.sdpa import TOP_LEFT, attend, dtype_obstacle, mask_alone, refusal_of_mask, warn_once
 from fastattn.core.capabilities import check_backend
+from fastattn.core.intact import is_replaced
 from fastattn.core.rows import linear, rows_of_layers
 from fastattn.masks import Lowered, Mask
 from fastattn.nn.weights import Weighting, head_weights, joined, mask_as_bias, mean_weights
@@ -274,6 +275,8 @@ class MultiheadAttention(nn.MultiheadAttention):
 
     def _obstacle(self, inputs: _Inputs) -> str | None:
         """Why this call is left to torch, which computes it or raises; None if it is computed here."""
+        if is_replaced(nn.MultiheadAttention):
+            return "torch.nn.MultiheadAttention has another forward now"
         tensors = inputs[:3]
         # The bias is among them: for some layouts torch accepts a bias of another dtype.
         projected = tensors if self.in_proj_bias is None else (*tensors, self.in_proj_bias)

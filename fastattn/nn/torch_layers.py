@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastattn.core.attention.sdpa import mask_alone
+from fastattn.core.intact import is_replaced
 from fastattn.core.rows import rows_of_layers
 from fastattn.masks import Lowered, Mask
 from fastattn.nn.torch_attention import MultiheadAttention, check_mask
@@ -60,6 +61,9 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         is_causal: bool = False,
     ) -> Tensor:
         """src (N, L, E), (L, N, E) or (L, E), or nested; masks and hint as `fastattn.nn.MultiheadAttention`'s."""
+        if is_replaced(nn.TransformerEncoderLayer):  # somebody has put another forward into torch's class
+            masks: dict[str, Any] = {"src_mask": src_mask, "src_key_padding_mask": src_key_padding_mask}
+            return super().forward(src, **masks, is_causal=is_causal)
         check_mask("src_key_padding_mask", src_key_padding_mask, "src_mask", src_mask)
         check_mask("src_mask", src_mask)
         block: Any = self._sa_block  # torch's annotation allows only tensors

@@ -35,8 +35,8 @@ def is_composed(x: Tensor, spec: MLPSpec) -> bool:
     """Whether the definition, differentiated by autograd, has the bits of this backend and keeps no more. It then
     takes less time, because autograd's backward is not in Python.
 
-    Not of a squared ReLU, of which autograd keeps the hidden layer, too; nor on a GPU, where a product and a sum are
-    one call here, and where half precision is rounded less often than autograd rounds it.
+    Not of a squared ReLU, of which autograd keeps the hidden layer, too; nor on a GPU, where a product and a sum
+    are one call here, and where half precision is rounded less often than autograd rounds it.
     """
     alone = not (spec.norm or spec.dropout or spec.residual or spec.chunk)
     keeps_more = spec.activation == "relu_squared" and not spec.gated
