@@ -90,15 +90,17 @@ class Call:
         """What makes its kernels others than the most used ones, see `launch.look_up`.
 
         unaligned: a width is no multiple of 16, so loads are narrow. few: there are so few programs that they may
-        split their loops. uneven: tiles are padded, or lengths are no multiples of 16.
+        split their loops. odd: lengths are no multiples of 16. uneven: they are odd, or tiles are padded.
         """
         batch, heads, queries, width = self.q.shape
         key_heads, keys, value_width = self.v.shape[1:]
         programs = batch * min(heads * triton.cdiv(queries, MOST_ROWS), key_heads * triton.cdiv(keys, MOST_ROWS))
+        odd = queries % 16 or keys % 16
         found = {
             "unaligned": width % 16 or value_width % 16,
             "few": 2 * programs <= self.processors,
-            "uneven": queries % 16 or keys % 16 or (width, value_width) != (self.width, self.value_width),
+            "odd": odd,
+            "uneven": odd or (width, value_width) != (self.width, self.value_width),
         }
         return tuple(name for name, holds in found.items() if holds)
 

@@ -148,7 +148,7 @@ def test_every_architecture_dtype_width_and_kind_has_a_row(arch: int | str, name
         kinds = ("plain", "shaped", "heavy", "crowded", "intervals", "listed")
         kinds += ("tf32", "tf32x3") * (element_bytes == 4 and width < 512)
         for kind, variants in itertools.product(
-            kinds, ((), ("unaligned", "few", "uneven"), ("few",), ("uneven",))
+            kinds, ((), ("unaligned", "few", "odd", "uneven"), ("few",), ("odd", "uneven"), ("uneven",))
         ):
             if name == "ATTENTION_TANGENT" and element_bytes == 4 and width > 128:
                 continue  # refused, see the capability table
@@ -166,11 +166,11 @@ def test_every_architecture_dtype_width_and_kind_has_a_row(arch: int | str, name
     [
         (4096, 4096, 128, 16, ()),
         (4096, 4096, 96, 16, ("uneven",)),
-        (4096, 4095, 128, 16, ("uneven",)),
+        (4096, 4095, 128, 16, ("odd", "uneven")),
         (4096, 4096, 72, 16, ("unaligned", "uneven")),
         (2048, 2048, 128, 4, ("few",)),
         (4096, 128, 128, 4, ("few",)),  # few keys: their gradients have few programs
-        (1, 4096, 128, 16, ("few", "uneven")),
+        (1, 4096, 128, 16, ("few", "odd", "uneven")),
     ],
 )
 def test_the_variant_of_a_kernel_is_known_from_its_shapes(queries, keys, width, heads, variants, monkeypatch):
