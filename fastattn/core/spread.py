@@ -75,8 +75,8 @@ def refuse_dtensors(tensors: Iterable[Any]) -> None:
     if any(isinstance(_innermost(t), DTENSORS) for t in tensors if isinstance(t, Tensor)):
         raise ValueError(
             "second derivatives and forward mode of DTensors are not computed within torch.func, nor from "
-            "operators that are called directly; take torch.autograd.grad(..., create_graph=True) of fastattn's "
-            "functions"
+            "operators that are called directly; take torch.autograd.grad(..., create_graph=True) or "
+            "torch.autograd.forward_ad of fastattn's functions"
         )
 
 

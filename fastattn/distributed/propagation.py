@@ -481,13 +481,23 @@ def _refuse_on_cpu(schema: OpSchema) -> OpStrategy:
     )
 
 
+def _of_storages(schema: OpSchema) -> OpStrategy:
+    """Forward mode asks whether the storages of a tensor and its tangent have one size. Those of their shards do if
+    these are sharded alike; the answer is each rank's own."""
+    specs = [strategy.strategies[0].output_spec for strategy in schema.args_schema]  # type: ignore[union-attr]
+    return OpStrategy([OpSpec(output_specs=None, input_specs=specs, redistribute_cost=[[0.0] for _ in specs])])
+
+
 for _name, _rule in RULES.items():
     _register(_name, _rule)
-# A version of torch that can do it has an answer of its own.
-_on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-if not any(
-    _on_cpu in known
-    for name, known in vars(DTensor._op_dispatcher.sharding_propagator).items()
-    if name.startswith("op_") and isinstance(known, dict)
+# A version of torch that knows these operators has an answer of its own.
+for _operator, _answer in (
+    (torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default, _refuse_on_cpu),
+    (torch.ops.aten._has_same_storage_numel.default, _of_storages),
 ):
-    DTensor._op_dispatcher.sharding_propagator.register_op_strategy(_on_cpu, _refuse_on_cpu)
+    if not any(
+        _operator in known
+        for name, known in vars(DTensor._op_dispatcher.sharding_propagator).items()
+        if name.startswith("op_") and isinstance(known, dict)
+    ):
+        DTensor._op_dispatcher.sharding_propagator.register_op_strategy(_operator, _answer)

@@ -11,6 +11,7 @@ from fastattn.core.loss.functional import Asked, computed
 from fastattn.core.loss.spec import LossTensors
 from fastattn.distributed.loss import Among
 from fastattn.distributed.tensors import dims_of, local_part, own_range, rows_of, sharded_dim, split_of
+from fastattn.ground.checks import refuse_tangents
 
 CLASSES = "classes"
 
@@ -18,6 +19,7 @@ CLASSES = "classes"
 def linear_cross_entropy(tensors: Any, asked: Asked) -> Any:
     """The loss. A reduced one is one number, the same on all ranks. tensors: LossTensors."""
     x, w, b, target, weight = tensors
+    refuse_tangents("linear_cross_entropy of DTensors", {"input": x, "linear_weight": w, "linear_bias": b})
     kinds, mesh = rows_of(x, "input"), x.device_mesh
     split = split_of(x, kinds, {}, (("linear_weight", w), ("linear_bias", b)))
     for dimension in range(mesh.ndim):

@@ -20,9 +20,10 @@ Or all replicated. Any other placement is refused. Tensors beside the main ones 
 replicated, or sharded with what they belong to. A plain tensor stands for the whole one, and must not need a
 gradient.
 
-There is no forward mode: torch (2.13) cannot make a dual DTensor. `forward_ad.make_dual` and `torch.func.jvp`
-raise its NotImplementedError: aten._has_same_storage_numel has no sharding strategy. Compute the tangents of local
-tensors, or of whole ones.
+Forward mode works with `forward_ad.make_dual` of DTensors, but for losses. Gradients of tangents are computed after
+the `dual_level` is left; tangents of gradients are refused. PyTorch (2.13) has no rule for an operator with which it
+makes a dual DTensor; propagation.py gives it one. Some of PyTorch's own operators, such as x * y, raise its
+AssertionError for dual DTensors.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
@@ -83,11 +85,9 @@ class Split:
                     f"{name} must be {want} or replicated over dimension {dimension} of the mesh, which shares "
                     f"out {self.kinds[dimension] or 'nothing'}, got {has}; redistribute it first"
                 )
+        gradient = [Partial() if k and not w.is_shard() else w for k, w in zip(self.kinds, wanted, strict=True)]
         # From replicated to sharded nothing is sent.
-        t = t.redistribute(placements=wanted)
-        return local_part(
-            t, [Partial() if kind and not w.is_shard() else w for kind, w in zip(self.kinds, wanted, strict=True)]
-        )
+        return moved(lambda t: local_part(t.redistribute(placements=wanted), gradient), t)
 
     def _narrowed(self, name: str, t: Tensor, dims: dict[str, int]) -> Tensor:
         if t.requires_grad and torch.is_grad_enabled() and any(self.kinds):
@@ -95,7 +95,6 @@ class Split:
                 f"{name} must be a DTensor if it needs a gradient, since each rank has only a part of that; give "
                 "distribute_tensor(t, mesh)"
             )
-        refuse_tangents("a function of DTensors", {name: t})
         for kind, dim in dims.items():
             if kind in self.ranges:
                 t = t.narrow(dim, *self.ranges[kind])
@@ -108,10 +107,37 @@ class Split:
             Replicate() if kind in (None, same_for) else Shard(dims[kind]) if kind in dims else Partial()
             for kind in self.kinds
         ]
-        stride = torch.empty(tuple(shape), device="meta").stride()
-        return DTensor.from_local(
-            local, self.mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride
-        )
+        sizes = {"shape": torch.Size(shape), "stride": torch.empty(tuple(shape), device="meta").stride()}
+        return moved(lambda t: DTensor.from_local(t, self.mesh, placements, run_check=False, **sizes), local)
+
+
+def moved(move: Callable[[Any], Any], t: Tensor) -> Any:
+    """move(t), and in forward mode of its tangent, too. torch's moves to local tensors and back know no tangents.
+
+    move: linear.
+    """
+    if forward_ad._current_level < 0:
+        return move(t)
+    primal, tangent = forward_ad.unpack_dual(t)
+    arrived = _WithoutTangent.apply(move(primal))
+    if tangent is None:
+        return arrived
+    if isinstance(tangent, DTensor):
+        tangent = tangent.redistribute(placements=t.placements)  # type: ignore[attr-defined]
+    return forward_ad.make_dual(arrived, move(tangent))
+
+
+class _WithoutTangent(torch.autograd.Function):
+    """A tensor as it is. Its gradient must have no tangent, which torch's moves would lose."""
+
+    @staticmethod
+    def forward(ctx: Any, t: Tensor) -> Tensor:
+        return t.view_as(t)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        refuse_tangents("the backward of a function of DTensors", {"the gradient": gradient})
+        return gradient
 
 
 class _Summed(torch.autograd.Function):
@@ -132,7 +158,7 @@ def local_part(t: DTensor, gradient: Sequence[Placement]) -> Tensor:
     optimizers read it."""
     if t.is_leaf and t.requires_grad and any(p.is_partial() for p in gradient):
         t = _Summed.apply(t)
-    return t.to_local(grad_placements=gradient)
+    return moved(lambda t: t.to_local(grad_placements=gradient), t)
 
 
 def split_of(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import tempfile
 from collections.abc import Callable
 from functools import cache, partial
@@ -70,6 +71,61 @@ def same(
         torch.testing.assert_close(
             a.full_tensor(), e, rtol=1e-9, atol=1e-10, msg=lambda m, name=name: f"{name}: {m}"
         )
+
+
+def same_tangents(mesh: DeviceMesh, case: partial, by_jvp: bool) -> None:
+    """The function has the tangents of one process; by torch.func.jvp it has them, or refuses. case: of `same`."""
+    function, options, shapes = (case.keywords[name] for name in ("function", "options", "tensors"))
+    placements, mesh = case.keywords["placements"], two_by_two(mesh) if len(case.keywords["result"]) == 2 else mesh
+    pairs = {name: torch.randn(2, *shape, dtype=torch.float64) for name, shape in shapes.items()}
+    plain = case.keywords.get("plain", ())
+
+    def tangents(spread: bool) -> tuple[Tensor, ...]:
+        def put(name: str, t: Tensor) -> Tensor:
+            placed = placements.get(name, [R] * mesh.ndim)
+            return distribute_tensor(t.clone(), mesh, placed) if spread and name not in plain else t.clone()
+
+        primals, moves = ({name: put(name, pair[i]) for name, pair in pairs.items()} for i in (0, 1))
+        if by_jvp:
+            names = list(primals)
+            called: Any = lambda *given: function(**dict(zip(names, given, strict=True)), **options)  # noqa: E731
+            return _tuple(torch.func.jvp(called, tuple(primals.values()), tuple(moves.values()))[1])
+        with forward_ad.dual_level():
+            duals = {name: forward_ad.make_dual(t, moves[name]) for name, t in primals.items()}
+            results = _tuple(function(**duals, **options))
+            return tuple(forward_ad.unpack_dual(t).tangent for t in results)
+
+    words = (
+        "forward mode of DTensors are not computed within|got mixed torch.Tensor and DTensor|must not be given|"
+    )
+    words += "cannot be shared out|must have R or be replicated"
+    try:
+        found = tangents(True)
+    except (RuntimeError, ValueError) as refusal:
+        if by_jvp and re.search(words, str(refusal)):
+            return
+        raise
+    for a, e in zip(found, tangents(False), strict=True):
+        torch.testing.assert_close(a.full_tensor(), e, rtol=1e-9, atol=1e-10)
+
+
+def tangents_and_gradients(mesh: DeviceMesh) -> None:
+    """A tangent has the gradient of one process. A gradient's tangent, which torch would lose, is refused."""
+    inputs = [torch.randn(B, H, D, D, dtype=torch.float64) for _ in range(2)]
+    found = []
+    for placed in (None, (BATCH, HEADS)):
+        # A tangent that is sharded in another way is moved.
+        x, move = (t if placed is None else distribute_tensor(t, mesh, [placed[i]]) for i, t in enumerate(inputs))
+        x.requires_grad_()
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(x, move)
+            tangent = forward_ad.unpack_dual(fastattn.attention(dual, dual, dual, causal=True)).tangent
+            if placed is not None:
+                with pytest.raises(ValueError, match="gradient must have no tangent"):
+                    torch.autograd.grad(fastattn.attention(dual, dual, dual).sum(), x)
+        (gradient,) = torch.autograd.grad(tangent.square().sum(), x)
+        found.append([t if placed is None else t.full_tensor() for t in (tangent.detach(), gradient)])
+    torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-10)
 
 
 def _tuple(results: Any) -> tuple[Tensor, ...]:
@@ -326,6 +382,11 @@ CASES: dict[groups.Group, dict[str, groups.Case]] = {
         **{f"DTensor attention, {name}": case for name, case in ATTENTION.items()},
         **{f"DTensor {name}": case for name, case in OTHERS.items()},
         **{
+            f"DTensor, tangents{', jvp' * by_jvp}, {name}": partial(same_tangents, case=case, by_jvp=by_jvp)
+            for name, case in (ATTENTION | OTHERS).items()
+            for by_jvp in (False, True)
+        },
+        **{
             f"DTensor, {name}: refused": partial(refused, call=call, words=words)
             for name, (call, words) in REFUSED.items()
         },
@@ -538,6 +599,7 @@ def checkpoints_move_between_meshes(mesh: DeviceMesh) -> None:
 
 CASES[4] |= {
     "DTensor, second derivative": second_derivative,
+    "DTensor, tangents and gradients": tangents_and_gradients,
     "tensor parallel, TransformerModel": partial(tensor_parallel, make=model, options={}),
     "tensor parallel, grouped heads, norms of heads, a mask by head": partial(
         tensor_parallel,
@@ -562,15 +624,13 @@ def compiled_tensor_parallel(mesh: DeviceMesh) -> None:
     torch.testing.assert_close(*gradients)
 
 
-def forward_mode(mesh: DeviceMesh) -> None:
-    """torch makes no dual DTensor. If a newer one does, fastattn may compute with it."""
-    q = distribute_tensor(torch.randn(B, H, N, D), mesh, [HEADS])
+def forward_mode_that_is_refused(mesh: DeviceMesh) -> None:
     sinks, plan = torch.randn(H), distributed.layout(N, mesh)
     with forward_ad.dual_level():
-        with pytest.raises(NotImplementedError, match=r"aten\._has_same_storage_numel.*sharding strategy"):
-            forward_ad.make_dual(q, q)
-        with pytest.raises(ValueError, match="sinks must have no tangent, because a function of DTensors"):
-            fastattn.attention(q, q, q, sinks=forward_ad.make_dual(sinks, sinks))
+        x, weight = (distribute_tensor(torch.randn(n, D), mesh) for n in (6, 3))
+        with pytest.raises(ValueError, match="input must have no tangent, because linear_cross_entropy of DT"):
+            target = distribute_tensor(torch.arange(6) % 3, mesh)
+            fastattn.linear_cross_entropy(forward_ad.make_dual(x, x), weight, target)
         own = distributed.shard(torch.randn(B, H, N, D), plan)
         with pytest.raises(ValueError, match=r"v must have no tangent, because fastattn\.distributed\.attention"):
             distributed.attention(own, own, forward_ad.make_dual(own, own), layout=plan)
@@ -584,7 +644,7 @@ def forward_mode(mesh: DeviceMesh) -> None:
 
 
 CASES[2] = {
-    "forward mode is refused": forward_mode,
+    "forward mode is refused": forward_mode_that_is_refused,
     "tensor parallel, Llama": partial(tensor_parallel, make=llama, options={}),
     "tensor parallel, GPT-2 and its vocabulary": partial(tensor_parallel, make=gpt2, options={}, vocabulary=True),
     "tensor parallel, patched GPT-2": partial(tensor_parallel, make=partial(patched, gpt2), options={}),
