@@ -482,8 +482,8 @@ def _refuse_on_cpu(schema: OpSchema) -> OpStrategy:
 
 
 def _of_storages(schema: OpSchema) -> OpStrategy:
-    """Forward mode asks whether the storages of a tensor and its tangent have one size. Those of their shards do if
-    these are sharded alike; the answer is each rank's own."""
+    """Forward mode asks whether the storages of a tensor and its tangent have one size. Each rank answers for its
+    shards."""
     specs = [strategy.strategies[0].output_spec for strategy in schema.args_schema]  # type: ignore[union-attr]
     return OpStrategy([OpSpec(output_specs=None, input_specs=specs, redistribute_cost=[[0.0] for _ in specs])])
 

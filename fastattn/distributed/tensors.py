@@ -20,10 +20,10 @@ Or all replicated. Any other placement is refused. Tensors beside the main ones 
 replicated, or sharded with what they belong to. A plain tensor stands for the whole one, and must not need a
 gradient.
 
-Forward mode works with `forward_ad.make_dual` of DTensors, but for losses. Gradients of tangents are computed after
-the `dual_level` is left; tangents of gradients are refused. PyTorch (2.13) has no rule for an operator with which it
-makes a dual DTensor; propagation.py gives it one. Some of PyTorch's own operators, such as x * y, raise its
-AssertionError for dual DTensors.
+Forward mode works with `forward_ad.make_dual` of DTensors, but for losses. Gradients of tangents are computed
+after the `dual_level` is left; tangents of gradients are refused. PyTorch (2.13) has no rule for an operator with
+which it makes a dual DTensor; propagation.py gives it one. Some of PyTorch's own operators, such as x * y, raise
+its AssertionError for dual DTensors.
 """
 
 from __future__ import annotations

@@ -338,6 +338,17 @@ REFUSED: dict[str, tuple[Callable[..., Any], str]] = {
         lambda s: fastattn.attention(s(BATCH), s(HEADS), s(HEADS)),
         "must be sharded together",
     ),
+    **{
+        f"{name} in an MLP": (
+            lambda s, option=option: fastattn.mlp(s(R, B, 8), s(R, 8, 8), None, s(R, 8, 8), None, **option(s)),
+            f"{name} must not be given for DTensors",
+        )
+        for name, option in {
+            "norm": lambda s: {"norm": "rms"},
+            "residual": lambda s: {"residual": s(R, B, 8)},
+            "dropout_p": lambda s: {"dropout_p": 0.1},
+        }.items()
+    },
     "plain keys": (
         lambda s: fastattn.attention(s(R), torch.zeros(B, H, N, D), s(R)),
         "k must be a DTensor on q's mesh",
