@@ -484,7 +484,7 @@ def _refuse_on_cpu(schema: OpSchema) -> OpStrategy:
 def _of_storages(schema: OpSchema) -> OpStrategy:
     """Forward mode asks whether the storages of a tensor and its tangent have one size. Each rank answers for its
     shards."""
-    specs = [strategy.strategies[0].output_spec for strategy in schema.args_schema]  # type: ignore[union-attr]
+    specs = [strategy.strategies[0].output_spec for strategy in schema.args_schema]  # type: ignore[attr-defined]
     return OpStrategy([OpSpec(output_specs=None, input_specs=specs, redistribute_cost=[[0.0] for _ in specs])])
 
 

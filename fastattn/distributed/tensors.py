@@ -107,7 +107,10 @@ class Split:
             Replicate() if kind in (None, same_for) else Shard(dims[kind]) if kind in dims else Partial()
             for kind in self.kinds
         ]
-        sizes = {"shape": torch.Size(shape), "stride": torch.empty(tuple(shape), device="meta").stride()}
+        sizes: dict[str, Any] = {
+            "shape": torch.Size(shape),
+            "stride": torch.empty(tuple(shape), device="meta").stride(),
+        }
         return moved(lambda t: DTensor.from_local(t, self.mesh, placements, run_check=False, **sizes), local)
 
 
