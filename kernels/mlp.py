@@ -20,8 +20,8 @@ In a residual branch, y = residual + dropout(hidden W2^T + b2) of the norm of x:
     hidden_kernel    takes the norm as a factor of each row: W1 times the norm's weight is made before the launch
                      (a layer norm's bias goes into b1), `moments_kernel` finds each row's 1 / deviation (and
                      mean), and the epilogue multiplies: ((x - mean) / deviation * w) W^T
-                     = (x (w W)^T - mean * sum(w W)) / deviation. The norm of x is never written. In half
-                     precision; float32 products are the library's.
+                     = (x (w W)^T - mean * sum(w W)) / deviation. The norm of x is never written. In
+                     bfloat16: see FOLDED.
 
 Beyond the widths in launch.MLP_FUSED_UP_TO the library's GEMM saves more time than one more pass over the hidden
 layer costs. There the first product of each direction goes to the library, too, followed by `activation_kernel` or
@@ -686,18 +686,8 @@ class Norm(NamedTuple):
         y, _, mean, inverse = norm_forward(x[None], None, *lines, centred=self.centred, eps=self.eps)
         return y[0], mean, inverse
 
-    def scale(self, dtype: torch.dtype) -> torch.Tensor | None:
-        """By what the weight is divided where it is multiplied into others, a float32 number; None for 1.
-
-        float16 has no numbers above 65504, and few digits below 6e-5. So the weight's largest element becomes 1
-        there, and the products are about as large as the weights of the first layer.
-        """
-        if self.weight is None or dtype != torch.float16:
-            return None
-        return self.weight.float().abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
-
-    def moments(self, x: torch.Tensor, scale: torch.Tensor | None = None) -> Moments:
-        """The moments of the rows of x (T, d) alone, the inverse deviations times the scale."""
+    def moments(self, x: torch.Tensor) -> Moments:
+        """The moments of the rows of x (T, d) alone."""
         tokens, width = x.shape
         moments = Moments(*(x.new_empty(tokens, dtype=torch.float32) if t else None for t in (self.centred, True)))
         family = launch.family(moments_kernel, x.device)
@@ -712,17 +702,14 @@ class Norm(NamedTuple):
             tile=tile.tile(CENTRED=self.centred, WIDTH=width),
             **tile.compiler_options(),
         )
-        if scale is not None:
-            moments.inverse.mul_(scale)
         return moments
 
-    def folded(self, layer: Layer, scale: torch.Tensor | None) -> list[tuple]:
+    def folded(self, layer: Layer) -> list[tuple]:
         """Weight, bias and level (see `Linear`) of each first layer, with this norm's weight and bias in them, so
-        that they take standardised rows. The norm's weight is divided by the scale."""
+        that they take standardised rows."""
         found = []
-        factor = self.weight if self.weight is None or scale is None else self.weight / scale
         for weight, bias in layer.separate():
-            scaled = weight if factor is None else (weight * factor).to(weight.dtype)
+            scaled = weight if self.weight is None else (weight * self.weight).to(weight.dtype)
             if self.bias is not None:
                 shift = torch.mv(weight, self.bias.to(weight.dtype))
                 bias = shift if bias is None else shift.float() + bias
@@ -730,9 +717,12 @@ class Norm(NamedTuple):
         return found
 
 
-# Dtypes of products that are ours. Those in float32 are the library's (launch.MLP_FUSED_UP_TO), which takes no
-# factor for each row; and to write the norm of x costs less than a percent of them.
-FOLDED = (torch.bfloat16, torch.float16)
+# In these dtypes a norm's weight is multiplied into the layer's. Products in float32 are the library's, by
+# launch.MLP_FUSED_UP_TO: it takes no factor for each row, and to write the norm of x costs less than a percent of
+# them. float16 has few digits below 6e-5 and nothing above 65504: the product of two small weights would lose
+# digits, and counts where x is large; that of two large ones would be infinite. One scale for all of them does not
+# help where the norm's weight goes from 1e-2 to 1e2.
+FOLDED = (torch.bfloat16,)
 
 
 def folds(x: torch.Tensor, layer: Layer, norm: Norm) -> bool:
@@ -744,8 +734,7 @@ def folds(x: torch.Tensor, layer: Layer, norm: Norm) -> bool:
 
 def fused_hidden(x, layer: Layer, norm: Norm | None, hidden, kept, size) -> None:
     """Launch hidden_kernel: fill `hidden`, and `kept` if it is not None. `norm`: of x, to be folded in."""
-    scale = None if norm is None else norm.scale(x.dtype)
-    linears = [(*linear, None) for linear in layer.separate()] if norm is None else norm.folded(layer, scale)
+    linears = [(*linear, None) for linear in layer.separate()] if norm is None else norm.folded(layer)
     table = launch.MLP_GATED_FORWARD if layer.gated else launch.MLP_FORWARD
     tile = tiling(table, hidden_kernel, x, size)
     step = inner_tile(x.dtype)
@@ -764,7 +753,7 @@ def fused_hidden(x, layer: Layer, norm: Norm | None, hidden, kept, size) -> None
         matrix(x),
         first,
         rest[0] if rest else None,
-        None if norm is None else norm.moments(x, scale),
+        None if norm is None else norm.moments(x),
         pair(layer, kept),
         matrix(hidden),
         size,
