@@ -33,7 +33,8 @@ import triton.language as tl
 
 from . import launch
 from .launch.loss import KEPT_PRODUCT, LOSS
-from .mlp import Size, block, grouped_tile, inner_tile, linear_argument, products, quarters, tile_count
+from .mlp.problem import Size, linear_argument
+from .mlp.products import block, grouped_tile, inner_tile, products, quarters, tile_count
 from .tiles import LOG2_E, matrix
 
 # Bytes of the gradients of logits that exist at a time.

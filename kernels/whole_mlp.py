@@ -4,7 +4,7 @@
 
 x is (T, d), y (T, out), the hidden layer h wide. d and out are at most 128, because a program holds whole rows.
 Nothing is kept for the backward but x. It computes the hidden layer again from the same numbers in the same order,
-one product over all of d, so it has the forward's bits. Each step rounds where `mlp.py` rounds.
+one product over all of d, so it has the forward's bits. Each step rounds where `mlp/forward.py` rounds.
 
     forward    whole_mlp_kernel                a tile of tokens; goes over the hidden layer, adds up y
     backward   whole_mlp_input_kernel          a tile of tokens; goes over the hidden layer, adds up dx
@@ -28,7 +28,9 @@ import triton.language as tl
 
 from . import launch
 from .launch.whole_mlp import GATED_AT_ONCE, TABLES, WHOLE_MLP_UP_TO, segment_programs
-from .mlp import Layer, activate, activate_derivative, block, linear_argument, pair
+from .mlp.activations import activate, activate_derivative
+from .mlp.problem import Layer, linear_argument, pair
+from .mlp.products import block
 from .tiles import matrix
 
 # The fewest steps of a segment. It writes its float32 sums once, which takes about as long as two steps.

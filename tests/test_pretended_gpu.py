@@ -182,7 +182,6 @@ with pretended_gpus(GPUS["H100"]) as driver:
 def test_a_summed_loss_compiles_nothing_that_another_loss_does_not(printed) -> None:
     """The gradient that comes to a sum is one number, expanded: kernels must not be specialised for it."""
     assert printed("""
-from fastattn.kernels import mlp
 with pretended_gpus(GPUS["H100"]) as driver:
     compiled = []
     compile_one = triton.runtime.jit.JITFunction._do_compile

@@ -30,8 +30,8 @@ from fastattn import kernels, lens, masks
 from fastattn.kernels import cache as cache_kernels
 from fastattn.kernels import invariant as invariant_kernels
 from fastattn.kernels import launch, whole_mlp
-from fastattn.kernels import mlp as mlp_kernels
 from fastattn.kernels.launch.whole_mlp import WHOLE_MLP_UP_TO
+from fastattn.kernels.mlp import folded_norm
 
 pytestmark = pytest.mark.skipif(
     ON_GPU, reason="checks kernels in Triton's interpreter; on a GPU: compute-sanitizer"
@@ -164,7 +164,7 @@ def statistics(problem: Problem) -> list[Tensor]:
 
 def norms_in_products() -> list[Tensor]:
     """In bfloat16 on GPUs; here in float32, because the interpreter computes bfloat16 wrongly."""
-    with mock.patch.object(mlp_kernels, "FOLDED", (torch.float32,)):
+    with mock.patch.object(folded_norm, "FOLDED", (torch.float32,)):
         found = mlp(50, 43, 11, gated=False, strided=False, inference=True, norm="layer")
         return found + mlp(50, 21, 11, gated=True, strided=True, inference=True, norm="rms")
 

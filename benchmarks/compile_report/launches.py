@@ -21,17 +21,11 @@ from fastattn.kernels.invariant import invariant_attention, invariant_cache_atte
 from fastattn.kernels.invariant_backward import invariant_backward
 from fastattn.kernels.launch.whole_mlp import GATED_AT_ONCE
 from fastattn.kernels.loss import Loss, loss_gradients, loss_rows
-from fastattn.kernels.mlp import (
-    After,
-    Dropout,
-    GradientTask,
-    Layer,
-    Norm,
-    hidden_backward,
-    hidden_forward,
-    output_forward,
-    output_pass,
-)
+from fastattn.kernels.mlp.backward import GradientTask, hidden_backward
+from fastattn.kernels.mlp.folded_norm import Norm
+from fastattn.kernels.mlp.forward import hidden_forward
+from fastattn.kernels.mlp.output import After, output_forward, output_pass
+from fastattn.kernels.mlp.problem import Dropout, Layer
 from fastattn.kernels.norm import norm_backward, norm_forward
 from fastattn.kernels.whole_mlp import whole_forward, whole_input_gradient, whole_weight_gradients
 from fastattn.masks import BlockLists

@@ -107,10 +107,12 @@ def path(backend: str, x: Tensor, hidden: int, spec: MLPSpec) -> str:
         return "PyTorch's products and activations"
     if spec.whole == ALWAYS:
         return "the hidden layer never leaves the chip"
-    from fastattn.kernels import mlp
+    from fastattn.kernels.mlp.forward import hidden_kernel
+    from fastattn.kernels.mlp.problem import Size
+    from fastattn.kernels.mlp.products import is_fused
 
     weight = x.new_empty(hidden, x.shape[1])
-    fused = mlp.is_fused(mlp.hidden_kernel, mlp.Size(x.shape[0], x.shape[1], hidden), (x, weight), None)
+    fused = is_fused(hidden_kernel, Size(x.shape[0], x.shape[1], hidden), (x, weight), None)
     return "the activation in the product's kernel" if fused else "the library's product, then one pass over it"
 
 

@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastattn
 from fastattn.ground.checks import lse_dtype
-from fastattn.kernels import mlp as kernels
+from fastattn.kernels.mlp import folded_norm
 
 STATE = torch.tensor([[2**40 + 7, 3]], device=DEVICE)
 EVERY_BACKEND = pytest.mark.parametrize("backend", BACKENDS)
@@ -134,9 +134,9 @@ def test_half_precision(name: str, norm: str) -> None:
 )
 def test_a_norm_in_the_first_product_is_as_exact_as_one_before_it(form: str, norm: str, monkeypatch) -> None:
     """In bfloat16. The interpreter computes that wrongly: there it is tried in float16, with weights near one."""
-    monkeypatch.setattr(kernels, "FOLDED", (torch.bfloat16, torch.float16))
-    written = mock.Mock(wraps=kernels.norm_forward)
-    monkeypatch.setattr(kernels, "norm_forward", written)
+    monkeypatch.setattr(folded_norm, "FOLDED", (torch.bfloat16, torch.float16))
+    written = mock.Mock(wraps=folded_norm.norm_forward)
+    monkeypatch.setattr(folded_norm, "norm_forward", written)
     dtype = torch.bfloat16 if ON_GPU else torch.float16
     problem = Branch(
         **FORMS[form], norm=norm, residual="x", tokens=64, width=20, hidden=8, out=20, dtype=dtype, save="nothing"

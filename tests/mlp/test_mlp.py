@@ -30,8 +30,12 @@ from fastattn.core.mlp.operators import options_of
 from fastattn.core.mlp.spec import PACKED, SAVES, MLPSpec, MLPWeights
 from fastattn.ground.checks import ACTIVATIONS
 from fastattn.kernels import launch
-from fastattn.kernels import mlp as kernels
 from fastattn.kernels.launch import whole_mlp as launch_whole
+from fastattn.kernels.mlp.backward import GradientTask, hidden_backward
+from fastattn.kernels.mlp.forward import hidden_forward
+from fastattn.kernels.mlp.problem import Layer, Size
+from fastattn.kernels.mlp.products import aligned, is_fused
+from fastattn.kernels.tiles import matrix
 
 # "library" is the Triton backend with the library's products and an elementwise kernel after them.
 IMPLEMENTATIONS = ("triton", "library", "portable", "reference")
@@ -248,9 +252,9 @@ def test_nan_comes_through(activation: str) -> None:
 # What is saved, what is recomputed.
 
 
-def layer(problem: Problem, w_in, b_in, w_up, b_up) -> kernels.Layer:
+def layer(problem: Problem, w_in, b_in, w_up, b_up) -> Layer:
     linears = [(w_in, b_in), (w_up, b_up)][: 1 + (w_up is not None)]
-    return kernels.Layer(linears, problem.packed or "", problem.activation, problem.hidden)
+    return Layer(linears, problem.packed or "", problem.activation, problem.hidden)
 
 
 @pytest.mark.parametrize(
@@ -263,12 +267,12 @@ def layer(problem: Problem, w_in, b_in, w_up, b_up) -> kernels.Layer:
 def test_the_hidden_layer_recomputed_in_the_backward_has_the_forward_s_bits(fused: bool, problem: Problem) -> None:
     x, *first, w_out, _ = problem.inputs()
     first = layer(problem, *first)
-    hidden, kept = kernels.hidden_forward(x, first, "preactivation", fused)
+    hidden, kept = hidden_forward(x, first, "preactivation", fused)
     dy = torch.randn(x.shape[0], w_out.shape[0], device=DEVICE).half()
     state = (*first.halves(kept[0], 1), None, None)
-    again, _, _ = kernels.hidden_backward(dy, w_out, state, first, kernels.GradientTask(), fused)
+    again, _, _ = hidden_backward(dy, w_out, state, first, GradientTask(), fused)
     assert torch.equal(hidden, again)
-    unsaved, nothing = kernels.hidden_forward(x, first, "nothing", fused)
+    unsaved, nothing = hidden_forward(x, first, "nothing", fused)
     assert torch.equal(hidden, unsaved) and nothing == ()
     # ReLU's backward needs the sign of its output alone: no second store.
     assert (kept[0] is hidden) == (problem.activation == "relu" and not problem.gated)
@@ -283,7 +287,7 @@ def test_every_step_is_rounded_as_eager_rounds_it(fused: bool, gated: bool) -> N
     problem = Problem(width=3, dtype=torch.float16, activation="relu_squared", gated=gated)
     x, w_in, b_in, w_up, b_up, *_ = (None if t is None else (t * 8).round() / 8 for t in problem.inputs())
     first = layer(problem, w_in, b_in, w_up, b_up)
-    hidden, (kept,) = kernels.hidden_forward(x, first, "preactivation", fused)
+    hidden, (kept,) = hidden_forward(x, first, "preactivation", fused)
     pre = [torch.nn.functional.linear(x, *linear) for linear in first.linears]
     assert torch.equal(kept, torch.cat(pre, 1) if gated else pre[0].relu())
     active = mlp_definition.activate(pre[0], problem.activation)
@@ -393,7 +397,7 @@ def test_narrow_products_are_fused_and_wide_ones_go_to_the_library(
 ) -> None:
     monkeypatch.setattr(launch, "family", lambda kernel, device: family)
     x, w = torch.empty(5, width, dtype=dtype, device="meta"), torch.empty(64, width, dtype=dtype, device="meta")
-    assert kernels.is_fused(None, kernels.Size(5, width, 64), (x, w), None) == fused
+    assert is_fused(None, Size(5, width, 64), (x, w), None) == fused
 
 
 @pytest.mark.parametrize(
@@ -409,7 +413,7 @@ def test_narrow_products_are_fused_and_wide_ones_go_to_the_library(
     ],
 )
 def test_only_matrices_that_are_loaded_in_whole_lines_are_fused(view, expected: bool) -> None:
-    assert kernels.aligned(view(torch.empty(64, 64))) == expected
+    assert aligned(view(torch.empty(64, 64))) == expected
 
 
 def test_halves_of_one_packed_weight_need_one_product_for_the_input_s_gradient() -> None:
@@ -427,9 +431,9 @@ def test_halves_of_one_packed_weight_need_one_product_for_the_input_s_gradient()
 
 def test_offsets_that_pass_32_bits_within_a_tile_are_avoided_by_a_copy() -> None:
     far = torch.empty_strided((256, 4), (2**24, 1), device="meta")
-    assert kernels.matrix(far)[1:] == (4, 1)
+    assert matrix(far)[1:] == (4, 1)
     near = torch.empty_strided((256, 4), (2**22, 1), device="meta")
-    assert kernels.matrix(near)[1:] == (2**22, 1)
+    assert matrix(near)[1:] == (2**22, 1)
 
 
 # The operators.

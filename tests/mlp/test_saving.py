@@ -31,7 +31,8 @@ from fastattn.core import capabilities, plans
 from fastattn.core.mlp import int8, portable
 from fastattn.core.mlp.spec import PACKED, MLPSpec, MLPWeights
 from fastattn.dropin import mlp_forms
-from fastattn.kernels import mlp as kernels
+from fastattn.kernels.mlp.forward import hidden_forward
+from fastattn.kernels.mlp.problem import Layer
 
 FORMS: dict[str, dict[str, Any]] = {
     "plain": {"activation": "gelu"},
@@ -148,20 +149,20 @@ def quantised_by(backend: str, t: Tensor) -> tuple[Tensor, ...]:
         codes, scales = int8.empty(t, t.shape[1], 1)
         int8.quantised(t, False, codes, scales)
         return codes, scales
-    _, kept = kernels.hidden_forward(t.nan_to_num(posinf=0, neginf=0, nan=0) @ one, layer_of(t, one), "int8")
+    _, kept = hidden_forward(t.nan_to_num(posinf=0, neginf=0, nan=0) @ one, layer_of(t, one), "int8")
     if not t.isfinite().all():
         bias = t[1] - t[1].nan_to_num(posinf=0, neginf=0, nan=0)
-        first = kernels.Layer([(one, torch.where(t[1].isfinite(), 0.0, bias))], "", "silu", t.shape[1])
+        first = Layer([(one, torch.where(t[1].isfinite(), 0.0, bias))], "", "silu", t.shape[1])
         rows = torch.ones_like(t)
         kept = tuple(
             torch.cat((good[:1], bad[1:]))
-            for good, bad in zip(kept, kernels.hidden_forward(rows, first, "int8")[1], strict=True)
+            for good, bad in zip(kept, hidden_forward(rows, first, "int8")[1], strict=True)
         )
     return kept
 
 
-def layer_of(t: Tensor, weight: Tensor) -> kernels.Layer:
-    return kernels.Layer([(weight, None)], "", "silu", t.shape[1])
+def layer_of(t: Tensor, weight: Tensor) -> Layer:
+    return Layer([(weight, None)], "", "silu", t.shape[1])
 
 
 def test_the_kernel_quantises_as_the_portable_backend_does() -> None:

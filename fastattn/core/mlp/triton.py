@@ -9,10 +9,14 @@ from torch import Tensor
 from fastattn.core.mlp import chunks
 from fastattn.core.mlp.chunks import Kept, Steps, pre_activations
 from fastattn.core.mlp.spec import ALWAYS, MLPSpec, MLPWeights
-from fastattn.kernels import mlp as _mlp
 from fastattn.kernels import whole_mlp
 from fastattn.kernels.launch.recording import record as record
-from fastattn.kernels.mlp import After, Dropout, GradientTask, Layer, Norm
+from fastattn.kernels.mlp import forward as first_product
+from fastattn.kernels.mlp import output as second_product
+from fastattn.kernels.mlp.backward import GradientTask, hidden_backward
+from fastattn.kernels.mlp.folded_norm import Norm
+from fastattn.kernels.mlp.output import After
+from fastattn.kernels.mlp.problem import Dropout, Layer, as_operand
 from fastattn.kernels.norm import norm_backward
 
 
@@ -25,7 +29,7 @@ def forward(x: Tensor, weights: MLPWeights, spec: MLPSpec) -> tuple[Tensor, Kept
 def backward(
     dy: Tensor, x: Tensor, weights: MLPWeights, kept: Kept, wanted: Sequence[bool], spec: MLPSpec
 ) -> tuple[Tensor | None, ...]:
-    dy = _mlp.as_operand(dy)
+    dy = as_operand(dy)
     if spec.whole == ALWAYS and not kept:
         return _whole_backward(dy, x, weights, wanted, spec)
     return chunks.backward(STEPS, dy, x, weights, kept, wanted, spec)
@@ -56,7 +60,7 @@ def kept_empty(x: Tensor, weights: MLPWeights, spec: MLPSpec) -> Kept:
     """Tensors like those that `forward` keeps, without values."""
     if spec.whole == ALWAYS:
         return ()
-    return _mlp.kept_empty(x, _layer(weights, spec), spec.save)
+    return first_product.kept_empty(x, _layer(weights, spec), spec.save)
 
 
 def _layer(weights: MLPWeights, spec: MLPSpec) -> Layer:
@@ -73,7 +77,7 @@ def _norm(weights: MLPWeights, spec: MLPSpec) -> Norm | None:
 
 def _hidden(x: Tensor, weights: MLPWeights, spec: MLPSpec) -> tuple[Tensor, Kept]:
     keep = "preactivation" if spec.save == "auto" else spec.save
-    return _mlp.hidden_forward(x, _layer(weights, spec), keep, norm=_norm(weights, spec))
+    return first_product.hidden_forward(x, _layer(weights, spec), keep, norm=_norm(weights, spec))
 
 
 def _output(
@@ -81,7 +85,7 @@ def _output(
 ) -> Tensor:
     residual = x if spec.residual == "x" else weights.residual
     after = After(residual, _dropout(weights, spec, first), spec.match_eager)
-    return _mlp.output_forward(hidden, weights.w_out, weights.b_out, after, out)
+    return second_product.output_forward(hidden, weights.w_out, weights.b_out, after, out)
 
 
 def _dropout(weights: MLPWeights, spec: MLPSpec, first: int) -> Dropout | None:
@@ -93,7 +97,7 @@ def _dropout(weights: MLPWeights, spec: MLPSpec, first: int) -> Dropout | None:
 
 
 def _dropped(dy: Tensor, weights: MLPWeights, spec: MLPSpec, first: int) -> Tensor:
-    return _mlp.output_pass(dy, After(dropout=_dropout(weights, spec, first)))
+    return second_product.output_pass(dy, After(dropout=_dropout(weights, spec, first)))
 
 
 def _normalised(x: Tensor, weights: MLPWeights, spec: MLPSpec) -> tuple[Tensor, tuple]:
@@ -115,7 +119,7 @@ def _recalled(
     """The hidden layer again if nothing was kept, and gate, up and their scales."""
     hidden = None
     if not kept:
-        hidden, kept = _mlp.hidden_forward(
+        hidden, kept = first_product.hidden_forward(
             x, _layer(weights, spec), "preactivation", norm=_norm(weights, spec), normalised=normalised
         )
     gate, up = pre_activations(kept, spec)
@@ -128,7 +132,7 @@ def _gradient(
     dy: Tensor, state: tuple, weights: MLPWeights, want_hidden: bool, want_bias: bool, spec: MLPSpec
 ) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
     task = GradientTask(want_hidden, want_bias, spec.match_eager)
-    hidden, dpre, db = _mlp.hidden_backward(dy, weights.w_out, state, _layer(weights, spec), task)
+    hidden, dpre, db = hidden_backward(dy, weights.w_out, state, _layer(weights, spec), task)
     return [dpre], db, hidden
 
 
