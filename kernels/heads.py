@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from . import launch
-from .tiles import coalesced, head_of, near, tensor2, tensor4
+from .tiles import ANY, coalesced, head_of, in_units, near, tensor2, tensor4
 
 
 class Table(NamedTuple):
@@ -29,6 +29,7 @@ class Table(NamedTuple):
     batch: int
     head: int
     column: int
+    unit: tl.constexpr = ANY
 
 
 class Rotation(NamedTuple):
@@ -135,7 +136,7 @@ def store_pairs(
 @triton.jit
 def row_pointers(tensor, batch, head, rows):
     """Pointers to the beginnings of these rows of a head."""
-    return head_of(tensor, batch, head) + rows.to(tl.int64) * tensor.row
+    return head_of(tensor, batch, head) + rows.to(tl.int64) * in_units(tensor.row, tensor.unit)
 
 
 @triton.jit

@@ -11,15 +11,20 @@ import triton.language as tl
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
+# The unit of strides that Triton knows enough of, see `unit_of`. Not None: Triton 3.6 cannot compare a tuple that
+# holds None with None.
+ANY: tl.constexpr = tl.constexpr(1)
+
 
 class Tensor4(NamedTuple):
-    """A (batch, head, row, column) tensor: its pointer and strides in elements."""
+    """A (batch, head, row, column) tensor: its pointer and strides in elements; `unit` see `unit_of`."""
 
     pointer: torch.Tensor
     batch: int
     head: int
     row: int
     column: int
+    unit: tl.constexpr = ANY
 
 
 class Tensor3(NamedTuple):
@@ -29,6 +34,7 @@ class Tensor3(NamedTuple):
     batch: int
     head: int
     row: int
+    unit: tl.constexpr = ANY
 
 
 class Tensor2(NamedTuple):
@@ -37,6 +43,7 @@ class Tensor2(NamedTuple):
     pointer: torch.Tensor
     batch: int
     head: int
+    unit: tl.constexpr = ANY
 
 
 class Matrix(NamedTuple):
@@ -45,6 +52,7 @@ class Matrix(NamedTuple):
     pointer: torch.Tensor
     row: int
     column: int
+    unit: tl.constexpr = ANY
 
 
 class Shape(NamedTuple):
@@ -86,10 +94,23 @@ def near(t: torch.Tensor, inner: int, extent: int | None = WIDEST_TILE) -> torch
     return once.contiguous().expand(t.shape)
 
 
+def unit_of(batch: int, head: int, row: int) -> tl.constexpr:
+    """The largest power of two that divides these strides, if it is 2, 4 or 8; else ANY.
+
+    Triton tells its compiler of an integer that it is a multiple of 16, or nothing. A kernel loads eight numbers
+    of two bytes at once only where it knows that rows begin at multiples of eight. With heads of 72, say, it knows
+    that by their unit.
+    """
+    strides = batch | head | row
+    unit = strides & -strides
+    return tl.constexpr(unit) if 1 < unit < 16 else ANY
+
+
 def tensor4(t: torch.Tensor) -> Tensor4:
     """`t` as a kernel argument."""
     t = near(t, 2)
-    return Tensor4(t, *t.stride())
+    batch, head, row, column = t.stride()
+    return Tensor4(t, batch, head, row, column, unit_of(batch, head, row))
 
 
 def tensor3(t: torch.Tensor) -> Tensor3:
@@ -114,17 +135,26 @@ def shape_of(q: torch.Tensor, k: torch.Tensor) -> Shape:
 
 
 @triton.jit
+def in_units(stride, unit):
+    """`stride`, of which the compiler now knows that it is a multiple of `unit`. Triton 3.6 may take a constant of
+    a tuple for a number until functions are inlined, so nothing asks here whether it is 1."""
+    return stride // unit * unit
+
+
+@triton.jit
 def head_of(tensor, batch, head):
     """Pointer to the beginning of one head of one batch entry; 64-bit, since tensors may pass 2**31 elements."""
-    return tensor.pointer + batch.to(tl.int64) * tensor.batch + head.to(tl.int64) * tensor.head
+    batch_stride, head_stride = in_units(tensor.batch, tensor.unit), in_units(tensor.head, tensor.unit)
+    return tensor.pointer + batch.to(tl.int64) * batch_stride + head.to(tl.int64) * head_stride
 
 
 @triton.jit
 def tile_pointers(pointer, tensor, start, ROWS: tl.constexpr, WIDTH: tl.constexpr):
     """Pointers to ROWS x WIDTH elements from row `start` on."""
-    rows = tl.arange(0, ROWS)[:, None] * tensor.row
+    row_stride = in_units(tensor.row, tensor.unit)
+    rows = tl.arange(0, ROWS)[:, None] * row_stride
     columns = tl.arange(0, WIDTH)[None, :] * tensor.column
-    return pointer + tl.cast(start, tl.int64) * tensor.row + (rows + columns)
+    return pointer + tl.cast(start, tl.int64) * row_stride + (rows + columns)
 
 
 @triton.jit

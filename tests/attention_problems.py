@@ -30,7 +30,8 @@ OPTIONS = ("causal", "scale", "window", "softcap", "precision", "invariant")
 
 @dataclass(frozen=True)
 class Problem:
-    """One call. `layout` is the order in which q, k, v lie in memory: "bhld", "blhd" or "strided"."""
+    """One call. `layout` is the order in which q, k, v lie in memory: "bhld", "blhd", "packed" (each one of three
+    side by side) or "strided"."""
 
     batch: int = 1
     heads: int = 2
@@ -72,6 +73,8 @@ class Problem:
     def _tensor(self, heads: int, length: int, width: int) -> Tensor:
         if self.layout == "blhd":
             return self._random(self.batch, length, heads, width).transpose(1, 2)
+        if self.layout == "packed":
+            return self._random(self.batch, length, 3, heads, width)[:, :, 1].transpose(1, 2)
         if self.layout == "strided":
             return self._random(self.batch, heads, length, 3, width * 2)[:, :, :, 1, ::2]
         return self._random(self.batch, heads, length, width)

@@ -509,12 +509,12 @@ CALLS: tuple[Call, ...] = (
             (False, "intervals"),
         )
     ),
-    # No multiples of 16 and some that are, in each class but the widest.
-    *(UnevenCall("bf16", width, causal) for width in (40, 72, 136) for causal in (True, False)),
-    *(UnevenCall("bf16", width, True) for width in (96, 160)),
+    # No multiples of 8, of 8 alone, and of 16, in each class.
+    *(UnevenCall("bf16", width, causal) for width in (59, 111, 137) for causal in (True, False)),
+    *(UnevenCall("bf16", width, True) for width in (40, 72, 136, 264, 96, 160)),
     *(UnevenCall("bf16", width, True, many=True) for width in (40, 64, 96, 128, 160, 256)),
     UnevenCall("bf16", 128, False, many=True),
-    UnevenCall("bf16", 72, True, shaped="everything and heavy"),
+    *(UnevenCall("bf16", width, True, shaped="everything and heavy") for width in (72, 111)),
     *(
         InvariantCall(dtype, width, kind)
         for dtype, width, kind in (

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from .. import launch
-from ..tiles import LOG2_E, coalesced, head_of, load_tile, tensor3, tensor4
+from ..tiles import LOG2_E, coalesced, head_of, in_units, load_tile, tensor3, tensor4
 from .bias import bias_gradient, relative_bias_gradient
 from .loops import (
     GRANULE,
@@ -63,8 +63,8 @@ def next_tile(cursor, tiles, q, dout, row_values):
     return (
         tl.where(last, 0, number + 1),
         member + tl.where(last, 1, 0),
-        q_pointer + tl.where(last, q.head, 0),
-        dout_pointer + tl.where(last, dout.head, 0),
+        q_pointer + tl.where(last, in_units(q.head, q.unit), 0),
+        dout_pointer + tl.where(last, in_units(dout.head, dout.unit), 0),
         values + tl.where(last, row_values.head, 0),
     )
 
@@ -77,8 +77,8 @@ def tile_at(number, tiles, beginning, q, dout, row_values):
     return (
         number % tl.maximum(tiles, 1),
         number // tl.maximum(tiles, 1),
-        q_pointer + member * q.head,
-        dout_pointer + member * dout.head,
+        q_pointer + member * in_units(q.head, q.unit),
+        dout_pointer + member * in_units(dout.head, dout.unit),
         values + member * row_values.head,
     )
 

@@ -89,7 +89,7 @@ class Call:
     def variants(self) -> tuple[str, ...]:
         """What makes its kernels others than the most used ones, see `launch.look_up`.
 
-        unaligned: a width is no multiple of 16, so loads are narrow. few: there are so few programs that they may
+        unaligned: a width is no multiple of 8, so loads are narrow. few: there are so few programs that they may
         split their loops. odd: lengths are no multiples of 16. uneven: they are odd, or tiles are padded.
         """
         batch, heads, queries, width = self.q.shape
@@ -97,7 +97,7 @@ class Call:
         programs = batch * min(heads * triton.cdiv(queries, MOST_ROWS), key_heads * triton.cdiv(keys, MOST_ROWS))
         odd = queries % 16 or keys % 16
         found = {
-            "unaligned": width % 16 or value_width % 16,
+            "unaligned": width % 8 or value_width % 8,
             "few": 2 * programs <= self.processors,
             "odd": odd,
             "uneven": odd or (width, value_width) != (self.width, self.value_width),

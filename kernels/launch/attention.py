@@ -612,11 +612,11 @@ ATTENTION_BIAS |= {
 # The kernels above, which need more registers here. Compiled with Triton 3.6.0, the oldest that we serve. Rows
 # that need no other tile are repeated here, because rows are bounds.
 ATTENTION_FORWARD |= {
-    # Narrow loads, on sm_90: 3 to 210 with the rows above.
+    # Narrow loads, of widths that are no multiple of 8. On sm_90: 3 to 210 with the rows above.
     "unaligned": (
         Row(2, 64, Tiling(64, 64, 8, 2)),
-        Row(2, 128, Tiling(32, 32, 8, 2)),  # 64 x 32: 2 for a crowded call at D = 72
-        Row(2, 256, Tiling(32, 16, 8, 2)),  # on sm_80 32 x 32 at D = 136: 2
+        Row(2, 128, Tiling(32, 32, 8, 2)),  # 64 x 32: 2 for a crowded call
+        Row(2, 256, Tiling(32, 16, 8, 2)),  # on sm_80 32 x 32: 2
         Row(2, 512, Tiling(32, 16, 8, 2)),
     ),
     # Loops that programs split. 128 x 128 at D = 128: 2 spills with Triton 3.6; 128 x 64 at D = 160: 2.

@@ -20,7 +20,7 @@ from fastattn.core.attention.spec import AttentionSpec, ScoreTensors  # noqa: E4
 from fastattn.kernels import launch  # noqa: E402
 from fastattn.kernels.attention.forward import attention_forward_kernel  # noqa: E402
 from fastattn.kernels.attention.problem import Call  # noqa: E402
-from fastattn.kernels.tiles import heavy_first  # noqa: E402
+from fastattn.kernels.tiles import heavy_first, unit_of  # noqa: E402
 
 
 @pytest.mark.parametrize("blocks", [(16, 16), (16, 64), (64, 16), (32, 32)])
@@ -87,6 +87,23 @@ def test_wide_heads_take_every_option(asked: dict) -> None:
         ),
         "triton",
     )
+
+
+@pytest.mark.parametrize(
+    ("width", "value_width", "layout"), [(40, 24, "bhld"), (72, 12, "packed"), (10, 30, "blhd")]
+)
+def test_rows_that_begin_at_no_multiple_of_16_are_read_right(width: int, value_width: int, layout: str) -> None:
+    """Their strides are rounded to units, see `tiles.unit_of`."""
+    asked = {"batch": 2, "heads": 3, "key_heads": 1, "queries": 5, "keys": 37, "causal": True}
+    check(Problem(**asked, width=width, value_width=value_width, layout=layout, lse_gradient=True), "triton")
+
+
+@pytest.mark.parametrize(
+    ("strides", "unit"),
+    [((16, 32, 0), 1), ((72, 1152, 0), 8), ((0, 48, 40), 8), ((12, 24, 16), 4), ((6, 8, 4), 2), ((3, 8, 8), 1)],
+)
+def test_a_unit_is_the_largest_power_of_two_below_16_that_divides_all_strides(strides: tuple, unit: int) -> None:
+    assert unit_of(*strides).value == unit
 
 
 @pytest.mark.parametrize("asked", [{"causal": True}, {"sinks": True, "bias": (0, 0, 0, 0)}, {"lists": "random"}])
@@ -167,7 +184,8 @@ def test_every_architecture_dtype_width_and_kind_has_a_row(arch: int | str, name
         (4096, 4096, 128, 16, ()),
         (4096, 4096, 96, 16, ("uneven",)),
         (4096, 4095, 128, 16, ("odd", "uneven")),
-        (4096, 4096, 72, 16, ("unaligned", "uneven")),
+        (4096, 4096, 72, 16, ("uneven",)),
+        (4096, 4096, 68, 16, ("unaligned", "uneven")),
         (2048, 2048, 128, 4, ("few",)),
         (4096, 128, 128, 4, ("few",)),  # few keys: their gradients have few programs
         (1, 4096, 128, 16, ("few", "odd", "uneven")),

@@ -366,8 +366,34 @@ def test_loops_that_programs_split_odd_lengths_and_odd_widths_are_in_the_report(
     kernels = ("attention_forward_kernel", "attention_dkdv_kernel", "attention_dq_kernel")
     wanted = {f"{name}:{how}" for name in kernels for how in ("split", "whole", "even", "uneven")}
     for line in done.stdout.splitlines():
-        # Some widths of each class, once with rows that begin at multiples of 16 elements and once without.
-        assert (wanted | {"40", "72", "80", "96", "136", "160"}) <= set(line.split()), line
+        # Some widths of each class: with rows that begin at multiples of 16 elements, of 8, and at any.
+        assert (wanted | {"40", "59", "72", "80", "96", "111", "136", "137", "160"}) <= set(line.split()), line
+
+
+LOADS = """
+import re
+from benchmarks.compile_report.compiling import catching
+from benchmarks.compile_report.launches import AttentionCall
+from benchmarks.compile_report.targets import TARGETS
+from fastattn.kernels import launch
+
+launch.look_up = lambda *asked: launch.Tiling(32, 32, 4, 2)
+for name in ("attention_forward_kernel", "attention_dkdv_kernel"):  # whose pointers move from tile to tile
+    with catching(TARGETS["sm_90"], name) as caught:
+        AttentionCall("bf16", 72, True).run()
+    ptx = caught[0].artefacts["ptx"]
+    copies, loads = re.findall("cp.async.*?, 0x(.*?),", ptx), re.findall("ld.global.*?[.]b16 ", ptx)
+    print(name, *sorted(set(copies)), len(loads))
+"""
+
+
+def test_heads_of_a_multiple_of_8_are_loaded_16_bytes_at_a_time(tmp_path: Path) -> None:
+    """One number at a time took several times the instructions, and smaller tiles, since Triton tells its compiler
+    of multiples of 16 only."""
+    done = run("-c", "import os; del os.environ['TRITON_INTERPRET']\n" + LOADS, cache=tmp_path)
+    assert done.returncode == 0, done.stderr
+    # Copies of 16 bytes, of 4 (row values), and loads of 2.
+    assert done.stdout.splitlines() == ["attention_forward_kernel 10 0", "attention_dkdv_kernel 10 4 0"]
 
 
 EVERY_ROW_ASKED_FOR = """
@@ -409,7 +435,7 @@ for target in TARGETS.values():
             if (id(table), id(row.tiling)) not in served:
                 print(target.name, name, row)
 # Rows of a kind, as "shaped" ones, serve any target, and each serves one. Not asked: heads wider than 256 whose
-# width is no multiple of 16. At 264 they spill 7 to 138 registers on most targets, in the smallest tiles.
+# width is no multiple of 8. At 265 they spill 7 to 138 registers on most targets, in the smallest tiles.
 for name, table in tables.values():
     for kind, rows in table.items():
         for row in rows:
