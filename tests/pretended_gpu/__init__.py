@@ -24,7 +24,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -141,11 +141,34 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastattn" / "pretended_gpu"
 
 
+# The stages of Triton's compiler that follow its front end.
+STAGES = ("ttir", "ttgir", "llir", "ptx", "cubin")
+
+
+def _instead(stage: str) -> Callable[..., object]:
+    """What stands in for a stage of the compiler that is left out. It tells the launcher what the stage would."""
+    known = {
+        "llir": {
+            "shared": 0, "tmem_size": 0, "global_scratch_size": 0, "global_scratch_align": 1,
+            "profile_scratch_size": 0, "profile_scratch_align": 1,
+        },
+        "ptx": {"name": "pretended"},
+    }  # fmt: skip
+    results = {"llir": "", "ptx": "", "cubin": b"\x7fELF, pretended"}
+
+    def stand_in(module: object, metadata: dict[str, object], *_: object) -> object:
+        metadata.update(known.get(stage, {}))
+        return results.get(stage, module)
+
+    return stand_in
+
+
 @contextlib.contextmanager
-def pretended_driver(*gpus: Gpu, folder: Path | None = None, assembled: bool = False) -> Iterator[Driver]:
+def pretended_driver(*gpus: Gpu, folder: Path | None = None, until: str = "ptx") -> Iterator[Driver]:
     """Inside the block torch.cuda and Triton find these GPUs in this machine; `folder` keeps the built driver.
 
-    assembled: kernels become machine code, and say how many registers they spill (`kernel.n_spills`); else 0."""
+    until: the last stage of the compiler that runs, one of STAGES. Shared memory is 0 before "llir". With "cubin"
+    kernels become machine code, and say how many registers they spill (`kernel.n_spills`); before it 0."""
     if reason := obstacle():
         raise RuntimeError(reason)
     library = build(folder or Path(tempfile.gettempdir()) / f"pretended_gpu_{os.getuid()}")
@@ -161,14 +184,14 @@ def pretended_driver(*gpus: Gpu, folder: Path | None = None, assembled: bool = F
         from triton.backends.nvidia.driver import CudaDriver
         from triton.runtime import driver as triton_driver
 
-        # The assembler takes as long as everything before it, and the compile report runs it on every kernel.
-        # What is kept in its place must never be taken for machine code: Triton's cache knows it by another key.
-        if not assembled:
-            plain_hash = CUDABackend.hash
+        for stage in STAGES[STAGES.index(until) + 1 :]:
+            stack.enter_context(mock.patch.object(CUDABackend, f"make_{stage}", staticmethod(_instead(stage))))
+        # What is kept in place of machine code must never be taken for it: Triton's cache knows it by another key.
+        if until != STAGES[-1]:
+            key = CUDABackend.hash
             stack.enter_context(
-                mock.patch.object(CUDABackend, "hash", lambda self: f"{plain_hash(self)}, pretended")
+                mock.patch.object(CUDABackend, "hash", lambda self: f"{key(self)}, pretended after {until}")
             )
-            stack.enter_context(mock.patch.object(CUDABackend, "make_cubin", lambda *_: b"\x7fELF, pretended"))
         if "TRITON_CACHE_DIR" not in os.environ:
             stack.enter_context(mock.patch.dict(os.environ, {"TRITON_CACHE_DIR": str(cache_folder())}))
         cuda = CudaDriver()
@@ -178,14 +201,14 @@ def pretended_driver(*gpus: Gpu, folder: Path | None = None, assembled: bool = F
 
 
 @contextlib.contextmanager
-def pretended_gpus(*gpus: Gpu, folder: Path | None = None, assembled: bool = False) -> Iterator[Driver]:
+def pretended_gpus(*gpus: Gpu, folder: Path | None = None, until: str = "ptx") -> Iterator[Driver]:
     """Inside the block tensors lie on these GPUs, too."""
     from fastattn.core import intact
     from fastattn.ground import modes
     from tests.pretended_gpu.tensors import GpuTensor, OnGpu, made_on_host
 
     with contextlib.ExitStack() as stack:
-        driver = stack.enter_context(pretended_driver(*gpus, folder=folder, assembled=assembled))
+        driver = stack.enter_context(pretended_driver(*gpus, folder=folder, until=until))
         for name in ("tensor", "as_tensor"):
             stack.enter_context(mock.patch.object(torch, name, made_on_host(getattr(torch, name))))
         # What fastattn makes outside of the caller's modes lies on the GPU, too.

@@ -3,12 +3,15 @@
 python -m tests.pretended_gpu --gpu H100              every call on an H100
 python -m tests.pretended_gpu --each-on-one           every call on one of the four, by turns
 python -m tests.pretended_gpu --only "D=128" --gpu A100
+python -m tests.pretended_gpu --until ttgir           the front end, the binder and the launcher: what other versions
+                                                      of Triton break, in a third of the time
 python -m tests.pretended_gpu --spills                kernels are assembled: one that spills registers is a failure
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import sys
 import time
@@ -26,7 +29,7 @@ import torch
 import triton
 
 from fastattn.measuring.prove_worker import launched, spills_of
-from tests.pretended_gpu import GPUS, Driver, obstacle, pretended_gpus
+from tests.pretended_gpu import GPUS, STAGES, Driver, obstacle, pretended_gpus
 from tests.pretended_gpu.calls import Call, all_calls
 from tests.pretended_gpu.known_spills import KNOWN
 from tests.pretended_gpu.tensors import planned
@@ -40,6 +43,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--each-on-one", action="store_true", help="every call on one of the GPUs, by turns")
     parser.add_argument("--share", default="1/1", metavar="I/N", help="only the I-th of N shares of the calls")
     parser.add_argument("--only", default="", metavar="TEXT", help="calls named so")
+    parser.add_argument("--until", choices=STAGES, default="ptx", help="the last stage of the compiler to run")
     parser.add_argument("--spills", action="store_true", help="assemble kernels, and fail where one spills")
     asked = parser.parse_args(words)
     if reason := obstacle():
@@ -47,6 +51,7 @@ def main(words: Sequence[str] | None = None) -> int:
         return 0
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
+    gc.disable()  # a fifth of the time of Triton's front end; what is left uncollected is small
     started = time.monotonic()
     gpus = asked.gpu or FOUR
     share, shares = map(int, asked.share.split("/"))
@@ -58,7 +63,7 @@ def main(words: Sequence[str] | None = None) -> int:
     failures = 0
     spilling = Spilling()
     with (
-        pretended_gpus(*(GPUS[name] for name in gpus), assembled=asked.spills) as driver,
+        pretended_gpus(*(GPUS[name] for name in gpus), until="cubin" if asked.spills else asked.until) as driver,
         launched(spilling.note),
     ):
         for number, call in jobs:
