@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -19,6 +20,11 @@ from hypothesis import settings  # noqa: E402
 # Reproducible, and without a deadline: the interpreter is slow and the first launch compiles.
 settings.register_profile("fastattn", deadline=None, derandomize=True, database=None)
 settings.load_profile("fastattn")
+
+if not ON_GPU and find_spec("triton"):
+    import quick_interpreter
+
+    quick_interpreter.quicken()
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)

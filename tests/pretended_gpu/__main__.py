@@ -11,7 +11,6 @@ python -m tests.pretended_gpu --spills                kernels are assembled: one
 from __future__ import annotations
 
 import argparse
-import gc
 import os
 import sys
 import time
@@ -51,7 +50,6 @@ def main(words: Sequence[str] | None = None) -> int:
         return 0
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    gc.disable()  # a fifth of the time of Triton's front end; what is left uncollected is small
     started = time.monotonic()
     gpus = asked.gpu or FOUR
     share, shares = map(int, asked.share.split("/"))
