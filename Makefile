@@ -30,7 +30,7 @@ gpu:
 # Every public call on pretended GPUs, under the oldest Triton we serve and the newest; compiled kernels are kept.
 # `make pretended OF=16 FROM=3` makes two of sixteen shares of the calls only, the 3rd and the 4th; ONLY="together" those
 # that are named so. Under the oldest Triton kernels are assembled, too: one that spills registers is a failure.
-# UNTIL=ttgir leaves the last stages of the compiler out: most of the time, and seldom what another Triton breaks.
+# UNTIL=ttir leaves out what follows the compiler's front end: most of the time, and seldom what another Triton breaks.
 OF := 2
 FROM := 1
 ONLY :=

@@ -1,7 +1,7 @@
 """Triton's interpreter without its idle work: a third of the time, and the same results.
 
-- It replaces the functions of triton.language by its own when a kernel is launched, and then again in each call of a
-  function of the kernel: some 2,000 times in a launch. Here it does so once in a launch.
+- It replaces the functions of triton.language by its own when a kernel is launched, and then again in each call of
+  a function of the kernel: some 2,000 times in a launch. Here it does so once in a launch.
 - It computes for each sum and product of integers whether it overflows, and then does not look at the result.
 """
 
@@ -40,8 +40,8 @@ def _by_name(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 class _Replaced:
-    """Triton's `_patch_lang`, which replaces the functions of the modules of triton.language that `fn` can see. The
-    outermost call, that of a launch, restores them."""
+    """Triton's `_patch_lang`, which replaces the functions of those modules of triton.language that `fn` can see;
+    here once in a launch. The outermost call, that of the launch, restores them."""
 
     def __init__(self, replace: Any) -> None:
         self.replace = replace

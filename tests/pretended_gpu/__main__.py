@@ -3,8 +3,7 @@
 python -m tests.pretended_gpu --gpu H100              every call on an H100
 python -m tests.pretended_gpu --each-on-one           every call on one of the four, by turns
 python -m tests.pretended_gpu --only "D=128" --gpu A100
-python -m tests.pretended_gpu --until ttgir           the front end, the binder and the launcher: what other versions
-                                                      of Triton break, in a third of the time
+python -m tests.pretended_gpu --until ttir            the compiler stops after its front end
 python -m tests.pretended_gpu --spills                kernels are assembled: one that spills registers is a failure
 """
 
