@@ -28,31 +28,36 @@ UNITS = {"k": 2**10, "m": 2**20}
 
 def tokens(text: str) -> int:
     unit = UNITS.get(text[-1:].lower())
-    return int(text) if unit is None else int(float(text[:-1]) * unit)
+    return positive(text if unit is None else str(int(float(text[:-1]) * unit)))
+
+
+def positive(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return int(text)
 
 
 def gpus(text: str) -> list[int]:
     """8..64: 8, 16, 32, 64. 8,12: those."""
     if ".." not in text:
-        return [int(part) for part in text.split(",")]
-    first, last = map(int, text.split(".."))
-    found = [first]
-    while found[-1] * 2 <= last:
-        found.append(found[-1] * 2)
-    return found
+        return [positive(part) for part in text.split(",")]
+    first, last = map(positive, text.split(".."))
+    if last < first:
+        raise argparse.ArgumentTypeError(f"must go up, got {text}")
+    return [first * 2**i for i in range((last // first).bit_length())]
 
 
 def mask(text: str, length: int) -> dict:
     """causal, full, window:SIZE, documents:SIZE (all of one length, causal)."""
     kind, _, size = text.partition(":")
-    if kind in ("causal", "full"):
-        return {"causal": kind == "causal"}
-    if kind == "window":
+    if text in ("causal", "full"):
+        return {"causal": text == "causal"}
+    if size and kind == "window":
         return {"causal": True, "window": (tokens(size) - 1, 0)}
-    if kind == "documents":
+    if size and kind == "documents":
         ends = [*range(0, length, tokens(size)), length]
         return {"causal": True, "mask": masks.documents(cu_seqlens=ends)}
-    raise argparse.ArgumentTypeError(f"must be causal, full, window:SIZE or documents:SIZE, got {text!r}")
+    raise ValueError(f"--mask must be causal, full, window:SIZE or documents:SIZE, got {text!r}")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -73,21 +78,25 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    asked = parser().parse_args(words)
-    console = Console()
+    made = parser()
+    asked, console = made.parse_args(words), Console()
+    try:
+        shown = mask(asked.mask, asked.tokens)
+        where = cluster(asked.machine, asked.link)
+    except (argparse.ArgumentTypeError, KeyError, OSError, TypeError, ValueError) as problem:
+        made.error(str(problem) if not isinstance(problem, KeyError) else f"--machine has no figure {problem}")
     training = Training(
-        MODELS[asked.model], asked.tokens, mask(asked.mask, asked.tokens), not asked.no_checkpoint,
-        4 if asked.float32_gradients else 2,
-    )  # fmt: skip
-    where = cluster(asked.machine, asked.link)
+        MODELS[asked.model], asked.tokens, shown, not asked.no_checkpoint, 4 if asked.float32_gradients else 2
+    )
+    title = f"{asked.model}, {asked.tokens} tokens, {asked.mask}, {asked.link}: predicted"
     found: list[Step] = []
     for count in track(asked.gpus, "predicting", console=console, transient=True):
         found += training.steps(count, where)
-    console.print(table(found, asked.tokens, f"{asked.model}, {asked.tokens} tokens, {asked.mask}, {asked.link}"))
+    console.print(table(found, asked.tokens, title))
     if asked.json:
         asked.json.write_text(json.dumps([dataclasses.asdict(step) for step in found], indent=1) + "\n")
     if asked.plot:
-        draw(found, asked.tokens, asked.plot)
+        draw(found, asked.tokens, title, asked.plot)
     return 0
 
 
@@ -100,22 +109,28 @@ def best(steps: list[Step]) -> Step:
 def table(steps: list[Step], length: int, title: str) -> Table:
     made = Table(
         "GPUs", "method", "s a step", "of it attention", "waiting", "GiB", "tokens / s / GPU",
-        title=f"{title}: predicted", caption="bold: the best; !: more than a GPU has",
+        title=title, caption="*: the best; !: more memory than a GPU has; waiting: for messages or slower GPUs",
     )  # fmt: skip
+    made.columns[1].no_wrap = True
     for count in dict.fromkeys(step.gpus for step in steps):
         here = [step for step in steps if step.gpus == count]
         chosen = best(here)
         for step in here:
             made.add_row(
-                str(count), step.method, f"{step.seconds:.3g}", f"{step.attention / step.seconds:.0%}",
-                f"{step.exposed / step.seconds:.1%}", f"{step.memory / 2**30:.1f}{'' if step.fits else '!'}",
-                f"{length / step.seconds / count:.0f}", style="bold" if step is chosen else "",
+                str(count), f"{step.method}{' *' if step is chosen else ''}", f"{step.seconds:.3g}",
+                f"{step.attention / step.seconds:.0%}", f"{step.exposed / step.seconds:.1%}",
+                f"{step.memory / 2**30:.1f}{'' if step.fits else '!'}", _rate(length / step.seconds / count),
+                style="bold" if step is chosen else "",
             )  # fmt: skip
         made.add_section()
     return made
 
 
-def draw(steps: list[Step], length: int, path: Path) -> None:
+def _rate(rate: float) -> str:
+    return f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"
+
+
+def draw(steps: list[Step], length: int, title: str, path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
@@ -123,8 +138,15 @@ def draw(steps: list[Step], length: int, path: Path) -> None:
     for kind in dict.fromkeys(_kind(step) for step in steps):
         line = [step for step in steps if _kind(step) == kind]
         rates = [length / step.seconds / step.gpus for step in line]
-        axes.plot([step.gpus for step in line], rates, marker="o", label=kind)
-    axes.set(xscale="log", xlabel="GPUs", ylabel="tokens a second and GPU (predicted)", ylim=(0, None))
+        (drawn,) = axes.plot([step.gpus for step in line], rates, label=kind, alpha=0.7)
+        for step, rate in zip(line, rates, strict=True):
+            full = drawn.get_color() if step.fits else "white"
+            axes.plot(step.gpus, rate, marker="o", color=drawn.get_color(), markerfacecolor=full)
+    counts = list(dict.fromkeys(step.gpus for step in steps))
+    axes.set(xlabel="GPUs (hollow: more memory than a GPU has)", ylabel="tokens a second and GPU", title=title)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(counts, map(str, counts))
+    axes.set_ylim(0)
     axes.legend()
     figure.savefig(path, format="png", dpi=120)
 

@@ -31,7 +31,10 @@ class Cluster:
 def cluster(file: Path, link: str) -> Cluster:
     """The machine of a file, with the link of this name between its nodes. "nvlink" between nodes means that all
     GPUs are one node."""
-    given = json.loads(file.read_text())
+    try:
+        given = json.loads(file.read_text())
+    except json.JSONDecodeError as problem:
+        raise ValueError(f"--machine {file} is no JSON: {problem}") from problem
     links: dict[str, dict[str, float]] = given["links"]
     if link not in links:
         raise ValueError(f"--link must be one of {', '.join(links)}, got {link!r}")

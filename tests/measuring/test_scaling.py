@@ -59,6 +59,20 @@ def test_figures_are_printed_written_and_drawn(tmp_path: Path, capsys: pytest.Ca
     assert (tmp_path / "f.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_link_that_the_machine_lacks_is_named() -> None:
-    with pytest.raises(ValueError, match="--link must be one of nvlink, ib400, ib200, got 'token ring'"):
-        cluster(H100, "token ring")
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--link token-ring", "--link must be one of nvlink, ib400, ib200, got 'token-ring'"),
+        ("--mask window", "--mask must be causal, full, window:SIZE or documents:SIZE, got 'window'"),
+        ("--mask window:0", "must be at least 1, got 0"),
+        ("--gpus 0..8", "must be at least 1, got 0"),
+        ("--gpus 16..8", "must go up, got 16..8"),
+        ("--tokens 0", "must be at least 1, got 0"),
+        ("--machine nowhere.json", "nowhere.json"),
+        (f"--machine {__file__}", f"--machine {__file__} is no JSON"),
+    ],
+)
+def test_wrong_arguments_are_named(words: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(words.split())
+    assert message in capsys.readouterr().err
