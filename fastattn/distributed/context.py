@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -54,15 +55,16 @@ def context_parallel(
         trust_positions: do not ask for the positions of a Hugging Face model that does not hand them on.
 
     Raises:
-        ValueError: calls that would take a part of the sequence for the whole: padding as a tensor, caches,
-            cross-attention, statistics of attention.
+        ValueError: calls that would take a part of the sequence for the whole: PyTorch's and Hugging Face's own
+            attention, padding as a tensor, caches, cross-attention, statistics of attention.
     """
     outer = spread.current
     if outer is not None:
         raise ValueError("context_parallel must not be entered again within its block")
-    with _refusing_losses_that_shift():
+    mesh = mesh_of(layout, mesh)
+    with _refusing_losses_that_shift(), _refusing_attention_of_others(layout.counts[flat_rank(mesh)]):
         spread.current = _Context(
-            mesh_of(layout, mesh), layout, method, mask, flag("trust_positions", trust_positions), gradient_dtype
+            mesh, layout, method, mask, flag("trust_positions", trust_positions), gradient_dtype
         )
         try:
             yield
@@ -158,6 +160,42 @@ class _Context:
         if not self.layout.programs:
             agree(ranks_of(self.mesh), problem)
         raise problem
+
+
+@contextmanager
+def _refusing_attention_of_others(tokens: int) -> Iterator[None]:
+    """Within, PyTorch's attention to `tokens` queries and keys and Hugging Face's other implementations refuse: they
+    would take this rank's tokens for the whole sequence."""
+
+    def refusing(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if spread.current is not None and tokens == query.shape[-2] == key.shape[-2]:
+            raise ValueError(
+                "F.scaled_dot_product_attention would attend to this rank's tokens alone; take "
+                "fastattn.scaled_dot_product_attention, or fastattn.patch(model)"
+            )
+        return sdpa(query, key, value, *args, **kwargs)
+
+    def get_interface(self: Any, name: str, default: Callable[..., Any]) -> Callable[..., Any]:
+        if spread.current is not None and name != "fastattn":
+            raise ValueError(
+                f"attn_implementation must be 'fastattn' under context_parallel, got {name!r}, which would attend to "
+                "this rank's tokens alone: model.set_attn_implementation('fastattn')"
+            )
+        found: Callable[..., Any] = of_hugging_face(self, name, default)
+        return found
+
+    sdpa = F.scaled_dot_product_attention
+    interface: Any = getattr(sys.modules.get("transformers.modeling_utils"), "AttentionInterface", None)
+    of_hugging_face = getattr(interface, "get_interface", None)
+    F.scaled_dot_product_attention = refusing  # type: ignore[assignment]
+    if of_hugging_face is not None:
+        interface.get_interface = get_interface
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = sdpa
+        if of_hugging_face is not None:
+            interface.get_interface = of_hugging_face
 
 
 @contextmanager

@@ -214,6 +214,18 @@ def _labels(shard: Callable[[Tensor], Tensor]) -> None:
     llama()(shard(TOKENS), position_ids=shard(POSITIONS), labels=shard(TOKENS))
 
 
+def _eager(shard: Callable[[Tensor], Tensor]) -> None:
+    model = llama()
+    model.config._attn_implementation = "eager"
+    model(shard(TOKENS), position_ids=shard(POSITIONS))
+
+
+def _of_torch(shard: Callable[[Tensor], Tensor]) -> None:
+    n = shard(TOKENS).shape[1]
+    assert F.scaled_dot_product_attention(*(torch.zeros(1, 2, n + 1, 8) for _ in range(3))).shape[2] == n + 1
+    nn.TransformerEncoderLayer(8, 2, batch_first=True, dropout=0.0)(torch.zeros(1, n, 8))
+
+
 def _statistics(shard: Callable[[Tensor], Tensor]) -> None:
     q = torch.zeros(1, 2, 75, 8)
     fastattn.lens.attention_statistics(q, q, torch.zeros(1, 2, 75))
@@ -242,6 +254,8 @@ REFUSED = {
         "q must have the .* tokens that the layout gives this rank, got 10",
     ),
     "labels that the model shifts": (_labels, "labels are shifted by the model"),
+    "PyTorch's attention": (_of_torch, "F.scaled_dot_product_attention would attend to this rank's tokens alone"),
+    "Hugging Face's eager attention": (_eager, "attn_implementation must be 'fastattn' .* got 'eager'"),
     "statistics": (_statistics, "attention_statistics is not computed under"),
     "a loss that shifts": (
         lambda shard: fastattn.linear_cross_entropy(
@@ -281,7 +295,10 @@ def shift_labels(mesh: DeviceMesh) -> None:
     torch.testing.assert_close(loss, expected.detach())
 
 
-OF_HUGGING_FACE = ("positions from 0", "positions that cannot be checked", "labels that the model shifts")
+OF_HUGGING_FACE = (
+    "positions from 0", "positions that cannot be checked", "labels that the model shifts",
+    "Hugging Face's eager attention",
+)  # fmt: skip
 # Hugging Face's library takes seconds to import, so fewer ranks do.
 CASES: dict[groups.Group, dict[str, groups.Case]] = {
     2: {
