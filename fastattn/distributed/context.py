@@ -164,8 +164,8 @@ class _Context:
 
 @contextmanager
 def _refusing_attention_of_others(tokens: int) -> Iterator[None]:
-    """Within, PyTorch's attention to `tokens` queries and keys and Hugging Face's other implementations refuse: they
-    would take this rank's tokens for the whole sequence."""
+    """Within, PyTorch's attention to `tokens` queries and keys and Hugging Face's other implementations refuse:
+    they would take this rank's tokens for the whole sequence."""
 
     def refusing(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if spread.current is not None and tokens == query.shape[-2] == key.shape[-2]:
@@ -178,15 +178,15 @@ def _refusing_attention_of_others(tokens: int) -> Iterator[None]:
     def get_interface(self: Any, name: str, default: Callable[..., Any]) -> Callable[..., Any]:
         if spread.current is not None and name != "fastattn":
             raise ValueError(
-                f"attn_implementation must be 'fastattn' under context_parallel, got {name!r}, which would attend to "
-                "this rank's tokens alone: model.set_attn_implementation('fastattn')"
+                f"attn_implementation must be 'fastattn' under context_parallel, got {name!r}, which would attend "
+                "to this rank's tokens alone: model.set_attn_implementation('fastattn')"
             )
         found: Callable[..., Any] = of_hugging_face(self, name, default)
         return found
 
     sdpa = F.scaled_dot_product_attention
     interface: Any = getattr(sys.modules.get("transformers.modeling_utils"), "AttentionInterface", None)
-    of_hugging_face = getattr(interface, "get_interface", None)
+    of_hugging_face: Any = getattr(interface, "get_interface", None)
     F.scaled_dot_product_attention = refusing  # type: ignore[assignment]
     if of_hugging_face is not None:
         interface.get_interface = get_interface
