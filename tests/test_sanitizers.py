@@ -140,6 +140,14 @@ def attention(problem: Problem) -> list[Tensor]:
     return forward_and_backward(call, [*problem.inputs(), *(getattr(tensors, n) for n in names)])
 
 
+def absorbed() -> list[Tensor]:
+    """Keys of more than one tile's columns, which have no backward."""
+    torch.manual_seed(0)
+    q, k, v = Problem(1, 2, 1, queries=20, keys=37, width=521, value_width=24, layout="strided").inputs()
+    with torch.no_grad():
+        return list(fastattn.attention(q, k, v, causal=True, return_lse=True, backend=BACKEND))
+
+
 def attention_tangent(problem: Problem) -> list[Tensor]:
     torch.manual_seed(0)
     given = problem.arguments(problem.score_tensors())
@@ -367,6 +375,7 @@ CALLS = {
         partial(attention, Problem(1, 1, 1, queries=20, keys=37, width=290, value_width=320, bias=(0, 0, 0, 0))),
         WITH_BIAS,
     ),
+    "attention of keys wider than a tile": (absorbed, {"attention_forward_kernel"}),
     "attention of one query, split over keys": (
         partial(attention, Problem(heads=1, key_heads=1, queries=1, keys=700)),
         BOTH_WAYS | {"merge_kernel"},

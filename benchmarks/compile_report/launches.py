@@ -140,6 +140,15 @@ class AttentionCall:
 
 
 @dataclass(frozen=True)
+class AbsorbedCall(AttentionCall):
+    """Keys wider than 512, one head of them, without a backward."""
+
+    def run(self) -> None:
+        q, k, v = self.heads(16, self.head_dim), self.heads(1, self.head_dim), self.heads(1, self.value_dim)
+        attention_forward(q, k, v, *self.asked())
+
+
+@dataclass(frozen=True)
 class UnevenCall(AttentionCall):
     """The same of one short sequence: 4 query heads on 2 key heads, 1023 tokens. So few programs split their
     loops, and a length that is no multiple of 16 makes another kernel. So does a head dimension that a tile is
@@ -538,6 +547,11 @@ CALLS: tuple[Call, ...] = (
         for shape in ("window", "everything", "bias", "relative bias", "dropout", "lists")
     ),
     *(AttentionCall("bf16", width, True, shaped="dropout of a part") for width in WIDTHS[:2]),
+    *(
+        AbsorbedCall("bf16", 576, True, 512, shaped=shape)
+        for shape in ("", "everything", "relative bias", "lists that count", "everything and heavy")
+    ),
+    AbsorbedCall("fp32", 576, True, 512),
     *(AttentionCall("fp32", width, False, shaped="lists") for width in WIDTHS),
     *(AttentionCall("bf16", width, False, shaped="intervals") for width in WIDTHS),
     AttentionCall("bf16", 64, False, shaped="lists that count"),
@@ -652,4 +666,4 @@ def calls_for(target: Target) -> tuple[Call, ...]:
 def _is_on_amd(call: Call) -> bool:
     if isinstance(call, WholeMLPCall) and call.dtype == "fp32":
         return False  # its table has no rows for it
-    return not isinstance(call, CacheCall) and getattr(call, "shaped", "") not in NOT_ON_AMD
+    return not isinstance(call, CacheCall | AbsorbedCall) and getattr(call, "shaped", "") not in NOT_ON_AMD

@@ -89,6 +89,12 @@ def _has_other_widths(request: Request) -> bool:
     return not (8 <= q.shape[3] <= 512 and 8 <= v.shape[3] <= 512)
 
 
+def _is_absorbed(request: Request) -> bool:
+    """Whether keys are wider than a tile of the Triton kernels by a little, and values are not."""
+    q, _, v = request.tensors
+    return 512 < q.shape[3] <= 640 and 8 <= v.shape[3] <= 512
+
+
 def _wants(*names: str) -> Callable[[Request], bool]:
     return lambda r: not set(names).isdisjoint(r.spec.want)
 
@@ -215,7 +221,19 @@ FEATURES: tuple[Feature, ...] = (
     Feature("attention", "lengths of their own for queries and keys", _differ(_LENGTH, _Q, _K)),
     Feature("attention", "grouped-query heads", _differ(_HEADS, _Q, _K)),
     Feature("attention", "head widths 8 to 512", lambda r: not _has_other_widths(r)),
-    Feature("attention", "head widths below 8 or above 512", _has_other_widths, triton=frozenset()),
+    Feature(
+        "attention",
+        "queries and keys of 513 to 640 columns, values of 8 to 512 (DeepSeek's absorbed form)",
+        _is_absorbed,
+        triton=_FORWARD_ONLY,
+        proof="absorbed",
+    ),
+    Feature(
+        "attention",
+        "other head widths",
+        lambda r: _has_other_widths(r) and not _is_absorbed(r),
+        triton=frozenset(),
+    ),
     Feature("attention", "a width of their own for values", _differ(_WIDTH, _Q, _V)),
     Feature("attention", "float16", _is(torch.float16)),
     Feature("attention", "bfloat16", _is(torch.bfloat16)),

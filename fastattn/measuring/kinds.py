@@ -29,7 +29,7 @@ SCORE_KINDS = (
 )  # fmt: skip
 LSE = " lse gradient"  # behind a kind of attention: the log-sum-exp is added to out, and so has a gradient
 INVARIANT_KINDS = ("causal", "full", "documents", "alibi", "sinks", "pages")
-WITHOUT_GRADIENT = ("tangent", "statistics", "cache")
+WITHOUT_GRADIENT = ("tangent", "statistics", "cache", "absorbed")
 HIDDEN_STORED = "hidden layer stored"  # in place of a backend: the Triton kernels of other MLPs
 CACHE_KINDS = ("contiguous", "pages", "shaped pages")
 LATENT_KINDS = ("latent pages", "latent contiguous", "latent shaped pages")
@@ -461,6 +461,7 @@ BUILDERS: dict[str, Callable[[Sizes, torch.device], Call]] = {
     "masks": attention_call,
     "scores": attention_call,
     "invariant": invariant_call,
+    "absorbed": attention_call,  # keys wider than 512, which have no backward
     "varlen": varlen_call,
     "tangent": tangent_call,
     "statistics": statistics_call,

@@ -144,14 +144,15 @@ def small_cases(families: tuple[str, ...] = FAMILIES) -> list[Case]:
 
 
 def _shrunk(one: Case) -> Case:
-    length = {"norm": 9, "heads": 20}.get(one["family"], 40)
+    length, is_absorbed = {"norm": 9, "heads": 20}.get(one["family"], 40), one["proves"] == "absorbed"
 
     def small(sizes: dict[str, Any]) -> Sizes:
         lengths: dict[str, Any] = {
             "length": min(length, sizes["length"]),
             "keys": 56 if sizes["keys"] else None,
-            "width": 16,
-            "value_width": None,
+            # What is proven of keys wider than a tile needs such keys.
+            "width": sizes["width"] if is_absorbed else 16,
+            "value_width": 16 if is_absorbed else None,
         }
         return dataclasses.replace(
             Sizes(**sizes), dtype="float32", batch=1, heads=2, key_heads=1, hidden=24, **lengths
@@ -160,7 +161,7 @@ def _shrunk(one: Case) -> Case:
     timed = {CLASSES[0]: small(one["timed"][CLASSES[0]])}
     first, *others = one["checks"]
     checks = [small(first), *(small(s) for s in others if s["kind"] != one["proves"])][:FEW]
-    width = WHOLE_WIDTHS[0] if one["proves"] in ALONE else WIDTHS[one["record"]][0]
+    width = WHOLE_WIDTHS[0] if one["proves"] in ALONE else WIDTHS[one["record"]][-1 if is_absorbed else 0]
     return case(one["family"], one["proves"], checks, timed, tuple(one["directions"]), width)
 
 
@@ -198,7 +199,25 @@ def plain() -> list[Case]:
                 timed = _timed_attention("attention", kind, dtype, width)
                 tiled = dtype in TILED_DTYPES and width in TILED_WIDTHS
                 found.append(case("attention", kind, checks, timed, BOTH, width, tiled))
-    return found
+    return found + [absorbed(dtype) for dtype in DTYPES]
+
+
+LATENT_WIDTHS = {"width": 576, "value_width": 512}  # of keys and values, in models; their class is that of 512
+
+
+def absorbed(dtype: str) -> Case:
+    """The prefill of latent attention in its absorbed form, where all query heads have the same keys."""
+    about: dict[str, Any] = {"family": "absorbed", "dtype": dtype, "key_heads": 1, **LATENT_WIDTHS}
+    checks = [
+        Sizes(kind="causal", **about, batch=1, length=1023),
+        Sizes(kind="full", **about, length=113, keys=203),
+        Sizes(kind="causal", **about, length=1, keys=777),
+        Sizes(kind="causal", **{**about, "width": 520, "value_width": 40}, length=77),
+        *(Sizes(kind=kind, **about, length=300) for kind in ("everything", "bigbird", "documents")),
+    ]
+    lengths = zip(CLASSES, (128, 1024, 4096), strict=True)
+    timed = {size: Sizes(kind="causal", **about, batch=1, heads=16, length=length) for size, length in lengths}
+    return case("attention", "absorbed", checks, timed, (FORWARD,), 512)
 
 
 def _attention_kinds(
@@ -245,7 +264,6 @@ CACHES: dict[str, tuple[tuple[str, ...], str, tuple[int, ...]]] = {
     "quantised": (QUANTISED_KINDS, "int8 pages", (1, 5, 70)),
     "latent": (LATENT_KINDS, "latent pages", (1, 5, 70)),
 }
-LATENT_WIDTH = 576  # of keys, in models; their class is that of 512
 
 
 def caches() -> list[Case]:
@@ -254,7 +272,7 @@ def caches() -> list[Case]:
     for dtype in DTYPES:
         for width in CACHE_WIDTHS:
             found += [_cache(proves, dtype, width) for proves in ("cache", "chunk", "quantised")]
-        found.append(_cache("latent", dtype, LATENT_WIDTH))
+        found.append(_cache("latent", dtype, LATENT_WIDTHS["width"]))
     return found
 
 

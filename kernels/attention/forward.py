@@ -30,10 +30,15 @@ from .splits import argument, merge, partials_of, splits_of, store_partial_value
 
 @triton.jit
 def forward_products(operands, start, key_count, tile: tl.constexpr, EDGE: tl.constexpr):
-    """q k^T of the keys from `start` on."""
-    q_tile, k_pointer, _, k, _ = operands
+    """q k^T of the keys from `start` on. Columns behind tile.WIDTH are a tile of their own."""
+    q_tile, q_rest, k_pointer, _, k, _ = operands
     k_tile = load_tile(k_pointer, k, start, key_count, tile.HEAD_DIM, tile.BLOCK_N, tile.WIDTH, EDGE)
-    return tl.dot(q_tile, tl.trans(k_tile), input_precision=tile.PRECISION)
+    products = tl.dot(q_tile, tl.trans(k_tile), input_precision=tile.PRECISION)
+    if tile.REST > 0:
+        pointer = k_pointer + tl.cast(k.column, tl.int64) * tile.WIDTH
+        k_rest = load_tile(pointer, k, start, key_count, tile.REST_DIM, tile.BLOCK_N, tile.REST, EDGE)
+        products = tl.dot(q_rest, tl.trans(k_rest), products, input_precision=tile.PRECISION)
+    return products
 
 
 @triton.jit
@@ -71,7 +76,7 @@ def fold_products(
     MASKED: tl.constexpr,
 ):
     """`forward_step`, from the products q k^T."""
-    _, _, v_pointer, _, v = operands
+    _, _, _, v_pointer, _, v = operands
     scores = problem.scores
     accumulator, row_max, row_sum = state
     columns = start + tl.arange(0, tile.BLOCK_N)[None, :]
@@ -118,6 +123,10 @@ def attention_forward_kernel(
     v_pointer = head_of(v, batch, head // shape.group)
     q_pointer = head_of(q, batch, head)
     q_tile = load_tile(q_pointer, q, start, shape.queries, tile.HEAD_DIM, tile.BLOCK_M, tile.WIDTH, True)
+    q_rest = q_tile
+    if tile.REST > 0:
+        pointer = q_pointer + tl.cast(q.column, tl.int64) * tile.WIDTH
+        q_rest = load_tile(pointer, q, start, shape.queries, tile.REST_DIM, tile.BLOCK_M, tile.REST, True)
     score_terms = load_score_terms(scores, problem.dropout, batch, head)
 
     accumulator = tl.zeros([tile.BLOCK_M, tile.VALUE_WIDTH], tl.float32)
@@ -128,7 +137,7 @@ def attention_forward_kernel(
         sink = tl.load(head_of(scores.sinks, batch, head)) * score_unit(scores)
         row_max = tl.zeros([tile.BLOCK_M], tl.float32) + tl.where(split[0] == 0, sink, float("-inf"))
         row_sum += tl.where(split[0] == 0, 1.0, 0.0)
-    operands = (q_tile, k_pointer, v_pointer, k, v)
+    operands = (q_tile, q_rest, k_pointer, v_pointer, k, v)
     state = (accumulator, row_max, row_sum)
     if tile.AHEAD:
         state = loop_over_keys_ahead(
@@ -249,7 +258,7 @@ def _forward(
         argument(lse_partials),
         argument(remainders),
         call.problem(rows, splits.count, launch.heads_per_section(k, v, batch * heads), sinks=True),
-        tile=call.tile(tiling, AHEAD=tiling.ahead),
+        tile=call.tile(tiling, AHEAD=tiling.ahead, REST_DIM=call.rest, REST=call.rest_width),
         **tiling.compiler_options(),
     )
     merge(splits, partials, out, lse_partials, lse, remainders)

@@ -15,6 +15,8 @@ from .loops import Lists, Window, window_of
 from .scores import Dropout, Scores, dropout_of, scores_of
 
 MOST_ROWS = 128  # that a tile has
+# Queries and keys are kept in one tile up to this width. The forward keeps the columns behind it in a second one.
+WIDEST = 512
 
 
 class Problem(NamedTuple):
@@ -64,6 +66,16 @@ class Call:
         self.shape = shape_of(q, k)
         self.window = window_of(spec.left, spec.right, spec.right == 0, tensors.key_lengths, tensors.intervals)
         self.dropout = dropout_of(tensors.dropout_state, spec.dropout)
+
+    @property
+    def rest(self) -> int:
+        """How many columns of queries and keys lie behind the WIDEST tile."""
+        return max(0, self.q.shape[3] - WIDEST)
+
+    @property
+    def rest_width(self) -> int:
+        """The width of their tile; 0 if there are none."""
+        return launch.tile_width(self.rest) if self.rest else 0
 
     @property
     def widest(self) -> int:
@@ -126,9 +138,9 @@ class Call:
         compared with keys that are counted from the tile's start; None is as launch.MASKED_FIRST says."""
         masked_first = self.family in launch.MASKED_FIRST
         return tile_of(
-            HEAD_DIM=self.q.shape[3],
+            HEAD_DIM=min(self.q.shape[3], WIDEST),
             VALUE_DIM=self.v.shape[3],
-            WIDTH=self.width,
+            WIDTH=min(self.width, WIDEST),
             VALUE_WIDTH=self.value_width,
             BLOCK_M=tiling.block_m,
             BLOCK_N=tiling.block_n,

@@ -6,7 +6,7 @@ from .rows import INTERPRETER, Row, Tiling
 
 # Odd tiles of unequal sides, so that short sequences reach every loop.
 _INTERPRETED = {
-    "forward": (Row(8, 512, Tiling(32, 16, 4, 1, values=256)),),
+    "forward": (Row(8, 1024, Tiling(32, 16, 4, 1, values=256)),),
     "dkdv": (Row(8, 512, Tiling(16, 32, 4, 1)),),
     "dq": (Row(8, 512, Tiling(32, 16, 4, 1)),),
     "bias": (Row(8, 512, Tiling(32, 32, 4, 1)),),
@@ -671,6 +671,30 @@ ATTENTION_BIAS |= {
         Row(2, 256, Tiling(16, 16, 8, 1)),  # 4 warps: 2
     ),
 }
+
+# ---- queries and keys wider than 512, in the forward alone ----
+# The absorbed form of DeepSeek's latent attention has keys of 576 and values of 512. Beside the tiles: issue cycles
+# over tensor-core cycles of one pass over full tiles. Each pass computes all scores, so that two passes take 1.5
+# times as many tensor-core cycles as one.
+_WIDER = {
+    "sm_80": Tiling(32, 32, 8, 2),  # 0.89; 64 x 64 in two passes 0.51, without a second stage
+    "sm_86": Tiling(32, 16, 8, 2),  # 32 x 32: 106 KiB
+    "sm_90": Tiling(128, 16, 8, 2, values=256),  # 1.01; 32 x 32 in one pass: 1.85; one of 64 x 32: 48 spills
+    "sm_100": Tiling(64, 64, 8, 1, values=256),  # 1.50; 32 x 32 in one pass: 3.59; two of 128 x 32: 195 spills
+    "sm_120": Tiling(32, 16, 8, 2),  # 16 x 32: 4 spills
+    "gfx942": Tiling(32, 16, 4, 1),  # 36 for a crowded call
+}
+for _name, _tiling in _WIDER.items():
+    _exact = Row(4, 1024, Tiling(16, 16, 4 if _name == "gfx942" else 8, 1))  # 32 x 16: 20 for a crowded call
+    ATTENTION_FORWARD[_name] = (*ATTENTION_FORWARD[_name], Row(2, 1024, _tiling), _exact)
+for _name, _tiling in {
+    "sm_90 wide listed": Tiling(32, 32, 8, 2),  # two passes of 64 x 16 with 4 warps: 47
+    "sm_90 wide crowded": Tiling(16, 32, 8, 2),  # 128 x 16: 12; 32 x 32: 8
+    "sm_100 wide shaped": Tiling(32, 32, 8, 2),  # two passes of 64 x 64: 87 to 209
+    "sm_100 wide crowded": Tiling(16, 32, 8, 2),  # 32 x 32: 7
+    "unaligned": Tiling(32, 16, 8, 2),
+}.items():
+    ATTENTION_FORWARD[_name] = (*ATTENTION_FORWARD[_name], Row(2, 1024, _tiling))
 
 # Tilings that may be faster than the tables' in plain calls, in two bytes, of heads as wide as the tile. None
 # spills with Triton 3.7.1, nor with 3.6.0 on sm_80 and sm_90, but for those that are noted. A proof run on a GPU

@@ -206,6 +206,13 @@ def attention_calls() -> Iterator[Call]:
         yield of(f"D=320 and 512, {name}, backward", backward, wide, name)
     yield of("D=320 and 512, together, backward", backward, wide, *TOGETHER, lse=True)
     yield of("D=320 and 512, together, forward mode", forward_mode, wide, *TOGETHER)
+    for dtype, width in itertools.product(DTYPES, (576, 520, 577)):
+        sizes = Sizes(width=width, value_width=512, dtype=dtype)
+        yield of(f"{dtype} D={width} and 512, forward", forward, sizes, "causal")
+    absorbed = Sizes(width=576, value_width=512, queries=203)
+    for name in ("bias", "relative bias", "lists", "documents"):
+        yield of(f"D=576 and 512, {name}, forward", forward, absorbed, name)
+    yield of("D=576 and 512, together, forward", forward, absorbed, *TOGETHER)
     for precision, width in itertools.product(("tf32", "tf32x3", "ieee"), (64, 128, 256)):
         sizes = Sizes(width=width, dtype="fp32")
         yield of(f"{precision} D={width}", _with_precision, sizes, precision)

@@ -124,7 +124,7 @@ def attention(
 
     Args:
         q: queries (B, Hq, Lq, D); any strides. D and Dv may be any width from 1
-            up; the Triton kernels compute 8 to 512.
+            up; the Triton kernels compute 8 to 512, and queries and keys of up to 640 without gradients.
         k: keys (B, Hkv, Lk, D); query head h reads key head h // (Hq / Hkv).
         v: values (B, Hkv, Lk, Dv).
         causal: queries see keys up to the diagonal.
