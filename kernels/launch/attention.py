@@ -673,8 +673,8 @@ ATTENTION_BIAS |= {
 }
 
 # ---- queries and keys wider than 512, in the forward alone ----
-# The absorbed form of DeepSeek's latent attention has keys of 576 and values of 512. Beside the tiles: issue cycles
-# over tensor-core cycles of one pass over full tiles. Each pass computes all scores, so that two passes take 1.5
+# The absorbed form of DeepSeek's latent attention has keys of 576 and values of 512. Beside the tiles: issue
+# cycles over tensor-core cycles of one pass over full tiles. Each pass computes all scores: two passes take 1.5
 # times as many tensor-core cycles as one.
 _WIDER = {
     "sm_80": Tiling(32, 32, 8, 2),  # 0.89; 64 x 64 in two passes 0.51, without a second stage

@@ -206,13 +206,6 @@ def attention_calls() -> Iterator[Call]:
         yield of(f"D=320 and 512, {name}, backward", backward, wide, name)
     yield of("D=320 and 512, together, backward", backward, wide, *TOGETHER, lse=True)
     yield of("D=320 and 512, together, forward mode", forward_mode, wide, *TOGETHER)
-    for dtype, width in itertools.product(DTYPES, (576, 520, 577)):
-        sizes = Sizes(width=width, value_width=512, dtype=dtype)
-        yield of(f"{dtype} D={width} and 512, forward", forward, sizes, "causal")
-    absorbed = Sizes(width=576, value_width=512, queries=203)
-    for name in ("bias", "relative bias", "lists", "documents"):
-        yield of(f"D=576 and 512, {name}, forward", forward, absorbed, name)
-    yield of("D=576 and 512, together, forward", forward, absorbed, *TOGETHER)
     for precision, width in itertools.product(("tf32", "tf32x3", "ieee"), (64, 128, 256)):
         sizes = Sizes(width=width, dtype="fp32")
         yield of(f"{precision} D={width}", _with_precision, sizes, precision)
@@ -257,6 +250,20 @@ def attention_calls() -> Iterator[Call]:
             # Without keys there is a result: zeros, and the sinks' log-sum-exp.
             yield of(f"no {what}, {name}, backward", backward, sizes, name, launches=what == "keys")
             yield of(f"no {what}, {name}, forward mode", forward_mode, sizes, name, launches=what == "keys")
+
+
+def absorbed_calls() -> Iterator[Call]:
+    """Of queries and keys wider than a tile, which have no backward."""
+
+    def of(title: str, sizes: Sizes, *names: str) -> Call:
+        return Call(f"attention, {title}, forward", lambda: forward(sizes, *names))
+
+    for dtype, width in itertools.product(DTYPES, (576, 520, 577)):
+        yield of(f"{dtype} D={width} and 512", Sizes(width=width, value_width=512, dtype=dtype), "causal")
+    square = Sizes(width=576, value_width=512, queries=203)
+    for name in ("bias", "relative bias", "lists", "documents"):
+        yield of(f"D=576 and 512, {name}", square, name)
+    yield of("D=576 and 512, together", square, *TOGETHER)
 
 
 def _with_precision(sizes: Sizes, precision: str) -> None:
@@ -704,4 +711,5 @@ def all_calls() -> list[Call]:
         *cache_calls(),
         *invariant_calls(),
         *other_calls(),
+        *absorbed_calls(),
     ]
