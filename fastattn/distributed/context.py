@@ -187,6 +187,9 @@ def _refusing_attention_of_others(tokens: int) -> Iterator[None]:
     sdpa = F.scaled_dot_product_attention
     interface: Any = getattr(sys.modules.get("transformers.modeling_utils"), "AttentionInterface", None)
     of_hugging_face: Any = getattr(interface, "get_interface", None)
+    # Encoder layers of torch.nn would go past it in evaluation.
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
     F.scaled_dot_product_attention = refusing  # type: ignore[assignment]
     if of_hugging_face is not None:
         interface.get_interface = get_interface
@@ -194,6 +197,7 @@ def _refusing_attention_of_others(tokens: int) -> Iterator[None]:
         yield
     finally:
         F.scaled_dot_product_attention = sdpa
+        torch.backends.mha.set_fastpath_enabled(fast)
         if of_hugging_face is not None:
             interface.get_interface = of_hugging_face
 

@@ -260,7 +260,7 @@ def ring(seen: Pairs, sizes: Sizes, machine: Machine, tokens: float, passes: Seq
 def _sources(seen: Pairs) -> list[Tensor]:
     """From whom each rank receives in each round; -1 for nobody."""
     needs, every = seen.tokens > 0, torch.arange(seen.ranks)
-    if needs.all():
+    if (needs | torch.eye(seen.ranks, dtype=torch.bool)).all():
         return [(every - distance) % seen.ranks for distance in range(1, seen.ranks)]
     found: list[list[int]] = []
     for number, receiver, sender in scheduled(needs):

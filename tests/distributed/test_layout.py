@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastattn import distributed, masks
-from fastattn.distributed.transports import rounds
+from fastattn.distributed.transports import rounds, scheduled
 from fastattn.distributed.visibility import Visibility, whole_mask
 
 MILLION = 2**20
@@ -142,8 +142,10 @@ def test_in_each_round_a_rank_sends_once_and_receives_once(pairs: list[bool], ra
     assert sent == {(i, j) for i in range(ranks) for j in range(ranks) if i != j and needs[i, j]}
 
 
-def test_if_all_see_all_there_are_as_many_rounds_as_other_ranks() -> None:
-    assert len(rounds(torch.ones(8, 8, dtype=torch.bool), 3)) == 7
+def test_if_all_see_all_the_rounds_are_those_of_a_ring() -> None:
+    needs = torch.ones(8, 8, dtype=torch.bool).fill_diagonal_(False)
+    assert rounds(needs, 3) == tuple(((3 - i) % 8, (3 + i) % 8) for i in range(1, 8))
+    assert list(scheduled(needs)) == [(i - 1, to, (to - i) % 8) for i in range(1, 8) for to in range(8)]
 
 
 def test_a_layout_is_printed_and_drawn(tmp_path) -> None:
