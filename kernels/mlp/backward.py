@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from .. import launch
+from ..launch.mlp import MLP_GRADIENT_FUSED_UP_TO
 from ..tiles import matrix
 from .activations import activate, activate_derivative
 from .forward import scales_of, store_hidden
@@ -152,7 +153,8 @@ def hidden_backward(
     )
     choices = layer.choices(INT8=scales[0] is not None, SUMS=task.bias, ROUND=task.round)
     with launch.on_device(dy):
-        run = fused_gradient if is_fused(hidden_gradient_kernel, size, (dy, weight), fused) else library_gradient
+        ours = is_fused(hidden_gradient_kernel, size, (dy, weight), fused, MLP_GRADIENT_FUSED_UP_TO)
+        run = fused_gradient if ours else library_gradient
         sums = run(dy, weight, layer, dpre, arguments, size, choices)
     return again if hidden is None else hidden, dpre, None if sums is None else column_sum(sums)
 

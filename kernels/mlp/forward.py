@@ -23,11 +23,12 @@ In a residual branch, y = residual + dropout(hidden W2^T + b2) of the norm of x:
                      = (x (w W)^T - mean * sum(w W)) / deviation. The norm of x is never written. In
                      bfloat16: see FOLDED.
 
-Beyond the widths in launch.MLP_FUSED_UP_TO the library's GEMM saves more time than one more pass over the hidden
-layer costs. There the first product of each direction goes to the library, too, followed by `activation_kernel` or
-`activation_gradient_kernel`, which share their epilogues with the fused kernels. int8 always goes that way
-forward: the fused kernel would need a pass of its own to quantise, and both move seven bytes for each 16-bit
-number. Bias gradients are float32 sums of each tile, added up in a fixed order: no atomics.
+Beyond the widths in launch/mlp.py, MLP_FUSED_UP_TO and for the gradient MLP_GRADIENT_FUSED_UP_TO, the library's
+GEMM saves more time than one more pass over the hidden layer costs. There the first product of each direction goes
+to the library, too, followed by `activation_kernel` or `activation_gradient_kernel`, which share their epilogues
+with the fused kernels. int8 always goes that way forward: the fused kernel would need a pass of its own to
+quantise, and both move seven bytes for each 16-bit number. Bias gradients are float32 sums of each tile, added up
+in a fixed order: no atomics.
 """
 
 from __future__ import annotations

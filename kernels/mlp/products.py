@@ -131,10 +131,17 @@ def inner_tile(dtype: torch.dtype) -> int:
     return 128 // dtype.itemsize
 
 
-def is_fused(kernel: object, size: Size, operands: Sequence[torch.Tensor], fused: bool | None) -> bool:
+# By family of GPU and bytes of an element, up to which summed width.
+Bounds = dict[str, dict[int, int]]
+
+
+def is_fused(
+    kernel: object, size: Size, operands: Sequence[torch.Tensor], fused: bool | None, bounds: Bounds | None = None
+) -> bool:
     """Whether a product runs in our kernel and not in the library's; `fused` decides if it is not None.
 
-    Otherwise launch.MLP_FUSED_UP_TO decides, if the lines of all operands start at multiples of 16 elements.
+    Otherwise launch.MLP_FUSED_UP_TO decides, if the lines of all operands start at multiples of 16 elements; and
+    `bounds`, of the same form, where it has less.
     Operands with other lines go to the library: our kernel would load them value by value, not asynchronously, and
     spill registers.
     """
@@ -142,7 +149,9 @@ def is_fused(kernel: object, size: Size, operands: Sequence[torch.Tensor], fused
         return fused
     family = launch.family(kernel, operands[0].device)
     limits = launch.MLP_FUSED_UP_TO.get(family, launch.MLP_FUSED_UP_TO["sm_80"])
-    if size.inner > limits.get(operands[0].element_size(), -1):
+    itemsize = operands[0].element_size()
+    limit = limits.get(itemsize, -1)
+    if size.inner > min(limit, (bounds or {}).get(family, {}).get(itemsize, limit)):
         return False
     return family == launch.INTERPRETER or (size.hidden % 16 == 0 and all(aligned(t) for t in operands))
 

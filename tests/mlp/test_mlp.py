@@ -31,6 +31,7 @@ from fastattn.core.mlp.spec import PACKED, SAVES, MLPSpec, MLPWeights
 from fastattn.ground.checks import ACTIVATIONS
 from fastattn.kernels import launch
 from fastattn.kernels.launch import whole_mlp as launch_whole
+from fastattn.kernels.launch.mlp import MLP_GRADIENT_FUSED_UP_TO
 from fastattn.kernels.mlp.backward import GradientTask, hidden_backward
 from fastattn.kernels.mlp.forward import hidden_forward
 from fastattn.kernels.mlp.problem import Layer, Size
@@ -398,6 +399,17 @@ def test_narrow_products_are_fused_and_wide_ones_go_to_the_library(
     monkeypatch.setattr(launch, "family", lambda kernel, device: family)
     x, w = torch.empty(5, width, dtype=dtype, device="meta"), torch.empty(64, width, dtype=dtype, device="meta")
     assert is_fused(None, Size(5, width, 64), (x, w), None) == fused
+
+
+@pytest.mark.parametrize(("family", "at_most"), [("sm_90", 512), ("sm_80", 4096), ("sm_100", 1024)])
+def test_on_hopper_the_gradient_s_product_goes_to_the_library_sooner(
+    family: str, at_most: int, monkeypatch
+) -> None:
+    monkeypatch.setattr(launch, "family", lambda kernel, device: family)
+    for width in (at_most, at_most + 16):
+        size, half = Size(5, width, 64), {"dtype": torch.bfloat16, "device": "meta"}
+        operands = torch.empty(5, width, **half), torch.empty(64, width, **half)
+        assert is_fused(None, size, operands, None, MLP_GRADIENT_FUSED_UP_TO) == (width == at_most)
 
 
 @pytest.mark.parametrize(

@@ -3,12 +3,14 @@ repeat."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
+from attention_problems import without_plans
 from comparing import doubled, run
 from hardware import DEVICE, ON_GPU
 from hypothesis import given, settings
@@ -278,6 +280,54 @@ def test_by_default_it_serves_where_every_size_is_proven_in_both_directions(bad,
         assert spec_of(torch.empty(9, 64, device=DEVICE), backend=None, gated=True) == NEVER
         assert spec_of(torch.empty(9, 64, device=DEVICE), out=128, backend=None) == NEVER
     plans.forget()
+
+
+# Proofs of the kernels that store the hidden layer, which forward and backward have each for itself.
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize(
+    ("backward", "by"),
+    [(proofs.PROVEN, "triton"), (proofs.SLOWER, "portable"), (proofs.WRONG, "portable"), ("", "portable")],
+)
+def test_a_backward_that_is_slower_leaves_the_forward_to_the_kernels(backward: str, by: str, gated: bool) -> None:
+    """In the first call, in one with a plan, and in one that is an operator."""
+    problem = Problem(tokens=9, width=16, hidden=24, out=16, gated=gated)
+    inputs, dy = problem.inputs(), problem.dy()
+    spec = MLPSpec(problem.activation, gated)
+    rows = {}
+    for direction, verdict in ((FORWARD, proofs.PROVEN), (BACKWARD, backward)):
+        asked = capabilities.question(capabilities.Request("mlp", spec, (inputs[0],)), direction)
+        rows |= {asked.key(kind): proofs.Row(asked.key(kind), verdict) for kind in asked.kinds if verdict}
+    made = proofs.Record(proofs.machine(torch.device(DEVICE)), rows=rows)
+    expected = run(functools.partial(problem.ours, backend="portable"), inputs, dy)
+    served: list[tuple[str, str]] = []
+    with contextlib.ExitStack() as stack:
+        for name in ("triton", "portable"):
+            module = backends.load("mlp", name)
+            for direction in (FORWARD, BACKWARD):
+                noted = functools.partial(_noted, served, (name, direction), getattr(module, direction))
+                stack.enter_context(mock.patch.object(module, direction, noted))
+        stack.enter_context(mock.patch.object(proofs, "record_of", lambda device: made))
+        plans.forget()
+        for _ in range(2):
+            found = run(problem.ours, inputs, dy)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t), without_plans():
+            run(problem.ours, inputs, dy)
+        assert served == [("triton", FORWARD), (by, BACKWARD)] * 3
+        made = None
+        plans.forget()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
+            run(problem.ours, inputs, dy)
+        assert set(served[6:]) == {("portable", FORWARD), ("portable", BACKWARD)}
+    plans.forget()
+    for a, e in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-5)
+
+
+def _noted(served: list, entry: tuple[str, str], function: Any, *arguments: Any) -> Any:
+    served.append(entry)
+    return function(*arguments)
 
 
 def test_a_proof_of_the_whole_layer_asks_for_no_other() -> None:

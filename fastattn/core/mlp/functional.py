@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -99,30 +98,9 @@ def mlp(
 
     Source: Vaswani et al., Attention Is All You Need (2017), section 3.3; Hendrycks and Gimpel, GELU (2016).
     """
-    adds = _added(residual, x)
-    if invariance.wanted():
-        tensors = MLPWeights(w1, b1, None, None, w2, b2, norm_weight, norm_bias, residual, dropout_state)
-        options_given = Options(activation, save, chunk, match_eager, None, norm, norm_eps, dropout_p, adds)
-        beside: dict[str, Any] = {"norm": norm, "norm_weight": norm_weight, "norm_bias": norm_bias}
-        beside["norm_eps"] = norm_eps
-        beside |= {"activation": activation, "save": save, "match_eager": match_eager, "backend": backend}
-        rows = functools.partial(mlp, w1=w1, b1=b1, w2=w2, b2=b2, **beside)
-        return _by_rows(rows, x, tensors, options_given, backend, mlp_spec)
-    options = activation, save, chunk, match_eager, norm, norm_eps, dropout_p, adds
-    residual = residual if adds == "apart" else None
     weights = w1, b1, None, None, w2, b2, norm_weight, norm_bias, residual, dropout_state
-    key = plans.key((x, *weights), (*options, backend))
-    plan = MLP_PLANS.find(key)
-    if plan is not None:
-        return _planned(plan, x, weights)
-    if spread.is_dtensor(x):
-        _refuse_spread_branch(norm, dropout_p, adds)
-        return spread.of_dtensors["mlp"](x, w1, b1, w2, b2, {
-            "activation": activation, "save": save, "chunk": chunk, "match_eager": match_eager, "backend": backend,
-        })  # fmt: skip
-    backend = check_backend(backend)
-    given = Options(activation, save, chunk, match_eager, None, *options[4:])
-    return _first(x, MLPWeights(*weights), given, backend, mlp_spec, MLP_PLANS, key)
+    options = activation, save, chunk, match_eager, None, norm, norm_eps, dropout_p
+    return _of_form(PLAIN, x, weights, options, backend)
 
 
 def gated_mlp(
@@ -173,79 +151,91 @@ def gated_mlp(
 
     Source: Shazeer, GLU Variants Improve Transformer (2020), section 2.
     """
-    adds = _added(residual, x)
-    options = activation, save, chunk, match_eager, packed, norm, norm_eps, dropout_p, adds
-    if invariance.wanted():
-        given = MLPWeights(
-            w_gate, b_gate, w_up, b_up, w_down, b_down, norm_weight, norm_bias, residual, dropout_state
-        )
-        beside: dict[str, Any] = {"norm": norm, "norm_weight": norm_weight, "norm_bias": norm_bias}
-        beside["norm_eps"] = norm_eps
-        beside |= {"activation": activation, "save": save, "match_eager": match_eager, "backend": backend}
-        rows = functools.partial(
-            gated_mlp, w_gate=w_gate, w_up=w_up, w_down=w_down, b_gate=b_gate, b_up=b_up, b_down=b_down,
-            packed=packed, **beside,
-        )  # fmt: skip
-        return _by_rows(rows, x, given, Options(*options), backend, gated_mlp_spec)
-    residual = residual if adds == "apart" else None
     weights = w_gate, b_gate, w_up, b_up, w_down, b_down, norm_weight, norm_bias, residual, dropout_state
-    key = plans.key((x, *weights), (*options, backend))
-    plan = GATED_PLANS.find(key)
+    options = activation, save, chunk, match_eager, packed, norm, norm_eps, dropout_p
+    return _of_form(GATED, x, weights, options, backend)
+
+
+class Form(NamedTuple):
+    """What `mlp` and `gated_mlp` have each of their own. of_dtensor: (x, weights, the other arguments) -> the call of
+    DTensors."""
+
+    name: str
+    make_spec: Callable[[Tensor, MLPWeights, Options], MLPSpec]
+    known: plans.Plans[operators.MLPPlan]
+    of_dtensor: Callable[[Tensor, MLPWeights, dict[str, Any]], Tensor]
+
+
+def _plain_of_dtensor(x: Tensor, weights: MLPWeights, asked: dict[str, Any]) -> Tensor:
+    del asked["packed"]
+    w1, b1, _, _, w2, b2 = weights[:6]
+    return spread.of_dtensors["mlp"](x, w1, b1, w2, b2, asked)
+
+
+def _gated_of_dtensor(x: Tensor, weights: MLPWeights, asked: dict[str, Any]) -> Tensor:
+    w_gate, b_gate, w_up, b_up, w_down, b_down = weights[:6]
+    biases = {"b_gate": b_gate, "b_up": b_up, "b_down": b_down}
+    return spread.of_dtensors["gated_mlp"](x, w_gate, w_up, w_down, {**biases, **asked})
+
+
+PLAIN = Form("mlp", mlp_spec, plans.Plans("mlp"), _plain_of_dtensor)
+GATED = Form("gated_mlp", gated_mlp_spec, plans.Plans("gated_mlp"), _gated_of_dtensor)
+
+
+def _of_form(
+    form: Form, x: Tensor, weights: Sequence[Any], options: tuple[Any, ...], backend: str | None
+) -> Tensor:
+    """The MLP of the tensors of an MLPWeights and of Options, without the kind of residual."""
+    adds, residual = "", weights[8]
+    if residual is not None:
+        adds = "x" if residual is x else "apart"
+        if adds == "x":
+            weights = *weights[:8], None, weights[9]
+    if invariance.wanted():
+        return _by_rows(form, x, MLPWeights(*weights), Options(*options, adds), backend)
+    key = plans.key((x, *weights), (*options, adds, backend))
+    plan = form.known.find(key)
     if plan is not None:
         return _planned(plan, x, weights)
+    given = Options(*options, adds)
     if spread.is_dtensor(x):
-        _refuse_spread_branch(norm, dropout_p, adds)
-        return spread.of_dtensors["gated_mlp"](x, w_gate, w_up, w_down, {
-            "b_gate": b_gate, "b_up": b_up, "b_down": b_down, "activation": activation, "packed": packed,
-            "save": save, "chunk": chunk, "match_eager": match_eager, "backend": backend,
-        })  # fmt: skip
-    backend = check_backend(backend)
-    return _first(x, MLPWeights(*weights), Options(*options), backend, gated_mlp_spec, GATED_PLANS, key)
+        _refuse_spread_branch(given)
+        asked = {name: getattr(given, name) for name in ("activation", "packed", "save", "chunk", "match_eager")}
+        return form.of_dtensor(x, MLPWeights(*weights), {**asked, "backend": backend})
+    return _first(form, x, MLPWeights(*weights), given, check_backend(backend), key)
 
 
-def _by_rows(
-    function: Callable[..., Tensor],
-    x: Tensor,
-    weights: MLPWeights,
-    options: Options,
-    backend: str | None,
-    make_spec: Callable[[Tensor, MLPWeights, Options], MLPSpec],
-) -> Tensor:
-    """The MLP under `fastattn.invariant`, checked: function(rows, residual=...) of a fixed number of rows at a
-    time."""
+def _by_rows(form: Form, x: Tensor, weights: MLPWeights, options: Options, backend: str | None) -> Tensor:
+    """The MLP under `fastattn.invariant`, of a fixed number of rows at a time."""
     check_backend(backend)
     if spread.is_dtensor(x):
         raise ValueError("invariant must be False for DTensors, whose products are split over ranks")
     cast, *rest = autocast(x, *weights[:6])
-    given = None if options.residual == "x" else weights.residual
-    residual = given if given is None or not isinstance(given, Tensor) else given.to(cast.dtype)
+    given = weights.residual
+    residual = given.to(cast.dtype) if isinstance(given, Tensor) else given
     checked = weights._replace(residual=residual, **dict(zip(MLPWeights._fields, rest, strict=False)))
-    spec = make_spec(cast, checked, options)
+    spec = form.make_spec(cast, checked, options)
     if spec.dropout:
         raise ValueError(
             f"dropout_p must be 0 where a call is invariant, got {options.dropout_p}: the random numbers of a row "
             "depend on its place in the batch"
         )
+    by_rows = tuple(options._replace(chunk="auto")[:-1])
+
+    def function(x: Tensor, residual: Tensor | None) -> Tensor:
+        return _of_form(form, x, weights._replace(residual=residual, dropout_state=None), by_rows, backend)
+
     if not math.prod(x.shape[:-1]):
         with invariance.invariant(False):
-            return function(x, residual=x if options.residual == "x" else given)
+            return function(x, x if options.residual == "x" else given)
     count = rows_at_once(cast, weights.w_out.shape[1])
     if options.residual == "x":
-        y = in_rows(lambda rows: function(rows[0], residual=rows[0]), (_tokens(x),), count)
+        y = in_rows(lambda rows: function(rows[0], rows[0]), (_tokens(x),), count)
     elif given is None:
-        y = in_rows(lambda rows: function(rows[0]), (_tokens(x),), count)
+        y = in_rows(lambda rows: function(rows[0], None), (_tokens(x),), count)
     else:
-        y = in_rows(lambda rows: function(rows[0], residual=rows[1]), (_tokens(x), _tokens(given)), count)
+        y = in_rows(lambda rows: function(rows[0], rows[1]), (_tokens(x), _tokens(given)), count)
     return y.reshape(*x.shape[:-1], y.shape[-1])
-
-
-def _added(residual: Tensor | None, x: Tensor) -> str:
-    """Whether a residual is added, and which: one of RESIDUALS."""
-    return "" if residual is None else "x" if residual is x else "apart"
-
-
-MLP_PLANS: plans.Plans[operators.MLPPlan] = plans.Plans("mlp")
-GATED_PLANS: plans.Plans[operators.MLPPlan] = plans.Plans("gated_mlp")
 
 
 def _planned(plan: operators.MLPPlan, x: Tensor, weights: Sequence[Tensor | None]) -> Tensor:
@@ -263,49 +253,31 @@ def _planned(plan: operators.MLPPlan, x: Tensor, weights: Sequence[Tensor | None
 
 
 def _first(
-    x: Tensor,
-    weights: MLPWeights,
-    options: Options,
-    backend: str | None,
-    make_spec: Callable[[Tensor, MLPWeights, Options], MLPSpec],
-    known: plans.Plans[operators.MLPPlan],
-    key: plans.Key | None,
+    form: Form, x: Tensor, weights: MLPWeights, options: Options, backend: str | None, key: plans.Key | None
 ) -> Tensor:
     """The MLP of a call that has no plan; it gets one if it has a key."""
     if key is None:
-        return _unplanned(x, weights, options, backend, make_spec)
-    spec = make_spec(x, weights, options)
+        return _unplanned(form, x, weights, options, backend)
+    spec = form.make_spec(x, weights, options)
     if not spec.dropout:
         weights = weights._replace(dropout_state=None)
     plan = operators.MLPPlan.of(_tokens(x), weights, spec, backend)
-    known.keep(key, plan)
+    form.known.keep(key, plan)
     return _planned(plan, x, weights)
 
 
-def _unplanned(
-    x: Tensor,
-    weights: MLPWeights,
-    options: Options,
-    backend: str | None,
-    make_spec: Callable[[Tensor, MLPWeights, Options], MLPSpec],
-) -> Tensor:
+def _unplanned(form: Form, x: Tensor, weights: MLPWeights, options: Options, backend: str | None) -> Tensor:
     """Autocast casts what goes into the products. It leaves the norm and the sum with the residual to their own
     dtypes, so that these are steps of their own then."""
     branch = options.norm or options.dropout_p or options.residual
     if branch and isinstance(x, Tensor) and x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
-        return _step_by_step(x, weights, options, backend, make_spec)
+        return _step_by_step(form, x, weights, options, backend)
     x, *rest = autocast(x, *weights[:6])
     weights = weights._replace(**dict(zip(MLPWeights._fields, rest, strict=False)))
-    return _mlp(x, weights, make_spec(x, weights, options), backend)
+    return _mlp(x, weights, form.make_spec(x, weights, options), backend)
 
 
-def _step_by_step(
-    x: Tensor,
-    weights: MLPWeights,
-    options: Options,
-    backend: str | None,
-    make_spec: Callable[[Tensor, MLPWeights, Options], MLPSpec],
-) -> Tensor:
+def _step_by_step(form: Form, x: Tensor, weights: MLPWeights, options: Options, backend: str | None) -> Tensor:
     """A residual branch under autocast, norm, MLP, dropout and sum each for itself."""
     residual = x if options.residual == "x" else weights.residual
     if residual is not None:
@@ -313,7 +285,7 @@ def _step_by_step(
     cast, *rest = autocast(x, *weights[:6])
     alike = None if residual is None else cast.new_empty((), device=residual.device).expand(residual.shape)
     checked = weights._replace(residual=alike, **dict(zip(MLPWeights._fields, rest, strict=False)))
-    spec = make_spec(cast, checked, options)
+    spec = form.make_spec(cast, checked, options)
     if options.norm == "rms":
         x = rms_norm(x, weights.norm_weight, eps=spec.norm_eps, backend=backend)
     elif options.norm == "layer":
@@ -327,8 +299,8 @@ def _step_by_step(
     return y if residual is None else residual + y
 
 
-def _refuse_spread_branch(norm: str | None, dropout_p: float, adds: str) -> None:
-    for name, asked in (("norm", norm), ("residual", adds), ("dropout_p", dropout_p)):
+def _refuse_spread_branch(options: Options) -> None:
+    for name, asked in (("norm", options.norm), ("residual", options.residual), ("dropout_p", options.dropout_p)):
         if asked:
             raise ValueError(
                 f"{name} must not be given for DTensors: norm, dropout and sum are steps of their own"
