@@ -11,6 +11,9 @@ no key and takes the operator. Both ways give the same bits, but for the second 
 
 from __future__ import annotations
 
+import functools
+import importlib
+import operator
 import os
 import threading
 from collections.abc import Callable, Hashable, Sequence
@@ -45,6 +48,15 @@ _grad_enabled = torch.is_grad_enabled
 # Without this function of torch, nothing is known of hooks: as if there were some.
 _saved_tensors_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: True)
 
+
+# torch.compile's check in C++ that tensors are like those for which it was made: in types, dispatch keys, shapes,
+# strides, dtypes, devices and requires_grad. None where torch has no such class.
+try:
+    _Guards: Any = importlib.import_module("torch._C._dynamo.guards").TensorGuards
+except (ImportError, AttributeError):
+    _Guards = None
+
+_is_there: Any = functools.partial(operator.is_not, None)
 
 # `os.environ.get` raises and catches an error where a variable is not set, which takes longer than a key.
 _environment: Any = getattr(os.environ, "_data", None)
@@ -114,6 +126,33 @@ def _is_interpreted(rest: tuple[Any, ...]) -> bool:
     return (asked is not None or "triton" in options) and torch.device("cpu") in rest
 
 
+class _Latest(Generic[P]):
+    """What a call with a key and a plan was, without its tensors."""
+
+    def __init__(self, tensors: Sequence[Any], options: tuple[Any, ...], plan: P) -> None:
+        self.plan, self.options, self.kinds = plan, options, tuple(map(type, options))
+        self.grad, self.asked = _grad_enabled(), backend_asked()
+        self.present = operator.itemgetter(*(i for i, t in enumerate(tensors) if t is not None))
+        self.absent = operator.itemgetter(*(i for i, t in enumerate(tensors) if t is None))
+        present = self.present(tensors)
+        self.check = _Guards(
+            *present,
+            dynamic_dims_sizes=[list(t.shape) for t in present],
+            dynamic_dims_strides=[list(t.stride()) for t in present],
+        ).check
+
+    def is_alike(self, tensors: Sequence[Any], options: tuple[Any, ...]) -> bool:
+        """Whether a call that nobody watches has the same key."""
+        return (
+            self.check(*self.present(tensors))
+            and not any(map(_is_there, self.absent(tensors)))
+            and tuple(map(type, options)) == self.kinds  # 1, 1.0 and True are equal
+            and options == self.options
+            and _grad_enabled() is self.grad
+            and backend_asked() == self.asked
+        )
+
+
 class Plans(Generic[P]):
     """The plans of one function."""
 
@@ -123,6 +162,8 @@ class Plans(Generic[P]):
         # By the types of the options, then by the rest: 1 and 1.0 and True are equal, but True is no number.
         self._plans: dict[tuple[type, ...], dict[tuple[Any, ...], P]] = {}
         self._lock = threading.Lock()
+        self._latest: _Latest[P] | None = None
+        self._found: P | None = None
         EVERY.append(self)
 
     def __len__(self) -> int:
@@ -142,6 +183,28 @@ class Plans(Generic[P]):
             self.hits += 1
         return plan
 
+    def latest(self, tensors: Sequence[Any], options: tuple[Any, ...]) -> P | None:
+        """The plan of the call that comes again and again, without a key, if this is the same; else None.
+
+        Around a computation of a CPU a key takes three times as long as in a hot loop: it reads five attributes of
+        each tensor. This is for functions whose calls there last less than a millisecond.
+        """
+        if watched():  # first: a compiler must not read what changes from call to call
+            return None
+        latest = self._latest
+        if latest is None or not latest.is_alike(tensors, options):
+            return None
+        self.hits += 1
+        return latest.plan
+
+    def again(self, tensors: Sequence[Any], options: tuple[Any, ...], plan: P) -> None:
+        """A plan was found by its key. If it is the same as the time before, `latest` will know its calls."""
+        absent = sum(t is None for t in tensors)  # `itemgetter` gives a tuple of two and more
+        picks = 2 <= absent <= len(tensors) - 2
+        if self._found is plan and picks and tensors[0].device.type == "cpu" and _Guards is not None:
+            self._latest = _Latest(tensors, options, plan)
+        self._found = plan
+
     def keep(self, key: Key | None, plan: P) -> None:
         """Cache the plan of a call that was found right, if its arguments have a place in a key."""
         if key is None or not _PLAIN.issuperset(key[0]):
@@ -158,6 +221,7 @@ class Plans(Generic[P]):
     def forget(self) -> None:
         with self._lock:
             self._plans.clear()
+            self._latest = self._found = None
 
 
 EVERY: list[Plans] = []

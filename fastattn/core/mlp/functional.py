@@ -157,8 +157,8 @@ def gated_mlp(
 
 
 class Form(NamedTuple):
-    """What `mlp` and `gated_mlp` have each of their own. of_dtensor: (x, weights, the other arguments) -> the call of
-    DTensors."""
+    """What `mlp` and `gated_mlp` have each of their own. of_dtensor: (x, weights, other arguments) -> the result
+    for DTensors."""
 
     name: str
     make_spec: Callable[[Tensor, MLPWeights, Options], MLPSpec]
@@ -193,15 +193,21 @@ def _of_form(
             weights = *weights[:8], None, weights[9]
     if invariance.wanted():
         return _by_rows(form, x, MLPWeights(*weights), Options(*options, adds), backend)
-    key = plans.key((x, *weights), (*options, adds, backend))
+    tensors, asked = (x, *weights), (*options, adds, backend)
+    plan = form.known.latest(tensors, asked)
+    if plan is not None:
+        return _planned(plan, x, weights)
+    key = plans.key(tensors, asked)
     plan = form.known.find(key)
     if plan is not None:
+        form.known.again(tensors, asked, plan)
         return _planned(plan, x, weights)
     given = Options(*options, adds)
     if spread.is_dtensor(x):
         _refuse_spread_branch(given)
-        asked = {name: getattr(given, name) for name in ("activation", "packed", "save", "chunk", "match_eager")}
-        return form.of_dtensor(x, MLPWeights(*weights), {**asked, "backend": backend})
+        names = "activation", "packed", "save", "chunk", "match_eager"
+        named = {**{name: getattr(given, name) for name in names}, "backend": backend}
+        return form.of_dtensor(x, MLPWeights(*weights), named)
     return _first(form, x, MLPWeights(*weights), given, check_backend(backend), key)
 
 
