@@ -192,7 +192,7 @@ def _of_form(
         if adds == "x":
             weights = *weights[:8], None, weights[9]
     if invariance.wanted():
-        return _by_rows(form, x, MLPWeights(*weights), Options(*options, adds), backend)
+        return _by_rows(form, x, MLPWeights(*weights), Options(*options)._replace(residual=adds), backend)
     tensors, asked = (x, *weights), (*options, adds, backend)
     plan = form.known.latest(tensors, asked)
     if plan is not None:
@@ -202,7 +202,7 @@ def _of_form(
     if plan is not None:
         form.known.again(tensors, asked, plan)
         return _planned(plan, x, weights)
-    given = Options(*options, adds)
+    given = Options(*options)._replace(residual=adds)
     if spread.is_dtensor(x):
         _refuse_spread_branch(given)
         names = "activation", "packed", "save", "chunk", "match_eager"
