@@ -246,7 +246,7 @@ FEATURES: tuple[Feature, ...] = (
     ),
     Feature("attention", "float32, tf32 and tf32x3 products", lambda r: r.spec.precision != "ieee"),
     Feature("attention", "float64", _is(torch.float64), triton=frozenset()),
-    Feature("attention", "gradient of the log-sum-exp", lambda r: r.lse_gradient),
+    Feature("attention", "gradient of the log-sum-exp", lambda r: r.lse_gradient, proof="lse gradient"),
     Feature(
         "attention",
         _INVARIANT,

@@ -118,7 +118,7 @@ class Row:
     def of(cls, given: dict[str, Any]) -> Row:
         rest = {name: given[name] for name in ("verdict", "ratio", "error", "allowed", "reason")}
         rest |= {name: given[name] for name in ("against", "tilings_width") if name in given}
-        rest["tilings"] = {table: _tiling(numbers) for table, numbers in given.get("tilings", {}).items()}
+        rest["tilings"] = tilings_of(given)
         row = cls(Key(*(given[name] for name in Key._fields)), **rest)
         if row.verdict not in VERDICTS:
             raise ValueError(f"unknown verdict {row.verdict!r}")
@@ -126,6 +126,11 @@ class Row:
 
     def as_json(self) -> dict[str, Any]:
         return {**self.key._asdict(), **{f.name: getattr(self, f.name) for f in dataclasses.fields(self)[1:]}}
+
+
+def tilings_of(given: dict[str, Any]) -> dict[str, Tiling]:
+    """The tilings of what came as JSON, none if it has none."""
+    return {table: _tiling(numbers) for table, numbers in given.get("tilings", {}).items()}
 
 
 def _tiling(numbers: Any) -> Tiling:

@@ -111,9 +111,14 @@ class Ahead:
             )
         return time.monotonic() - begin
 
-    def quiet(self) -> contextlib.AbstractContextManager[Any]:
-        """Within, no piece is begun: its tensors are made on the GPU that is timed. Those under way go on."""
-        return self.gate
+    @contextlib.contextmanager
+    def quiet(self) -> Iterator[None]:
+        """Within, nothing is compiled, since that takes cores, and makes tensors on the GPU that is timed. Pieces
+        that are under way are ended first; no other is begun."""
+        with self.gate:
+            with self.changed:
+                self.changed.wait_for(lambda: not self.busy, timeout=max(0.0, self.deadline - time.monotonic()))
+            yield
 
     def _work(self, number: int) -> None:
         compiler = self.compilers[number]

@@ -124,6 +124,8 @@ def report_proofs(device: torch.device) -> None:
             made = f"{record.date}, driver {record.driver or 'unknown'}"
             title = f"proofs on {device}, {made}: times as fast as what would serve otherwise"
             print_table(title, tables.record_rows(record))
+            if chosen := tables.tiling_rows(record):
+                print_table(tables.CHOSEN, chosen)
         for sentence in proofs.ignored(device):
             print(f"  {sentence}\n")
 

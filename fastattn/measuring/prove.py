@@ -74,7 +74,7 @@ class Prover:
 
     def go(self) -> None:
         """Until all is proven or the deadline: some cases at a time are checked, side by side; then they are timed
-        one by one, while no other is checked and no piece is begun that is compiled ahead."""
+        one by one, while nothing else is checked or compiled ahead."""
         waiting = deque(self.cases)
         with self.ahead:
             while waiting and time.monotonic() < self.limits["deadline"]:
@@ -102,12 +102,15 @@ class Prover:
         for thread in threads:
             thread.join()
         checked = [found[place] for place in sorted(found)]
-        self._try_tilings([one for _, one, answer, _ in checked if one.get("tiled") and _is_right(one, answer)])
+        self._try_tilings(
+            [{**one, "directions": right} for _, one, answer, _ in checked if (right := _to_tile(one, answer))]
+        )
         return checked
 
     def _try_tilings(self, cases: list[Case]) -> None:
-        """Find out which tilings beside the launch tables' are right for these cases, by all workers side by
-        side. One that is wrong, hangs, spills or does not compile is left out; so is what no time is left for."""
+        """Find out which tilings beside the launch tables' are right for these cases in their directions, by all
+        workers side by side. One that is wrong, hangs, spills or does not compile is left out; so is what no time
+        is left for."""
         waiting: queue.SimpleQueue[tuple[Case, dict[str, Any]]] = queue.SimpleQueue()
         for one in cases:
             self.right[one["label"]] = []
@@ -163,8 +166,12 @@ class Prover:
         return found
 
 
-def _is_right(one: Case, answer: Answer) -> bool:
-    return not answer.out_of_time and all(row["verdict"] in TIMED for row in verdict_rows(one, answer).values())
+def _to_tile(one: Case, answer: Answer) -> list[str]:
+    """The directions of a case in which tilings are chosen: where the tables' kernels are right. Those that spill
+    do not serve, whatever else is found."""
+    if answer.out_of_time or not one.get("tiled"):
+        return []
+    return [name for name, row in verdict_rows(one, answer).items() if row["verdict"] is None]
 
 
 def verdict_rows(one: Case, answer: Answer) -> dict[str, dict[str, Any]]:
@@ -200,7 +207,8 @@ def judged(one: Case, rows: dict[str, dict[str, Any]], key: proofs.Key, timed: A
         return Row(key, verdict_of(timed), reason=f"{timed.step}: {timed.note}", **about)
     time_of = next(t for t in timed.rows if (t["direction"], t["size"]) == (key.direction, key.size))
     ratio = time_of["ratio"]
-    about |= {name: time_of[name] for name in ("against", "tilings", "tilings_width") if name in time_of}
+    about |= {name: time_of[name] for name in ("against", "tilings_width") if name in time_of}
+    about["tilings"] = proofs.tilings_of(time_of)
     if row["verdict"] == proofs.SPILLS:
         speed = "" if ratio is None else f"; {ratio:.2g} x as fast"
         return Row(key, proofs.SPILLS, ratio=ratio, reason=f"{row['reason']}{speed}", **about)
@@ -413,6 +421,8 @@ def run(options: argparse.Namespace) -> int:
 def print_record(record: Record, left: int) -> None:
     title = f"proofs on {record.machine.gpu}: how many times as fast as what would serve otherwise"
     tables.show(title, tables.record_rows(record))
+    if chosen := tables.tiling_rows(record):
+        tables.show(tables.CHOSEN, chosen)
     counts = Counter(row.verdict for row in record.rows.values())
     said = ", ".join(f"{n} {verdict}" for verdict, n in sorted(counts.items())) or "nothing yet"
     print(f"{said}.")

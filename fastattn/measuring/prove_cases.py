@@ -24,7 +24,7 @@ from fastattn.core.capabilities import (
 )
 from fastattn.core.proofs import Key
 from fastattn.ground.checks import ACTIVATIONS
-from fastattn.measuring.kinds import CACHE_KINDS, LATENT_KINDS, QUANTISED_KINDS, Sizes
+from fastattn.measuring.kinds import CACHE_KINDS, LATENT_KINDS, LSE, QUANTISED_KINDS, Sizes
 
 # What is asked of us by name; each runs in a process of its own.
 FAMILIES = ("attention", "masks", "scores", "forward mode", "cache", "mlp", "norm", "heads", "loss", "statistics")
@@ -192,14 +192,22 @@ def plain() -> list[Case]:
                     Sizes(**about, **CHECKED, width=width),
                     Sizes(**about, length=113, keys=203, width=ODD[width]),
                     Sizes(**about, length=1, keys=777, width=width),
-                    Sizes(**{**about, "kind": f"{kind} lse gradient"}, length=333, width=width),
                 ]
                 if width == 256:
                     checks.append(Sizes(**about, length=257, width=192, value_width=128))
                 timed = _timed_attention("attention", kind, dtype, width)
                 tiled = dtype in TILED_DTYPES and width in TILED_WIDTHS
                 found.append(case("attention", kind, checks, timed, BOTH, width, tiled))
+            found.append(lse_gradient(dtype, width))
     return found + [absorbed(dtype) for dtype in DTYPES]
+
+
+def lse_gradient(dtype: str, width: int) -> Case:
+    """A backward in which the log-sum-exp has a gradient, too. PyTorch's kernels have none: they run twice."""
+    kinds = [f"{kind}{LSE}" for kind in ("causal", "full")]
+    checks = [Sizes("attention", kind, dtype, length=333, width=width) for kind in kinds]
+    timed = _timed_attention("attention", kinds[0], dtype, width)
+    return case("attention", "lse gradient", checks, timed, (BACKWARD,), width)
 
 
 LATENT_WIDTHS = {"width": 576, "value_width": 512}  # of keys and values, in models; their class is that of 512

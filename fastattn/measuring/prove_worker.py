@@ -79,7 +79,7 @@ def check(case: Case, device: torch.device, notify: Notify) -> Rows:
     """All checks against float64, in three runs; and whether a compiled kernel spills more registers than
     case["allow_spills"], 0 by default."""
     worst: dict[str, dict[str, Any]] = {}
-    spilling = Spilling(case["directions"][0])
+    spilling = Spilling(_direction("result", case))
     with _tables_only():
         for given in case["checks"]:
             sizes = Sizes(**given)

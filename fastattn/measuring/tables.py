@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 from fastattn.core.capabilities import CLASSES
-from fastattn.core.proofs import PROVEN, SLOWER, Record, Row
+from fastattn.core.proofs import PROVEN, SLOWER, Record, Row, Tiling
 
 Cells = tuple[str, ...]
 
@@ -55,6 +55,25 @@ def record_rows(record: Record) -> list[Cells]:
         against = dict.fromkeys(row.against for row in rows if row.against)
         lines.append((*names, *cells, ", ".join(against), why_not(rows)))
     return lines
+
+
+CHOSEN = "tilings that `fastattn prove` chose: faster here than those of the launch tables, which serve all others"
+
+
+def tiling_rows(record: Record) -> list[Cells]:
+    """A row for each tiling that a record chose; none without any. Of slower kernels they serve on request."""
+    lines: list[Cells] = [
+        (*key[1:4], str(row.tilings_width), key.size, table.removeprefix("ATTENTION_").lower(), _said(tiling))
+        for key, row in sorted(record.rows.items())
+        if row.verdict in (PROVEN, SLOWER)
+        for table, tiling in row.tilings.items()
+    ]
+    return [("direction", "kind", "dtype", "width", "size", "kernel", "tiling"), *lines] if lines else []
+
+
+def _said(tiling: Tiling) -> str:
+    queries, keys, warps, stages, ahead = tiling
+    return f"{queries} x {keys}, {warps} warps, {stages} stage{'s' * (stages != 1)}{', products ahead' if ahead else ''}"
 
 
 def summary(rows: list[Row]) -> str:

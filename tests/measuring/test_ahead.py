@@ -73,6 +73,25 @@ def test_nothing_is_begun_while_something_is_timed():
         assert len(compiler.asked) == 4
 
 
+def test_what_is_timed_waits_for_what_is_compiled():
+    compiler = Compiler(free=False)
+    with Ahead([case("a")], [compiler], deadline=time.monotonic() + 20) as compiling:
+        while not compiler.asked:
+            time.sleep(0.01)
+        threading.Timer(0.05, compiler.free.set).start()
+        with compiling.quiet():
+            assert compiler.free.is_set() and not compiling.busy and len(compiler.asked) == 1
+
+
+def test_what_is_timed_waits_until_the_deadline_only():
+    stuck = Compiler(free=False)
+    with Ahead([case("a")], [stuck], deadline=time.monotonic() + 0.2) as compiling:
+        while not stuck.asked:
+            time.sleep(0.01)
+        with compiling.quiet():
+            assert compiling.busy and time.monotonic() >= compiling.deadline
+
+
 def test_a_compiler_that_does_not_end_is_ended_with_the_cases():
     stuck = Compiler(free=False)
     with Ahead([case("a"), case("b")], [stuck], deadline=time.monotonic() + 20):

@@ -312,7 +312,8 @@ def test_what_needs_more_memory_than_there_is_gets_no_verdict(backend, here, mon
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "family, proves",
-    [("attention", ""), ("forward mode", ""), ("cache", ""), ("cache", "quantised"), ("cache", "latent"),
+    [("attention", ""), ("attention", "lse gradient"), ("attention", "absorbed"),
+     ("forward mode", ""), ("cache", ""), ("cache", "quantised"), ("cache", "latent"),
      ("mlp", ""), ("heads", ""), ("loss", ""), ("loss", "temperature"), ("loss", "filter")],
 )  # fmt: skip
 def test_the_kernels_of_every_family_pass_in_the_interpreter(family, proves, here, monkeypatch):

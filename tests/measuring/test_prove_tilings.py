@@ -16,7 +16,7 @@ from fastattn.core.attention import tilings
 from fastattn.core.attention.spec import NO_TENSORS, AttentionSpec
 from fastattn.core.proofs import Key, Record, Row
 from fastattn.kernels import launch
-from fastattn.measuring import checking, prove, prove_cases, prove_tilings, prove_worker
+from fastattn.measuring import checking, doctor, prove, prove_cases, prove_tilings, prove_worker
 from fastattn.measuring.ahead import MOST_TILINGS
 from fastattn.measuring.measure import one_line
 from fastattn.measuring.pool import Answer
@@ -137,6 +137,31 @@ def test_tilings_that_are_wrong_or_do_not_compile_are_not_chosen(here, monkeypat
     record = fastattn.prove("cpu", families=["attention"])
     assert {row.verdict for row in record.rows.values()} == {proofs.PROVEN}
     assert not any(row.tilings for row in record.rows.values())
+
+
+def test_no_tiling_is_tried_in_a_direction_whose_table_s_kernel_spills(here, monkeypatch):
+    check, tried = prove_worker.check, []
+    monkeypatch.setitem(prove_tilings.HANDLERS, "try", lambda case, *_: tried.append(case["try"]["table"]) or [])
+
+    def spilling(*asked):
+        rows = check(*asked)
+        return [{**row, "verdict": proofs.SPILLS if row["direction"] == "forward" else None} for row in rows]
+
+    monkeypatch.setitem(prove_tilings.HANDLERS, "check", spilling)
+    fastattn.prove("cpu", families=["attention"])
+    assert set(tried) == set(TABLES[1:])
+
+
+def test_the_doctor_shows_the_tilings_that_were_chosen_and_a_file_holds_them_as_they_are(here, capsys):
+    here.seconds = {AHEAD: 0.5}
+    record = fastattn.prove("cpu", families=["attention"])
+    proofs.forget()
+    assert proofs.record_of(CPU).rows == record.rows
+    doctor.report_proofs(CPU)
+    said = " ".join(capsys.readouterr().out.split())
+    for direction, kernel in (("forward", "forward"), ("backward", "dkdv"), ("backward", "dq")):
+        row = f"{direction} causal float32 16 small {kernel} 32 x 16, 4 warps, 1 stage, products ahead"
+        assert row in said
 
 
 def test_a_tiling_is_checked_in_launches_of_its_own(monkeypatch):
