@@ -137,7 +137,11 @@ def layout(
     Work is the number of 64 x 64 granules of scores that queries visit. Every rank gets the same number of
     contiguous chunks, as few as bring the heaviest rank to at most 1.05 x the mean work. One chunk a rank is
     enough without a mask or with a sliding window. A causal mask takes two: the first and the last, the second and
-    the last but one, and so on. If no such chunks are balanced, the least unbalanced way is taken.
+    the last but one, and so on. If no such chunks are balanced, the least unbalanced way is taken: 64 queries stay
+    on one rank, so those of a global token, which visit all granules, may be more than a rank's share.
+
+    A Python function in the mask is asked about a few pairs of each granule that the rest of the mask leaves open,
+    and about all pairs of those in which it hides these.
 
     Args:
         length: tokens in the whole sequence; each is a query and a key.
