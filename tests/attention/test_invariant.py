@@ -219,6 +219,47 @@ def check_chunks(p: Problem, size: int, ends: list[int]) -> None:
         assert_same(found, here, "pages")
 
 
+@pytest.mark.parametrize("key_heads", [1, 4])
+def test_many_keys_read_where_they_lie_have_the_bits_of_the_whole(key_heads: int) -> None:
+    """Few queries take several tiles of keys at a time: 16, 4 and 1. Keys of a cache, and packed ones, are no
+    copies."""
+    p = Problem((5500,), heads=4, key_heads=key_heads, width=16)
+    q, k, v = p.sequences()[0]
+    last = q[:, :, -40:]
+    expected = attention(last, k, v, **p.options)
+    first = attention(last, *(t.transpose(1, 2).contiguous().transpose(1, 2) for t in (k, v)), **p.options)
+    assert_same(first, expected, "heads beside each other")
+    wide = torch.randn(1, key_heads, 5600, 17, device=DEVICE)
+    wide[:, :, :5500, 1:] = k
+    assert_same(attention(last, wide[:, :, :5500, 1:], v, **p.options), expected, "between multiples of 64 bytes")
+    for i, n in ((40, 5500), (39, 5499), (7, 5467)):
+        here = expected[0][:, :, i - 1 : i], expected[1][:, :, i - 1 : i]
+        found = attention_with_cache(last[:, :, i - 1 : i], k, v, cache_lengths=n, **p.options)
+        assert_same(found, here, f"one of {n} keys")
+        found = attention_with_cache(last[:, :, i - 3 : i], k, v, cache_lengths=n, **p.options)
+        assert_same((found[0][:, :, 2:], found[1][:, :, 2:]), here, f"the last of three, {n} keys")
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="a GPU always takes one size")
+@pytest.mark.parametrize("threads", [1, 2, 3, 5, 6, 24])
+@pytest.mark.parametrize("heads", [4, 10, 12])
+def test_no_thread_is_left_a_remainder_of_its_vectors_in_any_tile(heads: int, threads: int) -> None:
+    """PyTorch computes it with other last bits."""
+    for size in invariant._possible_sizes(heads, 2, threads)[::2]:
+        for tiles in size.tiles:
+            elements = heads * size.queries * tiles * invariant.KEY_TILE
+            each = -(-elements // min(threads, max(1, elements // 32768)))
+            assert all(min(each, elements - begin) % 64 == 0 for begin in range(0, elements, each))
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="a GPU always takes one size")
+def test_where_sizes_do_not_agree_all_queries_take_tiles_of_one_size() -> None:
+    q = torch.randn(1, 4, 200, 16)
+    assert len({invariant._sizes(q, q, q, n) for n in (1, 17, 200)}) == 3
+    with mock.patch.object(invariant, "_agree", lambda *_: False):
+        assert {invariant._sizes(q, q, q, n) for n in (1, 17, 200)} == {invariant.ONE_SIZE}
+
+
 @settings(max_examples=6)
 @given(PROBLEMS)
 def test_gradients_of_a_packed_sequence_have_the_bits_of_those_of_one_alone(p: Problem) -> None:

@@ -106,7 +106,7 @@ def check_alone(layer: Layer, count: int, first: int, stop: int) -> None:
 
 
 @settings(max_examples=60)
-@given(LAYERS, st.sampled_from((1, 2, 31, 32, 33, 70, 150)), st.data())
+@given(LAYERS, st.sampled_from((1, 2, 5, 12, 31, 32, 33, 70, 150, 300)), st.data())
 def test_a_token_has_the_bits_of_one_alone(layer: Layer, count: int, data: st.DataObject) -> None:
     first = data.draw(st.integers(0, count - 1))
     check_alone(layer, count, first, data.draw(st.integers(first + 1, count)))
@@ -117,6 +117,24 @@ def test_a_token_in_kernels_has_the_bits_of_one_alone(kind: str) -> None:
     small = mock.patch.multiple(rows, ROWS_ON_CPU=16)
     with small, mock.patch.object(loss_functional, "ROWS_OF_LOSS", 16):
         check_alone(Layer(kind, 16, 24, backend="triton"), 18, 15, 17)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="a GPU always takes as many rows")
+def test_a_few_rows_and_many_take_parts_of_their_own_if_a_trial_allows_it() -> None:
+    weights = [torch.ones(64, 64)]
+    with mock.patch.object(rows, "_same_bits", lambda *_: True):
+        for count, sizes in ((1, [4]), (5, [8]), (17, [32]), (40, [32, 8]), (555, [256, 256, 32, 16])):
+            assert rows.sizes_of_parts(torch.ones(count, 64), 64, weights) == sizes
+        assert rows.sizes_of_parts(torch.ones(1, 64), 64) == [32]  # of unknown products
+        assert rows.sizes_of_parts(torch.ones(1, 64), 64, [weights[0].t()[:, ::2]]) == [32]
+    with mock.patch.object(rows, "_same_bits", lambda *_: False):
+        assert rows.sizes_of_parts(torch.ones(257, 64), 64, weights) == [32] * 9
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="it is about a CPU's products")
+def test_the_trial_sees_products_with_another_order_of_sums() -> None:
+    """A matrix times a vector has one."""
+    assert not rows._same_bits(1, 32, 256, 512, torch.float32, 0, "")
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
@@ -266,9 +284,10 @@ def test_threads_have_contexts_of_their_own() -> None:
     assert seen == {"inside": True, "outside": False}
 
 
-def test_a_compiled_call_follows_the_context() -> None:
+@pytest.mark.parametrize("hidden", [40, 2048])
+def test_a_compiled_call_follows_the_context(hidden: int) -> None:
     layer = Layer()
-    up, down, x = layer.drawn(40, 24), layer.drawn(24, 40), layer.tokens(40)
+    up, down, x = layer.drawn(hidden, 24), layer.drawn(24, hidden), layer.tokens(40)
 
     def call(x: Tensor) -> Tensor:
         return fastattn.mlp(x, up, None, down, None) + 2 * invariance.wanted()

@@ -8,7 +8,7 @@ another in one order, whatever else is in the batch, and whether all queries of 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -20,13 +20,23 @@ from fastattn.core.attention.spec import AttentionSpec, Gradients, Saved, ScoreT
 from fastattn.core.attention.tiles import GRADIENT_INPUTS, Learned, Scores, Tile
 from fastattn.core.autocast import without_autocast
 from fastattn.core.layout import zero_heads
+from fastattn.core.rows import has_no_remainder
 from fastattn.ground.checks import lse_dtype
 from fastattn.ground.modes import outside_modes
 
 # A single query is computed as a whole tile of them, and a single key as a tile of keys.
 QUERY_TILE, KEY_TILE = 16, 256
-# Where a CPU gives a row the same bits in tiles of these sizes (see `_agree`), up to as many queries take them.
-TILES = {4: 4, 16: 48, 128: 2**63}
+# The fewest rows, queries times heads that share a key head, in which a CPU's products have the order of sums that
+# they have with more.
+FEWEST_ROWS = 4
+# Where a CPU gives a row the same bits in tiles of all sizes (see `_agree`): few queries take the smallest, up to
+# FEW_QUERIES take QUERY_TILE, and more take up to LARGE_TILE.
+FEW_QUERIES, LARGE_TILE = 48, 128
+# For few queries the scores of so many tiles of keys are computed at a time, as long as there are so many. Keys
+# that are converted first take no more than the second, so that a cache holds them.
+SPANS = (16, 4, 1)
+# A tensor's rows are read where they lie if they begin on multiples of so many bytes.
+ALIGNED = 64
 # The backward has no single queries.
 BACKWARD_QUERY_TILE = 128
 
@@ -82,6 +92,7 @@ class FixedTiles(Scores):
         self.back = -(self.front + at.query_count) % query_tile
         self.more_keys = -at.key_count % KEY_TILE
         self.at, self.query_tile = at, query_tile
+        self.in_place = False  # whether keys that lie as in a copy are read where they lie
         self.kept: dict[tuple[int, int], Tensor] | None = None
         fixed = {name: None if t is None else at.of(t, "whole") for name, t in tensors._asdict().items()}
         fixed |= {"key_lengths": None, "sequences": None, "intervals": None}
@@ -111,12 +122,20 @@ class FixedTiles(Scores):
     def part_of(self, t: Tensor, falls: str, tile: Tile) -> Tensor:
         if falls != "columns":
             return tiles.part_of(t, falls, tile).contiguous()
+        if self.in_place and tile.columns.stop <= t.shape[2] and self._is_aligned(t):
+            return tiles.part_of(t, "columns", tile)
         if self.kept is None:
             return self._whole_tile(t, tile)
         place = id(t), tile.columns.start
         if place not in self.kept:
             self.kept[place] = self._whole_tile(t, tile)
         return self.kept[place]
+
+    def _is_aligned(self, t: Tensor) -> bool:
+        """Whether keys lie as in a copy, but for the distance between them."""
+        size = t.element_size()
+        distances = (stride * size % ALIGNED for stride in t.stride()[1:3])
+        return t.dtype == self.dtype and t.stride(3) == 1 and t.data_ptr() % ALIGNED == 0 and not any(distances)
 
     def _whole_tile(self, t: Tensor, tile: Tile) -> Tensor:
         """A copy of a tile's keys or values, with zeros behind the last: laid out and aligned as every other."""
@@ -129,12 +148,40 @@ class FixedTiles(Scores):
             yield slice(first, first + self.query_tile)
 
     def tiles_of(self, rows: slice) -> Iterator[Tile]:
-        start, stop = self._keys_seen_by(rows)
-        begin = start // KEY_TILE * KEY_TILE if start < stop else stop
+        begin, stop = self._tiled_keys(rows)
         spans = [slice(n, n + KEY_TILE) for n in range(begin, stop, KEY_TILE)] or [slice(0, 0)]
         return (Tile(self, rows, columns, columns is spans[0]) for columns in spans)
 
+    def spans_of(self, rows: slice, sizes: tuple[int, ...]) -> Iterator[Tile]:
+        """The tiles of these rows, so many neighbouring ones at a time as long as there are as many without a key
+        that is missing; none if the rows see no key."""
+        begin, stop = self._tiled_keys(rows)
+        while begin < stop:
+            there = (min(stop, self.longest) - begin) // KEY_TILE
+            end = begin + next((n for n in sizes if n <= there), 1) * KEY_TILE
+            yield Tile(self, rows, slice(begin, end), False)
+            begin = end
+
+    def _sees_all(self, tile: Tile) -> bool:
+        """Whether all rows of a tile see all of its keys, for calls with nothing but a window beside lengths."""
+        first, last = tile.rows.start + self.shift, tile.rows.stop - 1 + self.shift
+        left, right = self.spec.left, self.spec.right
+        return (
+            self.bounds is None
+            and self.tensors.bias is None
+            and tile.columns.stop <= self.longest
+            and (left is None or tile.columns.start >= last - left)
+            and (right is None or tile.columns.stop - 1 <= first + right)
+        )
+
+    def _tiled_keys(self, rows: slice) -> tuple[int, int]:
+        """From the first key of the first tile that any of these rows sees to the one after the last seen."""
+        start, stop = self._keys_seen_by(rows)
+        return (start // KEY_TILE * KEY_TILE if start < stop else stop), stop
+
     def hidden(self, tile: Tile, device: torch.device) -> Iterator[Tensor]:
+        if self._sees_all(tile):
+            return
         yield from super().hidden(tile, device)
         keys = torch.arange(tile.columns.start, tile.columns.stop, device=device)
         if tile.columns.stop > self.longest:
@@ -144,19 +191,45 @@ class FixedTiles(Scores):
             yield (keys < start) | (keys >= stop)
 
 
-def _query_tile(q: Tensor, k: Tensor, v: Tensor, queries: int) -> int:
-    """How many queries of a sequence to compute at a time."""
+class Sizes(NamedTuple):
+    """How many queries and tiles of keys are computed at a time, and whether keys may be read where they lie."""
+
+    queries: int
+    tiles: tuple[int, ...] = (1,)
+    in_place: bool = False
+
+
+# What is sure to have one order of sums, since every product is of one size and layout.
+ONE_SIZE = Sizes(QUERY_TILE)
+
+
+def _sizes(q: Tensor, k: Tensor, v: Tensor, queries: int) -> Sizes:
+    """Those for so many queries of a sequence."""
     if q.device.type != "cpu":
-        return QUERY_TILE
-    heads, key_heads, widths = q.shape[1], k.shape[1], (q.shape[3], v.shape[3])
-    settings = torch.get_num_threads(), torch.get_float32_matmul_precision()
-    if not _agree(heads, key_heads, *widths, lse_dtype(q.dtype), *settings):
-        return QUERY_TILE
-    return next(tile for tile, most in TILES.items() if queries <= most)
+        return ONE_SIZE
+    threads = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    possible = _possible_sizes(q.shape[1], k.shape[1], threads[0])
+    if not _agree(possible, q.shape[1], k.shape[1], q.shape[3], v.shape[3], lse_dtype(q.dtype), *threads):
+        return ONE_SIZE
+    few, some, many = possible
+    if q.dtype != lse_dtype(q.dtype):
+        few = few._replace(tiles=few.tiles[-2:])
+    return few if queries <= few.queries else some if queries <= FEW_QUERIES else many
+
+
+@functools.lru_cache(maxsize=256)
+def _possible_sizes(heads: int, key_heads: int, threads: int) -> tuple[Sizes, Sizes, Sizes]:
+    """For few, some and many queries. None leaves a thread a remainder of its vectors (see `rows`)."""
+    few = -(-FEWEST_ROWS * key_heads // heads)
+    spans = tuple(n for n in SPANS if n == 1 or has_no_remainder(heads * few, n * KEY_TILE, threads))
+    large = (n for n in range(LARGE_TILE, 0, -8) if has_no_remainder(heads * n, KEY_TILE, threads))
+    one = (1,)
+    return Sizes(few, spans, True), Sizes(QUERY_TILE, one, True), Sizes(next(large, QUERY_TILE), one, True)
 
 
 @functools.lru_cache(maxsize=256)
 def _agree(
+    possible: tuple[Sizes, ...],
     heads: int,
     key_heads: int,
     width: int,
@@ -166,14 +239,20 @@ def _agree(
     precision: str,
 ) -> bool:
     """Whether products of this CPU, with so many threads and at this precision of torch's, give a row the same
-    bits in tiles of every size: tried once with random numbers, since the order of their sums depends on sizes
-    alone."""
+    bits in tiles of every size, from keys that were copied or lie with those of other heads between them: tried
+    once with random numbers, since the order of their sums depends on sizes alone."""
     generator = torch.Generator().manual_seed(0)
-    sizes = (heads, 128, width), (key_heads, 2 * KEY_TILE, width), (key_heads, 2 * KEY_TILE, value_width)
+    few, some, many = possible
     with outside_modes(), torch.no_grad(), without_autocast(torch.device("cpu")):
-        q, k, v = (torch.randn(1, *size, generator=generator, dtype=dtype, device="cpu") for size in sizes)
-        found = [forward(q, k, v, AttentionSpec(), ScoreTensors(), query_tile=tile)[0] for tile in TILES]
-    return all(torch.equal(out, found[0]) for out in found)
+        for tried, queries, tiles in ((few, few.queries, sum(few.tiles)), (some, 128, 2), (many, 128, 2)):
+            sizes = (queries, heads, width), *((tiles * KEY_TILE, key_heads, w) for w in (width, value_width))
+            q, k, v = (torch.randn(1, *size, generator=generator, dtype=dtype).transpose(1, 2) for size in sizes)
+            asked = AttentionSpec(), ScoreTensors()
+            expected = forward(q, k, v, *asked, sizes=ONE_SIZE)[0]
+            for keys, values in ((k, v), (k.contiguous(), v.contiguous())):
+                if not torch.equal(forward(q, keys, values, *asked, sizes=tried)[0], expected):
+                    return False
+    return True
 
 
 def forward(
@@ -183,9 +262,9 @@ def forward(
     spec: AttentionSpec,
     tensors: ScoreTensors,
     maxima: Tensor | None = None,
-    query_tile: int | None = None,
+    sizes: Sizes | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention, sequence by sequence. query_tile: how many queries at a time; None chooses."""
+    """Attention, sequence by sequence. sizes: how much at a time; None chooses."""
     work = lse_dtype(q.dtype)
     out = zero_heads((*q.shape[:3], v.shape[3]), q, q.dtype)
     lse = q.new_full(q.shape[:3], float("-inf"), dtype=work)
@@ -193,20 +272,95 @@ def forward(
     if learned.sinks is not None:
         lse.copy_(learned.sinks[..., None])
     for at in sequences_of(q, k, tensors) if q.numel() else ():
-        tile = _query_tile(q, k, v, at.query_count) if query_tile is None else query_tile
-        scores = FixedTiles(q, k, spec, fixed, at, tile)
+        size = _sizes(q, k, v, at.query_count) if sizes is None else sizes
+        scores = FixedTiles(q, k, spec, fixed, at, size.queries)
+        scores.in_place = size.in_place
         rows = scores.padded(q, "rows", work)
         keys, values = at.of(k, "columns"), at.of(v, "columns")
-        if scores.queries > tile:
+        if scores.queries > size.queries:
             scores.kept = {}
         largest = None if maxima is None else scores.padded(maxima, "rows", work).fill_(float("-inf"))
-        found, found_lse = tiles.forward(scores, rows, keys, values, _learned(scores, learned, work), largest)
+        found, found_lse = _of_sequence(
+            scores, rows, keys, values, _learned(scores, learned, work), largest, size.tiles
+        )
         here = slice(scores.front, scores.front + at.query_count)
         at.of(out, "rows").copy_(found[:, :, here])
         at.of(lse, "rows").copy_(found_lse[:, :, here])
         if maxima is not None and largest is not None:
             at.of(maxima, "rows").copy_(largest[:, :, here])
     return out, lse
+
+
+def _of_sequence(
+    scores: FixedTiles,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    given: Learned,
+    maxima: Tensor | None,
+    spans: tuple[int, ...],
+) -> tuple[Tensor, Tensor]:
+    """out and lse by the online softmax over tiles of keys in ascending order, some of them at a time: then each
+    tile still has the maximum, the sums and the product of its own. Scores are changed in place, since on a CPU
+    new memory takes longer than what is computed in it. As `fastattn.core.attention.tiles.forward`, whose orders
+    of sums are not fixed."""
+    key_heads, heads = scores.key_heads, scores.heads
+    out, lse = q.new_empty((*q.shape[:3], v.shape[3])), q.new_empty(q.shape[:3])
+    memory: dict[tuple[int, ...], Tensor] = {}
+    for rows in scores.rows():
+        q_rows = scores.scaled(tiles.grouped(q[:, :, rows], key_heads), given.head_scale)
+        row_max, row_sum = tiles.beginning(scores, given.sinks, q_rows)
+        total = q.new_zeros((key_heads, q_rows.shape[2], v.shape[3]))
+        for span in scores.spans_of(rows, spans):
+            values = _scores_of(scores, span, q_rows, k, given, memory)
+            v_span = scores.part_of(v, "columns", span)[0]
+            if maxima is not None:
+                seen = tiles.ungrouped(values.amax(-1, keepdim=True), heads)[..., 0]
+                torch.maximum(maxima[:, :, rows], seen, out=maxima[:, :, rows])
+            row_max, steps = _weights_of_tiles(values, row_max, v_span)
+            for rescale, weights_sum, weights, v_tile in steps:
+                row_sum.mul_(rescale).add_(weights_sum)
+                total.mul_(rescale[0]).baddbmm_(weights, v_tile)
+        found = total[None].div_(row_sum.masked_fill(row_sum == 0, 1.0))
+        out[:, :, rows] = tiles.ungrouped(found, heads)
+        lse[:, :, rows] = tiles.ungrouped(row_max + torch.log(row_sum), heads)[..., 0]
+    return out, lse
+
+
+def _weights_of_tiles(values: Tensor, row_max: Tensor, v: Tensor) -> tuple[Tensor, Iterable[tuple[Tensor, ...]]]:
+    """Scores become weights, in place. The new maxima of the rows, and for each tile: by what the sums so far are
+    multiplied, the sums of its weights, its weights and its values."""
+    lowest = torch.finfo(values.dtype).min  # in place of -inf, since -inf minus -inf is NaN
+    if values.shape[-1] == KEY_TILE:
+        largest = torch.maximum(row_max, values.amax(-1, keepdim=True))
+        pivots = largest.clamp(min=lowest)
+        tiles.exp_(values.sub_(pivots))
+        return largest, [(torch.exp(row_max - pivots), values.sum(-1, keepdim=True), values[0], v)]
+    by_tile = values.unflatten(-1, (-1, KEY_TILE))
+    running = torch.cat((row_max, by_tile.amax(-1)), -1).cummax(-1).values
+    pivots = running[..., 1:].clamp(min=lowest)
+    tiles.exp_(by_tile.sub_(pivots[..., None]))
+    rescale = torch.exp(running[..., :-1] - pivots)
+    by_row = (t.movedim(-1, 0)[..., None].unbind(0) for t in (rescale, by_tile.sum(-1)))
+    return running[..., -1:], zip(*by_row, values[0].split(KEY_TILE, -1), v.split(KEY_TILE, 1), strict=True)
+
+
+def _scores_of(
+    scores: FixedTiles, span: Tile, q: Tensor, k: Tensor, given: Learned, memory: dict[tuple[int, ...], Tensor]
+) -> Tensor:
+    """The scores of a span; in this memory, by its shape, if nothing is done to them but to scale and to hide."""
+    k = scores.part_of(k, "columns", span)
+    if not scores.is_plain or given.bias is not None or given.relative_bias is not None:
+        bias = None if given.bias is None else tiles.part_of(given.bias, "scores", span)
+        return scores.of(span, q, k, bias, given.relative_bias)[0]
+    shape = (*q.shape[:3], k.shape[2])
+    values = memory.get(shape)
+    if values is None:
+        values = memory[shape] = q.new_empty(shape)
+    torch.baddbmm(values[0], q[0], k[0].mT, beta=0, alpha=scores.spec.scale, out=values[0])
+    for hidden in scores.hidden(span, q.device):
+        values.masked_fill_(hidden, float("-inf"))
+    return values
 
 
 def _learned(scores: FixedTiles, learned: Learned, work: torch.dtype) -> Learned:

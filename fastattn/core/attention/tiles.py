@@ -329,7 +329,7 @@ def forward(
     lse = q.new_empty(q.shape[:3], dtype=dtype)
     for rows in scores.rows() if heads else ():
         q_tile = scores.scaled(grouped(q[:, :, rows].to(dtype), scores.key_heads), given.head_scale)
-        row_max, row_sum = _beginning(scores, given.sinks, q_tile)
+        row_max, row_sum = beginning(scores, given.sinks, q_tile)
         total = q_tile.new_zeros((*q_tile.shape[:3], v.shape[3]))
         for tile in scores.tiles_of(rows):
             if tile.columns.start == tile.columns.stop:
@@ -353,7 +353,7 @@ def forward(
     return out, lse
 
 
-def _beginning(scores: Scores, sinks: Tensor | None, q_tile: Tensor) -> tuple[Tensor, Tensor]:
+def beginning(scores: Scores, sinks: Tensor | None, q_tile: Tensor) -> tuple[Tensor, Tensor]:
     """The running maximum and sum before the first key: nothing, or the sink."""
     row_max = q_tile.new_full((*q_tile.shape[:3], 1), float("-inf"))
     if sinks is None:

@@ -190,46 +190,40 @@ def attention_with_cache(
     """
     if unknown:
         refuse_keywords("attention_with_cache", unknown)
-    spread.refuse("attention_with_cache")
-    tensors = Given(
-        q,
-        k_cache,
-        v_cache,
-        k,
-        v,
-        k_scale,
-        v_scale,
-        cache_lengths,
-        cache_starts,
-        block_table,
-        alibi_slopes,
-        sinks,
-        tree_mask,
-        cos,
-        sin,
-    )
-    if spread.is_dtensor(q):
-        return spread.of_dtensors["attention_with_cache"](tensors, {
-            "interleaved": interleaved, "causal": causal, "scale": scale, "window": window, "softcap": softcap,
-            "value_width": value_width, "precision": precision, "return_lse": return_lse, "check": check,
-            "invariant": invariant, "backend": backend,
-        })  # fmt: skip
+    if spread.current is not None:
+        spread.refuse("attention_with_cache")
+    tensors = (
+        q, k_cache, v_cache, k, v, k_scale, v_scale, cache_lengths, cache_starts, block_table, alibi_slopes, sinks,
+        tree_mask, cos, sin,
+    )  # fmt: skip
     options = (
         causal, scale, window, softcap, value_width, precision, return_lse, check, interleaved, backend,
         invariance.wanted() if invariant is None else invariant, cache_starts is None,
     )  # fmt: skip
-    described = tensors
+    described: Sequence[Any] = tensors
     if not isinstance(cache_lengths, Tensor) or not (cache_starts is None or isinstance(cache_starts, Tensor)):
         lengths, starts = (t if isinstance(t, Tensor) else None for t in (cache_lengths, cache_starts))
-        described = tensors._replace(cache_lengths=lengths, cache_starts=starts)
+        described = Given(*tensors)._replace(cache_lengths=lengths, cache_starts=starts)
     key = plans.key(described, options)
     plan = PLANS.find(key)
     if plan is None:
-        plan = CachePlan.of(tensors.under_autocast(), *options[:-1])
+        given = Given(*tensors)
+        if spread.is_dtensor(q):  # which has no key
+            return spread.of_dtensors["attention_with_cache"](given, {
+                "interleaved": interleaved, "causal": causal, "scale": scale, "window": window, "softcap": softcap,
+                "value_width": value_width, "precision": precision, "return_lse": return_lse, "check": check,
+                "invariant": invariant, "backend": backend,
+            })  # fmt: skip
+        plan = CachePlan.of(given.under_autocast(), *options[:-1])
         if key is not None:
-            plan = plan.shortened(tensors)
+            plan = plan.shortened(given)
         PLANS.keep(key, plan)
-    out, lse = plan(tensors.under_autocast() if key is None else tensors, watched=key is None)
+    if plan.read_only is not None:
+        found = plan.read_only(q, k_cache, v_cache, cache_lengths)
+        if found is not None:
+            return found if return_lse else found[0]
+    given = Given(*tensors)
+    out, lse = plan(given.under_autocast() if key is None else given, watched=key is None)
     return (out, lse) if plan.return_lse else out
 
 
@@ -297,7 +291,8 @@ class CachePlan(NamedTuple):
 
     factor: by which queries are multiplied, so that the spec's scale can be positive; None for 1.
     backend: the one that computes it.
-    one_token: a shorter way, see `operators.one_token`, or None.
+    one_token: a shorter way, see `operators.one_token`, or None; read_only: the same, where nothing is written or
+        rotated first.
     """
 
     spec: CacheSpec
@@ -307,6 +302,7 @@ class CachePlan(NamedTuple):
     check: bool
     backend: str
     one_token: Any = None
+    read_only: Any = None
 
     @classmethod
     def of(
@@ -339,22 +335,22 @@ class CachePlan(NamedTuple):
         """For repeated calls. With `one_token` where the call has nothing beside lengths."""
         if self.factor is not None or any(getattr(given, name) is not None for name in BESIDE_LENGTHS):
             return self
-        return self._replace(one_token=operators.one_token(given.q, given.storage, self.spec, self.backend))
+        shorter = operators.one_token(given.q, given.storage, self.spec, self.backend)
+        only = given.k is None and given.cos is None
+        return self._replace(one_token=shorter, read_only=shorter if only else None)
 
     def __call__(self, given: Given, watched: bool) -> tuple[Tensor, Tensor]:
         """watched: somebody must see the operators."""
         storage = given.storage
-        if self.one_token is not None and given.k is None and given.cos is None:
-            found = self.one_token(given.q, storage, given.cache_lengths)
-            if found is not None:
-                return found
         tensors, before = given.converted()
         q, k = self.rotated(given, tensors, before)
         q = q if self.factor is None else q * self.factor
         if not watched:
             if k is not None:
                 operators.append(storage, k, given.v, tensors, self.check, self.backend)
-            found = None if self.one_token is None else self.one_token(q, storage, tensors.lengths)
+            found = None
+            if self.one_token is not None:
+                found = self.one_token(q, storage.keys, storage.values, tensors.lengths)
             return found or operators.attend(q, storage, self.spec, tensors, self.check, self.backend)
         if k is not None:
             torch.ops.fastattn.cache_append(

@@ -110,15 +110,16 @@ class OneToken(NamedTuple):
         of_one_query = getattr(operator, "of_one_query", None) if heads[1] == 1 else None
         return cls(*heads, keys.shape[2], spec.attention.left, operator, of_one_query)
 
-    def __call__(self, q: Tensor, storage: Storage, lengths: Any) -> tuple[Tensor, Tensor] | None:
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, lengths: Any) -> tuple[Tensor, Tensor] | None:
         """None if rows differ in length, see no key or are longer than the cache."""
-        stop = lengths.tolist() if isinstance(lengths, Tensor) else lengths
-        if isinstance(lengths, Tensor) and type(stop) is list and stop.count(stop[0]) == len(stop):
-            stop = stop[0]
+        stop = lengths
+        if isinstance(lengths, Tensor):
+            stop = lengths.tolist()
+            if type(stop) is list and stop.count(stop[0]) == len(stop):
+                stop = stop[0]
         if type(stop) is not int or not 0 < stop <= self.capacity:
             return None
         first = 0 if self.left is None else max(0, stop - 1 - self.left)
-        k, v = storage.keys, storage.keys if storage.values is None else storage.values
         if stop - first < self.capacity:
             k, v = k[:, :, first:stop], v[:, :, first:stop]
         if self.of_one_query is not None:

@@ -222,7 +222,8 @@ def _rows_in_turn(tensors: LossTensors, spec: LossSpec, backend: str | None) -> 
         return _rows(tensors._replace(x=rows[0], target=rows[1]), beside, backend).t()
 
     count = 1 if rows_at_once(x) == 1 else ROWS_OF_LOSS
-    return torch.where(counted, in_rows(part, (x, target), count).t(), 0.0)
+    parts = [count] * -(-len(x) // count)
+    return torch.where(counted, in_rows(part, (x, target), parts).t(), 0.0)
 
 
 def loss_of_logits(

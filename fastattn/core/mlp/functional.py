@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ from fastattn.core.capabilities import check_backend
 from fastattn.core.mlp import definition, operators
 from fastattn.core.mlp.spec import MLPSpec, MLPWeights, Options, gated_mlp_spec, mlp_spec
 from fastattn.core.norm.functional import layer_norm, rms_norm
-from fastattn.core.rows import in_rows, rows_at_once
+from fastattn.core.rows import in_rows, sizes_of_parts
 from fastattn.ground import arguments
 
 
@@ -234,13 +235,15 @@ def _by_rows(form: Form, x: Tensor, weights: MLPWeights, options: Options, backe
     if not math.prod(x.shape[:-1]):
         with invariance.invariant(False):
             return function(x, x if options.residual == "x" else given)
-    count = rows_at_once(cast, weights.w_out.shape[1])
+    served = backend or os.environ.get("FASTATTN_BACKEND") or "portable"
+    products = [w for w in (checked.w_in, checked.w_up, checked.w_out) if w is not None]
+    sizes = sizes_of_parts(_tokens(cast), weights.w_out.shape[1], products if served == "portable" else ())
     if options.residual == "x":
-        y = in_rows(lambda rows: function(rows[0], rows[0]), (_tokens(x),), count)
+        y = in_rows(lambda rows: function(rows[0], rows[0]), (_tokens(x),), sizes)
     elif given is None:
-        y = in_rows(lambda rows: function(rows[0], None), (_tokens(x),), count)
+        y = in_rows(lambda rows: function(rows[0], None), (_tokens(x),), sizes)
     else:
-        y = in_rows(lambda rows: function(rows[0], rows[1]), (_tokens(x), _tokens(given)), count)
+        y = in_rows(lambda rows: function(rows[0], rows[1]), (_tokens(x), _tokens(given)), sizes)
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
