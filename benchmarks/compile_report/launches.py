@@ -184,6 +184,13 @@ class TangentCall(AttentionCall):
 
 
 @dataclass(frozen=True)
+class PaddedTangentCall(TangentCall):
+    """The same of a head dimension that a tile is padded for."""
+
+    compared: ClassVar[bool] = False
+
+
+@dataclass(frozen=True)
 class StatisticsCall(AttentionCall):
     """All statistics that have a kernel: by query, by key and by lag."""
 
@@ -559,6 +566,7 @@ CALLS: tuple[Call, ...] = (
     *(AttentionCall("bf16", width, False, shaped="padding as bias") for width in WIDTHS),
     TangentCall("bf16", 128, False, shaped="lists"),
     *(TangentCall("bf16", width, True, shaped=shape) for width in WIDTHS for shape in ("", "everything")),
+    *(PaddedTangentCall("bf16", width, True) for width in (40, 80)),
     *(TangentCall("fp32", width, True) for width in WIDTHS[:2]),
     *(AttentionCall("fp32", width, True, shaped=kind) for width in WIDTHS[:3] for kind in ("tf32", "tf32x3")),
     *(AttentionCall("fp32", width, True) for width in WIDTHS),

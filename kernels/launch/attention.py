@@ -527,6 +527,11 @@ ATTENTION_TANGENT |= {
         ("gfx942", {(2, 512): Tiling(16, 16, 4, 1)}),
     )
 }
+# Padded tiles, as of D = 80: 64 x 32 with 4 warps spills 2 to 7 with Triton 3.6.0, with 8 warps 4.
+ATTENTION_TANGENT |= {
+    f"{name} plain uneven": (Row(2, 64, Tiling(128, 64, 8, 2)), Row(2, 128, Tiling(32, 32, 4, 2)))
+    for name in ("sm_80", "sm_86")
+}
 ATTENTION_TANGENT["gfx942 wide shaped"] = (Row(2, 512, Tiling(16, 16, 4, 1)),)  # 10 spills, 8 warps: 109
 
 # One product, and sums over its tile by query or by key. Where a thumbnail is asked for, its product in float32
@@ -573,7 +578,10 @@ ATTENTION_STATISTICS = {
 # Everything at once: window, soft cap, slopes, sinks, lengths, biases and dropout. Few calls are so, hence one
 # small tile for all families but where a row was counted. Compiled by Triton 3.6.0 for sm_80 and sm_90.
 ATTENTION_FORWARD |= {
-    "sm_80 crowded": (Row(2, 64, Tiling(64, 64, 8, 2)),),  # 128 x 64: 2 spills
+    "sm_80 crowded": (
+        Row(2, 64, Tiling(64, 64, 8, 2)),  # 128 x 64: 2 spills
+        Row(2, 128, Tiling(32, 32, 8, 2)),  # 64 x 32 with 4 warps: 69 with Triton 3.7.1
+    ),
     "sm_90 crowded": (
         Row(2, 64, Tiling(128, 64, 8, 2)),
         Row(2, 128, Tiling(64, 32, 8, 2)),  # 128 x 32: 10 with Triton 3.7.1
@@ -625,6 +633,21 @@ ATTENTION_FORWARD |= {
         Row(2, 128, Tiling(128, 64, 8, 3)),
         Row(2, 256, Tiling(128, 32, 8, 2)),
     ),
+    "sm_100 plain few": (
+        Row(2, 64, Tiling(128, 128, 8, 3)),
+        Row(2, 128, Tiling(128, 64, 8, 3)),  # 128 x 128: 73 to 76
+        Row(2, 256, Tiling(128, 32, 8, 2)),  # 128 x 64: 54 to 58
+    ),
+    "sm_100 wide plain few": (Row(2, 512, Tiling(128, 16, 8, 2, values=256)),),  # 128 x 32: 11 to 17
+    "sm_100 plain uneven": (
+        Row(2, 64, Tiling(128, 128, 8, 3)),
+        Row(2, 128, Tiling(128, 128, 8, 2)),
+        Row(2, 256, Tiling(128, 32, 8, 2)),  # 128 x 64 at D = 160: 7
+    ),
+    "sm_80 intervals uneven": (
+        Row(2, 64, Tiling(128, 64, 8, 3)),
+        Row(2, 128, Tiling(64, 64, 8, 2)),  # 4 warps: 2
+    ),
 }
 ATTENTION_DKDV |= {
     # On sm_90: 6 to 264 with the rows above; at D = 72 32 x 64: 14, at D = 136 32 x 32: 8. On sm_80 32 x 32 at
@@ -661,7 +684,7 @@ ATTENTION_DQ |= {
     # 32 x 64: 6 to 10, in 1 stage 8 to 26 with Triton 3.7.1. Plain calls of even lengths keep it: 2 to 4 with
     # Triton 3.6.0 alone, and half as many instructions again in 32 x 32.
     **{f"sm_90 wide {kind} uneven": (Row(2, 512, Tiling(32, 32, 8, 2)),) for kind in ("intervals", "listed")},
-    "sm_90 wide plain odd": (Row(2, 512, Tiling(32, 32, 8, 2)),),
+    **{f"{name} wide plain odd": (Row(2, 512, Tiling(32, 32, 8, 2)),) for name in ("sm_90", "sm_100")},
 }
 ATTENTION_BIAS |= {
     "unaligned": (Row(2, 256, Tiling(16, 16, 8, 1)),),  # on sm_90 at D = 72 64 x 64: 44, 32 x 32: 60
@@ -670,6 +693,7 @@ ATTENTION_BIAS |= {
         Row(2, 128, Tiling(64, 64, 8, 1)),
         Row(2, 256, Tiling(16, 16, 8, 1)),  # 4 warps: 2
     ),
+    "sm_80 heavy uneven": (Row(2, 128, Tiling(32, 32, 8, 1)),),  # 4 warps: 2
 }
 
 # ---- queries and keys wider than 512, in the forward alone ----
