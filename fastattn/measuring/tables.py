@@ -73,7 +73,8 @@ def tiling_rows(record: Record) -> list[Cells]:
 
 def _said(tiling: Tiling) -> str:
     queries, keys, warps, stages, ahead = tiling
-    return f"{queries} x {keys}, {warps} warps, {stages} stage{'s' * (stages != 1)}{', products ahead' if ahead else ''}"
+    rest = f"{stages} stage{'s' * (stages != 1)}{', products ahead' if ahead else ''}"
+    return f"{queries} x {keys}, {warps} warps, {rest}"
 
 
 def summary(rows: list[Row]) -> str:
