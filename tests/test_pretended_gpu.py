@@ -274,6 +274,7 @@ for name, count in compiled.items():
 """)
     by_name = dict(line.split() for line in counts)
     assert set(by_name) >= {"attention_forward_kernel", "attention_dkdv_kernel", "attention_dq_kernel"}
-    # Batches and lengths of 1, of a multiple of 16 or neither; loops that are split over programs, or not though
-    # programs are few (theirs is another row), or of many programs: of these 27 kinds 20 occur here.
-    assert all(int(count) <= 20 for count in by_name.values()), counts
+    # Lengths of 1, of a multiple of 16 or neither; many programs, few (theirs is another row), or loops that they
+    # split. Partial results of these count batch entries: 1, a multiple of 16 or neither.
+    assert int(by_name.pop("attention_forward_kernel")) <= 10, counts
+    assert all(int(count) <= 5 for count in by_name.values()), counts

@@ -17,6 +17,8 @@ from .scores import Dropout, Scores, dropout_of, scores_of
 MOST_ROWS = 128  # that a tile has
 # Queries and keys are kept in one tile up to this width. The forward keeps the columns behind it in a second one.
 WIDEST = 512
+# In place of a number that a kernel does not read. Triton compiles a kernel again for 1 and for multiples of 16.
+SOME = 3
 
 
 class Problem(NamedTuple):
@@ -63,7 +65,7 @@ class Call:
         # Tensor cores' fragments of float32 do not fit beside tiles wider than 256 (tf32: 48 spills at D = 512).
         precision = spec.precision if self.widest <= 256 else "ieee"
         self.precision = products(precision, q.element_size(), self.widest)
-        self.shape = shape_of(q, k)
+        self.shape = shape_of(q, k)._replace(batches=SOME)
         self.window = window_of(spec.left, spec.right, spec.right == 0, tensors.key_lengths, tensors.intervals)
         self.dropout = dropout_of(tensors.dropout_state, spec.dropout)
 
@@ -159,10 +161,19 @@ class Call:
         )  # fmt: skip
 
     def problem(
-        self, lists: Lists, splits: int | None = None, heads_per_section: int = 1, sinks: bool = False
+        self,
+        lists: Lists,
+        splits: int | None = None,
+        heads_per_section: int = 1,
+        sinks: bool = False,
+        batches: bool = False,
     ) -> Problem:
-        """The values of a launch that goes by these lists."""
-        return Problem(self.shape, self.window, lists, self.scores(sinks), self.dropout, splits, heads_per_section)
+        """The values of a launch that goes by these lists. `batches`: the kernel reads how many batch entries
+        there are, as all do that store partial results."""
+        shape = self.shape
+        if batches or splits is not None or lists.full is not None:
+            shape = shape._replace(batches=self.q.shape[0])
+        return Problem(shape, self.window, lists, self.scores(sinks), self.dropout, splits, heads_per_section)
 
 
 def products(precision: str, element_size: int, width: int) -> str:

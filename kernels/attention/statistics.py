@@ -323,7 +323,10 @@ def _by_query(call: Call, operands: tuple, spec: Any, asked: Any, results: dict[
         spec.rows,
         written,
         call.problem(
-            rows_of(call.lists, split=False), None, launch.heads_per_section(call.k, call.k, batch * heads)
+            rows_of(call.lists, split=False),
+            None,
+            launch.heads_per_section(call.k, call.k, batch * heads),
+            batches=True,
         ),
         tile=tile,
         **tiling.compiler_options(),
