@@ -70,13 +70,14 @@ class Ring:
         """owners: the rank of each granule of tokens. shards: the positions of each rank's tokens. The rest: as
         `parts_of` takes it."""
         me, needs = ranks.rank, visibility.needs(owners, ranks.size)
+        mine, of_mine = visibility.only(queries=shards[me]), visibility.only(keys=shards[me])
 
         def block(source: int) -> Block | None:
-            bounds = visibility.bounds(shards[me], shards[source])
+            bounds = mine.bounds(shards[me], shards[source])
             if bounds is None:
                 return None
             first, stop = bounds[1].start, bounds[1].stop
-            parts = parts_of(visibility, shards[me], shards[source][first:stop], device, by_run=by_run)
+            parts = parts_of(mine, shards[me], shards[source][first:stop], device, by_run=by_run)
             return Block(tuple(parts), first, stop)
 
         sources = [j for j in needs[me].nonzero()[:, 0].tolist() if j != me]
@@ -87,7 +88,7 @@ class Ring:
             assert found is not None
             incoming[source] = found
         for target in targets:
-            bounds = visibility.bounds(shards[target], shards[me])
+            bounds = of_mine.bounds(shards[target], shards[me])
             assert bounds is not None
             outgoing[target] = bounds[1].start, bounds[1].stop
         return Ring(ranks, block(me), rounds(needs, me), incoming, outgoing)

@@ -15,7 +15,7 @@ from fastattn.masks import key_lengths as lengths_mask
 from fastattn.masks import window as window_mask
 from fastattn.masks.algebra import Intervals, both_ways, smaller
 from fastattn.masks.lists import Shape
-from fastattn.masks.lowering import cut
+from fastattn.masks.lowering import cut, only
 
 
 def whole_mask(
@@ -121,6 +121,14 @@ class Visibility:
     def of_heads(self, heads: slice) -> Visibility:
         """The mask of some of the heads."""
         return Visibility(self.lowered.part(None, (heads.start, heads.stop - heads.start)))
+
+    def only(self, *, queries: Tensor | None = None, keys: Tensor | None = None) -> Visibility:
+        """The same for some queries and some keys, ascending positions as `part` takes them: it says what they see
+        and need not say what others see. It is quicker to ask many times about these."""
+        if self.lowered.lists is None:
+            return self
+        rows, columns = (None if t is None else granules_of(t) for t in (queries, keys))
+        return Visibility(replace(self.lowered, lists=only(self.lowered.lists, rows, columns, self.shape)))
 
     def needs(self, owners: Tensor, ranks: int) -> Tensor:
         """Whether each rank sees any key of each other one: bool (ranks, ranks), queries by keys.

@@ -95,6 +95,16 @@ class BlockLists(NamedTuple):
         return BlockLists._make(map(function, self))  # type: ignore[arg-type]
 
     @property
+    def rows(self) -> int:
+        """How many rows of granules there are."""
+        return self.full_offsets.shape[1] - 1
+
+    @property
+    def columns(self) -> int:
+        """How many columns of granules there are."""
+        return self.column_full_offsets.shape[1] - 1
+
+    @property
     def nbytes(self) -> int:
         return sum(t.nbytes for t in self if t is not None)
 

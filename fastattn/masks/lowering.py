@@ -136,13 +136,35 @@ def cut(lists: BlockLists, rows: Tensor, columns: Tensor, shape: Shape) -> Block
         rows, columns: which of them remain, int64, ascending.
         shape: of the result. Only its last row and column may have fewer than 64 tokens.
     """
+    new_row, new_column = torch.full((2, max(lists.rows, lists.columns)), -1, device=rows.device)
+    new_row[rows] = torch.arange(len(rows), device=rows.device)
+    new_column[columns] = torch.arange(len(columns), device=rows.device)
+    return _moved(lists, new_row[: lists.rows], new_column[: lists.columns], shape)
+
+
+def only(lists: BlockLists, rows: Tensor | None, columns: Tensor | None, shape: Shape) -> BlockLists:
+    """The lists without the entries of other rows and columns of granules than these; None for all."""
+    new_row, new_column = (
+        torch.where(
+            _among(chosen, count, lists.pattern.device), torch.arange(count, device=lists.pattern.device), -1
+        )
+        for chosen, count in ((rows, lists.rows), (columns, lists.columns))
+    )
+    return _moved(lists, new_row, new_column, shape)
+
+
+def _among(chosen: Tensor | None, count: int, device: torch.device) -> Tensor:
+    """Which numbers below `count` are chosen, bool (count,)."""
+    if chosen is None:
+        return torch.ones(count, dtype=torch.bool, device=device)
+    return torch.zeros(count, dtype=torch.bool, device=device).index_fill_(0, chosen, True)
+
+
+def _moved(lists: BlockLists, new_row: Tensor, new_column: Tensor, shape: Shape) -> BlockLists:
+    """The lists with these new numbers of rows and of columns; entries with a new number of -1 are dropped."""
     patterns = lists.full_offsets.shape[0]
 
     def those(offsets: Tensor, others: Tensor, tiles: Tensor | None, counts: Tensor | None) -> _Entries:
-        new_row = torch.full((offsets.shape[1] - 1,), -1, device=rows.device)
-        new_row[rows] = torch.arange(len(rows), device=rows.device)
-        new_column = torch.full((lists.column_full_offsets.shape[1] - 1,), -1, device=rows.device)
-        new_column[columns] = torch.arange(len(columns), device=rows.device)
         own = torch.repeat_interleave(offsets.diff().flatten().long())
         row, column = new_row[own % len(new_row)], new_column[others.long()]
         cells = (own // len(new_row) * shape.rows + row) * shape.columns + column

@@ -100,7 +100,9 @@ def test_a_part_shows_its_queries_what_the_whole_mask_shows_them(length: int, ra
     for i in range(ranks):
         for j in range(ranks):
             queries, keys = plan.positions(i), plan.positions(j)
-            part = visibility.part(queries, keys)
+            part = visibility.only(queries=queries).part(queries, keys)
+            bounds = visibility.only(keys=keys).bounds(queries, keys)
+            assert bounds == visibility.bounds(queries, keys) == (part and (part.rows, part.columns))
             if part is not None:
                 rows, columns = queries[part.rows], keys[part.columns]
                 assert torch.equal(part.key_positions, columns)
