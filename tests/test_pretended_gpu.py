@@ -177,7 +177,7 @@ with pretended_gpus(*gpus) as driver:
 def test_no_grid_grows_in_y_or_z(printed) -> None:
     """There may be more batch entries times heads than the 65,535 that fit there: Swin's windows, triangles."""
     assert printed("""
-with pretended_gpus(GPUS["H100"]) as driver:
+with pretended_gpus(GPUS["H100"], until="ttir") as driver:
     grids, run = set(), triton.runtime.jit.JITFunction.run
     def recorded(kernel, *arguments, grid, **keywords):
         grids.add((kernel.__name__, len(grid)))
@@ -203,7 +203,7 @@ with pretended_gpus(GPUS["H100"]) as driver:
 def test_a_summed_loss_compiles_nothing_that_another_loss_does_not(printed) -> None:
     """The gradient that comes to a sum is one number, expanded: kernels must not be specialised for it."""
     assert printed("""
-with pretended_gpus(GPUS["H100"]) as driver:
+with pretended_gpus(GPUS["H100"], until="ttir") as driver:
     compiled = []
     compile_one = triton.runtime.jit.JITFunction._do_compile
     def counted(kernel, *arguments):
@@ -230,7 +230,7 @@ with pretended_gpus(GPUS["H100"]) as driver:
 
 def test_the_gradient_of_a_bias_that_broadcasts_is_shared_out(printed) -> None:
     assert printed("""
-with pretended_gpus(GPUS["H100"]) as driver:
+with pretended_gpus(GPUS["H100"], until="ttir") as driver:
     grids, run = {}, triton.runtime.jit.JITFunction.run
     def recorded(kernel, *arguments, grid, **keywords):
         grids[kernel.__name__] = grid

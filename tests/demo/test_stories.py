@@ -125,7 +125,7 @@ def test_the_answer_of_induction_is_read_after_the_last_layer_and_not_before(tmp
 @pytest.mark.real
 def test_smollm2_shows_its_induction_heads_its_fact_and_who_wrote_it(tmp_path):
     real_models.smollm2()  # skips where the weights are absent
-    found = tell("smollm2", tmp_path)
+    found = tell("smollm2", tmp_path, quick=True)
     assert found["lowest induction score"] > 0.5
     assert found["loss without induction heads"] - found["loss"] > 4 * (
         found["loss without others"] - found["loss"]

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import groups
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from fastattn import distributed
 from fastattn.distributed import computing, exchange, functional, heads, transports
@@ -145,7 +145,7 @@ def whole(function: Callable[..., Any], case: str) -> Callable[..., Any]:
 def measured(ranks: int) -> dict[str, dict[str, float]]:
     """Seconds of a forward and backward, for each case and method."""
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_worker, (ranks, folder), nprocs=ranks)
+        groups.start(_worker, (ranks, folder), ranks)
         return json.loads((Path(folder) / "seconds").read_text())
 
 

@@ -34,15 +34,15 @@ def test_smollm2_knows_where_the_eiffel_tower_is_and_says_the_same_as_eager():
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_smollm2_goes_on_as_eager_does_after_twenty_prompts_of_5_to_2000_tokens():
+def test_smollm2_goes_on_as_eager_does_after_prompts_of_5_to_1000_tokens():
     from fastattn.integrations.huggingface import GrowingCache
 
     model, tokenizer = smollm2("eager")
     text = Path(fastattn.attention.__code__.co_filename).read_text() * 3
     tokens = tokenizer(text, return_tensors="pt").input_ids
     asked = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-    for i in range(20):
-        length = round(5 * 400 ** (i / 19))
+    for i in range(9):
+        length = round(5 * 200 ** (i / 8))
         prompt = tokens[:, 7 * i : 7 * i + length]
         assert prompt.shape[1] == length
         model.set_attn_implementation("eager")
