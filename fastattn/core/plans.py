@@ -199,10 +199,10 @@ class Plans(Generic[P]):
 
     def again(self, tensors: Sequence[Any], options: tuple[Any, ...], plan: P) -> None:
         """A plan was found by its key. If it is the same as the time before, `latest` will know its calls."""
-        absent = sum(t is None for t in tensors)  # `itemgetter` gives a tuple of two and more
-        picks = 2 <= absent <= len(tensors) - 2
-        if self._found is plan and picks and tensors[0].device.type == "cpu" and _Guards is not None:
-            self._latest = _Latest(tensors, options, plan)
+        if self._found is plan and tensors[0].is_cpu and _Guards is not None:
+            absent = sum(t is None for t in tensors)  # `itemgetter` gives a tuple of two and more
+            if 2 <= absent <= len(tensors) - 2:
+                self._latest = _Latest(tensors, options, plan)
         self._found = plan
 
     def keep(self, key: Key | None, plan: P) -> None:
