@@ -8,6 +8,7 @@ An invariant product with weights takes a fixed number of rows at a time, see fa
 
 from __future__ import annotations
 
+import bisect
 import os
 import threading
 from collections.abc import Iterator
@@ -18,26 +19,56 @@ import torch
 from fastattn.ground.arguments import flag
 
 _ENVIRONMENT: bool = os.environ.get("FASTATTN_INVARIANT", "") not in ("", "0")
-_KEY = "fastattn.invariant"
+_KEY, _RECORD_KEY = "fastattn.invariant", "fastattn.invariant.record"
 _used = False  # whether anybody entered the context: until then there is nothing to inherit, and calls do not look
+# Changes of a thread's setting that are remembered.
+_MOST = 4096
+
+_backward_run = torch._C._current_graph_task_id  # -1 outside of a backward
 
 
 class _Thread(threading.local):
-    """What this thread's context says; None outside of any. torch.compile reads and guards it, which it cannot do
-    with a contextvars.ContextVar."""
+    """What this thread's context says, None outside of any, and within which run of autograd it was entered.
+    torch.compile reads and guards it, which it cannot do with a contextvars.ContextVar."""
 
     wanted: bool | None = None
+    run: int = -1
+
+
+class _Record:
+    """What a thread's setting was when it made a node of autograd, by the node's sequence number."""
+
+    def __init__(self) -> None:
+        self.begins, self.settings = [0], [_ENVIRONMENT]
+
+    def change(self, setting: bool) -> None:
+        number = torch._C._autograd._get_sequence_nr()  # of the next node
+        if self.begins[-1] == number:
+            self.settings[-1] = setting
+        elif self.settings[-1] != setting:
+            self.begins.append(number)
+            self.settings.append(setting)
+            del self.begins[:-_MOST], self.settings[:-_MOST]
+
+    def at(self, number: int) -> bool | None:
+        place = bisect.bisect_right(self.begins, number) - 1
+        return None if place < 0 else self.settings[place]
 
 
 _thread = _Thread()
 
 
 def wanted() -> bool:
-    """What the context of this thread says; outside of one, the environment variable."""
+    """What the context of this thread says; outside of one, the environment variable. Within a backward, where
+    activation checkpointing calls functions again, what it said in the forward."""
+    if not _used:
+        return _ENVIRONMENT
+    if not torch.compiler.is_compiling() and _backward_run() not in (-1, _thread.run):
+        found = _in_the_forward()
+        if found is not None:
+            return found
     found = _thread.wanted
-    if found is None:
-        return _inherited() if _used else _ENVIRONMENT
-    return found
+    return _inherited() if found is None else found
 
 
 def _inherited() -> bool:
@@ -48,12 +79,24 @@ def _inherited() -> bool:
     return torch._C._get_obj_in_tls(_KEY)
 
 
-def _set(own: bool | None, inherited: bool) -> None:
+def _in_the_forward() -> bool | None:
+    """The setting with which the node was made that autograd computes; None if that is not known."""
+    node = torch._C._current_autograd_node()
+    if node is None or not torch._C._is_key_in_tls(_RECORD_KEY):
+        return None
+    return torch._C._get_obj_in_tls(_RECORD_KEY).at(node._sequence_nr())
+
+
+def _set(own: bool | None, inherited: bool, run: int) -> None:
     """What this thread's context says, and what a thread of autograd inherits from it."""
     global _used
-    _thread.wanted, _used = own, True
+    _thread.wanted, _thread.run, _used = own, run, True
     if not torch.compiler.is_compiling():
         torch._C._stash_obj_in_tls(_KEY, inherited)
+        if not torch._C._is_key_in_tls(_RECORD_KEY):
+            torch._C._stash_obj_in_tls(_RECORD_KEY, _Record())
+        if _backward_run() == -1:
+            torch._C._get_obj_in_tls(_RECORD_KEY).change(inherited)
 
 
 def asked(argument: bool | None) -> bool:
@@ -82,8 +125,10 @@ def invariant(enabled: bool = True) -> Iterator[None]:
     library or compiled kernel, adds the terms of every row in one order.
 
     It holds for the calls of this thread until the context ends; tasks of asyncio on one thread share it. Other
-    threads have contexts of their own. The argument `invariant` of a function comes first, then this context, then
-    the environment variable FASTATTN_INVARIANT=1, which is read when fastattn is imported.
+    threads have contexts of their own. What activation checkpointing computes again in a backward has the setting
+    of its forward, also where the context has ended by then, if one thread called both. The argument `invariant`
+    of a function comes first, then this context, then the environment variable FASTATTN_INVARIANT=1, which is read
+    when fastattn is imported.
 
     Args:
         enabled: False switches it off.
@@ -97,9 +142,9 @@ def invariant(enabled: bool = True) -> Iterator[None]:
         True
     """
     enabled = flag("enabled", enabled)
-    own, inherited = _thread.wanted, wanted()
-    _set(enabled, enabled)
+    own, inherited, run = _thread.wanted, wanted(), _thread.run
+    _set(enabled, enabled, -1 if torch.compiler.is_compiling() else _backward_run())
     try:
         yield
     finally:
-        _set(own, inherited)
+        _set(own, inherited, run)

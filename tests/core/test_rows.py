@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -11,6 +12,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from hardware import DEVICE
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -282,6 +284,40 @@ def test_threads_have_contexts_of_their_own() -> None:
     done.set()
     thread.join()
     assert seen == {"inside": True, "outside": False}
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("backward", [None, False, True])
+@pytest.mark.parametrize("forward", [False, True])
+def test_what_checkpointing_computes_again_has_the_setting_of_its_forward(
+    forward: bool, backward: bool | None, reentrant: bool, compiled: bool
+) -> None:
+    """backward: what the context around the backward says; None outside of any."""
+    if compiled and reentrant:
+        pytest.skip("torch.compile takes checkpoints without reentrance only")
+    layer, seen = Layer(), []
+    up, down = layer.drawn(40, 24), layer.drawn(24, 40)
+
+    def block(x: Tensor) -> Tensor:
+        seen.append(invariance.wanted())
+        with fastattn.invariant(False):
+            seen.append(invariance.wanted())
+        heads = fastattn.mlp(x, up, None, down, None).view(1, -1, 2, 12).transpose(1, 2)
+        return fastattn.attention(heads, heads, heads, causal=True)
+
+    def checkpointed(x: Tensor) -> Tensor:
+        return torch.utils.checkpoint.checkpoint(block, x, use_reentrant=reentrant)
+
+    x = layer.tokens(40).requires_grad_()
+    with fastattn.invariant(forward):
+        expected = torch.autograd.grad(block(x).sum(), x)[0]
+        seen.clear()
+        y = (torch.compile(checkpointed, backend="eager") if compiled else checkpointed)(x)
+    with nullcontext() if backward is None else fastattn.invariant(backward):
+        y.sum().backward()
+    assert seen == [forward, False] * 2
+    assert torch.equal(x.grad, expected)
 
 
 @pytest.mark.parametrize("hidden", [40, 2048])
