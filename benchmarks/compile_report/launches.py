@@ -660,8 +660,8 @@ CALLS: tuple[Call, ...] = (
 )
 
 
-# The other families' rows were not yet chosen for these calls: with Triton 3.7.1 some spill 2 to 36 registers
-# on sm_80 and sm_100. (With 3.6.0 none does on sm_80.)
+# For the other NVIDIA targets they were compiled in part: plain calls of all widths, and on sm_80 those of all kinds
+# at D = 128.
 UNEVEN_ON = ("sm_90",)
 
 

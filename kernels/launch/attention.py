@@ -657,6 +657,16 @@ ATTENTION_DKDV |= {
         Row(2, 256, Tiling(16, 32, 8, 1)),
         Row(2, 512, Tiling(16, 16, 8, 1)),
     ),
+    # Padded tiles, as of D = 136.
+    "sm_86 plain uneven": (
+        Row(2, 64, Tiling(64, 128, 8, 2)),
+        Row(2, 128, Tiling(64, 64, 8, 2)),
+        Row(2, 256, Tiling(32, 32, 8, 1)),  # 4 warps: 5, 2 stages: 12 to 14 in full attention
+    ),
+    "sm_100 plain uneven": (
+        Row(2, 128, Tiling(64, 128, 8, 2)),
+        Row(2, 256, Tiling(64, 32, 8, 1)),  # 64 x 64: 43
+    ),
     "sm_80 heavy uneven": (
         Row(2, 64, Tiling(64, 32, 8, 2)),
         Row(2, 128, Tiling(64, 32, 8, 1)),  # 2 stages: 2
