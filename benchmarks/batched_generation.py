@@ -1,8 +1,9 @@
-"""transformers' continuous batching on a real model: python -m benchmarks.batched_generation
+"""transformers' generation on a real model: python -m benchmarks.batched_generation
 
-SmolLM2-135M-Instruct (`make real` fetches it) goes on with prompts of many lengths by `model.generate_batch`, with
-attention by PyTorch ("paged|sdpa") and by fastattn. Both must give the same tokens. Rounds alternate, and the
-fastest of each is compared, in the time of the processor.
+SmolLM2-135M-Instruct (`make real` fetches it) goes on with prompts of many lengths by `model.generate_batch`,
+which batches continuously, or with one after another by `model.generate`, with attention by PyTorch and by
+fastattn. Both must give the same tokens. Rounds alternate, and the fastest of each is compared, in the time of the
+processor.
 """
 
 from __future__ import annotations
@@ -19,8 +20,6 @@ from rich.console import Console
 from rich.table import Table
 
 from tests import real_models
-
-IMPLEMENTATIONS = ("sdpa", "fastattn")
 
 
 def prompts_of(tokenizer: Any, shortest: int, longest: int, count: int) -> list[list[int]]:
@@ -47,8 +46,25 @@ def seconds(model: Any, implementation: str, prompts: list[list[int]], new: int)
     return time.process_time() - start, [each.generated_tokens for each in found.values()]
 
 
+def seconds_one_by_one(
+    model: Any, implementation: str, prompts: list[list[int]], new: int
+) -> tuple[float, list[list[int]]]:
+    """The same by `generate`."""
+    model.set_attn_implementation(implementation)
+    asked = {"max_new_tokens": new, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    start = time.process_time()
+    with torch.no_grad():
+        found = [model.generate(torch.tensor([prompt]), **asked)[0, len(prompt) :] for prompt in prompts]
+    return time.process_time() - start, [each.tolist() for each in found]
+
+
+CALLS = {"generate_batch": seconds, "generate": seconds_one_by_one}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--call", choices=CALLS, default="generate_batch", help="of transformers (generate_batch)")
+    parser.add_argument("--against", choices=("sdpa", "eager"), default="sdpa", help="attention by PyTorch (sdpa)")
     parser.add_argument("--lengths", type=int, nargs=2, default=(64, 512), help="of prompts, in tokens (64 512)")
     parser.add_argument("--prompts", type=int, default=4, help="how many (default 4)")
     parser.add_argument("--new", type=int, nargs="+", default=[1, 33], help="tokens after each prompt (1 33)")
@@ -63,22 +79,21 @@ def main() -> int:
     logging.getLogger("ContinuousBatchingLogger").setLevel(logging.CRITICAL)
     model, tokenizer = real_models.smollm2()
     prompts = prompts_of(tokenizer, *arguments.lengths, arguments.prompts)
-    title = (
-        f"generate_batch, {arguments.prompts} prompts of {arguments.lengths[0]} to {arguments.lengths[1]} tokens"
-    )
-    table = Table("new tokens", "paged|sdpa", "fastattn", "over sdpa", title=f"{title}, seconds of a processor")
+    against, (shortest, longest) = arguments.against, arguments.lengths
+    title = f"{arguments.call}, {arguments.prompts} prompts of {shortest} to {longest} tokens"
+    table = Table("new tokens", against, "fastattn", "ratio", title=f"{title}, seconds of a processor")
     for new in arguments.new:
-        fastest = dict.fromkeys(IMPLEMENTATIONS, float("inf"))
+        fastest = dict.fromkeys((against, "fastattn"), float("inf"))
         tokens = {}
         for _ in range(arguments.rounds):
-            for name in IMPLEMENTATIONS:
-                taken, tokens[name] = seconds(model, name, prompts, new)
+            for name in fastest:
+                taken, tokens[name] = CALLS[arguments.call](model, name, prompts, new)
                 fastest[name] = min(fastest[name], taken)
-        if tokens["sdpa"] != tokens["fastattn"]:
+        if tokens[against] != tokens["fastattn"]:
             console.print(f"with {new} new tokens the two give different ones")
             return 1
-        sdpa, ours = fastest.values()
-        table.add_row(str(new), f"{sdpa:.2f}", f"{ours:.2f}", f"{ours / sdpa:.2f}")
+        theirs, ours = fastest.values()
+        table.add_row(str(new), f"{theirs:.2f}", f"{ours:.2f}", f"{ours / theirs:.2f}")
     console.print(table)
     return 0
 
