@@ -443,9 +443,9 @@ def test_halves_of_one_packed_weight_need_one_product_for_the_input_s_gradient()
 
 def test_offsets_that_pass_32_bits_within_a_tile_are_avoided_by_a_copy() -> None:
     far = torch.empty_strided((256, 4), (2**24, 1), device="meta")
-    assert matrix(far)[1:] == (4, 1)
+    assert matrix(far)[1:3] == (4, 1)
     near = torch.empty_strided((256, 4), (2**22, 1), device="meta")
-    assert matrix(near)[1:] == (2**22, 1)
+    assert matrix(near)[1:3] == (2**22, 1)
 
 
 # The operators.
