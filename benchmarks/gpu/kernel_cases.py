@@ -33,7 +33,7 @@ def kernel_cases() -> list[Sizes]:
     launched after a ninth of the cases."""
     by_family = [
         *attention(), *masks_and_scores(), *mlps(), *norms(), *heads(), *losses(), *tangents(), *packed(),
-        *invariant(), *statistics(), *many_heads(), *caches(),
+        *invariant(), *absorbed(), *statistics(), *many_heads(), *caches(),
     ]  # fmt: skip
     met: Counter[tuple[str, str]] = Counter()
 
@@ -170,6 +170,16 @@ def invariant() -> list[Sizes]:
         for dtype, width in forms
         for length in (5, 333)
         for kind in INVARIANT_KINDS
+    ]
+
+
+def absorbed() -> list[Sizes]:
+    """Queries and keys wider than a tile: those of latent attention, and a few columns more than a tile has."""
+    return [
+        Sizes("absorbed", kind, dtype, length=300, width=width, value_width=value_width, key_heads=1)
+        for dtype in DTYPES
+        for width, value_width in ((576, 512), (520, 40))
+        for kind in ("causal", "full", "everything", "bigbird")
     ]
 
 

@@ -38,6 +38,7 @@ CALLS = (
     Sizes("tangent", "causal", length=65),
     Sizes("cache", "pages", length=1, keys=1104),
     Sizes("invariant", "causal", length=65),
+    Sizes("absorbed", "causal", length=65, width=520, value_width=24),
     Sizes("mlp", "silu gated", batch=1, length=77, width=111, hidden=200),
     Sizes("norm", "rms", batch=1, length=37, width=111),
     Sizes("heads", "rotary", length=33, width=80),

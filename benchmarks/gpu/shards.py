@@ -20,6 +20,7 @@ KERNEL_TESTS = {
     "test_derivatives": "tangent",
     "test_varlen": "varlen",
     "test_invariant": "invariant",
+    "test_absorbed": "absorbed",
     "test_statistics": "statistics",
 }
 # Files that compute nothing on a GPU: they run on machines without one, at every commit.

@@ -47,7 +47,7 @@ def calls_of_branches(step: Callable[[], Any]) -> list[bool]:
     """Of each call of an MLP in the step, whether it computes the whole branch."""
     with mock.patch.object(functional, "_first", wraps=functional._first) as first, without_plans():
         step()
-    return [call.args[2].residual == "x" for call in first.call_args_list]
+    return [call.args[3].residual == "x" for call in first.call_args_list]
 
 
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
