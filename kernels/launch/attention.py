@@ -527,8 +527,8 @@ ATTENTION_TANGENT |= {
         ("gfx942", {(2, 512): Tiling(16, 16, 4, 1)}),
     )
 }
-# Padded tiles, as of D = 80: 64 x 32 with 4 warps spills 2 to 7 with Triton 3.6.0, with 8 warps 4. On sm_120 5 with
-# 3.7.1.
+# Padded tiles, as of D = 80: 64 x 32 with 4 warps spills 2 to 7 with Triton 3.6.0, with 8 warps 4;
+# on sm_120 5 with 3.7.1.
 ATTENTION_TANGENT |= {
     f"{name} plain uneven": (Row(2, 64, Tiling(128, 64, 8, 2)), Row(2, 128, Tiling(32, 32, 4, 2)))
     for name in ("sm_80", "sm_86", "sm_120")
