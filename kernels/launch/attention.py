@@ -640,6 +640,7 @@ ATTENTION_FORWARD |= {
         Row(2, 256, Tiling(128, 32, 8, 2)),  # 128 x 64: 54 to 58
     ),
     "sm_100 wide plain few": (Row(2, 512, Tiling(128, 16, 8, 2, values=256)),),  # 128 x 32: 11 to 17
+    "sm_90 wide heavy uneven": (Row(2, 512, Tiling(64, 16, 8, 2, values=256)),),  # 128 x 16 at D = 320: 12
     "sm_100 plain uneven": (
         Row(2, 64, Tiling(128, 128, 8, 3)),
         Row(2, 128, Tiling(128, 128, 8, 2)),
@@ -672,6 +673,7 @@ ATTENTION_DKDV |= {
         Row(2, 64, Tiling(64, 32, 8, 2)),
         Row(2, 128, Tiling(64, 32, 8, 1)),  # 2 stages: 2
     ),
+    "sm_90 tf32 uneven": (Row(4, 64, Tiling(32, 32, 8, 1)),),  # 4 warps: 2
     "sm_90 listed uneven": (Row(2, 64, Tiling(64, 32, 8, 2)), *ATTENTION_DKDV["sm_90 listed"]),  # 64 x 64: 2
     "sm_90 heavy uneven": (
         Row(2, 64, Tiling(64, 64, 8, 2)),

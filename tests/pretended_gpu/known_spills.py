@@ -24,6 +24,17 @@ class Known(NamedTuple):
 KNOWN: tuple[Known, ...] = (
     Known("linear_cross_entropy, classes", "logits_kernel", 4, "label smoothing, with 3.6.0 alone", ("A100",)),
     Known("attention, .* D=320", "attention_(dq|delta)_kernel", 4, "with 3.6.0 alone; another tile is slower"),
+    Known(
+        "attention, D=320 .* together, forward mode", "attention_tangent_kernel", 12, "with 3.6.0 alone", ("H100",)
+    ),
+    Known("attention, fp32 D=256 documents", "attention_dkdv_kernel", 6, "with 3.6.0 alone", ("H100",)),
+    Known(
+        "attention_with_cache, fp16 D=128, 1 queries, all",
+        "cache_attention_kernel",
+        6,
+        "with 3.6.0 alone",
+        ("H100",),
+    ),
     Known("attention, fp32 D=5(20|77)", "attention_forward_kernel", 14, "widths that nobody has"),
     Known("prepare_heads, all, fp32 D=111", "heads_gradient_kernel", 2, "a width that nobody has"),
     Known("", "", 64, "their rows were counted with Triton 3.7.1 only, not with 3.6.0", ("RTX 4090", "B200")),
