@@ -35,6 +35,8 @@ KNOWN: tuple[Known, ...] = (
         "with 3.6.0 alone",
         ("H100",),
     ),
+    Known("attention, bf16 D=40, backward", "attention_dkdv_kernel", 2, "with 3.6.0 alone", ("A100",)),
+    Known("attention, fp32 D=128 relative bias", "attention_dq_kernel", 4, "with 3.6.0 alone", ("H100",)),
     Known("attention, fp32 D=5(20|77)", "attention_forward_kernel", 14, "widths that nobody has"),
     Known("prepare_heads, all, fp32 D=111", "heads_gradient_kernel", 2, "a width that nobody has"),
     Known("", "", 64, "their rows were counted with Triton 3.7.1 only, not with 3.6.0", ("RTX 4090", "B200")),
