@@ -21,8 +21,8 @@ from fastattn.ground.arguments import flag
 _ENVIRONMENT: bool = os.environ.get("FASTATTN_INVARIANT", "") not in ("", "0")
 _KEY, _RECORD_KEY = "fastattn.invariant", "fastattn.invariant.record"
 _used = False  # whether anybody entered the context: until then there is nothing to inherit, and calls do not look
-# Changes of a thread's setting that are remembered.
-_MOST = 4096
+# Changes of a thread's setting that are remembered: an MLP makes two, and a long forward has thousands.
+_MOST = 2**16
 
 _backward_run = torch._C._current_graph_task_id  # -1 outside of a backward
 
@@ -48,7 +48,8 @@ class _Record:
         elif self.settings[-1] != setting:
             self.begins.append(number)
             self.settings.append(setting)
-            del self.begins[:-_MOST], self.settings[:-_MOST]
+            if len(self.begins) > 2 * _MOST:
+                del self.begins[:-_MOST], self.settings[:-_MOST]
 
     def at(self, number: int) -> bool | None:
         place = bisect.bisect_right(self.begins, number) - 1

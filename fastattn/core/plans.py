@@ -199,7 +199,9 @@ class Plans(Generic[P]):
 
     def again(self, tensors: Sequence[Any], options: tuple[Any, ...], plan: P) -> None:
         """A plan was found by its key. If it is the same as the time before, `latest` will know its calls."""
-        if self._found is plan and tensors[0].is_cpu and _Guards is not None:
+        # A tensor that is given twice is never the same to torch's check: do not make it again in each call.
+        known = self._latest is not None and self._latest.plan is plan
+        if self._found is plan and not known and tensors[0].is_cpu and _Guards is not None:
             absent = sum(t is None for t in tensors)  # `itemgetter` gives a tuple of two and more
             if 2 <= absent <= len(tensors) - 2:
                 self._latest = _Latest(tensors, options, plan)

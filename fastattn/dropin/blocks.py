@@ -33,7 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from fastattn.core.intact import alteration
-from fastattn.dropin.fused_classes import Fused, digest, fused_class
+from fastattn.dropin.fused_classes import Fused, digest, fused_class, methods_of
 from fastattn.dropin.mlp_forms import FusedForward
 from fastattn.dropin.norm_forms import FusedNorm, NormNames, fits, values_of
 from fastattn.dropin.norm_forms import names_of as norm_names_of
@@ -147,7 +147,7 @@ def sum_of(block: nn.Module, mlp: str) -> Sum | str:
         return replace(found_sum, kind=norm.own, read=norm.names, tried=norm.tried)
     if (read := norm_names_of(norm)) is None:
         return f"{type(norm).__name__} is no norm that the kernels know"
-    return replace(found_sum, kind=type(norm), read=read, tried=digest(type(norm).forward))
+    return replace(found_sum, kind=type(norm), read=read, tried=digest(methods_of(type(norm), "forward")))
 
 
 def own_code(own: Any, mlp: str) -> OwnCode | str:
@@ -286,12 +286,19 @@ def _calls(branch: ast.expr) -> tuple[tuple[str, ...], ast.expr]:
     return tuple(names), branch
 
 
+_FUNCTIONS = ast.Lambda, ast.FunctionDef, ast.AsyncFunctionDef, ast.GeneratorExp
+
+
 def _read_after(definition: ast.FunctionDef, last: ast.stmt) -> frozenset[str]:
-    """The names that are read below a statement, or changed, or deleted."""
+    """The names that are read behind a statement, or changed, or deleted; or read in a function within this one,
+    which may be called behind it."""
     changed = {id(node.target) for node in ast.walk(definition) if isinstance(node, ast.AugAssign)}
+    functions = [n for n in ast.walk(definition) if isinstance(n, _FUNCTIONS) and n is not definition]
+    later = {id(node) for function in functions for node in ast.walk(function)}
+    end = last.end_lineno, last.end_col_offset
     return frozenset(
         node.id for node in ast.walk(definition)
-        if isinstance(node, ast.Name) and node.lineno > last.lineno
+        if isinstance(node, ast.Name) and ((node.lineno, node.col_offset) >= end or id(node) in later)
         and (not isinstance(node.ctx, ast.Store) or id(node) in changed)
     )  # fmt: skip
 

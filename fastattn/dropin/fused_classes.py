@@ -24,8 +24,9 @@ class Fused(nn.Module):
     """A module with one fused method. Its class derives from `form` and from `own`, the class it had before.
 
     method: the name of the method of `own` that is replaced. extends: other methods that `own` may have.
-    tried: the digest of that method (see `digest`) as it was tried or read.
-    code: that method and its code, if that was so when this class was made.
+    tried: the digest of that method (see `digest`), and of those that it may call by super(), as it was tried or
+        read.
+    code: these methods and their code, if that was so when this class was made.
     """
 
     form: type[Fused]
@@ -35,17 +36,17 @@ class Fused(nn.Module):
     extends: frozenset[str] = frozenset()
     keeps_name = False  # whether the new class has the name of `own`
     tried: str
-    code: tuple[Any, Any] | None
+    code: tuple[tuple[Any, ...], list[Any]] | None
 
     @classmethod
     def is_outdated(cls) -> bool:
         """Whether the method of `own` is no longer the one that was tried, so that it must compute."""
-        function = getattr(cls.own, cls.method)
-        if cls.code is None or function is not cls.code[0]:
+        methods = methods_of(cls.own, cls.method)
+        if cls.code is None or methods != cls.code[0]:
             return True
         # Tools that load changed files put new code into old functions. While torch.compile traces, it cannot be
         # read.
-        return not torch.compiler.is_compiling() and _code_of(function) is not cls.code[1]
+        return not torch.compiler.is_compiling() and list(map(_code_of, methods)) != cls.code[1]
 
     @classmethod
     def forward_for(cls, own: type[nn.Module], names: Any) -> Any:
@@ -65,7 +66,7 @@ def clash(module: nn.Module, form: type[Fused]) -> str | None:
     ours = {name for kind in forms for name in (*vars(kind), *inspect.get_annotations(kind))}
     ours = {name for name in ours if not name.startswith("__")} - {form.method, *form.extends}
     theirs = sorted(name for name in ours if hasattr(module, name))
-    return f"it has an attribute {theirs[0]} of its own, as the fused class" if theirs else None
+    return f"it has an attribute {theirs[0]}, a name that the fused class needs itself" if theirs else None
 
 
 _made: dict[tuple[Any, ...], Any] = {}
@@ -73,18 +74,18 @@ _made: dict[tuple[Any, ...], Any] = {}
 
 def fused_class(form: type[Fused], own: type[nn.Module], names: Any, tried: str = "") -> Any:
     """The class for modules of class `own` that are fused by `form`, which finds their parts by `names`. Called
-    again with the same arguments, it returns the same class. tried: as `Fused.tried`; by default the method as it
-    is now."""
-    method = getattr(own, form.method)
-    key = (form, own, names, tried or digest(method))
+    again with the same arguments, it returns the same class. tried: as `Fused.tried`; by default the methods as
+    they are now."""
+    methods = methods_of(own, form.method)
+    key = (form, own, names, tried or digest(methods))
     made = _made.get(key)
     if made is None or (made.is_outdated() and not tried):
-        made = _made[key] = _new_class(*key, method)
+        made = _made[key] = _new_class(*key, methods)
     return made
 
 
-def _new_class(form: type[Fused], own: type[nn.Module], names: Any, tried: str, method: Any) -> Any:
-    code = (method, _code_of(method)) if digest(method) == tried else None
+def _new_class(form: type[Fused], own: type[nn.Module], names: Any, tried: str, methods: tuple[Any, ...]) -> Any:
+    code = (methods, list(map(_code_of, methods))) if digest(methods) == tried else None
     members = {
         "form": form, "own": own, "names": names, "tried": tried, "code": code, "__module__": __name__,
         "__doc__": own.__doc__,
@@ -96,6 +97,11 @@ def _new_class(form: type[Fused], own: type[nn.Module], names: Any, tried: str, 
         # transformers wraps the forward that a new class inherits. It would no longer be looked up in `own`.
         del made.forward
     return made
+
+
+def methods_of(own: type[nn.Module], method: str) -> tuple[Any, ...]:
+    """The method of a class, and of each that it derives from: super() may call them."""
+    return tuple(getattr(kind, method, None) for kind in own.__mro__)
 
 
 def _code_of(function: Any) -> Any:
@@ -120,15 +126,16 @@ def digest(function: Any) -> str:
                 tell(constant)
         elif isinstance(code := getattr(value, "__code__", None), CodeType):
             seen.add(id(value))
-            for part in (code, value.__defaults__, getattr(value, "__wrapped__", None)):
+            named = tuple(sorted((value.__kwdefaults__ or {}).items()))
+            for part in (code, value.__defaults__, named, getattr(value, "__wrapped__", None)):
                 tell(part)
             for cell in value.__closure__ or ():
                 try:
                     tell(cell.cell_contents)
                 except ValueError:  # not filled yet
                     tell(None)
-        elif isinstance(value, tuple):
-            for part in value:
+        elif isinstance(value, tuple | frozenset):
+            for part in value if isinstance(value, tuple) else sorted(value, key=repr):
                 tell(part)
         else:
             plain = isinstance(value, bool | int | float | str | bytes | type(None))

@@ -132,7 +132,10 @@ def found_way(module: nn.Module, form: type[Form], ways: list[Names]) -> Names |
 def is_this_mlp(module: nn.Module, form: type[Form], names: Names) -> bool:
     """Whether the module's own code computes the same as the form; see the top of this file."""
     # In float64, which the Triton kernels do not compute, whatever FASTATTN_BACKEND says.
-    made = type("Tried", (fused_class(form, type(module), names),), {"named_backend": "portable"})
+    fused = fused_class(form, type(module), names)
+    if fused.is_outdated():  # a method that is another object each time: nobody could tell whether it is replaced
+        return False
+    made = type("Tried", (fused,), {"named_backend": "portable"})
     small = form is FusedForward and _trial(module, form, made, names, SMALL)
     return small or _trial(module, form, made, names, None)
 

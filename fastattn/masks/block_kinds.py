@@ -91,6 +91,13 @@ def _blocks_of(length: int, unit: int, block: int) -> tuple[Tensor, Tensor]:
     return begin // block, ((begin + unit).clamp(max=length) - 1) // block
 
 
+def _squares_of(blocks: Tensor, length: int, unit: int, block: int) -> Tensor:
+    """The squares of `unit` tokens, along one side, into which each of these blocks reaches: (blocks, at most so
+    many); the last is repeated where there are fewer."""
+    last = (((blocks + 1) * block).clamp(max=length) - 1) // unit
+    return torch.minimum(blocks[:, None] * block // unit + torch.arange((block - 1) // unit + 2), last[:, None])
+
+
 class _SparseCells(_Cells):
     """BigBird: a window of blocks, global blocks and random blocks."""
 
@@ -114,9 +121,9 @@ class _SparseCells(_Cells):
         window, first, last = self.sides(shape)
         blocks = -(-shape.keys // self.block)
         # A block reaches into so many granules of a row; global ones are rows and columns of granules.
-        each, globals = (self.block - 1) // GRANULE + 2, first + max(0, blocks - last) + 2
+        each, global_squares = (self.block - 1) // GRANULE + 2, first + max(0, blocks - last) + 2
         drawn = self.drawn(shape).shape[2] * blocks * each**2
-        if drawn + shape.rows * (each * (2 * window + 3) + 2 * globals * each) > MOST_LISTED:
+        if drawn + shape.rows * (each * (2 * window + 3) + 2 * global_squares * each) > MOST_LISTED:
             return None
         return self._squares(shape, head, GRANULE).to(shape.device)
 
@@ -131,13 +138,10 @@ class _SparseCells(_Cells):
         row = torch.repeat_interleave(end - begin)
         column = torch.arange(len(row)) - ((end - begin).cumsum(0) - end)[row]
         of_globals = number[:, None] * count + sees_all.nonzero()[:, 0]
-        drawn = self.drawn(shape)[pick(self.drawn(shape).shape[0], head)]
+        drawn = self.drawn(shape)
+        drawn = drawn[pick(drawn.shape[0], head)]
         block_row, which = (drawn >= 0).nonzero().unbind(1)
-        down, across = (
-            torch.minimum(t[:, None] * block // unit + torch.arange((block - 1) // unit + 2), last_of[:, None])
-            for t in (block_row, drawn[block_row, which])
-            for last_of in [(((t + 1) * block).clamp(max=length) - 1) // unit]
-        )
+        down, across = (_squares_of(t, length, unit, block) for t in (block_row, drawn[block_row, which]))
         of_random = down[:, :, None] * count + across[:, None]
         return torch.cat((row * count + column, of_globals.flatten(), of_random.flatten())).unique()
 

@@ -81,13 +81,18 @@ class LayerNorm(nn.LayerNorm):
 NORMS: dict[type[nn.Module], type[nn.Module]] = {nn.LayerNorm: LayerNorm, nn.RMSNorm: RMSNorm}
 
 
+def torch_class(norm: nn.LayerNorm | nn.RMSNorm) -> type[nn.Module]:
+    """torch's class of norm, whose forward somebody may have replaced."""
+    return nn.RMSNorm if isinstance(norm, nn.RMSNorm) else nn.LayerNorm
+
+
 def _serves(norm: nn.LayerNorm | nn.RMSNorm, x: Tensor) -> bool:
     """Whether the fused function can compute this call. torch's own forward takes the others: it computes nested
     tensors and an eps of 0, and raises for wrong shapes. So does another forward that its class has got."""
     shape = tuple(norm.normalized_shape)
     return (
         isinstance(x, Tensor)
-        and not is_replaced(nn.RMSNorm if isinstance(norm, nn.RMSNorm) else nn.LayerNorm)
+        and not is_replaced(torch_class(norm))
         and not x.is_nested
         and x.dtype in FLOATING
         and (norm.eps is None or norm.eps >= SMALLEST_EPS)

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from fastattn.core import capabilities, invariance
 from fastattn.core.capabilities import FORWARD, Request
 from fastattn.core.heads.spec import SMALLEST_EPS
-from fastattn.core.intact import alteration
+from fastattn.core.intact import alteration, is_replaced
 from fastattn.core.mlp.spec import MLPSpec
 from fastattn.nn.mlp import MLP, GatedMLP
-from fastattn.nn.norm import NORMS
+from fastattn.nn.norm import NORMS, torch_class
 
 KINDS = (*NORMS, *NORMS.values())
 # (norm, x, backend) -> the arguments of `fastattn.mlp` for this norm; None if the module must be called.
@@ -42,6 +42,8 @@ def read_norm(norm: nn.Module, x: Tensor, backend: str | None) -> dict[str, Any]
     if alteration(norm, KINDS, x):
         return None
     assert isinstance(norm, nn.LayerNorm | nn.RMSNorm)
+    if is_replaced(torch_class(norm)):
+        return None
     fits = tuple(norm.normalized_shape) == tuple(x.shape[-1:]) and (norm.eps is None or norm.eps >= SMALLEST_EPS)
     if not fits or getattr(norm, "backend", None) not in (None, backend):
         return None

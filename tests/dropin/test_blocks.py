@@ -371,6 +371,34 @@ class DeletesTheNormLater(Block):
         return x
 
 
+class ReadsTheNormInTheSameLine(Block):
+    def forward(self, x):
+        y = 3 * x
+        z = y
+        y = self.norm(x)
+        x = x + self.mlp(y); z = y  # fmt: skip # noqa: E702
+        return x + z
+
+
+class ReadsTheNormInAFunction(Block):
+    def forward(self, x):
+        y = 3 * x
+        later = lambda: y  # noqa: E731
+        y = self.norm(x)
+        x = x + self.mlp(y)
+        return x + later()
+
+
+class OverSeveralLines(Block):
+    def forward(self, x):
+        y = self.norm(x)
+        x = (
+            x
+            + self.mlp(y)
+        )  # fmt: skip
+        return x
+
+
 class NormByAMethod(Block):
     def scaled(self, x):
         return 2 * x
@@ -384,7 +412,7 @@ class NoSource(Block):
     exec("def forward(self, x):\n    x = x + self.mlp(self.norm(x))\n    return x")
 
 
-@pytest.mark.parametrize("kind", [OneLine, InSteps, WithoutNorm])
+@pytest.mark.parametrize("kind", [OneLine, InSteps, WithoutNorm, OverSeveralLines])
 def test_code_that_is_such_a_sum(kind: type[nn.Module], branches: list) -> None:
     torch.manual_seed(0)
     block, x = kind().to(DEVICE), torch.randn(5, WIDTH, device=DEVICE)
@@ -402,6 +430,8 @@ def test_code_that_is_such_a_sum(kind: type[nn.Module], branches: list) -> None:
         (NormAfter, "LayerNorm comes after"),
         (ChangesTheShortcutLater, "reads shortcut later"),
         (DeletesTheNormLater, "reads y later"),
+        (ReadsTheNormInTheSameLine, "reads y later"),
+        (ReadsTheNormInAFunction, "reads y later"),
         (NormByAMethod, "scaled is no module"),
         *((kind, "is not h") for kind in (Halved, InAnIf, InALoop, AsksBetween)),
         *((kind, "cannot be read") for kind in (CallsItsBase, Decorated, DecoratedByWraps, NoSource)),

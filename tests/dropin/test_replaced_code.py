@@ -28,6 +28,11 @@ class MLP(nn.Module):
         return self.down(F.gelu(self.up(x)))
 
 
+class CallsItsBase(MLP):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
 class OwnActivation(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return F.silu(x)
@@ -84,6 +89,7 @@ def halved(self: Any, x: Tensor) -> Tensor:
 # Of what is patched: how to make it, whose method is replaced, and its name.
 REPLACED: dict[str, tuple[Callable[[], nn.Module], Any, str]] = {
     "an MLP": (MLP, MLP, "forward"),
+    "an MLP's base": (CallsItsBase, MLP, "forward"),
     "an activation in an MLP": (WithActivation, OwnActivation, "forward"),
     "dropout in an MLP": (WithActivation, nn.Dropout, "forward"),
     "a sequence": (sequence, nn.Sequential, "forward"),
@@ -99,7 +105,7 @@ REPLACED: dict[str, tuple[Callable[[], nn.Module], Any, str]] = {
 def patched(make: Callable[[], nn.Module]) -> nn.Module:
     torch.manual_seed(0)
     module = make().to(DEVICE).eval()
-    report = fastattn.patch(module, attention=False, norm=isinstance(module, Norm))
+    report = fastattn.patch(module, norm=isinstance(module, Norm))
     assert report.swapped, str(report)
     return module
 
@@ -257,4 +263,4 @@ def test_a_module_with_an_attribute_of_a_fused_class_is_left(kind: type[nn.Modul
     module = unpatched(kind)
     (row,) = fastattn.patch(module).rows
     assert type(module) is kind and not isinstance(module, Fused)
-    assert f"it has an attribute {name} of its own" in row.why
+    assert f"it has an attribute {name}, a name that the fused class needs" in row.why

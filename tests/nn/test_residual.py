@@ -122,6 +122,15 @@ def test_whoever_looks_sees_what_the_steps_show(what: str) -> None:
     torch.testing.assert_close(y, steps(X, *modules))
 
 
+@pytest.mark.parametrize("kind", [nn.LayerNorm, nn.RMSNorm])
+def test_a_forward_that_torch_s_norm_gets_later_computes_in_our_norms_too(kind: Any, monkeypatch) -> None:
+    _, *rest = parts()
+    norm = fastattn.nn.LayerNorm(16) if kind is nn.LayerNorm else fastattn.nn.RMSNorm(16)
+    norm.to(DEVICE)
+    monkeypatch.setattr(kind, "forward", lambda self, x: 0.5 * x)
+    torch.testing.assert_close(residual_step(X, norm, *rest), X + rest[0](0.5 * X))
+
+
 def test_modules_of_other_classes_are_called() -> None:
     norm, mlp, _ = parts()
     mlp.__class__ = Marked
