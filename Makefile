@@ -41,10 +41,10 @@ CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/fastattn/pretended_gpu
 
 pretended: $(VENV)-triton-$(OLDEST)/.installed $(VENV)-triton-$(NEWEST)/.installed
 	for version in $(OLDEST) $(NEWEST); do \
-	until="--until $(or $(UNTIL),ptx)"; test "$$version$(UNTIL)" != $(OLDEST) || until=--spills; \
+	until=$(or $(UNTIL),ptx); test "$$version$(UNTIL)" != $(OLDEST) || until=cubin; \
 	for share in $(FROM)/$(OF) $$(($(FROM) + 1))/$(OF); do \
 		TRITON_CACHE_DIR=$(CACHE)-$$version $(VENV)-triton-$$version/bin/python -m tests.pretended_gpu \
-			--each-on-one --share $$share --only "$(ONLY)" $$until & \
+			--each-on-one --share $$share --only "$(ONLY)" --until $$until & \
 	jobs="$$jobs $$!"; done; for job in $$jobs; do wait $$job || exit 1; done; jobs=; done
 
 # That Triton alone; all else, torch included, is $(VENV)'s.

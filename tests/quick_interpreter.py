@@ -3,6 +3,7 @@
 - It replaces the functions of triton.language by its own when a kernel is launched, and then again in each call of
   a function of the kernel: some 2,000 times in a launch. Here it does so once in a launch.
 - It computes for each sum and product of integers whether it overflows, and then does not look at the result.
+- It looks up which type of NumPy's each of its types is, again and again; here once for each.
 """
 
 from __future__ import annotations

@@ -55,8 +55,9 @@ def context_parallel(
         trust_positions: do not ask for the positions of a Hugging Face model that does not hand them on.
 
     Raises:
-        ValueError: calls that would take a part of the sequence for the whole: PyTorch's and Hugging Face's own
-            attention, padding as a tensor, caches, cross-attention, statistics of attention.
+        ValueError: calls that would take a part of the sequence for the whole: F.scaled_dot_product_attention,
+            torch.nn.MultiheadAttention, Hugging Face's own attention (flex_attention is not noticed), padding as a
+            tensor, caches, cross-attention, statistics of attention.
     """
     outer = spread.current
     if outer is not None:
@@ -167,13 +168,20 @@ def _refusing_attention_of_others(tokens: int) -> Iterator[None]:
     """Within, PyTorch's attention to `tokens` queries and keys and Hugging Face's other implementations refuse:
     they would take this rank's tokens for the whole sequence."""
 
-    def refusing(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if spread.current is not None and tokens == query.shape[-2] == key.shape[-2]:
+    def ask(name: str, queries: int, keys: int) -> None:
+        if spread.current is not None and tokens == queries == keys:
             raise ValueError(
-                "F.scaled_dot_product_attention would attend to this rank's tokens alone; take "
-                "fastattn.scaled_dot_product_attention, or fastattn.patch(model)"
+                f"{name} would attend to this rank's tokens alone; take fastattn.scaled_dot_product_attention, or "
+                "fastattn.patch(model)"
             )
+
+    def refusing(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        ask("F.scaled_dot_product_attention", query.shape[-2], key.shape[-2])
         return sdpa(query, key, value, *args, **kwargs)
+
+    def refusing_heads(query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Any:
+        ask("torch.nn.MultiheadAttention", query.shape[0], key.shape[0])
+        return heads(query, key, *args, **kwargs)
 
     def get_interface(self: Any, name: str, default: Callable[..., Any]) -> Callable[..., Any]:
         if spread.current is not None and name != "fastattn":
@@ -184,19 +192,20 @@ def _refusing_attention_of_others(tokens: int) -> Iterator[None]:
         found: Callable[..., Any] = of_hugging_face(self, name, default)
         return found
 
-    sdpa = F.scaled_dot_product_attention
+    sdpa, heads = F.scaled_dot_product_attention, F.multi_head_attention_forward
     interface: Any = getattr(sys.modules.get("transformers.modeling_utils"), "AttentionInterface", None)
     of_hugging_face: Any = getattr(interface, "get_interface", None)
     # Encoder layers of torch.nn would go past it in evaluation.
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     F.scaled_dot_product_attention = refusing  # type: ignore[assignment]
+    F.multi_head_attention_forward = refusing_heads
     if of_hugging_face is not None:
         interface.get_interface = get_interface
     try:
         yield
     finally:
-        F.scaled_dot_product_attention = sdpa
+        F.scaled_dot_product_attention, F.multi_head_attention_forward = sdpa, heads
         torch.backends.mha.set_fastpath_enabled(fast)
         if of_hugging_face is not None:
             interface.get_interface = of_hugging_face

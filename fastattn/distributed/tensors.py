@@ -20,10 +20,10 @@ Or all replicated. Any other placement is refused. Tensors beside the main ones 
 replicated, or sharded with what they belong to. A plain tensor stands for the whole one, and must not need a
 gradient.
 
-Forward mode works with `forward_ad.make_dual` of DTensors, but for losses. Gradients of tangents are computed
-after the `dual_level` is left; tangents of gradients are refused. PyTorch (2.13) has no rule for an operator with
-which it makes a dual DTensor; propagation.py gives it one. Some of PyTorch's own operators, such as x * y, raise
-its AssertionError for dual DTensors.
+Forward mode works with `forward_ad.make_dual` of DTensors, but for losses; torch.func.jvp computes some of it and
+refuses the rest. Gradients of tangents are computed after the `dual_level` is left; tangents of gradients are
+refused. PyTorch (2.13) has no rule for an operator with which it makes a dual DTensor; propagation.py gives it
+one. Some of PyTorch's own operators, such as x * y, raise its AssertionError for dual DTensors.
 """
 
 from __future__ import annotations
@@ -120,9 +120,9 @@ def moved(move: Callable[[Any], Any], t: Tensor) -> Any:
     move: linear.
     """
     if forward_ad._current_level < 0:
-        return move(t)
+        return _without_tangent(move(t))
     primal, tangent = forward_ad.unpack_dual(t)
-    arrived = _WithoutTangent.apply(move(primal))
+    arrived = _without_tangent(move(primal))
     if tangent is None:
         return arrived
     if isinstance(tangent, DTensor):
@@ -130,17 +130,15 @@ def moved(move: Callable[[Any], Any], t: Tensor) -> Any:
     return forward_ad.make_dual(arrived, move(tangent))
 
 
-class _WithoutTangent(torch.autograd.Function):
-    """A tensor as it is. Its gradient must have no tangent, which torch's moves would lose."""
+def _without_tangent(t: Tensor) -> Tensor:
+    """A tensor that was moved, as it is. Its gradient must have no tangent, which torch's moves would lose."""
+    if not torch.compiler.is_compiling() and t.grad_fn is not None:
+        t.grad_fn.register_prehook(_refuse_tangents)
+    return t
 
-    @staticmethod
-    def forward(ctx: Any, t: Tensor) -> Tensor:
-        return t.view_as(t)
 
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        refuse_tangents("the backward of a function of DTensors", {"the gradient": gradient})
-        return gradient
+def _refuse_tangents(gradients: tuple[Tensor, ...]) -> None:
+    refuse_tangents("the backward of a function of DTensors", {"the gradient": gradients[0]})
 
 
 class _Summed(torch.autograd.Function):

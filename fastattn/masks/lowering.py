@@ -241,8 +241,7 @@ def seen_cells(mask: Lowerable, slab: Slab) -> Tensor:
     evaluated, and all of them only if none of these is seen."""
     states, every = torch.broadcast_tensors(mask.states(slab), slab.cells)
     undecided = every[states == PARTIAL]
-    sampled = [_sampled(mask, slab, cells) for cells in undecided.split(SAMPLED)]
-    decided = torch.cat(sampled) if sampled else undecided.bool()
+    decided = torch.cat([_sampled(mask, slab, cells) for cells in undecided.split(SAMPLED)])
     seen = [every[states == FULL], undecided[decided]]
     for cells, words, which, _ in _evaluated(mask, slab, undecided[~decided]):
         seen.append(cells[(words != 0).any(1)[which]])

@@ -10,13 +10,11 @@ import triton
 
 from .. import launch
 from ..tile import Tile, tile_of
-from ..tiles import Shape, shape_of
+from ..tiles import WIDEST_TILE, Shape, shape_of
 from .loops import Lists, Window, window_of
 from .scores import Dropout, Scores, dropout_of, scores_of
 
 MOST_ROWS = 128  # that a tile has
-# Queries and keys are kept in one tile up to this width. The forward keeps the columns behind it in a second one.
-WIDEST = 512
 # In place of a number that a kernel does not read. Triton compiles a kernel again for 1 and for multiples of 16.
 SOME = 3
 
@@ -71,8 +69,9 @@ class Call:
 
     @property
     def rest(self) -> int:
-        """How many columns of queries and keys lie behind the WIDEST tile."""
-        return max(0, self.q.shape[3] - WIDEST)
+        """How many columns of queries and keys lie behind the widest tile. The forward keeps them in a second
+        one."""
+        return max(0, self.q.shape[3] - WIDEST_TILE)
 
     @property
     def rest_width(self) -> int:
@@ -140,9 +139,9 @@ class Call:
         compared with keys that are counted from the tile's start; None is as launch.MASKED_FIRST says."""
         masked_first = self.family in launch.MASKED_FIRST
         return tile_of(
-            HEAD_DIM=min(self.q.shape[3], WIDEST),
+            HEAD_DIM=min(self.q.shape[3], WIDEST_TILE),
             VALUE_DIM=self.v.shape[3],
-            WIDTH=min(self.width, WIDEST),
+            WIDTH=min(self.width, WIDEST_TILE),
             VALUE_WIDTH=self.value_width,
             BLOCK_M=tiling.block_m,
             BLOCK_N=tiling.block_n,

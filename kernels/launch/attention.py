@@ -652,8 +652,7 @@ ATTENTION_FORWARD |= {
     ),
 }
 ATTENTION_DKDV |= {
-    # On sm_90: 6 to 264 with the rows above; at D = 72 32 x 64: 14, at D = 136 32 x 32: 8. On sm_80 32 x 32 at
-    # D = 72: 14 for a crowded call.
+    # On sm_90: 6 to 264 with the rows above.
     "unaligned": (
         Row(2, 64, Tiling(32, 64, 8, 2)),
         Row(2, 256, Tiling(16, 32, 8, 1)),
@@ -673,8 +672,7 @@ ATTENTION_DKDV |= {
         Row(2, 64, Tiling(64, 32, 8, 2)),
         Row(2, 128, Tiling(64, 32, 8, 1)),  # 2 stages: 2
     ),
-    "sm_90 tf32 uneven": (Row(4, 64, Tiling(32, 32, 8, 1)),),  # 4 warps: 2
-    "sm_90 listed uneven": (Row(2, 64, Tiling(64, 32, 8, 2)), *ATTENTION_DKDV["sm_90 listed"]),  # 64 x 64: 2
+    "sm_90 listed uneven": (Row(2, 64, Tiling(64, 32, 8, 2)), *ATTENTION_DKDV["sm_90 listed"][1:]),  # 64 x 64: 2
     "sm_90 heavy uneven": (
         Row(2, 64, Tiling(64, 64, 8, 2)),
         Row(2, 128, Tiling(32, 64, 8, 2)),
@@ -682,11 +680,11 @@ ATTENTION_DKDV |= {
     ),
 }
 ATTENTION_DQ |= {
-    # On sm_90: 2 to 110 with the rows above; at D = 72 64 x 32: 2.
+    # On sm_90: 2 to 110 with the rows above.
     "unaligned": (
         Row(2, 64, Tiling(64, 64, 8, 2)),
         Row(2, 128, Tiling(32, 32, 8, 1)),
-        Row(2, 256, Tiling(16, 32, 8, 1)),  # on sm_80 32 x 32 at D = 136: 2
+        Row(2, 256, Tiling(16, 32, 8, 1)),
         Row(2, 512, Tiling(16, 16, 8, 1)),
     ),
     "sm_80 heavy uneven": (
@@ -694,13 +692,13 @@ ATTENTION_DQ |= {
         Row(2, 128, Tiling(64, 32, 8, 2)),  # 4 warps: 2
         Row(2, 256, Tiling(32, 32, 8, 1)),  # 64 x 32: 2
     ),
-    # 32 x 64: 6 to 10, in 1 stage 8 to 26 with Triton 3.7.1. Plain calls of even lengths keep it: 2 to 4 with
-    # Triton 3.6.0 alone, and half as many instructions again in 32 x 32.
+    # 32 x 64: 6 to 10, in 1 stage 8 to 26 with Triton 3.7.1. Plain calls of even lengths keep 32 x 64: it spills
+    # 2 to 4 with Triton 3.6.0 alone, and 32 x 32 takes 1.5 times as many instructions.
     **{f"sm_90 wide {kind} uneven": (Row(2, 512, Tiling(32, 32, 8, 2)),) for kind in ("intervals", "listed")},
     **{f"{name} wide plain odd": (Row(2, 512, Tiling(32, 32, 8, 2)),) for name in ("sm_90", "sm_100")},
 }
 ATTENTION_BIAS |= {
-    "unaligned": (Row(2, 256, Tiling(16, 16, 8, 1)),),  # on sm_90 at D = 72 64 x 64: 44, 32 x 32: 60
+    "unaligned": (Row(2, 256, Tiling(16, 16, 8, 1)),),
     "sm_90 heavy uneven": (
         Row(2, 64, Tiling(64, 64, 4, 2)),
         Row(2, 128, Tiling(64, 64, 8, 1)),

@@ -223,8 +223,17 @@ def _eager(shard: Callable[[Tensor], Tensor]) -> None:
 def _of_torch(shard: Callable[[Tensor], Tensor]) -> None:
     n = shard(TOKENS).shape[1]
     assert F.scaled_dot_product_attention(*(torch.zeros(1, 2, n + 1, 8) for _ in range(3))).shape[2] == n + 1
+    F.scaled_dot_product_attention(*(torch.zeros(1, 2, n, 8) for _ in range(3)))
+
+
+def _encoder_of_torch(shard: Callable[[Tensor], Tensor]) -> None:
     with torch.no_grad():
-        nn.TransformerEncoderLayer(8, 2, batch_first=True).eval()(torch.zeros(1, n, 8))
+        nn.TransformerEncoderLayer(8, 2, batch_first=True).eval()(torch.zeros(1, shard(TOKENS).shape[1], 8))
+
+
+def _of_torch_by_steps(shard: Callable[[Tensor], Tensor]) -> None:
+    x = torch.zeros(1, shard(TOKENS).shape[1], 8)
+    nn.MultiheadAttention(8, 2, batch_first=True)(x, x, x)
 
 
 def _statistics(shard: Callable[[Tensor], Tensor]) -> None:
@@ -256,6 +265,12 @@ REFUSED = {
     ),
     "labels that the model shifts": (_labels, "labels are shifted by the model"),
     "PyTorch's attention": (_of_torch, "F.scaled_dot_product_attention would attend to this rank's tokens alone"),
+    "PyTorch's encoder": (
+        _encoder_of_torch, "torch.nn.MultiheadAttention would attend to this rank's tokens alone",
+    ),
+    "PyTorch's attention with its weights": (
+        _of_torch_by_steps, "torch.nn.MultiheadAttention would attend to this rank's tokens alone",
+    ),
     "Hugging Face's eager attention": (_eager, "attn_implementation must be 'fastattn' .* got 'eager'"),
     "statistics": (_statistics, "attention_statistics is not computed under"),
     "a loss that shifts": (

@@ -4,7 +4,7 @@ python -m tests.pretended_gpu --gpu H100              every call on an H100
 python -m tests.pretended_gpu --each-on-one           every call on one of the four, by turns
 python -m tests.pretended_gpu --only "D=128" --gpu A100
 python -m tests.pretended_gpu --until ttir            the compiler stops after its front end
-python -m tests.pretended_gpu --spills                kernels are assembled: one that spills registers is a failure
+python -m tests.pretended_gpu --until cubin           kernels are assembled: one that spills registers is a failure
 """
 
 from __future__ import annotations
@@ -42,7 +42,6 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--share", default="1/1", metavar="I/N", help="only the I-th of N shares of the calls")
     parser.add_argument("--only", default="", metavar="TEXT", help="calls named so")
     parser.add_argument("--until", choices=STAGES, default="ptx", help="the last stage of the compiler to run")
-    parser.add_argument("--spills", action="store_true", help="assemble kernels, and fail where one spills")
     asked = parser.parse_args(words)
     if reason := obstacle():
         print(f"no GPU can be pretended: {reason}")
@@ -60,7 +59,7 @@ def main(words: Sequence[str] | None = None) -> int:
     failures = 0
     spilling = Spilling()
     with (
-        pretended_gpus(*(GPUS[name] for name in gpus), until="cubin" if asked.spills else asked.until) as driver,
+        pretended_gpus(*(GPUS[name] for name in gpus), until=asked.until) as driver,
         launched(spilling.note),
     ):
         for number, call in jobs:

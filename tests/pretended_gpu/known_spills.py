@@ -23,7 +23,6 @@ class Known(NamedTuple):
 
 KNOWN: tuple[Known, ...] = (
     Known("linear_cross_entropy, classes", "logits_kernel", 4, "label smoothing, with 3.6.0 alone", ("A100",)),
-    Known("attention, .* D=320", "attention_(dq|delta)_kernel", 4, "with 3.6.0 alone; another tile is slower"),
     # A few registers of calls that few make, as counted with 3.6.0.
     *(
         Known(calls, kernel, most, "seen with 3.6.0", (gpu,))
@@ -33,6 +32,7 @@ KNOWN: tuple[Known, ...] = (
             ("H100", "attention, fp32 D=256 (bias|bool mask)", "attention_forward_kernel", 8),
             ("H100", "attention, fp32 D=128 relative bias", "attention_dq_kernel", 4),
             ("H100", "attention_with_cache, .*16 D=128, 1 queries, all", "cache_attention_kernel", 6),
+            ("H100", "attention, tf32 D=64", "attention_dkdv_kernel", 2),
             ("A100", "attention_with_cache, fp32 D=256, 100 queries", "cache_attention_kernel", 2),
             ("A100", "attention, bf16 D=40, backward", "attention_dkdv_kernel", 2),
             ("A100", "attention, fp32 .* relative bias", "attention_(forward|dkdv|remainder)_kernel", 4),
