@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -27,3 +28,20 @@ def heads_last(t: Tensor) -> Tensor:
     """`t` in that layout; itself where it already is."""
     by_length = t.transpose(1, 2)
     return t if by_length.is_contiguous() else by_length.contiguous().transpose(1, 2)
+
+
+def padded(t: Tensor) -> Tensor:
+    """`t` with zeros as columns behind the last, to a multiple of 8: the widths of heads that attention's Triton
+    kernels load 16 bytes at a time. `t` itself where it has such a width.
+
+    Zeros change no product. Elsewhere loads would be of one number each, with registers for as many addresses. The
+    copy reads and writes what a tensor holds once; attention's kernels read keys and values once for every tile of
+    queries.
+    """
+    behind = -t.shape[3] % 8
+    return F.pad(t, (0, behind)) if behind else t
+
+
+def without_padding(t: Tensor, width: int) -> Tensor:
+    """The first `width` columns of a result of padded tensors, laid out as any result."""
+    return t if t.shape[3] == width else empty_heads((*t.shape[:3], width), t).copy_(t[..., :width])

@@ -41,7 +41,7 @@ class Call:
     shapes the scores, None for what is not asked: key_lengths (B,) int32 in [0, Lk]; alibi_slopes, sinks and
     head_scale (B, Hq) fp32; bias (B or 1, Hq or 1, Lq or 1, Lk or 1), float or bool; relative_bias
     (B, Hq, 2 R + 1) fp32; dropout_state (B, 2 or 5) int64; intervals (B, 2, Lq + Lk) int32, see loops.Window.
-    `lists` are BlockLists or None.
+    `lists` are BlockLists or None. Widths are multiples of 8: the launch tables know no others.
     """
 
     def __init__(
@@ -102,15 +102,14 @@ class Call:
     def variants(self) -> tuple[str, ...]:
         """What makes its kernels others than the most used ones, see `launch.look_up`.
 
-        unaligned: a width is no multiple of 8, so loads are narrow. few: there are so few programs that they may
-        split their loops. odd: lengths are no multiples of 16. uneven: they are odd, or tiles are padded.
+        few: there are so few programs that they may split their loops. odd: lengths are no multiples of 16.
+        uneven: they are odd, or tiles are padded.
         """
         batch, heads, queries, width = self.q.shape
         key_heads, keys, value_width = self.v.shape[1:]
         programs = batch * min(heads * triton.cdiv(queries, MOST_ROWS), key_heads * triton.cdiv(keys, MOST_ROWS))
         odd = queries % 16 or keys % 16
         found = {
-            "unaligned": width % 8 or value_width % 8,
             "few": 2 * programs <= self.processors,
             "odd": odd,
             "uneven": odd or (width, value_width) != (self.width, self.value_width),
@@ -124,10 +123,10 @@ class Call:
         return relative_bias is not None or (bias is not None and bias.dtype != torch.bool)
 
     def tiling(self, table: dict) -> launch.Tiling:
-        """The table's row for this call, or the tiling that was given in its place. Lists, narrow loads and
-        split loops go by the table."""
+        """The table's row for this call, or the tiling that was given in its place. Lists and split loops go
+        by the table."""
         size, variants = self.q.element_size(), self.variants
-        if self.lists is None and not {"unaligned", "few"}.intersection(variants):
+        if self.lists is None and "few" not in variants:
             for name, tiling in self.tilings.items():
                 if table is getattr(launch, name):
                     return tiling

@@ -116,7 +116,7 @@ def look_up(
     kinds' rows for tiles wider than 256 are those of "sm_90 wide shaped" and so on.
 
     Variants of a call are other kernels of the same kind, which may need more registers. Their rows come before
-    all others: those of "sm_90 plain few", then "sm_90 unaligned", then "unaligned".
+    all others: those of "sm_90 plain few", then "sm_90 few", then "few".
     """
     rows = table.get(family) or table["sm_80"]
     if family != INTERPRETER:

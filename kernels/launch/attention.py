@@ -621,13 +621,6 @@ ATTENTION_BIAS |= {
 # The kernels above, which need more registers here. Compiled with Triton 3.6.0, the oldest that we serve. Rows
 # that need no other tile are repeated here, because rows are bounds.
 ATTENTION_FORWARD |= {
-    # Narrow loads, of widths that are no multiple of 8. On sm_90: 3 to 210 with the rows above.
-    "unaligned": (
-        Row(2, 64, Tiling(64, 64, 8, 2)),
-        Row(2, 128, Tiling(32, 32, 8, 2)),  # 64 x 32: 2 for a crowded call
-        Row(2, 256, Tiling(32, 16, 8, 2)),  # on sm_80 32 x 32: 2
-        Row(2, 512, Tiling(32, 16, 8, 2)),
-    ),
     # Loops that programs split. 128 x 128 at D = 128: 2 spills with Triton 3.6; 128 x 64 at D = 160: 2.
     "sm_90 plain few": (
         Row(2, 64, Tiling(128, 128, 8, 3)),
@@ -652,12 +645,6 @@ ATTENTION_FORWARD |= {
     ),
 }
 ATTENTION_DKDV |= {
-    # On sm_90: 6 to 264 with the rows above.
-    "unaligned": (
-        Row(2, 64, Tiling(32, 64, 8, 2)),
-        Row(2, 256, Tiling(16, 32, 8, 1)),
-        Row(2, 512, Tiling(16, 16, 8, 1)),
-    ),
     # Padded tiles, as of D = 136.
     "sm_86 plain uneven": (
         Row(2, 64, Tiling(64, 128, 8, 2)),
@@ -680,13 +667,6 @@ ATTENTION_DKDV |= {
     ),
 }
 ATTENTION_DQ |= {
-    # On sm_90: 2 to 110 with the rows above.
-    "unaligned": (
-        Row(2, 64, Tiling(64, 64, 8, 2)),
-        Row(2, 128, Tiling(32, 32, 8, 1)),
-        Row(2, 256, Tiling(16, 32, 8, 1)),
-        Row(2, 512, Tiling(16, 16, 8, 1)),
-    ),
     "sm_80 heavy uneven": (
         Row(2, 64, Tiling(128, 32, 8, 2)),
         Row(2, 128, Tiling(64, 32, 8, 2)),  # 4 warps: 2
@@ -698,7 +678,6 @@ ATTENTION_DQ |= {
     **{f"{name} wide plain odd": (Row(2, 512, Tiling(32, 32, 8, 2)),) for name in ("sm_90", "sm_100")},
 }
 ATTENTION_BIAS |= {
-    "unaligned": (Row(2, 256, Tiling(16, 16, 8, 1)),),
     "sm_90 heavy uneven": (
         Row(2, 64, Tiling(64, 64, 4, 2)),
         Row(2, 128, Tiling(64, 64, 8, 1)),
@@ -727,7 +706,6 @@ for _name, _tiling in {
     "sm_90 wide crowded": Tiling(16, 32, 8, 2),  # 128 x 16: 12; 32 x 32: 8
     "sm_100 wide shaped": Tiling(32, 32, 8, 2),  # two passes of 64 x 64: 87 to 209
     "sm_100 wide crowded": Tiling(16, 32, 8, 2),  # 32 x 32: 7
-    "unaligned": Tiling(32, 16, 8, 2),
 }.items():
     ATTENTION_FORWARD[_name] = (*ATTENTION_FORWARD[_name], Row(2, 1024, _tiling))
 

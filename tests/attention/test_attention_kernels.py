@@ -11,6 +11,7 @@ import pytest
 import torch
 from attention_problems import Problem, check
 from hardware import DEVICE, ON_GPU
+from torch.autograd import forward_ad
 
 import fastattn
 
@@ -98,6 +99,38 @@ def test_rows_that_begin_at_no_multiple_of_16_are_read_right(width: int, value_w
     check(Problem(**asked, width=width, value_width=value_width, layout=layout, lse_gradient=True), "triton")
 
 
+@pytest.mark.parametrize(("width", "value_width"), [(59, 13), (24, 13), (11, 16)])
+@pytest.mark.parametrize("asked", [EVERYTHING, {"head_scale": True}, {"lists": "random"}, {"invariant": True}])
+def test_kernels_get_widths_that_are_multiples_of_8(asked, width, value_width, monkeypatch) -> None:
+    """Of others the compiler loads one number at a time."""
+    seen, tile_width = set(), launch.tile_width
+    monkeypatch.setattr(launch, "tile_width", lambda width: seen.add(width) or tile_width(width))
+    check(
+        Problem(
+            **{"heads": 2, "key_heads": 1, "queries": 20, "keys": 37} | asked, width=width, value_width=value_width
+        ),
+        "triton",
+    )
+    assert {width + -width % 8, value_width + -value_width % 8} <= seen
+    assert all(width % 8 == 0 for width in seen)
+
+
+@pytest.mark.parametrize("invariant", [False, True])
+def test_results_of_padded_heads_lie_as_any_others(invariant: bool) -> None:
+    q, k, v = (
+        torch.randn(2, length, heads, width, device=DEVICE).transpose(1, 2).requires_grad_()
+        for length, heads, width in ((5, 4, 11), (7, 2, 11), (7, 2, 13))
+    )
+    out = fastattn.attention(q, k, v, invariant=invariant, backend="triton")
+    gradients = torch.autograd.grad(out, (q, k, v), torch.randn_like(out))
+    if not invariant:
+        with forward_ad.dual_level():
+            dual = fastattn.attention(forward_ad.make_dual(q.detach(), q.detach()), k, v, backend="triton")
+            gradients += (forward_ad.unpack_dual(dual).tangent,)
+    for result, like in zip((out, *gradients), (out, q, k, v, out)[: 4 + (not invariant)], strict=True):
+        assert result.shape == like.shape and result.transpose(1, 2).is_contiguous()
+
+
 @pytest.mark.parametrize(
     ("strides", "unit"),
     [((16, 32, 0), 1), ((72, 1152, 0), 8), ((0, 48, 40), 8), ((12, 24, 16), 4), ((6, 8, 4), 2), ((3, 8, 8), 1)],
@@ -165,7 +198,7 @@ def test_every_architecture_dtype_width_and_kind_has_a_row(arch: int | str, name
         kinds = ("plain", "shaped", "heavy", "crowded", "intervals", "listed")
         kinds += ("tf32", "tf32x3") * (element_bytes == 4 and width < 512)
         for kind, variants in itertools.product(
-            kinds, ((), ("unaligned", "few", "odd", "uneven"), ("few",), ("odd", "uneven"), ("uneven",))
+            kinds, ((), ("few", "odd", "uneven"), ("few",), ("odd", "uneven"), ("uneven",))
         ):
             if name == "ATTENTION_TANGENT" and element_bytes == 4 and width > 128:
                 continue  # refused, see the capability table
@@ -185,7 +218,6 @@ def test_every_architecture_dtype_width_and_kind_has_a_row(arch: int | str, name
         (4096, 4096, 96, 16, ("uneven",)),
         (4096, 4095, 128, 16, ("odd", "uneven")),
         (4096, 4096, 72, 16, ("uneven",)),
-        (4096, 4096, 68, 16, ("unaligned", "uneven")),
         (2048, 2048, 128, 4, ("few",)),
         (4096, 128, 128, 4, ("few",)),  # few keys: their gradients have few programs
         (1, 4096, 128, 16, ("few", "odd", "uneven")),
@@ -213,12 +245,12 @@ def test_several_heavy_features_at_once_are_a_kind_of_their_own(asked, kind):
 
 
 def test_rows_of_a_variant_come_first_and_those_of_its_kind_before_others():
-    plain, few, unaligned = (launch.Row(2, 64, launch.Tiling(size, 16, 4, 1)) for size in (128, 64, 32))
-    table = {"sm_80": (plain,), "sm_80 plain few": (few,), "unaligned": (unaligned,)}
+    plain, few, odd = (launch.Row(2, 64, launch.Tiling(size, 16, 4, 1)) for size in (128, 64, 32))
+    table = {"sm_80": (plain,), "sm_80 plain few": (few,), "odd": (odd,)}
     ask = functools.partial(launch.look_up, table, "sm_80", 2, 64)
     assert ask("plain") == ask("shaped", ("few",)) == plain.tiling
     assert ask("plain", ("few",)) == few.tiling
-    assert ask("plain", ("unaligned", "few")) == ask("shaped", ("unaligned",)) == unaligned.tiling
+    assert ask("plain", ("odd", "few")) == ask("shaped", ("odd",)) == odd.tiling
 
 
 def test_no_function_of_the_kernels_takes_more_than_twelve_arguments() -> None:
