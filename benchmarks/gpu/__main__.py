@@ -49,6 +49,12 @@ def read_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--dry-run", action="store_true", help="launch everything on a pretended GPU, compute nothing"
     )
+    parser.add_argument(
+        "--until",
+        choices=("ttir", "ptx"),
+        default="ptx",
+        help="with --dry-run: the last stage of the compiler, by default ptx; ttir is quick, and checks no sizes",
+    )
     parser.add_argument("--only", nargs="+", choices=FAMILIES, metavar="FAMILY", help=", ".join(FAMILIES))
     parser.add_argument("--budget", type=float, metavar="SECONDS", help="how long this call may take")
     parser.add_argument(
@@ -81,7 +87,7 @@ def main(arguments: list[str] | None = None) -> int:
     elif not torch.cuda.is_available():
         print("benchmarks.gpu: PyTorch sees no GPU here; --dry-run rehearses without one", file=sys.stderr)
         return INCOMPLETE
-    plan = dry_plan() if options.dry_run else real_plan()
+    plan = dry_plan(options.until) if options.dry_run else real_plan()
     plan = replace(plan, budget=options.budget or plan.budget)
     environment = describe_environment(plan.device)
     kept = state.State(options.state / state.identity(environment), fresh=options.fresh or plan.rehearsal)

@@ -28,7 +28,8 @@ def describe_environment(device: str) -> dict[str, Any]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         **{package: version(package) for package in ("triton", "numpy", "flash-attn-4", "sageattention",
-                                                     "quack-kernels", "liger-kernel")},
+                                                     "quack-kernels", "liger-kernel", "flash-attn",
+                                                     "flashinfer-python")},
         "commit": commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
     }  # fmt: skip

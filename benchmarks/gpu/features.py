@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib
 import itertools
 import time
 from collections.abc import Callable
@@ -20,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.gpu import cache_rivals
+from benchmarks.gpu.cache_rivals import imported
 from fastattn.measuring import kinds, measure
 from fastattn.measuring.kinds import Sizes
 from fastattn.measuring.measure import one_line
@@ -53,7 +54,7 @@ def rivals(sizes: Sizes, device: torch.device) -> dict[str, Callable[[], Rival]]
     if sizes.family == "loss":
         return _loss_rivals(sizes, device)
     if sizes.family == "cache":
-        return {"SDPA": lambda: _sdpa_of_padded_rows(sizes, device)} if sizes.kind == "contiguous" else {}
+        return cache_rivals.rivals(sizes, device)
     eager = {"norm": _eager_norm, "heads": _eager_heads, "mlp": _eager_mlp}[sizes.family]
     found = {
         "eager": lambda: eager(sizes, device),
@@ -110,17 +111,6 @@ def _sdpa(sizes: Sizes, device: torch.device, backend: str) -> Rival:
     return call
 
 
-def _sdpa_of_padded_rows(sizes: Sizes, device: torch.device) -> Rival:
-    """All rows at the capacity, those behind their length hidden by a mask."""
-    lengths = kinds.lengths_of(sizes, device)
-    seen = torch.arange(sizes.keys or sizes.length, device=device) < lengths[:, None, None, None]
-
-    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True)
-
-    return call
-
-
 def _flex(sizes: Sizes, device: torch.device) -> Rival:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
@@ -161,7 +151,7 @@ def _flex(sizes: Sizes, device: torch.device) -> Rival:
 
 
 def _flash_attention_4(sizes: Sizes) -> Rival:
-    flash = _imported("flash_attn.cute", "flash_attn_func")
+    flash = imported("flash_attn.cute", "flash_attn_func")
     asked: dict[str, Any] = {
         "full": {}, "causal": {"causal": True}, "softcap": {"causal": True, "softcap": 30.0},
         "window": {"window_size": (sizes.length // 8, 0)},
@@ -239,7 +229,7 @@ def _attention_of(sizes: Sizes) -> Sizes:
 
 
 def _torch_varlen(sizes: Sizes, device: torch.device) -> Rival:
-    varlen = _imported("torch.nn.attention.varlen", "varlen_attn")
+    varlen = imported("torch.nn.attention.varlen", "varlen_attn")
     starts = kinds.starts_of(sizes).to(device)
     longest = int(starts.diff().max())
     causal = sizes.kind == "causal"
@@ -254,7 +244,7 @@ def _torch_varlen(sizes: Sizes, device: torch.device) -> Rival:
 
 
 def _flash_attention_4_varlen(sizes: Sizes, device: torch.device) -> Rival:
-    flash = _imported("flash_attn.cute", "flash_attn_varlen_func")
+    flash = imported("flash_attn.cute", "flash_attn_varlen_func")
     starts = kinds.starts_of(sizes).to(device)
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -338,20 +328,20 @@ def _loss_rivals(sizes: Sizes, device: torch.device) -> dict[str, Callable[[], R
         return F.cross_entropy((x @ w.t()).float(), target)
 
     def torch_chunked() -> Rival:
-        options = _imported("torch.nn", "LinearCrossEntropyOptions")(allow_retain_graph=True)
-        function = _imported("torch.nn.functional", "linear_cross_entropy")
+        options = imported("torch.nn", "LinearCrossEntropyOptions")(allow_retain_graph=True)
+        function = imported("torch.nn.functional", "linear_cross_entropy")
         return lambda x, w: function(x, w, target, options=options)
 
     def liger() -> Rival:
-        function = _imported("liger_kernel.transformers.functional", "liger_fused_linear_cross_entropy")
+        function = imported("liger_kernel.transformers.functional", "liger_fused_linear_cross_entropy")
         return lambda x, w: function(x, w, target)
 
     def quack() -> Rival:
-        function = _imported("quack.linear_cross_entropy", "chunked_linear_cross_entropy")
+        function = imported("quack.linear_cross_entropy", "chunked_linear_cross_entropy")
         return lambda x, w: function(x, w, target, ignore_index=-100)
 
     def cut_cross_entropy() -> Rival:
-        function = _imported("cut_cross_entropy", "linear_cross_entropy")
+        function = imported("cut_cross_entropy", "linear_cross_entropy")
         return lambda x, w: function(x, w, target)
 
     return {
@@ -362,13 +352,6 @@ def _loss_rivals(sizes: Sizes, device: torch.device) -> dict[str, Callable[[], R
         "quack": quack,
         "Cut Cross-Entropy": cut_cross_entropy,
     }
-
-
-def _imported(module: str, name: str) -> Any:
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise Unavailable(f"{module}.{name} cannot be imported") from error
 
 
 # ---- timing ----
@@ -461,7 +444,9 @@ def wall_clock(
 
 def _row(case: dict[str, Any], sizes: Sizes, peer: str) -> dict[str, Any]:
     nothing = dict.fromkeys(("seconds", "spread", "error", "ratio"))
+    needed = {"bytes_needed": cache_rivals.bytes_needed(sizes)} if sizes.family == "cache" else {}
     return {
+        **needed,
         "problem": {"family": sizes.family, **sizes.as_json()},
         "label": case["label"],
         "direction": case["direction"],
@@ -481,63 +466,80 @@ def _add_ratios(rows: list[dict[str, Any]]) -> None:
 # ---- the cases ----
 
 
+# Rows and keys of a cache, of which the time of one token is taken; the most telling first.
+TOKEN_SIZES = (
+    (1, 8192), (8, 8192), (64, 8192), (1, 32768), (64, 1024), (1, 1024), (8, 32768), (8, 1024), (64, 32768),
+)  # fmt: skip
+
+
 def cases(timing: dict[str, Any], absent: list[str]) -> list[dict[str, Any]]:
-    """Every kind once at sizes common in training, one of each family in turn, so that a short run has some of
-    each."""
-    many = {"batch": 2, "heads": 16, "key_heads": 4, "length": 4096, "width": 128}
-    groups = [
-        [Sizes("masks", kind, **many) for kind in kinds.MASK_KINDS if kind != "random lists"],
-        [Sizes("scores", kind, **many) for kind in kinds.SCORE_KINDS if kind != "everything"],
-        [
-            Sizes("norm", kind, length=8192, width=width)
-            for width in (1024, 4096)
-            for kind in ("rms residual", "layer")
-        ],
-        [
-            Sizes("mlp", kind, batch=1, length=65536, width=width, hidden=hidden)
-            for kind, width, hidden in (
-                ("gelu whole", 128, 512),
-                ("gelu whole", 64, 256),
-                ("silu gated whole", 128, 336),
-            )
-        ],
-        [
-            Sizes("mlp", kind, batch=1, length=8192, width=1024, hidden=hidden)
-            for kind, hidden in (
-                ("gelu layer residual dropout", 4096),
-                ("silu gated rms residual", 2816),
-                ("gelu int8", 4096),
-                ("gelu nothing", 4096),
-                ("silu gated int8", 2816),
-                ("silu gated nothing", 2816),
-            )
-        ],
-        [Sizes("varlen", kind, **{**many, "batch": 1, "length": 16384}) for kind in ("causal", "full")],
-        [Sizes("invariant", "causal", **many)],
-        [Sizes("heads", kind, length=4096, heads=32, width=128) for kind in ("norm rotary", "rotary")],
-        [Sizes("statistics", kind, **many) for kind in ("causal: entropy received", "causal", "bigbird")],
-        [
-            Sizes("loss", kind, batch=1, length=length, width=width, hidden=classes)
-            for kind, length, width, classes in (
-                ("classes mean", 4096, 4096, 128256),
-                ("classes filter mean", 4096, 4096, 128256),
-                ("classes mean", 8192, 1024, 32768),
-            )
-        ],
-        [
-            Sizes("cache", kind, batch=batch, heads=32, key_heads=8, length=1, keys=keys, width=128)
-            for batch, keys in ((1, 1024), (8, 8192), (64, 8192), (1, 32768))
-            for kind in ("contiguous", "pages", "int8 pages", "fp8 pages")
-        ],
-    ]
-    longest = max(map(len, groups))
-    in_turn = [group[n] for n in range(longest) for group in groups if n < len(group)]
+    """Every kind once at sizes common in training and inference, one of each family in turn, so that a short run
+    has some of each."""
+    groups = [norms(), losses(), tokens(), heads(), *attentions(), *mlps()]
+    in_turn = [one for row in itertools.zip_longest(*groups) for one in row if one is not None]
     found = []
     for sizes in in_turn:
         gradient = TRAINING if sizes.family in ("norm", "heads", "loss", "mlp") else BACKWARD
         directions = (FORWARD, gradient) if sizes.has_gradient else (FORWARD,)
         found += [case_of(sizes, d, "feature", absent, **timing) for d in directions]
     return found
+
+
+def attentions() -> list[list[Sizes]]:
+    many = {"batch": 2, "heads": 16, "key_heads": 4, "length": 4096, "width": 128}
+    return [
+        [Sizes("masks", kind, **many) for kind in kinds.MASK_KINDS if kind != "random lists"],
+        [Sizes("scores", kind, **many) for kind in kinds.SCORE_KINDS if kind != "everything"],
+        [Sizes("varlen", kind, **{**many, "batch": 1, "length": 16384}) for kind in ("causal", "full")],
+        [Sizes("statistics", kind, **many) for kind in ("causal: entropy received", "causal", "bigbird")],
+        [Sizes("invariant", "causal", **many)],
+    ]
+
+
+def mlps() -> list[list[Sizes]]:
+    whole = (("gelu whole", 128, 512), ("gelu whole", 64, 256), ("silu gated whole", 128, 336))
+    branches = (
+        ("gelu layer residual dropout", 4096),
+        ("silu gated rms residual", 2816),
+        ("gelu int8", 4096),
+        ("gelu nothing", 4096),
+        ("silu gated int8", 2816),
+        ("silu gated nothing", 2816),
+    )
+    return [
+        [Sizes("mlp", k, batch=1, length=8192, width=1024, hidden=hidden) for k, hidden in branches],
+        [Sizes("mlp", k, batch=1, length=65536, width=width, hidden=hidden) for k, width, hidden in whole],
+    ]
+
+
+def norms() -> list[Sizes]:
+    kinds_ = ("rms residual", "layer")
+    return [Sizes("norm", kind, length=8192, width=width) for width in (4096, 1024) for kind in kinds_]
+
+
+def heads() -> list[Sizes]:
+    return [Sizes("heads", kind, length=4096, heads=32, width=128) for kind in ("norm rotary", "rotary")]
+
+
+def losses() -> list[Sizes]:
+    return [
+        Sizes("loss", kind, batch=1, length=length, width=width, hidden=classes)
+        for kind, length, width, classes in (
+            ("classes mean", 4096, 4096, 128256),
+            ("classes filter mean", 4096, 4096, 128256),
+            ("classes mean", 8192, 1024, 32768),
+        )
+    ]
+
+
+def tokens() -> list[Sizes]:
+    """One token for each row of a cache; quantised ones at a few sizes."""
+    plain, quantised = ("pages", "contiguous"), ("int8 pages", "fp8 pages")
+    asked = [*itertools.product(TOKEN_SIZES, plain), *itertools.product(TOKEN_SIZES[:3], quantised)]
+    return [
+        Sizes("cache", kind, batch=batch, heads=32, key_heads=8, length=1, keys=keys, width=128)
+        for (batch, keys), kind in asked
+    ]
 
 
 def small_calls(timing: dict[str, Any], absent: list[str]) -> list[dict[str, Any]]:

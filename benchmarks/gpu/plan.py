@@ -10,7 +10,7 @@ import os
 from dataclasses import dataclass, replace
 from typing import Any
 
-from benchmarks.gpu import features, sweep
+from benchmarks.gpu import cache_rivals, features, rehearsal, sweep
 from benchmarks.gpu.kernel_cases import kernel_cases
 from fastattn.measuring import prove_cases
 from fastattn.measuring.kinds import Sizes
@@ -28,7 +28,8 @@ from fastattn.measuring.peers import (
 Case = dict[str, Any]
 
 # Only installed libraries are compared; the report lists the others once.
-ABSENT = [peer for peer, module in GPU_LIBRARIES.items() if importlib.util.find_spec(module) is None]
+LIBRARIES = {**GPU_LIBRARIES, **cache_rivals.LIBRARIES}
+ABSENT = [peer for peer, module in LIBRARIES.items() if importlib.util.find_spec(module) is None]
 ATTENTION_RIVALS = [
     peer
     for peer in ("SDPA cuDNN", "SDPA flash", "SDPA memory-efficient", "flash-attn 4", "SageAttention")
@@ -106,9 +107,9 @@ def real_plan() -> Plan:
     )
 
 
-def dry_plan() -> Plan:
+def dry_plan(until: str = "ptx") -> Plan:
     """The same cases, launched on a pretended GPU: of the proofs one of each kind, of the test suite one quick
-    file. (tests/test_pretended_gpu.py launches every dtype and width.)"""
+    file. (tests/test_pretended_gpu.py launches every dtype and width.) `until`: the compiler's last stage."""
     real = real_plan()
     one_of_each = {(case["family"], case["sizes"]["kind"]): case for case in reversed(real.kernels)}
     one_row = {(case["family"], case["proves"]): case for case in reversed(real.record)}
@@ -125,6 +126,7 @@ def dry_plan() -> Plan:
         processes=max(1, min(16, os.cpu_count() or 1)),
         candidates=2,
         sweeps=2,
+        environment=(*real.environment, (rehearsal.UNTIL, until)),
     )
 
 

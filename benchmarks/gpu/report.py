@@ -34,6 +34,7 @@ def write_report(folder: Path) -> None:
         _attention(results, plots),
         _mlp(results, plots),
         _features(results),
+        _tokens(results),
         _small_calls(results["small_calls"]),
         _sweep(results),
     ]
@@ -314,12 +315,51 @@ def _without(heading: str, headings: tuple[str, ...], lines: list[tuple]) -> tup
 
 def _features(results: dict[str, Any]) -> str:
     """A line for each call and direction: ours, and every peer's time divided by ours, the fastest first."""
-    rows = results["features"]
+    rows = [row for row in results["features"] if row["problem"]["family"] != "cache"]
     if not rows:
         return "## Masks, scores, packed sequences, norms and heads\n\nNot reached."
     return (
         "## Masks, scores, packed sequences, norms and heads\n\nA peer's time divided by ours: above 1 we are"
         " faster. A library that is not named lacks the feature.\n\n" + _against_ours(rows, 1e3, "ms")
+    )
+
+
+def _tokens(results: dict[str, Any]) -> str:
+    """A line for each cache: the time of one token for each row, against what memory needs for its keys and
+    values."""
+    rows = [row for row in results["features"] if row["problem"]["family"] == "cache"]
+    title = "## One token from a cache"
+    if not rows:
+        return f"{title}\n\nNot reached."
+    bandwidth = results["ceilings"].get("copy_tbytes_per_second")
+    lines, notes = [], _notes(rows)
+    for label in dict.fromkeys(row["label"] for row in rows):
+        here = [row for row in rows if row["label"] == label]
+        ours = next((row for row in here if row["peer"].startswith("fastattn")), None)
+        if ours is None or not ours["seconds"]:
+            lines.append((label, "launched" if ours and ours.get("launched") else None, *(None,) * 5))
+            continue
+        needed = ours["bytes_needed"]
+        read = f"{ours['seconds'] * bandwidth * 1e12 / needed:.2f}" if bandwidth else None
+        best = None if ours["ratio"] is None else f"{ours['ratio']:.2f}"
+        speed = f"{needed / ours['seconds'] / 1e12:.3g}"
+        lines.append(
+            (
+                label,
+                f"{ours['seconds'] * 1e6:.4g}",
+                f"{needed / 2**20:.4g}",
+                speed,
+                read,
+                best,
+                _others(ours, here),
+            )
+        )
+    headings = ("cache", "ours, us", "MiB needed", "TB/s", "read over needed", "x best", "others' time over ours")
+    return (
+        f"{title}\n\nNeeded are the keys and values of each row, once. `read over needed` is what a copy moves in"
+        " the same time, over that: the most that can have been read. Rows have half to all of the keys.\n\n"
+        + table(headings, lines)
+        + notes
     )
 
 
@@ -333,26 +373,34 @@ def _small_calls(rows: Rows) -> str:
 
 
 def _against_ours(rows: Rows, unit: float, name: str) -> str:
-    lines, notes = [], []
+    lines = []
     for label, direction in dict.fromkeys((row["label"], row["direction"]) for row in rows):
         here = [row for row in rows if (row["label"], row["direction"]) == (label, direction)]
         ours = next((row for row in here if row["peer"].startswith("fastattn")), None)
-        notes += [f"- {label}, {direction}, {row['peer']}: {row['note']}" for row in here if row["note"]]
         if ours is None or not ours["seconds"]:
             lines.append(
                 (label, direction, "launched" if ours and ours.get("launched") else None, None, None, None)
             )
             continue
-        rivals = sorted(
-            (row for row in here if row["seconds"] and row is not ours), key=lambda row: row["seconds"]
-        )
-        others = ", ".join(f"{row['peer']} {row['seconds'] / ours['seconds']:.2f}" for row in rivals)
         best = None if ours["ratio"] is None else f"{ours['ratio']:.2f}"
-        lines.append((label, direction, f"{ours['seconds'] * unit:.4g}", f"{ours['spread']:.1%}", best, others))
-    text = table(("call", "direction", f"ours, {name}", "spread", "x best", "others' time over ours"), lines)
-    if notes:
-        text += "\n\n<details><summary>Not measured</summary>\n\n" + "\n".join(notes) + "\n</details>"
-    return text
+        figures = f"{ours['seconds'] * unit:.4g}", f"{ours['spread']:.1%}"
+        lines.append((label, direction, *figures, best, _others(ours, here)))
+    headings = ("call", "direction", f"ours, {name}", "spread", "x best", "others' time over ours")
+    return table(headings, lines) + _notes(rows)
+
+
+def _others(ours: dict[str, Any], rows: Rows) -> str:
+    """The other peers' times over ours, the fastest first."""
+    rivals = sorted((row for row in rows if row["seconds"] and row is not ours), key=lambda row: row["seconds"])
+    return ", ".join(f"{row['peer']} {row['seconds'] / ours['seconds']:.2f}" for row in rivals)
+
+
+def _notes(rows: Rows) -> str:
+    """Why peers have no time; "" if all have one."""
+    notes = [f"- {row['label']}, {row['direction']}, {row['peer']}: {row['note']}" for row in rows if row["note"]]
+    if not notes:
+        return ""
+    return "\n\n<details><summary>Not measured</summary>\n\n" + "\n".join(notes) + "\n</details>"
 
 
 def _sweep(results: dict[str, Any]) -> str:

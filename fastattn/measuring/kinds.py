@@ -34,6 +34,7 @@ HIDDEN_STORED = "hidden layer stored"  # in place of a backend: the Triton kerne
 CACHE_KINDS = ("contiguous", "pages", "shaped pages")
 LATENT_KINDS = ("latent pages", "latent contiguous", "latent shaped pages")
 QUANTISED_KINDS = ("int8 pages", "fp8 pages", "fp8 contiguous by-page", "int8 shaped pages by-page")
+PAGE = 16  # tokens of a cache's page
 # Arguments that have a gradient, beside q, k and v.
 LEARNED = ("bias", "relative_bias", "sinks")
 
@@ -256,22 +257,22 @@ def starts_of(sizes: Sizes) -> Tensor:
 
 def cache_call(sizes: Sizes, device: torch.device) -> Call:
     """`length` queries for each of rows of half to all of `keys` keys; `kind` is one of CACHE_KINDS, LATENT_KINDS
-    and QUANTISED_KINDS. Pages have 16 tokens, and lie in any order. Latent values are the first eight ninths of
+    and QUANTISED_KINDS. Pages have PAGE tokens, and lie in any order. Latent values are the first eight ninths of
     the keys' columns."""
     words = sizes.kind.split()
     q, k, v = heads_of(sizes, device)
     k, v = k.contiguous(), v.contiguous()
     arguments: dict[str, Any] = {"cache_lengths": lengths_of(sizes, device)}
     if "pages" in words:
-        pages = k.shape[2] // 16
-        table = torch.randperm(sizes.batch * pages).view(sizes.batch, pages).to(device)
-        arguments["block_table"] = table.int()
-        # The first tokens of each row, as pages: (pages, heads, 16, width).
-        order = table.flatten().argsort()
+        table = arguments["block_table"] = table_of(sizes, device)
+        pages = table.shape[1]
+        # The first tokens of each row, as pages: (pages, heads, PAGE, width).
+        order = table.flatten().long().argsort()
         k, v = (
-            t[:, :, : 16 * pages].unflatten(2, (pages, 16)).transpose(1, 2).flatten(0, 1)[order] for t in (k, v)
+            t[:, :, : PAGE * pages].unflatten(2, (pages, PAGE)).transpose(1, 2).flatten(0, 1)[order]
+            for t in (k, v)
         )
-        arguments["cache_lengths"] = arguments["cache_lengths"].clamp(max=16 * pages)
+        arguments["cache_lengths"] = arguments["cache_lengths"].clamp(max=PAGE * pages)
     if "shaped" in words:
         arguments |= {"softcap": 30.0, "alibi_slopes": slopes_of(sizes, device), "window": (k.shape[2] * 4, None)}
         arguments |= {"sinks": torch.randn(sizes.heads, device=device)}
@@ -287,6 +288,13 @@ def cache_call(sizes: Sizes, device: torch.device) -> Call:
     return Call(
         function, (q, k) if latent else (q, k, v), ("q", "k_cache") if latent else ("q", "k_cache", "v_cache")
     )
+
+
+def table_of(sizes: Sizes, device: torch.device) -> Tensor:
+    """Which pages each row has, int32 (B, pages of a row); each time the same."""
+    pages = (sizes.keys or sizes.length) // PAGE
+    table = torch.randperm(sizes.batch * pages, generator=torch.Generator().manual_seed(0))
+    return table.view(sizes.batch, pages).int().to(device)
 
 
 def _quantised_cache_call(
