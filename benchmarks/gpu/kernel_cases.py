@@ -162,14 +162,13 @@ def packed() -> list[Sizes]:
 
 
 def invariant() -> list[Sizes]:
-    """Calls in which the bits of a row depend on that row alone: few queries, of which the keys are
-    split, and many."""
+    """Calls in which the bits of a row depend on that row alone: few queries, of which the keys are split, and
+    many, by turns."""
     forms = (("bfloat16", 128), ("bfloat16", 64), ("float16", 128), ("bfloat16", 256), ("float32", 64))
     return [
-        Sizes("invariant", kind, dtype, length=length, keys=1104, width=width)
-        for dtype, width in forms
-        for length in (5, 333)
-        for kind in INVARIANT_KINDS
+        Sizes("invariant", kind, dtype, length=(5, 333)[(n + m) % 2], keys=1104, width=width)
+        for n, (dtype, width) in enumerate(forms)
+        for m, kind in enumerate(INVARIANT_KINDS)
     ]
 
 
@@ -199,11 +198,11 @@ def many_heads() -> list[Sizes]:
 
 
 def caches() -> list[Sizes]:
-    """A query, a few, and a chunk of a prompt; at a few queries keys are split over programs."""
+    """A query, a few, and a chunk of a prompt, by turns: each kind has each of them in every dtype and at every
+    width. At a few queries keys are split over programs."""
     return [
-        Sizes("cache", kind, dtype, batch=3, heads=8, length=length, keys=1100, width=width)
-        for dtype in DTYPES
-        for width in (128, 64, 256)
-        for kind in (*CACHE_KINDS, *QUANTISED_KINDS, *LATENT_KINDS)
-        for length in (1, 5, 70)
+        Sizes("cache", kind, dtype, batch=3, heads=8, length=(1, 5, 70)[(n + m + i) % 3], keys=1100, width=width)
+        for n, dtype in enumerate(DTYPES)
+        for m, width in enumerate((128, 64, 256))
+        for i, kind in enumerate((*CACHE_KINDS, *QUANTISED_KINDS, *LATENT_KINDS))
     ]

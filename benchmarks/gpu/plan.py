@@ -6,6 +6,7 @@ A `Plan` is the run's or, for --dry-run, that of its rehearsal on a pretended GP
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import os
 from dataclasses import dataclass, replace
 from typing import Any
@@ -148,18 +149,18 @@ def peers_case(problem: Problem, direction: str, peers: list[str], timing: dict[
 
 
 def attention_cases(timing: dict[str, Any]) -> list[Case]:
-    """Constant tokens and constant heads x width; first the lengths and widths that are trained most."""
+    """Constant tokens and constant heads x width; first the lengths and widths that are trained most, causal."""
     cases = []
-    for lengths in ((4096, 16384), (1024, 2048, 8192), (512, 32768)):
-        for width in (128, 64, 256):
-            for length in lengths:
-                for causal in (True, False):
-                    problem = AttentionProblem(max(1, TOKENS // length), 2048 // width, length, width, causal)
-                    rivals = list(ATTENTION_RIVALS)
-                    if length in FLEX_LENGTHS and width in FLEX_WIDTHS:
-                        rivals.append("flex_attention")
-                    for direction in (FORWARD, BACKWARD):
-                        cases.append(peers_case(problem, direction, ["fastattn triton", *rivals], timing))
+    common, others = (4096, 16384), (1024, 2048, 8192, 512, 32768)
+    groups = [(common, (128, 64), (True,)), (common, (128, 64), (False,)), (common, (256,), (True, False))]
+    for lengths, widths, masks in (*groups, (others, (128, 64, 256), (True, False))):
+        for length, width, causal in itertools.product(lengths, widths, masks):
+            problem = AttentionProblem(max(1, TOKENS // length), 2048 // width, length, width, causal)
+            rivals = list(ATTENTION_RIVALS)
+            if length in FLEX_LENGTHS and width in FLEX_WIDTHS:
+                rivals.append("flex_attention")
+            for direction in (FORWARD, BACKWARD):
+                cases.append(peers_case(problem, direction, ["fastattn triton", *rivals], timing))
     return cases
 
 

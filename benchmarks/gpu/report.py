@@ -15,10 +15,10 @@ FLOORS = ("plain GEMMs",)
 MOST_NAMES = 8  # of cases that were not reached
 
 
-def write_report(folder: Path) -> None:
+def write_report(folder: Path, *, plots: bool = True) -> None:
     """Write report.md, and PNG plots if matplotlib is installed; where results are missing a sentence says so."""
     results = json.loads((folder / "results.json").read_text())
-    plots = _plots(results, folder)
+    pictures = _plots(results, folder) if plots else []
     parts = [
         _verdict(results),
         _head(results),
@@ -31,14 +31,16 @@ def write_report(folder: Path) -> None:
         _sanitizer(results.get("sanitizer", [])),
         _correctness(results["correctness"]),
         _ceilings(results["ceilings"]),
-        _attention(results, plots),
-        _mlp(results, plots),
+        _attention(results, pictures),
+        _mlp(results, pictures),
         _features(results),
         _tokens(results),
         _small_calls(results["small_calls"]),
         _sweep(results),
     ]
-    (folder / "report.md").write_text("\n\n".join(part for part in parts if part) + "\n")
+    draft = folder / "report.md.part"
+    draft.write_text("\n\n".join(part for part in parts if part) + "\n")
+    draft.replace(folder / "report.md")
 
 
 def table(headings: Iterable[str], lines: Iterable[Iterable[Any]]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import queue
 import statistics
@@ -26,9 +27,11 @@ from fastattn.measuring.pool import Answer, Worker
 from fastattn.measuring.prove import SIDE_BY_SIDE, Prover
 
 # Each section's share of the time that is left when it begins; time it does not use goes to those after it.
+# The test suite comes last: its odd shapes take several compilations a test, and the sections before have proven
+# the same kernels in fewer.
 SHARES = {
-    "kernels": 0.18, "record": 0.36, "suite": 0.20, "ceilings": 0.02, "attention": 0.09, "mlp": 0.04,
-    "features": 0.07, "small calls": 0.02, "sweep": 0.02,
+    "kernels": 0.20, "record": 0.32, "ahead": 0.10, "ceilings": 0.02, "attention": 0.11, "mlp": 0.05,
+    "features": 0.10, "small calls": 0.02, "sweep": 0.02, "suite": 0.06,
 }  # fmt: skip
 REPORT_SECONDS = 12.0
 DEAREST = 5  # cases whose cost is told
@@ -195,18 +198,23 @@ class Run:
         deadline = self.deadline("kernels")
         self.section("kernels", "kernels", self.plan.kernels, deadline, self.crew, self.proof)
 
-    def suite(self) -> None:
-        """The tests; beside them the checks at real sizes, and compiling ahead what will be timed."""
-        deadline = self.deadline("suite")
-        beside = max(1, len(self.crew) // 4)
-        checks = (REAL_SIZES, "correctness", self.plan.correctness, deadline, self.crew[:beside], self.proof)
+    def ahead(self) -> None:
+        """The checks at real sizes; beside them, compiling what will be timed."""
+        deadline = self.deadline("ahead")
+        checking = len(self.crew) if self.plan.rehearsal else max(1, len(self.crew) // 4)
+        checks = (REAL_SIZES, "correctness", self.plan.correctness, deadline, self.crew[:checking], self.proof)
         others = [start(self.section, *checks)]
         if not self.plan.rehearsal:
-            others.append(start(self.sanitize, deadline))
-            others.append(start(self.warm, deadline, self.crew[beside : 2 * beside]))
-        processes = max(1, len(self.crew) - 2 * beside)
+            others.append(start(self.warm, deadline, self.crew[checking:]))
+        for thread in others:
+            thread.join()
+
+    def suite(self) -> None:
+        """The tests, and beside them a few calls under compute-sanitizer."""
+        deadline = self.deadline("suite")
+        others = [] if self.plan.rehearsal else [start(self.sanitize, deadline)]
         suite = Suite(
-            list(self.plan.suite), processes=processes, deadline=deadline, state=self.state,
+            list(self.plan.suite), processes=len(self.crew), deadline=deadline, state=self.state,
             families=self.families if self.only else None, say=say,
             environment={compilations.VARIABLE: str(self.compilations)},
         )  # fmt: skip
@@ -229,6 +237,8 @@ class Run:
             if plain:
                 self.state.keep_case({**by_key[rows[0].key], "kind": "record"}, plain)
                 self.keep("record", plain)
+            if plain and not self.plan.rehearsal:
+                self.write_record()
 
         # Half of a small crew compiles ahead, and most of a large one.
         provers = max(1, min(SIDE_BY_SIDE, len(self.crew) // 2))
@@ -250,6 +260,7 @@ class Run:
             self.write_record()
 
     def write_record(self) -> None:
+        """record.json, after each kind of call: a run may be killed at any time."""
         rows = [Row.of(row) for row in self.results["record"]]
         where = self.results["environment"]
         machine = proofs.machine(torch.device("cuda", 0))
@@ -329,13 +340,12 @@ class Run:
 
     def go(self) -> None:
         self.save()
-        self.kernels()
-        self.record()
-        self.suite()
-        self.ceilings()
-        for section, cases in self.timed().items():
-            self.speed(section, cases)
-        self.sweep()
+        steps: list[Callable[[], None]] = [self.kernels, self.record, self.ahead, self.ceilings]
+        steps += [functools.partial(self.speed, section, cases) for section, cases in self.timed().items()]
+        for step in (*steps, self.sweep, self.suite):
+            step()
+            # A run that is killed keeps what it has.
+            write_report(self.folder, plots=False)
 
     def finish(self) -> verdict.Verdict:
         """Close the workers, judge, and write the report."""
