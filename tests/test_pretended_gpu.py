@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -42,6 +43,32 @@ def test_every_public_call_is_launched(share: int) -> None:
     oldest and the newest Triton."""
     done = run("-m", "tests.pretended_gpu", "--each-on-one", "--until", "ttir", "--share", f"{share}/{SHARES}")
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+# Of the public functions and classes those that launch no kernel of ours, or make calls that others make.
+WITHOUT_A_CALL = {
+    "fastattn": {"by_rows", "dropout_mask", "merge_states", "patch", "prove", "t5_relative_bias", "unpatch"},
+    "fastattn.nn": {"DecodingCache", "Generation", "Rotary", "TransformerConfig"},
+    "fastattn.lens": {
+        "ablate", "adapt", "attribution", "causal_trace", "composition", "copying_scores", "even_scores",
+        "families", "gather_weights", "head_report", "knock_out", "logit_lens", "neurons", "patch_activations",
+        "patch_pattern", "path_patch", "register", "rollout", "scale_heads", "steer", "virtual_weights",
+    },
+    "fastattn.flash_attn": set(),
+    "fastattn.kv_cache": {"OutOfPages"},
+}  # fmt: skip
+
+
+def test_every_public_function_that_launches_is_among_the_calls() -> None:
+    calls = (ROOT / "tests/pretended_gpu/calls.py").read_text()
+    named: dict[str, set[str]] = {module: set() for module in WITHOUT_A_CALL}
+    for line in (ROOT / "tests/public_api.txt").read_text().splitlines():
+        module, _, name = line.partition("(")[0].rpartition(".")
+        result = module == "fastattn.lens" and name[0].isupper()  # what functions return
+        if "(" in line and module in named and not result:
+            named[module].add(name)
+    for module, names in named.items():
+        assert {name for name in names if not re.search(rf"\b{name}\b", calls)} == WITHOUT_A_CALL[module]
 
 
 PRELUDE = """

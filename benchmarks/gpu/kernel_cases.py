@@ -30,7 +30,7 @@ DTYPES = (*HALF, SINGLE)
 
 def kernel_cases() -> list[Sizes]:
     """In the order in which they are proven: one of each kind before the second of any. So every kernel has been
-    launched after a ninth of the cases."""
+    launched after a sixth of the cases."""
     by_family = [
         *attention(), *masks_and_scores(), *mlps(), *norms(), *heads(), *losses(), *tangents(), *packed(),
         *invariant(), *absorbed(), *statistics(), *many_heads(), *caches(),

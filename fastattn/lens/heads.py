@@ -145,8 +145,9 @@ def _mean_masses(
     heads = 1 if shown.mask is None else q.shape[1]
     nothing = q.new_zeros(len(q), heads, 1, 1)
     even = torch.full((len(q), heads, q.shape[2]), 30.0, dtype=lse.dtype, device=lse.device)
+    # Of the least width that the kernels take.
     there = attention_statistics(
-        nothing.expand(-1, -1, q.shape[2], 1), nothing.expand(-1, -1, k.shape[2], 1), even, **options
+        nothing.expand(-1, -1, q.shape[2], 8), nothing.expand(-1, -1, k.shape[2], 8), even, **options
     ).match_mass
     counted = there > 0
     if shown.lengths is not None:

@@ -522,14 +522,17 @@ class _Module:
     make: Callable[[], torch.nn.Module]
     inputs: Callable[[], tuple] = field(default=lambda: (tensor(2, 50, 128, dtype=torch.bfloat16),))
 
-    def run(self) -> None:
+    def made(self) -> torch.nn.Module:
         module = self.make()
         # Parameters one by one: Module.to keeps the class of a parameter's data, which is ours here.
         for owner in module.modules():
             for name, parameter in list(owner.named_parameters(recurse=False)):
                 on_gpu = parameter.detach().to(numbered(torch.device("cuda")), torch.bfloat16).requires_grad_()
                 owner.register_parameter(name, torch.nn.Parameter(on_gpu))
-        out = module(*self.inputs())
+        return module
+
+    def run(self) -> None:
+        out = self.made()(*self.inputs())
         (out[0] if isinstance(out, tuple) else out).float().sum().backward()
 
 
@@ -665,12 +668,6 @@ def other_calls() -> Iterator[Call]:
         t = q(3, 2, 4, 50, 64)
         torch.func.vmap(lambda x: fastattn.attention(x, x, x, causal=True))(t)
 
-    def flash(**given: Any) -> None:
-        from fastattn import flash_attn
-
-        t = q(2, 50, 4, 64).requires_grad_()
-        flash_attn.flash_attn_func(t, t, t, **given).sum().backward()
-
     yield Call("attention_varlen", varlen)
     yield Call("attention_varlen, causal and window", lambda: varlen(causal=True, window=(10, None)))
     yield Call("attention_varlen, sinks and slopes", lambda: varlen(sinks=tensor(4), alibi_slopes=tensor(4)))
@@ -681,23 +678,153 @@ def other_calls() -> Iterator[Call]:
     yield Call("attention_backward", explicit_backward)
     yield Call("second derivative", second_derivative)
     yield Call("vmap", mapped)
-    yield Call("flash_attn_func", lambda: flash(causal=True))
-    yield Call("flash_attn_func, window", lambda: flash(window_size=(10, 0), softcap=5.0))
-    nn = fastattn.nn
+
+
+def flash_calls() -> Iterator[Call]:
+    """The functions of fastattn.flash_attn."""
+    half = {"dtype": torch.bfloat16}
+    starts = torch.tensor([0, 5, 40, 40, 77], dtype=torch.int32)
+
+    def run(name: str, *shapes: tuple[int, ...], varlen: int = 0, **given: Any) -> None:
+        from fastattn import flash_attn
+
+        inputs = [tensor(*shape, **half).requires_grad_() for shape in shapes]
+        lengths = [starts.to(numbered(torch.device("cuda")))] * varlen + [37] * varlen
+        getattr(flash_attn, name)(*inputs, *lengths, **given).sum().backward()
+
+    def cached(page: int, **given: Any) -> None:
+        from fastattn import flash_attn
+
+        cache = tensor(2 * 256 // page, page, 2, 64, **half)
+        table = {"block_table": torch.zeros(2, 256 // page, dtype=torch.int32, device="cuda")}
+        lengths = torch.zeros(2, dtype=torch.int32, device="cuda")
+        new = tensor(2, 3, 2, 64, **half)
+        flash_attn.flash_attn_with_kvcache(
+            tensor(2, 3, 4, 64, **half), cache, cache.clone(), new, new, cache_seqlens=lengths, causal=True,
+            **(table if page < 256 else {}), **given,
+        )  # fmt: skip
+
+    packed = (77, 4, 64)
+    for name, shapes, varlen in (
+        ("flash_attn_func", ((2, 50, 4, 64),) * 3, 0),
+        ("flash_attn_qkvpacked_func", ((2, 50, 3, 4, 64),), 0),
+        ("flash_attn_kvpacked_func", ((2, 50, 4, 64), (2, 50, 2, 2, 64)), 0),
+        ("flash_attn_varlen_func", (packed,) * 3, 2),
+        ("flash_attn_varlen_qkvpacked_func", ((77, 3, 4, 64),), 1),
+        ("flash_attn_varlen_kvpacked_func", (packed, (77, 2, 2, 64)), 2),
+    ):
+        yield Call(name, functools.partial(run, name, *shapes, varlen=varlen, causal=True))
+    yield Call(
+        "flash_attn_func, window",
+        functools.partial(run, "flash_attn_func", *((2, 50, 4, 64),) * 3, window_size=(10, 0), softcap=5.0),
+    )
+    yield Call("flash_attn_with_kvcache", functools.partial(cached, 256))
+    yield Call("flash_attn_with_kvcache, pages", functools.partial(cached, 16, window_size=(10, 0)))
+
+
+def more_cache_calls() -> Iterator[Call]:
+    """Shared prefixes, and the objects of fastattn.kv_cache."""
+    half = torch.bfloat16
+
+    def prefix(shared: torch.dtype = half) -> None:
+        q, cache = tensor(2, 4, 3, 64, dtype=half), tensor(2, 2, 128, 64, dtype=half)
+        common = tensor(2, 300, 64).to(shared)
+        scale = None if shared == half else tensor(2, 300)
+        fastattn.attention_with_shared_prefix(
+            q, common, common, cache, cache, cache_lengths=torch.zeros(2, dtype=torch.int32, device="cuda"),
+            k_prefix_scale=scale, v_prefix_scale=scale,
+        )  # fmt: skip
+
+    def sequences(paged: bool, **given: Any) -> None:
+        from fastattn.kv_cache import KVCache, PagedKVCache
+
+        about = {"heads": 2, "width": 64, "dtype": half, "device": numbered(torch.device("cuda")), **given}
+        cache = PagedKVCache(32, 16, **about) if paged else KVCache(4, 128, **about)
+        rows = cache.add(2)
+        q, new = tensor(2, 4, 3, 64, dtype=half), tensor(2, 2, 3, 64, dtype=half)
+        cache.extend(rows, 3)
+        cache.attention(q, rows, k=new, v=new)
+        cache.append(rows, new, new)
+        cache.attention(q, [*rows, *cache.fork(rows[0])][:2])
+
+    yield Call("attention_with_shared_prefix", prefix)
+    yield Call("attention_with_shared_prefix, int8", functools.partial(prefix, torch.int8))
+    for name, paged in (("KVCache", False), ("PagedKVCache", True)):
+        yield Call(name, functools.partial(sequences, paged))
+
+
+def module_calls() -> Iterator[Call]:
+    nn, half = fastattn.nn, torch.bfloat16
+    x = lambda: tensor(2, 50, 128, dtype=half)  # noqa: E731
+    tokens = lambda: torch.zeros(2, 50, dtype=torch.int64, device="cuda")  # noqa: E731
+    config = {"vocab_size": 100, "embed_dim": 128, "num_heads": 4, "num_layers": 1, "max_length": 64}
+    torch_layer = (128, 4, 256, 0.1)
     for module in (
         _Module("nn.SelfAttention", lambda: nn.SelfAttention(128, 4, causal=True)),
+        _Module("nn.CrossAttention", lambda: nn.CrossAttention(128, 4), lambda: (x(), x())),
         _Module("nn.MLP", lambda: nn.MLP(128, 256)),
         _Module("nn.GatedMLP", lambda: nn.GatedMLP(128, 256)),
         _Module("nn.RMSNorm", lambda: nn.RMSNorm(128)),
         _Module("nn.LayerNorm", lambda: nn.LayerNorm(128)),
         _Module(
-            "nn.MultiheadAttention",
-            lambda: nn.MultiheadAttention(128, 4, batch_first=True),
-            lambda: (q(2, 50, 128),) * 3,
+            "nn.LinearCrossEntropyLoss",
+            lambda: nn.LinearCrossEntropyLoss(128, 300),
+            lambda: (x().view(100, 128), tokens().view(100)),
         ),
-        _Module("nn.TransformerEncoderLayer", lambda: nn.TransformerEncoderLayer(128, 4, 256, batch_first=True)),
+        _Module(
+            "nn.MultiheadAttention", lambda: nn.MultiheadAttention(128, 4, batch_first=True), lambda: (x(),) * 3
+        ),
+        _Module("nn.TransformerBlock", lambda: nn.TransformerBlock(nn.SelfAttention(128, 4), nn.MLP(128, 256))),
+        _Module(
+            "nn.TransformerEncoder",
+            lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(*torch_layer, batch_first=True), 1),
+        ),
+        _Module(
+            "nn.TransformerDecoder",
+            lambda: nn.TransformerDecoder(nn.TransformerDecoderLayer(*torch_layer, batch_first=True), 1),
+            lambda: (x(), x()),
+        ),
+        _Module(
+            "nn.Transformer",
+            lambda: nn.Transformer(128, 4, 1, 1, 256, batch_first=True),
+            lambda: (x(), x()),
+        ),
+        _Module("nn.TransformerModel", lambda: nn.TransformerModel(**config), lambda: (tokens(),)),
     ):
         yield Call(module.name, module.run)
+
+    def generate() -> None:
+        model = _Module("", lambda: nn.TransformerModel(**config)).made()
+        model.generate(tokens()[:, :9], 3)
+
+    yield Call("nn.TransformerModel.generate", generate)
+
+
+def lens_calls() -> Iterator[Call]:
+    """Functions of fastattn.lens beside attention_statistics; those of whole models are made of these."""
+
+    def of(title: str, function: Callable[..., object]) -> Call:
+        def call() -> None:
+            sizes = Sizes(queries=203)
+            q, k, _ = sizes.qkv()
+            function(q, k, tensor(sizes.batch, sizes.heads, sizes.queries))
+
+        return Call(f"lens.{title}", call)
+
+    labels = lambda: torch.zeros(2, 203, dtype=torch.int64, device="cuda")  # noqa: E731
+    yield of("match_mass", lambda q, k, lse: lens.match_mass(q, k, lse, labels(), causal=True))
+    yield of("head_scores", lambda q, k, lse: lens.head_scores(q, k, lse, labels()))
+
+    def of_a_model(function: Callable[..., object]) -> None:
+        config = {"vocab_size": 100, "embed_dim": 128, "num_heads": 4, "num_layers": 1, "max_length": 64}
+        function(_Module("", lambda: fastattn.nn.TransformerModel(**config)).made(), labels()[:, :50])
+
+    def watch(model: torch.nn.Module, tokens: Tensor) -> None:
+        with lens.watch(model, ("blocks.*.attention.entropy", "blocks.*.attention.received")), torch.no_grad():
+            model(tokens)
+
+    for name, function in (("model_head_scores", lens.model_head_scores), ("watch", watch)):
+        yield Call(f"lens.{name}", functools.partial(of_a_model, function))
 
 
 def all_calls() -> list[Call]:
@@ -712,4 +839,8 @@ def all_calls() -> list[Call]:
         *invariant_calls(),
         *other_calls(),
         *absorbed_calls(),
+        *flash_calls(),
+        *more_cache_calls(),
+        *module_calls(),
+        *lens_calls(),
     ]
