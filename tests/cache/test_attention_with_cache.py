@@ -20,13 +20,14 @@ from hypothesis import strategies as st
 from tolerance import assert_as_exact_as_eager
 from torch import Tensor, library
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastattn
 from fastattn import attention_with_cache
 from fastattn.core import plans
 from fastattn.core.attention import definition
 from fastattn.core.attention.spec import AttentionSpec, ScoreTensors
-from fastattn.core.cache import operators
+from fastattn.core.cache import operators, portable
 from fastattn.core.cache.functional import Given
 from fastattn.core.cache.spec import CacheSpec, CacheTensors, Storage
 from fastattn.kernels import cache as kernels
@@ -328,8 +329,6 @@ def test_a_call_of_nothing_gives_nothing(batch: int, heads: int, queries: int, b
 
 
 def test_pages_that_are_copied_piece_by_piece_are_merged_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastattn.core.cache import portable
-
     monkeypatch.setattr(portable, "COPIED", 16 * 2 * 16)
     for problem in (Problem(page=16), Problem(page=3, window=(20, None)), Problem(page=16, starts=(2, 0, 20))):
         check(problem, "portable")
@@ -387,6 +386,57 @@ def test_the_short_way_of_one_token_gives_the_same_bits(options: dict, length: A
     assert short[0].transpose(1, 2).is_contiguous() and short[1].is_contiguous()
     with mock.patch.object(plans, "key", return_value=None):
         assert all(map(torch.equal, short, attention_with_cache(q, *caches, **asked)))
+
+
+def pages_of_one_token(lengths: list[int], layout: str = "heads first") -> tuple[Tensor, dict[str, Any]]:
+    """The queries of a call without new tokens, and the rest of it; NaN in all that no row reads."""
+    cache = Cache(Problem(tuple(lengths), new=0, queries=1, page=16, layout=layout))
+    k_cache, v_cache = cache.caches
+    asked = {"k_cache": k_cache, "v_cache": v_cache, "return_lse": True, "backend": "portable"}
+    return cache.q, {**cache.arguments(), **asked}
+
+
+@pytest.mark.parametrize("layout", ["heads first", "tokens first"])
+@pytest.mark.parametrize("lengths", [[7, 40, 40], [0, 48, 17], [16, 16, 16]], ids=str)
+@pytest.mark.parametrize("copied", [512, 2**18])
+def test_the_short_way_of_one_token_in_pages_gives_the_same_bits(
+    layout: str, lengths: list[int], copied: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(portable, "COPIED", copied)
+    q, asked = pages_of_one_token(lengths, layout)
+    with mock.patch.object(Given, "converted", side_effect=AssertionError("the long way")):
+        short = attention_with_cache(q, **asked)
+    with mock.patch.object(plans, "key", return_value=None):
+        assert all(map(torch.equal, short, attention_with_cache(q, **asked)))
+
+
+@pytest.mark.parametrize("page", [-1, 12])
+def test_the_short_way_of_pages_names_a_page_that_is_not_there(page: int) -> None:
+    q, asked = pages_of_one_token([7, 40, 40])
+    attention_with_cache(q, **asked)
+    asked["block_table"][1, 1] = page
+    with pytest.raises(ValueError, match=rf"block_table must list pages from 0 to 11 .*, got {page} at \[1, 1\]"):
+        attention_with_cache(q, **asked)
+    with pytest.raises(ValueError, match="cache_lengths must be at most 48, got 49"):
+        attention_with_cache(q, **{**asked, "cache_lengths": T([7, 49, 40])})
+
+
+def test_no_more_than_a_part_of_the_pages_is_copied_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Largest(TorchDispatchMode):
+        numel = 0
+
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = function(*args, **(kwargs or {}))
+            if "index_select" in str(function) or "new_empty" in str(function):
+                self.numel = max(self.numel, out.numel())
+            return out
+
+    monkeypatch.setattr(portable, "COPIED", 512)
+    q, asked = pages_of_one_token([48, 48, 48])
+    # Else the mode would see one operator, not what it calls.
+    with mock.patch.object(plans, "watched", return_value=False), Largest() as largest:
+        attention_with_cache(q, **asked)
+    assert largest.numel == 2 * 512
 
 
 @pytest.mark.parametrize("rotated", [False, True])

@@ -10,6 +10,9 @@ scale / 1024 where that is more.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -92,8 +95,8 @@ def bounds(tensors: CacheTensors) -> list[tuple[int, int]]:
 def keys_and_values(
     storage: Storage, tensors: CacheTensors, rows: slice, first: int, stop: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Tokens `first` to `stop` of some rows, (rows, Hkv, tokens, width); of one row if there is a table. Values
-    that are columns of the keys come with all columns. What is quantised comes in `dtype`."""
+    """Tokens `first` to `stop` of some rows, (rows, Hkv, tokens, width). Values that are columns of the keys come
+    with all columns. What is quantised comes in `dtype`."""
 
     def tokens(cache: Tensor, scales: Tensor | None) -> Tensor:
         found = _tokens(cache, tensors.block_table, rows, first, stop)
@@ -114,21 +117,32 @@ def _tokens(cache: Tensor, table: Tensor | None, rows: slice, first: int, stop: 
         return cache[rows, :, first:stop]
     page = cache.shape[2]
     before = first // page
-    found = _pages(cache, table[rows.start, before : -(-stop // page)].long())
+    found = pages_of(cache, page_numbers((cache,), table[rows, before : -(-stop // page)]))
     return found[:, :, first - before * page : stop - before * page]
 
 
-def _pages(cache: Tensor, pages: Tensor) -> Tensor:
-    """These pages one after another: (1, Hkv, tokens, width). One copy, whether heads or tokens come first in
-    memory."""
-    _, heads, page, width = cache.shape
+def page_numbers(caches: Sequence[Tensor], table: Tensor) -> Tensor:
+    """Pages (rows, n) as `pages_of` takes them. Where heads come first in memory, (rows, Hkv, n): the parts of
+    each head. Else, in one of these caches, (rows, 1, n)."""
+    table = table[:, None]
+    if not all(cache.is_contiguous() for cache in caches):
+        return table
+    heads = caches[0].shape[1]
+    return torch.add(torch.arange(heads, device=table.device)[:, None], table, alpha=heads)
+
+
+def pages_of(cache: Tensor, numbers: Tensor, memory: Tensor | None = None) -> Tensor:
+    """Some pages of each row one after another: (rows, Hkv, tokens, width). One copy, whether heads or tokens come
+    first in memory. memory: (elements,), where the copy is put if given."""
+    (rows, parts, _), (_, heads, page, width) = numbers.shape, cache.shape
     dtype, cache = cache.dtype, as_bytes(cache)
-    if cache.is_contiguous():
-        blocks = pages * heads + torch.arange(heads, device=pages.device)[:, None]
-        found = cache.view(-1, page * width).index_select(0, blocks.flatten()).view(1, heads, -1, width)
-    else:
-        found = cache.transpose(1, 2).index_select(0, pages).flatten(0, 1).transpose(0, 1)[None]
-    return found.view(dtype)
+    by_head = parts == heads and cache.is_contiguous()
+    every = cache.view(-1, page * width) if by_head else cache.transpose(1, 2)
+    if memory is not None:
+        shape = numbers.numel(), *every.shape[1:]
+        memory = memory[: math.prod(shape)].view(shape)
+    found = torch.index_select(every, 0, numbers.flatten(), out=memory).view(dtype)
+    return found.view(rows, heads, -1, width) if by_head else found.view(rows, -1, heads, width).transpose(1, 2)
 
 
 def of_rows(tensors: CacheTensors, rows: slice, keys: int) -> ScoreTensors:

@@ -204,8 +204,13 @@ def attention_with_cache(
     if not isinstance(cache_lengths, Tensor) or not (cache_starts is None or isinstance(cache_starts, Tensor)):
         lengths, starts = (t if isinstance(t, Tensor) else None for t in (cache_lengths, cache_starts))
         described = Given(*tensors)._replace(cache_lengths=lengths, cache_starts=starts)
-    key = plans.key(described, options)
-    plan = PLANS.find(key)
+    plan, key = PLANS.latest(described, options), None
+    is_known = plan is not None
+    if plan is None:
+        key = plans.key(described, options)
+        plan = PLANS.find(key)
+        if plan is not None:
+            PLANS.again(described, options, plan)
     if plan is None:
         given = Given(*tensors)
         if spread.is_dtensor(q):  # which has no key
@@ -219,11 +224,12 @@ def attention_with_cache(
             plan = plan.shortened(given)
         PLANS.keep(key, plan)
     if plan.read_only is not None:
-        found = plan.read_only(q, k_cache, v_cache, cache_lengths)
+        found = plan.read_only(q, k_cache, v_cache, cache_lengths, block_table)
         if found is not None:
             return found if return_lse else found[0]
     given = Given(*tensors)
-    out, lse = plan(given.under_autocast() if key is None else given, watched=key is None)
+    watched = key is None and not is_known
+    out, lse = plan(given.under_autocast() if watched else given, watched)
     return (out, lse) if plan.return_lse else out
 
 
@@ -283,7 +289,7 @@ class Given(NamedTuple):
         return CacheTensors(before + self.new if self.new else before, starts, table, slopes, sinks, tree), before
 
 
-BESIDE_LENGTHS = ("cache_starts", "block_table", "alibi_slopes", "sinks", "tree_mask")
+BESIDE_LENGTHS = ("cache_starts", "alibi_slopes", "sinks", "tree_mask")
 
 
 class CachePlan(NamedTuple):
@@ -332,7 +338,7 @@ class CachePlan(NamedTuple):
         )  # fmt: skip
 
     def shortened(self, given: Given) -> CachePlan:
-        """For repeated calls. With `one_token` where the call has nothing beside lengths."""
+        """For repeated calls. With `one_token` where the call has nothing beside lengths and a table."""
         if self.factor is not None or any(getattr(given, name) is not None for name in BESIDE_LENGTHS):
             return self
         shorter = operators.one_token(given.q, given.storage, self.spec, self.backend)
@@ -350,7 +356,7 @@ class CachePlan(NamedTuple):
                 operators.append(storage, k, given.v, tensors, self.check, self.backend)
             found = None
             if self.one_token is not None:
-                found = self.one_token(q, storage.keys, storage.values, tensors.lengths)
+                found = self.one_token(q, storage.keys, storage.values, tensors.lengths, tensors.block_table)
             return found or operators.attend(q, storage, self.spec, tensors, self.check, self.backend)
         if k is not None:
             torch.ops.fastattn.cache_append(

@@ -47,7 +47,7 @@ def chosen(q: Tensor, storage: Storage, spec: CacheSpec, backend: str | None) ->
 
 
 def one_token(q: Tensor, storage: Storage, spec: CacheSpec, backend: str) -> Any:
-    """A shorter way of calls that have no CacheTensors beside lengths; None if the backend has none for this."""
+    """A shorter way of calls that have no CacheTensors beside lengths and a table; None if there is none."""
     shorter = getattr(backends.load("cache", backend), "OneToken", None)
     return None if shorter is None else shorter.of(q, storage, spec)
 
