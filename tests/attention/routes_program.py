@@ -15,7 +15,7 @@ import torch
 import fastattn
 from fastattn import masks
 from fastattn.core import capabilities, plans
-from fastattn.core.attention import torch_routes, torch_trial
+from fastattn.core.attention import torch_fused, torch_routes, torch_trial
 from fastattn.measuring import checking, kinds, prove_worker, tolerance
 from fastattn.measuring.kinds import Sizes
 from tests.attention import torch_stand_ins
@@ -48,7 +48,12 @@ def tried(family: str, kind: str, **other) -> list:
     sizes = Sizes(family, kind, **{**ABOUT, **other})
     plans.forget()
     CALLS.clear()
-    return [wrong(kinds.build(sizes, device), sizes), sorted(set(CALLS))]
+    return [wrong(kinds.build(sizes, device), sizes), called()]
+
+
+def called() -> list[str]:
+    """Which kernels were, but for the steps around them."""
+    return sorted(set(CALLS) - {torch_stand_ins.FUSED})
 
 
 def compared(inputs: tuple, learned: str = "", **options) -> list:
@@ -71,7 +76,7 @@ def compared(inputs: tuple, learned: str = "", **options) -> list:
     upstream_lse = (torch.randn(lse.shape, device=device) * of_lse).masked_fill(lse.isinf(), float("nan"))
     CALLS.clear()
     ours = results("portable", given)
-    taken = sorted(set(CALLS))
+    taken = called()
     eager, exact = results("reference", given), results("reference", [t.double() for t in given])
     differ = []
     for name, a, e, x in zip(("out", "lse", "dq", "dk", "dv", "dbeside"), ours, eager, exact, strict=False):
@@ -93,8 +98,9 @@ def compared(inputs: tuple, learned: str = "", **options) -> list:
 def count(family: str, kind: str, **other) -> list[list]:
     """Of a forward and of a backward the operators, and how often they touch what must be touched once."""
     sizes = Sizes(family, kind, **{**ABOUT, "length": 128, "batch": 8, "width": 64, "heads": 2, **other})
-    call = kinds.build(sizes, device)
-    launched = torch_stand_ins.launched(call)
+    of_lse = kind.endswith(kinds.LSE)
+    call = kinds.build(replace(sizes, kind=kind.removesuffix(kinds.LSE)), device)
+    launched = torch_stand_ins.launched(call, of_lse)
     names = [[name for name, _ in each] for each in launched]
     return [*names, *torch_stand_ins.times_touched(launched, call)]
 
@@ -205,9 +211,9 @@ with pretended_gpus(GPUS["H100"]), torch_stand_ins.operators(prefers_cudnn=False
         CALLS.clear()
         options = {name.replace(" ", "_"): added, "return_lse": True}
         _, lse = fastattn.attention(q, k, v, **options, backend="portable")
-        called = sorted(set(CALLS))
+        taken = called()
         _, exact = fastattn.attention(*(t.double() for t in (q, k, v)), **options, backend="reference")
-        found[f"{name}, large"] = [float((lse - exact).abs().max().cpu()), called]
+        found[f"{name}, large"] = [float((lse - exact).abs().max().cpu()), taken]
 
     with planned():
         calls = []
@@ -235,15 +241,18 @@ with pretended_gpus(GPUS["H100"]), torch_stand_ins.operators(prefers_cudnn=False
         ("masks", "documents"), ("masks", "boolean mask"), ("scores", "bias"), ("scores", "sinks"),
         ("attention", f"causal{kinds.LSE}"), ("masks", "key lengths, causal"), ("scores", "softcap"),
         ("scores", "alibi"), ("scores", "relative bias"), ("masks", "random lists"), ("scores", "dropout"),
+        ("scores", "head scale"),
     ):  # fmt: skip
         found[f"operators, {kind}"] = count(family, kind)
+    found["operators, relative bias, float32"] = count("scores", "relative bias", dtype="float32")
     found["operators, float32"] = count("attention", "causal", dtype="float32")
     found["operators, width 20"] = count("attention", "causal", width=20)
 
     FAULTS.add("clean")
     torch_trial._known.clear()
-    for kind in ("boolean mask", "bias"):
-        found[f"operators, {kind}, clean"] = count("masks" if kind[1] == "o" else "scores", kind)
+    for kind in ("boolean mask", "random lists", "bias", "relative bias"):
+        family = "scores" if kind.endswith("bias") else "masks"
+        found[f"operators, {kind}, clean"] = count(family, kind)
     found["empty rows, clean"] = compared((q, k, v), bias=padding, causal=True)
     FAULTS.clear()
 
@@ -267,6 +276,18 @@ with pretended_gpus(GPUS["H100"]), torch_stand_ins.operators(prefers_cudnn=False
         found[f"fault {fault}"] = [failed[0], tried(*call, dtype=dtype)[1]]
         found[f"said {fault}"] = list(said)
         FAULTS.clear()
+
+    FAULTS.add("nvrtc")
+    torch_fused._known.clear()
+    torch_trial._known.clear()
+    said.clear()
+    found["sinks, no compiler"] = tried("scores", "sinks")
+    for dtype in (torch.float16, torch.float32):
+        inputs = [t.to(dtype) for t in (q, k, v)]
+        found[f"lse gradient, no compiler {dtype}"] = compared(inputs, "sinks", sinks=sinks, of_lse=1.0)
+    found["said nvrtc"] = list(said)
+    FAULTS.clear()
+    torch_fused._known.clear()
 
 with pretended_gpus(GPUS["B200"]), torch_stand_ins.operators(prefers_cudnn=True):
     torch_trial._known.clear()

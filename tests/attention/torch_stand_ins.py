@@ -17,7 +17,14 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from fastattn.core.attention import torch_cudnn, torch_dense, torch_dropout, torch_efficient, torch_varlen
+from fastattn.core.attention import (
+    torch_cudnn,
+    torch_dense,
+    torch_dropout,
+    torch_efficient,
+    torch_fused,
+    torch_varlen,
+)
 from fastattn.core.attention.dropout import philox
 from fastattn.core.layout import heads_last
 from fastattn.measuring import kinds
@@ -27,6 +34,7 @@ CALLS: list[str] = []
 FAULTS: set[str] = set()
 LAUNCHES: list[tuple[str, int]] = []  # under `counting`: the name, and the bytes that go through memory
 INSIDE: list[str] = []
+FUSED = "fused step"  # one of torch_fused's
 NAN, INF = math.nan, math.inf
 
 
@@ -164,21 +172,25 @@ def windowed_backward(
 # ---- flash of sequences: (tokens, heads, width) ----
 
 
-def sequences(q, k, v, cq, ck, longest) -> Iterator[tuple[slice, slice]]:
+def sequences(q, k, v, cq, ck, longest, used=None) -> Iterator[tuple[slice, slice]]:
     assert q.dim() == k.dim() == v.dim() == 3 and all(t.stride(-1) == 1 for t in (q, k, v))
     assert cq.dtype == ck.dtype == torch.int32 and cq.shape == ck.shape and cq.stride() == ck.stride() == (1,)
     ends = [pairwise(t.cpu().tolist()) for t in (cq, ck)]
-    for (a, b), (c, d) in zip(*ends, strict=True):
+    counts = [None] * (len(cq) - 1) if used is None else used.cpu().tolist()
+    assert used is None or (used.dtype == torch.int32 and used.is_contiguous())
+    for (a, b), (c, d), count in zip(*ends, counts, strict=True):
         assert 0 <= b - a <= longest[0] and 0 <= d - c <= longest[1]
-        yield slice(a, b), slice(c, d)
+        yield slice(a, b), slice(c, d if count is None else c + count)
     assert (b, d) == (len(q), len(k)), "it computes nothing behind the last sequence"
 
 
-def varlen(q, k, v, cq, ck, mq, mk, dropout, causal, debug, *, scale, window_size_left, window_size_right):
+def varlen(
+    q, k, v, cq, ck, mq, mk, dropout, causal, debug, *, scale, window_size_left, window_size_right, seqused_k
+):
     CALLS.append("sequences")
     check(q, k, v, grouped=True)
     out, lse = torch.full_like(q, NAN), q.new_full((q.shape[1], len(q)), NAN, dtype=torch.float32)
-    for rows, columns in sequences(q, k, v, cq, ck, (mq, mk)):
+    for rows, columns in sequences(q, k, v, cq, ck, (mq, mk), seqused_k):
         a, b, c = (t.transpose(0, 1) for t in (q[rows], k[columns], v[columns]))
         if "unaligned" in FAULTS:
             s = scores(a, *every_head(a, b), scale, causal=window_size_right == 0)
@@ -223,6 +235,23 @@ def jiterator(query, key, head, offset, low, high, *, threshold):
     halves = [(w >> shift) & 0xFFFF for w in words for shift in (0, 16)]
     number = torch.stack(halves, -1).gather(-1, place[..., None])[..., 0]
     return (number >= int(threshold)).double()
+
+
+def fused(step):
+    """A step of torch_fused as PyTorch's jiterator would compute it, its results laid out as the first input lies
+    in memory."""
+
+    def run(*given):
+        CALLS.append(FUSED)
+        assert len(given) <= 8 and all(t.device.type == "cuda" for t in given)
+        if "nvrtc" in FAULTS:
+            raise RuntimeError("no nvrtc")
+        found = step.plain(*given)
+        like = given[0].expand(found[0].shape)
+        laid = [torch.empty_like(like, dtype=torch.float32).copy_(t) for t in found]
+        return laid[0] if step.results == 1 else laid
+
+    return inside(run)
 
 
 @contextlib.contextmanager
@@ -273,17 +302,19 @@ def inside(function):
     return run
 
 
-def launched(call: kinds.Call) -> list[list[tuple[str, int]]]:
-    """Operators that compute, of a forward and of a backward; of the second call, which has nothing to try."""
+def launched(call: kinds.Call, of_lse: bool = False) -> list[list[tuple[str, int]]]:
+    """Operators that compute, of a forward and of a backward; of the second call, which has nothing to try.
+    of_lse: whether the log-sum-exp has a gradient, too."""
     leaves = [t.detach().requires_grad_() for t in call.tensors]
     for _ in range(2):
         with counting():
-            out = call.function("portable", *leaves)[0]
+            out, lse = call.function("portable", *leaves)
         forward = list(LAUNCHES)
         # As a gradient comes from a linear layer.
         upstream = torch.ones_like(out.transpose(1, 2)).transpose(1, 2)
+        ends, above = ([out, lse], [upstream, torch.ones_like(lse)]) if of_lse else ([out], [upstream])
         with counting():
-            torch.autograd.grad(out, leaves, upstream)
+            torch.autograd.grad(ends, leaves, above)
     return [forward, list(LAUNCHES)]
 
 
@@ -311,6 +342,7 @@ def operators(prefers_cudnn: bool) -> Iterator[None]:
             _windowed_backward=inside(windowed_backward),
         ),
         mock.patch.object(torch_dropout, "_compiled", lambda: inside(jiterator)),
+        mock.patch.object(torch_fused, "_compiled", fused),
         mock.patch.multiple(torch_varlen, _flash=inside(varlen), _flash_backward=inside(varlen_backward)),
         mock.patch.multiple(
             torch_cudnn, _cudnn=inside(cudnn), _cudnn_backward=inside(cudnn_backward),

@@ -165,9 +165,12 @@ def is_rounded(lse: Tensor) -> Tensor:
     return (lse.abs() > LARGEST_EXACT) & lse.isfinite()
 
 
-def any_rounded(lse: Tensor) -> bool:
-    """Whether any is, in two steps."""
-    return torch.linalg.vector_norm(lse.nan_to_num(0.0, 0.0, 0.0), math.inf).item() > LARGEST_EXACT
+def any_rounded(lse: Tensor) -> tuple[bool, bool]:
+    """Whether any is, and whether all are finite: in one step where they are, else in two more."""
+    largest = torch.linalg.vector_norm(lse, math.inf).item()
+    if largest < math.inf:
+        return largest > LARGEST_EXACT, True
+    return torch.linalg.vector_norm(lse.nan_to_num(0.0, 0.0, 0.0), math.inf).item() > LARGEST_EXACT, False
 
 
 def _weights(scores: Tensor, lse: Tensor, tensors: ScoreTensors) -> tuple[Tensor, Tensor]:
@@ -266,7 +269,8 @@ def of_distances(sums: Tensor, nearest: int, radius: int) -> Tensor:
     """The gradient of a relative bias (B, H, 2 R + 1) from the sums (B, H, distances) of what each distance gets,
     the first being `nearest`. Those of R and more, either way, go to the ends."""
     farthest = nearest + sums.shape[2] - 1
-    sums = F.pad(sums, (max(0, nearest + radius), max(0, radius - farthest)))
+    missing = max(0, nearest + radius), max(0, radius - farthest)
+    sums = F.pad(sums, missing) if any(missing) else sums
     if radius == 0:
         return sums.sum(2, keepdim=True)
     before = 1 - radius - min(nearest, -radius)

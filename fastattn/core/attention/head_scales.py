@@ -1,9 +1,8 @@
-"""Scales of heads in plain PyTorch: multiplied into q, in a precision in which that rounds nothing of account.
+"""Scales of heads in plain PyTorch: multiplied into q.
 
 PyTorch's own kernels know one scale for all heads. In float32 and float64, q is multiplied by the scales of its
-heads. In half precision that would round once more than scaling the scores does, so all is computed in float32. On
-CUDA only half precision has a fused kernel: there q times its scale is the sum of two numbers in half precision,
-side by side, (high, low) (k, k)^T = (high + low) k^T.
+heads. In half precision that rounds once more than scaling the scores does, by as much as q was rounded when it
+was made. PyTorch's fused kernels on CUDA take it so; elsewhere all is computed in float32.
 """
 
 from __future__ import annotations
@@ -28,10 +27,10 @@ def forward(
     tensors: ScoreTensors,
 ) -> tuple[Tensor, Tensor]:
     """What attention returns, by `function`, which computes it without scales of heads."""
-    scaled, rest = _scaled(q, tensors), tensors._replace(head_scale=None)
-    if _in_halves(q, k, v, spec, rest):
-        out, lse = function(_halves(scaled, q.dtype), torch.cat((k, k), -1), _widened(v), spec, rest)
-        return heads_last(out[..., : v.shape[3]]), lse
+    rest = tensors._replace(head_scale=None)
+    if _in_half(q, k, v, spec, rest):
+        return function(_scaled(q, tensors, torch.empty_like(q)), k, v, spec, rest)
+    scaled = _scaled(q, tensors)
     out, lse = function(scaled, k.to(scaled.dtype), v.to(scaled.dtype), spec, rest)
     return heads_last(out.to(q.dtype)), lse
 
@@ -47,19 +46,19 @@ def backward(
 ) -> Gradients:
     """The gradients of `forward`, by `function`, which computes them without scales of heads."""
     q, k, v, out, lse = saved
-    scaled, rest = _scaled(q, tensors), tensors._replace(head_scale=None)
-    if _in_halves(q, k, v, spec, rest, wanted, dlse):
-        inputs = Saved(_halves(scaled, q.dtype), torch.cat((k, k), -1), _widened(v), _widened(out), lse)
-        of = function(_widened(dout), dlse, inputs, spec, rest, wanted)
-        dscaled, dk = of.q[..., : q.shape[3]].to(scaled.dtype), sum(of.k.split(k.shape[3], -1))
-        of = of._replace(k=dk, v=of.v[..., : v.shape[3]])
-    else:
-        k_there, v_there, out_there = (t.to(scaled.dtype) for t in (k, v, out))
-        inputs = Saved(scaled, k_there, v_there, out_there, lse)
-        of = function(dout.to(scaled.dtype), dlse, inputs, spec, rest, wanted)
-        dscaled = of.q
-    dscale = (dscaled * q).sum((2, 3))
-    dq = _scaled(dscaled, tensors)
+    rest = tensors._replace(head_scale=None)
+    if _in_half(q, k, v, spec, rest, wanted, dlse):
+        inputs = saved._replace(q=_scaled(q, tensors, torch.empty_like(q)))
+        of = function(dout, dlse, inputs, spec, rest, wanted)
+        # Products of half precision in float32: torch.mul would round them first.
+        dscale = torch.addcmul(torch_calls.row((), 1, lse.dtype, lse.device), of.q, q).sum((2, 3))
+        return of._replace(q=_scaled(of.q, tensors, torch.empty_like(of.q)), head_scale=dscale)
+    scaled = _scaled(q, tensors)
+    k_there, v_there, out_there = (t.to(scaled.dtype) for t in (k, v, out))
+    inputs = Saved(scaled, k_there, v_there, out_there, lse)
+    of = function(dout.to(scaled.dtype), dlse, inputs, spec, rest, wanted)
+    dscale = (of.q * q).sum((2, 3))
+    dq = _scaled(of.q, tensors)
     # Convert one gradient at a time, so that only one exists in both dtypes.
     return of._replace(
         q=heads_last(dq.to(q.dtype)), k=heads_last(of.k.to(k.dtype)), v=heads_last(of.v.to(v.dtype)),
@@ -67,13 +66,15 @@ def backward(
     )  # fmt: skip
 
 
-def _scaled(q: Tensor, tensors: ScoreTensors) -> Tensor:
-    """q (B, Hq, Lq, D), or its gradient, times the scales of its heads, in at least float32."""
+def _scaled(q: Tensor, tensors: ScoreTensors, out: Tensor | None = None) -> Tensor:
+    """q (B, Hq, Lq, D), or its gradient, times the scales of its heads, in at least float32; in the dtype of `out`
+    if that is given."""
     assert tensors.head_scale is not None
-    return q.to(lse_dtype(q.dtype)) * tensors.head_scale[..., None, None]
+    scales = tensors.head_scale[..., None, None]
+    return q.to(lse_dtype(q.dtype)) * scales if out is None else torch.mul(q, scales, out=out)
 
 
-def _in_halves(
+def _in_half(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -82,20 +83,7 @@ def _in_halves(
     wanted: Wanted | None = None,
     dlse: Tensor | None = None,
 ) -> bool:
-    """Whether PyTorch's fused kernel shall compute it, in half precision and twice as wide. wanted, dlse: of a
-    backward."""
-    if q.device.type != "cuda" or q.dtype.itemsize != 2 or q.shape[3] != v.shape[3]:
+    """Whether PyTorch's fused kernel shall compute it in half precision. wanted, dlse: of a backward."""
+    if q.device.type != "cuda" or q.dtype.itemsize != 2:
         return False
-    wide_q, wide_k, wide_v = (torch_calls.wide(t, 2 * t.shape[3]) for t in (q, k, v))
-    return torch_routes.serving(wide_q, wide_k, wide_v, spec, tensors, wanted, dlse) is not None
-
-
-def _widened(t: Tensor) -> Tensor:
-    """Zeros beside each row."""
-    return torch_calls.padded(t, 2 * t.shape[3])
-
-
-def _halves(scaled: Tensor, dtype: torch.dtype) -> Tensor:
-    """Two numbers in half precision for each, whose sum it is."""
-    high = scaled.to(dtype)
-    return torch.cat((high, (scaled - high).to(dtype)), -1)
+    return torch_routes.serving(q, k, v, spec, tensors, wanted, dlse) is not None

@@ -71,14 +71,14 @@ def backward(
     with product_precision(q, spec):
         kernel = torch_routes.serving(q, k, v, spec, tensors, wanted, dlse)
         if kernel is not None:
-            dout, dlse = _for_rounded_rows(dout, dlse, saved, spec, tensors)
-            of = torch_routes.backward(kernel, dout, dlse, saved, spec, tensors, wanted)
+            dout, dlse, finite = _for_rounded_rows(dout, dlse, saved, spec, tensors)
+            of = torch_routes.backward(kernel, dout, dlse, saved, spec, tensors, wanted, finite)
             return of._replace(q=heads_last(of.q), k=heads_last(of.k), v=heads_last(of.v))
         if granules.serves(spec, tensors):
-            dout, dlse = _for_rounded_rows(dout, dlse, saved, spec, tensors)
+            dout, dlse, _ = _for_rounded_rows(dout, dlse, saved, spec, tensors)
             return granules.backward(dout, dlse, saved, spec, tensors, wanted)
         if whole_rows.serves(q, k, spec, tensors):
-            dout, dlse = _for_rounded_rows(dout, dlse, saved, spec, tensors)
+            dout, dlse, _ = _for_rounded_rows(dout, dlse, saved, spec, tensors)
             return whole_rows.backward(dout, dlse, saved, spec, tensors, wanted)
         return _tiled_backward(dout, dlse, saved, spec, tensors, wanted)
 
@@ -91,19 +91,23 @@ def tangent(saved: Saved, tangents: Tangents, spec: AttentionSpec, tensors: Scor
 
 def _for_rounded_rows(
     dout: Tensor, dlse: Tensor | None, saved: Saved, spec: AttentionSpec, tensors: ScoreTensors
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor | None, bool]:
     """What comes from above, divided by what the weights exp(score - lse) of each row add up to: not 1 where the
-    log-sum-exp is rounded. Gradients are linear in the weights of a row, and in what comes from above."""
+    log-sum-exp is rounded. Gradients are linear in the weights of a row, and in what comes from above. And whether
+    it is known that all log-sum-exps are finite."""
     fixed, learned = tiles.learned(tensors)
-    if not tiles.adds_floats(tensors) or not definition.any_rounded(saved.lse):
-        return dout, dlse
+    if not tiles.adds_floats(tensors):
+        return dout, dlse, False
+    rounded, finite = definition.any_rounded(saved.lse)
+    if not rounded:
+        return dout, dlse, finite
     scores = Scores(saved.q, saved.k, spec, fixed)
     shares = torch.ones_like(saved.lse)
     for rows in scores.rows():
         remainder = scores.remainder(rows, saved.q, saved.k, saved.lse, *learned)
         if remainder is not None:
             shares[:, :, rows] = torch.exp(-remainder)
-    return (dout * shares[..., None]).to(dout.dtype), None if dlse is None else dlse * shares
+    return (dout * shares[..., None]).to(dout.dtype), None if dlse is None else dlse * shares, finite
 
 
 def _tiled_forward(

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from fastattn.core.attention import definition
 from fastattn.core.attention.spec import AttentionSpec, Gradients, Saved, ScoreTensors, Wanted
-from fastattn.core.attention.torch_flash import empty_rows, finite, hides_by_window, is_causal, unexpanded
+from fastattn.core.attention.torch_flash import empty_rows, hides_by_window, is_causal, unexpanded
+from fastattn.core.attention.torch_flash import finite as finite_lse
 from fastattn.core.attention.torch_trial import Trial, agrees
 from fastattn.ground.modes import capturing, kept, lasts
 from fastattn.masks.algebra import Values
@@ -119,18 +120,18 @@ def _computed(
     return out.to(q.dtype), lse[..., : q.shape[2]].contiguous(), added
 
 
-def backward(dout: Tensor, saved: Saved, spec: AttentionSpec, tensors: ScoreTensors, wanted: Wanted) -> Gradients:
+def backward(
+    dout: Tensor, saved: Saved, spec: AttentionSpec, tensors: ScoreTensors, wanted: Wanted, finite: bool = False
+) -> Gradients:
+    """finite: whether the caller knows that every log-sum-exp is."""
     q, k, v, out, lse = saved
-    queries, keys, values = _inputs(q, k, v, spec, tensors)
+    queries, keys, values, dout, out = _inputs(q, k, v, spec, tensors, dout, out)
     added = _every_row(_added(queries, k, spec, tensors), q, k)
-    # With a finite log-sum-exp, exp(score - lse) is 0 in rows that see nothing. Behind the last row it is inf.
-    lse, behind = lse if added is None else finite(lse), -lse.shape[2] % LSE_ALIGNED
-    lse = F.pad(lse, (0, behind), value=math.inf) if behind else lse
+    lse = _lse_as_read(lse, not finite and _may_be_empty(q, k, spec, tensors))
     unused = torch.empty((), dtype=torch.int64, device=q.device)
     dq, dk, dv, dadded = _efficient_backward(
-        _aligned(dout.to(queries.dtype)), queries, keys, values, added, _aligned(out.to(queries.dtype)), lse,
-        unused, unused, 0.0, [True, True, True, wanted.bias or wanted.relative_bias], is_causal(q, k, spec),
-        scale=spec.scale,
+        dout, queries, keys, values, added, out, lse, unused, unused, 0.0,
+        [True, True, True, wanted.bias or wanted.relative_bias], is_causal(q, k, spec), scale=spec.scale,
     )  # fmt: skip
     dbias = drelative = None
     if wanted.bias:
@@ -138,22 +139,55 @@ def backward(dout: Tensor, saved: Saved, spec: AttentionSpec, tensors: ScoreTens
         dbias = dadded.sum_to_size(tensors.bias.shape).to(tensors.bias.dtype)
     if wanted.relative_bias:
         assert tensors.relative_bias is not None
-        drelative = definition.sum_by_distance(dadded, tensors.relative_bias, q.shape[2] - k.shape[2])
-    return Gradients(
-        dq.to(q.dtype), _of_key_heads(dk, k).to(k.dtype), _of_key_heads(dv, v).to(v.dtype), dbias, drelative
-    )
+        drelative = _sum_by_distance(dadded, tensors.relative_bias.shape[2] // 2)
+    heads = converted(q.dtype, dq, _of_key_heads(dk, k), _of_key_heads(dv, v))
+    return Gradients(heads[0], heads[1], heads[2], dbias, drelative)
 
 
-def _inputs(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, tensors: ScoreTensors) -> list[Tensor]:
-    """q, k and v as the operator takes them: in the dtype of the computation, keys and values for every query
-    head, zeros behind the key lengths, since nothing there may reach a result."""
-    dtype = dtype_of(q.dtype, spec, tensors)
-    group, found = q.shape[1] // k.shape[1], [_aligned(q.to(dtype))]
-    there = None if tensors.key_lengths is None else _there(k, tensors.key_lengths).mT
-    for t in (k, v):
-        t = t if there is None else torch.where(there, t, 0.0)
-        t = t.to(dtype)
-        found.append(_aligned(t if group == 1 else t.repeat_interleave(group, 1)))
+def _sum_by_distance(dadded: Tensor, radius: int) -> Tensor:
+    """The gradient (B, H, 2 R + 1) of a relative bias from that of what was added: sums along diagonals, without
+    atomics. Behind Lq - 1 zeros in front of each row, a diagonal is a column of rows one number longer."""
+    rows, columns = dadded.shape[2:]
+    width = rows - 1 + columns
+    padded = F.pad(dadded, (rows - 1, 0, 0, 1))
+    strides = *padded.stride()[:2], width + 1, 1
+    sums = padded.as_strided((*dadded.shape[:2], rows, width), strides).sum(2)
+    return definition.of_distances(sums, 1 - columns, radius)
+
+
+def _lse_as_read(lse: Tensor, may_be_empty: bool) -> Tensor:
+    """As the operator reads it. With a finite log-sum-exp, exp(score - lse) is 0 in rows that see nothing. Behind
+    the last row it is inf."""
+    lse, behind = finite_lse(lse) if may_be_empty else lse, -lse.shape[2] % LSE_ALIGNED
+    return F.pad(lse, (0, behind), value=math.inf) if behind else lse
+
+
+def _inputs(
+    q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, tensors: ScoreTensors, *of_queries: Tensor
+) -> list[Tensor]:
+    """q, k, v, and what else belongs to queries, as the operator takes them: in the dtype of the computation, keys
+    and values for every query head, zeros behind the key lengths, since nothing there may reach a result."""
+    if tensors.key_lengths is not None:
+        there = _there(k, tensors.key_lengths).mT
+        k, v = (torch.where(there, t, 0.0) for t in (k, v))
+    q, k, v, *rest = converted(dtype_of(q.dtype, spec, tensors), q, k, v, *of_queries)
+    group = q.shape[1] // k.shape[1]
+    return [_aligned(t) for t in (q, _every_head(k, group), _every_head(v, group), *rest)]
+
+
+def _every_head(t: Tensor, group: int) -> Tensor:
+    """Each key head for the query heads that read it; all of them read the only one without a copy."""
+    if group == 1:
+        return t
+    return t.expand(-1, group, -1, -1) if t.shape[1] == 1 else t.repeat_interleave(group, 1)
+
+
+def converted(dtype: torch.dtype, *tensors: Tensor) -> list[Tensor]:
+    """Tensors of one dtype in another one, laid out alike, in one launch."""
+    if tensors[0].dtype == dtype:
+        return list(tensors)
+    found = [torch.empty_like(t, dtype=dtype) for t in tensors]
+    torch._foreach_copy_(found, tensors)
     return found
 
 
@@ -189,7 +223,7 @@ def _added(q: Tensor, k: Tensor, spec: AttentionSpec, tensors: ScoreTensors) -> 
         seen.append(_along_diagonals(_within(q, k, spec), q, k))
         spec = replace(spec, window=(None, None), causal=False)
     if hides_by_window(q, k, spec) or tensors.alibi_slopes is not None or tensors.relative_bias is not None:
-        diagonals = _along_diagonals(_by_distance(q, k, spec, tensors), q, k)
+        diagonals = _diagonals(q, k, spec, tensors)
     lists = None
     if tensors.mask is not None and spec.mask is not None:
         lists = _of_lists(Values(tensors.mask), spec.mask, q.shape[0], (q.shape[2], k.shape[2]), q.dtype)
@@ -205,6 +239,23 @@ def _of_lists(
     """The logarithm of how often each pair counts, -inf where it is not seen: (B or 1, Hq or 1, Lq, Lk)."""
     seen, counts = decode(unpacked(words.tensor, layout), *entries_of(layout, batch), *lengths)
     return _in_aligned_rows(counts.masked_fill(~seen, _HIDDEN).to(dtype))
+
+
+def _diagonals(q: Tensor, k: Tensor, spec: AttentionSpec, tensors: ScoreTensors) -> Tensor:
+    """What slopes, a relative bias and the window add, (B or 1, Hq or 1, Lq, Lk); a single one in one launch."""
+    slopes, table = tensors.alibi_slopes, tensors.relative_bias
+    if hides_by_window(q, k, spec) or (slopes is not None and table is not None):
+        return _along_diagonals(_by_distance(q, k, spec, tensors), q, k)
+    lengths = q.shape[2], k.shape[2]
+    if slopes is not None:
+        slopes = unexpanded(slopes)[..., None, None]
+        away = _away_of_pairs(*lengths, q.device)
+        return torch.mul(slopes, away, out=q.new_empty((*slopes.shape[:2], *away.shape)))[..., : k.shape[2]]
+    assert table is not None
+    table = unexpanded(table)
+    index = _index_of_pairs(*lengths, table.shape[2] // 2, q.device)
+    found = table.index_select(2, index).unflatten(2, (q.shape[2], _row(k.shape[2])))[..., : k.shape[2]]
+    return found.to(q.dtype)
 
 
 def _by_distance(q: Tensor, k: Tensor, spec: AttentionSpec, tensors: ScoreTensors) -> Tensor:
@@ -247,6 +298,20 @@ def _distances(queries: int, keys: int, device: torch.device) -> Tensor:
 def _away(queries: int, keys: int, device: torch.device) -> Tensor:
     """How far from its query's diagonal a key is, negative."""
     return -_distances(queries, keys, device).abs().float()
+
+
+@kept(2)
+def _away_of_pairs(queries: int, keys: int, device: torch.device) -> Tensor:
+    """The same of every query and key, in rows as the operator reads them: (Lq, Lk and more)."""
+    away = _away(queries, keys, device).unfold(-1, _row(keys), 1).flip(-2)
+    return away.to(torch.int16 if queries + _row(keys) < 2**15 else torch.int32)
+
+
+@kept(2)
+def _index_of_pairs(queries: int, keys: int, radius: int, device: torch.device) -> Tensor:
+    """Where in a relative bias the values of every query and key stand, in rows as the operator reads them, one
+    behind the other."""
+    return _index(queries, keys, radius, device).unfold(-1, _row(keys), 1).flip(-2).int().flatten()
 
 
 @kept(8)

@@ -256,7 +256,7 @@ def _no_sequences(call: Call) -> str:
         return "beside a window before the diagonal"
     if call.spec.right is not None and "intervals" in call.given:
         return "beside a causal mask"
-    return "too many" if 3 * call.heads[0] > MOST_PROGRAMS else ""
+    return "too many" if 4 * call.heads[0] > MOST_PROGRAMS else ""
 
 
 _ADDED = Yes("as a tensor that is added, if that is no larger than the inputs", _too_large)
@@ -425,9 +425,11 @@ def backward(
     spec: AttentionSpec,
     tensors: ScoreTensors,
     wanted: Wanted,
+    finite: bool = False,
 ) -> Gradients:
+    """finite: whether the caller knows that every log-sum-exp is."""
     widths = _widths(module, saved.q, saved.v)
-    return torch_calls.backward(module, widths, dout, dlse, saved, spec, tensors, wanted)
+    return torch_calls.backward(module, widths, dout, dlse, saved, spec, tensors, wanted, finite)
 
 
 def _widths(module: ModuleType, q: Tensor, v: Tensor) -> torch_calls.Widths:

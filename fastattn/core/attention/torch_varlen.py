@@ -39,6 +39,7 @@ class Sequences(NamedTuple):
     longest: the most queries and the most keys of one.
     causal: whether they are, each with its last query at its last key.
     left: how many keys before its own a query sees if they are causal; -1 for all.
+    used: int32 (sequences,), so many keys of each are there, of those that cu_keys says; None for all.
     """
 
     cu_queries: Tensor
@@ -46,6 +47,7 @@ class Sequences(NamedTuple):
     longest: tuple[int, int]
     causal: bool
     left: int = -1
+    used: Tensor | None = None
 
     @property
     def window(self) -> dict[str, int]:
@@ -108,9 +110,12 @@ def ready(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, tensors: ScoreTe
 def forward(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, tensors: ScoreTensors) -> tuple[Tensor, Tensor]:
     heads = [_packed(t) for t in (q, k, v)]
     results = (
-        _flash(*heads, at.cu_queries, at.cu_keys, *at.longest, 0.0, False, False, scale=spec.scale, **at.window)
-        for at in _calls(q, k, spec, tensors)
-    )
+        _flash(
+            *heads, at.cu_queries, at.cu_keys, *at.longest, 0.0, False, False, scale=spec.scale, seqused_k=at.used,
+            **at.window,
+        )
+        for at in _calls(q, k, spec, tensors, reads_keys_only=True)
+    )  # fmt: skip
     outs, sums, *_ = zip(*results, strict=True)
     out, lse = functools.reduce(Tensor.add_, outs), functools.reduce(torch.minimum, sums)
     # (H, B * L) in its own order. The operator gives rows that see nothing +inf.
@@ -135,7 +140,9 @@ def backward(
         )
         for at in _calls(q, k, spec, tensors)
     )  # fmt: skip
-    dq, dk, dv = (functools.reduce(Tensor.add_, parts) for parts in zip(*results, strict=True))
+    (dq, dk, dv), *more = map(tuple, results)
+    for parts in more:
+        torch._foreach_add_((dq, dk, dv), parts)
     return Gradients(_unpacked(dq, q), _unpacked(dk, k), _unpacked(dv, v))
 
 
@@ -151,54 +158,80 @@ def _unpacked(t: Tensor, like: Tensor) -> Tensor:
 # ---- where sequences lie ----
 
 
-def _calls(q: Tensor, k: Tensor, spec: AttentionSpec, tensors: ScoreTensors) -> list[Sequences]:
-    """The sequences of each call of the operator; the results of all are summed."""
+def _calls(
+    q: Tensor, k: Tensor, spec: AttentionSpec, tensors: ScoreTensors, reads_keys_only: bool = False
+) -> list[Sequences]:
+    """The sequences of each call of the operator; the results of all are summed. reads_keys_only: whether keys
+    that nobody sees may be of no sequence, since they get no gradients."""
     if tensors.intervals is not None:
         found = _documents(q, k, tensors.intervals)
         assert found is not None
         return [found]
     counts = tensors.key_lengths
     assert counts is not None
-    batch, *longest = q.shape[0], q.shape[2], k.shape[2]
+    batch, queries, keys = q.shape[0], q.shape[2], k.shape[2]
     if spec.right is None:
-        cu_queries, begins, odd = _by_entry(batch, *longest, q.device)
-        return [Sequences(cu_queries, begins.index_add(0, odd, counts), (longest[0], longest[1]), False)]
+        if reads_keys_only:
+            cu_queries, cu_keys = _whole(batch, queries, keys, q.device)
+            return [Sequences(cu_queries, cu_keys, (queries, keys), False, used=counts)]
+        cu_queries, begins, adds = _by_entry(batch, queries, keys, q.device)
+        return [Sequences(cu_queries, _ends_of(begins, adds, counts)[0], (queries, keys), False)]
     # How many keys lie before the last query's own, at the first query's.
-    before = k.shape[2] - q.shape[2] + spec.right
-    cu_queries, cu_keys, at, at_each = _by_diagonal(batch, *longest, before, q.device)
-    cu_queries = cu_queries.index_add(0, at, counts.clamp(before, before + q.shape[2]))
-    causal, full = cu_keys.index_add(0, at_each, counts.repeat(3)).view(2, -1)
-    sizes = longest[0], longest[1]
-    return [Sequences(cu_queries, causal, sizes, True), Sequences(cu_queries, full, sizes, False)]
+    before = keys - queries + spec.right
+    begins, adds = _by_diagonal(batch, queries, keys, before, q.device)
+    if before == 0 and keys <= queries:
+        cu_queries, causal, full = _ends_of(begins, adds, counts)
+    else:
+        (cu_queries,) = _ends_of(begins[:1], adds[:1], counts.clamp(before, before + queries))
+        causal, full = _ends_of(begins[1:], adds[1:], counts)
+    return [Sequences(cu_queries, cu_keys, (queries, keys), cu_keys is causal) for cu_keys in (causal, full)]
+
+
+def _ends_of(begins: Tensor, adds: Tensor, counts: Tensor) -> tuple[Tensor, ...]:
+    """cu_seqlens, several of them, in one launch: what they are without the key lengths (kinds, B, ends), and
+    those added where `adds` (kinds, 1, ends) is 1."""
+    return torch.addcmul(begins, adds, counts[None, :, None]).flatten(1).unbind()
+
+
+@kept(32)
+def _whole(batch: int, queries: int, keys: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """A sequence for each batch entry: cu_seqlens of queries and of keys."""
+    entry = torch.arange(batch + 1, dtype=torch.int32, device=device)
+    return entry * queries, entry * keys
+
+
+# Below, each batch entry begins with an end of its own, so that no 0 must be put before the first. Between two
+# entries that makes a sequence of nothing.
 
 
 @kept(32)
 def _by_entry(batch: int, queries: int, keys: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Two sequences for each batch entry: first the keys that are there, and then those behind, without queries.
-    Their cu_seqlens, of keys without the key lengths; and where these are to be added."""
-    entry = torch.arange(2 * batch + 1, dtype=torch.int32, device=device)
-    return (entry + 1) // 2 * queries, entry // 2 * keys, torch.arange(1, 2 * batch, 2, device=device)
+    cu_queries, and `begins` and `adds` of `_ends_of` for the keys."""
+    ends = _ends_in_entries(batch, ((queries, (0, 1, 1)), (keys, (0, 0, 1))), device)
+    return ends[0].flatten(), ends[1:], torch.tensor([[[0, 1, 0]]], dtype=torch.int32, device=device)
 
 
 @kept(32)
-def _by_diagonal(batch: int, queries: int, keys: int, before: int, device: torch.device) -> tuple[Tensor, ...]:
+def _by_diagonal(batch: int, queries: int, keys: int, before: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Three sequences for each batch entry: queries up to the last key that is there, those behind it, and the
     keys behind the key length, without queries. The first has keys in the causal call, the second in the full one.
 
-    cu_queries without the key lengths, from `before` to `before` + queries; cu_keys of both calls, one behind the
-    other, without the key lengths; and where these are to be added to the first and to the second.
+    `begins` and `adds` of `_ends_of`: of cu_queries, to which the key lengths are added from `before` to `before`
+    + queries, and of cu_keys in both calls.
     """
+    kinds = (queries, (0, 0, 1, 1)), (keys, (0, 0, 0, 1)), (keys, (0, 0, 0, 1))
+    begins = _ends_in_entries(batch, kinds, device)
+    begins[0, :, 1] -= before
+    adds = [[[0, 1, 0, 0]], [[0, 1, 1, 0]], [[0, 0, 1, 0]]]
+    return begins, torch.tensor(adds, dtype=torch.int32, device=device)
+
+
+def _ends_in_entries(batch: int, kinds: tuple[tuple[int, tuple[int, ...]], ...], device: torch.device) -> Tensor:
+    """Where sequences end in batch entries of a size, given as 0 or 1 of that size: (kinds, B, ends)."""
     entry = torch.arange(batch, dtype=torch.int32, device=device)[:, None]
-
-    def ends(*shares: tuple[int, int]) -> Tensor:
-        """Where the three sequences of each entry end: so many times the entry's number and the size, and more."""
-        return F.pad(torch.cat([entry * size + more for size, more in shares], 1).flatten(), (1, 0))
-
-    cu_queries = ends((queries, -before), (queries, queries), (queries, queries))
-    of_a_call = ends((keys, 0), (keys, 0), (keys, keys))
-    first = torch.arange(1, 3 * batch, 3, device=device)
-    in_the_full_one = first + 1 + len(of_a_call)
-    return cu_queries, of_a_call.repeat(2), first, torch.cat((first, first + 1, in_the_full_one))
+    ends = [entry * size + size * torch.tensor(at, dtype=torch.int32, device=device) for size, at in kinds]
+    return torch.stack(ends)
 
 
 def _documents(q: Tensor, k: Tensor, intervals: Tensor) -> Sequences | None:
