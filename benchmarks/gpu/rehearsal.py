@@ -18,7 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from benchmarks.gpu import sweep
-from fastattn.measuring import kinds, measure
+from fastattn.core import plans
+from fastattn.core.attention.tilings import tiling_of, trying
+from fastattn.measuring import kinds, measure, prove_tilings, prove_worker
 from fastattn.measuring.kinds import Sizes
 from fastattn.measuring.paths import ROOT
 from fastattn.measuring.peers import BACKWARD, FORWARD, TRAINING, problem_from
@@ -41,8 +43,9 @@ def obstacle() -> str | None:
 @contextlib.contextmanager
 def pretended() -> Iterator[None]:
     from tests.pretended_gpu import GPUS, pretended_gpus
+    from tests.pretended_gpu.tensors import planned
 
-    with LeaveOut(), pretended_gpus(GPUS[GPU], until=os.environ.get(UNTIL, "ptx")):
+    with LeaveOut(), pretended_gpus(GPUS[GPU], until=os.environ.get(UNTIL, "ptx")), planned(modes=2):
         yield
 
 
@@ -143,8 +146,26 @@ def _checks(case: dict[str, Any], device: torch.device) -> Steps:
 
 
 def _timed(case: dict[str, Any], device: torch.device) -> Steps:
-    """What it times, at the smallest size."""
-    yield from _call({"sizes": next(iter(case["timed"].values()))}, device)
+    """What it times, at the smallest size; dispatch must find the row of the record that is proven by it."""
+    size, given = next(iter(case["timed"].items()))
+
+    def step(direction: str) -> None:
+        plans.forget()
+        call = kinds.build(Sizes(**given), device)
+        with prove_worker.asked() as questions:
+            prove_worker.thunk(call, prove_worker.OURS, direction)()
+        prove_worker.must_be_about(case, size, direction, questions)
+
+    for direction in case["directions"]:
+        yield functools.partial(step, direction)
+
+
+def _try(case: dict[str, Any], device: torch.device) -> Steps:
+    """What it checks of another tiling than the launch tables'."""
+    chosen = case["try"]
+    with trying({chosen["table"]: tiling_of(chosen["tiling"])}):
+        for sizes in prove_tilings.checks_of(case, device):
+            yield from _call({"sizes": sizes.as_json()}, device)
 
 
 def _nothing(case: dict[str, Any], device: torch.device) -> Steps:
@@ -161,5 +182,6 @@ LAUNCHERS: dict[str, Callable[[dict[str, Any], torch.device], Steps]] = {
     "tiling": _tiling,
     "check": _checks,
     "time": _timed,
+    "try": _try,
     "ceilings": _nothing,
 }

@@ -69,8 +69,7 @@ def results_and_gradients(
     torch.manual_seed(1)
     upstream = torch.randn(results[0].shape, device=results[0].device).to(getattr(torch, sizes.dtype))
     flowing = [(results[0], upstream.to(results[0].dtype))]
-    if sizes.family == "norm" and len(results) == 2:  # the sum with the residual has a gradient, too
-        flowing.append((results[1], torch.ones_like(results[1])))
+    flowing += [(result, torch.ones_like(result)) for result in results[1 : call.flowing]]
     outputs, gradients = zip(*flowing, strict=True)
     names = [f"d{name}" for name in call.names]
     notify("gradients")

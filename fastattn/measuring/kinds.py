@@ -81,12 +81,14 @@ class Sizes:
 class Call:
     """`function(backend, *tensors)` returns one tensor or several; each of `tensors` has a gradient, if
     `Sizes.has_gradient`. otherwise: what would serve without the kernel, beside the portable backend, by
-    names that the function takes like a backend's."""
+    names that the function takes like a backend's. flowing: so many of its results have a gradient where it is
+    used."""
 
     function: Callable[..., Tensor | tuple[Tensor, ...]]
     tensors: tuple[Tensor, ...]
     names: tuple[str, ...]
     otherwise: tuple[str, ...] = ()
+    flowing: int = 1
 
 
 def build(sizes: Sizes, device: torch.device) -> Call:
@@ -405,7 +407,8 @@ def norm_call(sizes: Sizes, device: torch.device) -> Call:
         offset = {"weight_offset": 1.0} if "offset" in more else {}
         return norm(**dict(zip(names, values, strict=True)), **offset, eps=1e-6, backend=backend)
 
-    return Call(function, tuple(tensors.values()), names)
+    # The sum with the residual goes on to what comes next.
+    return Call(function, tuple(tensors.values()), names, flowing=2 if "residual" in more else 1)
 
 
 def heads_call(sizes: Sizes, device: torch.device) -> Call:

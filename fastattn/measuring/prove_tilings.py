@@ -72,7 +72,7 @@ def compile_tiling(piece: Case, device: torch.device, notify: Notify) -> Rows:
             contextlib.suppress(Exception),  # the try meets the same error
             trying({one["table"]: tiling_of(one["tiling"])}),
         ):
-            for sizes in _checks(case, device):
+            for sizes in checks_of(case, device):
                 notify(f"compile {one['table']} {one['tiling']} for {sizes.label}")
                 prove_worker.compile_calls(kinds.build(sizes, device), sizes, [])
             for size in _sizes(case):
@@ -91,7 +91,7 @@ def try_tiling(case: Case, device: torch.device, notify: Notify) -> Rows:
             spilled.append(prove_worker.spills_of(compiled))
 
     with trying({table: tiling_of(numbers)}), prove_worker.launched(note):
-        for sizes in _checks(case, device):
+        for sizes in checks_of(case, device):
             notify(f"try {table} {numbers} with {sizes.label}")
             for row in checking.check_kernel(sizes, device, lambda step: None):
                 if row["verdict"] != "passed":
@@ -102,7 +102,7 @@ def try_tiling(case: Case, device: torch.device, notify: Notify) -> Rows:
     return [{"verdict": verdict, "reason": reason}]
 
 
-def _checks(case: Case, device: torch.device) -> Iterator[Sizes]:
+def checks_of(case: Case, device: torch.device) -> Iterator[Sizes]:
     """Calls of heads as wide as those that are timed, and so many that no loop is split: those go by the tables.
     Triton compiles another kernel for lengths that are multiples of 16."""
     first = Sizes(**case["checks"][0])

@@ -220,7 +220,7 @@ def _compared(case: Case, size: str, sizes: Sizes, direction: str, device: torch
             ours()
     except torch.OutOfMemoryError as error:
         return {"ratio": None, "reason": one_line(error), "skipped": True}
-    _must_be_about(case, size, direction, questions)
+    must_be_about(case, size, direction, questions)
     try:
         with routes() as taken:
             others = {name: thunk(call, name, direction) for name in (OTHERWISE, *call.otherwise)}
@@ -268,7 +268,7 @@ def routes() -> Iterator[list[str]]:
         torch_routes.serving = serving
 
 
-def _must_be_about(case: Case, size: str, direction: str, questions: list[Question]) -> None:
+def must_be_about(case: Case, size: str, direction: str, questions: list[Question]) -> None:
     """Raise unless the timed call is what its row of the record says."""
     wanted = proofs.Key(case["record"], direction, case["proves"], case["dtype"], case["width"], size)
     if not any(case["proves"] in q.kinds and q.key(case["proves"]) == wanted for q in questions):
@@ -281,9 +281,9 @@ def thunk(call: kinds.Call, backend: str, direction: str) -> Callable[[], Any]:
         return torch.no_grad()(lambda: call.function(backend, *call.tensors))
     leaves = [t.detach().requires_grad_() for t in call.tensors]
     result = call.function(backend, *leaves)
-    output = result[0] if isinstance(result, tuple) else result
-    upstream = torch.randn_like(output)
-    return lambda: torch.autograd.grad(output, leaves, upstream, retain_graph=True)
+    outputs = result[: call.flowing] if isinstance(result, tuple) else (result,)
+    upstream = [torch.randn_like(output) for output in outputs]
+    return lambda: torch.autograd.grad(outputs, leaves, upstream, retain_graph=True)
 
 
 def compare(calls: dict[str, Callable[[], Any]], device: torch.device) -> dict[str, float]:

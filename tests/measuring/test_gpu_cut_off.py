@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import replace
 
 import pytest
@@ -79,6 +80,26 @@ def test_a_run_that_is_interrupted_within_the_record_leaves_record_and_report(on
     # The next call knows what this one proved.
     again = state.State(one_run.state.folder)
     assert any("record" in name for name in again.cases)
+
+
+def test_the_next_call_goes_on_where_a_section_was_cut_off(one_run, tmp_path):
+    cases = [{"label": name, "number": number} for number, name in enumerate("abcd")]
+    ran = []
+
+    def rows_of(worker, case, deadline):
+        ran.append(case["label"])
+        cut_off = case["label"] == "c" and ran.count("c") == 1
+        return ([], False) if cut_off else ([{"quantity": case["label"], "verdict": "passed"}], True)
+
+    def call():
+        later = run.Run(one_run.plan, tmp_path, {"device": "G", "date": ""}, state.State(tmp_path / "state"))
+        later.section("some", "kernels", cases, time.monotonic() + 60, later.crew, rows_of)
+        return later.results["sections"][-1], [row["quantity"] for row in later.results["kernels"]]
+
+    section, rows = call()
+    assert section["left_out"] == ["c"] and rows == ["a", "b", "d"]
+    section, rows = call()
+    assert ran == ["a", "b", "c", "d", "c"] and not section["left_out"] and sorted(rows) == ["a", "b", "c", "d"]
 
 
 def test_the_report_says_how_much_of_what_is_needed_a_token_reads(tmp_path):

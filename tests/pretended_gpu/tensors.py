@@ -97,12 +97,12 @@ class OnGpu(TorchDispatchMode):
 
 
 @contextlib.contextmanager
-def planned() -> Iterator[None]:
+def planned(modes: int = 1) -> Iterator[None]:
     """Inside the block calls take plans (fastattn.core.plans), as on a real GPU: neither the tensors nor the mode
-    of a pretended one count as somebody who must see the operators."""
+    of a pretended one count as somebody who must see the operators. `modes`: that one, and others that do not."""
     with (
         mock.patch.object(plans, "_TENSORS", plans._TENSORS | {GpuTensor}),
-        mock.patch.object(plans, "_dispatch_modes", lambda: torch._C._len_torch_dispatch_stack() - 1),
+        mock.patch.object(plans, "_dispatch_modes", lambda: torch._C._len_torch_dispatch_stack() - modes),
     ):
         yield
 
