@@ -11,7 +11,6 @@ and of keys in pages are for inference, and compute no gradients.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -267,7 +266,8 @@ def flash_attn_with_kvcache(
             block_table=block_table, k_scale=k_descale, v_scale=v_descale, return_lse=True, **options,
         )  # fmt: skip
     except (TypeError, ValueError) as error:
-        raise type(error)(_in_their_words(str(error))) from None
+        names = _THEIRS if cache_batch_idx is None else _THEIRS | {"block_table": "cache_batch_idx"}
+        raise type(error)(arguments.in_other_words(str(error), names)) from None
     out = out.transpose(1, 2)
     return (out, lse) if return_softmax_lse else out
 
@@ -324,10 +324,6 @@ _THEIRS = {
     "sin": "rotary_sin",
     "attention_with_cache": "flash_attn_with_kvcache",
 }
-
-
-def _in_their_words(message: str) -> str:
-    return re.sub(rf"\b({'|'.join(_THEIRS)})\b", lambda found: _THEIRS[found[0]], message)
 
 
 def _options(

@@ -18,6 +18,7 @@ their `.transpose(1, 2)`.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -28,7 +29,7 @@ from torch import Tensor
 from fastattn.core.cache.functional import attention_with_cache
 from fastattn.core.cache.spec import LARGEST
 from fastattn.ground import arguments
-from fastattn.ground.checks import FLOATING
+from fastattn.ground.checks import FLOATING, check_same
 
 
 class OutOfPages(RuntimeError):
@@ -169,7 +170,8 @@ class PagedKVCache:
 
     def free(self, sequences: int | Iterable[int]) -> None:
         """Forget sequences. Their numbers are not given again."""
-        chosen = self._chosen([sequences] if isinstance(sequences, int) else sequences)
+        # A number may be NumPy's.
+        chosen = self._chosen(sequences if isinstance(sequences, Iterable) else [sequences])
         self._last = None
         for sequence in chosen:
             self._release(self._pages.pop(sequence))
@@ -202,6 +204,8 @@ class PagedKVCache:
         for name in ("cache_lengths", "block_table", "k_scale", "v_scale"):
             if name in options:
                 raise TypeError(f"attention() takes no {name}: the cache knows it")
+        if k is not None:
+            _check_four("k", k)
         new = 0 if k is None else k.shape[2]
         shortest = min((self._lengths[s] for s in chosen), default=new)
         if new > shortest:
@@ -217,9 +221,10 @@ class PagedKVCache:
 
     def write(self, sequences: Iterable[int], k: Tensor, v: Tensor, *, layer: int = 0) -> None:
         """Write k and v (sequences, heads, new, width) to the last tokens of these sequences."""
-        arguments.tensor("k", k)
-        if k.dim() != 4:
-            raise ValueError(f"k must have shape (sequences, heads, new, width), got {tuple(k.shape)}")
+        _check_four("k", k)
+        cache = self.keys[self._layer(layer)]
+        if cache.dtype not in LARGEST:
+            check_same("k", k, "the cache", cache)
         self.attention(k[:, :, :0], sequences, k=k, v=v, layer=layer)
 
     def append(self, sequences: Iterable[int], k: Tensor, v: Tensor) -> None:
@@ -229,9 +234,7 @@ class PagedKVCache:
                 f"append is for a cache of one layer, this one has {len(self.keys)}: extend, then write"
             )
         chosen = self._chosen(sequences)
-        arguments.tensor("k", k)
-        if k.dim() != 4:
-            raise ValueError(f"k must have shape (sequences, heads, new, width), got {tuple(k.shape)}")
+        _check_four("k", k)
         before = [self._lengths[s] for s in chosen]
         self.extend(chosen, k.shape[2])
         try:
@@ -254,7 +257,7 @@ class PagedKVCache:
 
     def _chosen(self, sequences: Iterable[int]) -> tuple[int, ...]:
         if isinstance(sequences, str | bytes) or not isinstance(sequences, Iterable):
-            raise TypeError(f"sequences must be numbers of sequences, got {type(sequences).__name__}")
+            raise TypeError(f"sequences must be a list of numbers of sequences, got {type(sequences).__name__}")
         chosen = tuple(map(self._known, sequences))
         if len(set(chosen)) < len(chosen):
             raise ValueError(f"sequences must not name one twice, got {list(chosen)}")
@@ -328,6 +331,13 @@ class PagedKVCache:
         return table
 
 
+def _check_four(name: str, t: Any) -> None:
+    """Raise unless it is a tensor of new tokens."""
+    arguments.tensor(name, t)
+    if t.dim() != 4:
+        raise ValueError(f"{name} must have shape (sequences, heads, new, width), got {tuple(t.shape)}")
+
+
 def _stored_dtype(dtype: torch.dtype) -> torch.dtype:
     """What a cache may hold."""
     if isinstance(dtype, torch.dtype) and (dtype in LARGEST or dtype in FLOATING):
@@ -344,9 +354,13 @@ def _scales(name: str, scale: float | Tensor | None, keys: Tensor) -> Tensor | N
         return None
     if scale is None:
         return torch.zeros(pages, heads, page, device=keys.device)
-    values = torch.as_tensor(scale, dtype=torch.float32, device=keys.device)
-    if tuple(values.shape) not in ((), (heads,)) or not bool((values > 0).all()):
-        raise ValueError(f"{name} must be positive, one number or {heads} for the heads; got {scale!r}")
+    what = f"{name} must be positive and finite, one number or {heads} for the heads; got {scale!r}"
+    try:
+        values = torch.as_tensor(scale, dtype=torch.float32, device=keys.device)
+    except (TypeError, ValueError) as problem:
+        raise TypeError(what) from problem
+    if tuple(values.shape) not in ((), (heads,)) or not bool(((values > 0) & (values < math.inf)).all()):
+        raise ValueError(what)
     return values.expand(pages, heads).contiguous()
 
 

@@ -170,7 +170,7 @@ _CACHE_FEATURES: tuple[tuple[str, Callable[[Request], bool], frozenset[str]], ..
     (_QUANTISED, _is_quantised, _FORWARD_ONLY),
     ("invariant, int8 and fp8 caches", lambda r: r.spec.attention.invariant and _is_quantised(r), frozenset()),
     ("head widths 8 to 256, latent attention up to 640 and 512", lambda r: True, _FORWARD_ONLY),
-    ("other head widths", _has_other_cache_widths, frozenset()),
+    ("head widths below 8 or above 256 (latent: 640 and 512)", _has_other_cache_widths, frozenset()),
     ("float16", _is(torch.float16), _FORWARD_ONLY),
     ("bfloat16", _is(torch.bfloat16), _FORWARD_ONLY),
     ("float32", _is(torch.float32), _FORWARD_ONLY),
@@ -230,7 +230,7 @@ FEATURES: tuple[Feature, ...] = (
     ),
     Feature(
         "attention",
-        "other head widths",
+        "head widths below 8 or above 512",
         lambda r: _has_other_widths(r) and not _is_absorbed(r),
         triton=frozenset(),
     ),

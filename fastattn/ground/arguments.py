@@ -5,8 +5,10 @@ A number may be Python's, NumPy's or a tensor without dimensions. A bool is not 
 
 from __future__ import annotations
 
+import inspect
 import numbers
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -149,16 +151,28 @@ _ELSEWHERE = {
 }
 
 
-def refuse_keywords(function: str, unknown: Iterable[str], served: str = "") -> NoReturn:
+def refuse_keywords(
+    function: str, unknown: Iterable[str], served: str = "", takes: Callable | None = None
+) -> NoReturn:
     """Raise TypeError for a keyword that a function does not have, with our name for it if there is one.
 
     served: text at the end of the message.
+    takes: the function, where it lacks some of the arguments of `fastattn.attention`: names that it does not have
+        are no help.
     """
     name = next(iter(unknown))
     if name == "enable_gqa":
         raise TypeError(f"{function}() takes no enable_gqa: k and v with fewer heads than q are always grouped")
-    hint = f"; it is called {_ELSEWHERE[name]} here" if name in _ELSEWHERE else ""
+    ours = _ELSEWHERE.get(name)
+    if ours is not None and takes is not None:
+        ours = ours if set(re.findall(r"(\w+)=", ours)) <= set(inspect.signature(takes).parameters) else None
+    hint = "" if ours is None else f"; it is called {ours} here"
     raise TypeError(f"{function}() got an unexpected keyword argument {name!r}{hint}{served}")
+
+
+def in_other_words(message: str, names: Mapping[str, str]) -> str:
+    """A message with the names that the arguments have in the function that was called."""
+    return re.sub(rf"\b({'|'.join(names)})\b", lambda found: names[found[0]], message)
 
 
 def _plain(name: str, value: Any, what: str) -> Any:

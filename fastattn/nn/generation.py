@@ -162,7 +162,10 @@ _STOP = "a token, or tokens and sequences of them"
 def _generator(seed: int | None, tokens: Tensor) -> torch.Generator | None:
     if seed is None:
         return None
-    return torch.Generator(tokens.device).manual_seed(arguments.integer("seed", seed, what="an integer or None"))
+    seed = arguments.integer("seed", seed, what="an integer or None")
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed must have at most 64 bits, got {seed}")
+    return torch.Generator(tokens.device).manual_seed(seed)
 
 
 def _rows_of(model: Any, tokens: Tensor, key_lengths: Any, max_new_tokens: int) -> _Rows:
@@ -181,7 +184,13 @@ def _rows_of(model: Any, tokens: Tensor, key_lengths: Any, max_new_tokens: int) 
                 f"max_new_tokens must be at most {most + 1 - longest} for a prompt of {longest} tokens and "
                 f"max_length = {most}, got {room}"
             )
-    return _Rows(tokens, lengths, room)
+    rows = _Rows(tokens, lengths, room)
+    if type(model.token_embedding) is nn.Embedding and tokens.device.type == "cpu" and tokens.numel():
+        least, greatest = (int(t) for t in rows.given.aminmax())
+        last = model.token_embedding.num_embeddings - 1
+        if least < 0 or greatest > last:
+            raise ValueError(f"tokens must be from 0 to {last}, got {least if least < 0 else greatest}")
+    return rows
 
 
 def _check_model(model: Any, cached: bool) -> None:

@@ -58,7 +58,10 @@ class Sampling:
             logits = torch.where(present, penalised, logits)
         if self.temperature == 0:
             return logits.argmax(-1)
-        probabilities = self.kept(logits / self.temperature).softmax(-1)
+        # The largest logit is 0 then: no temperature is so small that it becomes infinite.
+        logits = logits - logits.amax(-1, keepdim=True)
+        smallest = torch.finfo(logits.dtype).tiny
+        probabilities = self.kept(logits / max(self.temperature, smallest)).softmax(-1)
         return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
 
     def kept(self, logits: Tensor) -> Tensor:

@@ -43,7 +43,7 @@ SAMPLES = {
     "queries and keys of 513 to 640 columns, values of 8 to 512 (DeepSeek's absorbed form)": Problem(
         width=520, value_width=24, heads=2, key_heads=1, causal=True
     ),
-    "other head widths": Problem(width=520, value_width=5, heads=1, key_heads=1),
+    "head widths below 8 or above 512": Problem(width=520, value_width=5, heads=1, key_heads=1),
     "a width of their own for values": Problem(width=24, value_width=56, heads=1, key_heads=1),
     "float16": Problem(dtype=torch.float16, causal=True, queries=70, keys=70),
     "bfloat16": Problem(dtype=torch.bfloat16, causal=True, queries=70, keys=70),
@@ -134,7 +134,9 @@ def test_heads_narrower_and_wider_than_the_kernels_tiles(width: int, value_width
 @pytest.mark.parametrize(("width", "value_width"), [(7, 8), (8, 7), (641, 8), (8, 513)])
 def test_the_triton_kernels_refuse_such_heads_and_say_so(width: int, value_width: int) -> None:
     q, v = torch.zeros(1, 1, 4, width, device=DEVICE), torch.zeros(1, 1, 4, value_width, device=DEVICE)
-    with pytest.raises(ValueError, match=r"backend 'triton' cannot compute .* no other head widths"):
+    with pytest.raises(
+        ValueError, match=r"backend 'triton' cannot compute .* no head widths below 8 or above 512"
+    ):
         fastattn.attention(q, q, v, backend="triton")
     assert fastattn.attention(q, q, v).shape == v.shape
 

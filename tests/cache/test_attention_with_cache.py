@@ -6,6 +6,7 @@ definition of every row alone, in float64.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tolerance import assert_as_exact_as_eager
 from torch import Tensor, library
+from torch._dynamo.testing import CompileCounter
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -482,6 +484,12 @@ def call(**changed: Any) -> Tensor:
 
 WRONG = (
     ({"cache_lengths": T([1, 30])}, ValueError, r"cache_lengths must be at most 29 with 3 new tokens, got 30"),
+    ({"k": torch.ones(2, 2, 40, 16), "v": torch.ones(2, 2, 40, 16)}, ValueError,
+     r"k must have at most the cache's capacity of 32 new tokens, got 40"),
+    ({"k_cache": torch.zeros(1, 2, 16, 16).expand(6, -1, -1, -1)}, ValueError,
+     r"k_cache must have a place of its own for each number .* expanded: its strides are \(0, 256"),
+    ({"attn_mask": None}, TypeError, r"argument 'attn_mask'$"),
+    ({"is_causal": True}, TypeError, r"argument 'is_causal'; it is called causal= here"),
     ({"cache_lengths": T([1, 33]), "k": None, "v": None}, ValueError, r"cache_lengths must be at most 32, got 33"),
     ({"cache_lengths": T([1, -1])}, ValueError, r"cache_lengths must not be negative, got -1"),
     ({"cache_lengths": -7}, ValueError, r"cache_lengths must not be negative, got -1"),
@@ -628,6 +636,29 @@ def test_a_compiled_decoding_step_writes_in_place_and_gives_the_same() -> None:
             torch.testing.assert_close(out, expected)
     torch.testing.assert_close(others, caches)
     assert not torch.equal(others, start)
+
+
+def test_a_compiled_loop_counts_its_tokens_with_an_int() -> None:
+    q, cache = torch.randn(1, 2, 1, 16), torch.randn(2, 1, 2, 64, 16)
+    graphs = CompileCounter()
+
+    @functools.partial(torch.compile, fullgraph=True, backend=graphs)
+    def step(q: Tensor, length: int) -> Tensor:
+        return attention_with_cache(q, *cache, cache_lengths=length)
+
+    for length in range(3, 9):
+        torch.testing.assert_close(step(q, length), attention_with_cache(q, *cache, cache_lengths=length))
+    assert graphs.frame_count <= 2
+
+
+def test_keys_and_values_are_not_written_to_the_same_tensor() -> None:
+    q, cache, new = torch.randn(1, 2, 1, 16), torch.zeros(2, 1, 2, 8, 16), torch.randn(1, 2, 1, 16)
+    for again in (False, True):
+        if again:  # The plan of a right call knows nothing of it.
+            attention_with_cache(q, cache[0], cache[1].clone(), k=new, v=new, cache_lengths=3)
+        with pytest.raises(ValueError, match="v_cache must be another tensor than k_cache where new tokens"):
+            attention_with_cache(q, cache[1], cache[1], k=new, v=new, cache_lengths=3)
+        assert not cache[1].any()
 
 
 def test_a_compiled_call_refuses_lengths_beyond_the_capacity() -> None:

@@ -178,6 +178,7 @@ ERRORS = (
     ({"cache_seqlens": None}, "cache_seqlens must be given where there are new tokens or pages"),
     ({"cache_seqlens": 23}, "cache_seqlens must be at most 22 with 2 new tokens, got 23"),
     ({"cache_leftpad": T([1, 2])}, r"cache_leftpad must have shape \(3,\)"),
+    ({"cache_batch_idx": T([0, 1, 9])}, "cache_batch_idx must list pages from 0 to 2 .* got 9"),
     ({"cache_batch_idx": T([1, 2])}, r"cache_batch_idx must have shape \(3,\)"),
     ({"cache_batch_idx": T([0, 1, 2]), "block_table": T([[0], [1], [2]])}, "cache_batch_idx must be None beside"),
     ({"k": None, "v": None, **ROTARY}, "rotary_cos must be None where there are no new tokens"),
@@ -313,7 +314,9 @@ def varlen(**changed: Any) -> Tensor:
     [
         ({"dropout_p": 0.1}, "dropout_p must be 0 beside block_table"),
         ({"cu_seqlens_k": None}, "cu_seqlens_k or seqused_k must tell"),
-        ({"cu_seqlens_k": T([0, 2, 12])}, "cache_lengths must be at most 8, got 10"),
+        ({"cu_seqlens_k": T([0, 2, 12])}, "lengths in cu_seqlens_k must be at most 8, got 10"),
+        ({"seqused_k": T([2, 10])}, "lengths in seqused_k must be at most 8, got 10"),
+        ({"cu_seqlens_k": T([0, 2])}, "cu_seqlens_k must have a row for each of the 2 sequences"),
         ({"cu_seqlens_q": T([0, 2, 6])}, "cu_seqlens_q ends with 6, expected at most 5"),
         ({"block_table": T([[0, 1]])}, "block_table must have a row for each of the 2 sequences"),
         ({"block_table": T([[0, 1], [9, 3]])}, "block_table must list pages from 0 to 3"),
@@ -321,7 +324,7 @@ def varlen(**changed: Any) -> Tensor:
         ({"k": torch.randn(4, 2, 8)}, r"k must have shape \(pages, page, heads, width\)"),
         ({"block_table": None, "k": torch.randn(5, 2, 8), "v": torch.randn(5, 2, 8), "seqused_k": T([3, 1])},
          "seqused_k must have a length for each of the 2 sequences, from 0 to the room"),
-        ({"q": torch.randn(5, 2, 8, requires_grad=True)}, "computes no gradients"),
+        ({"q": torch.randn(5, 2, 8, requires_grad=True)}, "attention_varlen computes no gradients"),
     ],
 )  # fmt: skip
 def test_bad_pages_of_packed_sequences_are_named(changed: dict, words: str) -> None:

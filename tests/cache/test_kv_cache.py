@@ -6,6 +6,7 @@ import copy
 from collections import Counter
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hardware import DEVICE
@@ -223,7 +224,7 @@ def test_shapes_do_not_change_from_step_to_step() -> None:
     [
         (lambda c: c.extend([0, 0], 1), ValueError, r"sequences must not name one twice, got \[0, 0\]"),
         (lambda c: c.extend([7], 1), ValueError, r"sequence must be one of the cache's, \[0\]; got 7"),
-        (lambda c: c.extend(0, 1), TypeError, "sequences must be numbers of sequences, got int"),
+        (lambda c: c.extend(0, 1), TypeError, "sequences must be a list of numbers of sequences, got int"),
         (lambda c: c.extend([0], -1), ValueError, "tokens must be at least 0, got -1"),
         (lambda c: c.truncate(0, 5), ValueError, "length must be at most the sequence's, 4; got 5"),
         (lambda c: c.length(3), ValueError, "sequence must be one of the cache's"),
@@ -236,7 +237,12 @@ def test_shapes_do_not_change_from_step_to_step() -> None:
         (lambda c: paged(dtype=torch.int32), TypeError, "dtype must be float16, .* float8_e4m3fn, got torch.i"),
         (lambda c: paged(k_scale=0.1, v_scale=0.1), ValueError, "k_scale must be None for a cache of torch.f"),
         (lambda c: paged(dtype=torch.int8, k_scale=0.1), ValueError, "k_scale and v_scale must come together"),
-        (lambda c: paged(dtype=torch.int8, k_scale=0, v_scale=1), ValueError, "k_scale must be positive, one n"),
+        (lambda c: paged(dtype=torch.int8, k_scale=0, v_scale=1), ValueError, "k_scale must be positive and f"),
+        (lambda c: paged(dtype=torch.int8, k_scale=torch.inf, v_scale=1), ValueError, "positive and finite"),
+        (lambda c: paged(dtype=torch.int8, k_scale="1", v_scale=1), TypeError, "k_scale must be pos"),
+        (lambda c: c.attention(torch.zeros(1, 4, 1, WIDTH), [0], k=[0], v=[0]), TypeError, "k must be a torch.Te"),
+        (lambda c: c.write([0], *(t.half() for t in new_tokens(1))), TypeError, "k must have the cache"),
+        (lambda c: c.write([0], *new_tokens(1), layer=2), ValueError, "layer must be below 2, got 2"),
         (lambda c: c.attention(torch.zeros(1, 4, 1, WIDTH), [0], k_scale=None), TypeError, "takes no k_scale"),
     ],
 )  # fmt: skip
@@ -245,3 +251,10 @@ def test_bad_input_is_named(call: Any, kind: type, words: str) -> None:
     cache.extend(cache.add(), 4)
     with pytest.raises(kind, match=words):
         call(cache)
+
+
+def test_numpy_s_integers_name_a_sequence() -> None:
+    cache = paged()
+    (first, second) = cache.add(2)
+    cache.free(np.int64(first))
+    assert cache.sequences == [second]

@@ -114,6 +114,12 @@ def test_draws_are_as_frequent_as_their_probabilities():
     torch.testing.assert_close(frequency, (logits[0] / 0.5).softmax(0), atol=0.015, rtol=0)
 
 
+def test_the_smallest_temperature_takes_the_likeliest_token():
+    logits = 5 * torch.randn(20, VOCABULARY)
+    for temperature in (1e-30, 1e-300, 5e-324):
+        assert Sampling(temperature=temperature).next_tokens(logits, None, None).equal(logits.argmax(-1))
+
+
 def test_a_repetition_penalty_makes_tokens_of_the_row_less_likely_and_padding_does_not_count():
     logits_process = pytest.importorskip("transformers.generation.logits_process")
     model = lively()
@@ -244,6 +250,9 @@ def test_hooks_by_which_pytorch_prepares_weights_are_served():
         ({"stop": "x"}, TypeError, "stop must be a token, or tokens and sequences of them, got str"),
         ({"stop": [[]]}, ValueError, "stop must have no empty sequence"),
         ({"stream": 3}, TypeError, "stream must be a function or None, got int"),
+        ({"tokens": torch.tensor([[0, VOCABULARY]] * 2)}, ValueError, "tokens must be from 0"),
+        ({"tokens": torch.tensor([[0, -1]] * 2)}, ValueError, "tokens must be from 0 to .*, got -1"),
+        ({"seed": 2**64}, ValueError, "seed must have at most 64 bits, got 18446744073709551616"),
         ({"seed": 0.5}, TypeError, "seed must be an integer or None"),
         ({"key_lengths": [5, 6]}, ValueError, r"key_lengths must be from 1 to tokens' length 5, got \[5, 6\]"),
         ({"key_lengths": [0, 5]}, ValueError, "key_lengths must be from 1"),

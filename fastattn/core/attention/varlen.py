@@ -12,7 +12,15 @@ from torch import Tensor
 from fastattn import masks
 from fastattn.core.attention.functional import attention
 from fastattn.core.cache.functional import attention_with_cache
-from fastattn.ground.arguments import flag, integer, integers, number, refuse_keywords, tensor
+from fastattn.ground.arguments import (
+    flag,
+    in_other_words,
+    integer,
+    integers,
+    number,
+    refuse_keywords,
+    tensor,
+)
 from fastattn.ground.checks import Window, check_beside, check_floating, lse_dtype
 from fastattn.ground.modes import outside_modes
 from fastattn.masks.kinds import PackedSequences
@@ -137,7 +145,7 @@ def attention_varlen(
         torch.Size([10, 4, 64])
     """
     if unknown:
-        refuse_keywords("attention_varlen", unknown)
+        refuse_keywords("attention_varlen", unknown, takes=attention_varlen)
     for name, longest in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
         if longest is not None:
             integer(name, longest, least=0, what="an integer or None")
@@ -149,8 +157,13 @@ def attention_varlen(
             "causal": causal, "window": window, "scale": scale, "softcap": softcap, "precision": precision,
             "alibi_slopes": alibi_slopes, "sinks": sinks, "invariant": invariant, "backend": backend,
         }  # fmt: skip
-        pages = _Pages(k, v, _lengths(cu_seqlens_k, seqused_k), block_table)
-        out, lse = _in_pages(q, cu_seqlens_q, pages, dropout_p, paged)
+        name = "cu_seqlens_k" if seqused_k is None else "seqused_k"
+        pages = _Pages(k, v, _lengths(cu_seqlens_k, seqused_k), name, block_table)
+        try:
+            out, lse = _in_pages(q, cu_seqlens_q, pages, dropout_p, paged)
+        except (TypeError, ValueError) as error:
+            names = {"cache_lengths": f"lengths in {name}", "attention_with_cache": "attention_varlen"}
+            raise type(error)(in_other_words(str(error), names)) from None
         return (out, lse) if return_lse else out
     if cu_seqlens_k is None:
         raise ValueError("cu_seqlens_k must be given, got None; it may be None only beside a block_table")
@@ -183,11 +196,13 @@ def attention_varlen(
 
 
 class _Pages(NamedTuple):
-    """Keys and values in pages (pages, page, Hkv, width), how many keys each sequence has, and where they lie."""
+    """Keys and values in pages (pages, page, Hkv, width), how many keys each sequence has, the argument that says
+    so, and where they lie."""
 
     k: Tensor
     v: Tensor
     lengths: Tensor
+    lengths_name: str
     table: Tensor
 
 
@@ -210,7 +225,7 @@ def _in_pages(
     counts = [stop - start for start, stop in itertools.pairwise(starts)]
     k_cache, v_cache = (t.transpose(1, 2) for t in (pages.k, pages.v))
     slopes, table = options.pop("alibi_slopes"), pages.table
-    for name, t in (("block_table", table), ("seqused_k", pages.lengths), ("alibi_slopes", slopes)):
+    for name, t in (("block_table", table), (pages.lengths_name, pages.lengths), ("alibi_slopes", slopes)):
         if t is not None and (name != "alibi_slopes" or t.dim() == 2) and len(t) != len(counts):
             raise ValueError(
                 f"{name} must have a row for each of the {len(counts)} sequences, got {tuple(t.shape)}"

@@ -22,6 +22,7 @@ from fastattn.core.cache.spec import (
     by_head,
     check_beside_scores,
     check_new,
+    check_own_places,
     check_positions,
     check_prefix,
     check_queries,
@@ -189,7 +190,7 @@ def attention_with_cache(
     (2024), section 4; latent attention: DeepSeek-V2 (2024), section 2.1.
     """
     if unknown:
-        refuse_keywords("attention_with_cache", unknown)
+        refuse_keywords("attention_with_cache", unknown, takes=attention_with_cache)
     if spread.current is not None:
         spread.refuse("attention_with_cache")
     tensors = (
@@ -351,6 +352,8 @@ class CachePlan(NamedTuple):
         tensors, before = given.converted()
         q, k = self.rotated(given, tensors, before)
         q = q if self.factor is None else q * self.factor
+        if k is not None:
+            check_own_places(storage)
         if not watched:
             if k is not None:
                 operators.append(storage, k, given.v, tensors, self.check, self.backend)

@@ -218,8 +218,25 @@ def check_new(q: Tensor, storage: Storage, k: Tensor | None, v: Tensor | None) -
             raise ValueError(f"{name} must have shape {shape}, got {shape_of(t)}")
         # What is quantised has q's dtype before.
         check_same(name, t, *(("q", q) if cache.dtype in LARGEST else (f"{name}_cache", cache)))
+        if cache.numel() and any(n > 1 and step == 0 for n, step in zip(cache.shape, cache.stride(), strict=True)):
+            raise ValueError(
+                f"{name}_cache must have a place of its own for each number where new tokens are written, but it "
+                f"is expanded: its strides are {tuple(cache.stride())}"
+            )
     if v is not None and v.shape[2] != k.shape[2]:
         raise ValueError(f"v must have as many new tokens as k, {k.shape[2]}; got {v.shape[2]}")
+
+
+def check_own_places(storage: Storage) -> None:
+    """Raise if new values would be written over new keys. Shapes and strides do not tell: it is asked in every
+    call that writes."""
+    keys, values = storage.keys, storage.values
+    plain = type(keys) is type(values) is Tensor and not torch.compiler.is_compiling()
+    if values is keys or (values is not None and plain and keys.data_ptr() == values.data_ptr() != 0):
+        raise ValueError(
+            "v_cache must be another tensor than k_cache where new tokens are written, or None: values are then "
+            "columns of the keys"
+        )
 
 
 def check_prefix(q: Tensor, own: Storage, prefix: Storage) -> None:
@@ -278,7 +295,9 @@ def check_row_numbers(name: str, values: object, q: Tensor) -> None:
 def row_numbers(name: str, values: int | Tensor | Sequence[int], q: Tensor) -> Tensor:
     """One integer for each row, (B,) int32; a single number stands for all rows."""
     if not isinstance(values, Tensor):
-        if isinstance(values, Sequence) or hasattr(values, "__array_interface__"):
+        # A compiler that traces an int cannot ask it for attributes.
+        number = isinstance(values, int)
+        if not number and (isinstance(values, Sequence) or hasattr(values, "__array_interface__")):
             values = arguments.integers(name, values, on=q.device)
             check_row_numbers(name, values, q)
         else:
@@ -391,6 +410,8 @@ def check_values(keys: Tensor, tensors: CacheTensors, new: int = 0) -> None:
         return
     if min(values) < new:
         raise ValueError(f"cache_lengths must not be negative, got {min(values) - new}")
+    if new > capacity:
+        raise ValueError(f"k must have at most the cache's capacity of {capacity} new tokens, got {new}")
     if max(values) > capacity:
         more = f" with {new} new tokens" if new else ""
         raise ValueError(f"cache_lengths must be at most {capacity - new}{more}, got {max(values) - new}")
