@@ -156,7 +156,10 @@ _UNDEFINED = "rows that see nothing are found in what is added, and put right in
 _TWO_CALLS = "flash attention aligns a causal mask to the last key: two calls, and their sums"
 _SECOND = "a second backward for the log-sum-exp, what it is given, and the sums of both"
 _SINKS = "terms of the gradient and their sum, and autograd's sum over the batch that shares the sinks"
-_SCALES = "q is scaled again, and so is dq; the gradient of the scales is a sum of products"
+_SCALES = (
+    "q times its scale is two numbers in half precision, so k stands there twice, and flash attention wants v, out "
+    "and dout as wide; the gradient of the scales is a sum of products"
+)
 _SINGLE = "all is computed in float32, since half precision rounds the bias: converted before and after"
 _DISTANCES = (
     "sums along diagonals without atomics, of which those at both ends are joined; autograd's sum over the batch"
@@ -188,7 +191,7 @@ _STEPS = "PyTorch has no kernel: steps, each through all scores of a block"
         ("width 20", 5, 9, 3.3, 3.3, _WIDTHS),
         ("sinks", 3, 4, 1.6, 1.8, _SINKS),
         ("causal lse gradient", 1, 4, 1.0, 2.8, _SECOND),
-        ("head scale", 2, 5, 1.8, 2.6, _SCALES),
+        ("head scale", 5, 11, 4.8, 5.8, _SCALES),
         ("relative bias, float32", 6, 10, 1.8, 2.7, f"{_UNDEFINED}; {_DISTANCES}"),
         ("relative bias, clean", 4, 12, 5.3, 8.2, f"{_SINGLE}; {_DISTANCES}"),
         ("dropout", 34, 41, 33.0, 29.0, _STEPS),

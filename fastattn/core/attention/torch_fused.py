@@ -100,12 +100,11 @@ def _parts_by_operators(out: Tensor, dlse: Tensor, lse: Tensor, minus: Tensor, d
     return [parts.view(torch.float32), minus.expand(*dlse.shape[:-1], -1)]
 
 
-# Two numbers in half precision lie in one of float32, the first in its lower bits. They are rounded to even.
-_HALVES = """
-template <typename T>
-void parts_of_gradient(T out, T dlse, T lse, T minus, T& parts, T& dout) {
+# COARSE * high + low are VALUE: two numbers in half precision, rounded to even, in one of float32. The first lies
+# in its lower bits.
+_HIGH_AND_LOW = """
   union { float number; unsigned int bits; } rest, part, joined;
-  rest.number = lse - lse == T(0) && minus != T(0) ? dlse : T(0);
+  rest.number = VALUE;
   part.number = rest.number / COARSEf;
   joined.bits = 0;
   for (int i = 0; i < 2; ++i) {
@@ -115,10 +114,7 @@ void parts_of_gradient(T out, T dlse, T lse, T minus, T& parts, T& dout) {
     rest.number -= COARSEf * part.number;
     part.number = rest.number;
   }
-  parts = joined.number;
-  dout = minus;
-}
-""".replace("COARSE", str(COARSE))
+"""
 # half: the bits of the rounded size. part: the rounded number. Below 2**-14 float16 has steps of 2**-24, as a
 # number of float32 that 1/2 is added to.
 _ROUND = {
@@ -139,6 +135,14 @@ _ROUND = {
     part.bits = (sign | half) << 16;
 """,
 }
+_PARTS = """
+template <typename T>
+void parts_of_gradient(T out, T dlse, T lse, T minus, T& parts, T& dout) {
+  HIGH_AND_LOW
+  parts = joined.number;
+  dout = minus;
+}
+"""
 _WHOLE = """
 template <typename T>
 void parts_of_gradient(T out, T dlse, T lse, T minus, T& parts, T& dout) {
@@ -161,11 +165,47 @@ def _parts(dtype: torch.dtype) -> Step:
     if dtype == torch.float32:
         return Step(name, _WHOLE, 2, _whole_by_operators)
     by_operators = functools.partial(_parts_by_operators, dtype=dtype)
-    return Step(name, _HALVES.replace("ROUND", _ROUND[dtype]), 2, by_operators)
+    value = "lse - lse == T(0) && minus != T(0) ? dlse : T(0)"
+    return Step(name, _in_words(_PARTS, value, COARSE, dtype), 2, by_operators)
+
+
+def _in_words(code: str, value: str, coarse: float, dtype: torch.dtype) -> str:
+    high_and_low = _HIGH_AND_LOW.replace("VALUE", value).replace("COARSE", str(coarse))
+    return code.replace("HIGH_AND_LOW", high_and_low.replace("ROUND", _ROUND[dtype]))
 
 
 PARTS = {dtype: _parts(dtype) for dtype in (torch.float32, *_ROUND)}
-STEPS = (SHARE, SINK_GRADIENT, *PARTS.values())
+
+
+# ---- scales of heads ----
+
+_SCALED = """
+template <typename T>
+T scaled_in_two(T value, T scale) {
+  HIGH_AND_LOW
+  return joined.number;
+}
+"""
+
+
+def _scaled_by_operators(value: Tensor, scale: Tensor) -> tuple[Tensor]:
+    scaled = value.float() * scale
+    high = scaled.to(value.dtype)
+    return (torch.stack((high, (scaled - high).to(value.dtype)), -1).flatten(-2).view(torch.float32),)
+
+
+# A number in half precision times one in float32, as the sum of two in half precision, in float32 as they lie in
+# memory.
+SCALED = {
+    dtype: Step(
+        f"the product with a scale in {dtype}",
+        _in_words(_SCALED, "value * scale", 1.0, dtype),
+        1,
+        _scaled_by_operators,
+    )
+    for dtype in _ROUND
+}
+STEPS = (SHARE, SINK_GRADIENT, *PARTS.values(), *SCALED.values())
 
 
 # ---- one launch, or operators ----
@@ -234,6 +274,9 @@ def tried(step: Step, device: torch.device) -> tuple[Tensor, ...]:
     if step is SINK_GRADIENT:
         first = torch.zeros(8, device=device).index_fill_(0, torch.tensor([0], device=device), 1.0)
         return out.half().cos(), out.half(), lse[..., None], sink[..., None], dlse[..., None], first
+    for dtype, scaled in SCALED.items():
+        if step is scaled:
+            return (out * torch.exp2(count[0, 0, :, :1] / 20 - 10)).to(dtype), sink.exp()[..., None]
     dtype = next(dtype for dtype, found in PARTS.items() if found is step)
     numbers = (*minus(dtype), *[0.0] * 14)[: 32 // dtype.itemsize]
     row = torch.tensor(numbers, dtype=dtype, device=device).view(torch.float32)
