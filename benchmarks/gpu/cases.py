@@ -10,11 +10,12 @@ import torch
 
 from benchmarks.gpu import compilations, correctness, features, rehearsal, sweep
 from fastattn.measuring import checking, kinds, measure, prove_tilings
-from fastattn.measuring.peers import DIRECTIONS, MLPProblem, problem_from
+from fastattn.measuring.peers import FORWARD, TRAINING, MLPProblem, problem_from
 
 Case = dict[str, Any]
 Rows = list[dict[str, Any]]
 Notify = Callable[[str], None]
+EVERYTHING = (FORWARD, TRAINING)  # the directions in which all is compiled
 
 
 @contextlib.contextmanager
@@ -50,11 +51,8 @@ def warm(case: Case, device: torch.device, notify: Notify) -> Rows:
         notify(peer)
         with contextlib.suppress(Exception):  # the measurement meets the same error and reports it
             contender = measure.Contender.of(problem, peer, inputs)
-            for direction in DIRECTIONS:
+            for direction in EVERYTHING:
                 contender.direct(direction)[0]()
-    del inputs
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
     return []
 
 
@@ -65,8 +63,9 @@ def _warm_call(case: Case, device: torch.device, notify: Notify) -> Rows:
     for peer in case["peers"]:
         notify(peer)
         with contextlib.suppress(Exception):  # the measurement meets the same error and reports it
-            for direction in DIRECTIONS:
-                features.direct(builders[peer](), call.tensors, direction)()
+            rival = builders[peer]()
+            for direction in EVERYTHING:
+                features.direct(rival, call.tensors, direction)()
     return []
 
 

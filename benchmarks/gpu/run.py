@@ -62,6 +62,11 @@ class Run:
         self.compilations = state.folder / "compilations.jsonl"
         self.worker = self.new_worker()
         self.crew = [self.new_worker() for _ in range(plan.processes)]  # idle while something is timed
+        self.tests = Suite(
+            list(plan.suite), processes=plan.processes, deadline=self.end, state=state, say=say,
+            families=self.families if only else None,
+            environment={compilations.VARIABLE: str(self.compilations)},
+        )  # fmt: skip
         self.results: dict[str, Any] = {
             "environment": environment, "dry_run": plan.rehearsal, "only": only, "absent": ABSENT,
             "planned": self.planned(), "sections": [], "suite": {}, "sanitizer": [], "kernels": [],
@@ -213,12 +218,7 @@ class Run:
         """The tests, and beside them a few calls under compute-sanitizer."""
         deadline = self.deadline("suite")
         others = [] if self.plan.rehearsal else [start(self.sanitize, deadline)]
-        suite = Suite(
-            list(self.plan.suite), processes=len(self.crew), deadline=deadline, state=self.state,
-            families=self.families if self.only else None, say=say,
-            environment={compilations.VARIABLE: str(self.compilations)},
-        )  # fmt: skip
-        self.results["suite"] = suite.run()
+        self.results["suite"] = self.tests.run(deadline)
         say(f"test suite: {self.results['suite']['counts']} in {self.results['suite']['seconds']:.0f} s")
         for thread in others:
             thread.join()
@@ -340,6 +340,7 @@ class Run:
 
     def go(self) -> None:
         self.save()
+        self.tests.collect_ahead()
         steps: list[Callable[[], None]] = [self.kernels, self.record, self.ahead, self.ceilings]
         steps += [functools.partial(self.speed, section, cases) for section, cases in self.timed().items()]
         for step in (*steps, self.sweep, self.suite):

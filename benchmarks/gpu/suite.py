@@ -67,19 +67,29 @@ class Suite:
         self.unreadable: list[Event] = []
         self.notes: list[str] = []
         self.lock = threading.Lock()
+        self.collecting: threading.Thread | None = None
 
-    def run(self) -> dict[str, Any]:
+    def collect_ahead(self) -> None:
+        """Find the tests in a thread, while something else runs: that takes half a minute."""
+        if importlib.util.find_spec("pytest") is not None:
+            self.collecting = threading.Thread(target=self._collect, daemon=True)
+            self.collecting.start()
+
+    def run(self, deadline: float | None = None) -> dict[str, Any]:
         """The summary. Never raises for what a test or its process does."""
         start = time.monotonic()
-        if importlib.util.find_spec("pytest") is None:
+        self.deadline = self.deadline if deadline is None else deadline
+        if self.collecting is None:
+            self.collect_ahead()
+        if self.collecting is None:
             self.notes.append("pytest is not installed: no test of the suite was run")
         else:
+            self.collecting.join()
             self._run_shards()
         return {**self._summary(), "seconds": round(time.monotonic() - start, 1)}
 
     def _run_shards(self) -> None:
         with tempfile.TemporaryDirectory() as folder:
-            self._collect(Path(folder))
             todo = [test for test in self.asked if self._outcome(test) not in FINAL]
             taken = {test: event["seconds"] for test, event in self.state.tests.items() if "seconds" in event}
             self.waiting.extend(shards.cut(todo, taken))
@@ -90,10 +100,11 @@ class Suite:
             for thread in crew:
                 thread.join()
 
-    def _collect(self, folder: Path) -> None:
+    def _collect(self) -> None:
         command = ["--collect-only", "--continue-on-collection-errors", *self.arguments]
-        process = Process(command, folder / "collected", self.environment, self.root)
-        code = process.wait(self.deadline, self.step_seconds, lambda event: None)
+        with tempfile.TemporaryDirectory() as folder:
+            process = Process(command, Path(folder) / "collected", self.environment, self.root)
+            code = process.wait(self.deadline, self.step_seconds, lambda event: None)
         events = process.events
         self.asked = shards.in_order((e["test"] for e in events if e["outcome"] == "found"), self.families)
         self.unreadable = [e for e in events if e["outcome"] == "unreadable" and self._wanted(e["test"])]

@@ -65,7 +65,13 @@ class Session:
                 os._exit(1)
             self.send(failed=self.step, note=note)
         else:
+            self.leave()
             self.send(rows=rows)
+
+    def leave(self) -> None:
+        """Give back the memory of the GPU that other processes need."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 @contextlib.contextmanager

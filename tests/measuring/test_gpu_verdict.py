@@ -313,3 +313,13 @@ def test_a_state_cut_off_in_the_middle_of_a_line_is_read_as_far_as_it_goes(tmp_p
     again = State(tmp_path)
     assert again.rows_of({"kind": "a"}) == [{"verdict": "passed"}] and again.rows_of({"kind": "b"}) is None
     assert State(tmp_path, fresh=True).rows_of({"kind": "a"}) is None
+
+
+def test_tests_are_found_while_something_else_runs(tmp_path):
+    path = test_file(tmp_path, "def test_a(): pass\n")
+    about = {"processes": 1, "state": State(tmp_path / "s"), "root": tmp_path}
+    suite = Suite([path], deadline=time.monotonic() + 60, **about)
+    suite.collect_ahead()
+    suite.collecting.join()
+    assert len(suite.asked) == 1
+    assert suite.run(time.monotonic() + 60)["counts"] == {"passed": 1} and len(suite.asked) == 1
