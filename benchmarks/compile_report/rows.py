@@ -111,7 +111,7 @@ def rows_of(call: Call, target: Target, only: str | None = None, cached: bool = 
         replace(known_row(compiled, target, cached), call=call.name, needed_bytes=needed_bytes(call, compiled))
         for compiled in caught
     ]
-    if not getattr(call, "compared", True):
+    if not (target.compared and getattr(call, "compared", True)):
         rows = [replace(row, loops=()) for row in rows]
     return list({row.name: row for row in rows}.values())
 

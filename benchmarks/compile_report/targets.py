@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from triton.backends.compiler import GPUTarget
 
@@ -14,8 +14,8 @@ class Target:
     """Limits and rates of one architecture, per streaming multiprocessor (AMD: compute unit) and clock.
 
     Sources: CUDA C++ Programming Guide, "Compute Capabilities", for the limits; the vendors' architecture
-    papers for `tensor_flops`, dense fp16 or bf16 products summed in fp32. sm_86 and sm_120 stand for the
-    professional cards: the consumer cards of the same architecture have half the rate.
+    papers for `tensor_flops`, dense fp16 or bf16 products summed in fp32. sm_86, sm_89 and sm_120 stand for
+    the professional cards: the consumer cards of the same architecture have half the rate.
     """
 
     name: str
@@ -29,6 +29,7 @@ class Target:
     tensor_flops: int
     processors: int  # there are: launches with fewer programs split their loops
     must_not_spill: bool = False
+    compared: bool = True  # whether loops are compared with the committed ones
 
     @property
     def compiler_target(self) -> GPUTarget:
@@ -55,6 +56,8 @@ TARGETS = {
     for target in (
         _nvidia(80, 163, 164, 64, 32, 2048, 108),
         _nvidia(86, 99, 100, 48, 16, 1024, 84),
+        # Its instructions and its rows are sm_86's, and so are its loops.
+        replace(_nvidia(89, 99, 100, 48, 24, 1024, 128), compared=False),
         _nvidia(90, 227, 228, 64, 32, 4096, 132),
         _nvidia(100, 227, 228, 64, 32, 8192, 148),
         _nvidia(120, 99, 100, 48, 24, 1024, 170),

@@ -431,7 +431,7 @@ for target in TARGETS.values():
     for name, table in tables.values():
         if name.startswith(("CACHE", "QUANTISED")) and target.backend == "hip":
             continue  # caches are not asked on AMD
-        for row in table.get(target.name, table.get("sm_80", ())):
+        for row in table.get(launch.family_of(target.backend, target.arch), table.get("sm_80", ())):
             if (id(table), id(row.tiling)) not in served:
                 print(target.name, name, row)
 # Rows of a kind, as "shaped" ones, serve any target, and each serves one.
