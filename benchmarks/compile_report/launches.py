@@ -659,18 +659,13 @@ CALLS: tuple[Call, ...] = (
 )
 
 
-# The other NVIDIA targets' rows were chosen by some of these calls only: causal ones of 72, 136 and 264 columns,
-# and those with intervals, or with everything and heavy, of 64 and 128.
-UNEVEN_ON = ("sm_90",)
-
-
 def calls_for(target: Target) -> tuple[Call, ...]:
     """The calls to compile for this target."""
-    calls = (c for c in CALLS if target.name in UNEVEN_ON or not isinstance(c, UnevenCall))
-    return tuple(c for c in calls if target.backend == "cuda" or _is_on_amd(c))
+    return tuple(c for c in CALLS if target.backend == "cuda" or _is_on_amd(c))
 
 
 def _is_on_amd(call: Call) -> bool:
     if isinstance(call, WholeMLPCall) and call.dtype == "fp32":
         return False  # its table has no rows for it
-    return not isinstance(call, CacheCall | AbsorbedCall) and getattr(call, "shaped", "") not in NOT_ON_AMD
+    elsewhere = isinstance(call, CacheCall | AbsorbedCall | UnevenCall)
+    return not elsewhere and getattr(call, "shaped", "") not in NOT_ON_AMD

@@ -201,6 +201,7 @@ def merge(
     if splits.slots == 0:
         return
     batch, heads, rows, width = out.shape
+    tile_width = launch.tile_width(width)
     shared_rows = rows if splits.merges is None else len(splits.merges) * GRANULE.value
     launch.start(
         merge_kernel,
@@ -215,7 +216,7 @@ def merge(
         rows,
         heads,
         batch,
-        tile=tile_of(BLOCK_M=ROWS, DIM=width, WIDTH=launch.tile_width(width)),
-        num_warps=4,
+        tile=tile_of(BLOCK_M=ROWS, DIM=width, WIDTH=tile_width),
+        num_warps=2 if tile_width == 64 else 4,  # sums of 64 columns spill 2 registers with 4 on sm_100
         **launch.COMPILER_OPTIONS,
     )

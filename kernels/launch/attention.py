@@ -606,13 +606,13 @@ ATTENTION_DKDV |= {
 ATTENTION_DQ |= {
     # On sm_90 at D = 64 128 x 64: 32, 64 x 64: 14; on sm_80 at D = 128 64 x 32 with 4 warps: 8.
     "crowded": (Row(2, 128, Tiling(64, 32, 8, 2)), Row(2, 256, Tiling(32, 32, 8, 1))),
-    "sm_90 wide crowded": (Row(2, 512, Tiling(16, 32, 8, 2)),),  # 32 x 32: 4
-    **{f"{name} wide crowded": (Row(2, 512, Tiling(16, 16, 8, 2)),) for name in ("sm_86", "sm_100", "sm_120")},
+    # 32 x 32: 4 on sm_90, 2 on sm_80; 16 x 16: 4 on sm_100. At odd lengths.
+    **{f"{name} wide crowded": (Row(2, 512, Tiling(16, 32, 8, 2)),) for name in ("sm_80", "sm_90", "sm_100")},
+    **{f"{name} wide crowded": (Row(2, 512, Tiling(16, 16, 8, 2)),) for name in _SMALL},
 }
 ATTENTION_BIAS |= {
     "crowded": (
-        Row(2, 64, Tiling(32, 32, 4, 1)),  # on sm_90 64 x 64: 26
-        Row(2, 128, Tiling(32, 32, 8, 1)),  # on sm_80 4 warps: 2
+        Row(2, 128, Tiling(32, 32, 8, 1)),  # on sm_90 64 x 64 at D = 64: 26; on sm_80 4 warps: 2
         Row(2, 512, Tiling(16, 16, 8, 1)),  # on sm_80 4 warps: 2, 32 x 32: 4
     ),
 }
@@ -632,12 +632,18 @@ ATTENTION_FORWARD |= {
         Row(2, 128, Tiling(128, 64, 8, 3)),  # 128 x 128: 73 to 76
         Row(2, 256, Tiling(128, 32, 8, 2)),  # 128 x 64: 54 to 58
     ),
+    "sm_100 shaped uneven": (Row(2, 128, Tiling(128, 64, 8, 3)),),  # 128 x 128 at D = 128: 38
     "sm_100 wide plain few": (Row(2, 512, Tiling(128, 16, 8, 2, values=256)),),  # 128 x 32: 11 to 17
-    "sm_90 wide heavy uneven": (Row(2, 512, Tiling(64, 16, 8, 2, values=256)),),  # 128 x 16 at D = 320: 12
+    # On sm_90 128 x 16 at D = 320: 12; on sm_100 64 x 32: 14.
+    **{f"{n} wide heavy uneven": (Row(2, 512, Tiling(64, 16, 8, 2, values=256)),) for n in ("sm_90", "sm_100")},
     "sm_100 plain uneven": (
         Row(2, 64, Tiling(128, 128, 8, 3)),
         Row(2, 128, Tiling(128, 128, 8, 2)),
         Row(2, 256, Tiling(128, 32, 8, 2)),  # 128 x 64 at D = 160: 7
+    ),
+    "sm_120 heavy uneven": (
+        *ATTENTION_FORWARD["sm_120 heavy"],
+        Row(2, 256, Tiling(32, 32, 8, 2)),  # 4 warps: 2 to 8; 1 stage: 2
     ),
     "sm_80 intervals uneven": (
         Row(2, 64, Tiling(128, 64, 8, 3)),
@@ -655,9 +661,15 @@ ATTENTION_DKDV |= {
         Row(2, 128, Tiling(64, 128, 8, 2)),
         Row(2, 256, Tiling(64, 32, 8, 1)),  # 64 x 64: 43
     ),
-    "sm_80 heavy uneven": (
-        Row(2, 64, Tiling(64, 32, 8, 2)),
-        Row(2, 128, Tiling(64, 32, 8, 1)),  # 2 stages: 2
+    # 64 x 32 in 2 stages at D = 128: 2 on sm_80, 4 on sm_120.
+    **{
+        f"{name} heavy uneven": (Row(2, 64, Tiling(64, 32, 8, 2)), Row(2, 128, Tiling(64, 32, 8, 1)))
+        for name in ("sm_80", "sm_120")
+    },
+    **{f"{name} wide heavy uneven": (Row(2, 512, Tiling(16, 16, 8, 1)),) for name in _SMALL},  # 2 stages: 2
+    "sm_120 crowded uneven": (
+        Row(2, 128, Tiling(32, 32, 8, 2)),
+        Row(2, 256, Tiling(16, 32, 8, 2)),  # 32 x 32: 8
     ),
     "sm_90 listed uneven": (Row(2, 64, Tiling(64, 32, 8, 2)), *ATTENTION_DKDV["sm_90 listed"][1:]),  # 64 x 64: 2
     "sm_90 heavy uneven": (
@@ -672,6 +684,17 @@ ATTENTION_DQ |= {
         Row(2, 128, Tiling(64, 32, 8, 2)),  # 4 warps: 2
         Row(2, 256, Tiling(32, 32, 8, 1)),  # 64 x 32: 2
     ),
+    "sm_86 heavy uneven": (
+        Row(2, 64, Tiling(128, 32, 8, 2)),
+        Row(2, 128, Tiling(64, 64, 8, 2)),  # 128 x 32: 8 on sm_89; 64 x 32 with 4 warps: 4
+    ),
+    **{f"{name} listed uneven": (Row(2, 128, Tiling(64, 64, 8, 2)),) for name in _SMALL},  # 64 x 32, 4 warps: 4
+    "sm_120 heavy uneven": (
+        *ATTENTION_DQ["sm_120 heavy"],
+        Row(2, 256, Tiling(32, 32, 8, 1)),  # 4 warps: 8
+    ),
+    "sm_100 wide heavy uneven": (Row(2, 512, Tiling(32, 16, 8, 2)),),  # 32 x 32: 2
+    "sm_100 shaped uneven": ATTENTION_DQ["sm_100 intervals"],  # 128 x 64 at D = 256: 48
     # 32 x 64: 6 to 10, in 1 stage 8 to 26 with Triton 3.7.1. Plain calls of even lengths keep 32 x 64: it spills
     # 2 to 4 with Triton 3.6.0 alone, and 32 x 32 takes 1.5 times as many instructions.
     **{f"sm_90 wide {kind} uneven": (Row(2, 512, Tiling(32, 32, 8, 2)),) for kind in ("intervals", "listed")},
