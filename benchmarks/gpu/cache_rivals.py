@@ -47,6 +47,7 @@ def rivals(sizes: Sizes, device: torch.device) -> dict[str, Callable[[], Rival]]
         }
     if sizes.kind == "pages":
         return {
+            "SDPA of copied pages": lambda: _sdpa_of_copied_pages(sizes, device),
             "FlashInfer": lambda: _flashinfer(sizes, device, tensor_cores=False),
             "FlashInfer (tensor cores)": lambda: _flashinfer(sizes, device, tensor_cores=True),
             "flash-attn 2": lambda: _flash_attention("flash_attn", sizes, device),
@@ -73,6 +74,18 @@ def _sdpa(sizes: Sizes, device: torch.device) -> Rival:
     seen = _seen(sizes, device)
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True)
+
+    return call
+
+
+def _sdpa_of_copied_pages(sizes: Sizes, device: torch.device) -> Rival:
+    """What PyTorch does without a kernel for pages: each row's pages are put one after another first."""
+    table = kinds.table_of(sizes, device).long()
+    seen = _seen(sizes, device)[..., : table.shape[1] * PAGE]
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        k, v = (t[table].transpose(1, 2).flatten(2, 3) for t in (k, v))
         return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True)
 
     return call

@@ -206,7 +206,7 @@ def flash_attn_with_kvcache(q, k_cache, v_cache, *, cache_seqlens, page_table=No
     [
         ("contiguous", 3, {"SDPA", "flex_attention", "flash-attn 2", "flash-attn 3"}),
         ("contiguous", 1, {"SDPA", "flex_attention", "flash-attn 2", "flash-attn 3", "FlashInfer"}),
-        ("pages", 3, {"FlashInfer", "FlashInfer (tensor cores)", "flash-attn 3"}),
+        ("pages", 3, {"SDPA of copied pages", "FlashInfer", "FlashInfer (tensor cores)", "flash-attn 3"}),
         ("int8 pages", 3, set()),
     ],
 )
