@@ -35,6 +35,7 @@ BUDGET = 120.0
 # The longest step: one check, compiling included, or one timing.
 STEP_LIMIT = 60.0
 SIDE_BY_SIDE = 4  # cases that are checked at a time: one alone leaves a GPU idle between its launches
+BATCHES = 3  # of cases, that are checked before they are timed
 RECENT = 20  # cases by which the rest is estimated
 HANDLERS = "fastattn.measuring.prove_tilings"
 
@@ -73,17 +74,31 @@ class Prover:
         self.right: dict[str, list[dict[str, Any]]] = {}  # tilings by the label of a case, see prove_tilings
 
     def go(self) -> None:
-        """Until all is proven or the deadline: some cases at a time are checked, side by side; then they are timed
-        one by one, while nothing else is checked or compiled ahead."""
+        """Until all is proven or the deadline: some cases are checked, as many at a time as there are workers;
+        then they are timed one by one, while nothing else is checked or compiled ahead."""
         waiting = deque(self.cases)
         with self.ahead:
             while waiting and time.monotonic() < self.limits["deadline"]:
-                batch = [waiting.popleft() for _ in range(min(len(self.workers), len(waiting)))]
-                waited = self.ahead.wait(batch) / len(batch)
-                checked = self._checked(batch)
+                checked = self._next_checked(waiting)
                 with self.ahead.quiet():
-                    for place, one, answer, seconds in checked:
+                    for place, one, answer, waited, seconds in checked:
                         self.keep(self._rows(self.workers[place], one, answer, waited, seconds))
+
+    def _next_checked(self, waiting: deque[Case]) -> list[tuple[int, Case, Answer, float, float]]:
+        """The next cases, checked. With compilers those of several batches: before something is timed, these end
+        what they are compiling, and idle. Not so many that too little time would be left for them."""
+        begin = time.monotonic()
+        left = self.limits["deadline"] - begin
+        checked: list[tuple[int, Case, Answer, float, float]] = []
+        for _ in range(BATCHES if self.ahead.compilers else 1):
+            if not waiting or time.monotonic() - begin > left / 3:
+                break
+            batch = [waiting.popleft() for _ in range(min(len(self.workers), len(waiting)))]
+            waited = self.ahead.wait(batch) / len(batch)
+            checked += [
+                (place, one, answer, waited, seconds) for place, one, answer, seconds in self._checked(batch)
+            ]
+        return checked
 
     def _checked(self, batch: list[Case]) -> list[tuple[int, Case, Answer, float]]:
         """The cases that were reached, each with its worker's place, what came out, and how long it took."""

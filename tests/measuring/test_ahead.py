@@ -13,6 +13,7 @@ from benchmarks.gpu import compilations, rehearsal
 from fastattn.measuring import ahead, prove_cases
 from fastattn.measuring.ahead import Ahead
 from fastattn.measuring.pool import Answer, Worker
+from fastattn.measuring.prove import Prover
 
 
 def case(label: str, checks: int = 1) -> dict:
@@ -157,3 +158,43 @@ def test_the_check_and_the_timing_compile_nothing_that_was_compiled_ahead(tmp_pa
     finally:
         for worker in workers:
             worker.close()
+
+
+# ---- what is checked and what is timed ----
+
+
+class Proving:
+    """Finds everything right and as fast; a check takes `seconds`."""
+
+    def __init__(self, seconds: float = 0.0) -> None:
+        self.asked: list[str] = []
+        self.seconds = seconds
+
+    def ask(self, one, *, step_limit, deadline):
+        self.asked.append(one["kind"])
+        time.sleep(self.seconds if one["kind"] == "check" else 0.0)
+        about = {"error": None, "allowed": None, "verdict": None, "reason": "", "ratio": 1.0}
+        return Answer([{"direction": k.direction, "size": k.size, **about} for k in prove_cases.keys(one)])
+
+
+@pytest.mark.parametrize(
+    ("compilers", "seconds", "expected"),
+    [
+        (1, 0.0, ["check"] * 3 + ["time"] * 3 + ["check", "time"]),
+        (0, 0.0, ["check", "time"] * 4),
+        (1, 4.0, ["check", "time"]),  # more would leave the timing too little of the ten seconds
+    ],
+)
+def test_compilers_are_stopped_for_several_cases_at_once(compilers, seconds, expected):
+    worker, kept = Proving(seconds), []
+    cases = [one for one in prove_cases.cases(("norm",)) if not one["tiled"]][:4]
+    prover = Prover(
+        cases,
+        [worker],
+        kept.extend,
+        deadline=time.monotonic() + 10,
+        compilers=[Compiler() for _ in range(compilers)],
+    )
+    prover.go()
+    assert worker.asked[: len(expected)] == expected
+    assert seconds or {row.verdict for row in kept} == {"proven"}
