@@ -56,6 +56,7 @@ def backward(
         dscaled = of.q[..., ::2]
         # Products of half precision in float32: torch.mul would round them first.
         dscale = torch.addcmul(torch_calls.row((), 1, lse.dtype, lse.device), dscaled, q).sum((2, 3))
+        assert tensors.head_scale is not None
         dq = torch.mul(dscaled, tensors.head_scale[..., None, None], out=empty_heads(q.shape, q))
         dk = torch.sum(of.k.unflatten(3, (-1, 2)), -1, out=empty_heads(k.shape, k))
         return of._replace(q=dq, k=dk, v=heads_last(of.v), head_scale=dscale)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastattn.core.attention.dropout import ROUNDS, KeepMasks, dropout_mask
-from fastattn.ground.modes import capturing, outside_modes
+from fastattn.ground.modes import capturing, kept, outside_modes
 
 # Numbers come as doubles, which hold 32 bits exactly. The weight of a key is in one half of one of four words.
 CODE = """
@@ -60,8 +60,7 @@ class FusedKeepMasks:
         seed, offset, *begin = state.unbind(1)
         words = torch.stack((offset, seed, seed >> 32, *begin)) & 0xFFFFFFFF
         self.words = words.double()[..., None, None, None].unbind()
-        most = max(sizes)
-        self.places = torch.arange(most, dtype=torch.float64, device=state.device)
+        self.places = _places(max(sizes), state.device)
 
     def of(self, batch: slice, heads: slice, rows: slice, columns: slice) -> Tensor:
         """1 for weights that are kept, else 0, float64: (batch, heads, rows, columns)."""
@@ -70,6 +69,11 @@ class FusedKeepMasks:
         if begin:
             head, query, key = begin[0] + head, begin[1] + query, 8 * begin[2] + key
         return _compiled()(query, key, head, offset, low, high, threshold=self.threshold)
+
+
+@kept(8)
+def _places(count: int, device: torch.device) -> Tensor:
+    return torch.arange(count, dtype=torch.float64, device=device)
 
 
 def masks_of(device: torch.device) -> type[KeepMasks] | type[FusedKeepMasks]:

@@ -205,7 +205,96 @@ SCALED = {
     )
     for dtype in _ROUND
 }
-STEPS = (SHARE, SINK_GRADIENT, *PARTS.values(), *SCALED.values())
+
+
+# ---- scores and weights where PyTorch has no kernel ----
+
+
+def _score_by_operators(
+    product: Tensor, column: Tensor, row: Tensor, cap: Tensor, first: Tensor, last: Tensor
+) -> tuple[Tensor]:
+    distance = column - row
+    score = torch.where(cap > 0, cap * torch.tanh(product / cap), product)
+    return (score.masked_fill((distance < first) | (distance > last), HIDDEN),)
+
+
+# The score of a scaled product under a soft cap, 0 for none; -inf for a column that is not from `first` to `last`
+# behind its row.
+SCORE = Step(
+    "scores",
+    """
+template <typename T>
+T score_of_product(T product, T column, T row, T cap, T first, T last) {
+  T score = cap > T(0) ? cap * ::tanh(product / cap) : product;
+  return column - row < first || column - row > last ? ::log(T(0)) : score;
+}
+""",
+    1,
+    _score_by_operators,
+)
+
+
+def _weight_by_operators(score: Tensor, pivot: Tensor) -> tuple[Tensor]:
+    return (torch.exp(score - pivot.masked_fill(pivot == HIDDEN, 0.0)),)
+
+
+# exp(score - pivot), 0 for -inf whatever the pivot is.
+WEIGHT = Step(
+    "weights",
+    """
+template <typename T>
+T weight_of_score(T score, T pivot) {
+  return score == ::log(T(0)) ? T(0) : ::exp(score - pivot);
+}
+""",
+    1,
+    _weight_by_operators,
+)
+
+
+def _score_gradient_by_operators(
+    weight: Tensor, dweight: Tensor, delta: Tensor, product: Tensor, cap: Tensor
+) -> tuple[Tensor]:
+    bent = torch.where(cap > 0, torch.tanh(product / cap), 0.0)
+    return (weight * (dweight - delta) * (1.0 - bent * bent),)
+
+
+# The gradient of a scaled product under a soft cap.
+SCORE_GRADIENT = Step(
+    "the gradient of scores",
+    """
+template <typename T>
+T gradient_of_product(T weight, T dweight, T delta, T product, T cap) {
+  T bent = cap > T(0) ? ::tanh(product / cap) : T(0);
+  return weight * (dweight - delta) * (T(1) - bent * bent);
+}
+""",
+    1,
+    _score_gradient_by_operators,
+)
+
+
+def _results_by_operators(total: Tensor, pivot: Tensor, sums: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+    empty = sums == 0
+    lse = pivot + torch.log(sums)
+    return total / (sums * kept).masked_fill(empty, 1.0), lse.masked_fill(empty, HIDDEN).expand_as(total)
+
+
+# A row's result and its log-sum-exp, from the sum of weights exp(score - pivot).
+RESULTS = Step(
+    "the results of rows",
+    """
+template <typename T>
+void results_of_row(T total, T pivot, T sum, T kept, T& out, T& lse) {
+  out = sum == T(0) ? total : total / (sum * kept);
+  lse = sum == T(0) ? ::log(T(0)) : pivot + ::log(sum);
+}
+""",
+    2,
+    _results_by_operators,
+)
+OF_BLOCKS = (SCORE, WEIGHT, SCORE_GRADIENT, RESULTS)
+STEPS = (SHARE, SINK_GRADIENT, *PARTS.values(), *SCALED.values(), *OF_BLOCKS)
 
 
 # ---- one launch, or operators ----
@@ -247,7 +336,7 @@ def _agrees(step: Step, device: torch.device) -> bool:
             found = (found,) if isinstance(found, Tensor) else found
             pairs = zip(found, step.plain(*tensors), strict=True)
             # Exponentials are rounded; the parts of a gradient are the same bits.
-            most = 1e-5 if step in (SHARE, SINK_GRADIENT) else 0.0
+            most = 1e-5 if step in (SHARE, SINK_GRADIENT, *OF_BLOCKS) else 0.0
             wrong = "" if all(_close(a, b, most) for a, b in pairs) else "its results differ"
         except torch.OutOfMemoryError:
             raise
@@ -274,6 +363,17 @@ def tried(step: Step, device: torch.device) -> tuple[Tensor, ...]:
     if step is SINK_GRADIENT:
         first = torch.zeros(8, device=device).index_fill_(0, torch.tensor([0], device=device), 1.0)
         return out.half().cos(), out.half(), lse[..., None], sink[..., None], dlse[..., None], first
+    if step in OF_BLOCKS:
+        rows, cap = dlse.nan_to_num(0.0)[..., None] * 1e3, torch.tensor([[[2.0]], [[0.0]], [[0.5]]], device=device)
+        if step is SCORE:
+            place = torch.arange(50, dtype=torch.float32, device=device)[:, None]
+            return out * 3, place[:8, 0], place, cap, cap - 3, cap + 2
+        score = torch.where(out > 0.9, HIDDEN, out)
+        if step is WEIGHT:
+            return score.masked_fill(rows < -9, HIDDEN), torch.where(rows < -9, HIDDEN, rows.abs())
+        if step is RESULTS:
+            return out, rows, torch.where(rows < -9, 0.0, rows.abs() + 1), cap + 1
+        return out.cos(), out, rows, score, cap
     for dtype, scaled in SCALED.items():
         if step is scaled:
             return (out * torch.exp2(count[0, 0, :, :1] / 20 - 10)).to(dtype), sink.exp()[..., None]

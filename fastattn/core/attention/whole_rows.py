@@ -3,24 +3,29 @@
 PyTorch's fused attention has no soft cap or sinks, on a CPU no dropout, and no gradient of a bias. Tiles of all
 heads at once would go through memory at every step. Here a row's scores are there at once, so that there is no
 online softmax, and every step but the products is done in place. On a GPU blocks are so large that computing takes
-longer than launching.
+longer than launching, and what lies between two products or sums is one launch (torch_fused) where that serves.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastattn.core.attention import torch_fused
 from fastattn.core.attention.definition import diagonal_sums, of_distances, relative_index
 from fastattn.core.attention.spec import AttentionSpec, Gradients, Saved, ScoreTensors, Wanted
 from fastattn.core.attention.tiles import exp_, grouped, row_terms, tanh_of_half_
 from fastattn.core.attention.torch_dropout import FusedKeepMasks, KeepMasks, masks_of
+from fastattn.core.attention.torch_efficient import converted
+from fastattn.core.attention.torch_fused import OF_BLOCKS, RESULTS, SCORE, SCORE_GRADIENT, WEIGHT
 from fastattn.core.layout import empty_heads, zero_heads
 from fastattn.core.workspace import Workspace
 from fastattn.ground.checks import lse_dtype
+from fastattn.ground.modes import kept
 
 # Scores of a block: as many as a cache holds; more only for more rows, up to ROWS, since every block reads all
 # keys and adds to all of their gradients.
@@ -60,6 +65,16 @@ def forward(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, tensors: Score
         weights, _ = part.scores()
         pivot = weights.amax(-1, keepdim=True)
         sinks = None if tensors.sinks is None else block.of_heads(tensors.sinks)[..., None, None]
+        if part.fused and sinks is None:
+            (weights,) = torch_fused.run(WEIGHT, weights, pivot)
+            row_sum = weights.sum(-1, keepdim=True)
+            if masks is not None:
+                weights.mul_(masks.of(*block.place))
+            total = part.product("total", weights, part.copied("v", v, "columns"))
+            ours, sums = torch_fused.run(RESULTS, total, pivot, row_sum, _numbers(q.device, 1.0 - spec.dropout))
+            block.of(out, "rows").copy_(ours)
+            block.of(lse, "rows").copy_(sums[..., 0])
+            continue
         if sinks is not None:
             pivot = torch.maximum(pivot, sinks)
         # A row that sees nothing has maximum -inf. Use 0 as its pivot: -inf minus -inf is NaN.
@@ -80,7 +95,7 @@ def backward(
     dout: Tensor, dlse: Tensor | None, saved: Saved, spec: AttentionSpec, tensors: ScoreTensors, wanted: Wanted
 ) -> Gradients:
     """With P = exp(S - lse), dP = dout v^T and delta = rowsum(dout * out) - dlse, dS = P * (dP - delta)."""
-    q, k, v, out, lse = saved
+    q, k, _, out, lse = saved
     lse, delta = row_terms(dout, dlse, out, lse)
     dbias = drelative = dsinks = None
     if wanted.bias and tensors.bias is not None:
@@ -92,7 +107,8 @@ def backward(
     if tensors.sinks is not None:
         dsinks = -(torch.exp(tensors.sinks[..., None] - lse) * delta).sum(-1)
     results = [None if gradient is None else gradient.result() for gradient in (dbias, drelative)]
-    return Gradients(dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), results[0], results[1], dsinks)
+    dq, dk, dv = converted(q.dtype, dq, dk, dv)
+    return Gradients(dq, dk, dv, results[0], results[1], dsinks)
 
 
 def _gradients(
@@ -117,7 +133,8 @@ def _gradients(
     for block in blocks:
         part = Part(block, q, k, spec, tensors, workspace)
         weights, bent = part.scores()
-        exp_(weights.sub_(block.of(lse, "rows")[..., None]))
+        pivot = block.of(lse, "rows")[..., None]
+        weights = torch_fused.run(WEIGHT, weights, pivot)[0] if part.fused else exp_(weights.sub_(pivot))
         dout_rows, values = part.copied("dout", dout, "rows"), part.copied("v", v, "columns")
         keep = None if masks is None else masks.of(*block.place)
         if keep is not None:
@@ -125,12 +142,25 @@ def _gradients(
         dscores = part.product("dscores", dout_rows, values.mT)
         if keep is not None:
             dscores.mul_(keep)
-        dscores.sub_(block.of(delta, "rows")[..., None]).mul_(weights)
+        delta_rows = block.of(delta, "rows")[..., None]
+        if part.fused:
+            product = weights if bent is None else bent
+            cap = _numbers(q.device, 0.0 if bent is None or beside else spec.softcap)
+            (dscores,) = torch_fused.run(SCORE_GRADIENT, weights, dscores, delta_rows, product, cap)
+        else:
+            dscores.sub_(delta_rows).mul_(weights)
         if keep is not None:
             weights.mul_(keep)
         _put(block.of(dv, "columns"), part.transposed_product("columns", weights, dout_rows), alone)
         for gradient in beside:
             gradient.add(block, dscores)
+        if part.fused:
+            if bent is not None and beside:
+                dscores.addcmul_(dscores, torch.tanh(bent / spec.softcap).square_(), value=-1.0)
+            _put(block.of(dq, "rows"), part.product("rows", dscores, part.keys, spec.scale), alone)
+            found = part.transposed_product("columns", dscores, part.queries, spec.scale)
+            _put(block.of(dk, "columns"), found, alone)
+            continue
         if bent is not None:
             dscores.addcmul_(dscores, bent.square_(), value=-1.0)
         _put(block.of(dq, "rows"), part.product("rows", dscores, part.keys).mul_(spec.scale), alone)
@@ -212,6 +242,9 @@ class Part:
         self, block: Block, q: Tensor, k: Tensor, spec: AttentionSpec, tensors: ScoreTensors, workspace: Workspace
     ) -> None:
         self.block, self.spec, self.tensors, self.workspace = block, spec, tensors, workspace
+        # Whether steps between products are fused. They compute in float32.
+        single = workspace.dtype == torch.float32
+        self.fused = single and all(torch_fused.serves(step, q.device) for step in OF_BLOCKS)
         self.queries, self.keys = self.copied("q", q, "rows"), self.copied("k", k, "columns")
 
     def copied(self, name: str, t: Tensor, falls: str) -> Tensor:
@@ -219,25 +252,33 @@ class Part:
         part = self.block.of(t, falls)
         return self.workspace.empty(name, *part.shape).copy_(part)
 
-    def product(self, name: str, rows: Tensor, columns: Tensor) -> Tensor:
-        """(B, Hq, L, M) @ (B, Hkv, M, N), each key head for the query heads that read it: (B, Hq, L, N)."""
+    def product(self, name: str, rows: Tensor, columns: Tensor, scale: float = 1.0) -> Tensor:
+        """(B, Hq, L, M) @ (B, Hkv, M, N), each key head for the query heads that read it: (B, Hq, L, N); times a
+        scale."""
         a, b = grouped(rows, columns.shape[1]).flatten(0, 1), columns.flatten(0, 1)
         found = self.workspace.empty(name, len(a), a.shape[1], b.shape[2] + PADDING)[..., : b.shape[2]]
-        return torch.bmm(a, b, out=found).view(*rows.shape[:3], columns.shape[3])
+        return _product(a, b, found, scale).view(*rows.shape[:3], columns.shape[3])
 
-    def transposed_product(self, name: str, scores: Tensor, rows: Tensor) -> Tensor:
-        """(B, Hq, L, N)^T @ (B, Hq, L, M), the sum over the query heads that read a key head: (B, Hkv, N, M)."""
+    def transposed_product(self, name: str, scores: Tensor, rows: Tensor, scale: float = 1.0) -> Tensor:
+        """(B, Hq, L, N)^T @ (B, Hq, L, M), the sum over the query heads that read a key head: (B, Hkv, N, M); times
+        a scale."""
         left, right = (grouped(t, self.block.key_heads).flatten(0, 1) for t in (scores, rows))
         found = self.workspace.empty(name, len(left), left.shape[2], right.shape[2])
-        return torch.bmm(left.mT, right, out=found).unflatten(0, (-1, self.block.key_heads))
+        return _product(left.mT, right, found, scale).unflatten(0, (-1, self.block.key_heads))
 
     def scores(self) -> tuple[Tensor, Tensor | None]:
         """(batch, heads, rows, columns), -inf where hidden; and, under a soft cap, the tanh of what it is applied
-        to."""
+        to, or that itself where steps are fused."""
         tensors, block, device = self.tensors, self.block, self.queries.device
         scale, cap = self.spec.scale, self.spec.softcap
         bent = None
-        if not cap:
+        adds = any(t is not None for t in (tensors.alibi_slopes, tensors.bias, tensors.relative_bias))
+        if self.fused:
+            products = self.product("bent" if cap else "scores", self.queries, self.keys.mT, scale)
+            scores, bent = self._fused_scores(products, hides=not adds), products if cap else None
+            if not adds:
+                return scores, bent
+        elif not cap:
             scores = self.product("scores", self.queries.mul_(scale), self.keys.mT)
         else:
             bent = self.product("bent", self.queries.mul_(2.0 * scale / cap), self.keys.mT)
@@ -259,6 +300,18 @@ class Part:
             scores.add_(block.by_distance(block.of_heads(tensors.relative_bias)[..., index]))
         self._hide(scores)
         return scores, bent
+
+    def _fused_scores(self, products: Tensor, hides: bool) -> Tensor:
+        """The scores of scaled products; those that the window hides are -inf if it `hides`."""
+        _, _, rows, columns = self.block.place
+        left, right = (self.spec.left, self.spec.right) if hides else (None, None)
+        if not self.spec.softcap and left is None and right is None:
+            return products
+        places = _places(max(rows.stop, columns.stop), products.device)
+        first = -math.inf if left is None else float(self.block.shift - left)
+        last = math.inf if right is None else float(self.block.shift + right)
+        numbers = _numbers(products.device, self.spec.softcap, first, last).unbind()
+        return torch_fused.run(SCORE, products, places[columns], places[rows, None], *numbers)[0]
 
     def _hide(self, scores: Tensor) -> None:
         """-inf where the window hides; last, because what is added may be anything there. tril_ clears it first:
@@ -304,6 +357,20 @@ class RelativeBiasGradient:
 
     def result(self) -> Tensor:
         return of_distances(self.total, 1 - self.keys, self.like.shape[2] // 2)
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor, scale: float) -> Tensor:
+    return torch.bmm(a, b, out=out) if scale == 1.0 else torch.baddbmm(out, a, b, beta=0, alpha=scale, out=out)
+
+
+@kept(8)
+def _places(count: int, device: torch.device) -> Tensor:
+    return torch.arange(count, dtype=torch.float32, device=device)
+
+
+@kept(16)
+def _numbers(device: torch.device, *numbers: float) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.float32, device=device)
 
 
 def _hidden(part: Tensor) -> Tensor:
