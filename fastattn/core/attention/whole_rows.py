@@ -260,8 +260,8 @@ class Part:
         return _product(a, b, found, scale).view(*rows.shape[:3], columns.shape[3])
 
     def transposed_product(self, name: str, scores: Tensor, rows: Tensor, scale: float = 1.0) -> Tensor:
-        """(B, Hq, L, N)^T @ (B, Hq, L, M), the sum over the query heads that read a key head: (B, Hkv, N, M); times
-        a scale."""
+        """(B, Hq, L, N)^T @ (B, Hq, L, M), the sum over the query heads that read a key head: (B, Hkv, N, M);
+        times a scale."""
         left, right = (grouped(t, self.block.key_heads).flatten(0, 1) for t in (scores, rows))
         found = self.workspace.empty(name, len(left), left.shape[2], right.shape[2])
         return _product(left.mT, right, found, scale).unflatten(0, (-1, self.block.key_heads))
