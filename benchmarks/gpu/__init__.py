@@ -10,6 +10,7 @@ again.
     kernel_cases  the checks that need torch and triton only
     correctness   ours against float64 at real sizes
     features      what is timed beside plain attention and MLPs, and the other implementations of it
+    cache_rivals  the other implementations of one token from a cache
     sweep         launch configurations beside the one in the table
     suite         the test suite in processes of its own; shards cuts it, recorder notes each outcome
     sanitizer     a small selection under compute-sanitizer, if it is installed
