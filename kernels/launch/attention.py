@@ -584,7 +584,7 @@ ATTENTION_FORWARD |= {
         Row(2, 128, Tiling(32, 32, 8, 2)),  # 64 x 32 with 4 warps: 69 with Triton 3.7.1
     ),
     "sm_90 crowded": (
-        Row(2, 64, Tiling(128, 64, 8, 2)),
+        Row(2, 64, Tiling(64, 64, 8, 2)),  # 128 x 64: 16
         Row(2, 128, Tiling(64, 32, 8, 2)),  # 128 x 32: 10 with Triton 3.7.1
         Row(2, 256, Tiling(32, 32, 8, 1)),  # 128 x 16: 24 with Triton 3.7.1
     ),
@@ -656,6 +656,10 @@ ATTENTION_DKDV |= {
         Row(2, 64, Tiling(64, 128, 8, 2)),
         Row(2, 128, Tiling(64, 64, 8, 2)),
         Row(2, 256, Tiling(32, 32, 8, 1)),  # 4 warps: 5, 2 stages: 12 to 14 in full attention
+    ),
+    "sm_120 plain uneven": (
+        Row(2, 64, Tiling(32, 128, 8, 2)),  # 64 x 128 at D = 40: 6
+        Row(2, 128, Tiling(64, 64, 8, 2)),
     ),
     "sm_100 plain uneven": (
         Row(2, 128, Tiling(64, 128, 8, 2)),
