@@ -15,7 +15,7 @@ import torch
 import fastattn
 from fastattn import masks
 from fastattn.core import capabilities, plans
-from fastattn.core.attention import torch_fused, torch_routes, torch_trial
+from fastattn.core.attention import torch_efficient, torch_fused, torch_routes, torch_trial
 from fastattn.measuring import checking, kinds, prove_worker, tolerance
 from fastattn.measuring.kinds import Sizes
 from tests.attention import torch_stand_ins
@@ -122,6 +122,9 @@ with pretended_gpus(GPUS["H100"]), torch_stand_ins.operators(prefers_cudnn=False
         for kind in several:
             for dtype in ("float16", "float32"):
                 found[f"{kind} {dtype}"] = tried(family, kind, dtype=dtype)
+    with mock.patch.object(torch_efficient, "MOST_KEPT", 0):
+        for kind in ("alibi", "relative bias"):
+            found[f"{kind}, distances not kept"] = tried("scores", kind)
     found["bias of every head"] = tried("scores", "bias", batch=5)
     found["alibi, larger than the inputs"] = tried("scores", "alibi", batch=1, width=8)
     for name, widths in (("20", (20, 20)), ("59 and 33", (59, 33)), ("3 and 40", (3, 40))):

@@ -66,6 +66,8 @@ def test_a_call_takes_the_fastest_of_pytorch_s_kernels_that_computes_it_exactly(
     [
         ("bias of every head", EFFICIENT),
         ("alibi, larger than the inputs", NONE),
+        ("alibi, distances not kept", EFFICIENT),
+        ("relative bias, distances not kept", EFFICIENT),
         # Padded with zeros.
         ("key lengths, widths 20 float16", SEQUENCES),
         ("key lengths, widths 20 float32", EFFICIENT),

@@ -30,6 +30,8 @@ _efficient_backward = torch.ops.aten._scaled_dot_product_efficient_attention_bac
 _HIDDEN = float("-inf")
 # The operator reads rows of the tensor, and of the log-sum-exp, in pieces of so many elements.
 ALIGNED, LSE_ALIGNED = 16, 32
+# Pairs of queries and keys whose distances are kept from call to call, at most: 32 or 64 MiB.
+MOST_KEPT = 2**24
 
 
 def _plain_of_trial(q: Tensor, k: Tensor) -> tuple[AttentionSpec, ScoreTensors]:
@@ -244,9 +246,9 @@ def _of_lists(
 def _diagonals(q: Tensor, k: Tensor, spec: AttentionSpec, tensors: ScoreTensors) -> Tensor:
     """What slopes, a relative bias and the window add, (B or 1, Hq or 1, Lq, Lk); a single one in one launch."""
     slopes, table = tensors.alibi_slopes, tensors.relative_bias
-    if hides_by_window(q, k, spec) or (slopes is not None and table is not None):
+    lengths, both = (q.shape[2], k.shape[2]), slopes is not None and table is not None
+    if both or hides_by_window(q, k, spec) or lengths[0] * _row(lengths[1]) > MOST_KEPT:
         return _along_diagonals(_by_distance(q, k, spec, tensors), q, k)
-    lengths = q.shape[2], k.shape[2]
     if slopes is not None:
         slopes = unexpanded(slopes)[..., None, None]
         away = _away_of_pairs(*lengths, q.device)
