@@ -38,7 +38,7 @@ FLOORS = (
     ),
     ("core.*.spec", "core.attention.dropout", "core.statistics.labels", "core.statistics.queries"),
     ("core.*.definition",),
-    ("core.*.tiles", "core.*.granules", "core.*.torch_*", "core.*.whole_rows"),
+    ("core.*.tiles", "core.*.granules", "core.*.torch_*", "core.*.whole_rows", "core.*.invariant_flash"),
     ("core.mlp.chunks", "core.mlp.int8"),
     ("core.*.head_scales", "core.attention.invariant", "core.attention.tilings"),
     ("core.*.portable", "core.*.triton", "core.attention.derivatives"),

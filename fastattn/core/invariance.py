@@ -2,8 +2,9 @@
 
 Sums in floating point depend on their order. By default it follows from the shape of a call, so that a sequence
 gives other last bits in a packed batch than alone. An invariant call of attention takes tiles of fixed sizes (on a
-CPU of several, if these give equal bits), cut from each sequence's own beginning, and adds them in a fixed order.
-An invariant product with weights takes a fixed number of rows at a time, see fastattn.core.rows.
+CPU of several, or PyTorch's flash attention, if these give equal bits), cut from each sequence's own beginning,
+and adds them in a fixed order. An invariant product with weights takes a fixed number of rows at a time, see
+fastattn.core.rows.
 """
 
 from __future__ import annotations

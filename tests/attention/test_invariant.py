@@ -6,6 +6,7 @@ Each sequence is computed alone, by `attention`. Every other way must give the s
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 import subprocess
 import sys
@@ -26,8 +27,9 @@ from torch import Tensor
 import fastattn
 from fastattn import attention, attention_varlen, attention_with_cache, masks
 from fastattn.core import invariance, plans
-from fastattn.core.attention import definition, invariant
+from fastattn.core.attention import definition, invariant, invariant_flash
 from fastattn.core.attention.functional import scores_asked
+from fastattn.core.attention.spec import AttentionSpec
 from fastattn.kernels import invariant as kernels
 
 NAN = float("nan")
@@ -258,6 +260,77 @@ def test_where_sizes_do_not_agree_all_queries_take_tiles_of_one_size() -> None:
     assert len({invariant._sizes(q, q, q, n) for n in (1, 17, 200)}) == 3
     with mock.patch.object(invariant, "_agree", lambda *_: False):
         assert {invariant._sizes(q, q, q, n) for n in (1, 17, 200)} == {invariant.ONE_SIZE}
+
+
+@pytest.mark.parametrize("right", [None, 0, 3])
+@pytest.mark.parametrize("left", [None, 0, 5, 300])
+def test_queries_that_see_the_first_key_are_run_by_the_tiles_that_they_see(
+    left: int | None, right: int | None
+) -> None:
+    for queries, keys, shift in itertools.product(
+        (1, 7, 256, 600), (0, 1, 255, 256, 257, 700), (-300, 0, 1, 255, 500)
+    ):
+        diagonal = torch.arange(queries) + shift
+        start = (diagonal - left if left is not None else torch.zeros_like(diagonal)).clamp(0, keys)
+        stop = (diagonal + right + 1 if right is not None else torch.full_like(diagonal, keys)).clamp(0, keys)
+        expected = [
+            None if first > 0 else (last - 1) // invariant_flash.TILE
+            for first, last in zip(start.tolist(), stop.tolist(), strict=True)
+        ]
+        spec = AttentionSpec(window=(left, right), causal=False)
+        for runs in (
+            invariant_flash.runs(queries, keys, shift, spec),
+            invariant_flash.runs_of(torch.stack((start, stop))),
+        ):
+            runs = list(runs)
+            assert [run.rows.start for run in runs] == [0, *(run.rows.stop for run in runs)][:-1]
+            found = [run.tiles for run in runs for _ in range(run.rows.start, run.rows.stop)]
+            # Where nothing is seen, it does not matter why.
+            assert [f for f, a, b in zip(found, start, stop, strict=True) if a < b] == [
+                e for e, a, b in zip(expected, start, stop, strict=True) if a < b
+            ]
+            assert len(found) == queries
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_bias_that_hides_the_last_keys_has_the_bits_of_their_absence(causal: bool) -> None:
+    """One that hides others, too, has the same bits in the rows that do not reach them."""
+    p = Problem((300,), causal=causal, value_width=24)
+    q, k, v = p.sequences()[0]
+    seen = torch.arange(300, device=DEVICE) < 270
+    options = {**p.options, "causal": False}
+    expected = attention(q, k[:, :, :270], v[:, :, :270], **options)
+    for bias in (seen.expand(1, 1, 300, 300), seen.expand(1, 4, 1, 300)):
+        assert_same(attention(q, k, v, bias=bias, **options), expected, "a bias")
+    whole = attention(q, k, v, **p.options)
+    holes = torch.rand(300, 300, device=DEVICE).tril_() < 0.9
+    holes[:280] = True
+    found = attention(q, k, v, bias=holes[None, None].expand(1, 4, -1, -1), **p.options)
+    assert_same((found[0][:, :, :280], found[1][:, :, :280]), (whole[0][:, :, :280], whole[1][:, :, :280]), "rows")
+    exact = attention(
+        q.double(), k.double(), v.double(), bias=holes[None, None], **{**p.options, "invariant": False}
+    )
+    torch.testing.assert_close(found[0].double(), exact[0], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="PyTorch's flash attention for CPUs")
+def test_where_rows_do_not_agree_pytorch_s_operator_computes_none() -> None:
+    q, k, v = Problem((300,)).sequences()[0]
+    k = torch.cat((k, v), 3)[..., :16]
+    q, (mine, flash) = q[..., :16], (invariant_flash._agrees, invariant_flash._flash)
+
+    def of_few_rows_differs(q: Tensor, *rest: Any, **options: Any) -> Any:
+        out, lse = flash(q, *rest, **options)
+        return out * (1 + 1e-6 * (q.shape[2] < 8)), lse
+
+    whole = attention(q, k, v, causal=True, invariant=True)
+    assert mine(16, torch.float32, 1, "highest")
+    with mock.patch.object(invariant_flash, "_flash", of_few_rows_differs):
+        assert not mine.__wrapped__(16, torch.float32, 1, "highest")
+    with mock.patch.object(invariant_flash, "_agrees", lambda *_: False):
+        in_tiles = attention(q, k, v, causal=True, invariant=True)
+        assert torch.equal(attention(q[:, :, 290:], k, v, causal=True, invariant=True), in_tiles[:, :, 290:])
+    assert not torch.equal(whole, in_tiles) and torch.allclose(whole, in_tiles, atol=1e-5)
 
 
 @settings(max_examples=6)

@@ -8,6 +8,7 @@ another in one order, whatever else is in the batch, and whether all queries of 
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastattn.core.attention import tiles
+from fastattn.core.attention import invariant_flash, tiles
 from fastattn.core.attention.spec import AttentionSpec, Gradients, Saved, ScoreTensors, Wanted
 from fastattn.core.attention.tiles import GRADIENT_INPUTS, Learned, Scores, Tile
 from fastattn.core.autocast import without_autocast
@@ -264,14 +265,23 @@ def forward(
     maxima: Tensor | None = None,
     sizes: Sizes | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention, sequence by sequence. sizes: how much at a time; None chooses."""
+    """Attention, sequence by sequence, of rows that see the first key of theirs by PyTorch's flash attention where
+    that serves (see fastattn.core.attention.invariant_flash). sizes: all in tiles, so much at a time."""
     work = lse_dtype(q.dtype)
     out = zero_heads((*q.shape[:3], v.shape[3]), q, q.dtype)
     lse = q.new_full(q.shape[:3], float("-inf"), dtype=work)
     fixed, learned = tiles.learned(tensors)
     if learned.sinks is not None:
         lse.copy_(learned.sinks[..., None])
-    for at in sequences_of(q, k, tensors) if q.numel() else ():
+    sequences: Iterable[Sequence] = sequences_of(q, k, tensors) if q.numel() else ()
+    if sizes is None and q.numel() and invariant_flash.serves(q, k, v, spec, tensors):
+        if maxima is not None:  # which come from tiles
+            forward(q, k, v, spec, tensors, maxima, _sizes(q, k, v, q.shape[2]))
+            maxima = None
+        sequences = itertools.chain.from_iterable(
+            _by_flash(q, k, v, spec, tensors, at, out, lse) for at in sequences
+        )
+    for at in sequences:
         size = _sizes(q, k, v, at.query_count) if sizes is None else sizes
         scores = FixedTiles(q, k, spec, fixed, at, size.queries)
         scores.in_place = size.in_place
@@ -289,6 +299,83 @@ def forward(
         if maxima is not None and largest is not None:
             at.of(maxima, "rows").copy_(largest[:, :, here])
     return out, lse
+
+
+def _by_flash(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    spec: AttentionSpec,
+    tensors: ScoreTensors,
+    at: Sequence,
+    out: Tensor,
+    lse: Tensor,
+) -> Iterator[Sequence]:
+    """Write the results of the queries of a sequence that see its first key; the others are left to tiles."""
+    if not at.query_count:
+        return
+    bounds = _bounds(at, spec, tensors)
+    runs = invariant_flash.runs(at.query_count, at.key_count, at.shift, spec)
+    rows, keys, values = at.of(q, "rows"), at.of(k, "columns"), at.of(v, "columns")
+    found, found_lse = at.of(out, "rows"), at.of(lse, "rows")
+    ready = False
+    for here, before in runs if bounds is None else invariant_flash.runs_of(bounds):
+        if before is None:
+            first = at.queries.start
+            yield at._replace(
+                queries=slice(first + here.start, first + here.stop),
+                shift=at.shift + here.start,
+                missing=at.missing + here.start,
+            )
+        elif before >= 0:
+            if not ready:
+                keys, values, ready = *map(invariant_flash.aligned, (keys, values)), True
+            stops = _stops(here, at, spec) if bounds is None else bounds[1, here]
+            part = invariant_flash.of_run(rows[:, :, here], keys, values, before, stops, spec.scale)
+            found[:, :, here], found_lse[:, :, here] = part
+
+
+def _bounds(at: Sequence, spec: AttentionSpec, tensors: ScoreTensors) -> Tensor | None:
+    """Which keys of a sequence each of its queries sees, from the first to before the last (2, queries), where
+    intervals or a bool bias say so; the window counts, too. Where a bias hides keys between others, it says no
+    more than that the first key is not seen."""
+    if tensors.intervals is None and tensors.bias is None:
+        return None
+    start, stop = torch.zeros(2, at.query_count, dtype=torch.int64).unbind()
+    stop = stop + at.key_count
+    if tensors.intervals is not None:
+        own = at.of(tensors.intervals, "whole")[0, :, at.queries] - at.keys.start
+        start, stop = own.clamp(0, at.key_count)
+    diagonal = torch.arange(at.query_count) + at.shift
+    if spec.left is not None:
+        start = torch.maximum(start, diagonal - spec.left)
+    if spec.right is not None:
+        stop = torch.minimum(stop, diagonal + (spec.right + 1))
+    if tensors.bias is not None and at.key_count:
+        hidden, seen_again = _first_hidden(at.of(tensors.bias, "scores")[0].expand(-1, -1, at.key_count))
+        stops = torch.minimum(stop, hidden)
+        between = (stop > seen_again).any(0) | (stops.amin(0) != stops.amax(0))
+        start, stop = start.masked_fill(between, 1), stops[0].masked_fill(between, at.key_count + 2)
+    return torch.stack((start, stop))
+
+
+def _first_hidden(bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each row of a bool bias (..., keys) the first key that it hides, and the first behind that which it does
+    not hide; the number of keys if there is none."""
+    keys = torch.arange(bias.shape[-1])
+    hidden = torch.where(bias.all(-1), bias.shape[-1], (~bias).byte().argmax(-1))
+    again = bias & (keys > hidden[..., None])
+    return hidden, torch.where(again.any(-1), again.byte().argmax(-1), bias.shape[-1])
+
+
+def _stops(rows: slice, at: Sequence, spec: AttentionSpec) -> Tensor | int:
+    """Before which key of a sequence these of its queries see all; one number if it is the same for all."""
+    if spec.right is None:
+        return at.key_count
+    first = rows.start + at.shift + spec.right + 1
+    if rows.stop - rows.start == 1 or first >= at.key_count:
+        return min(first, at.key_count)
+    return torch.arange(first, first + rows.stop - rows.start).clamp_(max=at.key_count)
 
 
 def _of_sequence(
