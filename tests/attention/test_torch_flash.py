@@ -138,3 +138,42 @@ def test_its_backward_computes_all_but_float16_and_what_has_a_gradient_beside(dt
         backward.reset_mock()
         fastattn.attention(q, k, v, bias=bias, backend="portable").sum().backward()
         assert not backward.called and bias.grad.any()
+
+
+@pytest.mark.parametrize("heads, key_heads", [(2, 2), (6, 2)])
+@pytest.mark.parametrize("length", [65, 128, 300])
+@pytest.mark.parametrize("hidden", [slice(0, 0), slice(0, 64), slice(150, 200)], ids=str)
+def test_two_calls_that_are_merged_are_the_causal_one(
+    length: int, heads: int, key_heads: int, hidden: slice
+) -> None:
+    """Where the scores of all keys before a square, or of all within one, are -inf, its log-sum-exp is 0 there."""
+    q = torch.rand(1, length, heads, 32).transpose(1, 2)
+    k, v = torch.randn(1, key_heads, length, 32), torch.randn(1, key_heads, length, 32)
+    k[:, :, hidden] = -3e38
+    out, lse = torch_flash.causal_in_parts(q, k, v, 3.0)
+    scores = 3.0 * q.double() @ k.double().repeat_interleave(heads // key_heads, 1).mT
+    after = torch.ones(length, length, dtype=torch.bool).triu(1)
+    scores = scores.masked_fill(after | (scores < -3.4e38), HIDDEN)
+    some = ~(scores == HIDDEN).all(-1)
+    expected = scores.softmax(-1) @ v.repeat_interleave(heads // key_heads, 1).double()
+    torch.testing.assert_close(out[some], expected[some].float())
+    torch.testing.assert_close(lse[some], scores.logsumexp(-1)[some].float())
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+def test_a_prompt_is_computed_in_two_parts_where_that_takes_less_time(gradient: bool) -> None:
+    q = torch.randn(1, 8, 300, 16, requires_grad=gradient)
+    k, v = torch.randn(2, 1, 4, 300, 16)
+    with (
+        without_plans(),
+        mock.patch.object(torch, "get_num_threads", return_value=2),
+        mock.patch.object(torch_flash, "causal_in_parts", wraps=torch_flash.causal_in_parts) as in_parts,
+    ):
+        out = fastattn.attention(q, k, v, causal=True)
+        fastattn.attention(q.expand(2, -1, -1, -1), *(t.expand(2, -1, -1, -1) for t in (k, v)), causal=True)
+        fastattn.attention(q[:, :, :200], k[:, :, :200], v[:, :, :200], causal=True)
+        fastattn.attention(q, k, v)
+    assert in_parts.call_count == 1
+    torch.testing.assert_close(
+        out, torch.nn.functional.scaled_dot_product_attention(q, k, v, None, 0.0, True, enable_gqa=True)
+    )
