@@ -15,8 +15,11 @@ pytest.importorskip("triton")
 pytest.importorskip("rich")
 
 from benchmarks.compile_report import baseline, compiling, disassembly, hazards, rows
+from benchmarks.compile_report.launches import CALLS, calls_for
 from benchmarks.compile_report.rows import Loop, Row, main_loops, resident_programs
 from benchmarks.compile_report.targets import TARGETS, Target
+from fastattn.kernels import launch
+from tests.pretended_gpu import GPUS
 
 ROOT = Path(__file__).parents[2]
 
@@ -385,6 +388,15 @@ for name in ("attention_forward_kernel", "attention_dkdv_kernel"):  # whose poin
     copies, loads = re.findall("cp.async.*?, 0x(.*?),", ptx), re.findall("ld.global.*?[.]b16 ", ptx)
     print(name, *sorted(set(copies)), len(loads))
 """
+
+
+def test_every_call_is_asked_of_every_nvidia_gpu_that_has_rows_and_of_every_pretended_one() -> None:
+    """The README's claim that none spills, or needs too much shared memory, is no larger than what was asked."""
+    nvidia = [target for target in TARGETS.values() if target.backend == "cuda"]
+    assert all(calls_for(target) == CALLS and target.must_not_spill for target in nvidia)
+    served = {name for least, name in launch._FAMILIES if least >= 80}
+    assert served == {launch.family_of("cuda", target.arch) for target in nvidia}
+    assert {10 * gpu.major + gpu.minor for gpu in GPUS.values()} <= {target.arch for target in nvidia}
 
 
 def test_heads_of_a_multiple_of_8_are_loaded_16_bytes_at_a_time(tmp_path: Path) -> None:
