@@ -15,7 +15,7 @@ import torch
 import fastattn
 from fastattn import masks
 from fastattn.core import capabilities, plans
-from fastattn.core.attention import torch_efficient, torch_fused, torch_routes, torch_trial
+from fastattn.core.attention import torch_efficient, torch_fused, torch_routes, torch_trial, whole_rows
 from fastattn.measuring import checking, kinds, prove_worker, tolerance
 from fastattn.measuring.kinds import Sizes
 from tests.attention import torch_stand_ins
@@ -31,13 +31,13 @@ found: dict[str, object] = {}
 said: list[str] = []
 
 
-def wrong(call: kinds.Call, sizes: Sizes) -> str:
+def wrong(call: kinds.Call, sizes: Sizes, tiny: float | None = None) -> str:
     computed, double = checking.results_and_gradients, tuple(t.double() for t in call.tensors)
     ours, eager = (computed(call, backend, call.tensors, sizes) for backend in ("portable", "reference"))
     for name, exact in computed(call, "reference", double, sizes).items():
         judged = tolerance.judge(
-            ours[name], exact, eager[name].to(ours[name].dtype), gradient=name[0] == "d", tiny=TINY[sizes.dtype],
-            dtype=getattr(torch, sizes.dtype),
+            ours[name], exact, eager[name].to(ours[name].dtype), gradient=name[0] == "d",
+            tiny=tiny or TINY[sizes.dtype], dtype=getattr(torch, sizes.dtype),
         )  # fmt: skip
         if judged.wrong:
             return f"{name}: {judged.wrong}"
@@ -125,6 +125,18 @@ with pretended_gpus(GPUS["H100"]), torch_stand_ins.operators(prefers_cudnn=False
     with mock.patch.object(torch_efficient, "MOST_KEPT", 0):
         for kind in ("alibi", "relative bias"):
             found[f"{kind}, distances not kept"] = tried("scores", kind)
+    # Steps, cut into blocks of some rows and heads.
+    for elements in (2**12, 2**13):
+        cut = {"GPU_ELEMENTS": elements, "GPU_ROWS": 48, "GPU_CAUSAL_ROWS": 32}
+        with mock.patch.multiple(whole_rows, **cut):
+            for kind in ("softcap", "dropout", "everything"):
+                for dtype in ("float16", "float32"):
+                    sizes = Sizes("scores", kind, dtype, 3, length=70, width=24)
+                    plans.forget()
+                    CALLS.clear()
+                    # As small as where steps are not fused, see test_gpu_steps.
+                    failed = wrong(kinds.build(sizes, device), sizes, max(1e-5, TINY[dtype]))
+                    found[f"{kind} in blocks of {elements} {dtype}"] = [failed, sorted(set(CALLS))]
     found["bias of every head"] = tried("scores", "bias", batch=5)
     found["alibi, larger than the inputs"] = tried("scores", "alibi", batch=1, width=8)
     for name, widths in (("20", (20, 20)), ("59 and 33", (59, 33)), ("3 and 40", (3, 40))):

@@ -125,6 +125,15 @@ def test_what_is_special_about_a_call_decides(call, kernels, found):
     assert found[call] == ["", kernels]
 
 
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("elements", [2**12, 2**13])
+@pytest.mark.parametrize("kind", ["softcap", "dropout", "everything"])
+def test_fused_steps_are_exact_wherever_blocks_are_cut(kind, elements, dtype, found):
+    wrong, kernels = found[f"{kind} in blocks of {elements} {dtype}"]
+    fused = ["fused step"]
+    assert wrong == "" and kernels == (fused if kind == "softcap" else [*fused, "jiterator"])
+
+
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize(
     ("call", "kernel"),
