@@ -19,7 +19,7 @@ from . import launch
 from .attention.problem import empty_heads, products
 from .attention.scores import Scores, cap, finish_scores, score_factor, scores_of
 from .cache import Tree, load_tokens, places_of, row_pointers, token_pointers
-from .launch.invariant import INVARIANT, SPLIT, SPLIT_ROWS, merge_warps
+from .launch.invariant import INVARIANT, MASKS_OF_BITS, SPLIT, SPLIT_ROWS, merge_warps
 from .tile import Tile, tile_of
 from .tiles import (
     LN_2,
@@ -159,6 +159,28 @@ def load_keys(
 
 
 @triton.jit
+def bits_below(count):
+    """A word whose bits below `count`, of any size, are set."""
+    return tl.where(count >= 32, -1, (1 << tl.minimum(tl.maximum(count, 0), 31)) - 1)
+
+
+@triton.jit
+def is_between(first, stop, tile: tl.constexpr):
+    """Which of a tile's columns lie from `first` to before `stop`, a number for each row: (rows, BLOCK_N)."""
+    columns = tl.arange(0, tile.BLOCK_N)[None, :]
+    if tile.BY_BITS:
+        # A word for 32 columns of each row. A thread's columns are neighbours, so each is tested by a constant. To be
+        # compared as below, their numbers would wait in registers from one split to the next.
+        words = (bits_below(stop) & ~bits_below(first))[:, None]
+        for word in tl.static_range(1, tile.BLOCK_N // 32):
+            bits = bits_below(stop - 32 * word) & ~bits_below(first - 32 * word)
+            words = tl.where(columns >= 32 * word, bits[:, None], words)
+        return ((words >> (columns % 32)) & 1) != 0
+    else:
+        return (columns >= first[:, None]) & (columns < stop[:, None])
+
+
+@triton.jit
 def invariant_step(
     state, operands, start, bounds, position, keys, sequences, scores, tile: tl.constexpr, MASKED: tl.constexpr
 ):
@@ -175,8 +197,7 @@ def invariant_step(
     values = cap(products, scores, score_terms)
     values = finish_scores(values, scores, score_terms, diagonal[:, None], columns[None, :], sequences.aligned)
     if MASKED:
-        first, stop = bounds
-        seen = (columns[None, :] >= first[:, None]) & (columns[None, :] < stop[:, None])
+        seen = is_between(bounds[0] - start, bounds[1] - start, tile)
         if sequences.tree is not None:
             place = columns - (key_count - sequences.tree.columns)
             inside = (place >= 0) & (place < sequences.tree.columns)
@@ -258,35 +279,36 @@ def merge_values(so_far, part, rescale, weight):
 
 
 @triton.jit
-def halves(values, tile: tl.constexpr):
-    """The first and the second half of a tile's columns."""
-    return tl.split(tl.permute(tl.reshape(values, (tile.BLOCK_M, 2, tile.VALUE_WIDTH // 2)), (0, 2, 1)))
-
-
-@triton.jit
 def place_of_tile(split, number, key_head, sequences):
     """Where partial results of a tile lie, as a number of tiles."""
     return (split * sequences.tiles + number).to(tl.int64) * sequences.key_heads + key_head
 
 
 @triton.jit
-def part_pointers(partials, place, FIRST: tl.constexpr, COUNT: tl.constexpr, tile: tl.constexpr):
-    """Pointers to columns of a tile, whose rows lie one after the other: offsets within it are 32-bit."""
-    columns = FIRST + tl.arange(0, COUNT)
+def part_pointers(partials, place, tile: tl.constexpr):
+    """Pointers to a tile, whose rows lie one after the other: offsets within it are 32-bit."""
+    columns = tl.arange(0, tile.VALUE_WIDTH)
     offsets = tl.arange(0, tile.BLOCK_M)[:, None] * tile.VALUE_WIDTH + columns[None, :]
     return partials + place * (tile.BLOCK_M * tile.VALUE_WIDTH) + offsets
 
 
 @triton.jit
-def store_columns(
-    out, values, row_sum, position, exists, is_known, FIRST: tl.constexpr, COUNT: tl.constexpr, tile: tl.constexpr
-):
-    """Store columns of the result. A length that a cache does not have cannot be refused here: its row is not a
+def merged_values(waiting, part, rescale, weight, has_waited, tile: tl.constexpr):
+    """Merge what a split gives with what waits, if anything does."""
+    so_far = tl.zeros([tile.BLOCK_M, tile.VALUE_WIDTH], tl.float32)
+    if has_waited:
+        so_far = tl.load(waiting)
+    return merge_values(so_far, part, rescale, weight)
+
+
+@triton.jit
+def store_rows(out, values, row_sum, position, exists, is_known, tile: tl.constexpr):
+    """Store rows of the result. A length that a cache does not have cannot be refused here: its row is not a
     number."""
     entry, head, query = position
     row_sum = tl.where(row_sum == 0.0, 1.0, row_sum)
     values = tl.where(is_known, values / row_sum[:, None], float("nan"))
-    columns = FIRST + tl.arange(0, COUNT)
+    columns = tl.arange(0, tile.VALUE_WIDTH)
     pointers = row_pointers(out, entry, head, query)[:, None] + columns[None, :] * out.column
     mask = exists[:, None] & (columns < tile.VALUE_DIM)[None, :]
     tl.store(pointers, values.to(out.pointer.dtype.element_ty), mask=mask)
@@ -304,6 +326,17 @@ def store_lse(lse, row_max, row_sum, position, exists, is_known):
 
 
 @triton.jit
+def rows_again(found, number, key_head, sequences, tile: tl.constexpr):
+    """The rows of a tile once more: (entry, heads, rows of tensors), whether they exist, and whether their
+    sequence's length is one that the cache may have. What is read again takes no registers while keys are
+    visited."""
+    entry, first_query = tl.load(found, volatile=True), tl.load(found + 1, volatile=True)
+    queries, first_tile = tl.load(found + 2, volatile=True), tl.load(found + 6, volatile=True)
+    exists, query, head = rows_at((number - first_tile) * tile.BLOCK_M, key_head, queries, sequences, tile.BLOCK_M)
+    return (entry, head, first_query + query), exists, tl.load(found + 7, volatile=True) != 0
+
+
+@triton.jit
 def invariant_attention_kernel(q, out, lse, partials, lse_partials, keys, sequences, scores, tile: tl.constexpr):
     """One program: BLOCK_M packed rows of a sequence and a key head, and all of their keys or a split of them."""
     program = tl.program_id(0)
@@ -317,7 +350,6 @@ def invariant_attention_kernel(q, out, lse, partials, lse_partials, keys, sequen
     entry, first_query, queries = tl.load(found), tl.load(found + 1), tl.load(found + 2)
     first_key, key_count, shift = tl.load(found + 3), tl.load(found + 4), tl.load(found + 5)
     row_start = (number - tl.load(found + 6)) * tile.BLOCK_M
-    is_known = tl.load(found + 7) != 0
     # The number of tiles is a bound: some may be of no sequence. Nor need a split have keys.
     if (row_start >= queries * sequences.group) | ((split > 0) & (split * tile.SPLIT >= key_count)):
         return
@@ -334,35 +366,29 @@ def invariant_attention_kernel(q, out, lse, partials, lse_partials, keys, sequen
     operands = (q_tile, score_terms, query, diagonal)
     position = (entry, key_head, first_key, key_count)
     if sequences.splits is None:
-        # What is merged so far waits in memory, since registers are full while keys are visited. It is merged half
-        # by half: both would not fit beside the part.
-        HALF: tl.constexpr = tile.VALUE_WIDTH // 2
+        # What is merged so far waits in memory, since registers are full while keys are visited.
         row_max, row_sum = before_all_splits(entry, head, exists, scores, tile)
         before = begin // tile.SPLIT
         last = tl.maximum(tl.cdiv(end, tile.SPLIT) - 1, before)
         for each in tl.range(before, last + 1):
             part, part_lse = split_result(each, ranges, operands, bounds, position, keys, sequences, scores, tile)
             row_max, row_sum, rescale, weight = merge_weights(row_max, row_sum, part_lse)
-            parts = halves(part, tile)
-            for half in tl.static_range(2):
-                place = place_of_tile(split, number, key_head, sequences)
-                waiting = part_pointers(partials, place, half * HALF, HALF, tile)
-                so_far = tl.zeros([tile.BLOCK_M, HALF], tl.float32)
-                if each > before:
-                    so_far = tl.load(waiting)
-                merged = merge_values(so_far, parts[half], rescale, weight)
-                if each < last:
-                    tl.store(waiting, merged)
-                else:
-                    store_columns(
-                        out, merged, row_sum, (entry, head, rows), exists, is_known, half * HALF, HALF, tile
-                    )
+            # The tile's own number, so that pointers are computed here.
+            again = tl.load(found + 6, volatile=True) + row_start // tile.BLOCK_M
+            waiting = part_pointers(partials, place_of_tile(split, again, key_head, sequences), tile)
+            if each < last:
+                tl.store(waiting, merged_values(waiting, part, rescale, weight, each > before, tile))
+            else:
+                row, there, is_known = rows_again(found, number, key_head, sequences, tile)
+                merged = merged_values(waiting, part, rescale, weight, each > before, tile)
+                store_rows(out, merged, row_sum, row, there, is_known, tile)
             tl.debug_barrier()
-        store_lse(lse, row_max, row_sum, (entry, head, rows), exists, is_known)
+        row, there, is_known = rows_again(found, number, key_head, sequences, tile)
+        store_lse(lse, row_max, row_sum, row, there, is_known)
     else:
         part, part_lse = split_result(split, ranges, operands, bounds, position, keys, sequences, scores, tile)
         place = place_of_tile(split, number, key_head, sequences)
-        tl.store(part_pointers(partials, place, 0, tile.VALUE_WIDTH, tile), part)
+        tl.store(part_pointers(partials, place, tile), part)
         tl.store(lse_partials + place * tile.BLOCK_M + tl.arange(0, tile.BLOCK_M), part_lse)
 
 
@@ -386,10 +412,10 @@ def invariant_merge_kernel(out, lse, partials, lse_partials, sequences, scores, 
         place = place_of_tile(split, number, key_head, sequences)
         part_lse = tl.load(lse_partials + place * tile.BLOCK_M + tl.arange(0, tile.BLOCK_M))
         row_max, row_sum, rescale, weight = merge_weights(row_max, row_sum, part_lse)
-        part = tl.load(part_pointers(partials, place, 0, tile.VALUE_WIDTH, tile))
+        part = tl.load(part_pointers(partials, place, tile))
         merged = merge_values(merged, part, rescale, weight)
     place = (entry, head, rows)
-    store_columns(out, merged, row_sum, place, exists, is_known, 0, tile.VALUE_WIDTH, tile)
+    store_rows(out, merged, row_sum, place, exists, is_known, tile)
     store_lse(lse, row_max, row_sum, place, exists, is_known)
 
 
@@ -452,6 +478,7 @@ def tile_for(q: torch.Tensor, v: torch.Tensor, page: int, spec: Any, tiling: lau
         VALUE_WIDTH=value_width,
         PAGE=page,
         SPLIT=SPLIT,
+        BY_BITS=launch.family(invariant_attention_kernel, q.device) in MASKS_OF_BITS,
         PRECISION=products(spec.precision, q.element_size(), max(width, value_width)),
     )
 

@@ -17,16 +17,19 @@ import triton
 import triton.language as tl
 
 from . import launch
+from .attention.backward import next_tile
 from .attention.problem import empty_heads
 from .attention.row_values import RowValues, attention_delta_kernel
-from .attention.scores import cap, finish_scores, softmax_weights
+from .attention.scores import cap, finish_scores, load_score_terms, softmax_weights
 from .cache import load_tokens, row_pointers
 from .invariant import (
     FAR,
     bounds_of,
     columns_of,
+    is_between,
     most_tiles,
     ranges_of,
+    rows_again,
     rows_at,
     scores_for,
     sequence_at,
@@ -38,61 +41,74 @@ from .invariant import (
 )
 from .launch.invariant import INVARIANT_DKDV, INVARIANT_DQ, SUM_ROWS
 from .tile import tile_of
-from .tiles import LARGEST_TILE, LOG2_E, head_of, load_tile, shape_of, store_tile, tensor3, tensor4
+from .tiles import LARGEST_TILE, LOG2_E, head_of, in_units, load_tile, shape_of, store_tile, tensor3, tensor4
 
 
 @triton.jit
-def load_row_terms(row_values, entry, head, place, exists, sequences, EDGE: tl.constexpr):
+def load_row_terms(row_values, entry, head, place, exists, sequences):
     """The log-sum-exps, in log2 units, and the deltas of packed rows; rows that do not exist weigh nothing."""
     flat_head = entry.to(tl.int64) * (sequences.key_heads * sequences.group) + head
     pointers = row_values.pointer + flat_head * row_values.head + place
-    if EDGE:
-        lse = tl.load(pointers, mask=exists, other=float("inf"))
-        return lse, tl.load(pointers + row_values.rows, mask=exists, other=0.0)
-    else:
-        return tl.load(pointers), tl.load(pointers + row_values.rows)
+    lse = tl.load(pointers, mask=exists, other=float("inf"))
+    return lse, tl.load(pointers + row_values.rows, mask=exists, other=0.0)
+
+
+@triton.jit
+def row_of(tensor, batch, head, row):
+    """Pointer to a row of a head."""
+    return head_of(tensor, batch, head) + row.to(tl.int64) * in_units(tensor.row, tensor.unit)
 
 
 @triton.jit
 def dkdv_step(
     state,
     operands,
+    score_terms,
+    cursor,
     start,
     key_start,
     bounds,
     position,
-    sequences,
     scores,
+    sequences,
     tile: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Add what the packed rows from `start` on give to (dk, dv); scores stand transposed, keys down."""
+    """Add what one head's queries from `start` on give to (dk, dv); scores stand transposed, keys down."""
     dk, dv = state
-    k_tile, v_tile, q, dout, row_values = operands
-    entry, key_head, first_query, queries, shift = position
-    exists, query, head = rows_at(start, key_head, queries, sequences, tile.BLOCK_M)
-    place = first_query + query
-    q_tile = load_tokens(q, row_pointers(q, entry, head, place), exists, 0, tile.HEAD_DIM, tile.WIDTH, MASKED)
-    tokens = row_pointers(dout, entry, head, place)
-    dout_tile = load_tokens(dout, tokens, exists, 0, tile.VALUE_DIM, tile.VALUE_WIDTH, MASKED)
+    k_tile, v_tile, q, dout, padded_rows = operands
+    _, _, q_pointer, dout_pointer, row_values = cursor
+    queries, shift = position
+    query = start + tl.arange(0, tile.BLOCK_M)
+    q_tile = load_tile(q_pointer, q, start, queries, tile.HEAD_DIM, tile.BLOCK_M, tile.WIDTH, MASKED)
+    dout_tile = load_tile(
+        dout_pointer, dout, start, queries, tile.VALUE_DIM, tile.BLOCK_M, tile.VALUE_WIDTH, MASKED
+    )
     products = tl.dot(k_tile, tl.trans(q_tile), input_precision=tile.PRECISION)
     dweights = tl.dot(v_tile, tl.trans(dout_tile), input_precision=tile.PRECISION)
-    lse, delta = load_row_terms(row_values, entry, head, place, exists, sequences, MASKED)
-    slopes, head_scales = terms_of_rows(entry, head, exists, scores, tile.BLOCK_M)
-    score_terms = (slopes[None, :], 0, 0, 0, 0, 0, 0.0, head_scales[None, :])
     keys = key_start + tl.arange(0, tile.BLOCK_N)
     capped = cap(products, scores, score_terms)
     values = finish_scores(capped, scores, score_terms, (query + shift)[None, :], keys[:, None], sequences.aligned)
+    if MASKED:
+        # What lies behind the last query is another sequence's, or nobody's.
+        exists = query < queries
+        lse = tl.load(row_values + query, mask=exists, other=float("inf"))
+        delta = tl.load(row_values + padded_rows + query, mask=exists, other=0.0)
+    else:
+        lse = tl.load(row_values + query)
+        delta = tl.load(row_values + padded_rows + query)
     weights = softmax_weights(values, scores, lse[None, :], 0.0)
     if MASKED:
         first, stop = bounds
-        seen = exists[None, :] & (query[None, :] >= first[:, None]) & (query[None, :] < stop[:, None])
+        # Counted from the tile's first query: fewer registers.
+        columns = tl.arange(0, tile.BLOCK_M)[None, :]
+        seen = (columns >= (first - start)[:, None]) & (columns < (stop - start)[:, None])
         weights = tl.where(seen, weights, 0.0)
     dscores = weights * (dweights - delta[None, :])
     if scores.softcap is not None:
         dscores *= 1.0 - capped * capped
     if scores.head_scale is not None:
-        dscores *= head_scales[None, :]
+        dscores *= score_terms[7]
     dv = tl.dot(weights.to(dout_tile.dtype), dout_tile, dv, input_precision=tile.PRECISION)
     dk = tl.dot(dscores.to(q_tile.dtype), q_tile, dk, input_precision=tile.PRECISION)
     return dk, dv
@@ -111,12 +127,26 @@ def queries_that_see(keys, entry, first_query, queries, first_key, shift, sequen
         pointers = sequences.intervals + entry.to(tl.int64) * sequences.interval_batch + place
         first = tl.maximum(first, tl.load(pointers) - first_query)
         stop = tl.minimum(stop, tl.load(pointers + sequences.interval_length) - first_query)
-    return first, stop
+    return tl.minimum(first, queries), stop
+
+
+@triton.jit
+def query_tiles(bounds, exist, queries, tile: tl.constexpr):
+    """Numbers of query tiles, counted from the sequence's first: the first that sees any of the keys; the first
+    that sees all of them; the next that does not see all, or has rows that do not exist; the one after the last
+    that sees any."""
+    first, stop = bounds
+    earliest = tl.min(tl.where(exist, first, FAR), 0) // tile.BLOCK_M
+    full = tl.cdiv(tl.max(tl.where(exist, first, 0), 0), tile.BLOCK_M)
+    whole = tl.min(tl.where(exist, stop, FAR), 0) // tile.BLOCK_M
+    end = tl.cdiv(tl.max(tl.where(exist, stop, 0), 0), tile.BLOCK_M)
+    return earliest, full, tl.maximum(whole, full), tl.maximum(end, full)
 
 
 @triton.jit
 def invariant_dkdv_kernel(q, k, v, dout, dk, dv, row_values, sequences, scores, keys_of_entry, tile: tl.constexpr):
-    """One program: BLOCK_N keys of a sequence and a key head, and all rows that see them."""
+    """One program: BLOCK_N keys of a sequence and a key head, and all rows that see them: of one query head of the
+    group after the other, first those that need a mask, then, again of each head, the others."""
     program = tl.program_id(0)
     # The first tiles of a sequence are seen by the most rows. They come first.
     number, key_head = program // sequences.key_heads, program % sequences.key_heads
@@ -128,17 +158,8 @@ def invariant_dkdv_kernel(q, k, v, dout, dk, dv, row_values, sequences, scores, 
     if start >= key_count:
         return
     keys = start + tl.arange(0, tile.BLOCK_N)
-    exist = keys < key_count
-    first, stop = queries_that_see(keys, entry, first_query, queries, first_key, shift, sequences, keys_of_entry)
-    begin = tl.maximum(tl.min(tl.where(exist, first, FAR), 0), 0) * sequences.group
-    full_begin = tl.maximum(tl.max(tl.where(exist, first, 0), 0), 0) * sequences.group
-    full_end = tl.maximum(tl.min(tl.where(exist, stop, FAR), 0), 0) * sequences.group
-    end = tl.maximum(tl.max(tl.where(exist, stop, 0), 0), 0) * sequences.group
-    # Whole tiles of rows, counted from the sequence's first. `begin` to `full_begin` and `full_end` to `end` need
-    # a mask.
-    begin = tl.minimum(begin, end) // tile.BLOCK_M * tile.BLOCK_M
-    full_begin = tl.minimum(tl.cdiv(full_begin, tile.BLOCK_M) * tile.BLOCK_M, tl.maximum(end, begin))
-    full_end = tl.maximum(full_end // tile.BLOCK_M * tile.BLOCK_M, full_begin)
+    bounds = queries_that_see(keys, entry, first_query, queries, first_key, shift, sequences, keys_of_entry)
+    first, full, whole, stop = query_tiles(bounds, keys < key_count, queries, tile)
 
     k_pointer, v_pointer = head_of(k, entry, key_head), head_of(v, entry, key_head)
     stop_key = first_key + key_count
@@ -146,18 +167,43 @@ def invariant_dkdv_kernel(q, k, v, dout, dk, dv, row_values, sequences, scores, 
     v_tile = load_tile(
         v_pointer, v, first_key + start, stop_key, tile.VALUE_DIM, tile.BLOCK_N, tile.VALUE_WIDTH, True
     )
-    operands, bounds = (k_tile, v_tile, q, dout, row_values), (first, stop)
-    position = (entry, key_head, first_query, queries, shift)
+    head = key_head * sequences.group
+    flat_head = entry.to(tl.int64) * (sequences.key_heads * sequences.group) + head
+    beginning = (
+        0,
+        0,
+        row_of(q, entry, head, first_query),
+        row_of(dout, entry, head, first_query),
+        row_values.pointer + flat_head * row_values.head + first_query,
+    )
+    operands, position = (k_tile, v_tile, q, dout, row_values.rows), (queries, shift)
     state = (
         tl.zeros([tile.BLOCK_N, tile.WIDTH], tl.float32),
         tl.zeros([tile.BLOCK_N, tile.VALUE_WIDTH], tl.float32),
     )
-    for row in tl.range(begin, full_begin, tile.BLOCK_M):
-        state = dkdv_step(state, operands, row, start, bounds, position, sequences, scores, tile, True)
-    for row in tl.range(full_begin, full_end, tile.BLOCK_M):
-        state = dkdv_step(state, operands, row, start, bounds, position, sequences, scores, tile, False)
-    for row in tl.range(full_end, end, tile.BLOCK_M):
-        state = dkdv_step(state, operands, row, start, bounds, position, sequences, scores, tile, True)
+    # As in `attention.backward`: one loop over the tiles of all heads of the group keeps the loads coming.
+    diagonal = full - first
+    masked = diagonal + stop - whole
+    cursor = beginning
+    for _ in tl.range(0, sequences.group * masked):
+        row = (cursor[0] + tl.where(cursor[0] < diagonal, first, whole - diagonal)) * tile.BLOCK_M
+        score_terms = load_score_terms(scores, None, entry, head + cursor[1])
+        state = dkdv_step(
+            state, operands, score_terms, cursor, row, start, bounds, position, scores, sequences, tile, True
+        )
+        cursor = next_tile(cursor, masked, q, dout, row_values)
+    cursor = beginning
+    for _ in tl.range(0, sequences.group * (whole - full)):
+        row = (full + cursor[0]) * tile.BLOCK_M
+        score_terms = load_score_terms(scores, None, entry, head + cursor[1])
+        state = dkdv_step(
+            state, operands, score_terms, cursor, row, start, (0, 0), position, scores, sequences, tile, False
+        )
+        cursor = next_tile(cursor, whole - full, q, dout, row_values)
+    # Read again, since registers are full while rows are visited.
+    entry, first_key = tl.load(found, volatile=True), tl.load(found + 3, volatile=True)
+    stop_key = first_key + tl.load(found + 4, volatile=True)
+    start = (number - tl.load(found + 6, volatile=True)) * tile.BLOCK_N
     dk_tile = state[0] * tl.cast(scores.scale, tl.float32)
     dk_pointer, dv_pointer = head_of(dk, entry, key_head), head_of(dv, entry, key_head)
     store_tile(dk_pointer, dk, first_key + start, stop_key, tile.HEAD_DIM, dk_tile, tile.BLOCK_N, tile.WIDTH)
@@ -184,7 +230,11 @@ def dq_step(dq, operands, start, bounds, position, sequences, scores, tile: tl.c
     weights = softmax_weights(values, scores, lse[:, None], 0.0)
     if MASKED:
         first, stop = bounds
-        seen = (columns[None, :] >= first[:, None]) & (columns[None, :] < stop[:, None])
+        if tile.BY_BITS:
+            seen = is_between(first - start, stop - start, tile)
+        else:
+            # Counted from the sequence's first key: fewer registers here.
+            seen = (columns[None, :] >= first[:, None]) & (columns[None, :] < stop[:, None])
         weights = tl.where(seen, weights, 0.0)
     dscores = weights * (dweights - delta[:, None])
     if scores.softcap is not None:
@@ -215,7 +265,7 @@ def invariant_dq_kernel(q, k, v, dout, dq, dscale, row_values, sequences, scores
     q_tile = load_tokens(q, row_pointers(q, entry, head, rows), exists, 0, tile.HEAD_DIM, tile.WIDTH, True)
     tokens = row_pointers(dout, entry, head, rows)
     dout_tile = load_tokens(dout, tokens, exists, 0, tile.VALUE_DIM, tile.VALUE_WIDTH, True)
-    lse, delta = load_row_terms(row_values, entry, head, rows, exists, sequences, True)
+    lse, delta = load_row_terms(row_values, entry, head, rows, exists, sequences)
     slopes, head_scales = terms_of_rows(entry, head, exists, scores, tile.BLOCK_M)
     score_terms = (slopes[:, None], 0, 0, 0, 0, 0, 0.0, head_scales[:, None])
     pointers = head_of(k, entry, key_head), head_of(v, entry, key_head)
@@ -229,12 +279,13 @@ def invariant_dq_kernel(q, k, v, dout, dq, dscale, row_values, sequences, scores
     for start in tl.range(full_end, end, tile.BLOCK_N):
         total = dq_step(total, operands, start, bounds, position, sequences, scores, tile, True)
     total *= tl.cast(scores.scale, tl.float32)
+    row, exists, _ = rows_again(found, number, key_head, sequences, tile)
     if dscale is not None:
         row_sums = tl.sum(total * q_tile.to(tl.float32), 1)
-        tl.store(row_pointers(dscale, entry, head, rows), row_sums, mask=exists)
+        tl.store(row_pointers(dscale, row[0], row[1], row[2]), row_sums, mask=exists)
         total *= head_scales[:, None]
     columns = tl.arange(0, tile.WIDTH)
-    pointers = row_pointers(dq, entry, head, rows)[:, None] + columns[None, :] * dq.column
+    pointers = row_pointers(dq, row[0], row[1], row[2])[:, None] + columns[None, :] * dq.column
     mask = exists[:, None] & (columns < tile.HEAD_DIM)[None, :]
     tl.store(pointers, total.to(dq.pointer.dtype.element_ty), mask=mask)
 

@@ -41,6 +41,9 @@ def arguments(words: Sequence[str] | None) -> argparse.Namespace:
     action.add_argument("--check", action="store_true", help="fail on spills, memory and ratios that rose")
     action.add_argument("--update", action="store_true", help=f"rewrite {baseline.COMMITTED.name}")
     action.add_argument("--sweep", metavar="KERNEL", choices=list(sweep.subjects(64, "bf16")), help="try tiles")
+    action.add_argument(
+        "--invariant", action="store_true", help="print the committed ratios of invariant calls beside plain ones"
+    )
     swept = parser.add_argument_group("with --sweep")
     swept.add_argument("--width", type=int, default=128, help="head dimension, or an MLP's model dimension")
     swept.add_argument("--dtype", default="bf16", choices=["bf16", "fp16", "fp32"])
@@ -52,6 +55,9 @@ def arguments(words: Sequence[str] | None) -> argparse.Namespace:
 
 def main(words: Sequence[str] | None = None) -> int:
     asked = arguments(words)
+    if asked.invariant:
+        print(baseline.invariant_beside_plain())
+        return 0
     targets = asked.target or list(TARGETS)
     # A pipe or a log has no width of its own: take one that holds the table.
     console = Console(width=None if sys.stdout.isatty() else 200)

@@ -3,6 +3,7 @@ committed."""
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -78,3 +79,19 @@ def ratio_complaints(now: dict[str, float], committed: dict[str, float], everyth
     if everything:
         found += [f"{name}: in {COMMITTED.name} but gone; run --update" for name in committed if name not in now]
     return found
+
+
+def invariant_beside_plain() -> str:
+    """A Markdown table from the committed file: issue over tensor-core cycles of whole tiles, by the kernels of an
+    invariant call / by the plain ones, bf16, causal."""
+    ratios = json.loads(COMMITTED.read_text())["issue_over_tensor"]
+    lines = ["| | forward | dk/dv | dq |", "|---|---|---|---|"]
+    for target, width in itertools.product(("sm_80", "sm_86", "sm_90", "sm_100", "sm_120"), (64, 128)):
+        call = f"bf16 D={width} causal"
+        cells = (
+            f"{ratios[f'{target} invariant {call} invariant_{ours}_kernel full tile']:.2f} / "
+            f"{ratios[f'{target} attention {call} attention_{plain}_kernel full tile']:.2f}"
+            for ours, plain in (("attention", "forward"), ("dkdv", "dkdv"), ("dq", "dq"))
+        )
+        lines.append(f"| {target}, D={width} | {' | '.join(cells)} |")
+    return "\n".join(lines)

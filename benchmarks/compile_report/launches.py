@@ -535,7 +535,9 @@ CALLS: tuple[Call, ...] = (
         for dtype, width, kind in (
             *(("bf16", width, "everything") for width in (64, 128, 256)),
             *(("fp32", width, "everything") for width in (64, 128)),
+            ("bf16", 64, "causal"),
             ("bf16", 64, "packed"),
+            ("bf16", 64, "cache"),
             ("bf16", 128, "causal"),
             ("bf16", 128, "packed"),
             ("bf16", 128, "cache"),

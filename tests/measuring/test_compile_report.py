@@ -299,6 +299,11 @@ def test_rows_that_come_or_go_ask_for_an_update() -> None:
     assert baseline.ratio_complaints({}, {"old": 1.0}, everything=False) == []
 
 
+def test_the_table_of_invariant_calls_is_that_of_the_committed_file() -> None:
+    readme = (Path(__file__).parents[2] / "benchmarks" / "README.md").read_text()
+    assert baseline.invariant_beside_plain() in readme
+
+
 def test_rows_survive_the_cache() -> None:
     assert Row.from_json(json.loads(json.dumps(row().to_json()))) == row()
 
