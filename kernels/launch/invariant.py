@@ -33,7 +33,8 @@ INVARIANT = {
         Row(2, 64, Tiling(128, 128, 8, 2)),  # 255, 80 KiB; 0.90
         Row(2, 128, Tiling(128, 64, 8, 2)),  # 236, 96 KiB; 0.70. 128 x 128: 14 from a cache
         Row(2, 256, Tiling(32, 64, 8, 1)),
-        *_EXACT,
+        _EXACT[0],
+        Row(4, 128, Tiling(32, 16, 4, 1)),  # 8 warps: 9 with everything
     ),
     "sm_90 shaped": (Row(2, 64, Tiling(128, 64, 8, 2)),),  # 128 x 128: none, but 255 registers
     "sm_100": (
@@ -54,6 +55,7 @@ INVARIANT = {
         _EXACT[1],
     ),
 }
+INVARIANT["sm_86"] = (*INVARIANT["sm_80"][:-1], Row(4, 128, Tiling(32, 16, 4, 1)))
 INVARIANT["sm_86 shaped"] = INVARIANT["sm_80 shaped"]
 
 # The backward's: dk and dv of block_n keys, a tile of block_m queries after the other; dq of block_m packed rows, a
@@ -86,6 +88,10 @@ INVARIANT_DKDV = {
         Row(2, 128, Tiling(64, 128, 8, 2)),  # 229, 161 KiB; 0.83
         *_SMALL_DKDV[2:],
     ),
+    "sm_90 shaped": (
+        Row(2, 64, Tiling(64, 128, 8, 2)),
+        Row(2, 128, Tiling(32, 128, 8, 2)),  # 64 x 128: 18 spills with Triton 3.6
+    ),
     "sm_120": _SMALL_DKDV,
 }
 _WIDE_DQ = (Row(2, 256, Tiling(32, 32, 8, 1)), *_EXACT_DQ)
@@ -101,8 +107,11 @@ INVARIANT_DQ = {
         Row(2, 128, Tiling(128, 64, 8, 2)),  # 255, 96 KiB; 0.33
         *_WIDE_DQ,
     ),
-    "sm_80 shaped": (Row(2, 128, Tiling(128, 32, 8, 2)),),  # 128 x 64: 32 spills
-    "sm_86": _SMALL_DQ,
+    "sm_80 shaped": (
+        Row(2, 64, Tiling(128, 64, 8, 2)),
+        Row(2, 128, Tiling(128, 32, 8, 2)),  # 128 x 64: 32 spills
+    ),
+    "sm_86": (*_SMALL_DQ[:3], Row(4, 64, Tiling(16, 16, 8, 1)), _EXACT_DQ[1]),  # 32 x 16: 10 spills
     "sm_90": (
         Row(2, 64, Tiling(128, 128, 8, 2)),  # 232, 96 KiB; 0.55
         Row(2, 128, Tiling(128, 64, 8, 2)),  # 239, 128 KiB; 0.40
@@ -110,12 +119,14 @@ INVARIANT_DQ = {
     ),
     "sm_90 shaped": (Row(2, 64, Tiling(128, 64, 8, 2)),),  # 128 x 128: 34 spills
     "sm_100": (
-        Row(2, 64, Tiling(128, 128, 8, 2)),  # 230, 113 KiB; 1.09
-        Row(2, 128, Tiling(128, 64, 8, 2)),  # 160, 145 KiB; 0.83
-        *_WIDE_DQ,
+        Row(2, 64, Tiling(128, 128, 8, 2)),  # 190, 113 KiB; 1.09
+        Row(2, 128, Tiling(128, 64, 8, 2)),  # 128, 145 KiB; 0.83
+        _WIDE_DQ[0],
+        Row(4, 64, Tiling(32, 32, 8, 1)),  # 32 x 16: 8 spills
+        _EXACT_DQ[1],
     ),
     "sm_100 shaped": (Row(2, 64, Tiling(128, 64, 8, 2)),),  # 128 x 128: 284 spills
-    "sm_120": _SMALL_DQ,
+    "sm_120": (*_SMALL_DQ[:3], Row(4, 64, Tiling(32, 32, 8, 1)), _EXACT_DQ[1]),  # 32 x 16: 8 spills
 }
 # The families on which a thread of the forward and dq has neighbouring columns of a row: masks are words of bits there.
 MASKS_OF_BITS = frozenset({"sm_100"})
