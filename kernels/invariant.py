@@ -169,8 +169,8 @@ def is_between(first, stop, tile: tl.constexpr):
     """Which of a tile's columns lie from `first` to before `stop`, a number for each row: (rows, BLOCK_N)."""
     columns = tl.arange(0, tile.BLOCK_N)[None, :]
     if tile.BY_BITS:
-        # A word for 32 columns of each row. A thread's columns are neighbours, so each is tested by a constant. To be
-        # compared as below, their numbers would wait in registers from one split to the next.
+        # A word for 32 columns of each row. A thread's columns are neighbours, so each is tested by a constant. To
+        # be compared as below, their numbers would wait in registers from one split to the next.
         words = (bits_below(stop) & ~bits_below(first))[:, None]
         for word in tl.static_range(1, tile.BLOCK_N // 32):
             bits = bits_below(stop - 32 * word) & ~bits_below(first - 32 * word)

@@ -11,11 +11,11 @@ SPLIT = 1024
 # The most rows of a key head, queries times query heads that share it, for which keys are split over programs.
 SPLIT_ROWS = 64
 
-# One row for every call of a layer: whatever its mask and lengths, and whether it has one query or thousands, so that
-# a row meets the same products in every call. A layer's soft cap, slopes and scales of heads are the same in all of
-# them, and may have rows of their own: "shaped". Beside each row, as Triton 3.7.1 compiles it, of packed sequences
-# unless noted: registers, shared memory; issue over tensor-core cycles of a whole tile. Nothing spills, from a cache
-# in pages neither. Not yet measured.
+# One row for every call of a layer: whatever its mask and lengths, and whether it has one query or thousands, so
+# that a row meets the same products in every call. A layer's soft cap, slopes and scales of heads are the same in
+# all of them, and may have rows of their own: "shaped". Beside each row, as Triton 3.7.1 compiles it, of packed
+# sequences unless noted: registers, shared memory; issue over tensor-core cycles of a whole tile. Nothing spills,
+# from a cache in pages neither. Not yet measured.
 _EXACT = Row(4, 64, Tiling(32, 16, 8, 1)), Row(4, 128, Tiling(32, 16, 8, 1))  # at D = 256 every tile spills
 INVARIANT = {
     INTERPRETER: (Row(8, 256, Tiling(32, 16, 4, 1)),),
@@ -58,8 +58,8 @@ INVARIANT = {
 INVARIANT["sm_86"] = (*INVARIANT["sm_80"][:-1], Row(4, 128, Tiling(32, 16, 4, 1)))
 INVARIANT["sm_86 shaped"] = INVARIANT["sm_80 shaped"]
 
-# The backward's: dk and dv of block_n keys, a tile of block_m queries after the other; dq of block_m packed rows, a
-# tile of block_n keys after the other. One row for every call of a layer, as above.
+# The backward's: dk and dv of block_n keys, a tile of block_m queries after the other; dq of block_m packed rows,
+# a tile of block_n keys after the other. One row for every call of a layer, as above.
 _EXACT_DKDV = Row(4, 64, Tiling(16, 32, 8, 1)), Row(4, 128, Tiling(16, 16, 8, 1))
 _EXACT_DQ = Row(4, 64, Tiling(32, 16, 8, 1)), Row(4, 128, Tiling(16, 16, 8, 1))
 _SMALL_DKDV = (  # at most 99 KiB of shared memory
@@ -128,7 +128,8 @@ INVARIANT_DQ = {
     "sm_100 shaped": (Row(2, 64, Tiling(128, 64, 8, 2)),),  # 128 x 128: 284 spills
     "sm_120": (*_SMALL_DQ[:3], Row(4, 64, Tiling(32, 32, 8, 1)), _EXACT_DQ[1]),  # 32 x 16: 8 spills
 }
-# The families on which a thread of the forward and dq has neighbouring columns of a row: masks are words of bits there.
+# The families on which a thread of the forward and dq has neighbouring columns of a row. There masks are words of
+# bits.
 MASKS_OF_BITS = frozenset({"sm_100"})
 
 # Rows of a head that are added up at a time, for the gradients of sinks and scales of heads.

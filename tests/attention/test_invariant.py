@@ -122,8 +122,8 @@ def _short_splits() -> Iterator[None]:
 
 
 def _row_by_row(_: Any, a: Any, b: Any, d: Any, *others: Any) -> Any:
-    """A product in Triton's interpreter. NumPy's own, by OpenBLAS for AMD's processors, may give a row other bits at
-    another place in the tile, as tensor cores do not. Here each number is a sum of its own."""
+    """A product in Triton's interpreter. NumPy's own, by OpenBLAS for AMD's processors, may give a row other bits
+    at another place in the tile, as tensor cores do not. Here each number is a sum of its own."""
     left, right = a.data.astype(d.data.dtype), b.data.astype(d.data.dtype)
     products = (left[..., :, None, :] * right.swapaxes(-1, -2)[..., None, :, :]).sum(-1)
     return interpreter.TensorHandle(products + d.data, d.dtype.scalar)
