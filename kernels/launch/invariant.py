@@ -76,6 +76,10 @@ INVARIANT_DKDV = {
         Row(2, 256, Tiling(64, 32, 8, 1)),
         *_EXACT_DKDV,
     ),
+    "sm_80 shaped": (
+        Row(2, 64, Tiling(32, 128, 8, 2)),  # 64 x 128: 14 spills with Triton 3.6
+        Row(2, 128, Tiling(64, 64, 8, 2)),
+    ),
     "sm_86": _SMALL_DKDV,
     "sm_90": (
         Row(2, 64, Tiling(64, 128, 8, 2)),  # 220, 64 KiB; 0.63
