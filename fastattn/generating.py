@@ -44,6 +44,8 @@ def run(options: argparse.Namespace) -> int:
         raise CommandError(f"--{str(problem).replace('top_', 'top-')}") from problem
     if options.tokens < 1:
         raise CommandError(f"--tokens must be at least 1, got {options.tokens}")
+    if not -(2**63) <= options.seed < 2**64:
+        raise CommandError(f"--seed must have at most 64 bits, got {options.seed}")
     if not options.prompt:
         raise CommandError("--prompt must have at least one character")
     device = pick_device(options.device)

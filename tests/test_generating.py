@@ -80,6 +80,7 @@ def test_the_demos_model_goes_on_with_a_text(capsys, monkeypatch):
         (["--tokens", "0"], "--tokens must be at least 1, got 0"),
         (["--temperature", "-1"], "--temperature must be at least 0 and finite, got -1.0"),
         (["--top-p", "0.5"], "--top-p needs a temperature above 0: at 0 the likeliest token is always taken"),
+        (["--seed", str(2**64)], "--seed must have at most 64 bits, got 18446744073709551616"),
         (["--prompt", ""], "--prompt must have at least one character"),
         (["--device", "abacus"], "--device must be cpu, cuda or cuda:N, got 'abacus'"),
         (

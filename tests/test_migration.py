@@ -174,3 +174,20 @@ def test_joined_and_lowered_mask_mods_are_as_the_table_says() -> None:
     q, k, v = (torch.randn(B, H, Q, 16) for _ in range(3))
     torch.testing.assert_close(fastattn.attention(q, k, v, mask=lowered), fastattn.attention(q, k, v, causal=True))
     assert FLEX["`mask_mod`"] == "`masks.from_function(mask_mod)`"
+
+
+def test_what_an_engine_would_call_gives_the_same_by_both_functions() -> None:
+    code = re.search(r"^## vLLM and SGLang\n.*?```python\n(.*?)```", TEXT, re.S | re.M).group(1)
+    step, packed = (f"out = {call}" for call in code.split("out = ")[1:])
+    rows, page, lengths = 3, 16, torch.tensor([5, 30, 16], dtype=torch.int32)
+    q, (k, v) = torch.randn(rows, 4, 1, 8), torch.randn(2, rows, 2, 1, 8)
+    given = {
+        "fastattn": fastattn, "q": q, "k": k, "v": v, "lengths": lengths,
+        "block_table": torch.randperm(6, dtype=torch.int32).view(rows, 2),
+        "cu_seqlens_q": torch.arange(rows + 1, dtype=torch.int32),
+    }  # fmt: skip
+    given["k_pages"], given["v_pages"] = torch.randn(2, 6, page, 2, 8)
+    exec(step, given)
+    alone = given["out"][:, :, 0]
+    exec(packed, given | (after := {"q": q[:, :, 0], "lengths": lengths + 1}), after)
+    torch.testing.assert_close(after["out"], alone)
