@@ -4,6 +4,7 @@ one."""
 from __future__ import annotations
 
 import functools
+import pkgutil
 from collections.abc import Callable
 
 import pytest
@@ -15,6 +16,11 @@ from fastattn.measuring.peers import Problem
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ROUNDS = 7
 _measured: list[list[measure.Row]] = []
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """`--benchmark-timer` is the clock of calls on a CPU."""
+    measure.CLOCK_ON_CPU = pkgutil.resolve_name(config.getoption("benchmark_timer"))
 
 
 @functools.cache
