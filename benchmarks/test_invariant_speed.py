@@ -1,5 +1,5 @@
-"""What `fastattn.invariant()` costs: each call with it and without, in interleaved rounds. Below the table: ratios of
-the fastest rounds."""
+"""What `fastattn.invariant()` costs: each call with it and without, in interleaved rounds. Below the table: ratios
+of the fastest rounds."""
 
 from __future__ import annotations
 
