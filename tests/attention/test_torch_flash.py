@@ -162,11 +162,11 @@ def test_two_calls_that_are_merged_are_the_causal_one(
 
 @pytest.mark.parametrize("gradient", [False, True])
 def test_a_prompt_is_computed_in_two_parts_where_that_takes_less_time(gradient: bool) -> None:
-    q = torch.randn(1, 8, 300, 16, requires_grad=gradient)
-    k, v = torch.randn(2, 1, 4, 300, 16)
+    q = torch.randn(1, 8, 400, 16, requires_grad=gradient)
+    k, v = torch.randn(2, 1, 4, 400, 16)
     with (
         without_plans(),
-        mock.patch.object(torch, "get_num_threads", return_value=2),
+        mock.patch.object(torch, "get_num_threads", return_value=1),
         mock.patch.object(torch_flash, "causal_in_parts", wraps=torch_flash.causal_in_parts) as in_parts,
     ):
         out = fastattn.attention(q, k, v, causal=True)

@@ -28,9 +28,9 @@ _HIDDEN = float("-inf")
 # Rows of a square at the diagonal.
 ROWS = 64
 # From how many to how many rows two calls that are merged take less time than one, if heads share keys or not. On
-# one thread, float32, of the operator's time (torch 2.13): 9 heads on 3 of 64 columns .90 at 256 rows, .84 at 512,
-# .88 at 1024, .92 at 2048; 8 heads of 64 .87, .78, .90 and 1.03. In a batch of 4 they gain nothing beyond 512.
-FEWEST_IN_PARTS, MOST_GROUPED_IN_PARTS, MOST_IN_PARTS = 256, 2048, 1024
+# one thread, float32, of the operator's time (torch 2.13): 9 heads on 3 of 64 columns .84 at 384 rows, .84 at 512,
+# .88 at 1024, .92 at 2048; 8 heads of 64 .82, .78, .90 and 1.03. In a batch of 4 they gain nothing beyond 512.
+FEWEST_IN_PARTS, MOST_GROUPED_IN_PARTS, MOST_IN_PARTS = 384, 2048, 1024
 
 
 def serves(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, tensors: ScoreTensors) -> bool:
@@ -129,12 +129,12 @@ def plain(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, differentiable: 
 
 def is_faster_in_parts(q: Tensor, k: Tensor) -> bool:
     """Whether `causal_in_parts` takes less time than the operator's causal mask, under which it also computes
-    pairs after the diagonal. A call must have work for all threads."""
+    pairs after the diagonal. A part has little work to share among threads: they were measured on one."""
     batch, heads, length, _ = q.shape
     most = MOST_IN_PARTS if heads == k.shape[1] else MOST_GROUPED_IN_PARTS
     if not FEWEST_IN_PARTS <= length <= most or batch > 1 or q.dtype != torch.float32:
         return False
-    return heads >= 4 * torch.get_num_threads()
+    return torch.get_num_threads() == 1
 
 
 def causal_in_parts(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
