@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fastattn.core import invariance
 from fastattn.core.autocast import without_autocast
-from fastattn.ground.checks import check_input
+from fastattn.ground.checks import check_input, lse_dtype
 from fastattn.ground.modes import outside_modes
 
 # On a GPU, so many rows take as long to compute as to read the weights. On a CPU few rows make single tokens
@@ -111,6 +111,17 @@ def sizes_of_parts(x: Tensor, hidden: int, weights: Sequence[Tensor] = ()) -> li
     sizes += [count] * whole
     last = next((n for n in FEW_ROWS if left <= n and may_take(n)), count)
     return sizes + [last] * bool(left)
+
+
+def few_rows_of_loss(x: Tensor, weight: Tensor, widths: Sequence[int]) -> int:
+    """How many rows a loss may take where they are fewer than ROWS_OF_LOSS. widths: classes of its tiles.
+    Functions of each row leave no remainder of vectors, and a trial shows equal bits."""
+    if type(weight) not in (Tensor, torch.nn.Parameter) or not weight.is_contiguous() or x.device.type != "cpu":
+        return ROWS_OF_LOSS
+    agrees = all(
+        _may_take(VECTORS, ROWS_OF_LOSS, width, ((width, x.shape[1]),), lse_dtype(x.dtype)) for width in widths
+    )
+    return VECTORS if agrees else ROWS_OF_LOSS
 
 
 def _may_take(

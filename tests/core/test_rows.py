@@ -133,6 +133,25 @@ def test_a_few_rows_and_many_take_parts_of_their_own_if_a_trial_allows_it() -> N
         assert rows.sizes_of_parts(torch.ones(257, 64), 64, weights) == [32] * 9
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="a GPU always takes as many rows")
+@pytest.mark.parametrize("classes", [1000, 2048 + 1280, 5003])
+def test_few_tokens_of_a_loss_are_fewer_rows_with_the_bits_of_many(classes: int) -> None:
+    x, w, target = torch.randn(300, 64), torch.randn(classes, 64), torch.randint(classes, (300,))
+    assert rows.few_rows_of_loss(x, w, [min(classes, 2048), classes % 2048]) == 64
+
+    def loss(tokens: slice) -> tuple[torch.Tensor, ...]:
+        mine = x[tokens].clone().requires_grad_()
+        with fastattn.invariant():
+            found = fastattn.linear_cross_entropy(mine, w, target[tokens], reduction="none", return_entropy=True)
+        return *found, *torch.autograd.grad(sum(t.sum() for t in found), mine)
+
+    whole = loss(slice(300))
+    for tokens in (slice(1), slice(7, 71), slice(230, 300), slice(299, 300)):
+        assert all(torch.equal(few, every[tokens]) for few, every in zip(loss(tokens), whole, strict=True))
+    with mock.patch.object(rows, "_same_bits", lambda *_: False):
+        assert rows.few_rows_of_loss(x, w, [classes]) == rows.ROWS_OF_LOSS
+
+
 @pytest.mark.skipif(DEVICE != "cpu", reason="it is about a CPU's products")
 def test_the_trial_sees_products_with_another_order_of_sums() -> None:
     """A matrix times a vector has one."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ from torch import Tensor
 from fastattn.core import invariance, spread
 from fastattn.core.autocast import autocast, without_autocast
 from fastattn.core.capabilities import check_backend
-from fastattn.core.loss import definition, operators
+from fastattn.core.loss import definition, operators, portable
 from fastattn.core.loss.spec import (
     REDUCTIONS,
     LossSpec,
@@ -24,7 +25,7 @@ from fastattn.core.loss.spec import (
     check_tensors,
     loss_spec,
 )
-from fastattn.core.rows import ROWS_OF_LOSS, in_rows, rows_at_once
+from fastattn.core.rows import ROWS_OF_LOSS, few_rows_of_loss, in_rows, rows_at_once
 from fastattn.ground import arguments
 from fastattn.ground.checks import lse_dtype
 
@@ -216,14 +217,28 @@ def _rows_in_turn(tensors: LossTensors, spec: LossSpec, backend: str | None) -> 
     if not target.is_floating_point():
         x, target = torch.where(counted[:, None], x, 0), torch.where(counted, target, 0)
     # Which tiles a filter leaves out depends on all tokens of a tile.
-    beside = replace(spec, ignore_index=-1, filter=0.0)
+    beside = replace(spec, ignore_index=-1, filter=0.0, tokens=ROWS_OF_LOSS)
 
     def part(rows: Sequence[Tensor]) -> Tensor:
         return _rows(tensors._replace(x=rows[0], target=rows[1]), beside, backend).t()
 
     count = 1 if rows_at_once(x) == 1 else ROWS_OF_LOSS
-    parts = [count] * -(-len(x) // count)
+    whole, left = divmod(len(x), count)
+    parts = [count] * whole
+    if left:
+        few = _few_rows(tensors, spec, backend)
+        parts += [count] if left > few else [few]
     return torch.where(counted, in_rows(part, (x, target), parts).t(), 0.0)
+
+
+def _few_rows(tensors: LossTensors, spec: LossSpec, backend: str | None) -> int:
+    """How many tokens may be computed at a time, where they are fewer than ROWS_OF_LOSS."""
+    served = backend or os.environ.get("FASTATTN_BACKEND") or "portable"
+    # Smoothing multiplies a matrix by a vector, in an order of sums that depends on the number of rows.
+    if served != "portable" or tensors.target.is_floating_point() or spec.smoothing:
+        return ROWS_OF_LOSS
+    classes, width = len(tensors.w), portable.width_of_tiles(tensors._replace(x=tensors.x[:0]), ROWS_OF_LOSS)
+    return few_rows_of_loss(tensors.x, tensors.w, sorted({width, classes % width or width}))
 
 
 def loss_of_logits(

@@ -46,7 +46,7 @@ class Tile(NamedTuple):
 
 def forward(tensors: LossTensors, spec: LossSpec) -> Tensor:
     counted = _Counted.of(tensors, spec)
-    return counted.spread(_first_pass(counted.tensors, spec, _width(counted.tensors)), 1)
+    return counted.spread(_first_pass(counted.tensors, spec, width_of_tiles(counted.tensors, spec.tokens)), 1)
 
 
 def backward(
@@ -55,7 +55,7 @@ def backward(
     counted = _Counted.of(tensors, spec)
     tensors, drows, rows = counted.tensors, counted.select(drows), counted.select(rows)
     dw = _weight_gradient(tensors, wanted)
-    dx, db = _second_pass(drows, tensors, rows, _Kept.nothing(tensors), dw, wanted, spec)
+    dx, db = _second_pass(drows, tensors, rows, _Kept.nothing(tensors, spec.tokens), dw, wanted, spec)
     return None if dx is None else counted.spread(dx, 0), dw, db
 
 
@@ -147,15 +147,15 @@ class _Kept(NamedTuple):
     pivots: list[Tensor]
 
     @classmethod
-    def nothing(cls, tensors: LossTensors) -> _Kept:
-        return cls(tensors.x.new_empty(0), 0, 0, _width(tensors), [])
+    def nothing(cls, tensors: LossTensors, tokens: int = 0) -> _Kept:
+        return cls(tensors.x.new_empty(0), 0, 0, width_of_tiles(tensors, tokens), [])
 
     @classmethod
     def within(cls, dw: Tensor, tensors: LossTensors) -> _Kept:
         """In the memory of the weight's gradient (V, d)."""
         stride = dw.shape[1]
         room = stride * dw.element_size() // lse_dtype(dw.dtype).itemsize
-        return cls(dw.view(-1), stride, min(room, len(tensors.x)), _width(tensors), [])
+        return cls(dw.view(-1), stride, min(room, len(tensors.x)), width_of_tiles(tensors), [])
 
     @classmethod
     def apart(cls, tensors: LossTensors) -> _Kept:
@@ -163,7 +163,7 @@ class _Kept(NamedTuple):
         classes = len(tensors.w)
         tokens = min(max(KEPT_TOKENS, tensors.x.numel() // classes), len(tensors.x))
         memory = tensors.x.new_empty(classes * tokens, dtype=lse_dtype(tensors.x.dtype))
-        return cls(memory, tokens, tokens, _width(tensors._replace(x=tensors.x[:tokens])), [])
+        return cls(memory, tokens, tokens, width_of_tiles(tensors._replace(x=tensors.x[:tokens])), [])
 
     def for_tokens(self, tokens: int) -> _Kept:
         """The same memory, for no more than these tokens."""
@@ -177,10 +177,10 @@ class _Kept(NamedTuple):
         return self.memory[first : first + size].view(dtype).view(self.tokens, count)
 
 
-def _width(tensors: LossTensors) -> int:
-    """How many classes a tile has: an even number, or all."""
+def width_of_tiles(tensors: LossTensors, tokens: int = 0) -> int:
+    """How many classes a tile has of these tokens, or of so many: an even number, or all."""
     bytes = TILE_ON_CPU if tensors.x.device.type == "cpu" else TILE_ELSEWHERE
-    width = bytes // max(1, len(tensors.x) * lse_dtype(tensors.x.dtype).itemsize)
+    width = bytes // max(1, max(len(tensors.x), tokens) * lse_dtype(tensors.x.dtype).itemsize)
     return min(max(LEAST_CLASSES, width - width % 2), len(tensors.w))
 
 

@@ -27,6 +27,7 @@ class LossSpec:
     first: which class the first row of the weight is: not 0 where a process holds a part of the classes.
     classes: how many classes there are in all.
     entropy: whether the entropy of the softmax is asked for.
+    tokens: tiles are sized as for so many tokens, where there are fewer.
     """
 
     smoothing: float = 0.0
@@ -37,19 +38,20 @@ class LossSpec:
     first: int = 0
     classes: int = 0
     entropy: bool = False
+    tokens: int = 0
 
     @property
     def options(self) -> tuple[list[float], list[int]]:
         """The arguments of an operator beside its tensors: fractions and integers."""
         fractions = [self.smoothing, self.softcap, self.temperature, self.filter]
-        return fractions, [self.ignore_index, self.first, self.classes, int(self.entropy)]
+        return fractions, [self.ignore_index, self.first, self.classes, int(self.entropy), self.tokens]
 
     @classmethod
     def of(cls, fractions: list[float], integers: list[int]) -> LossSpec:
         """The spec of these `options`."""
         smoothing, softcap, temperature, filter = fractions
-        ignore_index, first, classes, entropy = integers
-        return cls(smoothing, softcap, temperature, filter, ignore_index, first, classes, bool(entropy))
+        ignore_index, first, classes, entropy, tokens = integers
+        return cls(smoothing, softcap, temperature, filter, ignore_index, first, classes, bool(entropy), tokens)
 
 
 class LossTensors(NamedTuple):
