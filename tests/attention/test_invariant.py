@@ -22,9 +22,9 @@ import torch
 from hardware import DEVICE
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rows_alone import rows_alone
 from tolerance import assert_as_exact_as_eager
 from torch import Tensor
-from triton.runtime import interpreter
 
 import fastattn
 from fastattn import attention, attention_varlen, attention_with_cache, masks
@@ -121,17 +121,9 @@ def _short_splits() -> Iterator[None]:
         yield
 
 
-def _row_by_row(_: Any, a: Any, b: Any, d: Any, *others: Any) -> Any:
-    """A product in Triton's interpreter. NumPy's own, by OpenBLAS for AMD's processors, may give a row other bits
-    at another place in the tile, as tensor cores do not. Here each number is a sum of its own."""
-    left, right = a.data.astype(d.data.dtype), b.data.astype(d.data.dtype)
-    products = (left[..., :, None, :] * right.swapaxes(-1, -2)[..., None, :, :]).sum(-1)
-    return interpreter.TensorHandle(products + d.data, d.dtype.scalar)
-
-
 @pytest.fixture(autouse=True, scope="module")
 def _rows_alone() -> Iterator[None]:
-    with mock.patch.object(interpreter.InterpreterBuilder, "create_dot", _row_by_row):
+    with rows_alone():
         yield
 
 
