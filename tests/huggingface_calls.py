@@ -7,6 +7,8 @@ import functools
 from collections import defaultdict
 from collections.abc import Iterator
 
+import needs_transformers  # noqa: F401
+
 from fastattn.integrations.huggingface_models import is_attention_interface
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
 import torch
 from torch import nn
 
@@ -42,7 +41,8 @@ def make(name: str, attention: str = "fastattn", **fields: Any) -> nn.Module:
         sizes = {"vocab_size": VOCABULARY, "embed_dim": WIDTH, "num_heads": HEADS, "num_layers": LAYERS}
         model: Any = TransformerModel(**{**sizes, **OWN[name], **fields})
     else:
-        transformers = pytest.importorskip("transformers")
+        from needs_transformers import transformers
+
         import fastattn.integrations.huggingface  # noqa: F401  (registers "fastattn")
 
         family, head, more = HUGGING_FACE[name]

@@ -8,11 +8,9 @@ import pickle
 from collections.abc import Callable
 from typing import Any
 
-import pytest
 import torch
+from needs_transformers import transformers
 from torch import Tensor, nn
-
-transformers = pytest.importorskip("transformers")
 
 VOCABULARY, WIDTH = 64, 32
 SIZES = {"vocab_size": VOCABULARY, "hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -19,7 +19,9 @@ WORDS = "[UNK] who built the old stone bridge in a small town north of by two ma
 @pytest.fixture
 def checkpoint(tmp_path):
     """A folder with a tiny Llama whose words are WORDS."""
-    transformers, tokenizers = pytest.importorskip("transformers"), pytest.importorskip("tokenizers")
+    from needs_transformers import transformers
+
+    tokenizers = pytest.importorskip("tokenizers")
     made = tokenizers.Tokenizer(
         tokenizers.models.WordLevel({word: i for i, word in enumerate(WORDS.split())}, unk_token="[UNK]")
     )
@@ -97,7 +99,8 @@ def test_what_is_wrong_is_said_in_one_sentence(arguments, sentence, capsys):
 
 
 def test_a_checkpoint_of_another_kind_is_refused_in_one_sentence(tmp_path, capsys):
-    pytest.importorskip("transformers")
+    import needs_transformers  # noqa: F401
+
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "vit"}))
     assert main(["generate", str(tmp_path), "--prompt", "who"]) == 1
     error = capsys.readouterr().err
@@ -107,7 +110,8 @@ def test_a_checkpoint_of_another_kind_is_refused_in_one_sentence(tmp_path, capsy
 
 @pytest.mark.real
 def test_smollm2_says_where_the_eiffel_tower_is(capsys):
-    pytest.importorskip("transformers")
+    import needs_transformers  # noqa: F401
+
     if not SMOLLM2.exists():
         pytest.skip(f"{SMOLLM2} does not exist; `make real` fetches it")
     prompt = "The Eiffel Tower is located in the city of"

@@ -13,13 +13,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hardware import DEVICE
+from needs_transformers import transformers
 from torch import Tensor, nn
 
 import fastattn
 from fastattn.dropin import mlp_forms
 from fastattn.dropin.blocks import FusedBlock
-
-transformers = pytest.importorskip("transformers")
 
 WIDTH = 16
 SIZES = {"vocab_size": 24, "hidden_size": WIDTH, "num_hidden_layers": 1, "num_attention_heads": 2,

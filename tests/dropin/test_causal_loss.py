@@ -8,12 +8,11 @@ from unittest import mock
 
 import pytest
 import torch
+from needs_transformers import transformers
 from torch import nn
 
 import fastattn
 from fastattn.dropin import causal_loss
-
-transformers = pytest.importorskip("transformers")
 
 SIZES = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -405,7 +405,8 @@ def test_activations_of_hugging_face_are_known_by_what_they_compute() -> None:
 
 
 def test_a_hugging_face_model_without_attention_has_no_row_for_attention() -> None:
-    transformers = pytest.importorskip("transformers")
+    from needs_transformers import transformers
+
     vision = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1], layer_type="basic")
     state = transformers.MambaConfig(
         hidden_size=16, num_hidden_layers=1, vocab_size=20, state_size=4, bos_token_id=1, eos_token_id=2,

@@ -11,17 +11,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from needs_transformers import transformers
 from torch import Tensor, nn
+from transformers import masking_utils
 
 import fastattn
-from fastattn import masks
+from fastattn import integrations, masks
+from fastattn.integrations import huggingface
+from fastattn.integrations.huggingface import Mask, fastattn_mask
 from fastattn.masks import Lowered
-
-transformers = pytest.importorskip("transformers")
-from transformers import masking_utils  # noqa: E402
-
-from fastattn.integrations import huggingface  # noqa: E402
-from fastattn.integrations.huggingface import Mask, fastattn_mask  # noqa: E402
 
 VOCABULARY, LENGTH, WINDOW = 64, 14, 5
 SIZES = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -660,3 +658,14 @@ def test_a_reader_gives_the_same_answers() -> None:
     ):
         assert CONTEXT[start:end] == CONTEXT[eager_start:eager_end] != ""
         assert abs(score - eager_score) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("found", "serves"), [("5.17.1", False), ("4.57.0", False), ("5.23.0.dev0", True), ("6.0rc1", True)]
+)
+def test_older_transformers_are_refused_in_words(found, serves, monkeypatch):
+    monkeypatch.setattr(integrations.metadata, "version", lambda name: found)
+    if serves:
+        return integrations._check_transformers()
+    with pytest.raises(ImportError, match=f"needs transformers 5.23 or newer, but {found} is installed"):
+        integrations._check_transformers()

@@ -6,14 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from needs_transformers import transformers  # noqa: F401
 from test_huggingface import VOCABULARY, build
 from torch import nn
+from transformers import ContinuousBatchingConfig, GenerationConfig
 
-transformers = pytest.importorskip("transformers")
-from transformers import ContinuousBatchingConfig, GenerationConfig  # noqa: E402
-
-from fastattn.integrations import huggingface_batching  # noqa: E402
-from fastattn.integrations.huggingface import fastattn_attention  # noqa: E402
+from fastattn.integrations import huggingface_batching
+from fastattn.integrations.huggingface import fastattn_attention
 
 GREEDY = GenerationConfig(max_new_tokens=8, do_sample=False, eos_token_id=VOCABULARY + 1, pad_token_id=0)
 # Few tokens a step, so that prompts are read in pieces and requests wait for each other.

@@ -7,16 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from needs_transformers import transformers  # noqa: F401
 from test_huggingface import VOCABULARY, build, prompt
 from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache, DynamicLayer, StaticCache
 
-transformers = pytest.importorskip("transformers")
-from transformers.cache_utils import DynamicCache, DynamicLayer, StaticCache  # noqa: E402
-
-from fastattn.core import spread  # noqa: E402
-from fastattn.integrations.huggingface import GrowingCache, fastattn_attention  # noqa: E402
-from fastattn.integrations.huggingface_cache import GrowingLayer  # noqa: E402
-from fastattn.nn import TransformerModel  # noqa: E402
+from fastattn.core import spread
+from fastattn.integrations.huggingface import GrowingCache, fastattn_attention
+from fastattn.integrations.huggingface_cache import GrowingLayer
+from fastattn.nn import TransformerModel
 
 FAMILIES = ["gpt2", "llama", "mistral", "gemma2", "gemma3", "gpt_oss", "qwen3"]
 GREEDY = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}

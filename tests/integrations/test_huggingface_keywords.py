@@ -10,13 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_calls import keywords_that_reach_attention
+from needs_transformers import transformers
+from transformers.utils.generic import TransformersKwargs
 
-transformers = pytest.importorskip("transformers")
-from transformers.utils.generic import TransformersKwargs  # noqa: E402
-
-from fastattn.integrations import huggingface_models  # noqa: E402
-from fastattn.integrations.huggingface import fastattn_attention  # noqa: E402
-from fastattn.integrations.huggingface_models import HARMLESS, REFUSED, SERVED  # noqa: E402
+from fastattn.integrations import huggingface_models
+from fastattn.integrations.huggingface import fastattn_attention
+from fastattn.integrations.huggingface_models import HARMLESS, REFUSED, SERVED
 
 MODELLING = [
     (path.parent.name, path.read_text())

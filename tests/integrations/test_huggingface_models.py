@@ -6,14 +6,12 @@ import copy
 
 import pytest
 import torch
+from needs_transformers import transformers
 from torch import Tensor, nn
 
 import fastattn
-
-transformers = pytest.importorskip("transformers")
-
-import fastattn.integrations.huggingface  # noqa: E402
-from fastattn.integrations.huggingface_models import difference_from_eager, trial_tolerance  # noqa: E402
+import fastattn.integrations.huggingface
+from fastattn.integrations.huggingface_models import difference_from_eager, trial_tolerance
 
 SMALL = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
          "intermediate_size": 32, "initializer_range": 0.2}  # fmt: skip

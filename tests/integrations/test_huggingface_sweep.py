@@ -9,18 +9,16 @@ from typing import Any
 
 import pytest
 import torch
+from needs_transformers import transformers
 from torch import Tensor, nn
-
-import fastattn
-
-transformers = pytest.importorskip("transformers")
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING  # noqa: E402
-from transformers.models.auto.modeling_auto import (  # noqa: E402
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_MAPPING_NAMES,
 )
 
-import fastattn.integrations.huggingface  # noqa: E402
+import fastattn
+import fastattn.integrations.huggingface
 
 LARGEST = 4_000_000
 SMALL: dict[str, Any] = {

@@ -8,12 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from needs_transformers import transformers
 from torch import Tensor, nn
 
 import fastattn
-
-transformers = pytest.importorskip("transformers")
-import fastattn.integrations.huggingface  # noqa: E402
+import fastattn.integrations.huggingface
 
 IDS = torch.randint(5, 90, (3, 12), generator=torch.Generator().manual_seed(0))
 SEEN = torch.ones_like(IDS)

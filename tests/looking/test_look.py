@@ -211,7 +211,8 @@ def test_every_family_has_a_page_and_what_it_cannot_be_asked_is_said(name):
 
 
 def test_word_pieces_and_words_read_as_they_stand_in_a_text(model):
-    transformers = pytest.importorskip("transformers")
+    from needs_transformers import transformers
+
     tokenizers = pytest.importorskip("tokenizers")
     vocabulary = {"[UNK]": 0, "the": 1, "play": 2, "##ing": 3, "cat": 4}
     inner = tokenizers.Tokenizer(tokenizers.models.WordPiece(vocabulary, unk_token="[UNK]"))
@@ -470,7 +471,8 @@ def test_smollm2_is_looked_at_on_a_fact():
 @pytest.fixture
 def checkpoint(tmp_path):
     """A folder with a tiny Llama and a tokenizer of words."""
-    transformers = pytest.importorskip("transformers")
+    from needs_transformers import transformers
+
     tokenizers = pytest.importorskip("tokenizers")
     folder = tmp_path / "tiny-llama"
     model_named("llama").float().save_pretrained(folder)

@@ -19,7 +19,8 @@ from fastattn.nn import (
 
 
 def gpt2(heads=True, **sizes):
-    transformers = pytest.importorskip("transformers")
+    from needs_transformers import transformers
+
     torch.manual_seed(0)
     config = transformers.GPT2Config(**sizes, attn_implementation="eager")
     kind = transformers.GPT2LMHeadModel if heads else transformers.GPT2Model

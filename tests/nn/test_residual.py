@@ -196,7 +196,8 @@ def test_a_patched_encoder_layer_computes_its_feed_forward_step_in_one_call(norm
 
 
 def test_a_patched_bert_layer_adds_its_residual_in_the_same_call(monkeypatch) -> None:
-    transformers = pytest.importorskip("transformers")
+    from needs_transformers import transformers
+
     config = transformers.BertConfig(
         hidden_size=16, intermediate_size=24, num_attention_heads=2, num_hidden_layers=1
     )
