@@ -103,16 +103,16 @@ class Call:
         """What makes its kernels others than the most used ones, see `launch.look_up`.
 
         few: there are so few programs that they may split their loops. odd: lengths are no multiples of 16.
-        uneven: they are odd, or tiles are padded.
+        uneven: they are odd, or tiles of values are padded, and with them sums.
         """
-        batch, heads, queries, width = self.q.shape
+        batch, heads, queries, _ = self.q.shape
         key_heads, keys, value_width = self.v.shape[1:]
         programs = batch * min(heads * triton.cdiv(queries, MOST_ROWS), key_heads * triton.cdiv(keys, MOST_ROWS))
         odd = queries % 16 or keys % 16
         found = {
             "few": 2 * programs <= self.processors,
             "odd": odd,
-            "uneven": odd or (width, value_width) != (self.width, self.value_width),
+            "uneven": odd or value_width != self.value_width,
         }
         return tuple(name for name, holds in found.items() if holds)
 

@@ -218,6 +218,7 @@ def test_every_architecture_dtype_width_and_kind_has_a_row(arch: int | str, name
     ("queries", "keys", "width", "heads", "variants"),
     [
         (4096, 4096, 128, 16, ()),
+        (4096, 4096, (192, 128), 16, ()),  # sums are as wide as values
         (4096, 4096, 96, 16, ("uneven",)),
         (4096, 4095, 128, 16, ("odd", "uneven")),
         (4096, 4096, 72, 16, ("uneven",)),
@@ -229,8 +230,10 @@ def test_every_architecture_dtype_width_and_kind_has_a_row(arch: int | str, name
 def test_the_variant_of_a_kernel_is_known_from_its_shapes(queries, keys, width, heads, variants, monkeypatch):
     """They choose its row: variants need more registers, which must not make the most used kernels slower."""
     monkeypatch.setattr(launch, "processors", lambda family, device: 132)
+    width, value_width = width if isinstance(width, tuple) else (width, width)
     q, k = (torch.empty(1, n, length, width) for n, length in ((heads, queries), (heads // 2, keys)))
-    call = Call(attention_forward_kernel, q, k, k, AttentionSpec(), ScoreTensors(), None)
+    v = torch.empty(1, heads // 2, keys, value_width)
+    call = Call(attention_forward_kernel, q, k, v, AttentionSpec(), ScoreTensors(), None)
     assert call.variants == variants
 
 

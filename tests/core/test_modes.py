@@ -255,6 +255,7 @@ def test_a_cuda_graph_gets_nothing_that_is_freed_and_leaves_nothing_behind(monke
 KEEP_NO_TENSOR = {
     "_triton_installed": "a bool",
     "_agree": "a bool",
+    "_agrees": "a bool",
     "_same_bits": "a bool",
     "_possible_sizes": "numbers",
     "source_of": "text",
