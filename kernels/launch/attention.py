@@ -57,13 +57,9 @@ _EXACT = {
 _DELTA = Row(4, 128, Tiling(64, 64, 8, 3))  # D = 256: 2 spills with Triton 3.6
 _WIDE_DELTA = Row(4, 512, Tiling(32, 64, 8, 3))
 ATTENTION_DELTA = {
-    "sm_80": (
-        _DELTA,
-        Row(4, 256, Tiling(32, 64, 4, 3)),
-        _WIDE_DELTA,
-    ),
+    **{name: (_DELTA, Row(4, 256, Tiling(32, 64, 4, 3)), _WIDE_DELTA) for name in ("sm_80", "sm_100")},
     INTERPRETER: (_DELTA._replace(width=512),),
-    **{name: (_DELTA, _WIDE_DELTA) for name in ("sm_86", "sm_90", "sm_100", "sm_120", "gfx942")},
+    **{name: (_DELTA, _WIDE_DELTA) for name in ("sm_86", "sm_90", "sm_120", "gfx942")},
 }
 
 ATTENTION_FORWARD = {
