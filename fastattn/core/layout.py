@@ -30,16 +30,20 @@ def heads_last(t: Tensor) -> Tensor:
     return t if by_length.is_contiguous() else by_length.contiguous().transpose(1, 2)
 
 
-def padded(t: Tensor) -> Tensor:
-    """`t` with zeros as columns behind the last, to a multiple of 8: the widths of heads that attention's Triton
-    kernels load 16 bytes at a time. `t` itself where it has such a width.
+def padded(t: Tensor, width: int) -> Tensor:
+    """`t` with zeros as columns behind the last, so many that it has this width; `t` itself where it has it."""
+    return t if t.shape[3] == width else F.pad(t, (0, width - t.shape[3]))
+
+
+def in_eights(t: Tensor) -> Tensor:
+    """`t`, `padded` to a multiple of 8: the widths of heads that attention's Triton kernels load 16 bytes at a
+    time.
 
     Zeros change no product. Elsewhere loads would be of one number each, with registers for as many addresses. The
     copy reads and writes what a tensor holds once; attention's kernels read keys and values once for every tile of
     queries.
     """
-    behind = -t.shape[3] % 8
-    return F.pad(t, (0, behind)) if behind else t
+    return padded(t, t.shape[3] + -t.shape[3] % 8)
 
 
 def without_padding(t: Tensor, width: int) -> Tensor:

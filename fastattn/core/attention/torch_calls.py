@@ -16,13 +16,13 @@ from collections.abc import Callable
 from types import ModuleType
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastattn.core.attention import torch_efficient, torch_fused
 from fastattn.core.attention.spec import AttentionSpec, Gradients, Saved, ScoreTensors, Wanted
 from fastattn.core.attention.torch_fused import COARSE, HIDDEN
 from fastattn.core.attention.torch_trial import agrees
+from fastattn.core.layout import padded
 from fastattn.ground.modes import kept
 
 Widths = tuple[int, int]  # of queries and keys, and of values
@@ -163,8 +163,3 @@ def without_sinks(tensors: ScoreTensors) -> ScoreTensors:
 def wide(t: Tensor, width: int) -> Tensor:
     """A tensor of this width that takes no memory, to ask whether a kernel takes such heads."""
     return t if t.shape[3] == width else t[..., :1].expand(*t.shape[:3], width)
-
-
-def padded(t: Tensor, width: int) -> Tensor:
-    """With zeros at the end of each row."""
-    return t if t.shape[3] == width else F.pad(t, (0, width - t.shape[3]))

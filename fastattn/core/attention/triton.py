@@ -6,7 +6,7 @@ from torch import Tensor
 
 from fastattn.core.attention.spec import AttentionSpec, Gradients, Saved, ScoreTensors, Tangents, Wanted
 from fastattn.core.attention.tilings import chosen
-from fastattn.core.layout import padded, without_padding
+from fastattn.core.layout import in_eights, without_padding
 from fastattn.kernels import invariant as _invariant
 from fastattn.kernels import invariant_backward as _invariant_backward
 from fastattn.kernels.attention import backward as _backward
@@ -21,7 +21,7 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, tensors: ScoreTensors, maxima: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     value_width = v.shape[3]
-    q, k, v = padded(q), padded(k), padded(v)
+    q, k, v = in_eights(q), in_eights(k), in_eights(v)
     if spec.invariant:
         if maxima is not None:
             raise ValueError(
@@ -38,7 +38,7 @@ def backward(
     dout: Tensor, dlse: Tensor | None, saved: Saved, spec: AttentionSpec, tensors: ScoreTensors, wanted: Wanted
 ) -> Gradients:
     width, value_width = saved.q.shape[3], saved.v.shape[3]
-    dout, saved = padded(dout), _padded(saved)
+    dout, saved = in_eights(dout), _saved_in_eights(saved)
     if spec.invariant:
         dq, dk, dv, dsinks, dscale = _invariant_backward.invariant_backward(dout, dlse, saved, spec, tensors)
         gradients = Gradients(dq, dk, dv, None, None, dsinks, dscale)
@@ -58,17 +58,17 @@ def backward(
 def tangent(saved: Saved, tangents: Tangents, spec: AttentionSpec, tensors: ScoreTensors) -> tuple[Tensor, Tensor]:
     value_width = saved.v.shape[3]
     tangents = tangents._replace(
-        **{name: padded(t) for name, t in zip("qkv", tangents[:3], strict=True) if t is not None}
+        **{name: in_eights(t) for name, t in zip("qkv", tangents[:3], strict=True) if t is not None}
     )
     out_tangent, lse_tangent = _tangent.attention_tangent(
-        _padded(saved), tangents, spec, tensors, _lists(spec, tensors)
+        _saved_in_eights(saved), tangents, spec, tensors, _lists(spec, tensors)
     )
     return without_padding(out_tangent, value_width), lse_tangent
 
 
-def _padded(saved: Saved) -> Saved:
+def _saved_in_eights(saved: Saved) -> Saved:
     q, k, v, out, lse = saved
-    return Saved(padded(q), padded(k), padded(v), padded(out), lse)
+    return Saved(in_eights(q), in_eights(k), in_eights(v), in_eights(out), lse)
 
 
 def _lists(spec: AttentionSpec, tensors: ScoreTensors) -> BlockLists | None:

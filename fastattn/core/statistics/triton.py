@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from fastattn.core.attention.spec import ScoreTensors
-from fastattn.core.layout import padded
+from fastattn.core.layout import in_eights
 from fastattn.core.statistics.portable import gather  # noqa: F401
 from fastattn.core.statistics.spec import StatisticsSpec, StatisticsTensors, empty_results
 from fastattn.kernels.attention import statistics as _statistics
@@ -21,5 +21,5 @@ def sweep(
     results = empty_results(spec, q, k)
     layout = spec.attention.mask
     lists = None if tensors.mask is None or layout is None else unpacked(tensors.mask, layout)
-    _statistics.attention_statistics(padded(q), padded(k), lse, spec, asked, tensors, lists, results)
+    _statistics.attention_statistics(in_eights(q), in_eights(k), lse, spec, asked, tensors, lists, results)
     return results
